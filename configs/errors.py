@@ -1,0 +1,40 @@
+"""The errors a user can cause, as a tree.
+
+CookbookError
+|-- ConfigError     the words: a misspelt key, a wrong type, an unknown choice
+|-- PlanError       the meaning: degrees, batch, offload, precision that do not fit together
+|-- DataError       the input: a missing, empty or broken file, a tokenizer that does not fit the model
+`-- EnvironmentProblem   the machine: a library, a device, a folder that is missing or not writable
+
+Every door prints such an error as plain lines, without a traceback, and exits with `EXIT_BAD_CONFIG`.
+"""
+
+from __future__ import annotations
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_BAD_CONFIG = 2
+
+
+class CookbookError(Exception):
+    """Something the user can mend: `problems` holds one line for each thing that is wrong."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class ConfigError(CookbookError):
+    """A key, a type or a choice that the configuration does not know."""
+
+
+class PlanError(CookbookError):
+    """Values that are each fine but cannot be trained together."""
+
+
+class DataError(CookbookError):
+    """Input data or a tokenizer that cannot be used."""
+
+
+class EnvironmentProblem(CookbookError):
+    """A library, device or folder that this run needs and this machine does not offer."""

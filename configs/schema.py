@@ -1,0 +1,314 @@
+"""Every key of the configuration: its type, its default, its meaning.
+
+The YAML files beside this module state only choices and differences; a default stands here and nowhere
+else. The schema checks names and types. Whether the values make sense together is the plan's business
+(`trainer.plan`), which is also the only place that derives numbers from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Weights(StrEnum):
+    random = "random"
+    pretrained = "pretrained"
+
+
+class Attention(StrEnum):
+    auto = "auto"
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+class DataSource(StrEnum):
+    builtin = "builtin"
+    files = "files"
+    hub = "hub"
+    synthetic = "synthetic"
+
+
+class EngineName(StrEnum):
+    torch = "torch"
+    deepspeed = "deepspeed"
+
+
+class OffloadDevice(StrEnum):
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class DType(StrEnum):
+    float64 = "float64"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class OptimizerName(StrEnum):
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class Implementation(StrEnum):
+    auto = "auto"
+    fused = "fused"
+    foreach = "foreach"
+    for_loop = "for_loop"
+    deepspeed_cpu = "deepspeed_cpu"
+
+
+class Schedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    warmup_stable_decay = "warmup_stable_decay"
+
+
+class Checkpointing(StrEnum):
+    none = "none"
+    full = "full"
+    selective = "selective"
+
+
+class NonFinite(StrEnum):
+    stop = "stop"
+    skip = "skip"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class LauncherName(StrEnum):
+    python = "python"
+    torchrun = "torchrun"
+    deepspeed = "deepspeed"
+    accelerate = "accelerate"
+
+
+class Progress(StrEnum):
+    auto = "auto"
+    bar = "bar"
+    lines = "lines"
+    off = "off"
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    preset: str = "custom"
+    """Label of the chosen model, used in the names of runs."""
+    path: str | None = None
+    """A local folder or a hub id. Its config.json is the architecture; `config` below overrides it."""
+    weights: Weights = Weights.random
+    """`random`: initialised from `train.seed`. `pretrained`: read from `path`."""
+    attention: Attention = Attention.auto
+    """Attention kernel; `auto` lets transformers choose what the architecture supports (`sdpa` nearly always)."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """A preset's published dimensions, as fields of the Hugging Face config. Not used when `path` is set."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Any field of the Hugging Face config, over `architecture` or `path`: `model.config.num_hidden_layers=4`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Allow the model folder to run its own Python code."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Data:
+    source: DataSource = DataSource.builtin
+    """`builtin` (the Python standard library's source text), `files`, `hub` or `synthetic`."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    tokenizer: str | None = None
+    """`bytes`, a local folder or a hub id. Null: that of `model.path` if set, else `bytes`."""
+    paths: list[str] = field(default_factory=list)
+    """`files`: files, folders or glob patterns of .txt, .md, .jsonl, .parquet."""
+    validation_paths: list[str] = field(default_factory=list)
+    """`files`: the same for validation; empty: `validation_fraction` of the documents is held out."""
+    validation_fraction: float = 0.05
+    """Part of the documents (chosen by a hash of their content) held out for validation."""
+    text_key: str = "text"
+    """Field of a jsonl line, parquet row or hub row that holds the text."""
+    name: str | None = None
+    """`hub`: the name of the data set, or a local folder that `datasets` can load."""
+    subset: str | None = None
+    """`hub`: the configuration of the data set, where it has several."""
+    split: str = "train"
+    """`hub`: the split to train on."""
+    validation_split: str | None = None
+    """`hub`: the split to validate on; null: documents held out of `split`, as for files."""
+    revision: str | None = None
+    """`hub`: branch, tag or commit."""
+    shuffle: bool = True
+    """Visit samples in an order drawn from `train.seed` (a new one each epoch)."""
+    shuffle_buffer: int = 10_000
+    """`hub`: documents held in the streaming shuffle's buffer."""
+    ignore_fraction: float = 0.0
+    """`synthetic`: up to this part of each sample's labels is ignored (as prompts are in fine-tuning)."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 loads in the training process."""
+    cache_dir: str = "~/.cache/distributed-training-cookbook"
+    """Where tokenised data is kept between runs."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Offload:
+    optimizer: OffloadDevice = OffloadDevice.none
+    """Where optimizer states and master weights live instead of the GPU. `cpu`: ZeRO 1-3; `nvme`: ZeRO 3."""
+    parameters: OffloadDevice = OffloadDevice.none
+    """Where partitioned parameters live instead of the GPU. ZeRO 3 only."""
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk; needed by either `nvme`."""
+    pin_memory: bool = True
+    """Page-lock host buffers on a GPU machine: faster copies, memory the system cannot swap."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Parallel:
+    preset: str = "custom"
+    """Label of the chosen layout, used in the names of runs."""
+    engine: EngineName = EngineName.torch
+    """Who owns the step: `torch` (native parallelism) or `deepspeed` (ZeRO)."""
+    dp_replicate: int | None = 1
+    """Data-parallel ranks that hold full copies; null: as many as the world leaves."""
+    dp_shard: int | None = 1
+    """Data-parallel ranks that partition states among themselves; null: as many as the world leaves."""
+    zero_stage: int = 0
+    """What data-parallel ranks partition. 1: optimizer states; 2: + gradients; 3: + parameters."""
+    offload: Offload = field(default_factory=Offload)
+
+
+@dataclass(kw_only=True, slots=True)
+class Precision:
+    preset: str = "fp32"
+    """Label of the chosen precision, used in the names of runs."""
+    param_dtype: DType = DType.float32
+    """Forward and backward compute in it."""
+    reduce_dtype: DType = DType.float32
+    """Gradients cross between ranks in it."""
+    master_dtype: DType = DType.float32
+    """The optimizer's copy of the parameters, and its states."""
+    tf32: bool = False
+    """On NVIDIA GPUs since Ampere: float32 matrix products in TF32 (10-bit mantissa)."""
+    loss_scale: float | None = None
+    """float16 only. Null: dynamic; a number: that constant scale."""
+    loss_scale_init: float = 65536.0
+    """Dynamic loss scale before the first step. A power of two."""
+    loss_scale_window: int = 1000
+    """Steps without overflow after which a dynamic loss scale doubles."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Optimizer:
+    name: OptimizerName = OptimizerName.adamw
+    lr: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """`adamw`: decay of the first moment; `sgd`: momentum."""
+    beta2: float = 0.95
+    """`adamw`: decay of the second moment."""
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices and embeddings; never to norms and biases."""
+    implementation: Implementation = Implementation.auto
+    """`auto`: fused where the device has it. `deepspeed_cpu`: DeepSpeed's own kernel for offload (needs g++)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Scheduler:
+    name: Schedule = Schedule.cosine
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: int = 0
+    """`warmup_stable_decay`: steps of the final linear decay."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the last step, as a part of `optimizer.lr`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Train:
+    steps: int = 100
+    """Optimizer updates."""
+    micro_batch_size: int | None = None
+    """Sequences per data-parallel rank per forward."""
+    gradient_accumulation_steps: int | None = None
+    """Forwards per optimizer update."""
+    global_batch_size: int | None = None
+    """Sequences per update over all ranks. Of these three give two, and the third is derived; with fewer given,
+    `gradient_accumulation_steps` is 1 and then `micro_batch_size` 8."""
+    activation_checkpointing: Checkpointing = Checkpointing.none
+    """Recompute activations in the backward: of nothing, of whole decoder layers, or of every second product."""
+    clip_grad_norm: float = 1.0
+    """Largest global L2 norm of the gradient; 0 turns clipping off."""
+    non_finite: NonFinite = NonFinite.stop
+    """When loss or gradient is NaN or infinite: end the run, or leave out the update (fp16 overflows always skip)."""
+    eval_every: int = 0
+    """Steps between validations; 0: only before the first and after the last step."""
+    eval_samples: int = 64
+    """Sequences per validation; 0: no validation."""
+    seed: int = 0
+    run_dir: str | None = None
+    """Folder of this run's files. Null: runs/MODEL-LAYOUT-PRECISION/DATE-TIME."""
+    export: bool = True
+    """Write the finished model as a Hugging Face folder to RUN_DIR/model."""
+    timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Cluster:
+    device: Device = Device.auto
+    """`auto`: CUDA where there is a GPU, else the CPU."""
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    """Processes per node. Null: what the launcher started; else this machine's GPUs; else CPU processes."""
+    gpu: str | None = None
+    """Name of a known GPU, for its peak FLOP/s. Null: the one that is found."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Launcher:
+    name: LauncherName = LauncherName.torchrun
+    """What `python -m launch` starts the ranks with."""
+    master_port: int | None = None
+    """Rendezvous port; null: a free one."""
+    args: list[str] = field(default_factory=list)
+    """Further arguments for the launcher, before `-m trainer`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Logging:
+    every: int = 1
+    """Steps between two lines of metrics."""
+    progress: Progress = Progress.auto
+    """`auto`: a live bar on a terminal, single lines elsewhere."""
+    tracker: str = "none"
+    """`wandb`, or any tracker that Accelerate knows: tensorboard, mlflow, comet_ml, aim, clearml, ..."""
+    project: str = "distributed-training-cookbook"
+    run_name: str | None = None
+    """Null: the name of the run folder."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed on to the tracker as they are (`logging.options.entity=my-team` for wandb)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    train: Train = field(default_factory=Train)
+    cluster: Cluster = field(default_factory=Cluster)
+    launcher: Launcher = field(default_factory=Launcher)
+    logging: Logging = field(default_factory=Logging)
+    dry_run: bool = False
+    """`python -m launch` and `python -m trainer`: print plan and command, start nothing."""

@@ -1,0 +1,1 @@
+"""The trainer. Read in order: plan, model, parallelize, data, optimizer, engine, loop. Knows nothing of `launch`."""

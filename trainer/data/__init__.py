@@ -1,0 +1,52 @@
+"""Text in, batches out. What a step sees is a function of the seed and of one global sample position.
+
+Sample number p of the run is the same tokens under every layout and world size. Step s reads the positions
+[s * global_batch_size, (s + 1) * global_batch_size); a data-parallel rank takes its share of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""Label of a position that takes no part in the loss (torch's default `ignore_index`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """input_ids: [micro_batch_size, seq_len] int64. labels: the same shape; labels[b, i] is the token that follows
+    input_ids[b, i] (already shifted), or IGNORED."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+    def valid_tokens(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+
+class DataSet(Protocol):
+    """The data of one run as one data-parallel rank sees it, on the CPU."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def steps(self, first_step: int = 0) -> Iterator[list[Batch]]:
+        """For each step from `first_step` on: this rank's `gradient_accumulation_steps` micro-batches. Endless."""
+        ...
+
+    def validation(self) -> Iterator[Batch]:
+        """The same `train.eval_samples` sequences each time, divided over the ranks. Every rank gets equally many
+        batches: where samples run out, rows are filled up with IGNORED labels."""
+        ...
+
+    def describe(self) -> str:
+        """One line: where the text is from, documents, tokens, samples."""
+        ...

@@ -1,0 +1,81 @@
+"""Two engines behind one protocol: `torch` (DDP) and `deepspeed` (ZeRO 1-3 with offload).
+
+The loop knows `Engine` alone. An engine is built from config and plan by `build_engine`, which imports only
+the one it needs: DeepSpeed costs seconds to import and is not wanted in a DDP run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from configs.schema import Config, EngineName
+from trainer.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.data import Batch
+    from trainer.runtime import Runtime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one `step` did. grad_norm: global L2 norm before clipping, over all parameters and ranks (may be inf
+    or nan). updated: False when the update was left out. loss_scale: the fp16 scale this step's gradient was
+    computed with; None without scaling."""
+
+    grad_norm: float
+    updated: bool
+    loss_scale: float | None = None
+
+
+class Engine(Protocol):
+    """One optimizer step over a model that is spread over ranks in a way the caller need not know."""
+
+    def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: int) -> torch.Tensor:
+        """Accumulate the gradient of this rank's micro-batches.
+
+        The loss is the sum of the cross-entropy over valid tokens, divided by `valid_tokens`: their number in the
+        whole step, over all micro-batches and data-parallel ranks. Never a mean of means, which would weigh
+        tokens differently in each layout. Returns this rank's share of that loss (a float32 or float64 scalar on
+        the device, detached); the sum over data-parallel ranks is the loss of the step.
+        """
+        ...
+
+    def step(self, lr: float) -> StepReport:
+        """Clip by the global norm, update the parameters with this learning rate, clear the gradients.
+
+        A gradient that is not finite is never applied: the report then has `updated=False`.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Drop the accumulated gradient without an update (the loss was not finite)."""
+        ...
+
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """Sum of the cross-entropy over the valid tokens of this rank's batch, no gradient. Every rank must call it."""
+        ...
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Every parameter under its Hugging Face name, whole, in the master dtype: on rank 0 a CPU tensor, elsewhere
+        None. One at a time, so that no rank holds the whole model. A collective: every rank must exhaust it. Tied
+        weights come once, under the name of the input embedding."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds outside the process (swap files)."""
+        ...
+
+
+def build_engine(config: Config, plan: Plan, runtime: Runtime) -> Engine:
+    """The engine that the plan names, with the model built, filled and ready for step 1. A collective."""
+    if plan.engine is EngineName.deepspeed:
+        from trainer.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, plan, runtime)
+    from trainer.engine.torch import TorchEngine
+
+    return TorchEngine(config, plan, runtime)

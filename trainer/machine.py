@@ -1,0 +1,48 @@
+"""What this machine offers, found without torch: its GPUs, and the world a launcher has announced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.schema import Device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """gpus: visible CUDA devices. world_size, local_world_size: of the launcher that started us; None outside a job."""
+
+    gpus: int = 0
+    world_size: int | None = None
+    local_world_size: int | None = None
+
+    def device(self, wanted: Device) -> str:
+        if wanted is Device.auto:
+            return "cuda" if self.gpus else "cpu"
+        return str(wanted)
+
+
+def find_machine(environment: Mapping[str, str] = os.environ, *, driver: Path = Path("/proc/driver/nvidia")) -> Machine:
+    """Look at the launcher's variables and the NVIDIA driver's list of devices.
+
+    Importing torch to count GPUs would cost seconds in every `--help` and every config error.
+    """
+    world = _integer(environment.get("WORLD_SIZE"))
+    # The deepspeed launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
+    local = _integer(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE"))
+    return Machine(gpus=_count_gpus(environment, driver), world_size=world, local_world_size=local)
+
+
+def _count_gpus(environment: Mapping[str, str], driver: Path) -> int:
+    present = len(list((driver / "gpus").glob("*"))) if (driver / "gpus").is_dir() else 0
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    named = [entry for entry in visible.split(",") if entry.strip() not in ("", "-1")]
+    return min(present, len(named))
+
+
+def _integer(text: str | None) -> int | None:
+    return int(text) if text is not None and text.strip().isdigit() else None

@@ -1,0 +1,214 @@
+"""Config in, Plan out: every check and every derived number of a run, without torch and before any process starts.
+
+The plan is what the launcher, the estimator and the trainer agree on: world size, mesh, batch, dtypes, and
+what is partitioned and offloaded. Nothing downstream derives these again.
+
+    global_batch_size = micro_batch_size * gradient_accumulation_steps * dp_replicate * dp_shard
+
+Reads the config and a `Machine`. `rules` holds the checks. Next: `runtime`, where the plan meets the processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from configs.errors import PlanError
+from configs.schema import Config, DType, EngineName, LauncherName, OffloadDevice, Train
+from trainer.machine import Machine
+from trainer.rules import check_config
+
+DEFAULT_MICRO_BATCH_SIZE = 8
+CPU_PROCESSES = 2  # what a layout that is open to any world size gets on a machine without GPUs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Sequences and tokens of one optimizer update."""
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    data_parallel_size: int
+    seq_len: int
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
+
+    @property
+    def tokens(self) -> int:
+        return self.global_batch_size * self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What will happen. `mesh` names its axes from outer to inner, each with its degree."""
+
+    device: str
+    nodes: int
+    gpus_per_node: int
+    mesh: tuple[tuple[str, int], ...]
+    engine: EngineName
+    zero_stage: int
+    offload_optimizer: OffloadDevice
+    offload_parameters: OffloadDevice
+    batch: Batch
+    param_dtype: DType
+    reduce_dtype: DType
+    master_dtype: DType
+    steps: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def degree(self, axis: str) -> int:
+        return dict(self.mesh).get(axis, 1)
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.degree("dp_replicate") * self.degree("dp_shard")
+
+    def describe(self) -> str:
+        """The plan in words, with the batch arithmetic spelled out: printed before step 1 and by `dry_run`."""
+        b = self.batch
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh)
+        lines = [
+            f"world      {self.world_size} = {self.nodes} node(s) x {self.gpus_per_node} process(es) on {self.device}; mesh {axes}",
+            f"engine     {self.engine}{self._partition()}",
+            f"batch      {b.global_batch_size} sequences per step = micro_batch_size {b.micro_batch_size}"
+            f" x gradient_accumulation_steps {b.gradient_accumulation_steps}"
+            f" x data-parallel ranks {b.data_parallel_size}",
+            f"tokens     {b.tokens:,} per step = {b.global_batch_size} x seq_len {b.seq_len};"
+            f" {b.tokens * self.steps:,} in {self.steps} steps",
+            f"precision  compute {self.param_dtype}, gradients reduced in {self.reduce_dtype}, master {self.master_dtype}",
+        ]
+        return "\n".join(lines)
+
+    def _partition(self) -> str:
+        if self.engine is EngineName.torch:
+            return "" if self.data_parallel_size == 1 else ", every rank holds the whole model (DDP)"
+        parts = ["optimizer states", "gradients", "parameters"][: self.zero_stage]
+        text = f", ZeRO {self.zero_stage}: {' + '.join(parts)} partitioned over {self.degree('dp_shard')} rank(s)"
+        for what, where in (("optimizer", self.offload_optimizer), ("parameters", self.offload_parameters)):
+            if where is not OffloadDevice.none:
+                text += f"; {what} offloaded to {where}"
+        return text
+
+
+def make_plan(config: Config, machine: Machine) -> Plan:
+    """Derive the plan. Raises PlanError with every problem at once, each naming key, value, rule and remedy."""
+    problems = list(check_config(config, machine.device(config.cluster.device)))
+    gpus_per_node = _processes_per_node(config, machine, problems)
+    mesh = _mesh(config, config.cluster.nodes * gpus_per_node, problems)
+    data_parallel_size = prod(size for _, size in mesh)
+    batch = _batch(config.train, config.data.seq_len, data_parallel_size, problems)
+    if problems:
+        raise PlanError(*problems)
+    return Plan(
+        device=machine.device(config.cluster.device),
+        nodes=config.cluster.nodes,
+        gpus_per_node=gpus_per_node,
+        mesh=mesh,
+        engine=config.parallel.engine,
+        zero_stage=config.parallel.zero_stage,
+        offload_optimizer=config.parallel.offload.optimizer,
+        offload_parameters=config.parallel.offload.parameters,
+        batch=batch,
+        param_dtype=config.precision.param_dtype,
+        reduce_dtype=config.precision.reduce_dtype,
+        master_dtype=config.precision.master_dtype,
+        steps=config.train.steps,
+    )
+
+
+def _processes_per_node(config: Config, machine: Machine, problems: list[str]) -> int:
+    """cluster.gpus_per_node, or what the launcher started, or what the layout needs, or what the machine has."""
+    nodes, asked = config.cluster.nodes, config.cluster.gpus_per_node
+    degrees = (config.parallel.dp_replicate, config.parallel.dp_shard)
+    fixed = prod(d for d in degrees if d is not None)
+    if machine.world_size is not None:
+        planned = asked * nodes if asked is not None else machine.world_size
+        if planned != machine.world_size:
+            problems.append(
+                f"cluster.gpus_per_node={asked}: with cluster.nodes={nodes} the plan is {planned} processes, but the"
+                f" launcher started WORLD_SIZE={machine.world_size}; start {planned} or leave cluster.gpus_per_node out"
+            )
+        return asked or max(1, machine.world_size // nodes)
+    if asked is not None:
+        return asked
+    if config.launcher.name is LauncherName.python:
+        return 1
+    if None not in degrees:
+        return max(1, fixed // nodes)
+    if machine.device(config.cluster.device) == "cuda":
+        return machine.gpus
+    return max(CPU_PROCESSES, fixed)
+
+
+def _mesh(config: Config, world_size: int, problems: list[str]) -> tuple[tuple[str, int], ...]:
+    """Fill the degree that is null and check that all of them multiply to the world size."""
+    degrees: dict[str, int | None] = {
+        "dp_replicate": config.parallel.dp_replicate,
+        "dp_shard": config.parallel.dp_shard,
+    }
+    open_axes = [name for name, size in degrees.items() if size is None]
+    fixed = prod(size for size in degrees.values() if size)
+    product = " * ".join(f"{name} {size}" for name, size in degrees.items() if size is not None)
+    if len(open_axes) > 1:
+        problems.append(
+            f"parallel.{open_axes[0]}=null, parallel.{open_axes[1]}=null: one degree at the most can be filled"
+            " from the world size; set the other to a number"
+        )
+    elif open_axes and world_size % fixed:
+        problems.append(
+            f"parallel.{open_axes[0]}=null: {world_size} processes are not divisible by {product};"
+            " change that degree or cluster.gpus_per_node"
+        )
+    elif not open_axes and fixed != world_size:
+        problems.append(
+            f"parallel: {product} = {fixed}, but there are {world_size} processes (cluster.nodes * cluster.gpus_per_node);"
+            f" set one degree to null to fill it, or start {fixed}"
+        )
+    return tuple((name, size if size is not None else max(1, world_size // fixed)) for name, size in degrees.items())
+
+
+def _batch(train: Train, seq_len: int, ranks: int, problems: list[str]) -> Batch:
+    """Derive what is missing of the batch identity; a remainder is an error."""
+    micro, accumulation, total = train.micro_batch_size, train.gradient_accumulation_steps, train.global_batch_size
+    if total is None:
+        micro, accumulation = micro or DEFAULT_MICRO_BATCH_SIZE, accumulation or 1
+    else:
+        micro, accumulation = _divide_batch(total, micro, accumulation, ranks, problems)
+    return Batch(
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        data_parallel_size=ranks,
+        seq_len=seq_len,
+    )
+
+
+def _divide_batch(
+    total: int, micro: int | None, accumulation: int | None, ranks: int, problems: list[str]
+) -> tuple[int, int]:
+    if micro is None:
+        accumulation = accumulation or 1
+        divisor, words = accumulation * ranks, f"gradient_accumulation_steps {accumulation} * {ranks} data-parallel ranks"
+        micro = total // divisor
+    else:
+        divisor, words = micro * ranks, f"micro_batch_size {micro} * {ranks} data-parallel ranks"
+        accumulation, derived = accumulation or total // divisor, accumulation is None
+        if not derived:
+            divisor, words = divisor * accumulation, f"{words} * gradient_accumulation_steps {accumulation}"
+            if total != divisor:
+                problems.append(
+                    f"train.global_batch_size={total}: must equal {words} = {divisor}; give two of the three only"
+                )
+                return micro, accumulation
+    if total % divisor or total < divisor:
+        nearest = max(divisor, total // divisor * divisor)
+        problems.append(
+            f"train.global_batch_size={total}: must be a multiple of {words} = {divisor}; use {nearest}"
+            f" or {nearest + divisor}"
+        )
+    return max(1, micro), max(1, accumulation)

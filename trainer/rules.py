@@ -1,0 +1,209 @@
+"""What cannot be trained together, and why: each rule yields one line with key, value, rule and remedy.
+
+Torch-free. Rules here need the config alone; those that need the world size stand in `plan`, those that
+need the machine the job runs on (libraries, disks) in `preflight`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.schema import (
+    Attention,
+    Config,
+    DataSource,
+    DType,
+    EngineName,
+    Implementation,
+    LauncherName,
+    OffloadDevice,
+    OptimizerName,
+    Weights,
+)
+
+
+def check_config(config: Config, device: str) -> Iterator[str]:
+    """All problems of a config, in the order of its sections. device: "cpu" or "cuda"."""
+    yield from _check_ranges(config)
+    yield from _check_model(config, device)
+    yield from _check_data(config)
+    yield from _check_parallel(config)
+    yield from _check_precision(config)
+    yield from _check_optimizer(config)
+    if config.launcher.name is LauncherName.python and (config.cluster.gpus_per_node or 1) * config.cluster.nodes != 1:
+        yield "launcher.name=python: starts one process only; use launcher=torchrun for more"
+
+
+def config_fields(config: Config) -> dict[str, Any]:
+    """Fields of the Hugging Face config as far as they are known here: preset or local folder, then overrides.
+
+    A hub id is not looked up: planning needs no network.
+    """
+    fields: dict[str, Any] = dict(config.model.architecture)
+    if config.model.path is not None:
+        file = Path(config.model.path).expanduser() / "config.json"
+        try:
+            fields = json.loads(file.read_text()) if file.is_file() else {}
+        except (OSError, ValueError):
+            fields = {}
+    return {**fields, **config.model.config}
+
+
+def _check_ranges(config: Config) -> Iterator[str]:
+    train, data, optimizer, scheduler = config.train, config.data, config.optimizer, config.scheduler
+    at_least: list[tuple[str, float | None, float]] = [
+        ("train.steps", train.steps, 1),
+        ("train.micro_batch_size", train.micro_batch_size, 1),
+        ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
+        ("train.global_batch_size", train.global_batch_size, 1),
+        ("train.clip_grad_norm", train.clip_grad_norm, 0),
+        ("train.eval_every", train.eval_every, 0),
+        ("train.eval_samples", train.eval_samples, 0),
+        ("train.seed", train.seed, 0),
+        ("data.seq_len", data.seq_len, 2),
+        ("data.num_workers", data.num_workers, 0),
+        ("data.shuffle_buffer", data.shuffle_buffer, 1),
+        ("parallel.dp_replicate", config.parallel.dp_replicate, 1),
+        ("parallel.dp_shard", config.parallel.dp_shard, 1),
+        ("optimizer.weight_decay", optimizer.weight_decay, 0),
+        ("scheduler.warmup_steps", scheduler.warmup_steps, 0),
+        ("scheduler.decay_steps", scheduler.decay_steps, 0),
+        ("cluster.nodes", config.cluster.nodes, 1),
+        ("cluster.gpus_per_node", config.cluster.gpus_per_node, 1),
+        ("logging.every", config.logging.every, 1),
+        ("precision.loss_scale_window", config.precision.loss_scale_window, 1),
+    ]
+    for key, value, least in at_least:
+        if value is not None and not value >= least:
+            yield f"{key}={value}: must be {least} or more"
+    positive = [
+        ("optimizer.lr", optimizer.lr),
+        ("optimizer.eps", optimizer.eps),
+        ("train.timeout_minutes", train.timeout_minutes),
+        ("precision.loss_scale_init", config.precision.loss_scale_init),
+        ("precision.loss_scale", config.precision.loss_scale),
+    ]
+    for key, value in positive:
+        if value is not None and not value > 0:
+            yield f"{key}={value}: must be greater than 0"
+    fractions = [
+        ("data.validation_fraction", data.validation_fraction),
+        ("data.ignore_fraction", data.ignore_fraction),
+        ("optimizer.beta1", optimizer.beta1),
+        ("optimizer.beta2", optimizer.beta2),
+    ]
+    for key, value in fractions:
+        if not 0 <= value < 1:
+            yield f"{key}={value}: must be 0 or more and less than 1"
+    if not 0 <= scheduler.min_lr_ratio <= 1:
+        yield f"scheduler.min_lr_ratio={scheduler.min_lr_ratio}: must lie between 0 and 1"
+    if not 0 <= config.parallel.zero_stage <= 3:
+        yield f"parallel.zero_stage={config.parallel.zero_stage}: must be 0, 1, 2 or 3"
+
+
+def _check_model(config: Config, device: str) -> Iterator[str]:
+    model, fields = config.model, config_fields(config)
+    if model.path is None and "model_type" not in fields:
+        yield "model.path=null: give a preset (model=tiny), a folder or hub id (model.path=...), or model.config.model_type"
+    if model.path is None and model.weights is Weights.pretrained:
+        yield "model.weights=pretrained: needs model.path, the folder or hub id to read them from"
+    if model.trust_remote_code and model.revision is None and not Path(model.path or "").expanduser().is_dir():
+        yield "model.trust_remote_code=true: needs model.revision=COMMIT, so that the code that runs is the code you read"
+    positions = next((fields[k] for k in ("n_positions", "max_position_embeddings") if fields.get(k)), None)
+    if isinstance(positions, int) and config.data.seq_len > positions:
+        yield (
+            f"data.seq_len={config.data.seq_len}: the model has {positions} positions;"
+            f" use {positions} or less, or set model.config.max_position_embeddings"
+        )
+    if model.attention is Attention.flash_attention_2:
+        if device != "cuda":
+            yield f"model.attention=flash_attention_2: needs an NVIDIA GPU, this run is on {device}; use sdpa"
+        if config.precision.param_dtype not in (DType.bfloat16, DType.float16):
+            yield (
+                f"model.attention=flash_attention_2: computes in 16 bit only, precision.param_dtype is"
+                f" {config.precision.param_dtype}; use precision=bf16"
+            )
+
+
+def _check_data(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.source is DataSource.files and not data.paths:
+        yield "data.paths=[]: data=files needs at least one file, folder or pattern: data.paths=[corpus/]"
+    if data.source is DataSource.hub and data.name is None:
+        yield "data.name=null: data=hub needs the name of a data set, or a local folder of one"
+    if data.ignore_fraction and data.source is not DataSource.synthetic:
+        yield f"data.ignore_fraction={data.ignore_fraction}: only data=synthetic makes ignored labels; set it to 0"
+
+
+def _check_parallel(config: Config) -> Iterator[str]:
+    parallel, offload = config.parallel, config.parallel.offload
+    offloads = [("optimizer", offload.optimizer), ("parameters", offload.parameters)]
+    if parallel.engine is EngineName.torch:
+        if parallel.zero_stage:
+            yield f"parallel.zero_stage={parallel.zero_stage}: needs parallel.engine=deepspeed"
+        if parallel.dp_shard != 1:
+            yield f"parallel.dp_shard={parallel.dp_shard}: engine torch replicates; use parallel=zero1, zero2 or zero3 to shard"
+        for what, where in offloads:
+            if where is not OffloadDevice.none:
+                yield f"parallel.offload.{what}={where}: needs parallel.engine=deepspeed (parallel=zero{3 if what == 'parameters' else 1})"
+        return
+    if parallel.zero_stage == 0:
+        yield (
+            "parallel.zero_stage=0: DeepSpeed without partitioning steps once on empty gradients in 16 bit and then"
+            " trains differently; use parallel=ddp, or stage 1"
+        )
+    if parallel.dp_replicate != 1:
+        yield f"parallel.dp_replicate={parallel.dp_replicate}: ZeRO partitions over all data-parallel ranks; set it to 1"
+    if parallel.zero_stage != 3:
+        if offload.parameters is not OffloadDevice.none:
+            yield (
+                f"parallel.offload.parameters={offload.parameters}: only stage 3 partitions parameters, this is stage"
+                f" {parallel.zero_stage}; use parallel=zero3 or parallel.offload.parameters=none"
+            )
+        if offload.optimizer is OffloadDevice.nvme:
+            yield (
+                f"parallel.offload.optimizer=nvme: only stage 3 swaps to NVMe, this is stage {parallel.zero_stage};"
+                " use parallel=zero3 or parallel.offload.optimizer=cpu"
+            )
+    nvme = [what for what, where in offloads if where is OffloadDevice.nvme]
+    if nvme and offload.nvme_path is None:
+        yield f"parallel.offload.nvme_path=null: parallel.offload.{nvme[0]}=nvme needs a folder on a local NVMe disk"
+    if offload.nvme_path is not None and not nvme:
+        yield f"parallel.offload.nvme_path={offload.nvme_path}: nothing is offloaded to nvme; set it to null"
+
+
+def _check_precision(config: Config) -> Iterator[str]:
+    precision = config.precision
+    if precision.loss_scale is not None and precision.param_dtype is not DType.float16:
+        yield f"precision.loss_scale={precision.loss_scale}: only float16 scales the loss; set it to null"
+    if precision.param_dtype is DType.float16 and precision.master_dtype is DType.float16:
+        yield "precision.master_dtype=float16: updates smaller than a float16 step are lost; use float32"
+    wide = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
+    if wide[precision.master_dtype] < wide[precision.param_dtype]:
+        yield (
+            f"precision.master_dtype={precision.master_dtype}: is narrower than precision.param_dtype="
+            f"{precision.param_dtype}; use at least {precision.param_dtype}"
+        )
+    if config.parallel.engine is EngineName.deepspeed:
+        for key, value in (("param_dtype", precision.param_dtype), ("reduce_dtype", precision.reduce_dtype)):
+            if value is DType.float64:
+                yield f"precision.{key}=float64: DeepSpeed has no float64; use precision=fp32, or engine torch"
+        if precision.master_dtype is not DType.float32:
+            yield f"precision.master_dtype={precision.master_dtype}: DeepSpeed keeps master weights in float32; use float32"
+
+
+def _check_optimizer(config: Config) -> Iterator[str]:
+    optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
+    if optimizer.implementation is Implementation.deepspeed_cpu:
+        if config.parallel.offload.optimizer is OffloadDevice.none or config.parallel.engine is EngineName.torch:
+            yield "optimizer.implementation=deepspeed_cpu: is for an offloaded optimizer; use parallel=zero2_offload, or auto"
+        if optimizer.name is not OptimizerName.adamw:
+            yield f"optimizer.implementation=deepspeed_cpu: has adamw only, optimizer.name is {optimizer.name}; use auto"
+    if scheduler.warmup_steps + scheduler.decay_steps > train.steps:
+        yield (
+            f"scheduler.warmup_steps={scheduler.warmup_steps}: with scheduler.decay_steps={scheduler.decay_steps} it is"
+            f" longer than train.steps={train.steps}; shorten it"
+        )

@@ -1,0 +1,93 @@
+"""This process among the others: its rank, its device, its process group.
+
+Started without a launcher, a process is rank 0 of a world of one and goes through the same code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import EnvironmentProblem
+from trainer.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runtime:
+    """Ranks as torchrun exports them. device: where this rank computes."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum numbers over all ranks, in float64. A collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def max(self, *values: float) -> list[float]:
+        """Largest of each number over all ranks. A collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def broadcast(self, text: str) -> str:
+        """Rank 0's text on every rank. A collective."""
+        box = [text]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def join(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
+    """Enter the process group of the plan's world and leave it at the end.
+
+    Raises EnvironmentProblem when the device is missing. A collective that waits longer than the timeout raises.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    device = _device(plan)
+    timeout = timedelta(minutes=timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(
+            backend, timeout=timeout, device_id=device if device.type == "cuda" else None
+        )
+    else:
+        # DeepSpeed reads these when it is imported into a process that no launcher started.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield Runtime(rank=rank, local_rank=local_rank(), world_size=plan.world_size, device=device)
+        # Without it a rank that is done first tears down the store that the others still use.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(plan: Plan) -> torch.device:
+    if plan.device == "cpu":
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise EnvironmentProblem(
+            f"cluster.gpus_per_node={plan.gpus_per_node}: rank with LOCAL_RANK={local_rank()} finds"
+            f" {torch.cuda.device_count()} usable GPU(s); start fewer processes per node, or set cluster.device=cpu"
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
