@@ -187,7 +187,14 @@ def _check_precision(config: Config) -> Iterator[str]:
             f"precision.master_dtype={precision.master_dtype}: is narrower than precision.param_dtype="
             f"{precision.param_dtype}; use at least {precision.param_dtype}"
         )
-    if config.parallel.engine is EngineName.deepspeed:
+    if config.parallel.engine is EngineName.torch:
+        allowed = {precision.master_dtype, DType.bfloat16, DType.float16}
+        if precision.reduce_dtype not in allowed:
+            yield (
+                f"precision.reduce_dtype={precision.reduce_dtype}: engine torch reduces in precision.master_dtype="
+                f"{precision.master_dtype} or compressed to 16 bit; use one of {', '.join(sorted(allowed))}"
+            )
+    else:
         for key, value in (("param_dtype", precision.param_dtype), ("reduce_dtype", precision.reduce_dtype)):
             if value is DType.float64:
                 yield f"precision.{key}=float64: DeepSpeed has no float64; use precision=fp32, or engine torch"

@@ -34,12 +34,12 @@ class StepReport:
 class Engine(Protocol):
     """One optimizer step over a model that is spread over ranks in a way the caller need not know."""
 
-    def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: int) -> torch.Tensor:
+    def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         """Accumulate the gradient of this rank's micro-batches.
 
-        The loss is the sum of the cross-entropy over valid tokens, divided by `valid_tokens`: their number in the
-        whole step, over all micro-batches and data-parallel ranks. Never a mean of means, which would weigh
-        tokens differently in each layout. Returns this rank's share of that loss (a float32 or float64 scalar on
+        The loss is the sum of the cross-entropy over valid tokens, divided by `valid_tokens` (a scalar on the
+        device): their number in the whole step, over all micro-batches and data-parallel ranks. Never a mean of
+        means, which would weigh tokens differently in each layout. Returns this rank's share of that loss (a float32 or float64 scalar on
         the device, detached); the sum over data-parallel ranks is the loss of the step.
         """
         ...
