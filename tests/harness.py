@@ -1,0 +1,107 @@
+"""Several ranks in one test: forked from a server that has torch and transformers imported already.
+
+`run_ranks(2, function, *args)` calls `function(*args)` in two processes that see the environment torchrun would
+give them, and returns their results by rank. A rank that raises fails the test with its own traceback; ranks that
+hang are killed and named.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+PRELOADED = ["torch", "torch.distributed", "transformers", "accelerate", "trainer.engine.torch", "tests.cases"]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOADED)
+
+
+class RankFailed(AssertionError):
+    """One or more ranks raised, hung or died."""
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Results of `function(*args)` on each rank. function: defined at the top level of a module."""
+    with TemporaryDirectory() as folder:
+        port = free_port()
+        ranks = [
+            _context.Process(target=_rank, args=(rank, world_size, port, folder, function, args))
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.start()
+        _wait(ranks, timeout)
+        return _results(ranks, Path(folder))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _rank(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("default")
+    try:
+        outcome: tuple[bool, Any] = (True, function(*args))
+    except BaseException:
+        outcome = (False, traceback.format_exc())
+    partial = Path(folder) / f"{rank}.partial"
+    partial.write_bytes(pickle.dumps(outcome))
+    partial.rename(Path(folder) / f"{rank}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Leave without the interpreter's shutdown: threads of a process group whose peer failed may never join.
+    os._exit(0 if outcome[0] else 1)
+
+
+def _wait(ranks: list[BaseProcess], timeout: float) -> None:
+    """Until all have ended, one has failed (the others get a moment to fail too), or the time is up."""
+    deadline = time.monotonic() + timeout
+    while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
+        if any(rank.exitcode for rank in ranks):
+            deadline = min(deadline, time.monotonic() + 5)
+        time.sleep(0.01)
+    for rank in ranks:
+        if rank.is_alive():
+            rank.kill()
+            rank.join()
+
+
+def _results(ranks: list[BaseProcess], folder: Path) -> list[Any]:
+    results, failures = [], []
+    for number, rank in enumerate(ranks):
+        file = folder / str(number)
+        if not file.exists():
+            failures.append(f"rank {number}: hung or died without a result (exit code {rank.exitcode})")
+            continue
+        succeeded, value = pickle.loads(file.read_bytes())
+        results.append(value)
+        if not succeeded:
+            failures.append(f"rank {number}:\n{value}")
+    if failures:
+        raise RankFailed("\n".join(failures))
+    return results

@@ -1,0 +1,97 @@
+"""The finished model as a Hugging Face folder, written shard by shard from any layout.
+
+The engine hands over one whole parameter at a time; rank 0 holds at most one shard file's worth of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SHARD_BYTES = 5 * 10**9
+
+
+def export_model(
+    parameters: Iterable[tuple[str, torch.Tensor | None]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write parameters, config and tokenizer to `folder`, which appears whole or not at all.
+
+    parameters: as `Engine.parameters()` gives them; every rank must call this, the ranks that get None write
+    nothing. Raises FileExistsError if the folder exists.
+    """
+    if folder.exists():
+        raise FileExistsError(folder)
+    writer: ShardWriter | None = None
+    for name, tensor in parameters:
+        if tensor is not None:
+            if writer is None:
+                writer = ShardWriter(folder.with_name(folder.name + ".partial"), shard_bytes)
+            writer.add(name, tensor.to(dtype))
+    if writer is not None:
+        writer.close()
+        _config_for_export(model, dtype).save_pretrained(writer.folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(writer.folder)
+        tokenizer.save_pretrained(writer.folder)
+        writer.folder.rename(folder)
+
+
+class ShardWriter:
+    """Safetensors files of at most `shard_bytes`, with the index that transformers reads."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self.pending: dict[str, torch.Tensor] = {}
+        self.shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        held = sum(t.nbytes for t in self.pending.values())
+        if self.pending and held + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        self.pending[name] = tensor.contiguous()
+        self.total_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write the last shard, give the files their final names and write the index if there are several."""
+        self._flush()
+        count, weight_map = len(self.shards), {}
+        for number, names in enumerate(self.shards, start=1):
+            file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._shard_file(number).rename(self.folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+
+    def _flush(self) -> None:
+        if self.pending:
+            self.shards.append(list(self.pending))
+            save_file(self.pending, self._shard_file(len(self.shards)), metadata={"format": "pt"})
+            self.pending = {}
+
+    def _shard_file(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}"
+
+
+def _config_for_export(model: PreTrainedModel, dtype: torch.dtype) -> PretrainedConfig:
+    config = type(model.config)(**model.config.to_dict())
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    config.use_cache = True
+    return config

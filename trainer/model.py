@@ -1,0 +1,164 @@
+"""Any Hugging Face causal LM: built without memory, then filled unit by unit.
+
+    build_hf_config   preset, folder or hub id, with overrides   -> the Hugging Face config
+    build_model       its class, parameters on the meta device   -> shapes and names, no bytes
+    materialize       unit by unit (embedding, each decoder layer, norm, head): allocate, fill, hand over
+
+A sharding engine partitions each unit as soon as it is filled, so that no rank ever holds the whole model.
+Reads the config and `weights`. Next: `parallelize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from configs.errors import ConfigError, DataError
+from configs.schema import Attention, Model
+from trainer.weights import Weights
+
+
+def build_hf_config(model: Model) -> PretrainedConfig:
+    """The Hugging Face config with `model.config` laid over it.
+
+    Raises ConfigError for an unknown architecture or field, DataError when the folder or hub id cannot be read.
+    """
+    if model.path is not None:
+        try:
+            config = AutoConfig.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(f"model.path={model.path}: {_first_line(error)}") from None
+        overrides = model.config
+    else:
+        fields = {**model.architecture, **model.config}
+        model_type = fields.pop("model_type")
+        try:
+            config = AutoConfig.for_model(model_type)
+        except ValueError as error:
+            raise ConfigError(f"model.config.model_type={model_type}: {_first_line(error)}") from None
+        overrides = fields
+    _check_fields(config, overrides)
+    try:
+        return type(config)(**{**config.to_dict(), **overrides})
+    except Exception as error:  # each architecture validates in its own way
+        raise ConfigError(f"model.config={overrides}: {_first_line(error)}") from None
+
+
+def _check_fields(config: PretrainedConfig, overrides: dict[str, object]) -> None:
+    """Refuse a misspelt field: Hugging Face would store any name and no layer would read it."""
+    known = {*config.to_dict(), *config.attribute_map, "pad_token_id", "bos_token_id", "eos_token_id", "dtype"}
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        raise ConfigError(
+            *(
+                f"model.config.{name}={overrides[name]}: {type(config).__name__} has no such field; it has"
+                f" {', '.join(sorted(known - {'transformers_version'}))}"
+                for name in unknown
+            )
+        )
+
+
+def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with parameters on the meta device. Buffers (rotary tables) are real: they are small, and no
+    weight file holds them. Raises ConfigError when the architecture refuses the config or the attention."""
+    attention = None if model.attention is Attention.auto else str(model.attention)
+    try:
+        with init_empty_weights(include_buffers=False):
+            built = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=model.trust_remote_code
+            )
+    except (ValueError, ImportError, TypeError) as error:
+        raise ConfigError(f"model={model.preset}, model.attention={model.attention}: {_first_line(error)}") from None
+    built.tie_weights()
+    built.config.use_cache = False
+    return built
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of decoder layers: the longest ModuleList. Raises ConfigError for a model without one."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ConfigError(f"model: {type(model).__name__} has no list of decoder layers to work on")
+    return max(lists, key=len)
+
+
+def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Parts that are filled and partitioned one after another, in the order of the model: each decoder layer whole,
+    and around them the smallest modules that own parameters."""
+    layers = {id(layer) for layer in decoder_layers(model)}
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in layers or module._parameters:
+            yield name, module
+        else:
+            for child_name, child in module.named_children():
+                yield from walk(f"{name}.{child_name}" if name else child_name, child)
+
+    return walk("", model)
+
+
+def materialize(
+    model: PreTrainedModel,
+    weights: Weights,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    after_unit: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Give every parameter memory on `device` in `dtype` and its value from `weights`, unit by unit.
+
+    after_unit: called with each filled unit before the next one is allocated; may partition its parameters.
+    Tied parameters stay one object: the first name that owns them is filled, the others point at it.
+    """
+    ties = tied_names(model)
+    for name, unit in units(model):
+        prefix = f"{name}." if name else ""
+        fresh = [key for key, p in unit.named_parameters(remove_duplicate=False) if p.is_meta]
+        fresh = [key for key in fresh if prefix + key not in ties]
+        if not fresh:
+            continue
+        for key in fresh:
+            old = unit.get_parameter(key)
+            # float32 first: a random value must not depend on the dtype it is stored in.
+            wide = torch.promote_types(dtype, torch.float32)
+            _set_parameter(unit, key, nn.Parameter(torch.empty(old.shape, dtype=wide, device=device)))
+        with torch.no_grad():
+            weights.fill(name, unit, fresh)
+        for key in fresh:
+            parameter = unit.get_parameter(key)
+            parameter.data = parameter.data.to(dtype)
+        for alias, owner in ties.items():
+            if owner.startswith(prefix) and owner[len(prefix) :] in fresh:
+                _set_parameter(model, alias, model.get_parameter(owner))
+        if after_unit is not None:
+            after_unit(unit)
+    for buffer_name, buffer in list(model.named_buffers()):
+        owner, _, leaf = buffer_name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names that share another name's parameter: {"lm_head.weight": "transformer.wte.weight"} for GPT-2."""
+    owners: dict[int, str] = {}
+    ties = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = owners.setdefault(id(parameter), name)
+        if owner != name:
+            ties[name] = owner
+    return ties
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = parameter
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
