@@ -1,0 +1,108 @@
+"""What every door has in common: its arguments, its `--help`, and how it turns a wrong one away.
+
+    python -m launch [key=value ...] [--config-dir DIR] [--help | --cfg job | --info] [-m]
+
+The flags are Hydra's, the words mean what they mean to Hydra; the ranks of a job use them too, and must not run
+`@hydra.main`: it makes folders per rank. Nothing here imports torch, so that every answer is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from configs.errors import EXIT_BAD_CONFIG, ConfigError, CookbookError
+from configs.load import chosen_options, group_options, load_config, to_yaml
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Door:
+    """purpose: one sentence for `--help`. examples: (command, what it does). sweeps: whether `-m` is taken."""
+
+    program: str
+    purpose: str
+    examples: tuple[tuple[str, str], ...]
+    sweeps: bool = False
+
+    def help(self, config_dir: str | None = None) -> str:
+        """Half a page: three commands, and every group with its options."""
+        width = max(len(command) for command, _ in self.examples)
+        chosen = chosen_options(config_dir=config_dir)
+        groups = [
+            f"  {group:<11}{'  '.join(name + '*' * (name == chosen[group]) for name in options)}"
+            for group, options in group_options(config_dir).items()
+        ]
+        flags = [
+            "  --cfg job         print the whole configuration these words give: every key with its value",
+            "  --info            print which file each group is taken from",
+            "  --config-dir DIR  search DIR for options as well: DIR/model/mine.yaml is model=mine",
+            *["  -m                run once for each combination: train.seed=1,2 parallel=ddp,zero2"] * self.sweeps,
+        ]
+        lines = [
+            f"{self.purpose}",
+            "",
+            *(f"  {command:<{width}}   {words}" for command, words in self.examples),
+            "",
+            "group=option chooses a file (* is the default), section.key=value sets one key:",
+            "",
+            *groups,
+            "",
+            *flags,
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """overrides: the words, as typed. show: "help", "cfg", "info", or None to do the door's work."""
+
+    overrides: tuple[str, ...]
+    config_dir: str | None
+    show: str | None
+    sweep: bool
+
+
+def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
+    """Split a command line into flags and overrides. Raises ConfigError on a flag that this door does not know."""
+    parser = _Parser(prog=door.program, add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", dest="show", action="store_const", const="help")
+    parser.add_argument("-c", "--cfg", choices=["job"])
+    parser.add_argument("--info", dest="show", action="store_const", const="info")
+    parser.add_argument("-cd", "--config-dir")
+    # The deepspeed launcher appends it to the arguments of every rank; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int)
+    if door.sweeps:
+        parser.add_argument("-m", "--multirun", dest="sweep", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    found = parser.parse_intermixed_args(argv)
+    return Arguments(
+        overrides=tuple(found.overrides),
+        config_dir=found.config_dir,
+        show="cfg" if found.cfg else found.show,
+        sweep=door.sweeps and found.sweep,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def show(door: Door, arguments: Arguments) -> str:
+    """The text that `--help`, `--cfg job` or `--info` asks for."""
+    if arguments.show == "help":
+        return door.help(arguments.config_dir)
+    if arguments.show == "cfg":
+        return to_yaml(load_config(arguments.overrides, config_dir=arguments.config_dir)).rstrip()
+    chosen = chosen_options(arguments.overrides, config_dir=arguments.config_dir)
+    return "\n".join(f"{group:<11}{option or '-'}" for group, option in sorted(chosen.items()))
+
+
+def turn_away(error: CookbookError) -> int:
+    """Print what the user can mend, one line each, without a traceback. Returns the exit code."""
+    for problem in error.problems:
+        print(problem, file=sys.stderr)
+    return EXIT_BAD_CONFIG

@@ -1,0 +1,69 @@
+"""The errors of Hydra, OmegaConf and YAML, each in one line of ours: file or key, value, rule.
+
+Their own texts name Python types and search paths. What they know is kept: the key, the file it stands in and the
+value; the rule comes from the schema's types.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from configs.overrides import unknown_key, value_rule
+
+
+def explain(
+    error: Exception, *, overrides: Sequence[str] = (), groups: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """One line for an error met while composing `overrides`. groups: the options of each group."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        return _broken_yaml(error)
+    text = re.sub(r"\s+", " ", f"{error} {error.__cause__ or ''}")
+    word = str(getattr(error, "override", "")) or _search(r"Ambiguous value for argument '(.*?)' 1\.", text)
+    if word:
+        return unreadable_value(word)
+    option = re.search(r"Could not (?:find|load|override) '([^'/]+)[/@]([^']*)'", text)
+    if option:
+        choices = ", ".join((groups or {}).get(option[1], ())) or "none: there is no such group"
+        return f"{option[1]}={option[2]}: no such option; choose {choices}"
+    key = _search(r"full_key: (\S+)", text)
+    file = _search(r"In '(.+?)': \w+ raised", text)
+    where = f"{file}.yaml: " if file else ""
+    rule = value_rule(key)
+    if rule is not None:
+        return f"{where}{key}={_value(key, text, overrides)}: {rule}"
+    if "not in '" in text:
+        return f"{where}{key}: {unknown_key(key, groups or {})}"
+    message = re.sub(r"^.*?composing config: | full_key:.*", "", text).strip()
+    return f"{where}{key}: {message}" if key else f"{where}{message}"
+
+
+def unreadable_value(word: str) -> str:
+    """For an override that Hydra's grammar refuses, or takes for the choices of a sweep where one value is wanted."""
+    word = word.lstrip("+")
+    key, _, value = word.partition("=")
+    if "," in value and not value.startswith(("[", "{", "(")):
+        return f"{word}: one value expected; for a list write {key}=[{value}], for several runs add -m"
+    return f"""{word}: the value cannot be read; close its brackets, or quote it: '{key}="..."'"""
+
+
+def _value(key: str, text: str, overrides: Sequence[str]) -> str:
+    """The value that was refused: as it was typed, else as the error quotes it."""
+    typed = {word.partition("=")[0]: word.partition("=")[2] for word in overrides}
+    if key in typed:
+        return typed[key]
+    quoted = _search(r"[Vv]alue:? '(.*?)'", text) or "..."
+    return "null" if quoted == "None" or "not Optional" in text else quoted
+
+
+def _broken_yaml(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    place = f"{mark.name}, line {mark.line + 1}" if mark else "YAML"
+    return f"{place}: not valid YAML: {error.problem}"
+
+
+def _search(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found[1] if found else ""
