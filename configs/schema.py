@@ -180,8 +180,19 @@ class Parallel:
     """Data-parallel ranks that hold full copies; null: as many as the world leaves."""
     dp_shard: int | None = 1
     """Data-parallel ranks that partition states among themselves; null: as many as the world leaves."""
+    tp: int = 1
+    """Ranks that split each layer's matrices among themselves."""
+    cp: int = 1
+    """Ranks that split each sequence among themselves."""
+    pp: int = 1
+    """Ranks that split the stack of layers among themselves."""
+    sequence_parallel: bool = False
+    """With `tp`: norms and residuals hold only 1 / tp of the sequence."""
+    reshard_after_forward: bool = True
+    """With `dp_shard` and engine torch. True: parameters are gathered again for the backward (as ZeRO 3); false:
+    they stay gathered from the forward to the end of the step (as ZeRO 2)."""
     zero_stage: int = 0
-    """What data-parallel ranks partition. 1: optimizer states; 2: + gradients; 3: + parameters."""
+    """Engine deepspeed: what data-parallel ranks partition. 1: optimizer states; 2: + gradients; 3: + parameters."""
     offload: Offload = field(default_factory=Offload)
 
 

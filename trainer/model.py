@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError, DataError
@@ -113,34 +114,57 @@ def materialize(
 ) -> None:
     """Give every parameter memory on `device` in `dtype` and its value from `weights`, unit by unit.
 
-    after_unit: called with each filled unit before the next one is allocated; may partition its parameters.
-    Tied parameters stay one object: the first name that owns them is filled, the others point at it.
+    A parameter that is sharded already (a DTensor on meta) gets this rank's part of the value; the whole unit exists
+    only while it is filled. after_unit: called with each filled unit before the next one is allocated; an engine that
+    shards real tensors partitions it there. Tied parameters stay one object: the first name that owns them is filled,
+    the others point at it.
     """
     ties = tied_names(model)
-    for name, unit in units(model):
-        prefix = f"{name}." if name else ""
-        fresh = [key for key, p in unit.named_parameters(remove_duplicate=False) if p.is_meta]
-        fresh = [key for key in fresh if prefix + key not in ties]
-        if not fresh:
-            continue
-        for key in fresh:
-            old = unit.get_parameter(key)
-            # float32 first: a random value must not depend on the dtype it is stored in.
-            wide = torch.promote_types(dtype, torch.float32)
-            _set_parameter(unit, key, nn.Parameter(torch.empty(old.shape, dtype=wide, device=device)))
-        with torch.no_grad():
-            weights.fill(name, unit, fresh)
-        for key in fresh:
-            parameter = unit.get_parameter(key)
-            parameter.data = parameter.data.to(dtype)
-        for alias, owner in ties.items():
-            if owner.startswith(prefix) and owner[len(prefix) :] in fresh:
-                _set_parameter(model, alias, model.get_parameter(owner))
-        if after_unit is not None:
-            after_unit(unit)
-    for buffer_name, buffer in list(model.named_buffers()):
-        owner, _, leaf = buffer_name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+    with torch.no_grad():
+        for name, unit in units(model):
+            prefix = f"{name}." if name else ""
+            targets = {
+                key: parameter
+                for key, parameter in unit.named_parameters(remove_duplicate=False)
+                if parameter.is_meta and prefix + key not in ties
+            }
+            if not targets:
+                continue
+            _fill_unit(name, unit, targets, weights, device=device, dtype=dtype)
+            for alias, owner in ties.items():
+                if owner.startswith(prefix) and owner[len(prefix) :] in targets:
+                    _set_parameter(model, alias, model.get_parameter(owner))
+            if after_unit is not None:
+                after_unit(unit)
+        for name, buffer in list(model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+
+def _fill_unit(
+    name: str,
+    unit: nn.Module,
+    targets: dict[str, nn.Parameter],
+    weights: Weights,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Whole values into fresh tensors, then each target's share of them in its place."""
+    # float32 first: a random value must not depend on the dtype it is stored in.
+    wide = torch.promote_types(dtype, torch.float32)
+    for key, target in targets.items():
+        _set_parameter(unit, key, nn.Parameter(torch.empty(target.shape, dtype=wide, device=device)))
+    weights.fill(name, unit, list(targets))
+    for key, target in targets.items():
+        whole = unit.get_parameter(key).data.to(dtype)
+        if isinstance(target, DTensor):
+            # Every rank computed the same whole value: cutting it needs no communication (src_data_rank=None).
+            share = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+            swapped = nn.Parameter(share.to(dtype), requires_grad=target.requires_grad)
+        else:
+            swapped = nn.Parameter(whole, requires_grad=target.requires_grad)
+        _set_parameter(unit, key, swapped)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -69,10 +69,16 @@ class Plan:
     def data_parallel_size(self) -> int:
         return self.degree("dp_replicate") * self.degree("dp_shard")
 
+    @property
+    def fully_sharded(self) -> bool:
+        """Engine torch: whether FSDP2 holds the parameters. Every layout but single and plain data parallel goes that
+        way, with a degree of 1 where nothing is sharded: one path for dtypes, gradients and the optimizer."""
+        return any(self.degree(axis) > 1 for axis in ("pp", "dp_shard", "cp", "tp"))
+
     def describe(self) -> str:
         """The plan in words, with the batch arithmetic spelled out: printed before step 1 and by `dry_run`."""
         b = self.batch
-        axes = " x ".join(f"{name} {size}" for name, size in self.mesh)
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh if size > 1) or "1"
         lines = [
             f"world      {self.world_size} = {self.nodes} node(s) x {self.gpus_per_node} process(es) on {self.device}; mesh {axes}",
             f"engine     {self.engine}{self._partition()}",
@@ -87,7 +93,7 @@ class Plan:
 
     def _partition(self) -> str:
         if self.engine is EngineName.torch:
-            return "" if self.data_parallel_size == 1 else ", every rank holds the whole model (DDP)"
+            return self._torch_layout()
         parts = ["optimizer states", "gradients", "parameters"][: self.zero_stage]
         text = f", ZeRO {self.zero_stage}: {' + '.join(parts)} partitioned over {self.degree('dp_shard')} rank(s)"
         for what, where in (("optimizer", self.offload_optimizer), ("parameters", self.offload_parameters)):
@@ -96,12 +102,25 @@ class Plan:
         return text
 
 
+    def _torch_layout(self) -> str:
+        if not self.fully_sharded:
+            return "" if self.data_parallel_size == 1 else ", every rank holds the whole model (DDP)"
+        words = {
+            "pp": "layers in {} stages",
+            "dp_replicate": "{} replicas",
+            "dp_shard": "parameters, gradients and optimizer states sharded over {} (FSDP2)",
+            "cp": "sequences split over {}",
+            "tp": "matrices split over {}",
+        }
+        return ", " + ", ".join(words[axis].format(size) for axis, size in self.mesh if size > 1)
+
+
 def make_plan(config: Config, machine: Machine) -> Plan:
     """Derive the plan. Raises PlanError with every problem at once, each naming key, value, rule and remedy."""
     problems = list(check_config(config, machine.device(config.cluster.device)))
     gpus_per_node = _processes_per_node(config, machine, problems)
     mesh = _mesh(config, config.cluster.nodes * gpus_per_node, problems)
-    data_parallel_size = prod(size for _, size in mesh)
+    data_parallel_size = prod(size for axis, size in mesh if axis in ("dp_replicate", "dp_shard"))
     batch = _batch(config.train, config.data.seq_len, data_parallel_size, problems)
     if problems:
         raise PlanError(*problems)
@@ -125,7 +144,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 def _processes_per_node(config: Config, machine: Machine, problems: list[str]) -> int:
     """cluster.gpus_per_node, or what the launcher started, or what the layout needs, or what the machine has."""
     nodes, asked = config.cluster.nodes, config.cluster.gpus_per_node
-    degrees = (config.parallel.dp_replicate, config.parallel.dp_shard)
+    degrees = tuple(_degrees(config).values())
     fixed = prod(d for d in degrees if d is not None)
     if machine.world_size is not None:
         planned = asked * nodes if asked is not None else machine.world_size
@@ -148,13 +167,11 @@ def _processes_per_node(config: Config, machine: Machine, problems: list[str]) -
 
 def _mesh(config: Config, world_size: int, problems: list[str]) -> tuple[tuple[str, int], ...]:
     """Fill the degree that is null and check that all of them multiply to the world size."""
-    degrees: dict[str, int | None] = {
-        "dp_replicate": config.parallel.dp_replicate,
-        "dp_shard": config.parallel.dp_shard,
-    }
+    degrees = _degrees(config)
     open_axes = [name for name, size in degrees.items() if size is None]
     fixed = prod(size for size in degrees.values() if size)
-    product = " * ".join(f"{name} {size}" for name, size in degrees.items() if size is not None)
+    named = [f"{name} {size}" for name, size in degrees.items() if size is not None and size > 1]
+    product = " * ".join(named) or "1"
     if len(open_axes) > 1:
         problems.append(
             f"parallel.{open_axes[0]}=null, parallel.{open_axes[1]}=null: one degree at the most can be filled"
@@ -171,6 +188,18 @@ def _mesh(config: Config, world_size: int, problems: list[str]) -> tuple[tuple[s
             f" set one degree to null to fill it, or start {fixed}"
         )
     return tuple((name, size if size is not None else max(1, world_size // fixed)) for name, size in degrees.items())
+
+
+def _degrees(config: Config) -> dict[str, int | None]:
+    """The mesh axes from outer to inner: what communicates most, tensor parallel, sits on neighbouring ranks."""
+    parallel = config.parallel
+    return {
+        "pp": parallel.pp,
+        "dp_replicate": parallel.dp_replicate,
+        "dp_shard": parallel.dp_shard,
+        "cp": parallel.cp,
+        "tp": parallel.tp,
+    }
 
 
 def _batch(train: Train, seq_len: int, ranks: int, problems: list[str]) -> Batch:

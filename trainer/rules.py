@@ -19,6 +19,7 @@ from configs.schema import (
     EngineName,
     Implementation,
     LauncherName,
+    Offload,
     OffloadDevice,
     OptimizerName,
     Weights,
@@ -68,6 +69,9 @@ def _check_ranges(config: Config) -> Iterator[str]:
         ("data.shuffle_buffer", data.shuffle_buffer, 1),
         ("parallel.dp_replicate", config.parallel.dp_replicate, 1),
         ("parallel.dp_shard", config.parallel.dp_shard, 1),
+        ("parallel.tp", config.parallel.tp, 1),
+        ("parallel.cp", config.parallel.cp, 1),
+        ("parallel.pp", config.parallel.pp, 1),
         ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ("scheduler.warmup_steps", scheduler.warmup_steps, 0),
         ("scheduler.decay_steps", scheduler.decay_steps, 0),
@@ -144,11 +148,7 @@ def _check_parallel(config: Config) -> Iterator[str]:
     if parallel.engine is EngineName.torch:
         if parallel.zero_stage:
             yield f"parallel.zero_stage={parallel.zero_stage}: needs parallel.engine=deepspeed"
-        if parallel.dp_shard != 1:
-            yield f"parallel.dp_shard={parallel.dp_shard}: engine torch replicates; use parallel=zero1, zero2 or zero3 to shard"
-        for what, where in offloads:
-            if where is not OffloadDevice.none:
-                yield f"parallel.offload.{what}={where}: needs parallel.engine=deepspeed (parallel=zero{3 if what == 'parameters' else 1})"
+        yield from _check_torch_offload(parallel.offload)
         return
     if parallel.zero_stage == 0:
         yield (
@@ -173,6 +173,18 @@ def _check_parallel(config: Config) -> Iterator[str]:
         yield f"parallel.offload.nvme_path=null: parallel.offload.{nvme[0]}=nvme needs a folder on a local NVMe disk"
     if offload.nvme_path is not None and not nvme:
         yield f"parallel.offload.nvme_path={offload.nvme_path}: nothing is offloaded to nvme; set it to null"
+
+
+def _check_torch_offload(offload: Offload) -> Iterator[str]:
+    """FSDP2 moves parameters, gradients and optimizer states together, to host memory only."""
+    both = (offload.optimizer, offload.parameters)
+    if OffloadDevice.nvme in both:
+        yield "parallel.offload: nvme needs parallel.engine=deepspeed; use parallel=zero3_nvme"
+    elif len(set(both)) > 1:
+        yield (
+            f"parallel.offload.optimizer={offload.optimizer}, parallel.offload.parameters={offload.parameters}: engine"
+            " torch offloads both or none; set both to cpu, or use parallel=zero3_offload"
+        )
 
 
 def _check_precision(config: Config) -> Iterator[str]:

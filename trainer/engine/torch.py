@@ -11,15 +11,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
-from configs.schema import Config
+from configs.schema import Config, OffloadDevice
+from trainer import gradients
 from trainer.data import Batch
 from trainer.engine import StepReport
 from trainer.loss import cross_entropy_sum
+from trainer.mesh import build_mesh
 from trainer.model import build_hf_config, build_model, materialize
 from trainer.optimizer import build_optimizer, param_groups, set_lr
+from trainer.parallel.ddp import apply_ddp
+from trainer.parallel.fsdp import set_last_micro_batch
 from trainer.parallelize import parallelize
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
@@ -28,24 +33,27 @@ from trainer.weights import build_weights
 
 
 class TorchEngine:
-    """Fulfils `trainer.engine.Engine` for single process and data parallel."""
+    """Fulfils `trainer.engine.Engine` for every layout without DeepSpeed."""
 
     def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
         apply_tf32(config.precision)
-        self.plan = plan
+        self.plan, self.runtime = plan, runtime
         self.clip_grad_norm = config.train.clip_grad_norm
         self.loss_scale = build_loss_scale(config.precision)
+        self.mesh = build_mesh(plan, runtime.device)
         self.model = build_model(config.model, build_hf_config(config.model))
         weights = build_weights(config.model, self.model, seed=config.train.seed)
-        materialize(self.model, weights, device=runtime.device, dtype=torch_dtype(plan.master_dtype))
+        self.module = parallelize(self.model, config, plan, self.mesh)
+        materialize(self.model, weights, device=self._home(), dtype=torch_dtype(plan.master_dtype))
+        if not plan.fully_sharded and plan.degree("dp_replicate") > 1:
+            self.module = apply_ddp(self.model, plan, runtime)
         self.model.train()
-        self.module = parallelize(self.model, config, plan, runtime)
         groups = param_groups(self.model.named_parameters(), config.optimizer.weight_decay)
         self.optimizer = build_optimizer(groups, config.optimizer)
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=valid_tokens.device, dtype=torch.float64)
-        # DDP averages over the ranks; the loss is a sum over them.
+        # DDP and FSDP2 average over the ranks; the loss is a sum over them.
         factor = self.plan.data_parallel_size * (self.loss_scale.value if self.loss_scale else 1.0)
         for number, batch in enumerate(micro_batches, start=1):
             with self._synchronise(last=number == len(micro_batches)):
@@ -56,13 +64,13 @@ class TorchEngine:
 
     def step(self, lr: float) -> StepReport:
         scale = self.loss_scale.value if self.loss_scale else None
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        grad_norm = get_total_norm(gradients).item() / (scale or 1.0)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grad_norm = gradients.global_norm(grads, mesh=self.mesh, device=self.runtime.device) / (scale or 1.0)
         finite = math.isfinite(grad_norm)
         if self.loss_scale:
             self.loss_scale.update(finite=finite)
         if finite:
-            torch._foreach_mul_(gradients, self._clip_factor(grad_norm) / (scale or 1.0))
+            gradients.scale(grads, self._clip_factor(grad_norm) / (scale or 1.0))
             set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.discard()
@@ -80,21 +88,31 @@ class TorchEngine:
         return loss
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        main = torch.distributed.get_rank() == 0
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach().cpu() if main else None
+            whole = parameter.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            yield name, whole.cpu() if self.runtime.is_main else None
 
     def close(self) -> None:
         """Nothing is held outside the process."""
 
+    def _home(self) -> torch.device:
+        """Where the parameters live between their uses."""
+        offloaded = self.plan.offload_parameters is not OffloadDevice.none
+        return torch.device("cpu") if offloaded else self.runtime.device
+
     def _loss(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        with autocast(self.plan):
+        # FSDP2 casts by its own policy; autocast on top would cast again.
+        with nullcontext() if self.plan.fully_sharded else autocast(self.plan):
             logits = module(input_ids=batch.input_ids, use_cache=False).logits
         return cross_entropy_sum(logits, batch.labels)
 
     def _synchronise(self, *, last: bool) -> AbstractContextManager[None]:
-        """Only the last micro-batch's backward may communicate; `no_sync` must cover the forward too."""
-        if isinstance(self.module, DistributedDataParallel) and not last:
+        """Only the last micro-batch's backward may average over replicas; `no_sync` must cover the forward too."""
+        if isinstance(self.module, FSDPModule):
+            set_last_micro_batch(self.module, self.plan, last=last)
+        elif isinstance(self.module, DistributedDataParallel) and not last:
             return self.module.no_sync()
         return nullcontext()
 

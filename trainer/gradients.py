@@ -1,0 +1,75 @@
+"""The gradient of the whole model, wherever its pieces are: its global norm, and scaling in place.
+
+A gradient is a plain tensor (the same on every rank that holds it) or a DTensor, of which this rank holds a piece.
+The norm counts each element once: squares of the local pieces, summed over exactly those mesh axes that split the
+tensor, and at last over the pipeline's stages, which hold different parameters.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of a DTensor; a plain tensor as it is. Shares memory with it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def global_norm(gradients: Sequence[torch.Tensor], *, mesh: DeviceMesh, device: torch.device) -> float:
+    """L2 norm over all gradients of all ranks. A collective: one number is all-reduced per axis that splits anything.
+
+    Squares are added up in float64, so that the norm does not depend on how many pieces there are.
+    """
+    groups: dict[str, dist.ProcessGroup] = {}
+    pieces: dict[frozenset[str], list[torch.Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        axes = _splitting_axes(gradient, groups)
+        if local(gradient).numel():
+            pieces[axes].append(local(gradient))
+    names = sorted(groups)
+    # One sum for every combination of axes, also those this rank has no piece of: each all-reduce must have the
+    # same shape on all its ranks.
+    sums = torch.zeros([2] * len(names), dtype=torch.float64, device=device)
+    for axes, tensors in pieces.items():
+        index = tuple(int(name in axes) for name in names)
+        norms = torch._foreach_norm(tensors, dtype=torch.float64) if tensors[0].is_cuda else _norms(tensors)
+        sums[index] = torch.stack(list(norms)).to(device).square().sum()
+    for dim, name in enumerate(names):
+        split = sums.select(dim, 1).contiguous()
+        dist.all_reduce(split, group=groups[name])
+        sums.select(dim, 1).copy_(split)
+    total = sums.sum()
+    if mesh["pp"].size() > 1:
+        dist.all_reduce(total, group=mesh.get_group("pp"))
+    return total.sqrt().item()
+
+
+def scale(gradients: Sequence[torch.Tensor], factor: float) -> None:
+    """Multiply every gradient in place."""
+    pieces = [local(gradient) for gradient in gradients if local(gradient).numel()]
+    if factor != 1.0 and pieces:
+        torch._foreach_mul_(pieces, factor)
+
+
+def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+
+
+def _splitting_axes(gradient: torch.Tensor, groups: dict[str, dist.ProcessGroup]) -> frozenset[str]:
+    """Names of the axes (of more than one rank) that split this tensor; their groups are noted in `groups`."""
+    if not isinstance(gradient, DTensor):
+        return frozenset()
+    mesh, axes = gradient.device_mesh, set()
+    for dim, placement in enumerate(gradient.placements):
+        assert not placement.is_partial(), "a gradient was not reduced before its norm was taken"
+        if not placement.is_replicate() and mesh.size(dim) > 1:
+            name = (mesh.mesh_dim_names or ())[dim]
+            groups[name] = mesh.get_group(dim)
+            axes.add(name)
+    return frozenset(axes)
