@@ -34,7 +34,3 @@ def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
         shard = "dp_shard_cp"
     return mesh["dp_replicate", shard] if mesh["dp_replicate"].size() > 1 else mesh[shard]
 
-
-def data_rank(mesh: DeviceMesh) -> int:
-    """This rank's index among those that read different sequences."""
-    return mesh["dp_replicate"].get_local_rank() * mesh["dp_shard"].size() + mesh["dp_shard"].get_local_rank()

@@ -69,6 +69,18 @@ class Plan:
     def data_parallel_size(self) -> int:
         return self.degree("dp_replicate") * self.degree("dp_shard")
 
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where a rank stands on each mesh axis; the innermost axis counts fastest."""
+        place = {}
+        for axis, size in reversed(self.mesh):
+            rank, place[axis] = divmod(rank, size)
+        return place
+
+    def data_rank(self, rank: int) -> int:
+        """This rank's index among the `data_parallel_size` groups that read different sequences."""
+        place = self.coordinates(rank)
+        return place["dp_replicate"] * self.degree("dp_shard") + place["dp_shard"]
+
     @property
     def fully_sharded(self) -> bool:
         """Engine torch: whether FSDP2 holds the parameters. Every layout but single and plain data parallel goes that

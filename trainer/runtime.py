@@ -6,16 +6,19 @@ Started without a launcher, a process is rank 0 of a world of one and goes throu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from configs.errors import EnvironmentProblem
+from configs.errors import CookbookError, EnvironmentProblem
 from trainer.plan import Plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +51,24 @@ class Runtime:
         box = [text]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank and give back its result. A collective.
+
+        A CookbookError on any rank is raised on all of them: no rank waits for one that has given up.
+        """
+        result, problems = None, ()
+        try:
+            result = work()
+        except CookbookError as error:
+            problems = error.problems
+        gathered: list[tuple[str, ...]] = [()] * self.world_size
+        dist.all_gather_object(gathered, problems)
+        everyone = dict.fromkeys(problem for rank_problems in gathered for problem in rank_problems)
+        if everyone:
+            raise CookbookError(*everyone)
+        return cast(T, result)
 
 
 def local_rank() -> int:

@@ -1,0 +1,54 @@
+"""What a rank does in a parity test: a short training run through the real plan, data, engine and step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from configs.load import load_config
+from trainer.data.build import build_data
+from trainer.engine import build_engine
+from trainer.loop import train_step, validate
+from trainer.machine import find_machine
+from trainer.model import build_hf_config
+from trainer.optimizer import lr_at
+from trainer.plan import make_plan
+from trainer.runtime import join
+
+
+@dataclass
+class Trained:
+    """Per step: loss, grad_norm (before clipping), whether the update was made, loss_scale. At the end: the
+    validation loss, and on rank 0 the parameters by name."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    updated: list[bool]
+    loss_scales: list[float | None]
+    validation: float
+    parameters: dict[str, torch.Tensor]
+
+
+def train(overrides: list[str]) -> Trained:
+    """Run `train.steps` steps of the config on this rank."""
+    config = load_config(overrides)
+    plan = make_plan(config, find_machine())
+    with join(plan, timeout_minutes=1) as runtime:
+        data = build_data(
+            config, plan, data_rank=plan.data_rank(runtime.rank), vocab_size=build_hf_config(config.model).vocab_size
+        )
+        engine = build_engine(config, plan, runtime)
+        steps = data.steps()
+        results = [train_step(engine, next(steps), runtime, lr_at(config, step)) for step in range(config.train.steps)]
+        reports = [result.report for result in results]
+        trained = Trained(
+            losses=[result.loss for result in results],
+            grad_norms=[report.grad_norm if report else float("nan") for report in reports],
+            updated=[report is not None and report.updated for report in reports],
+            loss_scales=[report.loss_scale if report else None for report in reports],
+            validation=validate(engine, data, runtime),
+            parameters={name: value for name, value in engine.parameters() if value is not None},
+        )
+        engine.close()
+        return trained

@@ -1,0 +1,85 @@
+"""How far a layout is from the single process, and the table of what was reached."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tests.cases import Trained, train
+from tests.harness import run_ranks
+
+# Small, and awkward on purpose: ragged valid tokens, accumulation, active clipping, a vocabulary that does not divide.
+COMMON = [
+    "data=synthetic",
+    "data.seq_len=32",
+    "data.ignore_fraction=0.6",
+    "train.global_batch_size=8",
+    "train.clip_grad_norm=0.25",
+    "train.eval_samples=6",
+    "optimizer.lr=3e-3",
+    "scheduler.warmup_steps=2",
+]
+LLAMA = ["model=tiny", "model.config.hidden_size=64", "model.config.intermediate_size=96", "model.config.vocab_size=131"]
+QWEN3 = ["model=tiny_qwen3", "model.config.hidden_size=64", "model.config.intermediate_size=96", "model.config.vocab_size=131"]
+GPT2 = ["model=tiny_gpt2", "model.config.n_embd=64", "model.config.vocab_size=131"]
+MODELS = {"llama": LLAMA, "qwen3": QWEN3, "gpt2": GPT2}
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Largest relative difference of loss and grad norm over the steps, and of each parameter tensor at the end,
+    relative to its largest element."""
+
+    loss: float
+    grad_norm: float
+    parameters: float
+
+    @property
+    def largest(self) -> float:
+        return max(self.loss, self.grad_norm, self.parameters)
+
+
+@functools.cache
+def reference(model: str, precision: str, steps: int, *extra: str) -> Trained:
+    """The single process on the same global batch. Fails if it did not train: equal numbers would then mean little."""
+    trained = run_ranks(1, train, words(model, "single", precision, steps, *extra))[0]
+    assert all(math.isfinite(loss) for loss in trained.losses)
+    assert trained.losses[-1] < trained.losses[0] - 0.05, f"the reference did not train: {trained.losses}"
+    assert max(trained.grad_norms) > 0.25, "clipping was never active"
+    return trained
+
+
+def words(model: str, layout: str, precision: str, steps: int, *extra: str) -> list[str]:
+    return [*COMMON, *MODELS[model], f"parallel={layout}", f"precision={precision}", f"train.steps={steps}", *extra]
+
+
+def distance(found: Trained, expected: Trained) -> Distance:
+    assert found.parameters.keys() == expected.parameters.keys()
+    assert len(found.losses) == len(expected.losses)
+    return Distance(
+        loss=_relative(found.losses + [found.validation], expected.losses + [expected.validation]),
+        grad_norm=_relative(found.grad_norms, expected.grad_norms),
+        parameters=max(_apart(found.parameters[name], value) for name, value in expected.parameters.items()),
+    )
+
+
+def measure(layout: list[str], world_size: int, *, model: str, precision: str, steps: int, extra: tuple[str, ...] = ()) -> Distance:
+    """Train under a layout and compare with the single process. layout: the preset, then single keys."""
+    preset, *keys = layout
+    expected = reference(model, precision, steps, *extra)
+    ranks = run_ranks(world_size, train, words(model, preset, precision, steps, *extra, *keys))
+    for other in ranks[1:]:
+        assert other.losses == ranks[0].losses, "ranks report different losses"
+        assert other.grad_norms == ranks[0].grad_norms, "ranks report different gradient norms"
+    return distance(ranks[0], expected)
+
+
+def _relative(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)).item()
