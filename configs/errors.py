@@ -5,6 +5,7 @@ CookbookError
 |-- PlanError       the meaning: degrees, batch, offload, precision that do not fit together
 |-- DataError       the input: a missing, empty or broken file, a tokenizer that does not fit the model
 `-- EnvironmentProblem   the machine: a library, a device, a folder that is missing or not writable
+    `-- RankProblem      the same, on one rank alone
 
 Every door prints such an error as plain lines, without a traceback, and exits with `EXIT_BAD_CONFIG`.
 """
@@ -38,3 +39,7 @@ class DataError(CookbookError):
 
 class EnvironmentProblem(CookbookError):
     """A library, device or folder that this run needs and this machine does not offer."""
+
+
+class RankProblem(EnvironmentProblem):
+    """A problem that the other ranks of the node do not have, so that this rank must tell it itself."""

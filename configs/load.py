@@ -11,7 +11,7 @@ environment or Hydra's state.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from itertools import product
@@ -97,7 +97,7 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, 
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
+def _hydra() -> Generator[None, None, None]:
     """Hydra's global state with our package as the primary source and our schema known, put back at the end."""
     GlobalHydra.instance().clear()
     ConfigStore.instance().store(name="schema", node=Config)
@@ -145,6 +145,6 @@ def to_yaml(config: Config) -> str:
 def from_yaml(text: str) -> Config:
     """Read what `to_yaml` wrote. Raises ConfigError on unknown keys and wrong types."""
     try:
-        return to_config(OmegaConf.create(yaml.safe_load(text)))
+        return to_config(cast(DictConfig, OmegaConf.create(yaml.safe_load(text))))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(explain(error)) from None

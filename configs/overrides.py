@@ -32,7 +32,7 @@ def _walk(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from _walk(kind, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", kind

@@ -79,7 +79,7 @@ def local_rank() -> int:
 def join(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
     """Enter the process group of the plan's world and leave it at the end.
 
-    Raises EnvironmentProblem when the device is missing. A collective that waits longer than the timeout raises.
+    Raises RankProblem when the device is missing. A collective that waits longer than the timeout raises.
     """
     rank = int(os.environ.get("RANK", "0"))
     device = _device(plan)
@@ -105,7 +105,7 @@ def _device(plan: Plan) -> torch.device:
     if plan.device == "cpu":
         return torch.device("cpu")
     if local_rank() >= torch.cuda.device_count():
-        raise EnvironmentProblem(
+        raise RankProblem(
             f"cluster.gpus_per_node={plan.gpus_per_node}: rank with LOCAL_RANK={local_rank()} finds"
             f" {torch.cuda.device_count()} usable GPU(s); start fewer processes per node, or set cluster.device=cpu"
         )

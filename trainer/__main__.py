@@ -1,0 +1,76 @@
+"""The door inside the job: every rank comes through here, whichever launcher started it.
+
+    python -m trainer OVERRIDES                              one process, a debugger works
+    torchrun --nproc-per-node 8 -m trainer OVERRIDES
+    deepspeed --num_gpus 8 --module trainer OVERRIDES
+    accelerate launch --num_processes 8 -m trainer OVERRIDES
+
+Config and plan come first and need no torch, so that a mistake is answered before the libraries are loaded. Every
+rank composes the same configuration from the same words. Next: `loop`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from configs.door import Arguments, Door, parse_arguments, show, turn_away
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, CookbookError, RankProblem
+from configs.load import load_config
+from trainer.machine import find_machine
+from trainer.plan import make_plan
+
+EXIT_INTERRUPTED = 130
+DOOR = Door(
+    program="python -m trainer",
+    purpose="Train a causal language model: one process, or one rank of a launcher's.",
+    examples=(
+        ("python -m trainer experiment=demo parallel=single", "one process, a debugger works"),
+        ("torchrun --nproc-per-node 2 -m trainer experiment=demo", "two, under any launcher"),
+        ("python -m trainer parallel=zero3 dry_run=true", "print the plan, train nothing"),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the words say. Returns the exit code; a mistake of the user is told once per node, without a traceback."""
+    try:
+        arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)
+        if arguments.show is not None:
+            print(show(DOOR, arguments))
+            return EXIT_FINISHED
+        return train(arguments)
+    except CookbookError as error:
+        # All ranks of a node meet the same mistake; a RankProblem is met by one.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankProblem):
+            turn_away(error)
+        return EXIT_BAD_CONFIG
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception:
+        print(_with_rank(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+
+
+def train(arguments: Arguments) -> int:
+    """Compose, plan, and run the loop. Raises CookbookError on what the user can mend."""
+    config = load_config(arguments.overrides, config_dir=arguments.config_dir)
+    plan = make_plan(config, find_machine())
+    if config.dry_run:
+        print(plan.describe())
+        return EXIT_FINISHED
+    from trainer.loop import run
+
+    return run(config, plan)
+
+
+def _with_rank(text: str) -> str:
+    """Mark each line with the rank, in torch's own form: several ranks write to one terminal."""
+    rank = os.environ.get("RANK", "0")
+    return "".join(f"[rank{rank}]: {line}" for line in text.splitlines(keepends=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
