@@ -3,11 +3,12 @@
 CookbookError
 |-- ConfigError     the words: a misspelt key, a wrong type, an unknown choice
 |-- PlanError       the meaning: degrees, batch, offload, precision that do not fit together
+|-- TrainingFailed  the run: a loss or gradient that is not finite; the exit code is `EXIT_FAILED`
 |-- DataError       the input: a missing, empty or broken file, a tokenizer that does not fit the model
 `-- EnvironmentProblem   the machine: a library, a device, a folder that is missing or not writable
     `-- RankProblem      the same, on one rank alone
 
-Every door prints such an error as plain lines, without a traceback, and exits with `EXIT_BAD_CONFIG`.
+Every door prints such an error as plain lines, without a traceback, and exits with its `exit_code`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ EXIT_BAD_CONFIG = 2
 
 class CookbookError(Exception):
     """Something the user can mend: `problems` holds one line for each thing that is wrong."""
+
+    exit_code = EXIT_BAD_CONFIG
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -35,6 +38,12 @@ class PlanError(CookbookError):
 
 class DataError(CookbookError):
     """Input data or a tokenizer that cannot be used."""
+
+
+class TrainingFailed(CookbookError):
+    """The run itself went wrong, under a configuration that is fine."""
+
+    exit_code = EXIT_FAILED
 
 
 class EnvironmentProblem(CookbookError):

@@ -1,20 +1,87 @@
 """The training loop. It names no layout: what is split over what is the engine's business.
 
-    join the process group -> run folder -> data -> engine -> steps -> validation -> export -> summary
+    join the process group -> run folder -> data -> engine -> steps, with validation -> export -> summary
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from configs.errors import EXIT_FINISHED, TrainingFailed
+from configs.schema import Config, NonFinite
 from trainer.data import Batch, DataSet
-from trainer.engine import Engine, StepReport
-from trainer.runtime import Runtime
+from trainer.data.build import build_data
+from trainer.engine import Engine, StepReport, build_engine
+from trainer.export import export_model
+from trainer.model import build_hf_config
+from trainer.optimizer import lr_at
+from trainer.plan import Plan
+from trainer.precision import export_dtype
+from trainer.report.folder import open_run_folder
+from trainer.report.measure import StepTimer
+from trainer.report.reporter import Reporter
+from trainer.runtime import Runtime, join
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, plan: Plan) -> int:
+    """Train from the first step to the last on this rank. Returns the exit code.
+
+    Raises CookbookError, the same on every rank, on what the user can mend.
+    """
+    with join(plan, timeout_minutes=config.train.timeout_minutes) as runtime:
+        folder = open_run_folder(config, plan, runtime)
+        hf_config = runtime.agree(lambda: build_hf_config(config.model))
+        data = runtime.agree(
+            lambda: build_data(
+                config,
+                plan,
+                data_rank=plan.data_rank(runtime.rank),
+                vocab_size=hf_config.vocab_size,
+                local_rank=runtime.local_rank,
+            )
+        )
+        # Dropout differs from rank to rank; the parameters do not depend on this generator.
+        torch.manual_seed(config.train.seed + runtime.rank)
+        with closing(build_engine(config, plan, runtime)) as engine:
+            reporter = Reporter(config, plan, runtime, folder, model=engine.model, data=data.describe())
+            with reporter:
+                train(engine, data, config, runtime, reporter)
+                if config.train.export:
+                    target = folder / "model"
+                    export_model(
+                        engine.parameters(), engine.model, data.tokenizer, target, dtype=export_dtype(plan.param_dtype)
+                    )
+                    reporter.exported(target)
+    return EXIT_FINISHED
+
+
+def train(engine: Engine, data: DataSet, config: Config, runtime: Runtime, reporter: Reporter) -> None:
+    """All steps, with validation before the first, after the last and every `train.eval_every` between them."""
+    timer = StepTimer(runtime.device)
+    steps = data.steps()
+    evaluating = config.train.eval_samples > 0
+    if evaluating:
+        reporter.validation(0, validate(engine, data, runtime))
+    for step in range(config.train.steps):
+        with timer.data():
+            batches = next(steps)
+        lr = lr_at(config, step)
+        result = train_step(engine, batches, runtime, lr, timer)
+        reporter.step(step + 1, result, lr, timer.finish())
+        check_finite(result, step + 1, config.train.non_finite)
+        last = step + 1 == config.train.steps
+        due = config.train.eval_every > 0 and (step + 1) % config.train.eval_every == 0
+        if evaluating and (last or due):
+            reporter.validation(step + 1, validate(engine, data, runtime))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,30 +94,50 @@ class StepResult:
     report: StepReport | None
 
     @property
-    def finite(self) -> bool:
-        return self.report is not None and math.isfinite(self.report.grad_norm)
+    def overflowed(self) -> bool:
+        """A float16 gradient beyond its range: the loss scale answers it, it is no sign of trouble."""
+        return self.report is not None and not self.report.updated and self.report.loss_scale is not None
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], runtime: Runtime, lr: float) -> StepResult:
+def train_step(
+    engine: Engine, batches: Sequence[Batch], runtime: Runtime, lr: float, timer: StepTimer | None = None
+) -> StepResult:
     """One optimizer update. batches: this rank's micro-batches, on the CPU. A collective.
 
     The valid tokens of the whole step are counted before the first forward: every micro-batch is divided by the same
     number, so that each token weighs the same in every layout.
     """
-    local_tokens = sum(batch.valid_tokens() for batch in batches)
-    valid_tokens = torch.tensor(local_tokens, dtype=torch.float64, device=runtime.device)
-    dist.all_reduce(valid_tokens)
-    # A step without a single valid token has loss 0, not 0 / 0.
-    valid_tokens.clamp_(min=1)
-    loss = engine.forward_backward([batch.to(runtime.device) for batch in batches], valid_tokens).double()
-    dist.all_reduce(loss)
-    value = loss.item()
+    timer = timer or StepTimer(runtime.device)
+    with timer.forward_backward():
+        local_tokens = sum(batch.valid_tokens() for batch in batches)
+        valid_tokens = torch.tensor(local_tokens, dtype=torch.float64, device=runtime.device)
+        dist.all_reduce(valid_tokens)
+        # A step without a single valid token has loss 0, not 0 / 0.
+        valid_tokens.clamp_(min=1)
+        loss = engine.forward_backward([batch.to(runtime.device) for batch in batches], valid_tokens).double()
+        dist.all_reduce(loss)
+        value = loss.item()
     report: StepReport | None = None
-    if math.isfinite(value):
-        report = engine.step(lr)
-    else:
-        engine.discard()
+    with timer.optimizer():
+        if math.isfinite(value):
+            report = engine.step(lr)
+        else:
+            engine.discard()
     return StepResult(loss=value, valid_tokens=int(valid_tokens.item()), report=report)
+
+
+def check_finite(result: StepResult, step: int, wanted: NonFinite) -> None:
+    """Raise TrainingFailed if the step had to be left out and the config says to stop. No parameter has changed."""
+    if result.report is not None and (result.report.updated or result.overflowed):
+        return
+    grad_norm = result.report.grad_norm if result.report else math.nan
+    problem = f"step {step}: loss {result.loss}, gradient norm {grad_norm}: not finite, the update was left out"
+    if wanted is NonFinite.stop:
+        raise TrainingFailed(
+            f"{problem}; try a smaller optimizer.lr, more scheduler.warmup_steps or precision=bf16 in place of fp16,"
+            " or go on with train.non_finite=skip"
+        )
+    log.warning(problem)
 
 
 def validate(engine: Engine, data: DataSet, runtime: Runtime) -> float:

@@ -65,3 +65,8 @@ class LossScale:
 def build_loss_scale(precision: Precision) -> LossScale | None:
     """A scale for float16, None for dtypes with float32's exponent range."""
     return LossScale(precision) if precision.param_dtype is DType.float16 else None
+
+
+def export_dtype(param_dtype: DType) -> torch.dtype:
+    """What a finished model is stored in: 16 bit if it was computed in 16 bit, else float32."""
+    return torch_dtype(param_dtype) if param_dtype in (DType.bfloat16, DType.float16) else torch.float32

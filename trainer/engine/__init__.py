@@ -15,6 +15,7 @@ from trainer.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from trainer.data import Batch
     from trainer.runtime import Runtime
@@ -32,7 +33,12 @@ class StepReport:
 
 
 class Engine(Protocol):
-    """One optimizer step over a model that is spread over ranks in a way the caller need not know."""
+    """One optimizer step over a model that is spread over ranks in a way the caller need not know.
+
+    model: the Hugging Face module, for its config and names; its parameters may be partitioned.
+    """
+
+    model: PreTrainedModel
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         """Accumulate the gradient of this rank's micro-batches.
