@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, CookbookError, RankProblem
+from configs.errors import EXIT_FAILED, EXIT_FINISHED, CookbookError, RankProblem
 from configs.load import load_config
 from trainer.machine import find_machine
 from trainer.plan import make_plan
@@ -35,7 +35,7 @@ DOOR = Door(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the words say. Returns the exit code; a mistake of the user is told once per node, without a traceback."""
+    """Train as the words say. Returns the exit code; a mistake of the user is told once per node, in plain lines."""
     try:
         arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)
         if arguments.show is not None:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # All ranks of a node meet the same mistake; a RankProblem is met by one.
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankProblem):
             turn_away(error)
-        return EXIT_BAD_CONFIG
+        return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception:

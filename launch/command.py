@@ -1,0 +1,151 @@
+"""The command that starts a plan's ranks: pure functions from a plan to the words of each launcher.
+
+    torchrun --standalone --nproc-per-node=2 -m trainer experiment=demo
+    deepspeed --num_gpus=2 --master_port=29500 --no_local_rank --module trainer experiment=demo
+    accelerate launch --multi_gpu --num_processes=2 ... --module trainer experiment=demo
+    python -m trainer experiment=demo
+
+The overrides go on as they were typed, word for word and through no shell. Every rank composes and plans from them
+again; what the launcher settled (the run folder) is appended as one more override. Next: `process`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.load import quote_value
+from configs.schema import Config, LauncherName
+from trainer.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendezvous:
+    """Where the ranks meet: address and port of node 0. node_rank: the node that this command is for."""
+
+    address: str = "127.0.0.1"
+    port: int
+    node_rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """argv: the words. environment: what is set in addition to the caller's own environment."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def text(self) -> str:
+        """One line for a shell, to copy and paste."""
+        return " ".join(
+            [*(f"{name}={shlex.quote(value)}" for name, value in self.environment.items()), shlex.join(self.argv)]
+        )
+
+
+def build_command(
+    config: Config,
+    plan: Plan,
+    overrides: Sequence[str],
+    *,
+    run_dir: Path,
+    rendezvous: Rendezvous,
+    config_dir: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    cores: int | None = None,
+) -> Command:
+    """The launcher's command on one node of the plan.
+
+    run_dir: one folder for all ranks, named before they start. environment: the caller's (os.environ); a variable
+    that is set there is left alone. cores: of this machine.
+    """
+    environment = os.environ if environment is None else environment
+    words = _launcher_words(config, plan, rendezvous, visible=environment.get("CUDA_VISIBLE_DEVICES", ""))
+    search = ["--config-dir", config_dir] if config_dir is not None else []
+    passed_on = [word for word in overrides if not word.startswith(("dry_run=", "train.run_dir="))]
+    return Command(
+        argv=(*words, "trainer", *search, *passed_on, f"train.run_dir={quote_value(str(run_dir))}"),
+        environment={
+            name: value
+            for name, value in _wanted_environment(config, plan, cores or os.cpu_count() or 1).items()
+            if name not in environment
+        },
+    )
+
+
+def _launcher_words(config: Config, plan: Plan, rendezvous: Rendezvous, *, visible: str) -> list[str]:
+    """Everything before `trainer`. visible: CUDA_VISIBLE_DEVICES of the caller."""
+    args = config.launcher.args
+    match config.launcher.name:
+        case LauncherName.python:
+            return [sys.executable, *args, "-m"]
+        case LauncherName.torchrun:
+            standalone = plan.nodes == 1 and config.launcher.master_port is None
+            return [program("torchrun"), *_torchrun(plan, rendezvous, standalone=standalone), *args, "-m"]
+        case LauncherName.deepspeed:
+            # The ranks read LOCAL_RANK; an appended --local_rank would say the same twice.
+            return [program("deepspeed"), *_deepspeed(plan, rendezvous, visible), "--no_local_rank", *args, "--module"]
+        case LauncherName.accelerate:
+            return [program("accelerate"), "launch", *_accelerate(plan, rendezvous), *args, "--module"]
+
+
+def _torchrun(plan: Plan, rendezvous: Rendezvous, *, standalone: bool) -> list[str]:
+    """standalone: torchrun finds a free port itself, and keeps it from the moment it is found."""
+    processes = f"--nproc-per-node={plan.gpus_per_node}"
+    if standalone:
+        return ["--standalone", processes]
+    nodes = [f"--nnodes={plan.nodes}", f"--node-rank={rendezvous.node_rank}"] if plan.nodes > 1 else []
+    return [*nodes, f"--master-addr={rendezvous.address}", f"--master-port={rendezvous.port}", processes]
+
+
+def _deepspeed(plan: Plan, rendezvous: Rendezvous, visible: str) -> list[str]:
+    port = f"--master_port={rendezvous.port}"
+    if plan.nodes > 1:
+        node = [f"--node_rank={rendezvous.node_rank}", f"--master_addr={rendezvous.address}"]
+        return ["--hostfile=HOSTFILE", "--no_ssh", *node, port]
+    if visible and plan.device == "cuda":
+        # --num_gpus would take GPUs 0 to N-1, also those that CUDA_VISIBLE_DEVICES hides.
+        return [f"--include=localhost:{','.join(visible.split(',')[: plan.gpus_per_node])}", port]
+    return [f"--num_gpus={plan.gpus_per_node}", port]
+
+
+def _accelerate(plan: Plan, rendezvous: Rendezvous) -> list[str]:
+    """Every value stated: what is left out is taken from the user's accelerate config file, or warned about."""
+    # --multi_gpu is its name for starting ranks with torch, on CPUs too; its --cpu wants MPI.
+    kind = ["--multi_gpu"] if plan.world_size > 1 else ["--cpu"] if plan.device == "cpu" else []
+    node = [f"--machine_rank={rendezvous.node_rank}", f"--main_process_ip={rendezvous.address}"]
+    return [
+        *kind,
+        f"--num_processes={plan.world_size}",
+        f"--num_machines={plan.nodes}",
+        *(node if plan.nodes > 1 else []),
+        f"--main_process_port={rendezvous.port}",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+    ]
+
+
+def program(name: str) -> str:
+    """The launcher beside this Python: by its name where a shell would find the same one, else by its path."""
+    beside = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if found is not None and (not beside.exists() or Path(found).samefile(beside)):
+        return name
+    return str(beside)
+
+
+def _wanted_environment(config: Config, plan: Plan, cores: int) -> dict[str, str]:
+    wanted: dict[str, str] = {}
+    if plan.gpus_per_node > 1:
+        # Each rank's thread pool would otherwise take every core, and the ranks would fight for them. Beside GPUs each
+        # gets its share, for optimizers that run on the CPU.
+        threads = cores // plan.gpus_per_node if plan.device == "cuda" else 1
+        wanted["OMP_NUM_THREADS"] = str(max(1, threads))
+    if plan.device == "cpu" and config.launcher.name is LauncherName.deepspeed:
+        # Its runner takes a GPU wherever it finds one, and warns where it finds none.
+        wanted["DS_ACCELERATOR"] = "cpu"
+    return wanted

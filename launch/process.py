@@ -1,0 +1,171 @@
+"""Runs a launcher's command and stays in charge of it: signals on, one error out, nothing left behind.
+
+Several ranks die of one cause, and each says so; then the launcher adds a page about its children. `Relay` lets
+through what a person needs (everything, but of the tracebacks only the first rank's) and keeps all of it in a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import TextIO
+
+import psutil
+
+from launch.command import Command
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+GRACE_SECONDS = 10.0
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_command(command: Command, *, log_dir: Path) -> int:
+    """Run to the end and return the exit code (128 + N after signal N).
+
+    log_dir: gets `errors.log` when the command fails and not all it wrote to stderr was shown.
+    """
+    _adopt_orphans()
+    child = subprocess.Popen(
+        command.argv,
+        env={**os.environ, **command.environment},
+        stderr=subprocess.PIPE,
+        process_group=0,
+    )
+    assert child.stderr is not None
+    # A progress bar's carriage return is not the end of a line.
+    lines = io.TextIOWrapper(child.stderr, errors="replace", newline="\n")
+    relay = Relay(sys.stderr)
+    reader = threading.Thread(target=relay.copy, args=(lines,), daemon=True)
+    with _forwarding(child.pid):
+        reader.start()
+        code = child.wait()
+        end_descendants()
+        reader.join(GRACE_SECONDS)
+    if code != 0:
+        relay.report(log_dir / "errors.log")
+    return code if code >= 0 else 128 - code
+
+
+def replace_process(command: Command) -> None:
+    """Become the command: for one plain process, whose debugger needs the terminal. Does not return."""
+    sys.stdout.flush()
+    os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment})
+
+
+@contextlib.contextmanager
+def _forwarding(group: int) -> Generator[None, None, None]:
+    """Pass signals on to a process group. One that we were started to ignore (nohup) stays ignored."""
+
+    def forward(number: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+
+    ours = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in ours}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _adopt_orphans() -> None:
+    """Make ranks whose launcher has died children of this process (Linux), so that they can be found and ended.
+
+    Launchers start ranks in sessions of their own: a launcher that is killed leaves them training, holding the GPUs.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants() -> None:
+    """Ask every process below this one to end; after GRACE_SECONDS kill those that did not."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, stubborn = psutil.wait_procs(left, timeout=GRACE_SECONDS)
+    for process in stubborn:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+class Relay:
+    """Copies a launcher's stderr, without the repetitions of a failure.
+
+    Held back: the tracebacks of all ranks but the first that fails, and the launcher's report about its children.
+    """
+
+    RANK = re.compile(r"\[rank(\d+)\]: ?")
+    REPORT = re.compile(
+        r"torch/distributed/elastic/.*\] (failed \(exitcode|Sending process|Received \d+ death signal)"
+        r"|\[launch\.py:\d+:sigkill_handler\]"
+    )
+    TRACEBACK = re.compile(r"Traceback \(most recent call last\):")
+    LAUNCHER = re.compile(r'\s+File "[^"]*(torchrun|accelerate|deepspeed|torch/distributed/run\.py)"')
+    KEPT_LINES = 20_000
+
+    def __init__(self, shown: TextIO) -> None:
+        self._shown = shown
+        self._everything: deque[str] = deque(maxlen=self.KEPT_LINES)
+        self._first_rank: str | None = None
+        self._in_report = False
+        self._undecided = ""
+        self._held_back = False
+
+    def copy(self, lines: Iterable[str]) -> None:
+        """Read to the end, showing each line at once."""
+        for line in lines:
+            self._everything.append(line)
+            self._shown.write(self._wanted(line))
+            self._shown.flush()
+        self._shown.write(self._undecided)
+
+    def _wanted(self, line: str) -> str:
+        """What to show now that this line has come."""
+        # Whose traceback it is, a rank's that died early or the launcher's, stands on its second line.
+        before, self._undecided = self._undecided, ""
+        rank = self.RANK.match(line)
+        if rank:
+            self._first_rank = self._first_rank or rank[1]
+            wanted = rank[1] == self._first_rank
+        elif self._in_report or self.REPORT.search(line) or (before and self.LAUNCHER.match(line)):
+            # The launcher has nothing else to say from here on.
+            self._in_report, wanted = True, False
+        elif self.TRACEBACK.match(line):
+            self._undecided = line
+            return before
+        else:
+            return before + line
+        self._held_back = self._held_back or not wanted
+        return line if wanted else ""
+
+    def report(self, path: Path) -> None:
+        """Say where the whole of it is, if something was held back."""
+        if not self._held_back:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(self._everything))
+        except OSError:
+            self._shown.write("".join(self._everything))
+            return
+        self._shown.write(f"all that the ranks and the launcher wrote: {path}\n")
