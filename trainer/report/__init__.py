@@ -1,0 +1,13 @@
+"""What a run tells about itself: its folder, its metrics, the terminal, trackers.
+
+    folder      where the run's files go, and the record of what ran: config, plan, versions, git state
+    metrics     the lines of metrics.jsonl, key by key
+    terminal    a live bar, or single lines with a fixed form
+    trackers    Weights & Biases through its own client, others through Accelerate
+    measure     the clock of a step, peak memory
+    flops       FLOPs per token and MFU
+    reporter    all of these together, as the loop sees them
+
+Rank 0 alone writes. The other ranks take part where the largest value over all ranks is reported, and they learn of
+a problem on rank 0, so that all of them end.
+"""

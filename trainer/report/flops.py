@@ -1,0 +1,37 @@
+"""Model FLOPs utilisation: the share of the devices' peak that the model's own arithmetic takes.
+
+The convention is that of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): recomputed activations do not
+count, nor does it help that the upper half of the attention matrix is masked. Torch-free.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Of the whole model, tied ones once, however they are spread over ranks."""
+    # What DeepSpeed leaves of a partitioned parameter is empty; it keeps the true size beside. A DTensor knows it.
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def flops_per_token(config: PretrainedConfig, *, parameters: int, seq_len: int) -> float:
+    """FLOPs of forward and backward for one token: 6 N + 12 L H Q T.
+
+    N: parameters that take part in a matrix product, so without the input embedding (a table look-up), unless the
+    output layer uses the same table; L layers, H heads of size Q, T = seq_len. parameters: all of the model, tied ones
+    once. For dense decoders: of a mixture of experts it counts every expert.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    embedding = 0 if getattr(text, "tie_word_embeddings", False) else text.vocab_size * text.hidden_size
+    return 6.0 * (parameters - embedding) + 12.0 * text.num_hidden_layers * heads * head_dim * seq_len
+
+
+def mfu(tokens_per_second: float, *, flops_per_token: float, world_size: int, peak_flops: float) -> float:
+    """Between 0 and 1. tokens_per_second: of all ranks together. peak_flops: of one device, in FLOP/s."""
+    return tokens_per_second * flops_per_token / (world_size * peak_flops)

@@ -1,0 +1,133 @@
+"""The run folder: its name, and the record of what ran, written before the first step.
+
+    config.yaml     the resolved configuration; `configs.load.from_yaml` reads it back
+    plan.txt        the plan in words
+    versions.json   Python, packages, device and driver
+    git.json        commit and state of the project and of the working directory, where they are git checkouts;
+                    git-NAME.diff holds what was changed and not committed
+    argv.json       the command line
+
+The environment is not recorded: it holds keys. Torch-free at import, so that a launcher can name the folder before
+any rank starts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.errors import EnvironmentProblem
+from configs.load import to_yaml
+from configs.schema import Config
+from trainer.plan import Plan
+from trainer.report import provenance
+from trainer.report.trackers import check_installed
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.runtime import Runtime
+
+RUNS = Path("runs")
+RUN_FILES = ("config.yaml", "plan.txt", "argv.json", "versions.json", "git.json", "metrics.jsonl", "summary.json")
+"""What makes a folder the folder of a run; none of them is ever overwritten."""
+
+
+def run_label(config: Config) -> str:
+    """MODEL-LAYOUT-PRECISION, in letters, digits, dots, dashes and underscores."""
+    model = Path(config.model.path).name if config.model.path else config.model.preset
+    parts = (model, config.parallel.preset, config.precision.preset)
+    return "-".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII) or "_" for part in parts)
+
+
+def default_run_dir(config: Config, now: datetime) -> Path:
+    """runs/MODEL-LAYOUT-PRECISION/YYYYmmdd-HHMMSS, with -2, -3, ... where that folder exists already."""
+    parent, stamp = RUNS / run_label(config), now.strftime("%Y%m%d-%H%M%S")
+    names = (stamp if number == 1 else f"{stamp}-{number}" for number in count(1))
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+def claim_run_dir(config: Config, now: datetime) -> Path:
+    """Make the folder of a new run and return its absolute path: `train.run_dir`, or one with the default name.
+
+    Raises EnvironmentProblem when it holds a run already or cannot be written.
+    """
+    if config.train.run_dir is not None:
+        folder = Path(config.train.run_dir).expanduser().absolute()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        _refuse_taken(folder)
+        return folder
+    while True:
+        folder = default_run_dir(config, now).absolute()
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # another run took the same name since we looked
+                continue
+
+
+def open_run_folder(config: Config, plan: Plan, runtime: Runtime, *, argv: Sequence[str] = sys.argv) -> Path:
+    """Make the run folder and write the record of what runs. Returns its absolute path on every rank. A collective.
+
+    Raises EnvironmentProblem on every rank when the folder holds a run or cannot be written, or when the tracker is
+    not installed; nothing is overwritten.
+    """
+
+    folder = runtime.agree(lambda: str(_open(config, plan, runtime.device, argv)) if runtime.is_main else "")
+    return Path(runtime.broadcast(folder))
+
+
+def _open(config: Config, plan: Plan, device: torch.device, argv: Sequence[str]) -> Path:
+    check_installed(config.logging.tracker)
+    folder = claim_run_dir(config, datetime.now())
+    with writing(folder):
+        _write_new(folder / "config.yaml", to_yaml(config))
+        _write_new(folder / "plan.txt", plan.describe() + "\n")
+        _write_new(folder / "argv.json", _json(list(argv)))
+        _write_new(folder / "versions.json", _json(provenance.versions(device)))
+        _write_new(folder / "git.json", _json(provenance.git_state(folder)))
+    return folder
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into one line about `train.run_dir`."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"train.run_dir={folder}: cannot be written ({error.strerror or error}); choose a folder that can"
+        ) from None
+
+
+def _refuse_taken(folder: Path) -> None:
+    taken = [name for name in RUN_FILES if (folder / name).exists()]
+    if taken:
+        raise EnvironmentProblem(
+            f"train.run_dir={folder}: holds a run already ({taken[0]}); choose another folder,"
+            " or leave train.run_dir out"
+        )
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Mode x decides between two runs that were given the same folder at the same moment."""
+    try:
+        with open(path, "x") as file:
+            file.write(text)
+    except FileExistsError:
+        _refuse_taken(path.parent)
+        raise
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"

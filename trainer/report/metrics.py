@@ -1,0 +1,139 @@
+"""metrics.jsonl, key by key: one JSON object per line, each with a `kind`.
+
+    step          every `logging.every` steps, and the first and the last
+    validation    after each validation
+    summary       one, at the end; also saved as summary.json
+
+Every line of a kind has all of its keys. null: unknown here, or not a finite number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """A training line. Loss, gradient norm and learning rate are of this very step; times are means per step since
+    the line before, of the slowest rank."""
+
+    kind: ClassVar[str] = "step"
+
+    step: int
+    """Optimizer updates so far, this one included."""
+    loss: float
+    """Mean cross-entropy over the step's valid tokens, before the update."""
+    grad_norm: float | None
+    """Global L2 norm before clipping; null when the loss was not finite and there was no gradient."""
+    lr: float
+    tokens_per_second: float
+    """Of all ranks together, ignored labels included: what the hardware worked through."""
+    step_seconds: float
+    data_seconds: float
+    """Waiting for the next batch."""
+    forward_backward_seconds: float
+    optimizer_seconds: float
+    """Clipping and update."""
+    mfu: float | None
+    """Model FLOPs utilisation, 0 to 1. null: on the CPU, or a GPU whose peak is not known."""
+    peak_allocated_bytes: int | None
+    """torch.cuda.max_memory_allocated since the start, largest over ranks; null on the CPU."""
+    peak_reserved_bytes: int | None
+    """torch.cuda.max_memory_reserved, likewise: with the allocator's own waste."""
+    peak_host_bytes: int | None
+    """Peak resident set of a process, Python and libraries included, largest over ranks."""
+    loss_scale: float | None
+    """float16 only: the scale of this step's loss."""
+    skipped_steps: int
+    """Steps so far whose update was left out."""
+    tokens: int
+    """So far, all ranks, ignored labels included."""
+    valid_tokens: int
+    """So far, all ranks: those that took part in the loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationMetrics:
+    kind: ClassVar[str] = "validation"
+
+    step: int
+    """Optimizer updates before it; 0 is the untrained model."""
+    validation_loss: float
+    """Mean cross-entropy over the valid tokens of the validation samples."""
+    validation_perplexity: float
+    """exp(validation_loss)"""
+    tokens: int
+    """Trained on so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What the run came to."""
+
+    kind: ClassVar[str] = "summary"
+
+    steps: int
+    tokens: int
+    valid_tokens: int
+    skipped_steps: int
+    seconds: float
+    """From the start of the first step or validation to the end of the last."""
+    loss_first: float | None
+    """Training loss of the first step: of the model as it was at the start."""
+    loss_last: float | None
+    """Training loss of the last step."""
+    validation_loss_first: float | None
+    validation_loss_last: float | None
+    tokens_per_second: float | None
+    """From the median step, the first one (which allocates and compiles) left out."""
+    mfu: float | None
+    """At that speed."""
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
+    peak_host_bytes: int | None
+    run_dir: str
+    model_dir: str | None
+    """The finished model as a Hugging Face folder; null where none was exported."""
+
+
+Line = StepMetrics | ValidationMetrics | Summary
+
+
+def to_dict(line: Line) -> dict[str, object]:
+    """The line as JSON can hold it: JSON has no NaN and no infinity."""
+    return {"kind": line.kind, **{key: _finite(value) for key, value in asdict(line).items()}}
+
+
+def numbers(line: Line) -> Mapping[str, int | float]:
+    """What a tracker plots: the numbers of the line that are known, without the step, which is its own axis."""
+    values = asdict(line)
+    return {key: value for key, value in values.items() if isinstance(value, int | float) and key != "step"}
+
+
+def perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile:
+    """Appends whole lines, each in one write: a reader, or a run that is killed, never sees half a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "x", buffering=1)  # noqa: SIM115  closed by close()
+
+    def write(self, line: Line) -> None:
+        self._file.write(json.dumps(to_dict(line), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,263 @@
+"""The reporter: everything that the loop tells, to the terminal, metrics.jsonl and the tracker.
+
+    with Reporter(config, plan, runtime, folder, model=..., data=...) as reporter:
+        reporter.validation(0, loss)
+        for each step: reporter.step(step, result, lr, seconds)
+        reporter.exported(path)
+
+Entering shows the plan and opens the outputs; leaving writes the summary, unless the run broke off. Every rank calls
+it alike: the slowest rank's times and the fullest rank's memory are reported, which takes one small all-reduce on the
+steps that log. Rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import astuple, fields
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from configs.errors import CookbookError
+from configs.schema import Config
+from trainer.devices import find_gpu, known_gpu
+from trainer.plan import Plan
+from trainer.report.flops import count_parameters, flops_per_token, mfu
+from trainer.report.folder import run_label, writing
+from trainer.report.measure import PeakMemory, StepSeconds, peak_memory
+from trainer.report.metrics import (
+    Line,
+    MetricsFile,
+    StepMetrics,
+    Summary,
+    ValidationMetrics,
+    numbers,
+    perplexity,
+    to_dict,
+)
+from trainer.report.terminal import Terminal, open_terminal, render_summary
+from trainer.report.trackers import Tracker, start_tracker
+from trainer.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from trainer.loop import StepResult
+
+UNKNOWN = -1.0  # a number that a rank does not know, in a maximum over ranks
+
+
+class Reporter:
+    """folder: from `open_run_folder`. model: as the engine holds it. data: the data set in one line."""
+
+    def __init__(
+        self, config: Config, plan: Plan, runtime: Runtime, folder: Path, *, model: PreTrainedModel, data: str
+    ) -> None:
+        self._config, self._plan, self._runtime, self._folder = config, plan, runtime, folder
+        parameters = count_parameters(model)
+        self._flops_per_token = flops_per_token(model.config, parameters=parameters, seq_len=plan.batch.seq_len)
+        self._peak_flops = _peak_flops(config, plan, runtime.device)
+        self._head = (
+            plan.describe(),
+            f"data       {data}",
+            f"model      {type(model).__name__}, {parameters:,} parameters, {config.model.weights} weights",
+            f"run        {folder}",
+        )
+        self._terminal: Terminal | None = None
+        self._file: MetricsFile | None = None
+        self._tracker: Tracker | None = None
+        self._started = self._ended = time.perf_counter()
+        self._step_seconds: list[float] = []
+        self._unlogged: list[StepSeconds] = []
+        self._tokens = self._valid_tokens = self._skipped = 0
+        self._losses: tuple[float, float] | None = None
+        self._validation_losses: tuple[float, float] | None = None
+        self._exported: Path | None = None
+
+    def __enter__(self) -> Reporter:
+        """A collective. Raises EnvironmentProblem on every rank when an output cannot be opened."""
+        try:
+            self._runtime.agree(self._open if self._runtime.is_main else lambda: None)
+        except CookbookError:
+            self.close(failed=True)
+            raise
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """A collective when the run is through; no collective when it broke off, on one rank perhaps."""
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self.close(failed=error is not None)
+
+    def step(self, step: int, result: StepResult, lr: float, seconds: StepSeconds) -> None:
+        """A step is done. step: from 1. seconds: this rank's. A collective on the steps that log."""
+        report = result.report
+        self._step_seconds.append(seconds.step)
+        self._unlogged.append(seconds)
+        self._tokens += self._plan.batch.tokens
+        self._valid_tokens += result.valid_tokens
+        self._skipped += report is None or not report.updated
+        self._losses = (self._losses[0] if self._losses else result.loss, result.loss)
+        self._ended = time.perf_counter()
+        if self._terminal:
+            self._terminal.advance(step)
+        if step != 1 and step != self._plan.steps and step % self._config.logging.every:
+            return
+        slowest, memory = self._over_ranks()
+        self._unlogged.clear()
+        speed = self._plan.batch.tokens / slowest.step
+        self._write(
+            StepMetrics(
+                step=step,
+                loss=result.loss,
+                grad_norm=report.grad_norm if report else None,
+                lr=lr,
+                tokens_per_second=speed,
+                step_seconds=slowest.step,
+                data_seconds=slowest.data,
+                forward_backward_seconds=slowest.forward_backward,
+                optimizer_seconds=slowest.optimizer,
+                mfu=self._mfu(speed),
+                peak_allocated_bytes=memory.allocated_bytes,
+                peak_reserved_bytes=memory.reserved_bytes,
+                peak_host_bytes=memory.host_bytes,
+                loss_scale=report.loss_scale if report else None,
+                skipped_steps=self._skipped,
+                tokens=self._tokens,
+                valid_tokens=self._valid_tokens,
+            )
+        )
+
+    def validation(self, step: int, loss: float) -> None:
+        """step: updates before this validation; 0 for the untrained model. loss: the same on all ranks."""
+        self._validation_losses = (self._validation_losses[0] if self._validation_losses else loss, loss)
+        self._ended = time.perf_counter()
+        self._write(
+            ValidationMetrics(
+                step=step, validation_loss=loss, validation_perplexity=perplexity(loss), tokens=self._tokens
+            )
+        )
+
+    def exported(self, folder: Path) -> None:
+        """The finished model stands in `folder`; the summary will say so."""
+        self._exported = folder
+
+    def close(self, *, failed: bool) -> None:
+        """Give the terminal back and close the outputs; a second call does nothing. No collective."""
+        terminal, tracker, file = self._terminal, self._tracker, self._file
+        self._terminal = self._tracker = self._file = None
+        if terminal:
+            terminal.close()
+        if file:
+            file.close()
+        if tracker:
+            try:
+                tracker.finish(failed=failed)
+            except Exception as error:
+                self._give_up_tracker(error, terminal)
+
+    def _open(self) -> None:
+        self._terminal = open_terminal(self._config.logging.progress, self._plan.steps)
+        for line in self._head:
+            self._terminal.say(line)
+        with writing(self._folder):
+            self._file = MetricsFile(self._folder / "metrics.jsonl")
+        name = f"{run_label(self._config)}-{self._folder.name}"
+        self._tracker = start_tracker(self._config, self._plan, self._folder, run_name=name)
+        self._terminal.begin()
+
+    def _finish(self) -> None:
+        """Write and show the summary. A collective."""
+        _, memory = self._over_ranks()
+        # The first step allocates, compiles and fills caches.
+        typical = self._step_seconds[1:] or self._step_seconds
+        speed = self._plan.batch.tokens / statistics.median(typical) if typical else None
+        loss_first, loss_last = self._losses or (None, None)
+        validation_first, validation_last = self._validation_losses or (None, None)
+        summary = Summary(
+            steps=len(self._step_seconds),
+            tokens=self._tokens,
+            valid_tokens=self._valid_tokens,
+            skipped_steps=self._skipped,
+            seconds=self._ended - self._started,
+            loss_first=loss_first,
+            loss_last=loss_last,
+            validation_loss_first=validation_first,
+            validation_loss_last=validation_last,
+            tokens_per_second=speed,
+            mfu=self._mfu(speed) if speed is not None else None,
+            peak_allocated_bytes=memory.allocated_bytes,
+            peak_reserved_bytes=memory.reserved_bytes,
+            peak_host_bytes=memory.host_bytes,
+            run_dir=str(self._folder),
+            model_dir=str(self._exported) if self._exported else None,
+        )
+        self._write(summary)
+        terminal = self._terminal
+        self.close(failed=False)
+        if terminal:
+            with writing(self._folder), open(self._folder / "summary.json", "x") as file:
+                file.write(json.dumps(to_dict(summary), indent=2, allow_nan=False) + "\n")
+            terminal.say(render_summary(summary))
+
+    def _write(self, line: Line) -> None:
+        if self._file:
+            with writing(self._folder):
+                self._file.write(line)
+        if self._terminal and not isinstance(line, Summary):
+            self._terminal.show(line)
+        if self._tracker and not isinstance(line, Summary):
+            try:
+                self._tracker.log(numbers(line), line.step)
+            except Exception as error:
+                self._tracker = None
+                self._give_up_tracker(error, self._terminal)
+
+    def _give_up_tracker(self, error: Exception, terminal: Terminal | None) -> None:
+        """A server that goes away must not end a training run: metrics.jsonl has it all."""
+        if terminal:
+            reason = " ".join(str(error).split())
+            terminal.say(
+                f"logging.tracker={self._config.logging.tracker}: failed ({type(error).__name__}: {reason}) and is"
+                f" not used from here on; {self._folder / 'metrics.jsonl'} goes on"
+            )
+
+    def _over_ranks(self) -> tuple[StepSeconds, PeakMemory]:
+        """Mean times per step since the last line and peak memory, each the largest over ranks. A collective."""
+        steps = self._unlogged or [StepSeconds(step=0.0, data=0.0, forward_backward=0.0, optimizer=0.0)]
+        times = [statistics.fmean(parts) for parts in zip(*map(astuple, steps), strict=True)]
+        memory = [UNKNOWN if size is None else float(size) for size in astuple(peak_memory(self._runtime.device))]
+        largest = self._runtime.max(*times, *memory)
+        names = [field.name for field in fields(StepSeconds)], [field.name for field in fields(PeakMemory)]
+        sizes = [None if size == UNKNOWN else int(size) for size in largest[len(times) :]]
+        return (
+            StepSeconds(**dict(zip(names[0], largest, strict=False))),
+            PeakMemory(**dict(zip(names[1], sizes, strict=True))),
+        )
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self._peak_flops is None:
+            return None
+        return mfu(
+            tokens_per_second,
+            flops_per_token=self._flops_per_token,
+            world_size=self._plan.world_size,
+            peak_flops=self._peak_flops,
+        )
+
+
+def _peak_flops(config: Config, plan: Plan, device: torch.device) -> float | None:
+    """Of one device, for the dtype that the plan computes in; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    gpu = known_gpu(config.cluster.gpu) if config.cluster.gpu else find_gpu(torch.cuda.get_device_name(device))
+    return gpu.peak_flops(plan.param_dtype, tf32=config.precision.tf32) if gpu else None

@@ -1,0 +1,161 @@
+"""What a person sees: single lines with a fixed form, or a live bar where the output is a terminal.
+
+    step 12/200  loss 4.1234  grad_norm 1.23  lr 3.00e-04  12,345 tokens/s  332 ms/step  mfu 41.2%  memory 12.34 GiB
+
+Fields are parted by two spaces and keep their order; a field that is not known is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from configs import schema
+from trainer.report.metrics import StepMetrics, Summary, ValidationMetrics, perplexity
+
+GIB = 2**30
+MIB = 2**20
+
+
+class Terminal(Protocol):
+    def say(self, text: str) -> None:
+        """Lines that stay."""
+        ...
+
+    def begin(self) -> None:
+        """Before the first step."""
+        ...
+
+    def advance(self, step: int) -> None:
+        """A step is done."""
+        ...
+
+    def show(self, metrics: StepMetrics | ValidationMetrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_terminal(progress: schema.Progress, steps: int, *, console: Console | None = None) -> Terminal:
+    """The terminal for `logging.progress`. console: where to write; standard output by default."""
+    console = console or Console()
+    if progress is schema.Progress.auto:
+        progress = schema.Progress.bar if console.is_terminal else schema.Progress.lines
+    if progress is schema.Progress.bar:
+        return _Bar(console, steps)
+    return _Lines(console, steps, quiet=progress is schema.Progress.off)
+
+
+class _Lines:
+    def __init__(self, console: Console, steps: int, *, quiet: bool) -> None:
+        self._file, self._steps, self._quiet = console.file, steps, quiet
+
+    def say(self, text: str) -> None:
+        # Flushed: in a batch job's log a line is there when its step is done.
+        print(text, file=self._file, flush=True)
+
+    def begin(self) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def show(self, metrics: StepMetrics | ValidationMetrics) -> None:
+        if not self._quiet:
+            self.say(render(metrics, self._steps))
+
+    def close(self) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, console: Console, steps: int) -> None:
+        self._steps = steps
+        self._progress = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=steps)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self) -> None:
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def show(self, metrics: StepMetrics | ValidationMetrics) -> None:
+        if isinstance(metrics, StepMetrics):
+            self._progress.update(self._task, description="  ".join(_step_fields(metrics)))
+        else:
+            self.say(render(metrics, self._steps))
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def render(metrics: StepMetrics | ValidationMetrics, steps: int) -> str:
+    """One line of metrics. steps: of the whole run."""
+    fields = _step_fields(metrics) if isinstance(metrics, StepMetrics) else _validation_fields(metrics)
+    return "  ".join([f"step {metrics.step}/{steps}", *fields])
+
+
+def _step_fields(metrics: StepMetrics) -> Iterator[str]:
+    yield f"loss {metrics.loss:.4f}"
+    if metrics.grad_norm is not None:
+        yield f"grad_norm {metrics.grad_norm:.2f}"
+    yield f"lr {metrics.lr:.2e}"
+    yield f"{metrics.tokens_per_second:,.0f} tokens/s"
+    yield f"{metrics.step_seconds * 1000:.0f} ms/step"
+    if metrics.mfu is not None:
+        yield f"mfu {metrics.mfu:.1%}"
+    if metrics.peak_allocated_bytes is not None:
+        yield f"memory {size(metrics.peak_allocated_bytes)}"
+    if metrics.loss_scale is not None:
+        yield f"loss_scale {metrics.loss_scale:g}"
+    if metrics.skipped_steps:
+        yield f"skipped_steps {metrics.skipped_steps}"
+
+
+def _validation_fields(metrics: ValidationMetrics) -> Iterator[str]:
+    yield f"validation_loss {metrics.validation_loss:.4f}"
+    yield f"validation_perplexity {metrics.validation_perplexity:.2f}"
+
+
+def render_summary(summary: Summary) -> str:
+    """The last words of a run, in the form of the plan."""
+    skipped = f", {summary.skipped_steps} without an update" if summary.skipped_steps else ""
+    lines = [f"finished   {summary.steps} steps{skipped}, {summary.tokens:,} tokens in {summary.seconds:.1f} s"]
+    for name, first, last in (
+        ("training", summary.loss_first, summary.loss_last),
+        ("validation", summary.validation_loss_first, summary.validation_loss_last),
+    ):
+        if first is not None and last is not None:
+            before, after = perplexity(first), perplexity(last)
+            lines.append(f"{name:<11}loss {first:.4f} -> {last:.4f}, perplexity {before:.2f} -> {after:.2f}")
+    if summary.tokens_per_second is not None:
+        utilisation = f", mfu {summary.mfu:.1%}" if summary.mfu is not None else ""
+        lines.append(f"speed      {summary.tokens_per_second:,.0f} tokens/s in the median step{utilisation}")
+    if summary.peak_allocated_bytes is not None and summary.peak_reserved_bytes is not None:
+        lines.append(
+            f"memory     peak {size(summary.peak_allocated_bytes)} allocated,"
+            f" {size(summary.peak_reserved_bytes)} reserved on the fullest GPU"
+        )
+    elif summary.peak_host_bytes is not None:
+        lines.append(f"memory     peak {size(summary.peak_host_bytes)} in the largest process (resident set)")
+    if summary.model_dir is not None:
+        lines.append(f"model      {summary.model_dir}")
+    return "\n".join([*lines, f"run        {summary.run_dir}"])
+
+
+def size(value: int) -> str:
+    """Bytes in GiB, or in MiB below one."""
+    return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / MIB:.0f} MiB"

@@ -1,0 +1,200 @@
+"""Experiment trackers: Weights & Biases through its own client, every other one through Accelerate.
+
+A tracker sees the numbers of metrics.jsonl and the resolved configuration, on rank 0 only. Keys never pass through
+the configuration, which is written to the run folder: each client finds its own in its login file or environment.
+
+Torch-free at import; the clients are imported when one is started.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import yaml
+
+from configs.errors import EnvironmentProblem
+from configs.load import to_yaml
+from configs.schema import Config, Logging
+from trainer.plan import Plan
+
+Number = int | float
+
+NO_TRACKER = "none"
+# Name in Accelerate, which is also that of the module except for tensorboard -> package to install.
+TRACKERS = {
+    "aim": "aim",
+    "clearml": "clearml",
+    "comet_ml": "comet-ml",
+    "dvclive": "dvclive",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+SECRET = re.compile(r"(^|[._])(api_?key|token|secret|password)$", re.IGNORECASE)
+LAUNCHER_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+class Tracker(Protocol):
+    def log(self, values: Mapping[str, Number], step: int) -> None:
+        """Numbers of one line of metrics.jsonl. Steps never decrease."""
+        ...
+
+    def finish(self, *, failed: bool) -> None:
+        """Flush and close; `failed` marks the run as broken off where the tracker has such a mark."""
+        ...
+
+
+def check_tracker(logging: Logging) -> Iterator[str]:
+    """What is wrong with the tracker's name and options, one line each."""
+    if logging.tracker not in (NO_TRACKER, *TRACKERS):
+        yield f"logging.tracker={logging.tracker}: not a known tracker; use none, {', '.join(TRACKERS)}"
+    for option, _ in _flat(logging.options):
+        if SECRET.search(option):
+            # The value stays out of the message: messages are logged.
+            yield (
+                f"logging.options.{option}: a key does not belong in a configuration, which is saved with the run;"
+                " let the tracker find it in its own login file or environment variable"
+            )
+
+
+def check_installed(tracker: str) -> None:
+    """Raises EnvironmentProblem when the tracker's package is missing."""
+    if tracker != NO_TRACKER and find_spec(tracker) is None:
+        raise EnvironmentProblem(
+            f"logging.tracker={tracker}: its package is not installed; pip install {TRACKERS[tracker]},"
+            " or set logging.tracker=none"
+        )
+
+
+def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str) -> Tracker | None:
+    """The tracker that the configuration names, started; None for `none`. For rank 0.
+
+    Raises EnvironmentProblem when its client refuses to start.
+    """
+    name = config.logging.tracker
+    if name == NO_TRACKER:
+        return None
+    record = {**yaml.safe_load(to_yaml(config)), "plan": _plain(plan)}
+    try:
+        if name == "wandb":
+            return _Wandb(config.logging, folder, record, config.logging.run_name or run_name)
+        return _FromAccelerate(config.logging, folder, record, config.logging.run_name or run_name)
+    except Exception as error:  # each client has errors of its own
+        line = " ".join(str(error).split())
+        raise EnvironmentProblem(
+            f"logging.tracker={name}: does not start ({type(error).__name__}: {line}); mend logging.options or its"
+            " environment, or set logging.tracker=none"
+        ) from None
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON knows it, with the derived numbers people filter runs by."""
+    derived = {"world_size": plan.world_size, "global_batch_size": plan.batch.global_batch_size}
+    return {**json.loads(json.dumps(asdict(plan))), **derived}
+
+
+class _Wandb:
+    def __init__(self, logging: Logging, folder: Path, record: dict[str, Any], run_name: str) -> None:
+        import wandb
+
+        options: dict[str, Any] = {"project": logging.project, "name": run_name, "dir": str(folder), **logging.options}
+        if "mode" not in options and "WANDB_MODE" not in os.environ and not _wandb_login():
+            # Without it the client would ask for a key, and a job on a cluster would wait for an answer.
+            options["mode"] = "offline"
+        self.run = wandb.init(config=record, **options)
+
+    def log(self, values: Mapping[str, Number], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def finish(self, *, failed: bool) -> None:
+        self.run.finish(exit_code=1 if failed else 0)
+
+
+def _wandb_login() -> bool:
+    """Whether the client will find a key: in the environment, or for its server in the login file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import wandb
+
+    settings = wandb.setup().settings
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return settings.api_key is not None
+    return settings.api_key is not None or urlsplit(settings.base_url).hostname in logins.hosts
+
+
+class _FromAccelerate:
+    """One of `accelerate.tracking`, without an Accelerator."""
+
+    def __init__(self, logging: Logging, folder: Path, record: dict[str, Any], run_name: str) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        _lone_accelerate_state()
+        arguments = {**_arguments(logging, folder, run_name), **logging.options}
+        first = run_name if logging.tracker in ("aim", "tensorboard") else logging.project
+        self.tracker = LOGGER_TYPE_TO_CLASS[logging.tracker](first, **arguments)
+        self.tracker.start()
+        self.tracker.store_init_configuration(dict(_flat(record)))
+
+    def log(self, values: Mapping[str, Number], step: int) -> None:
+        self.tracker.log(dict(values), step=step)
+
+    def finish(self, *, failed: bool) -> None:
+        self.tracker.finish()
+
+
+def _arguments(logging: Logging, folder: Path, run_name: str) -> dict[str, Any]:
+    """How each client is told the run's name and, where it writes files, the run folder."""
+    return {
+        "aim": {"logging_dir": folder, "experiment": run_name},
+        "clearml": {"project_name": logging.project, "task_name": run_name},
+        "comet_ml": {},
+        "dvclive": {"dir": str(folder / "dvclive"), "save_dvc_exp": False},
+        "mlflow": {"run_name": run_name},
+        "swanlab": {"experiment_name": run_name, "logdir": str(folder / "swanlab")},
+        "tensorboard": {"logging_dir": folder},
+        "trackio": {"name": run_name},
+    }[logging.tracker]
+
+
+def _lone_accelerate_state() -> None:
+    """Accelerate's trackers ask its `PartialState` whether this is the main process. Tell it that we are alone.
+
+    Left to itself, the state would read the launcher's variables: in a CPU rank it changes torch's number of threads,
+    in a GPU rank it selects a device, and under `accelerate launch --use_deepspeed` it starts DeepSpeed.
+    """
+    from accelerate.state import PartialState
+
+    with _hidden(LAUNCHER_VARIABLES):
+        PartialState(cpu=True)
+
+
+@contextmanager
+def _hidden(names: tuple[str, ...]) -> Iterator[None]:
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | Number | bool]]:
+    """`a.b.c` and its value, as hyperparameter tables want them: numbers, text; lists as text; null left out."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value if isinstance(value, str | int | float | bool) else str(value)
