@@ -11,6 +11,7 @@ Reads the config and `weights`. Next: `parallelize`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -28,27 +29,38 @@ def build_hf_config(model: Model) -> PretrainedConfig:
 
     Raises ConfigError for an unknown architecture or field, DataError when the folder or hub id cannot be read.
     """
-    if model.path is not None:
-        try:
-            config = AutoConfig.from_pretrained(
-                model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise DataError(f"model.path={model.path}: {_first_line(error)}") from None
-        overrides = model.config
-    else:
-        fields = {**model.architecture, **model.config}
-        model_type = fields.pop("model_type")
-        try:
-            config = AutoConfig.for_model(model_type)
-        except ValueError as error:
-            raise ConfigError(f"model.config.model_type={model_type}: {_first_line(error)}") from None
-        overrides = fields
-    _check_fields(config, overrides)
+    plain, fields = _from_path(model, model.path) if model.path is not None else _from_preset(model)
+    overrides = {key: value for key, value in model.config.items() if key != "model_type"}
+    _check_fields(plain, overrides)
+    fields = {**fields, **overrides}
+    layers, kinds = fields.get("num_hidden_layers"), fields.get("layer_types")
+    if "num_hidden_layers" in overrides and "layer_types" not in overrides and kinds:
+        # A list with an entry per layer, stored by some architectures: the first layers keep theirs.
+        fields["layer_types"] = kinds[:layers]
     try:
-        return type(config)(**{**config.to_dict(), **overrides})
+        return type(plain)(**fields)
     except Exception as error:  # each architecture validates in its own way
-        raise ConfigError(f"model.config={overrides}: {_first_line(error)}") from None
+        raise ConfigError(f"model.config={overrides or fields}: {_one_line(error)}") from None
+
+
+def _from_path(model: Model, path: str) -> tuple[PretrainedConfig, dict[str, Any]]:
+    try:
+        options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        plain = AutoConfig.from_pretrained(path, **options)
+        return plain, PretrainedConfig.get_config_dict(path, **options)[0]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"model.path={path}: {_one_line(error)}") from None
+
+
+def _from_preset(model: Model) -> tuple[PretrainedConfig, dict[str, Any]]:
+    fields = {**model.architecture}
+    fields["model_type"] = model.config.get("model_type", fields.get("model_type"))
+    try:
+        plain = AutoConfig.for_model(fields["model_type"])
+    except ValueError as error:
+        raise ConfigError(f"model.config.model_type={fields['model_type']}: {_one_line(error)}") from None
+    _check_fields(plain, {key: value for key, value in model.architecture.items() if key != "model_type"})
+    return plain, fields
 
 
 def _check_fields(config: PretrainedConfig, overrides: dict[str, object]) -> None:
@@ -75,7 +87,7 @@ def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
                 config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=model.trust_remote_code
             )
     except (ValueError, ImportError, TypeError) as error:
-        raise ConfigError(f"model={model.preset}, model.attention={model.attention}: {_first_line(error)}") from None
+        raise ConfigError(f"model={model.preset}, model.attention={model.attention}: {_one_line(error)}") from None
     built.tie_weights()
     built.config.use_cache = False
     return built
@@ -183,6 +195,7 @@ def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
     module.get_submodule(owner)._parameters[leaf] = parameter
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
+def _one_line(error: Exception) -> str:
+    """An exception's text without its line breaks, cut where it turns into a listing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

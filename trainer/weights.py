@@ -59,16 +59,11 @@ class SavedWeights:
     """Parameters read from safetensors files, tensor by tensor through a memory map."""
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        """Raises DataError if a parameter of the model is missing in the files."""
+        """Raises DataError if the files cannot be read. Look at `missing` before the first `fill`."""
         self.folder = folder
         self.files = _tensor_files(folder)
         self.prefix = f"{model.base_model_prefix}."
-        missing = [name for name, _ in model.named_parameters() if self._stored_name(name) is None]
-        if missing:
-            raise DataError(
-                f"model.path={folder}: the files hold no tensor for {len(missing)} parameters of"
-                f" {type(model).__name__}, the first is {missing[0]}"
-            )
+        self.missing = [name for name, _ in model.named_parameters() if self._stored_name(name) is None]
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
         for key in keys:
@@ -117,10 +112,15 @@ def build_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Weight
             folder = Path(snapshot_download(choice.path, revision=choice.revision, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise DataError(f"model.path={choice.path}: {str(error).splitlines()[0]}") from None
-    try:
-        return SavedWeights(folder, model)
-    except DataError as problem:
-        log.warning("%s; loading the whole checkpoint through transformers in every process", problem)
+    saved = SavedWeights(folder, model)
+    if not saved.missing:
+        return saved
+    log.warning(
+        "model.path=%s: no safetensors file holds %s as it is named in the model; loading the whole checkpoint"
+        " through transformers in every process",
+        choice.path,
+        saved.missing[0],
+    )
     try:
         loaded = AutoModelForCausalLM.from_pretrained(choice.path, revision=choice.revision, config=model.config)
     except (OSError, ValueError, RuntimeError) as error:

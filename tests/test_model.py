@@ -1,0 +1,157 @@
+"""Building, filling and exporting models of every shape."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from configs.errors import ConfigError, DataError
+from configs.load import load_config
+from configs.schema import Config
+from trainer.data.tokenizer import build_byte_tokenizer
+from trainer.export import export_model
+from trainer.model import build_hf_config, build_model, decoder_layers, materialize, tied_names, units
+from trainer.weights import build_weights
+
+TINY = ["tiny", "tiny_gpt2", "tiny_qwen3"]
+CPU = torch.device("cpu")
+
+
+def build(*overrides: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    config = load_config(list(overrides))
+    model = build_model(config.model, build_hf_config(config.model))
+    materialize(model, build_weights(config.model, model, seed=seed), device=CPU, dtype=dtype)
+    return model.eval()
+
+
+def config_of(*overrides: str) -> Config:
+    return load_config(list(overrides))
+
+
+def test_a_large_model_is_built_without_memory() -> None:
+    config = config_of("model=llama3_1_70b").model
+    model = build_model(config, build_hf_config(config))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 70_553_706_496
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_units_hold_every_parameter_once(name: str) -> None:
+    config = config_of(f"model={name}").model
+    model = build_model(config, build_hf_config(config))
+    named = [f"{unit}.{key}" for unit, module in units(model) for key, _ in module.named_parameters()]
+    expected = [key for key, _ in model.named_parameters(remove_duplicate=False)]
+    assert sorted(named) == sorted(expected)
+    assert len(decoder_layers(model)) == 4
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_random_weights_follow_the_models_own_recipe(name: str) -> None:
+    model = build(f"model={name}")
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(model.config)
+    for (key, ours), other in zip(model.named_parameters(), theirs.parameters(), strict=True):
+        assert ours.std().item() == pytest.approx(other.std().item(), rel=0.2, abs=1e-6), key
+        assert ours.mean().item() == pytest.approx(other.mean().item(), abs=5e-3), key
+
+
+def test_random_weights_do_not_depend_on_order_dtype_or_what_else_is_filled() -> None:
+    whole = build("model=tiny_gpt2")
+    config = config_of("model=tiny_gpt2").model
+    other = build_model(config, build_hf_config(config))
+    weights = build_weights(config, other, seed=0)
+    torch.manual_seed(123)
+    for name, unit in reversed(list(units(other))):
+        keys = [key for key, p in unit.named_parameters() if p.is_meta and f"{name}.{key}" not in tied_names(other)]
+        if name.endswith("h.2") and keys:
+            unit.to_empty(device=CPU)
+            with torch.no_grad():
+                weights.fill(name, unit, keys)
+            for key in keys:
+                assert torch.equal(unit.get_parameter(key), whole.get_submodule(name).get_parameter(key)), key
+            break
+    else:
+        pytest.fail("no such unit")
+    half = build("model=tiny_gpt2", dtype=torch.bfloat16)
+    for ours, theirs in zip(half.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
+    assert not torch.equal(build("model=tiny_gpt2", seed=1).lm_head.weight, whole.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_qwen3"])
+def test_tied_weights_stay_one_tensor(name: str) -> None:
+    model = build(f"model={name}")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("shard_bytes", [10**9, 10**6])
+def test_an_exported_folder_loads_with_the_same_loss(name: str, shard_bytes: int, tmp_path: Path) -> None:
+    model, tokenizer = build(f"model={name}"), build_byte_tokenizer()
+    target = tmp_path / "model"
+    export_model(model.named_parameters(), model, tokenizer, target, dtype=torch.float32, shard_bytes=shard_bytes)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    loaded = AutoModelForCausalLM.from_pretrained(target).eval()
+    again = AutoTokenizer.from_pretrained(target)
+    ids = torch.tensor([again("def main() -> None:")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, labels=ids).loss, model(ids, labels=ids).loss)
+    ours = build(f"model.path={target}", "model.weights=pretrained", seed=99)
+    for (key, left), right in zip(ours.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(left, right), key
+
+
+def test_names_without_the_base_prefix_are_found(tmp_path: Path) -> None:
+    """GPT-2 on the hub was saved from the bare model: `wte.weight`, not `transformer.wte.weight`."""
+    model = build("model=tiny_gpt2")
+    model.transformer.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    ours = build(f"model.path={tmp_path}", "model.weights=pretrained", seed=99)
+    assert torch.equal(ours.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_files_that_transformers_alone_can_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = build("model=tiny")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    model.config.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        ours = build(f"model.path={tmp_path}", "model.weights=pretrained", seed=99)
+    assert "loading the whole checkpoint" in caplog.text
+    assert torch.equal(ours.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["model.config.num_hiden_layers=2"], "model.config.num_hiden_layers=2: LlamaConfig has no such field"),
+        (["model.config.model_type=lama"], "model.config.model_type=lama: "),
+        (["model.config.num_attention_heads=3"], "model.config="),
+        (["model.attention=flash_attention_2"], "model.attention=flash_attention_2"),
+    ],
+)
+def test_a_config_no_model_can_have(overrides: list[str], text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(*overrides)
+    assert str(error.value).startswith(text) or text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_broken_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model\.path=.*nowhere"):
+        build(f"model.path={tmp_path}/nowhere")
+    model = build("model=tiny")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0 this is no json")
+    with pytest.raises(DataError, match="safetensors cannot be read"):
+        build(f"model.path={tmp_path}", "model.weights=pretrained")
+
+
+def test_sizes_that_do_not_fit_the_files(tmp_path: Path) -> None:
+    build("model=tiny").save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="has shape"):
+        build(f"model.path={tmp_path}", "model.weights=pretrained", "model.config.intermediate_size=64")
