@@ -2,6 +2,9 @@
 
 Sample number p of the run is the same tokens under every layout and world size. Step s reads the positions
 [s * global_batch_size, (s + 1) * global_batch_size); a data-parallel rank takes its share of them.
+
+Here stands what the rest of the trainer needs to know. `build_data` is in `trainer.data.build`, so that the
+contract can be imported without the libraries that read and tokenise.
 """
 
 from __future__ import annotations
@@ -29,6 +32,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
 
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory, from which a GPU copies while it computes. Called by the loader."""
+        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory())
+
     def valid_tokens(self) -> int:
         return int((self.labels != IGNORED).sum())
 
@@ -36,7 +43,10 @@ class Batch:
 class DataSet(Protocol):
     """The data of one run as one data-parallel rank sees it, on the CPU."""
 
-    tokenizer: PreTrainedTokenizerBase
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What turned the text into tokens; saved with the exported model."""
+        ...
 
     def steps(self, first_step: int = 0) -> Iterator[list[Batch]]:
         """For each step from `first_step` on: this rank's `gradient_accumulation_steps` micro-batches. Endless."""

@@ -1,0 +1,230 @@
+"""From configuration to data: which source, which tokenizer, which samples for this rank.
+
+Read next: `documents` (files to text), `tokenizer` (text to ids), `cache` (ids to disk), `samples` (ids to
+windows), `positions` (which window when, on which rank), `loader` (windows to the loop); `stream` goes from a
+hub's data set to windows in one pass.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING
+
+from configs.errors import DataError
+from configs.schema import Config, DataSource
+from trainer.data import DataSet
+from trainer.data.agreement import Agreement
+from trainer.data.cache import Corpus, TokenisedText, load_tokens
+from trainer.data.documents import builtin_files, content_hash, find_files
+from trainer.data.loader import OrderedSamples, RankData, build_loader
+from trainer.data.positions import Order, Share, key_of
+from trainer.data.samples import PackedSamples, SyntheticSamples, TokenArray
+from trainer.data.stream import Held, StreamedBatches, TextStream, hold_out, open_stream, take
+from trainer.data.tokenizer import Encoder, build_encoder
+from trainer.plan import Plan
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+
+def build_data(config: Config, plan: Plan, *, data_rank: int, vocab_size: int, local_rank: int = 0) -> DataSet:
+    """The data of one rank. A collective where there is a process group.
+
+    data_rank: index among `plan.data_parallel_size`; ranks that hold parts of one replica share it. vocab_size: of
+    the model. local_rank 0 goes first on each machine, so that text is tokenised and downloaded once.
+    Raises DataError, on all ranks alike, for input that cannot be used.
+    """
+    data: RankData | None = None
+    share = Share(batch=plan.batch, data_rank=data_rank)
+    with Agreement() as ranks:
+        with ranks.together():
+            if local_rank == 0:
+                data = _build(config, plan, share, vocab_size)
+        with ranks.together():
+            data = data or _build(config, plan, share, vocab_size)
+        assert data is not None
+        ranks.check_equal(data.fingerprint)
+    return data
+
+
+def _build(config: Config, plan: Plan, share: Share, vocab_size: int) -> RankData:
+    synthetic = config.data.source is DataSource.synthetic
+    encoder = build_encoder(config, vocab_size=None if synthetic else vocab_size)
+    if synthetic:
+        return _synthetic(config, plan, share, encoder, vocab_size)
+    if config.data.source is DataSource.hub:
+        return _hub(config, plan, share, encoder)
+    return _files(config, plan, share, encoder)
+
+
+def _files(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData:
+    """`builtin` and `files`: tokens in the cache, windows in a shuffled order."""
+    data = config.data
+    corpus = _corpus(config)
+    text = load_tokens(corpus, encoder, cache_dir=data.cache_dir)
+    seq_len = plan.batch.seq_len
+    training = PackedSamples(tokens=text.training, seq_len=seq_len, padding=encoder.end)
+    validation = PackedSamples(tokens=text.validation, seq_len=seq_len, padding=encoder.end)
+    _check_enough(config, text)
+    order = Order(count=training.count, seed=config.train.seed, shuffle=data.shuffle)
+    epochs = plan.steps * plan.batch.global_batch_size / training.count
+    return RankData(
+        tokenizer=encoder.tokenizer,
+        micro_batches=lambda first_step: build_loader(
+            OrderedSamples(samples=training, order=order),
+            sampler=share.micro_batches(first_step),
+            num_workers=data.num_workers,
+            pin_memory=plan.device == "cuda",
+        ),
+        validation_samples=validation,
+        eval_samples=config.train.eval_samples,
+        share=share,
+        fingerprint=text.counts.digest,
+        text=(
+            f"{_source(config)}: {len(corpus.training) + len(corpus.validation)} file(s),"
+            f" {text.counts.documents:,} document(s)"
+            f"{f' ({text.counts.skipped:,} empty ones passed over)' if text.counts.skipped else ''},"
+            f" {text.training.count:,} tokens in {training.count:,} samples"
+            f" ({epochs:.2g} epochs in {plan.steps} steps); validation {text.validation.count:,} tokens in"
+            f" {validation.count:,} samples; {_tokenizer(encoder)}"
+        ),
+    )
+
+
+def _corpus(config: Config) -> Corpus:
+    data = config.data
+    if data.source is DataSource.builtin:
+        return Corpus(
+            training=tuple(builtin_files()), validation=(), text_key=data.text_key, fraction=data.validation_fraction
+        )
+    training = find_files(data.paths, key="data.paths")
+    validation = find_files(data.validation_paths, key="data.validation_paths")
+    # A file to validate on is never trained on, also where a folder or a pattern names it a second time.
+    training = [path for path in training if path not in set(validation)]
+    if not training:
+        raise DataError(
+            f"data.paths={data.paths}: names no file that data.validation_paths does not; nothing is left to train on"
+        )
+    return Corpus(
+        training=tuple(training),
+        validation=tuple(validation),
+        text_key=data.text_key,
+        fraction=data.validation_fraction,
+    )
+
+
+def _check_enough(config: Config, text: TokenisedText) -> None:
+    data, tokens = config.data, text.training.count
+    where = "data.source=builtin" if data.source is DataSource.builtin else f"data.paths={data.paths}"
+    if tokens + text.validation.count == 0:
+        raise DataError(
+            f"{where}: every file is empty ({text.counts.skipped} of them or of their rows); give files that hold text"
+        )
+    if tokens <= data.seq_len:
+        raise DataError(
+            f"{where}: {tokens} tokens to train on do not fill one sample of data.seq_len={data.seq_len} + 1;"
+            f" give more text, or set data.seq_len={max(2, tokens - 1)} or less"
+        )
+    if config.train.eval_samples and text.validation.count < 2:
+        raise DataError(
+            f"{where}: no text is left for validation (data.validation_fraction={data.validation_fraction} of"
+            f" {text.counts.documents} document(s), {tokens} tokens); give more text or data.validation_paths, or set"
+            " train.eval_samples=0"
+        )
+
+
+def _hub(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData:
+    """`hub`: windows cut from the stream as it arrives; the validation text is taken from it beforehand."""
+    data, seq_len = config.data, plan.batch.seq_len
+    rows = open_stream(data, split=data.split)
+    first = next(TextStream(rows=rows, data=data, split=data.split).texts(), None)
+    if first is None:
+        raise DataError(
+            f"data.name={data.name}: split {data.split} holds no text in {data.text_key}; choose another split"
+        )
+    held = _validation_of_stream(config, rows, encoder, tokens=config.train.eval_samples * seq_len + 1)
+    shuffled = rows.shuffle(seed=config.train.seed, buffer_size=data.shuffle_buffer) if data.shuffle else rows
+    stream = TextStream(rows=shuffled, data=data, split=data.split)
+    validation = PackedSamples(tokens=TokenArray(tokens=held.tokens), seq_len=seq_len, padding=encoder.end)
+    return RankData(
+        tokenizer=encoder.tokenizer,
+        micro_batches=lambda first_step: build_loader(
+            StreamedBatches(
+                stream=stream, encoder=encoder, share=share, threshold=held.threshold, first_step=first_step
+            ),
+            sampler=None,
+            # A second process would read and tokenise the same stream once more, and help nothing.
+            num_workers=min(1, data.num_workers),
+            pin_memory=plan.device == "cuda",
+        ),
+        validation_samples=validation,
+        eval_samples=config.train.eval_samples,
+        share=share,
+        fingerprint=f"{content_hash(first)} {content_hash(str(held.tokens.tolist()))}",
+        text=(
+            f"hub: {data.name}{f'/{data.subset}' if data.subset else ''}, split {data.split}, streamed; the run reads"
+            f" {plan.batch.tokens * plan.steps:,} tokens; validation {len(held.tokens):,} tokens in"
+            f" {validation.count:,} samples from {data.validation_split or 'held-out documents'}; {_tokenizer(encoder)}"
+        ),
+    )
+
+
+def _validation_of_stream(config: Config, rows: IterableDataset, encoder: Encoder, *, tokens: int) -> Held:
+    """`tokens` of validation text, from a split of its own or held out of the one that is trained on."""
+    data, wanted = config.data, config.train.eval_samples
+    if data.validation_split is not None:
+        split = data.validation_split
+        texts = TextStream(rows=open_stream(data, split=split), data=data, split=split).texts()
+        held = Held(tokens=take(texts, encoder, tokens=tokens if wanted else 0), threshold=0)
+    else:
+        split = data.split
+        stream = TextStream(rows=rows, data=data, split=split)
+        held = hold_out(stream, encoder, fraction=data.validation_fraction, tokens=tokens if wanted else 0)
+    if wanted and len(held.tokens) < 2:
+        raise DataError(
+            f"data.name={data.name}: split {split} gave no text for validation (data.validation_fraction="
+            f"{data.validation_fraction}); set data.validation_split, or train.eval_samples=0"
+        )
+    return held
+
+
+def _synthetic(config: Config, plan: Plan, share: Share, encoder: Encoder, vocab_size: int) -> RankData:
+    """`synthetic`: no text at all; the tokenizer is there to be exported with the model."""
+    data, seed = config.data, config.train.seed
+
+    def samples(purpose: int, count: int | None) -> SyntheticSamples:
+        return SyntheticSamples(
+            seed=key_of(seed, purpose),
+            seq_len=plan.batch.seq_len,
+            vocab_size=vocab_size,
+            ignore_fraction=data.ignore_fraction,
+            count=count,
+        )
+
+    return RankData(
+        tokenizer=encoder.tokenizer,
+        micro_batches=lambda first_step: build_loader(
+            OrderedSamples(samples=samples(0, None), order=None),
+            sampler=share.micro_batches(first_step),
+            num_workers=data.num_workers,
+            pin_memory=plan.device == "cuda",
+        ),
+        validation_samples=samples(1, None),
+        eval_samples=config.train.eval_samples,
+        share=share,
+        fingerprint="synthetic",
+        text=(
+            f"synthetic: made on the fly, {vocab_size:,} token ids,"
+            f" up to {data.ignore_fraction:.0%} of a sample's labels ignored"
+        ),
+    )
+
+
+def _source(config: Config) -> str:
+    if config.data.source is DataSource.builtin:
+        return f"builtin: the source text of Python {platform.python_version()}"
+    return f"files: {', '.join(config.data.paths)}"
+
+
+def _tokenizer(encoder: Encoder) -> str:
+    return f"tokenizer {encoder.name} ({encoder.vocabulary:,} tokens)"

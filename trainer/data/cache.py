@@ -1,0 +1,271 @@
+"""Text is tokenised once, into files that every later run and every rank of the machine maps into memory.
+
+    CACHE_DIR/KEY/train.bin         token ids, uint16 where they fit, else uint32
+    CACHE_DIR/KEY/validation.bin    those of the pieces that are held out
+    CACHE_DIR/KEY/meta.json         their numbers; its presence says that the entry is whole
+
+KEY is a hash of all that decides the content: paths, sizes and modification times of the files, tokenizer, text
+field, held-out fraction. An entry is written under another name and renamed when it is complete, and a file lock
+lets one process of a machine build while others wait: whatever is killed, a half-written entry is never read,
+and a lock dies with its process.
+
+Which text is held out is decided by a hash of the text itself, piece by piece. So copies of a text fall on the
+same side, and text that is added later moves nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, Self, TypeVar
+
+import filelock
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import DataError
+from trainer.data.documents import content_hash, read_pieces
+from trainer.data.samples import TokenFile
+from trainer.data.tokenizer import Encoder, first_line
+
+FORMAT = 1
+BULK_CHARACTERS = 2**20
+PROGRESS_SECONDS = 30
+META = "meta.json"
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """Files to train on and to validate on. validation: empty if `fraction` of the text is held out instead."""
+
+    training: tuple[Path, ...]
+    validation: tuple[Path, ...]
+    text_key: str
+    fraction: float
+
+    def key(self, encoder: Encoder) -> str:
+        """Changes with everything that could change a token."""
+        identity = {
+            "format": FORMAT,
+            "training": [_identity(path) for path in self.training],
+            "validation": [_identity(path) for path in self.validation],
+            "text_key": self.text_key,
+            "fraction": self.fraction,
+            "tokenizer": encoder.fingerprint,
+            "end": encoder.end,
+        }
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What meta.json holds. lowest, highest: of all content hashes. digest: of all tokens."""
+
+    dtype: str
+    documents: int
+    skipped: int
+    training_tokens: int
+    validation_tokens: int
+    lowest: int
+    highest: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenisedText:
+    counts: Counts
+    training: TokenFile
+    validation: TokenFile
+
+
+class _Origin(NamedTuple):
+    """Where a piece of text comes from: a validation file or not; the end of a document or not."""
+
+    for_validation: bool
+    ends_document: bool
+
+
+def load_tokens(corpus: Corpus, encoder: Encoder, *, cache_dir: str) -> TokenisedText:
+    """The corpus as tokens: from the cache, or tokenised now if no process has done it before.
+
+    Raises DataError for text that cannot be read, and for a cache folder that cannot be written.
+    """
+    folder = Path(cache_dir).expanduser() / corpus.key(encoder)
+    try:
+        if not (folder / META).exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(folder.with_suffix(".lock"))
+            with lock:
+                if not (folder / META).exists():
+                    _build(corpus, encoder, folder)
+        return _open(folder)
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir={cache_dir}: cannot keep the tokenised text there ({error.strerror or first_line(error)});"
+            " choose a folder on a disk with space that you can write"
+        ) from None
+
+
+def _open(folder: Path) -> TokenisedText:
+    counts = Counts(**json.loads((folder / META).read_text()))
+    training, validation = folder / "train.bin", folder / "validation.bin"
+    sizes = {training: counts.training_tokens, validation: counts.validation_tokens}
+    for path, tokens in sizes.items():
+        expected = tokens * np.dtype(counts.dtype).itemsize
+        if not path.exists() or path.stat().st_size != expected:
+            raise DataError(f"data.cache_dir: {path} is damaged, it should hold {expected} bytes; delete {folder}")
+    return TokenisedText(
+        counts=counts,
+        training=TokenFile(path=str(training), dtype=counts.dtype, count=counts.training_tokens),
+        validation=TokenFile(path=str(validation), dtype=counts.dtype, count=counts.validation_tokens),
+    )
+
+
+def _build(corpus: Corpus, encoder: Encoder, folder: Path) -> None:
+    """Tokenise into a folder of this machine, then give it its name."""
+    partial = folder.with_suffix(f".{socket.gethostname()}.partial")
+    # We hold the lock, so a folder that stands there was left by a builder that was killed.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        threshold = 0 if corpus.validation else int(corpus.fraction * 2**64)
+        counts = _tokenise(corpus, encoder, partial, threshold)
+        if threshold and (better := both_sides(threshold, counts.lowest, counts.highest)) != threshold:
+            counts = _tokenise(corpus, encoder, partial, better)
+        (partial / META).write_text(json.dumps(asdict(counts)))
+        try:
+            partial.rename(folder)
+        except OSError:
+            # On a file system without locks, another machine was faster; its entry is as good as ours.
+            if not (folder / META).exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def both_sides(threshold: int, lowest: int, highest: int) -> int:
+    """Text whose hash is below `threshold` is held out. Of two different pieces one is, and one is not."""
+    return min(max(threshold, lowest + 1), highest)
+
+
+def _tokenise(corpus: Corpus, encoder: Encoder, folder: Path, threshold: int) -> Counts:
+    """Write both token files. threshold: text with a content hash below it is held out."""
+    dtype = "uint16" if encoder.vocabulary <= 2**16 else "uint32"
+    documents, skipped, lowest, highest = 0, 0, 2**64, -1
+    with (
+        _Row(folder / "train.bin", dtype, encoder.end) as training,
+        _Row(folder / "validation.bin", dtype, encoder.end) as validation,
+    ):
+        for origin, text, ids in encode_in_bulk(_pieces(corpus), encoder):
+            if not text:
+                skipped += 1
+                continue
+            digest = content_hash(text)
+            lowest, highest = min(lowest, digest), max(highest, digest)
+            held_out = origin.for_validation or digest < threshold
+            row, other = (validation, training) if held_out else (training, validation)
+            # A text file goes on on the other side of the split: what it left here ends here.
+            other.end_document()
+            row.add(ids)
+            if origin.ends_document:
+                row.end_document()
+                documents += 1
+    return Counts(
+        dtype=dtype,
+        documents=documents,
+        skipped=skipped,
+        training_tokens=training.tokens,
+        validation_tokens=validation.tokens,
+        lowest=lowest,
+        highest=highest,
+        digest=hashlib.sha256((training.digest() + validation.digest()).encode()).hexdigest(),
+    )
+
+
+def _pieces(corpus: Corpus) -> Iterator[tuple[_Origin, str]]:
+    """All text of the corpus in pieces. Says now and then how far it is."""
+    files = [(False, path) for path in corpus.training] + [(True, path) for path in corpus.validation]
+    total = sum(path.stat().st_size for _, path in files)
+    log.info("tokenising %d file(s), %.1f MiB; later runs find the tokens in the cache", len(files), total / 2**20)
+    done, said = 0, time.monotonic()
+    for number, (for_validation, path) in enumerate(files):
+        if time.monotonic() - said > PROGRESS_SECONDS:
+            said = time.monotonic()
+            log.info("tokenised %d of %d file(s), %.0f %% of the bytes", number, len(files), 100 * done / total)
+        for piece in read_pieces(path, text_key=corpus.text_key):
+            yield _Origin(for_validation, piece.last), piece.text
+        done += path.stat().st_size
+
+
+class _Row:
+    """A file that tokens are appended to, with EOS after each document."""
+
+    def __init__(self, path: Path, dtype: str, end: int) -> None:
+        self._file = path.open("wb")
+        self._dtype = np.dtype(dtype)
+        self._end = np.array([end], np.int64)
+        self._hash = hashlib.sha256()
+        self._open_document = False
+        self.tokens = 0
+
+    def add(self, ids: NDArray[np.int64]) -> None:
+        data = ids.astype(self._dtype).tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self._open_document = True
+        self.tokens += len(ids)
+
+    def end_document(self) -> None:
+        if self._open_document:
+            self.add(self._end)
+            self._open_document = False
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.flush()
+        # The rename that commits the entry must not reach the disk before the tokens do.
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def encode_in_bulk(
+    texts: Iterable[tuple[T, str]], encoder: Encoder, *, characters: int = BULK_CHARACTERS
+) -> Iterator[tuple[T, str, NDArray[np.int64]]]:
+    """Each text with its token ids, in order. Many texts at once keep the tokenizer's threads busy."""
+    bulk: list[tuple[T, str]] = []
+    waiting = 0
+    for tag, text in texts:
+        bulk.append((tag, text))
+        waiting += len(text)
+        if waiting >= characters:
+            yield from _encode(bulk, encoder)
+            bulk, waiting = [], 0
+    yield from _encode(bulk, encoder)
+
+
+def _encode(bulk: list[tuple[T, str]], encoder: Encoder) -> Iterator[tuple[T, str, NDArray[np.int64]]]:
+    if bulk:
+        for (tag, text), ids in zip(bulk, encoder.encode([text for _, text in bulk]), strict=True):
+            yield tag, text, ids

@@ -1,0 +1,230 @@
+"""Files in, documents out: which files a configuration names, and the text that stands in them.
+
+    .txt .md     one document per file
+    .jsonl       one document per line, in the field `data.text_key`
+    .parquet     one document per row, in the column `data.text_key`
+
+A document comes in pieces. A text file of any size is read in pieces of about 16 KiB that end at a line's end:
+memory stays small, and a single big file can still be divided into training and validation text. Empty files,
+and rows whose text is empty or null, are passed over and counted; a folder of scraped text often has some.
+Everything else that is not clean text stops the run with the place where it stands.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import json
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.errors import DataError
+from trainer.data.tokenizer import first_line
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+PIECE_BYTES = 16 * 2**10
+BUILTIN_BYTES = 8 * 2**20
+# Of the standard library: tables and test cases, which are not prose or program, and what is not part of it.
+NOT_BUILTIN = {
+    "__pycache__",
+    "dist-packages",
+    "distutils",
+    "encodings",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
+
+
+class Piece(NamedTuple):
+    """last: the document ends with this piece."""
+
+    text: str
+    last: bool
+
+
+def content_hash(text: str) -> int:
+    """64 bits that stand for the text on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def builtin_files() -> list[Path]:
+    """The running Python's own library as source files, in the order of their names, 8 MiB at the most."""
+    root = Path(sysconfig.get_path("stdlib"))
+    chosen, total = [], 0
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if NOT_BUILTIN & set(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
+            continue
+        total += path.stat().st_size
+        if total > BUILTIN_BYTES:
+            break
+        chosen.append(path)
+    if not chosen:
+        raise DataError(f"data.source=builtin: this Python keeps no source text in {root}; use data=files")
+    return chosen
+
+
+def find_files(entries: Iterable[str], *, key: str) -> list[Path]:
+    """The files that paths, folders (searched recursively) and glob patterns name, each once.
+
+    Folders and patterns pass over other suffixes and hidden files; a file that is named itself must be supported.
+    Raises DataError with every entry that yields nothing. key: where the entries stand in the configuration.
+    """
+    found: dict[Path, None] = {}
+    problems = []
+    for entry in entries:
+        path = Path(entry).expanduser()
+        if path.is_file():
+            matches = [path]
+        elif path.is_dir():
+            matches = _inside(path)
+        else:
+            matches = [
+                file
+                for match in sorted(glob.glob(str(path), recursive=True))
+                for file in (_inside(Path(match)) if Path(match).is_dir() else [Path(match)])
+            ]
+        usable = [match for match in matches if match.suffix.lower() in SUFFIXES]
+        if not usable:
+            problems.append(f"{key}={entry}: {_why_nothing(path, matches)}")
+        found.update(dict.fromkeys(match.resolve() for match in usable))
+    if problems:
+        raise DataError(*problems)
+    return list(found)
+
+
+def _inside(folder: Path) -> list[Path]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _why_nothing(path: Path, matches: list[Path]) -> str:
+    supported = f"supported are {', '.join(SUFFIXES)}"
+    if path.is_file():
+        return f"is a {path.suffix or 'file without suffix'}; {supported}"
+    if matches:
+        suffixes = Counter(match.suffix or "no suffix" for match in matches)
+        return f"holds only {', '.join(f'{n} x {suffix}' for suffix, n in suffixes.most_common(5))}; {supported}"
+    if path.is_dir():
+        return f"the folder holds no files; {supported}"
+    return f"no such file or folder, and no pattern that matches one (relative to {Path.cwd()}); {supported}"
+
+
+def read_pieces(path: Path, *, text_key: str) -> Iterator[Piece]:
+    """The text of one file. Raises DataError with file and line, row or byte where it is not what it should be."""
+    try:
+        if path.suffix.lower() == ".jsonl":
+            yield from _read_jsonl(path, text_key)
+        elif path.suffix.lower() == ".parquet":
+            yield from _read_parquet(path, text_key)
+        else:
+            yield from _read_text(path)
+    except OSError as error:
+        raise DataError(f"data.paths: {path} cannot be read ({error.strerror or first_line(error)})") from None
+
+
+def _read_text(path: Path) -> Iterator[Piece]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        block, offset = _read_block(file), 0
+        if not block:
+            yield Piece("", last=True)
+        while block:
+            following = _read_block(file)
+            undecoded = len(decoder.getstate()[0])
+            if (zero := block.find(b"\0")) >= 0:
+                raise DataError(_not_text(path, f"NUL at byte {offset + zero}"))
+            try:
+                text = decoder.decode(block, final=not following)
+            except UnicodeDecodeError as error:
+                bad = error.object[error.start]
+                raise DataError(_not_text(path, f"0x{bad:02x} at byte {offset - undecoded + error.start}")) from None
+            yield Piece(text, not following)
+            offset, block = offset + len(block), following
+
+
+def _read_block(file: Any) -> bytes:
+    """Up to the end of the line that PIECE_BYTES fall into, or twice as many bytes of a line without end."""
+    return file.read(PIECE_BYTES) + file.readline(PIECE_BYTES)
+
+
+def _not_text(path: Path, what: str) -> str:
+    return f"data.paths: {path} is not UTF-8 text ({what}); convert it to UTF-8, or leave it out"
+
+
+def _read_jsonl(path: Path, text_key: str) -> Iterator[Piece]:
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            start, end = end, end + len(line)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                place = f"0x{line[error.start]:02x} at byte {start + error.start}, line {number}"
+                raise DataError(_not_text(path, place)) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"data.paths: {path}:{number}: not JSON ({first_line(error)}); mend or remove the line"
+                ) from None
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"data.paths: {path}:{number}: not a JSON object but {type(row).__name__};"
+                    f' write {{"{text_key}": ...}}'
+                )
+            yield Piece(text_of(row, text_key, where=f"{path}:{number}"), last=True)
+
+
+def text_of(row: dict[str, Any], text_key: str, *, where: str) -> str:
+    """The text of a row; "" for null. Raises DataError if the field is absent or is not text."""
+    if text_key not in row:
+        raise DataError(
+            f"data.text_key={text_key}: {where} has no such field; it has {', '.join(map(repr, row)) or 'none'}"
+        )
+    text = row[text_key]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise DataError(
+            f"data.text_key={text_key}: {where} holds {type(text).__name__} there, not text; name another field"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"data.text_key={text_key}: {where} holds half a character (\\u{ord(text[error.start]):04x}), which no"
+            " UTF-8 text can; mend or remove the line"
+        ) from None
+    return text
+
+
+def _read_parquet(path: Path, text_key: str) -> Iterator[Piece]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_key not in names:
+                raise DataError(
+                    f"data.text_key={text_key}: {path} has no such column; it has {', '.join(map(repr, names))}"
+                )
+            # Batches of a row group, not the group: one group may be larger than memory.
+            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
+                for text in batch.column(0).to_pylist():
+                    yield Piece(text_of({text_key: text}, text_key, where=str(path)), last=True)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(
+            f"data.paths: {path} is not a sound parquet file ({first_line(error)}); write it again"
+        ) from None

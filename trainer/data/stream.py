@@ -1,0 +1,185 @@
+"""A data set on the hub (or a local folder in its formats), read as it arrives: shuffled, tokenised, packed on the fly.
+
+Sample p is the p-th window of one endless row of tokens: the stream's documents in the order of the shuffle
+buffer, epoch after epoch, each epoch shuffled anew. Every rank walks the same stream and keeps its own windows.
+That makes a step the same under any layout, and it has a price: each rank reads and tokenises everything, so the
+run as a whole is as fast as one process can tokenise (about a million tokens per second), and a run that resumes
+reads again what came before. Where that is too slow, or the data is used more than once, tokenise it into the
+cache: download it and use data=files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count as count_from
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset as TorchIterableDataset
+
+from configs.errors import DataError
+from configs.schema import Data
+from trainer.data import Batch
+from trainer.data.cache import both_sides, encode_in_bulk
+from trainer.data.documents import content_hash, text_of
+from trainer.data.positions import Share
+from trainer.data.samples import make_batch
+from trainer.data.tokenizer import Encoder, first_line
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+# Smaller than for files: the first step waits until so much text has arrived.
+BULK_CHARACTERS = 2**16
+
+
+def open_stream(data: Data, *, split: str) -> IterableDataset:
+    """One split as a stream. Raises DataError if data set, subset or split cannot be reached or do not exist."""
+    import datasets
+
+    assert data.name is not None
+    local = Path(data.name).expanduser()
+    if local.exists() and data.revision is not None:
+        raise DataError(
+            f"data.revision={data.revision}: data.name={data.name} is a local folder, without revisions; set it to null"
+        )
+    try:
+        return datasets.load_dataset(
+            str(local) if local.exists() else data.name,
+            data.subset,
+            split=split,
+            revision=data.revision,
+            streaming=True,
+        )
+    # The libraries below raise their own errors, those of HTTP, of the file system, and ValueError.
+    except Exception as error:
+        raise DataError(
+            f"data.name={data.name}: split {split}{f' of subset {data.subset}' if data.subset else ''} cannot be"
+            f" opened ({first_line(error)}); check data.name, data.subset, the split, and the network"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStream:
+    """The texts of one split. rows: what `datasets` streams; re-iterable, equal each time until `set_epoch`."""
+
+    rows: IterableDataset
+    data: Data
+    split: str
+
+    def texts(self) -> Iterator[str]:
+        """One pass over all texts that are not empty."""
+        rows: Iterator[dict[str, Any]] = iter(self.rows)
+        for number in count_from():
+            where = f"{self.data.name}, split {self.split}, row {number}"
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise DataError(
+                    f"data.name={self.data.name}: reading stopped at {where} ({first_line(error)})"
+                ) from None
+            if text := text_of(row, self.data.text_key, where=where):
+                yield text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """Validation text: its tokens, and the threshold of the content hash below which training leaves text out."""
+
+    tokens: NDArray[np.int64]
+    threshold: int
+
+
+def hold_out(stream: TextStream, encoder: Encoder, *, fraction: float, tokens: int) -> Held:
+    """Take `tokens` of validation text (fewer if the stream ends) out of a stream that is trained on."""
+    threshold = int(fraction * 2**64)
+    hashes: list[int] = []
+
+    def chosen() -> Iterator[str]:
+        for text in stream.texts():
+            hashes.append(content_hash(text))
+            if hashes[-1] < threshold:
+                yield text
+
+    found = take(chosen(), encoder, tokens=tokens)
+    if len(found) < tokens and threshold and hashes:
+        # The stream has ended, so its lowest and highest hash are known: see that neither side is left empty.
+        better = both_sides(threshold, min(hashes), max(hashes))
+        if better != threshold:
+            texts = (text for text in stream.texts() if content_hash(text) < better)
+            return Held(tokens=take(texts, encoder, tokens=tokens), threshold=better)
+    return Held(tokens=found, threshold=threshold)
+
+
+def take(texts: Iterable[str], encoder: Encoder, *, tokens: int) -> NDArray[np.int64]:
+    """The first `tokens` tokens of these texts, EOS after each."""
+    rows, total = [np.empty(0, np.int64)], 0
+    for row in _tokens(texts, encoder):
+        rows.append(row)
+        total += len(row)
+        if total >= tokens:
+            break
+    return np.concatenate(rows)[:tokens]
+
+
+def _tokens(texts: Iterable[str], encoder: Encoder) -> Iterator[NDArray[np.int64]]:
+    for _, _, ids in encode_in_bulk(((None, text) for text in texts), encoder, characters=BULK_CHARACTERS):
+        yield np.append(ids, encoder.end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedBatches(TorchIterableDataset[Batch | DataError]):
+    """One rank's micro-batches from `first_step` on. Endless. threshold: leave out text with a lower content hash.
+
+    A DataError is the last item instead of an exception: a loader process would turn it into a traceback.
+    """
+
+    stream: TextStream
+    encoder: Encoder
+    share: Share
+    threshold: int
+    first_step: int
+
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        rows: list[NDArray[np.int64]] = []
+        try:
+            for window in self._windows():
+                rows.append(window)
+                if len(rows) == self.share.batch.micro_batch_size:
+                    yield make_batch(np.stack(rows))
+                    rows = []
+        except DataError as error:
+            yield error
+
+    def _windows(self) -> Iterator[NDArray[np.int64]]:
+        """This rank's windows of seq_len + 1 tokens; the rest of an epoch goes on into the next."""
+        seq_len, position = self.share.batch.seq_len, 0
+        first = self.first_step * self.share.batch.global_batch_size
+        left = np.empty(0, np.int64)
+        for row in _tokens(self._texts(), self.encoder):
+            left = np.concatenate([left, row])
+            start = 0
+            while len(left) - start > seq_len:
+                if position >= first and self.share.owns(position):
+                    yield left[start : start + seq_len + 1]
+                start, position = start + seq_len, position + 1
+            left = left[start:]
+
+    def _texts(self) -> Iterator[str]:
+        for epoch in count_from():
+            self.stream.rows.set_epoch(epoch)
+            empty = True
+            for text in self.stream.texts():
+                if content_hash(text) >= self.threshold:
+                    empty = False
+                    yield text
+            if empty:
+                raise DataError(
+                    f"data.name={self.stream.data.name}: split {self.stream.split} holds no text to train on;"
+                    " choose another split, or set data.validation_fraction=0"
+                )
