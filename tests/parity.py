@@ -22,9 +22,9 @@ COMMON = [
     "optimizer.lr=3e-3",
     "scheduler.warmup_steps=2",
 ]
-LLAMA = ["model=tiny", "model.config.hidden_size=64", "model.config.intermediate_size=96", "model.config.vocab_size=131"]
-QWEN3 = ["model=tiny_qwen3", "model.config.hidden_size=64", "model.config.intermediate_size=96", "model.config.vocab_size=131"]
-GPT2 = ["model=tiny_gpt2", "model.config.n_embd=64", "model.config.vocab_size=131"]
+LLAMA = ["model=tiny", "model.config.hidden_size=64", "model.config.intermediate_size=96", "model.config.vocab_size=261"]
+QWEN3 = ["model=tiny_qwen3", "model.config.hidden_size=64", "model.config.intermediate_size=96", "model.config.vocab_size=261"]
+GPT2 = ["model=tiny_gpt2", "model.config.n_embd=64", "model.config.vocab_size=261"]
 MODELS = {"llama": LLAMA, "qwen3": QWEN3, "gpt2": GPT2}
 
 

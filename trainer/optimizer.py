@@ -54,11 +54,16 @@ def param_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], weight_de
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's optimizer over the groups. `auto` takes the fused kernel, which CPU and CUDA both have: one pass over
-    memory instead of a dozen, and no temporary copies of all parameters as `foreach` makes."""
+    """torch's optimizer over the groups.
+
+    `auto` takes AdamW's fused kernel, which CPU and CUDA both have: one pass over memory instead of a dozen, and no
+    temporary copies of all parameters as `foreach` makes. torch has no fused SGD for sharded parameters.
+    """
     implementation = config.implementation
+    if implementation is Implementation.auto:
+        implementation = Implementation.fused if config.name is OptimizerName.adamw else Implementation.foreach
     kernel: dict[str, Any] = {
-        "fused": implementation in (Implementation.auto, Implementation.fused),
+        "fused": implementation is Implementation.fused,
         "foreach": implementation is Implementation.foreach,
     }
     if config.name is OptimizerName.sgd:

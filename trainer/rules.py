@@ -24,6 +24,8 @@ from configs.schema import (
     OptimizerName,
     Weights,
 )
+from trainer.devices import check_gpu
+from trainer.report.trackers import check_tracker
 
 
 def check_config(config: Config, device: str) -> Iterator[str]:
@@ -34,6 +36,8 @@ def check_config(config: Config, device: str) -> Iterator[str]:
     yield from _check_parallel(config)
     yield from _check_precision(config)
     yield from _check_optimizer(config)
+    yield from check_gpu(config.cluster.gpu)
+    yield from check_tracker(config.logging)
     if config.launcher.name is LauncherName.python and (config.cluster.gpus_per_node or 1) * config.cluster.nodes != 1:
         yield "launcher.name=python: starts one process only; use launcher=torchrun for more"
 
@@ -64,6 +68,9 @@ def _check_ranges(config: Config) -> Iterator[str]:
         ("train.eval_every", train.eval_every, 0),
         ("train.eval_samples", train.eval_samples, 0),
         ("train.seed", train.seed, 0),
+        ("checkpoint.every", config.checkpoint.every, 0),
+        ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        ("checkpoint.keep_every", config.checkpoint.keep_every, 0),
         ("data.seq_len", data.seq_len, 2),
         ("data.num_workers", data.num_workers, 0),
         ("data.shuffle_buffer", data.shuffle_buffer, 1),
@@ -221,6 +228,10 @@ def _check_optimizer(config: Config) -> Iterator[str]:
             yield "optimizer.implementation=deepspeed_cpu: is for an offloaded optimizer; use parallel=zero2_offload, or auto"
         if optimizer.name is not OptimizerName.adamw:
             yield f"optimizer.implementation=deepspeed_cpu: has adamw only, optimizer.name is {optimizer.name}; use auto"
+    if optimizer.name is OptimizerName.sgd and optimizer.implementation is Implementation.fused:
+        parallel = config.parallel
+        if parallel.engine is EngineName.torch and (parallel.pp, parallel.dp_shard, parallel.cp, parallel.tp) != (1, 1, 1, 1):
+            yield "optimizer.implementation=fused: torch has no fused sgd for sharded parameters; use foreach or auto"
     if scheduler.warmup_steps + scheduler.decay_steps > train.steps:
         yield (
             f"scheduler.warmup_steps={scheduler.warmup_steps}: with scheduler.decay_steps={scheduler.decay_steps} it is"

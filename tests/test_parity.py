@@ -1,0 +1,111 @@
+"""Every layout equals one process: loss and gradient norm at each step, validation loss and parameters at the end.
+
+In float64, where each real bug shows (a skipped all-reduce, a mean of means, a lost micro-batch) and rounding does
+not; and once more in float32. Ragged valid tokens, active clipping and a vocabulary that does not divide are in all
+of them. The layouts are the files of configs/parallel: a new one fails here until it has a row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import configs
+from tests.cases import train
+from tests.harness import run_ranks
+from tests.parity import MODELS, measure, reference, words
+
+FLOAT64 = 1e-10
+FLOAT32 = 1e-5
+STEPS = 10
+ACCUMULATE = ("train.gradient_accumulation_steps=2",)
+
+# preset -> (processes, further keys). DeepSpeed's rows stand in test_parity_deepspeed.
+TORCH: dict[str, tuple[int, tuple[str, ...]]] = {
+    "ddp": (2, ()),
+    "fsdp": (2, ()),
+    "fsdp_offload": (2, ()),
+    "hsdp": (4, ()),
+}
+VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "ddp on 4": ("ddp", 4, ()),
+    "fsdp on 4": ("fsdp", 4, ()),
+    "fsdp, parameters kept gathered": ("fsdp", 2, ("parallel.reshard_after_forward=false",)),
+    "hsdp, replicas only": ("hsdp", 2, ("parallel.dp_shard=1", "parallel.dp_replicate=2")),
+}
+KEYS: dict[str, tuple[str, ...]] = {
+    "no accumulation": (),
+    "full recompute": ("train.activation_checkpointing=full",),
+    "selective recompute": ("train.activation_checkpointing=selective",),
+    "eager attention": ("model.attention=eager",),
+    "sgd": ("optimizer=sgd", "optimizer.lr=0.5"),
+    "no clipping": ("train.clip_grad_norm=0",),
+}
+
+
+def test_every_layout_has_a_row() -> None:
+    files = {file.stem for file in (Path(configs.__file__).parent / "parallel").glob("*.yaml")}
+    deepspeed = {name for name in files if name.startswith("zero")}
+    assert files - deepspeed - {"single"} == TORCH.keys()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", TORCH)
+def test_layout_equals_single_process(layout: str, model: str) -> None:
+    processes, keys = TORCH[layout]
+    found = measure([layout, *keys], processes, model=model, precision="fp64", steps=STEPS, extra=ACCUMULATE)
+    assert found.largest <= FLOAT64, found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_equals_single_process(variant: str) -> None:
+    layout, processes, keys = VARIANTS[variant]
+    found = measure([layout, *keys], processes, model="llama", precision="fp64", steps=STEPS, extra=ACCUMULATE)
+    assert found.largest <= FLOAT64, found
+
+
+@pytest.mark.parametrize("layout", TORCH)
+def test_float32_stays_within_rounding(layout: str) -> None:
+    processes, keys = TORCH[layout]
+    found = measure([layout, *keys], processes, model="llama", precision="fp32", steps=STEPS, extra=ACCUMULATE)
+    assert max(found.loss, found.grad_norm) <= FLOAT32, found
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_option_equals_single_process(layout: str, keys: str) -> None:
+    found = measure([layout], 2, model="llama", precision="fp64", steps=5, extra=KEYS[keys])
+    assert found.largest <= FLOAT64, found
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recompute_changes_nothing(mode: str) -> None:
+    plain = reference("llama", "fp64", 5)
+    again = run_ranks(1, train, words("llama", "single", "fp64", 5, f"train.activation_checkpointing={mode}"))[0]
+    assert again.losses == plain.losses
+    assert again.grad_norms == plain.grad_norms
+
+
+@pytest.mark.parametrize("layout", ["single", "ddp", "fsdp"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 5e-3), ("fp16", 2e-3)])
+def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str) -> None:
+    expected = reference("llama", "fp32", STEPS)
+    # A scale that float16 gradients of this model never overflow: a skipped step would set the runs apart.
+    keys = ("precision.loss_scale_init=1024",)
+    found = run_ranks(1 if layout == "single" else 2, train, words("llama", layout, precision, STEPS, *keys))[0]
+    assert all(found.updated)
+    assert found.losses != expected.losses, "nothing was computed in 16 bit"
+    assert max(abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)) <= tolerance
+
+
+@pytest.mark.parametrize("layout", ["single", "ddp", "fsdp"])
+def test_fp16_overflow_halves_the_scale_and_skips(layout: str) -> None:
+    keys = ("precision.loss_scale_init=16777216", "precision.loss_scale_window=4", "train.clip_grad_norm=1.0")
+    found = run_ranks(1 if layout == "single" else 2, train, words("llama", layout, "fp16", 14, *keys))[0]
+    skipped = found.updated.index(True)
+    assert skipped > 0, "the first scale should overflow"
+    scales = [2.0**24 / 2**step for step in range(skipped + 1)]
+    assert found.loss_scales[: skipped + 1] == scales
+    assert found.loss_scales[skipped + 4] == 2 * scales[-1], "after 4 good steps the scale doubles"
+    assert found.losses[-1] < found.losses[0]
