@@ -93,12 +93,24 @@ def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
     return built
 
 
+class Elsewhere(nn.Module):
+    """Stands for a part of the model that another pipeline stage holds. No parameters; subclasses say what it does."""
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: the longest ModuleList. Raises ConfigError for a model without one."""
+    """The stack of decoder layers: the longest ModuleList that lies in no other (a layer's experts are a list too).
+    Raises ConfigError for a model without one."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    inner = {id(module) for outer in lists for module in outer.modules() if module is not outer}
+    lists = [module for module in lists if id(module) not in inner]
     if not lists:
         raise ConfigError(f"model: {type(model).__name__} has no list of decoder layers to work on")
     return max(lists, key=len)
+
+
+def held_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers that are here: all of them, or those of this pipeline stage."""
+    return [layer for layer in decoder_layers(model) if not isinstance(layer, Elsewhere)]
 
 
 def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from configs.schema import Checkpointing
-from trainer.model import decoder_layers
+from trainer.model import held_layers
 
 ATTENTION_OPS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -42,7 +42,7 @@ def apply_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if mode is Checkpointing.selective:
         options["context_fn"] = _selective_contexts
-    for layer in decoder_layers(model):
+    for layer in held_layers(model):
         layer.forward = partial(checkpoint, layer.forward, **options)
 
 

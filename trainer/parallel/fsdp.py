@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from configs.schema import OffloadDevice
 from trainer.mesh import fsdp_mesh
-from trainer.model import decoder_layers, tied_names
+from trainer.model import held_layers, tied_names
 from trainer.plan import Plan
 from trainer.precision import torch_dtype
 
@@ -40,7 +40,7 @@ def apply_fsdp(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh, *, reshard_
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
         "offload_policy": _offload_policy(plan),
     }
-    for layer in decoder_layers(model):
+    for layer in held_layers(model):
         fully_shard(layer, **options)
     if not tied_names(model):
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
