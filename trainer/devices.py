@@ -10,9 +10,9 @@ as training uses it. A missing entry (None) means that the GPU has no such unit.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from configs.errors import ConfigError
 from configs.schema import DType
 
 MIB = 2**20
@@ -131,9 +131,7 @@ def find_gpu(name: str) -> Gpu | None:
     return None
 
 
-def known_gpu(name: str) -> Gpu:
-    """As `find_gpu`, for a name that a user typed. Raises ConfigError with the names that are known."""
-    gpu = find_gpu(name)
-    if gpu is None:
-        raise ConfigError(f"cluster.gpu={name}: not in the table of known GPUs; use {', '.join(g.name for g in GPUS)}")
-    return gpu
+def check_gpu(name: str | None) -> Iterator[str]:
+    """What is wrong with `cluster.gpu`, in one line."""
+    if name is not None and find_gpu(name) is None:
+        yield f"cluster.gpu={name}: not in the table of known GPUs; use {', '.join(gpu.name for gpu in GPUS)}, or null"

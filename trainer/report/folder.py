@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING
 from configs.errors import EnvironmentProblem
 from configs.load import to_yaml
 from configs.schema import Config
-from trainer.plan import Plan
 from trainer.report import provenance
 from trainer.report.trackers import check_installed
 
 if TYPE_CHECKING:
     import torch
 
+    from trainer.plan import Plan
     from trainer.runtime import Runtime
 
 RUNS = Path("runs")

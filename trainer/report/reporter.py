@@ -24,7 +24,7 @@ import torch
 
 from configs.errors import CookbookError
 from configs.schema import Config
-from trainer.devices import find_gpu, known_gpu
+from trainer.devices import find_gpu
 from trainer.plan import Plan
 from trainer.report.flops import count_parameters, flops_per_token, mfu
 from trainer.report.folder import run_label, writing
@@ -259,5 +259,5 @@ def _peak_flops(config: Config, plan: Plan, device: torch.device) -> float | Non
     """Of one device, for the dtype that the plan computes in; None where it is not known."""
     if device.type != "cuda":
         return None
-    gpu = known_gpu(config.cluster.gpu) if config.cluster.gpu else find_gpu(torch.cuda.get_device_name(device))
+    gpu = find_gpu(config.cluster.gpu or torch.cuda.get_device_name(device))
     return gpu.peak_flops(plan.param_dtype, tf32=config.precision.tf32) if gpu else None

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from configs import schema
 from trainer.report.metrics import StepMetrics, Summary, ValidationMetrics, perplexity
@@ -73,13 +74,15 @@ class _Lines:
 class _Bar:
     def __init__(self, console: Console, steps: int) -> None:
         self._steps = steps
+        fixed, rest = Column(no_wrap=True), Column(no_wrap=True, ratio=1)
         self._progress = Progress(
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
+            MofNCompleteColumn(table_column=fixed),
+            BarColumn(bar_width=10, table_column=fixed),
+            TimeRemainingColumn(table_column=fixed),
+            # On a narrow terminal the numbers are cut at the right, not the count of steps.
+            TextColumn("{task.description}", markup=False, table_column=rest),
             console=console,
+            expand=True,
         )
         self._task = self._progress.add_task("", total=steps)
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import yaml
@@ -25,12 +25,14 @@ import yaml
 from configs.errors import EnvironmentProblem
 from configs.load import to_yaml
 from configs.schema import Config, Logging
-from trainer.plan import Plan
+
+if TYPE_CHECKING:
+    from trainer.plan import Plan
 
 Number = int | float
 
 NO_TRACKER = "none"
-# Name in Accelerate, which is also that of the module except for tensorboard -> package to install.
+# The name, which is that of the Python module and of Accelerate's tracker -> the package to install.
 TRACKERS = {
     "aim": "aim",
     "clearml": "clearml",
@@ -147,6 +149,8 @@ class _FromAccelerate:
         first = run_name if logging.tracker in ("aim", "tensorboard") else logging.project
         self.tracker = LOGGER_TYPE_TO_CLASS[logging.tracker](first, **arguments)
         self.tracker.start()
+        if logging.tracker == "comet_ml":
+            self.tracker.tracker.set_name(run_name)
         self.tracker.store_init_configuration(dict(_flat(record)))
 
     def log(self, values: Mapping[str, Number], step: int) -> None:
@@ -159,13 +163,17 @@ class _FromAccelerate:
 def _arguments(logging: Logging, folder: Path, run_name: str) -> dict[str, Any]:
     """How each client is told the run's name and, where it writes files, the run folder."""
     return {
-        "aim": {"logging_dir": folder, "experiment": run_name},
+        "aim": {"logging_dir": folder, "experiment": logging.project},
         "clearml": {"project_name": logging.project, "task_name": run_name},
         "comet_ml": {},
-        "dvclive": {"dir": str(folder / "dvclive"), "save_dvc_exp": False},
+        "dvclive": {
+            "dir": str(folder / "dvclive"),
+            "dvcyaml": str(folder / "dvclive" / "dvc.yaml"),
+            "exp_name": run_name,
+        },
         "mlflow": {"run_name": run_name},
         "swanlab": {"experiment_name": run_name, "logdir": str(folder / "swanlab")},
-        "tensorboard": {"logging_dir": folder},
+        "tensorboard": {"logging_dir": folder / "tensorboard"},
         "trackio": {"name": run_name},
     }[logging.tracker]
 
