@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ def test_decaying_schedules_reach_the_floor_at_the_last_step(name: str) -> None:
     found = rates(f"scheduler={name}", "train.steps=10", "scheduler.warmup_steps=3", "scheduler.min_lr_ratio=0.2")
     assert found[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert found[-1] == pytest.approx(0.2)
-    assert all(later <= earlier for earlier, later in zip(found[2:], found[3:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(found[2:]))
 
 
 def test_constant() -> None:

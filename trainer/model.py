@@ -56,7 +56,7 @@ def _from_preset(model: Model) -> tuple[PretrainedConfig, dict[str, Any]]:
     fields = {**model.architecture}
     fields["model_type"] = model.config.get("model_type", fields.get("model_type"))
     try:
-        plain = AutoConfig.for_model(fields["model_type"])
+        plain = AutoConfig.for_model(str(fields["model_type"]))
     except ValueError as error:
         raise ConfigError(f"model.config.model_type={fields['model_type']}: {_one_line(error)}") from None
     _check_fields(plain, {key: value for key, value in model.architecture.items() if key != "model_type"})

@@ -71,7 +71,7 @@ class Plan:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where a rank stands on each mesh axis; the innermost axis counts fastest."""
-        place = {}
+        place: dict[str, int] = {}
         for axis, size in reversed(self.mesh):
             rank, place[axis] = divmod(rank, size)
         return place
@@ -92,14 +92,16 @@ class Plan:
         b = self.batch
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh if size > 1) or "1"
         lines = [
-            f"world      {self.world_size} = {self.nodes} node(s) x {self.gpus_per_node} process(es) on {self.device}; mesh {axes}",
+            f"world      {self.world_size} = {self.nodes} node(s) x {self.gpus_per_node} process(es) on {self.device};"
+            f" mesh {axes}",
             f"engine     {self.engine}{self._partition()}",
             f"batch      {b.global_batch_size} sequences per step = micro_batch_size {b.micro_batch_size}"
             f" x gradient_accumulation_steps {b.gradient_accumulation_steps}"
             f" x data-parallel ranks {b.data_parallel_size}",
             f"tokens     {b.tokens:,} per step = {b.global_batch_size} x seq_len {b.seq_len};"
             f" {b.tokens * self.steps:,} in {self.steps} steps",
-            f"precision  compute {self.param_dtype}, gradients reduced in {self.reduce_dtype}, master {self.master_dtype}",
+            f"precision  compute {self.param_dtype}, gradients reduced in {self.reduce_dtype},"
+            f" master {self.master_dtype}",
         ]
         return "\n".join(lines)
 
@@ -112,7 +114,6 @@ class Plan:
             if where is not OffloadDevice.none:
                 text += f"; {what} offloaded to {where}"
         return text
-
 
     def _torch_layout(self) -> str:
         if not self.fully_sharded:
@@ -196,8 +197,8 @@ def _mesh(config: Config, world_size: int, problems: list[str]) -> tuple[tuple[s
         )
     elif not open_axes and fixed != world_size:
         problems.append(
-            f"parallel: {product} = {fixed}, but there are {world_size} processes (cluster.nodes * cluster.gpus_per_node);"
-            f" set one degree to null to fill it, or start {fixed}"
+            f"parallel: {product} = {fixed}, but there are {world_size} processes"
+            f" (cluster.nodes * cluster.gpus_per_node); set one degree to null to fill it, or start {fixed}"
         )
     return tuple((name, size if size is not None else max(1, world_size // fixed)) for name, size in degrees.items())
 
@@ -234,7 +235,10 @@ def _divide_batch(
 ) -> tuple[int, int]:
     if micro is None:
         accumulation = accumulation or 1
-        divisor, words = accumulation * ranks, f"gradient_accumulation_steps {accumulation} * {ranks} data-parallel ranks"
+        divisor, words = (
+            accumulation * ranks,
+            f"gradient_accumulation_steps {accumulation} * {ranks} data-parallel ranks",
+        )
         micro = total // divisor
     else:
         divisor, words = micro * ranks, f"micro_batch_size {micro} * {ranks} data-parallel ranks"

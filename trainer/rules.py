@@ -25,12 +25,13 @@ from configs.schema import (
     Weights,
 )
 from trainer.devices import check_gpu
+from trainer.ranges import check_ranges
 from trainer.report.trackers import check_tracker
 
 
 def check_config(config: Config, device: str) -> Iterator[str]:
     """All problems of a config, in the order of its sections. device: "cpu" or "cuda"."""
-    yield from _check_ranges(config)
+    yield from check_ranges(config)
     yield from _check_model(config, device)
     yield from _check_data(config)
     yield from _check_parallel(config)
@@ -57,72 +58,20 @@ def config_fields(config: Config) -> dict[str, Any]:
     return {**fields, **config.model.config}
 
 
-def _check_ranges(config: Config) -> Iterator[str]:
-    train, data, optimizer, scheduler = config.train, config.data, config.optimizer, config.scheduler
-    at_least: list[tuple[str, float | None, float]] = [
-        ("train.steps", train.steps, 1),
-        ("train.micro_batch_size", train.micro_batch_size, 1),
-        ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
-        ("train.global_batch_size", train.global_batch_size, 1),
-        ("train.clip_grad_norm", train.clip_grad_norm, 0),
-        ("train.eval_every", train.eval_every, 0),
-        ("train.eval_samples", train.eval_samples, 0),
-        ("train.seed", train.seed, 0),
-        ("checkpoint.every", config.checkpoint.every, 0),
-        ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
-        ("checkpoint.keep_every", config.checkpoint.keep_every, 0),
-        ("data.seq_len", data.seq_len, 2),
-        ("data.num_workers", data.num_workers, 0),
-        ("data.shuffle_buffer", data.shuffle_buffer, 1),
-        ("parallel.dp_replicate", config.parallel.dp_replicate, 1),
-        ("parallel.dp_shard", config.parallel.dp_shard, 1),
-        ("parallel.tp", config.parallel.tp, 1),
-        ("parallel.cp", config.parallel.cp, 1),
-        ("parallel.pp", config.parallel.pp, 1),
-        ("optimizer.weight_decay", optimizer.weight_decay, 0),
-        ("scheduler.warmup_steps", scheduler.warmup_steps, 0),
-        ("scheduler.decay_steps", scheduler.decay_steps, 0),
-        ("cluster.nodes", config.cluster.nodes, 1),
-        ("cluster.gpus_per_node", config.cluster.gpus_per_node, 1),
-        ("logging.every", config.logging.every, 1),
-        ("precision.loss_scale_window", config.precision.loss_scale_window, 1),
-    ]
-    for key, value, least in at_least:
-        if value is not None and not value >= least:
-            yield f"{key}={value}: must be {least} or more"
-    positive = [
-        ("optimizer.lr", optimizer.lr),
-        ("optimizer.eps", optimizer.eps),
-        ("train.timeout_minutes", train.timeout_minutes),
-        ("precision.loss_scale_init", config.precision.loss_scale_init),
-        ("precision.loss_scale", config.precision.loss_scale),
-    ]
-    for key, value in positive:
-        if value is not None and not value > 0:
-            yield f"{key}={value}: must be greater than 0"
-    fractions = [
-        ("data.validation_fraction", data.validation_fraction),
-        ("data.ignore_fraction", data.ignore_fraction),
-        ("optimizer.beta1", optimizer.beta1),
-        ("optimizer.beta2", optimizer.beta2),
-    ]
-    for key, value in fractions:
-        if not 0 <= value < 1:
-            yield f"{key}={value}: must be 0 or more and less than 1"
-    if not 0 <= scheduler.min_lr_ratio <= 1:
-        yield f"scheduler.min_lr_ratio={scheduler.min_lr_ratio}: must lie between 0 and 1"
-    if not 0 <= config.parallel.zero_stage <= 3:
-        yield f"parallel.zero_stage={config.parallel.zero_stage}: must be 0, 1, 2 or 3"
-
-
 def _check_model(config: Config, device: str) -> Iterator[str]:
     model, fields = config.model, config_fields(config)
     if model.path is None and "model_type" not in fields:
-        yield "model.path=null: give a preset (model=tiny), a folder or hub id (model.path=...), or model.config.model_type"
+        yield (
+            "model.path=null: give a preset (model=tiny), a folder or hub id (model.path=...), or"
+            " model.config.model_type"
+        )
     if model.path is None and model.weights is Weights.pretrained:
         yield "model.weights=pretrained: needs model.path, the folder or hub id to read them from"
     if model.trust_remote_code and model.revision is None and not Path(model.path or "").expanduser().is_dir():
-        yield "model.trust_remote_code=true: needs model.revision=COMMIT, so that the code that runs is the code you read"
+        yield (
+            "model.trust_remote_code=true: needs model.revision=COMMIT, so that the code that runs is the code you"
+            " have read"
+        )
     positions = next((fields[k] for k in ("n_positions", "max_position_embeddings") if fields.get(k)), None)
     if isinstance(positions, int) and config.data.seq_len > positions:
         yield (
@@ -163,7 +112,7 @@ def _check_parallel(config: Config) -> Iterator[str]:
             " trains differently; use parallel=ddp, or stage 1"
         )
     if parallel.dp_replicate != 1:
-        yield f"parallel.dp_replicate={parallel.dp_replicate}: ZeRO partitions over all data-parallel ranks; set it to 1"
+        yield f"parallel.dp_replicate={parallel.dp_replicate}: ZeRO partitions over all ranks; set it to 1"
     if parallel.zero_stage != 3:
         if offload.parameters is not OffloadDevice.none:
             yield (
@@ -218,19 +167,27 @@ def _check_precision(config: Config) -> Iterator[str]:
             if value is DType.float64:
                 yield f"precision.{key}=float64: DeepSpeed has no float64; use precision=fp32, or engine torch"
         if precision.master_dtype is not DType.float32:
-            yield f"precision.master_dtype={precision.master_dtype}: DeepSpeed keeps master weights in float32; use float32"
+            yield f"precision.master_dtype={precision.master_dtype}: DeepSpeed's master weights are float32; use that"
 
 
 def _check_optimizer(config: Config) -> Iterator[str]:
     optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
     if optimizer.implementation is Implementation.deepspeed_cpu:
         if config.parallel.offload.optimizer is OffloadDevice.none or config.parallel.engine is EngineName.torch:
-            yield "optimizer.implementation=deepspeed_cpu: is for an offloaded optimizer; use parallel=zero2_offload, or auto"
+            yield (
+                "optimizer.implementation=deepspeed_cpu: is for an offloaded optimizer; use parallel=zero2_offload,"
+                " or auto"
+            )
         if optimizer.name is not OptimizerName.adamw:
-            yield f"optimizer.implementation=deepspeed_cpu: has adamw only, optimizer.name is {optimizer.name}; use auto"
+            yield f"optimizer.implementation=deepspeed_cpu: has adamw only, not {optimizer.name}; use auto"
     if optimizer.name is OptimizerName.sgd and optimizer.implementation is Implementation.fused:
         parallel = config.parallel
-        if parallel.engine is EngineName.torch and (parallel.pp, parallel.dp_shard, parallel.cp, parallel.tp) != (1, 1, 1, 1):
+        if parallel.engine is EngineName.torch and (parallel.pp, parallel.dp_shard, parallel.cp, parallel.tp) != (
+            1,
+            1,
+            1,
+            1,
+        ):
             yield "optimizer.implementation=fused: torch has no fused sgd for sharded parameters; use foreach or auto"
     if scheduler.warmup_steps + scheduler.decay_steps > train.steps:
         yield (

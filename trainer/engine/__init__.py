@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from trainer.checkpoint.tensors import TensorReader
     from trainer.data import Batch
     from trainer.runtime import Runtime
 
@@ -32,6 +33,16 @@ class StepReport:
     loss_scale: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counters:
+    """The numbers of an engine's state. optimizer_steps: updates that were made, as bias correction counts them.
+    loss_scale, good_steps: of `precision.LossScale`; None without one."""
+
+    optimizer_steps: int
+    loss_scale: float | None = None
+    good_steps: int | None = None
+
+
 class Engine(Protocol):
     """One optimizer step over a model that is spread over ranks in a way the caller need not know.
 
@@ -45,8 +56,8 @@ class Engine(Protocol):
 
         The loss is the sum of the cross-entropy over valid tokens, divided by `valid_tokens` (a scalar on the
         device): their number in the whole step, over all micro-batches and data-parallel ranks. Never a mean of
-        means, which would weigh tokens differently in each layout. Returns this rank's share of that loss (a float32 or float64 scalar on
-        the device, detached); the sum over data-parallel ranks is the loss of the step.
+        means, which would weigh tokens differently in each layout. Returns this rank's share of that loss (a float32
+        or float64 scalar on the device, detached); the sum over all ranks is the loss of the step.
         """
         ...
 
@@ -69,6 +80,19 @@ class Engine(Protocol):
         """Every parameter under its Hugging Face name, whole, in the master dtype: on rank 0 a CPU tensor, elsewhere
         None. One at a time, so that no rank holds the whole model. A collective: every rank must exhaust it. Tied
         weights come once, under the name of the input embedding."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Parameters and optimizer states, whole, in the master dtype: `model/NAME`, then `exp_avg/NAME` and the like,
+        NAME as in `parameters`. One at a time, on the one rank that is to write it; elsewhere None. What is given may
+        change with the next step. A collective: every rank must exhaust it, though not all see the same keys."""
+        ...
+
+    def counters(self) -> Counters: ...
+
+    def load_state(self, saved: TensorReader, counters: Counters) -> None:
+        """Take over what `state` and `counters` gave, under whatever layout that was. Every rank reads its own part.
+        A collective, before the first step."""
         ...
 
     def close(self) -> None:

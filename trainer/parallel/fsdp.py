@@ -9,7 +9,8 @@
 
 Bytes per rank and step (P parameter bytes in param_dtype, G gradient bytes in reduce_dtype, one micro-batch):
 (W - 1) / W * (2 P + G); with reshard_after_forward=false (P + G). DDP moves 2 (W - 1) / W * G.
-The next layer's all-gather runs while this layer computes. Zhao et al. 2023, PyTorch FSDP; Rajbhandari et al. 2020, ZeRO.
+The next layer's all-gather runs while this layer computes. Zhao et al. 2023 (PyTorch FSDP), Rajbhandari et al. 2020
+(ZeRO).
 """
 
 from __future__ import annotations

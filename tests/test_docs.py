@@ -1,0 +1,67 @@
+"""Every command in README and docs runs, every link leads somewhere, every layout is in the README's table."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, one bash block) for all pages. The lines of a block run in one shell, one after another."""
+    found = []
+    for page in PAGES:
+        for block in BLOCK.findall(page.read_text()):
+            found.append((page.name, block))
+    return found
+
+
+def test_the_pages_show_commands() -> None:
+    assert len(commands()) >= 4
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("page", "block"), commands(), ids=lambda value: shlex.quote(value)[:60])
+def test_commands_run_as_printed(page: str, block: str, tmp_path: Path) -> None:
+    """In a folder with the README and docs as in a checkout, whose runs/ goes away with the test."""
+    for name in ("README.md", "docs", "configs", "launch", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.returncode == 0, f"{page}:\n{block}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = [target for target in LINK.findall(page.read_text()) if "://" not in target]
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_every_layout_is_in_the_readme() -> None:
+    files = {file.stem for file in (ROOT / "configs" / "parallel").glob("*.yaml")}
+    table = (ROOT / "README.md").read_text().split("## Layouts")[1].split("\n## ")[0]
+    assert files == set(re.findall(r"`(\w+)`", table.split("| --- |", 1)[1])) - {"dp_shard"}
