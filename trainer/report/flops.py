@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from configs.schema import Config
+from trainer.devices import find_gpu
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from trainer.plan import Plan
 
 
 def count_parameters(model: PreTrainedModel) -> int:
@@ -35,3 +40,12 @@ def flops_per_token(config: PretrainedConfig, *, parameters: int, seq_len: int) 
 def mfu(tokens_per_second: float, *, flops_per_token: float, world_size: int, peak_flops: float) -> float:
     """Between 0 and 1. tokens_per_second: of all ranks together. peak_flops: of one device, in FLOP/s."""
     return tokens_per_second * flops_per_token / (world_size * peak_flops)
+
+
+def peak_flops(config: Config, plan: Plan, gpu: str | None) -> float | None:
+    """FLOP/s of one device for the dtype that the plan computes in; None where it is not known.
+
+    gpu: what torch calls it, None on the CPU. `cluster.gpu` goes before, for a card that torch names in its own way.
+    """
+    found = find_gpu(config.cluster.gpu or gpu) if gpu is not None else None
+    return found.peak_flops(plan.param_dtype, tf32=config.precision.tf32) if found else None

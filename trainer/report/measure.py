@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class StepSeconds:
     """Wall time of one step and of its parts. What is left of `step` is the loop's own work."""
 
@@ -82,7 +82,7 @@ class StepTimer:
             torch.cuda.synchronize(self._cuda)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class PeakMemory:
     """Largest memory of this process so far. allocated, reserved: of torch's CUDA allocator, null on the CPU.
     host: resident set of the process, null where the system does not tell."""

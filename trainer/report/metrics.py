@@ -101,6 +101,32 @@ class Summary:
     """The finished model as a Hugging Face folder; null where none was exported."""
 
 
+@dataclass(kw_only=True, slots=True)
+class Totals:
+    """What adds up over the steps of a run; fields as in `Summary`."""
+
+    steps: int = 0
+    tokens: int = 0
+    valid_tokens: int = 0
+    skipped_steps: int = 0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    validation_loss_first: float | None = None
+    validation_loss_last: float | None = None
+
+    def add_step(self, *, loss: float, tokens: int, valid_tokens: int, updated: bool) -> None:
+        self.steps += 1
+        self.tokens += tokens
+        self.valid_tokens += valid_tokens
+        self.skipped_steps += not updated
+        self.loss_first = loss if self.loss_first is None else self.loss_first
+        self.loss_last = loss
+
+    def add_validation(self, loss: float) -> None:
+        self.validation_loss_first = loss if self.validation_loss_first is None else self.validation_loss_first
+        self.validation_loss_last = loss
+
+
 Line = StepMetrics | ValidationMetrics | Summary
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import astuple, fields
+from dataclasses import asdict, astuple
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -24,9 +24,8 @@ import torch
 
 from configs.errors import CookbookError
 from configs.schema import Config
-from trainer.devices import find_gpu
 from trainer.plan import Plan
-from trainer.report.flops import count_parameters, flops_per_token, mfu
+from trainer.report.flops import count_parameters, flops_per_token, mfu, peak_flops
 from trainer.report.folder import run_label, writing
 from trainer.report.measure import PeakMemory, StepSeconds, peak_memory
 from trainer.report.metrics import (
@@ -34,6 +33,7 @@ from trainer.report.metrics import (
     MetricsFile,
     StepMetrics,
     Summary,
+    Totals,
     ValidationMetrics,
     numbers,
     perplexity,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from trainer.loop import StepResult
 
-UNKNOWN = -1.0  # a number that a rank does not know, in a maximum over ranks
+UNKNOWN = -1  # a number that a rank does not know, in a maximum over ranks
 
 
 class Reporter:
@@ -60,22 +60,26 @@ class Reporter:
         self._config, self._plan, self._runtime, self._folder = config, plan, runtime, folder
         parameters = count_parameters(model)
         self._flops_per_token = flops_per_token(model.config, parameters=parameters, seq_len=plan.batch.seq_len)
-        self._peak_flops = _peak_flops(config, plan, runtime.device)
-        self._head = (
+        gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
+        self._peak_flops = peak_flops(config, plan, gpu)
+        self._head = [
             plan.describe(),
             f"data       {data}",
             f"model      {type(model).__name__}, {parameters:,} parameters, {config.model.weights} weights",
             f"run        {folder}",
-        )
+        ]
+        if gpu is not None:
+            known = (
+                f"peak {self._peak_flops / 1e12:,.0f} TFLOP/s" if self._peak_flops else "peak not known, hence no mfu"
+            )
+            self._head.insert(1, f"device     {gpu}; {known} in {plan.param_dtype}")
         self._terminal: Terminal | None = None
         self._file: MetricsFile | None = None
         self._tracker: Tracker | None = None
         self._started = self._ended = time.perf_counter()
         self._step_seconds: list[float] = []
         self._unlogged: list[StepSeconds] = []
-        self._tokens = self._valid_tokens = self._skipped = 0
-        self._losses: tuple[float, float] | None = None
-        self._validation_losses: tuple[float, float] | None = None
+        self.totals = Totals()
         self._exported: Path | None = None
 
     def __enter__(self) -> Reporter:
@@ -103,10 +107,12 @@ class Reporter:
         report = result.report
         self._step_seconds.append(seconds.step)
         self._unlogged.append(seconds)
-        self._tokens += self._plan.batch.tokens
-        self._valid_tokens += result.valid_tokens
-        self._skipped += report is None or not report.updated
-        self._losses = (self._losses[0] if self._losses else result.loss, result.loss)
+        self.totals.add_step(
+            loss=result.loss,
+            tokens=self._plan.batch.tokens,
+            valid_tokens=result.valid_tokens,
+            updated=report is not None and report.updated,
+        )
         self._ended = time.perf_counter()
         if self._terminal:
             self._terminal.advance(step)
@@ -131,19 +137,19 @@ class Reporter:
                 peak_reserved_bytes=memory.reserved_bytes,
                 peak_host_bytes=memory.host_bytes,
                 loss_scale=report.loss_scale if report else None,
-                skipped_steps=self._skipped,
-                tokens=self._tokens,
-                valid_tokens=self._valid_tokens,
+                skipped_steps=self.totals.skipped_steps,
+                tokens=self.totals.tokens,
+                valid_tokens=self.totals.valid_tokens,
             )
         )
 
     def validation(self, step: int, loss: float) -> None:
         """step: updates before this validation; 0 for the untrained model. loss: the same on all ranks."""
-        self._validation_losses = (self._validation_losses[0] if self._validation_losses else loss, loss)
+        self.totals.add_validation(loss)
         self._ended = time.perf_counter()
         self._write(
             ValidationMetrics(
-                step=step, validation_loss=loss, validation_perplexity=perplexity(loss), tokens=self._tokens
+                step=step, validation_loss=loss, validation_perplexity=perplexity(loss), tokens=self.totals.tokens
             )
         )
 
@@ -181,18 +187,9 @@ class Reporter:
         # The first step allocates, compiles and fills caches.
         typical = self._step_seconds[1:] or self._step_seconds
         speed = self._plan.batch.tokens / statistics.median(typical) if typical else None
-        loss_first, loss_last = self._losses or (None, None)
-        validation_first, validation_last = self._validation_losses or (None, None)
         summary = Summary(
-            steps=len(self._step_seconds),
-            tokens=self._tokens,
-            valid_tokens=self._valid_tokens,
-            skipped_steps=self._skipped,
+            **asdict(self.totals),
             seconds=self._ended - self._started,
-            loss_first=loss_first,
-            loss_last=loss_last,
-            validation_loss_first=validation_first,
-            validation_loss_last=validation_last,
             tokens_per_second=speed,
             mfu=self._mfu(speed) if speed is not None else None,
             peak_allocated_bytes=memory.allocated_bytes,
@@ -235,14 +232,10 @@ class Reporter:
         """Mean times per step since the last line and peak memory, each the largest over ranks. A collective."""
         steps = self._unlogged or [StepSeconds(step=0.0, data=0.0, forward_backward=0.0, optimizer=0.0)]
         times = [statistics.fmean(parts) for parts in zip(*map(astuple, steps), strict=True)]
-        memory = [UNKNOWN if size is None else float(size) for size in astuple(peak_memory(self._runtime.device))]
+        memory = [UNKNOWN if size is None else size for size in astuple(peak_memory(self._runtime.device))]
         largest = self._runtime.max(*times, *memory)
-        names = [field.name for field in fields(StepSeconds)], [field.name for field in fields(PeakMemory)]
         sizes = [None if size == UNKNOWN else int(size) for size in largest[len(times) :]]
-        return (
-            StepSeconds(**dict(zip(names[0], largest, strict=False))),
-            PeakMemory(**dict(zip(names[1], sizes, strict=True))),
-        )
+        return StepSeconds(*largest[: len(times)]), PeakMemory(*sizes)
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         if self._peak_flops is None:
@@ -253,11 +246,3 @@ class Reporter:
             world_size=self._plan.world_size,
             peak_flops=self._peak_flops,
         )
-
-
-def _peak_flops(config: Config, plan: Plan, device: torch.device) -> float | None:
-    """Of one device, for the dtype that the plan computes in; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    gpu = find_gpu(config.cluster.gpu or torch.cuda.get_device_name(device))
-    return gpu.peak_flops(plan.param_dtype, tf32=config.precision.tf32) if gpu else None
