@@ -4,6 +4,9 @@ CookbookError
 |-- ConfigError     the words: a misspelt key, a wrong type, an unknown choice
 |-- PlanError       the meaning: degrees, batch, offload, precision that do not fit together
 |-- TrainingFailed  the run: a loss or gradient that is not finite; the exit code is `EXIT_FAILED`
+|   |-- CheckpointFailed   a checkpoint that could not be written: no space, no permission
+|   `-- CheckpointDamaged  a checkpoint whose files are not what was written
+|-- CheckpointMismatch     a checkpoint of another model, tokenizer, data or format
 |-- DataError       the input: a missing, empty or broken file, a tokenizer that does not fit the model
 `-- EnvironmentProblem   the machine: a library, a device, a folder that is missing or not writable
     `-- RankProblem      the same, on one rank alone
@@ -16,6 +19,8 @@ from __future__ import annotations
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
+EXIT_STOPPED = 75
+"""The run was asked to stop, has saved, and the same command continues it (EX_TEMPFAIL of sysexits.h)."""
 
 
 class CookbookError(Exception):
@@ -44,6 +49,18 @@ class TrainingFailed(CookbookError):
     """The run itself went wrong, under a configuration that is fine."""
 
     exit_code = EXIT_FAILED
+
+
+class CheckpointFailed(TrainingFailed):
+    """A checkpoint that could not be written."""
+
+
+class CheckpointDamaged(TrainingFailed):
+    """A checkpoint that was changed after it was committed: each problem names file, expected and found."""
+
+
+class CheckpointMismatch(CookbookError):
+    """A checkpoint that is whole but belongs to another run: each problem names the difference."""
 
 
 class EnvironmentProblem(CookbookError):

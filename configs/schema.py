@@ -80,6 +80,11 @@ class NonFinite(StrEnum):
     skip = "skip"
 
 
+class OnFailure(StrEnum):
+    stop = "stop"
+    warn = "warn"
+
+
 class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
@@ -269,8 +274,29 @@ class Train:
     """Folder of this run's files. Null: runs/MODEL-LAYOUT-PRECISION/DATE-TIME."""
     export: bool = True
     """Write the finished model as a Hugging Face folder to RUN_DIR/model."""
+    resume: str = "auto"
+    """`auto`: go on from the newest checkpoint in `run_dir`, if there is one. `never`: refuse a folder that holds a run.
+    A checkpoint or another run's folder: begin a new run from there, and then go on as `auto` does."""
     timeout_minutes: float = 10.0
     """A collective that takes longer ends the run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Checkpoint:
+    every: int = 500
+    """Steps between two checkpoints. 0: only where the run is told to stop, and at the end."""
+    final: bool = True
+    """One more after the last step, from which a longer run can go on."""
+    keep_last: int = 2
+    """Newest checkpoints that stay; older ones are deleted after each save. Two, so that one may turn out damaged."""
+    keep_every: int = 0
+    """Steps whose checkpoints stay for good: the multiples of this number. 0: none."""
+    async_save: bool = False
+    """Copy the state to host memory and go on training while it is written. Takes each rank's part of the state in host
+    memory (AdamW in float32: 12 bytes per parameter over all ranks); one save at a time."""
+    on_failure: OnFailure = OnFailure.stop
+    """When a checkpoint cannot be written (the disk is full): `stop` ends the run, `warn` goes on and
+    tries again next time."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -281,7 +307,7 @@ class Cluster:
     gpus_per_node: int | None = None
     """Processes per node. Null: what the launcher started; else this machine's GPUs; else CPU processes."""
     gpu: str | None = None
-    """Name of a known GPU, for its peak FLOP/s. Null: the one that is found."""
+    """Name of a known GPU (`trainer/devices.py`), for its peak FLOP/s. Null: the one that is found."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -301,12 +327,13 @@ class Logging:
     progress: Progress = Progress.auto
     """`auto`: a live bar on a terminal, single lines elsewhere."""
     tracker: str = "none"
-    """`wandb`, or any tracker that Accelerate knows: tensorboard, mlflow, comet_ml, aim, clearml, ..."""
+    """`none`, `wandb`, or another that Accelerate knows: aim, clearml, comet_ml, dvclive, mlflow, swanlab,
+    tensorboard, trackio."""
     project: str = "distributed-training-cookbook"
     run_name: str | None = None
-    """Null: the name of the run folder."""
+    """What a tracker calls the run. Null: MODEL-LAYOUT-PRECISION-DATE-TIME, as the run folder."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Passed on to the tracker as they are (`logging.options.entity=my-team` for wandb)."""
+    """Passed on to the tracker as they are (`logging.options.entity=my-team` for wandb). Never a key or password."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -318,6 +345,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     scheduler: Scheduler = field(default_factory=Scheduler)
     train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     cluster: Cluster = field(default_factory=Cluster)
     launcher: Launcher = field(default_factory=Launcher)
     logging: Logging = field(default_factory=Logging)

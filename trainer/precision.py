@@ -50,6 +50,11 @@ class LossScale:
         self.window = precision.loss_scale_window
         self.good_steps = 0
 
+    def restore(self, value: float | None, good_steps: int | None) -> None:
+        """Go on from a saved scale; a constant one stays what the config says, and None (saved without one) the start."""
+        if self.dynamic and value is not None:
+            self.value, self.good_steps = value, good_steps or 0
+
     def update(self, *, finite: bool) -> None:
         """Account for one step."""
         if not self.dynamic:

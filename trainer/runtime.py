@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from configs.errors import CookbookError, EnvironmentProblem
+from configs.errors import CookbookError, EnvironmentProblem, RankProblem
 from trainer.plan import Plan
 
 T = TypeVar("T")
@@ -52,23 +52,30 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-
     def agree(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank and give back its result. A collective.
 
         A CookbookError on any rank is raised on all of them: no rank waits for one that has given up.
         """
-        result, problems = None, ()
+        result, kind, problems = None, CookbookError, ()
         try:
             result = work()
         except CookbookError as error:
+            # All ranks will tell it, so it is no longer the problem of one.
+            kind = EnvironmentProblem if isinstance(error, RankProblem) else type(error)
             problems = error.problems
-        gathered: list[tuple[str, ...]] = [()] * self.world_size
-        dist.all_gather_object(gathered, problems)
-        everyone = dict.fromkeys(problem for rank_problems in gathered for problem in rank_problems)
-        if everyone:
-            raise CookbookError(*everyone)
+        failed = [(kind, problems) for kind, problems in self.gather((kind, problems)) if problems]
+        if failed:
+            everyone = dict.fromkeys(problem for _, rank_problems in failed for problem in rank_problems)
+            raise failed[0][0](*everyone)
         return cast(T, result)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on every rank; small, and of this project's own making, for it is pickled. A
+        collective."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
 
 def local_rank() -> int:
@@ -86,9 +93,7 @@ def join(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(
-            backend, timeout=timeout, device_id=device if device.type == "cuda" else None
-        )
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     else:
         # DeepSpeed reads these when it is imported into a process that no launcher started.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")

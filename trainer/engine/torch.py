@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import Config, OffloadDevice
 from trainer import gradients
+from trainer.checkpoint.tensors import TensorReader
 from trainer.data import Batch
-from trainer.engine import StepReport
+from trainer.engine import Counters, StepReport, torch_state
 from trainer.loss import cross_entropy_sum
 from trainer.mesh import build_mesh
 from trainer.model import build_hf_config, build_model, materialize
@@ -48,8 +48,9 @@ class TorchEngine:
         if not plan.fully_sharded and plan.degree("dp_replicate") > 1:
             self.module = apply_ddp(self.model, plan, runtime)
         self.model.train()
-        groups = param_groups(self.model.named_parameters(), config.optimizer.weight_decay)
-        self.optimizer = build_optimizer(groups, config.optimizer)
+        # Kept: after a forward that leaves FSDP's parameters gathered, the module would name other tensors.
+        self.named = dict(self.model.named_parameters())
+        self.optimizer = build_optimizer(param_groups(self.named.items(), config.optimizer.weight_decay), config.optimizer)
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=valid_tokens.device, dtype=torch.float64)
@@ -88,11 +89,25 @@ class TorchEngine:
         return loss
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        for name, parameter in self.model.named_parameters():
-            whole = parameter.detach()
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor()
-            yield name, whole.cpu() if self.runtime.is_main else None
+        for name, parameter in self.named.items():
+            complete = torch_state.whole(parameter, self.runtime.device)
+            yield name, complete.cpu() if self.runtime.is_main else None
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        everyone = list(range(self.runtime.world_size))
+        yield from torch_state.save_state(self.named, self.optimizer, holders=everyone, device=self.runtime.device)
+
+    def counters(self) -> Counters:
+        return Counters(
+            optimizer_steps=torch_state.optimizer_steps(self.named, self.optimizer),
+            loss_scale=self.loss_scale.value if self.loss_scale else None,
+            good_steps=self.loss_scale.good_steps if self.loss_scale else None,
+        )
+
+    def load_state(self, saved: TensorReader, counters: Counters) -> None:
+        torch_state.load_state(self.named, self.optimizer, saved, steps=counters.optimizer_steps)
+        if self.loss_scale:
+            self.loss_scale.restore(counters.loss_scale, counters.good_steps)
 
     def close(self) -> None:
         """Nothing is held outside the process."""

@@ -1,0 +1,96 @@
+"""The checkpoints of one run: their names, the leftovers of a kill, and which of them to delete.
+
+There is no `latest` file that could be torn, lost or ahead of the truth: the newest checkpoint is the one with the
+highest step among the committed folders. Names that begin with a dot are never one:
+
+    .step-00000200.partial     being written
+    .step-00000200.replaced    moved aside for the moment in which a new folder of that name takes its place
+    .step-00000100.deleted     on its way out: hidden in one rename, then removed file by file
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.checkpoint.files import rename_synced
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+_COMMITTED = re.compile(r"step-(\d{8,})")
+_LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    return folder / f".{step_name(step)}.partial"
+
+
+def committed(folder: Path) -> list[Path]:
+    """Checkpoints below a run's `checkpoints` folder, oldest first. A name says that a save was committed, not that
+    its files have stayed as they were."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _COMMITTED.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def commit(partial: Path) -> Path:
+    """Give a complete, flushed folder its name. Where that name is taken, the old folder goes when the new one is in
+    place; `tidy` brings it back if a kill comes in between."""
+    target = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+    old = partial.with_name(f".{target.name}.replaced")
+    if target.exists():
+        rename_synced(target, old)
+    rename_synced(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed run has left half-done. Only for the one who holds the run folder's lock."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match and match[2] == "replaced" and not (folder / match[1]).exists():
+            rename_synced(path, folder / match[1])
+        elif match:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing counts it as one; it stays for whoever wants to look into it."""
+    for number in range(1, 1000):
+        target = checkpoint.with_name(f"{checkpoint.name}.damaged" + (f"-{number}" if number > 1 else ""))
+        if not target.exists():
+            rename_synced(checkpoint, target)
+            return target
+    return checkpoint
+
+
+def surplus(checkpoints: Sequence[Path], *, keep_last: int, keep_every: int) -> list[Path]:
+    """Which to delete. checkpoints: oldest first. The newest `keep_last` stay, and every step that `keep_every`
+    divides (0: none)."""
+    old = checkpoints[: len(checkpoints) - keep_last]
+    return [path for path in old if not (keep_every and _step(path) % keep_every == 0)]
+
+
+def delete(checkpoint: Path) -> None:
+    hidden = checkpoint.with_name(f".{checkpoint.name}.deleted")
+    shutil.rmtree(hidden, ignore_errors=True)
+    rename_synced(checkpoint, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    match = _COMMITTED.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])

@@ -1,0 +1,52 @@
+"""Bytes that are on the disk when a call returns.
+
+A rename is atomic, but a power cut may reorder it with the data before it: hence fsync of the file before the
+rename, and of the folder after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+CHUNK_BYTES = 2**20
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a new file and flush it."""
+    with open(path, "x") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give a file a new content: a reader, or a power cut, meets the old or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    write_synced(partial, text)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def rename_synced(source: Path, target: Path) -> None:
+    source.rename(target)
+    sync(target.parent)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

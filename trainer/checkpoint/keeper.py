@@ -1,0 +1,254 @@
+"""The keeper of a run's checkpoints: which one to begin from, when to save, what stays.
+
+    keeper = Keeper(config, plan, runtime, run_dir, identity=..., tokenizer=..., tell=...)
+    found = keeper.find()                       before the engine is built: a mistake costs seconds
+    keeper.restore(engine)
+    for each step: stop = keeper.after_step(step, engine, ...)
+
+Every rank has one and calls it alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from configs.errors import CheckpointDamaged, CheckpointFailed, CheckpointMismatch
+from configs.schema import Config, OnFailure
+from trainer.checkpoint import catalog
+from trainer.checkpoint.manifest import STATE, Manifest, check_contents, check_sizes, read_manifest
+from trainer.checkpoint.progress import Progress, check_same, layout, read_progress
+from trainer.checkpoint.saving import Save
+from trainer.checkpoint.tensors import TensorReader
+from trainer.engine import Engine
+from trainer.plan import Plan
+from trainer.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A committed checkpoint. blocked_seconds: that training stood still for it. seconds: from its start to its commit."""
+
+    step: int
+    folder: Path
+    bytes: int
+    blocked_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A checkpoint that has passed every check."""
+
+    folder: Path
+    manifest: Manifest
+    progress: Progress
+
+
+class Keeper:
+    """identity: from `progress.identity`. tell: called on every rank for each checkpoint that was committed."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        runtime: Runtime,
+        run_dir: Path,
+        *,
+        identity: dict[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        tell: Callable[[Saved], None] = lambda saved: None,
+    ) -> None:
+        self._config, self._plan, self._runtime = config, plan, runtime
+        self._folder = run_dir / catalog.CHECKPOINTS
+        self._identity, self._tokenizer, self._tell = identity, tokenizer, tell
+        self._found: Found | None = None
+        self._pending: Save | None = None
+        self._begun = self._blocked = 0.0
+
+    def find(self) -> Progress | None:
+        """Where the run is to begin: at the newest whole checkpoint of its own, else at `train.resume`, else anew (None).
+
+        A collective. Damaged checkpoints are named and passed over. Raises CheckpointDamaged when there are
+        checkpoints and none is whole, CheckpointMismatch when the one to go on from belongs to another run.
+        """
+        if self._runtime.is_main:
+            catalog.tidy(self._folder)
+        own = self._listed(self._folder)
+        candidates, ours = (own, True) if own else (self._elsewhere(), False)
+        for candidate in reversed(candidates):
+            try:
+                self._found = self._check(candidate)
+                break
+            except CheckpointDamaged as damage:
+                self._say(*damage.problems, f"{candidate}: damaged, passed over")
+                if ours and self._runtime.is_main:
+                    catalog.set_aside(candidate)
+                last_damage = damage
+        if self._found is None:
+            if candidates:
+                raise CheckpointDamaged(
+                    *last_damage.problems, f"{candidates[0].parent}: holds no checkpoint that is whole"
+                )
+            return None
+        return self._found.progress
+
+    def restore(self, engine: Engine) -> None:
+        """Put the found checkpoint, if there is one, into the engine and the random generators. A collective."""
+        if self._found is None:
+            return
+        saved = TensorReader(self._found.folder, self._found.manifest)
+        progress = self._found.progress
+        self._runtime.agree(lambda: engine.load_state(saved, progress.engine))
+        self._restore_random_numbers(saved, progress)
+        self._say(f"resumed    step {progress.step} from {self._found.folder}")
+
+    def after_step(
+        self, step: int, engine: Engine, *, samples: int, report: Callable[[], dict[str, Any]], stop: bool = False
+    ) -> bool:
+        """Save if it is time. Returns whether the run is to stop: whether any rank was asked to.
+
+        step: updates so far. samples: the position in the data that belongs to it. A collective.
+        Raises CheckpointFailed on every rank when a save failed and `checkpoint.on_failure` is stop.
+        """
+        settings = self._config.checkpoint
+        unfinished = self._pending is not None and not self._pending.done
+        stopping, writing = (bool(flag) for flag in self._runtime.max(float(stop), float(unfinished)))
+        if self._pending is not None and not writing:
+            self._guard(self._commit)
+        last = step >= self._plan.steps
+        due = settings.every > 0 and step % settings.every == 0
+        if stopping or due or (last and settings.final):
+            progress = Progress(
+                step=step,
+                samples=samples,
+                engine=engine.counters(),
+                identity=self._identity,
+                layout=layout(self._plan),
+                report=report(),
+            )
+            self._guard(lambda: self._save(engine, progress))
+        if stopping or last:
+            self._guard(self._commit)
+        return stopping
+
+    def _save(self, engine: Engine, progress: Progress) -> None:
+        self._commit()
+        self._begun = time.perf_counter()
+        save = Save(catalog.partial_folder(self._folder, progress.step), progress, self._runtime)
+        save.begin()
+        aside = self._config.checkpoint.async_save
+        (save.write_aside if aside else save.write)(self._state(engine))
+        self._pending, self._blocked = save, time.perf_counter() - self._begun
+        if not aside:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Commit the save that is under way, if there is one; waits for its writing."""
+        save, self._pending = self._pending, None
+        if save is None:
+            return
+        before = time.perf_counter()
+        folder, size = save.commit(self._tokenizer)
+        if self._runtime.is_main:
+            self._delete_surplus()
+        now = time.perf_counter()
+        aside = self._config.checkpoint.async_save
+        self._tell(
+            Saved(
+                step=save.progress.step,
+                folder=folder,
+                bytes=size,
+                blocked_seconds=self._blocked + (now - before) if aside else now - self._begun,
+                seconds=now - self._begun,
+            )
+        )
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except CheckpointFailed as failure:
+            self._pending = None
+            if self._config.checkpoint.on_failure is OnFailure.stop:
+                raise
+            self._say(*(f"{problem}; training goes on without it" for problem in failure.problems))
+
+    def _delete_surplus(self) -> None:
+        settings = self._config.checkpoint
+        checkpoints = catalog.committed(self._folder)
+        for old in catalog.surplus(checkpoints, keep_last=settings.keep_last, keep_every=settings.keep_every):
+            try:
+                catalog.delete(old)
+            except OSError as error:
+                log.warning("%s: cannot be deleted (%s)", old, error.strerror)
+
+    def _state(self, engine: Engine) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """The engine's tensors and this rank's random generators."""
+        yield from engine.state()
+        rank = self._runtime.rank
+        yield f"rng/cpu-{rank:05d}", torch.get_rng_state()
+        if self._runtime.device.type == "cuda":
+            yield f"rng/cuda-{rank:05d}", torch.cuda.get_rng_state(self._runtime.device)
+
+    def _restore_random_numbers(self, saved: TensorReader, progress: Progress) -> None:
+        """Under the same layout the very streams go on. Under another one no rank is the same as before: new streams,
+        which do not repeat those of the run's start."""
+        rank, device = self._runtime.rank, self._runtime.device
+        if progress.layout != layout(self._plan):
+            torch.manual_seed(self._config.train.seed + rank + 1_000_003 * progress.step)
+            return
+        torch.set_rng_state(saved.read(f"rng/cpu-{rank:05d}").clone())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved.read(f"rng/cuda-{rank:05d}").clone(), device)
+
+    def _listed(self, folder: Path) -> list[Path]:
+        """Committed checkpoints as rank 0 sees them, on every rank, oldest first."""
+        names = self._runtime.broadcast("\n".join(path.name for path in catalog.committed(folder)))
+        return [folder / name for name in names.split("\n") if name]
+
+    def _elsewhere(self) -> list[Path]:
+        """What `train.resume` names: a checkpoint, or the checkpoints of another run."""
+        wanted = self._config.train.resume
+        if wanted in ("auto", "never"):
+            return []
+        path = Path(wanted).expanduser().absolute()
+        listed = self._listed(path) or self._listed(path / catalog.CHECKPOINTS)
+        if listed:
+            return listed
+        if not (path / STATE).is_file():
+            raise CheckpointMismatch(
+                f"train.resume={wanted}: is no checkpoint and holds none; give auto, never, RUN_DIR or"
+                f" RUN_DIR/{catalog.CHECKPOINTS}/{catalog.step_name(100)}"
+            )
+        return [path]
+
+    def _check(self, folder: Path) -> Found:
+        """Raises on every rank alike. Each rank hashes its share of the files."""
+
+        def check() -> Found:
+            manifest = read_manifest(folder)
+            check_sizes(folder, manifest)
+            names = list(manifest.files)
+            check_contents(folder, manifest, names[self._runtime.rank :: self._runtime.world_size])
+            return Found(folder=folder, manifest=manifest, progress=read_progress(folder / STATE))
+
+        found = self._runtime.agree(check)
+        batch = self._plan.batch.global_batch_size
+        check_same(found.progress, self._identity, source=folder, global_batch_size=batch)
+        return found
+
+    def _say(self, *lines: str) -> None:
+        if self._runtime.is_main:
+            for line in lines:
+                log.warning(line)

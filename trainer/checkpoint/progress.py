@@ -1,0 +1,125 @@
+"""state.json: where a run stood, what it was, and whether the run that wants to go on from it is the same.
+
+Positions in the data are counted in samples over all ranks, so they mean the same under every layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from configs.errors import CheckpointDamaged, CheckpointMismatch
+from configs.schema import Config
+from trainer.data import DataSet
+from trainer.engine import Counters
+from trainer.plan import Plan
+
+# Fields of a Hugging Face config that say how a model is run or where it came from, not what it computes.
+_INCIDENTAL = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_REMEDY = {
+    "model": "give the same model",
+    "tokenizer": "give the same tokenizer",
+    "data": "give the same data",
+    "optimizer": "give the same optimizer",
+    "train": "give the same value",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """step: optimizer updates so far. samples: global position in the data. engine: from `Engine.counters`.
+    report: from `Reporter.totals`. identity: what the run is, key by key. layout: what it was spread over."""
+
+    step: int
+    samples: int
+    engine: Counters
+    identity: dict[str, Any]
+    layout: dict[str, Any]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict[str, Any]:
+    """All that must be the same for a run to be continued rather than mixed with another one."""
+    model = {f"model.{key}": value for key, value in hf_config.to_dict().items() if key not in _INCIDENTAL}
+    return {
+        **json.loads(json.dumps(model, default=str)),
+        "tokenizer": _fingerprint(data),
+        "data.source": str(config.data.source),
+        "data.seq_len": config.data.seq_len,
+        "data.shuffle": config.data.shuffle,
+        "data.fingerprint": data.fingerprint,
+        "optimizer.name": str(config.optimizer.name),
+        "train.seed": config.train.seed,
+    }
+
+
+def layout(plan: Plan) -> dict[str, Any]:
+    """What random numbers of a rank depend on: the same layout draws the same dropout masks again."""
+    return {
+        "engine": str(plan.engine),
+        "zero_stage": plan.zero_stage,
+        "mesh": {axis: size for axis, size in plan.mesh if size > 1},
+        "micro_batch_size": plan.batch.micro_batch_size,
+        "device": plan.device,
+    }
+
+
+def check_same(saved: Progress, ours: Mapping[str, Any], *, source: Path, global_batch_size: int) -> None:
+    """Raises CheckpointMismatch naming each difference that makes this another run."""
+    problems = []
+    for key in saved.identity.keys() & ours.keys():
+        there, here = saved.identity[key], ours[key]
+        if there != here:
+            problems.append(
+                f"{source}: saved with {key}={_short(there)}, this run has {key}={_short(here)};"
+                f" {_REMEDY[key.partition('.')[0]]}, or begin another run from its weights (python -m trainer.checkpoint"
+                " export, then model.path=... model.weights=pretrained)"
+            )
+    if saved.samples % global_batch_size:
+        problems.append(
+            f"train.global_batch_size={global_batch_size}: {source} stands at sample {saved.samples}, which is not a"
+            " multiple of it; choose a divisor, so that no sample is repeated or left out"
+        )
+    if problems:
+        raise CheckpointMismatch(*sorted(problems))
+
+
+def to_json(progress: Progress) -> str:
+    return json.dumps(asdict(progress), indent=1) + "\n"
+
+
+def read_progress(path: Path) -> Progress:
+    """Raises CheckpointDamaged when the file does not hold what `to_json` writes."""
+    try:
+        content = json.loads(path.read_bytes())
+        return Progress(**{**content, "engine": Counters(**content["engine"])})
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointDamaged(f"{path}: expected the state of a run, found {error!r}") from None
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _fingerprint(data: DataSet) -> str:
+    """Equal for tokenizers that encode equally."""
+    backend = getattr(data.tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(data.tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

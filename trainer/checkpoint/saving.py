@@ -1,0 +1,173 @@
+"""One save: take the state, write it, commit it.
+
+    take      every rank gathers tensor after tensor and keeps those it is to write            all ranks, a collective
+    write     safetensors files into .step-N.partial, each flushed and hashed                  each rank for itself
+    commit    all ranks have written? state.json, tokenizer, manifest, rename                  all ranks, a collective
+
+With `checkpoint.async_save` a thread does the writing, from copies, while training goes on. It talks to nobody: the
+commit waits for a step boundary at which every rank's thread is done. Collectives of two threads on one process group
+would wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from configs.errors import CheckpointFailed
+from trainer.checkpoint.catalog import commit
+from trainer.checkpoint.files import sync, write_synced
+from trainer.checkpoint.manifest import STATE, TOKENIZER, FileEntry, Manifest, entry_of, write_manifest
+from trainer.checkpoint.progress import Progress, to_json
+from trainer.checkpoint.tensors import RankWriter
+from trainer.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# No space, quota used up, file larger than allowed.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What one rank tells the others. error: of the disk; None if all went well."""
+
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+    bytes: int = 0
+    error: OSError | None = None
+
+
+class Save:
+    """A save from its first file to its commit. Every rank has one."""
+
+    def __init__(self, partial: Path, progress: Progress, runtime: Runtime) -> None:
+        self.partial, self.progress = partial, progress
+        self._runtime = runtime
+        self._writer = RankWriter(partial, runtime.rank)
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Make the folder. A collective. Raises CheckpointFailed on every rank."""
+
+        def make() -> None:
+            if self._runtime.is_main:
+                try:
+                    shutil.rmtree(self.partial, ignore_errors=True)
+                    self.partial.mkdir(parents=True)
+                except OSError as error:
+                    raise CheckpointFailed(self._explain(error, 0)) from None
+
+        self._runtime.agree(make)
+
+    def write(self, state: Iterable[tuple[str, torch.Tensor | None]]) -> None:
+        """Gather and write, and come back when this rank's files are on the disk. A collective, unless the disk fails:
+        then this rank still takes part to the end, and `commit` tells."""
+        for key, tensor in state:
+            if tensor is not None:
+                self._writer.add(key, tensor.cpu())
+        self._writer.flush()
+
+    def write_aside(self, state: Iterable[tuple[str, torch.Tensor | None]]) -> None:
+        """Gather into host memory, and leave the writing to a thread. A collective."""
+        copies = [(key, torch.empty_like(t, device="cpu").copy_(t)) for key, t in state if t is not None]
+
+        def write() -> None:
+            try:
+                while copies:
+                    # Taken off the list: written tensors give their memory back.
+                    self._writer.add(*copies.pop(0))
+                self._writer.flush()
+            except Exception as error:  # it would end this thread unseen, and the commit would find too little
+                self._writer.error = OSError(0, repr(error))
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank's files are on the disk, or never will be."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def commit(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Path, int]:
+        """Make it a checkpoint. Returns its folder and size in bytes. A collective; waits for the writing.
+
+        Raises CheckpointFailed on every rank when any of them could not write; nothing of the save is left then.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        writer = self._writer
+        mine = Written(files=writer.files, tensors=writer.tensors, bytes=writer.bytes, error=writer.error)
+        parts = self._runtime.gather(mine)
+        size = sum(part.bytes for part in parts)
+
+        def finish() -> str:
+            if not self._runtime.is_main:
+                return ""
+            try:
+                for part in parts:
+                    if part.error is not None:
+                        raise part.error
+                return str(self._finish(parts, tokenizer))
+            except OSError as error:
+                shutil.rmtree(self.partial, ignore_errors=True)
+                raise CheckpointFailed(self._explain(error, size)) from None
+
+        return Path(self._runtime.broadcast(self._runtime.agree(finish))), size
+
+    def _finish(self, parts: list[Written], tokenizer: PreTrainedTokenizerBase) -> Path:
+        tokenizer.save_pretrained(self.partial / TOKENIZER)
+        for path in (self.partial / TOKENIZER).iterdir():
+            sync(path)
+        sync(self.partial / TOKENIZER)
+        write_synced(self.partial / STATE, to_json(self.progress))
+        others = [STATE, *(f"{TOKENIZER}/{path.name}" for path in (self.partial / TOKENIZER).iterdir())]
+        tensors = _union(part.tensors for part in parts)
+        _check_complete(tensors)
+        manifest = Manifest(
+            step=self.progress.step,
+            files=_union(part.files for part in parts) | {name: entry_of(self.partial / name) for name in others},
+            tensors=tensors,
+        )
+        write_manifest(self.partial, manifest)
+        sync(self.partial)
+        return commit(self.partial)
+
+    def _explain(self, error: OSError, size: int) -> str:
+        what = f"checkpoint of step {self.progress.step}"
+        folder = self.partial.parent
+        if error.errno in _FULL:
+            free = shutil.disk_usage(folder).free
+            return (
+                f"{what}: no space for it in {folder}: needs {_mib(size)}, has {_mib(free)} ({error.strerror}); free some,"
+                " lower checkpoint.keep_last, or choose another train.run_dir"
+            )
+        return f"{what}: cannot be written to {folder} ({error.strerror or error}); make it writable, or choose another train.run_dir"
+
+
+def _check_complete(tensors: Iterable[str]) -> None:
+    """An optimizer state that is there for one parameter is there for all: a layout that hands over only some of them
+    would resume with the others at zero, and no loss would show it at once."""
+    names: dict[str, set[str]] = {}
+    for key in tensors:
+        kind, _, name = key.partition("/")
+        names.setdefault(kind, set()).add(name)
+    for kind in names.keys() - {"model", "rng"}:
+        if names[kind] != names["model"]:
+            raise AssertionError(f"{kind} is there for {len(names[kind])} of {len(names['model'])} parameters")
+
+
+def _union(parts: Iterable[dict]) -> dict:
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

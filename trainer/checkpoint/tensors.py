@@ -1,0 +1,116 @@
+"""Tensors in safetensors files: written by each rank for its part, read by any rank through a memory map.
+
+safetensors is JSON and raw bytes: nothing in it can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from configs.errors import CheckpointDamaged
+from trainer.checkpoint.files import sync
+from trainer.checkpoint.manifest import FileEntry, Manifest, entry_of
+
+FILE_BYTES = 2 * 10**9
+"""A rank gathers tensors up to this size before it writes a file: the host memory that a save takes."""
+
+
+class Dealer:
+    """Deals tensors to the ranks that hold them, the next one to whoever has the least. Every rank that deals the same
+    sizes comes to the same result without asking the others."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self._bytes = dict.fromkeys(ranks, 0)
+
+    def owner(self, size: int) -> int:
+        """The rank that is to write a tensor of that many bytes."""
+        rank = min(self._bytes, key=lambda rank: self._bytes[rank])
+        self._bytes[rank] += size
+        return rank
+
+
+class RankWriter:
+    """The files of one rank. After an error of the disk it takes tensors and drops them, because the other ranks count
+    on this one to keep up with the collectives that gather them."""
+
+    def __init__(self, folder: Path, rank: int, *, file_bytes: int = FILE_BYTES) -> None:
+        self._folder, self._rank, self._file_bytes = folder, rank, file_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self.files: dict[str, FileEntry] = {}
+        self.tensors: dict[str, str] = {}
+        self.error: OSError | None = None
+        self.bytes = 0
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """tensor: on the CPU; must not change until the file is written."""
+        self.bytes += tensor.nbytes
+        held = sum(other.nbytes for other in self._pending.values())
+        if self._pending and held + tensor.nbytes > self._file_bytes:
+            self.flush()
+        self._pending[key] = tensor.contiguous()
+
+    def flush(self) -> None:
+        """Write what is pending as one file, down to the disk. Remembers an error of the disk in `error`."""
+        pending, self._pending = self._pending, {}
+        if not pending or self.error is not None:
+            return
+        name = f"rank-{self._rank:05d}-{len(self.files):03d}.safetensors"
+        try:
+            save_file(pending, self._folder / name)
+            sync(self._folder / name)
+            self.files[name] = entry_of(self._folder / name)
+        except SafetensorError as error:
+            self.error = _as_os_error(error)
+        except OSError as error:
+            self.error = error
+        self.tensors.update(dict.fromkeys(pending, name))
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """The library puts the system's number into its text: "... (os error 28)"."""
+    text = str(error)
+    number = text.rpartition("(os error ")[2].rstrip(")")
+    return OSError(int(number) if number.isdigit() else 0, text)
+
+
+class TensorReader:
+    """Tensors of a checkpoint by key. What is not touched is not read: a slice of a large tensor costs its own bytes."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
+        self._open: dict[str, safe_open] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._manifest.tensors
+
+    def keys(self) -> list[str]:
+        return list(self._manifest.tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._file(key).get_slice(key).get_shape())
+
+    def read(self, key: str) -> torch.Tensor:
+        """The whole tensor, on the CPU, mapped from the file; not to be written to.
+
+        Raises CheckpointDamaged when the manifest promises what the file does not hold.
+        """
+        try:
+            return self._file(key).get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointDamaged(f"{self._folder}: expected the tensor {key}, found {error}") from None
+
+    def _file(self, key: str) -> safe_open:
+        if key not in self._manifest.tensors:
+            raise CheckpointDamaged(f"{self._folder}: expected the tensor {key}, found none of that name")
+        name = self._manifest.tensors[key]
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self._folder / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointDamaged(f"{self._folder / name}: expected safetensors, found {error}") from None
+        return self._open[name]

@@ -1,0 +1,101 @@
+"""State of the torch engine, whole for a checkpoint and cut to this rank's share again.
+
+A parameter and its optimizer states are placed alike: plain tensors that every replica holds, or DTensors of which
+each rank holds a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from configs.errors import CheckpointMismatch
+from trainer.checkpoint.tensors import Dealer, TensorReader
+
+Named = Mapping[str, torch.Tensor]
+
+
+def whole(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """All of a tensor, on the device that communicates. A collective of the ranks that hold pieces of it."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.device != device:
+        # Offloaded: its pieces are in host memory, where the GPUs' collectives cannot reach them.
+        local = tensor.to_local().to(device)
+        tensor = DTensor.from_local(
+            local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+        )
+    return tensor.full_tensor()
+
+
+def save_state(
+    parameters: Named, optimizer: torch.optim.Optimizer, *, holders: list[int], device: torch.device
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """As `Engine.state`. parameters: those of this rank by name. holders: the ranks that have the same names."""
+    dealer, rank = Dealer(holders), dist.get_rank()
+    for name, parameter in parameters.items():
+        tensors = {"model": parameter, **_states(optimizer, parameter)}
+        for kind, tensor in tensors.items():
+            complete = whole(tensor, device)
+            yield f"{kind}/{name}", complete if dealer.owner(complete.nbytes) == rank else None
+
+
+def optimizer_steps(parameters: Named, optimizer: torch.optim.Optimizer) -> int:
+    """Updates that Adam has counted; 0 for an optimizer that counts none."""
+    counted = (state["step"] for p in parameters.values() if "step" in (state := optimizer.state.get(p, {})))
+    return int(next(counted, 0))
+
+
+@torch.no_grad()
+def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: TensorReader, *, steps: int) -> None:
+    """Write this rank's share of every tensor into parameters and optimizer. steps: as `optimizer_steps` gave."""
+    kinds = sorted({key.partition("/")[0] for key in saved.keys()} - {"model", "rng"})
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in parameters.items():
+        check_shape(saved, f"model/{name}", parameter.shape)
+        copy_share(parameter, saved.read(f"model/{name}"))
+        if not kinds:
+            continue
+        state = optimizer.state[parameter]
+        for kind in kinds:
+            state[kind] = torch.zeros_like(parameter)
+            copy_share(state[kind], saved.read(f"{kind}/{name}"))
+        if isinstance(optimizer, torch.optim.AdamW):
+            # As torch makes it: the fused kernels read it where the parameter is.
+            fused = groups[id(parameter)]["fused"]
+            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device if fused else "cpu")
+
+
+def check_shape(saved: TensorReader, key: str, shape: torch.Size | tuple[int, ...]) -> None:
+    """Raises CheckpointMismatch unless the checkpoint holds a tensor of this name and shape."""
+    found = list(saved.shape(key)) if key in saved else "none"
+    if found != list(shape):
+        raise CheckpointMismatch(
+            f"train.resume: the model wants {key} of shape {list(shape)}, the checkpoint holds {found}"
+        )
+
+
+def copy_share(target: torch.Tensor, complete: torch.Tensor) -> None:
+    """Write this rank's share of `complete` (on the CPU, mapped from a file) into `target`, in its dtype and place."""
+    if not isinstance(target, DTensor):
+        target.copy_(complete)
+        return
+    mesh, placements = target.device_mesh, target.placements
+    if all(type(placement) in (Shard, Replicate) for placement in placements):
+        # A box of the whole tensor: only its bytes are read from the file.
+        sizes, starts = compute_local_shape_and_global_offset(target.shape, mesh, placements)
+        share = complete[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
+    else:
+        share = distribute_tensor(complete, mesh, placements, src_data_rank=None).to_local()
+    target.to_local().copy_(share)
+
+
+def _states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors of a parameter's shape, in a fixed order."""
+    state = optimizer.state.get(parameter, {})
+    return {kind: state[kind] for kind in sorted(state) if kind != "step" and isinstance(state[kind], torch.Tensor)}
