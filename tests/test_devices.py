@@ -1,0 +1,93 @@
+"""The table of known GPUs: found by torch's names, never mistaken for a relative."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs.schema import DType
+from trainer.devices import GPUS, check_gpu, find_gpu
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("torch_name", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100-SXM-40GB"),
+        ("A100-SXM4-40GB", "A100-SXM-40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100-SXM-80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100-PCIe-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-PCIe-80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100-SXM"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA A10", "A10"),
+        ("Tesla V100-SXM2-16GB", "V100-SXM-16GB"),
+        ("Tesla V100-SXM2-32GB", "V100-SXM-32GB"),
+        ("Tesla V100-SXM3-32GB", "V100-SXM-32GB"),
+        ("Tesla V100-PCIE-16GB", "V100-PCIe-16GB"),
+        ("Tesla V100-PCIE-32GB", "V100-PCIe-32GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA GeForce RTX 3090", "RTX-3090"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("AMD Instinct MI300X VF", "MI300X"),
+        ("h100-sxm", "H100-SXM"),
+    ],
+)
+def test_finds_a_gpu_by_either_name(torch_name: str, name: str) -> None:
+    gpu = find_gpu(torch_name)
+    assert gpu is not None
+    assert gpu.name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA A10G",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA L40",
+        "NVIDIA H100 NVL",
+        "NVIDIA H200 NVL",
+        "NVIDIA GB200",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "H100",
+        "",
+    ],
+)
+def test_does_not_take_a_relative_for_it(name: str) -> None:
+    assert find_gpu(name) is None
+
+
+def test_peaks_are_dense_and_memory_is_what_the_driver_reports() -> None:
+    h200 = find_gpu("NVIDIA H200")
+    assert h200 is not None
+    assert h200.peak_flops(DType.bfloat16) == 989.4e12  # with sparsity it would be 1,979
+    assert h200.peak_flops(DType.float32) == 67e12
+    assert h200.peak_flops(DType.float32, tf32=True) == 494.7e12
+    assert h200.peak_flops(DType.float64) is None
+    v100 = find_gpu("Tesla V100-SXM2-16GB")
+    assert v100 is not None
+    assert v100.peak_flops(DType.bfloat16) is None
+    assert v100.peak_flops(DType.float32, tf32=True) is None
+    for gpu in GPUS:
+        advertised = {"H200": 141, "B200": 180, "MI300X": 192, "L40S": 48, "L4": 24, "A10": 24}.get(gpu.name)
+        if advertised:
+            assert 0.93 * advertised * GIB < gpu.memory_bytes <= advertised * GIB, gpu.name
+
+
+def test_names_are_distinct_and_each_torch_name_has_one_row() -> None:
+    assert len({gpu.name for gpu in GPUS}) == len(set(GPUS)) == len(GPUS) == 18
+
+
+def test_an_unknown_gpu_is_one_line_that_lists_the_known_ones() -> None:
+    assert list(check_gpu(None)) == []
+    assert list(check_gpu("b200")) == []
+    (problem,) = check_gpu("H9000")
+    assert problem.startswith("cluster.gpu=H9000: not in the table of known GPUs; use A100-SXM-40GB, ")
+    assert "MI300X" in problem
+    assert "\n" not in problem
