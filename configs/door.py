@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from configs.errors import EXIT_BAD_CONFIG, ConfigError, CookbookError
+from configs.errors import ConfigError, CookbookError
 from configs.load import chosen_options, group_options, load_config, to_yaml
 
 
@@ -105,4 +105,4 @@ def turn_away(error: CookbookError) -> int:
     """Print what the user can mend, one line each, without a traceback. Returns the exit code."""
     for problem in error.problems:
         print(problem, file=sys.stderr)
-    return EXIT_BAD_CONFIG
+    return error.exit_code

@@ -78,11 +78,13 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
     plan = make_plan(config, replace(find_machine(), world_size=None, local_world_size=None))
     run_dir = Path(config.train.run_dir or default_run_dir(config, datetime.now()))
     commands = _commands(config, plan, overrides, config_dir=config_dir, run_dir=run_dir)
-    print(plan.describe())
+    starting = plan.nodes == 1 and not config.dry_run
+    if not starting:  # else rank 0 prints the plan
+        print(plan.describe(), end="\n\n")
     if plan.nodes > 1:
-        print("\nRun on each node, with NODE_0 the address of the first:")
-    print("", *(command.text() for command in commands), "", sep="\n", flush=True)
-    if config.dry_run or plan.nodes > 1:
+        print("Run one line on each node, with the address of the first for NODE_0:")
+    print(*(command.text() for command in commands), sep="\n", flush=True)
+    if not starting:
         return EXIT_FINISHED
     if config.launcher.name is LauncherName.python and not stay:
         replace_process(commands[0])
