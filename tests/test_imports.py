@@ -1,0 +1,118 @@
+"""The rules of the architecture, read from the imports: arrows never turn back, and answers need no torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = [
+    folder.name for folder in sorted(ROOT.iterdir()) if (folder / "__init__.py").exists() and folder.name != "tests"
+]
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for package in PACKAGES
+    for file in sorted((ROOT / package).rglob("*.py"))
+}
+
+# configs <- trainer <- launch; configs, trainer <- slurm; slurm <- launch.
+MAY_IMPORT = {
+    "configs": {"configs"},
+    "trainer": {"configs", "trainer"},
+    "slurm": {"configs", "trainer", "slurm"},
+    "launch": {"configs", "trainer", "slurm", "launch"},
+}
+# Importing one of these costs a second or more.
+HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "numpy", "wandb", "safetensors"}
+# `--help`, `--cfg job`, config and plan errors are answered from these alone.
+LIGHT = [name for name in MODULES if name.startswith(("configs", "launch"))] + ["trainer.plan", "trainer.__main__"]
+
+
+def imports(module: str, *, at_import: bool) -> Iterator[str]:
+    """The modules that `module` imports. at_import: only those that are imported when it is, not inside functions."""
+    tree = ast.parse(MODULES[module].read_text())
+    for node in _outside_functions(tree) if at_import else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            yield source
+            yield from (name for alias in node.names if (name := f"{source}.{alias.name}") in MODULES)
+
+
+def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _outside_functions(child)
+
+
+def reached(module: str) -> dict[str, str]:
+    """Every module that importing `module` imports, with the one that asks for it."""
+    found: dict[str, str] = {}
+    waiting = [(module, "")]
+    while waiting:
+        name, asker = waiting.pop()
+        if name in found:
+            continue
+        found[name] = asker
+        parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+        waiting += [(parent, name) for parent in parents]
+        if name in MODULES:
+            waiting += [(imported, name) for imported in imports(name, at_import=True)]
+    return found
+
+
+def test_modules_were_found() -> None:
+    assert {"configs", "launch", "trainer"} <= set(PACKAGES) <= set(MAY_IMPORT)
+    assert len(MODULES) >= 50
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_never_turn_back(module: str) -> None:
+    ours = {name.partition(".")[0] for name in imports(module, at_import=False)} & set(MAY_IMPORT)
+    assert ours <= MAY_IMPORT[module.partition(".")[0]]
+
+
+def test_hydra_is_imported_by_the_loader_alone() -> None:
+    users = [
+        name for name in MODULES if any(used.partition(".")[0] == "hydra" for used in imports(name, at_import=False))
+    ]
+    assert users == ["configs.load"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_answers_need_no_torch(module: str) -> None:
+    chains = {name: asker for name, asker in reached(module).items() if name.partition(".")[0] in HEAVY}
+    assert not chains
+
+
+def test_the_rule_about_torch_can_fail() -> None:
+    assert "torch" in reached("trainer.loop")
+
+
+def test_libraries_and_dependencies_are_the_same_set() -> None:
+    """An undeclared library is missing from a fresh install; a dependency that nothing imports is there for nothing."""
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = {_normal(re.split(r"[<>=\[; ]", line)[0]) for line in lines}
+    used = {name.partition(".")[0] for module in MODULES for name in imports(module, at_import=False)}
+    libraries = used - set(MAY_IMPORT) - set(sys.stdlib_module_names)
+    assert len(libraries) >= 8
+    distributions = packages_distributions()
+    assert {_normal(distributions[library][0]) for library in libraries} == declared
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
