@@ -1,0 +1,156 @@
+"""DeepSpeed engine: ZeRO 1, 2, 3 with offload to host memory or NVMe (Rajbhandari et al. 2020, 2021).
+
+    stage   on each of W ranks, of P parameters                                 may be offloaded
+    1       parameters and gradient whole; master weights, Adam's states P / W  the optimizer's
+    2       parameters whole; gradient and the optimizer's P / W                the optimizer's
+    3       everything P / W, parameters gathered module by module              the optimizer's, parameters
+
+DeepSpeed owns partitions, collectives and the order of the update. Model, values, loss, optimizer, learning rate and
+loss scale are the same objects as under the torch engine, so that the two differ in layout alone. What 16 bit means:
+
+    stage               a micro-batch's gradient       crosses the ranks in           adds up in
+    1                   param_dtype                    reduce_dtype, once a step      float32, whole
+    2                   param_dtype, divided by W      reduce_dtype, each backward    float32, P / W
+    3                   reduce_dtype, divided by W     reduce_dtype, each backward    float32, P / W
+
+Master weights are float32 copies of the parameters as rounded to param_dtype; the torch engine starts from the
+float32 values. A checkpoint in 16 bit is the same for both.
+"""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from configs.schema import Config, Implementation, OffloadDevice
+from trainer.data import Batch
+from trainer.engine import StepReport
+from trainer.engine.deepspeed_config import deepspeed_config, model_size
+from trainer.engine.deepspeed_setup import (
+    Partitioner,
+    build_cpu_adam,
+    drop_gradient,
+    import_deepspeed,
+    load_kernels,
+    needed_kernels,
+    remove_swap_files,
+)
+from trainer.loss import cross_entropy_sum
+from trainer.model import build_hf_config, build_model, materialize
+from trainer.optimizer import build_optimizer, param_groups, set_lr
+from trainer.parallel.checkpointing import apply_checkpointing
+from trainer.plan import Plan
+from trainer.precision import apply_tf32, build_loss_scale, torch_dtype
+from trainer.preflight import check_deepspeed
+from trainer.runtime import Runtime
+from trainer.weights import build_weights
+
+
+class DeepSpeedEngine:
+    """Fulfils `trainer.engine.Engine` for ZeRO 1, 2 and 3."""
+
+    def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
+        runtime.agree(lambda: check_deepspeed(config, plan))
+        deepspeed = import_deepspeed(plan.device)
+        runtime.agree(lambda: load_kernels(needed_kernels(config, plan), local_rank=runtime.local_rank))
+        # Takes over the process group that `runtime.join` has made; zero.Init needs it before `initialize`.
+        deepspeed.init_distributed(verbose=False)
+        apply_tf32(config.precision)
+        self.plan, self.runtime = plan, runtime
+        self.loss_scale = build_loss_scale(config.precision)
+        self.swap_folder = _swap_folder(config, plan, runtime)
+        try:
+            self._build(config, deepspeed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, config: Config, deepspeed: ModuleType) -> None:
+        """Fill the model, leaving this rank its part of each unit, and put it into DeepSpeed's hands."""
+        plan = self.plan
+        self.model = build_model(config.model, build_hf_config(config.model))
+        weights = build_weights(config.model, self.model, seed=config.train.seed)
+        settings = deepspeed_config(config, plan, model_size(self.model), swap_folder=self.swap_folder)
+        materialize(
+            self.model,
+            weights,
+            device=self.runtime.device,
+            dtype=torch_dtype(plan.param_dtype),
+            after_unit=Partitioner(deepspeed, settings) if plan.zero_stage == 3 else None,
+        )
+        self.model.train()
+        apply_checkpointing(self.model, config.train.activation_checkpointing)
+        groups = param_groups(self.model.named_parameters(), config.optimizer.weight_decay)
+        build = build_cpu_adam if config.optimizer.implementation is Implementation.deepspeed_cpu else build_optimizer
+        self.optimizer = build(groups, config.optimizer)
+        with redirect_stdout(io.StringIO()):  # memory readings that its bfloat16 optimizer prints unasked
+            self.engine: Any = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=settings)[0]
+        self._announce_scale()
+
+    def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), device=valid_tokens.device, dtype=torch.float64)
+        for number, batch in enumerate(micro_batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            loss = self._loss(batch) / valid_tokens
+            # DeepSpeed averages over the ranks; the loss is a sum over them, and over the micro-batches.
+            self.engine.backward(loss * self.plan.data_parallel_size, scale_wrt_gas=False)
+            total += loss.detach()
+        return total
+
+    def step(self, lr: float) -> StepReport:
+        scale = self.loss_scale.value if self.loss_scale else None
+        set_lr(self.optimizer, lr)
+        self.engine.step()
+        updated = self.engine.was_step_applied()
+        if self.loss_scale:
+            self.loss_scale.update(finite=updated)
+            self._announce_scale()
+        return StepReport(grad_norm=float(self.engine.get_global_grad_norm()), updated=updated, loss_scale=scale)
+
+    def discard(self) -> None:
+        drop_gradient(self.engine.optimizer)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        self.engine.eval()
+        loss = self._loss(batch)
+        self.engine.train()
+        return loss
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.model.named_parameters():
+            whole = safe_get_full_fp32_param(parameter)
+            assert whole is not None, f"{name} is not trained"
+            yield name, whole.cpu() if self.runtime.is_main else None
+
+    def close(self) -> None:
+        # Without a collective: a rank that failed closes too, while the others wait for it elsewhere.
+        if self.swap_folder is not None:
+            remove_swap_files(self.swap_folder, self.runtime.rank)
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        logits = self.engine(input_ids=batch.input_ids, use_cache=False).logits
+        return cross_entropy_sum(logits, batch.labels)
+
+    def _announce_scale(self) -> None:
+        """From the next backward on DeepSpeed scales the loss, and un-scales the gradient, by this number."""
+        if self.loss_scale:
+            self.engine.optimizer.override_loss_scale(self.loss_scale.value)
+
+
+def _swap_folder(config: Config, plan: Plan, runtime: Runtime) -> str | None:
+    """A folder of this run alone below `offload.nvme_path`, so that `close` may delete it."""
+    path = config.parallel.offload.nvme_path
+    if path is None or OffloadDevice.nvme not in (plan.offload_optimizer, plan.offload_parameters):
+        return None
+    name = runtime.broadcast(f"swap-{uuid.uuid4().hex[:12]}")
+    return str(Path(path).expanduser().resolve() / name)
