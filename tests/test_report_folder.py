@@ -108,7 +108,7 @@ def open_twice(folder: str) -> tuple[str, tuple[str, ...]]:
     config, plan = config_and_plan(None, "parallel=ddp")
     with join(plan, timeout_minutes=1) as runtime:
         opened = open_run_folder(config, plan, runtime)
-        config.train.run_dir = str(opened)
+        config.train.run_dir, config.train.resume = str(opened), "never"
         try:
             open_run_folder(config, plan, runtime)
         except EnvironmentProblem as error:

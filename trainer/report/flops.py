@@ -27,8 +27,9 @@ def flops_per_token(config: PretrainedConfig, *, parameters: int, seq_len: int) 
     """FLOPs of forward and backward for one token: 6 N + 12 L H Q T.
 
     N: parameters that take part in a matrix product, so without the input embedding (a table look-up), unless the
-    output layer uses the same table; L layers, H heads of size Q, T = seq_len. parameters: all of the model, tied ones
-    once. For dense decoders: of a mixture of experts it counts every expert.
+    output layer uses the same table (norms, biases and learned positions are let in: about 1 % in GPT-2, less in
+    larger models); L layers, H heads of size Q, T = seq_len. parameters: all of the model, tied ones once. For dense
+    decoders: of a mixture of experts it counts every expert.
     """
     text = config.get_text_config()
     heads = text.num_attention_heads

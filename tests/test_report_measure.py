@@ -1,0 +1,122 @@
+"""The step's clock, peak memory, FLOPs per token against a count of the real ones, MFU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.load import load_config
+from tests.harness import run_ranks
+from tests.reports import lone_plan, tiny_model
+from trainer.model import build_hf_config
+from trainer.report.flops import count_parameters, flops_per_token, mfu, peak_flops
+from trainer.report.measure import StepTimer, _host_peak, peak_memory
+
+CPU = torch.device("cpu")
+
+
+def test_the_timer_splits_a_step_and_begins_anew() -> None:
+    timer = StepTimer(CPU)
+    for _ in range(2):
+        with timer.data():
+            time.sleep(0.01)
+        with timer.forward_backward():
+            time.sleep(0.03)
+        with timer.optimizer():
+            time.sleep(0.02)
+        time.sleep(0.01)
+        seconds = timer.finish()
+        assert 0.01 <= seconds.data < seconds.optimizer < seconds.forward_backward < 0.3
+        assert seconds.step >= seconds.data + seconds.forward_backward + seconds.optimizer + 0.01
+
+
+def test_time_between_two_steps_belongs_to_neither() -> None:
+    timer = StepTimer(CPU)
+    with timer.data():
+        pass
+    timer.finish()
+    time.sleep(0.05)  # a validation
+    with timer.data():
+        pass
+    assert timer.finish().step < 0.05
+
+
+def touch_and_release() -> list[int]:
+    """Peaks of a fresh process before a block of 128 MiB, while it holds it, and after."""
+    peaks = [peak_memory(CPU).host_bytes or 0]
+    block = torch.ones(2**25)
+    peaks.append(peak_memory(CPU).host_bytes or 0)
+    del block
+    return [*peaks, peak_memory(CPU).host_bytes or 0]
+
+
+def test_peak_memory_of_the_host_is_a_high_water_mark() -> None:
+    assert peak_memory(CPU).allocated_bytes is None
+    assert peak_memory(CPU).reserved_bytes is None
+    ((before, holding, after),) = run_ranks(1, touch_and_release)
+    assert before > 2**25
+    # The kernel counts in batches per CPU: it may be off by some pages.
+    assert holding - before == pytest.approx(2**27, abs=2**23)
+    assert after == pytest.approx(holding, abs=2**22)
+
+
+def test_peak_memory_is_null_where_the_system_does_not_tell(tmp_path: Path) -> None:
+    assert _host_peak(tmp_path / "missing") is None
+    (tmp_path / "status").write_text("VmPeak:\t 99 kB\nVmHWM:\t 7 kB\n")
+    assert _host_peak(tmp_path / "status") == 7 * 1024
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["model=tiny"], ["model=tiny_gpt2", "model.config.n_positions=64"], ["model=tiny_qwen3"]],
+    ids=lambda overrides: overrides[0],
+)
+def test_flops_per_token_agree_with_a_count_of_matrix_products(overrides: list[str]) -> None:
+    config = load_config([*overrides, "model.attention=eager"])
+    model = tiny_model(config).to_empty(device=CPU)
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, use_cache=False).logits.sum().backward()
+    counted = counter.get_total_flops() / tokens.numel()
+    formula = flops_per_token(model.config, parameters=count_parameters(model), seq_len=64)
+    # Norms, biases and learned positions are in N and in no product; the first layer's input needs no gradient.
+    assert formula == pytest.approx(counted, rel=0.06)
+
+
+def test_flops_per_token_of_a_published_model() -> None:
+    llama = build_hf_config(load_config(["model=llama3_1_8b"]).model)
+    # 8.03e9 parameters, of which 128,256 x 4,096 are the input embedding; 32 layers, 32 heads of 128.
+    assert flops_per_token(llama, parameters=8_030_261_248, seq_len=8192) == pytest.approx(
+        6 * (8_030_261_248 - 128_256 * 4096) + 12 * 32 * 4096 * 8192
+    )
+
+
+def test_parameters_are_counted_whole_where_a_rank_holds_a_part() -> None:
+    model = tiny_model(load_config([])).to_empty(device=CPU)
+    whole = count_parameters(model)
+    weight = model.get_input_embeddings().weight
+    size = weight.numel()
+    weight.data = torch.empty(0)
+    assert count_parameters(model) == whole - size
+    weight.ds_numel = size  # as DeepSpeed leaves it behind
+    assert count_parameters(model) == whole
+
+
+def test_mfu_is_the_share_of_all_devices_peak() -> None:
+    assert mfu(10_000, flops_per_token=5e10, world_size=2, peak_flops=1e15) == pytest.approx(0.25)
+
+
+def test_the_peak_is_that_of_the_card_and_the_dtype() -> None:
+    def peak(gpu: str | None, *overrides: str) -> float | None:
+        return peak_flops(load_config(list(overrides)), lone_plan(*overrides), gpu)
+
+    assert peak("NVIDIA H200", "precision=bf16") == 989.4e12
+    assert peak("NVIDIA H200", "precision=fp32") == 67e12
+    assert peak("NVIDIA H200", "precision=tf32") == 494.7e12
+    assert peak("NVIDIA Unheard", "precision=bf16") is None
+    assert peak("NVIDIA Unheard", "precision=bf16", "cluster.gpu=L4") == 121e12
+    assert peak(None, "precision=bf16", "cluster.gpu=L4") is None, "a CPU run has no MFU"
