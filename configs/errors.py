@@ -8,6 +8,7 @@ CookbookError
 |   `-- CheckpointDamaged  a checkpoint whose files are not what was written
 |-- CheckpointMismatch     a checkpoint of another model, tokenizer, data or format
 |-- DataError       the input: a missing, empty or broken file, a tokenizer that does not fit the model
+|-- RunFinished     nothing is wrong: the run in this folder is through; the exit code is `EXIT_FINISHED`
 `-- EnvironmentProblem   the machine: a library, a device, a folder that is missing or not writable
     `-- RankProblem      the same, on one rank alone
 
@@ -61,6 +62,12 @@ class CheckpointDamaged(TrainingFailed):
 
 class CheckpointMismatch(CookbookError):
     """A checkpoint that is whole but belongs to another run: each problem names the difference."""
+
+
+class RunFinished(CookbookError):
+    """The run of this folder is through, and the same command finds nothing left to do."""
+
+    exit_code = EXIT_FINISHED
 
 
 class EnvironmentProblem(CookbookError):

@@ -53,7 +53,15 @@ def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, fur
     hf_config = build_hf_config(config.model)
     data = build_data(config, plan, data_rank=plan.data_rank(runtime.rank), vocab_size=hf_config.vocab_size)
     torch.manual_seed(config.train.seed + runtime.rank)
-    keeper = Keeper(config, plan, runtime, folder, identity=identity(config, hf_config, data), tokenizer=data.tokenizer)
+    keeper = Keeper(
+        config,
+        plan,
+        runtime,
+        folder,
+        identity=identity(config, hf_config, data),
+        tokenizer=data.tokenizer,
+        stop=StopRequests(None),
+    )
     found = keeper.find()
     engine = build_engine(config, plan, runtime)
     keeper.restore(engine)

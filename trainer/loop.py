@@ -1,6 +1,6 @@
 """The training loop. It names no layout: what is split over what is the engine's business.
 
-    join the process group -> run folder -> data -> engine -> steps, with validation -> export -> summary
+join the process group -> run folder -> data -> engine, restored -> steps, validated and saved -> export -> summary
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from configs.errors import EXIT_FINISHED, TrainingFailed
 from configs.schema import Config, NonFinite
+from trainer.checkpoint.keeper import Keeper
+from trainer.checkpoint.progress import Progress, identity
 from trainer.data import Batch, DataSet
 from trainer.data.build import build_data
 from trainer.engine import Engine, StepReport, build_engine
@@ -28,60 +31,95 @@ from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepTimer
 from trainer.report.reporter import Reporter
 from trainer.runtime import Runtime, join
+from trainer.status import RunStatus
+from trainer.stopping import StopRequests
 
 log = logging.getLogger(__name__)
 
 
 def run(config: Config, plan: Plan) -> int:
-    """Train from the first step to the last on this rank. Returns the exit code.
+    """Train on this rank, from the first step or from where an earlier start left off. Returns the exit code.
 
     Raises CookbookError, the same on every rank, on what the user can mend.
     """
     with join(plan, timeout_minutes=config.train.timeout_minutes) as runtime:
         folder = open_run_folder(config, plan, runtime)
-        hf_config = runtime.agree(lambda: build_hf_config(config.model))
-        data = runtime.agree(
-            lambda: build_data(
-                config,
-                plan,
-                data_rank=plan.data_rank(runtime.rank),
-                vocab_size=hf_config.vocab_size,
-                local_rank=runtime.local_rank,
-            )
-        )
-        # Dropout differs from rank to rank; the parameters do not depend on this generator.
-        torch.manual_seed(config.train.seed + runtime.rank)
-        with closing(build_engine(config, plan, runtime)) as engine:
-            reporter = Reporter(config, plan, runtime, folder, model=engine.model, data=data.describe())
-            with reporter:
-                train(engine, data, config, runtime, reporter)
-                if config.train.export:
-                    target = folder / "model"
-                    export_model(
-                        engine.parameters(), engine.model, data.tokenizer, target, dtype=export_dtype(plan.param_dtype)
-                    )
-                    reporter.exported(target)
+        with RunStatus(folder, runtime.rank) as status, StopRequests(folder if runtime.is_main else None) as stop:
+            hf_config = runtime.agree(lambda: build_hf_config(config.model))
+            data = _build_data(config, plan, runtime, vocab_size=hf_config.vocab_size)
+            same = identity(config, hf_config, data)
+            keeper = Keeper(config, plan, runtime, folder, identity=same, tokenizer=data.tokenizer, stop=stop)
+            status.follow(lambda: keeper.step)
+            begin = keeper.find()
+            # Dropout differs from rank to rank; the parameters do not depend on this generator.
+            torch.manual_seed(config.train.seed + runtime.rank)
+            with closing(build_engine(config, plan, runtime)) as engine:
+                keeper.restore(engine)
+                totals = begin.report if begin else None
+                reporter = Reporter(
+                    config, plan, runtime, folder, model=engine.model, data=data.describe(), resumed=totals
+                )
+                with reporter:
+                    told = train(engine, data, config, plan, runtime, reporter, keeper, begin)
+                    if told is not None:
+                        reporter.stopped(told)
+                        return status.stopped(told)
+                    if config.train.export:
+                        _export(engine, data, plan, folder / "model")
+                        reporter.exported(folder / "model")
     return EXIT_FINISHED
 
 
-def train(engine: Engine, data: DataSet, config: Config, runtime: Runtime, reporter: Reporter) -> None:
-    """All steps, with validation before the first, after the last and every `train.eval_every` between them."""
+def _build_data(config: Config, plan: Plan, runtime: Runtime, *, vocab_size: int) -> DataSet:
+    rank = plan.data_rank(runtime.rank)
+    return runtime.agree(
+        lambda: build_data(config, plan, data_rank=rank, vocab_size=vocab_size, local_rank=runtime.local_rank)
+    )
+
+
+def _export(engine: Engine, data: DataSet, plan: Plan, target: Path) -> None:
+    # There already: an earlier start of this run was killed between the export and its last words.
+    if not target.exists():
+        dtype = export_dtype(plan.param_dtype)
+        export_model(engine.parameters(), engine.model, data.tokenizer, target, dtype=dtype)
+
+
+def train(
+    engine: Engine,
+    data: DataSet,
+    config: Config,
+    plan: Plan,
+    runtime: Runtime,
+    reporter: Reporter,
+    keeper: Keeper,
+    begin: Progress | None = None,
+) -> str | None:
+    """All steps from `begin` on, with validation before the first, after the last and every `train.eval_every` between
+    them. Returns why the run was told to stop; None when it is through."""
     timer = StepTimer(runtime.device)
-    steps = data.steps()
+    keeper.report_to(reporter.checkpoint)
+    first, samples = (begin.step, begin.samples) if begin else (0, 0)
+    steps = data.steps(samples // plan.batch.global_batch_size)
     evaluating = config.train.eval_samples > 0
-    if evaluating:
+    if evaluating and begin is None:
         reporter.validation(0, validate(engine, data, runtime))
-    for step in range(config.train.steps):
+    for step in range(first, config.train.steps):
         with timer.data():
             batches = next(steps)
         lr = lr_at(config, step)
         result = train_step(engine, batches, runtime, lr, timer)
         reporter.step(step + 1, result, lr, timer.finish())
         check_finite(result, step + 1, config.train.non_finite)
+        samples += plan.batch.global_batch_size
         last = step + 1 == config.train.steps
         due = config.train.eval_every > 0 and (step + 1) % config.train.eval_every == 0
         if evaluating and (last or due):
             reporter.validation(step + 1, validate(engine, data, runtime))
+        # After the validation: what is saved has it in its totals, and the run that goes on does not repeat it.
+        told = keeper.after_step(step + 1, engine, samples=samples, report=reporter.progress)
+        if told is not None and not last:
+            return told
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

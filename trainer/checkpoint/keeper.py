@@ -1,9 +1,9 @@
 """The keeper of a run's checkpoints: which one to begin from, when to save, what stays.
 
-    keeper = Keeper(config, plan, runtime, run_dir, identity=..., tokenizer=..., tell=...)
+    keeper = Keeper(config, plan, runtime, run_dir, identity=..., tokenizer=..., stop=...)
     found = keeper.find()                       before the engine is built: a mistake costs seconds
     keeper.restore(engine)
-    for each step: stop = keeper.after_step(step, engine, ...)
+    for each step: reason = keeper.after_step(step, engine, ...)
 
 Every rank has one and calls it alike.
 """
@@ -29,6 +29,7 @@ from trainer.checkpoint.tensors import TensorReader
 from trainer.engine import Engine
 from trainer.plan import Plan
 from trainer.runtime import Runtime
+from trainer.stopping import StopRequests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saved:
-    """A committed checkpoint. blocked_seconds: that training stood still for it. seconds: from its start to its commit."""
+    """A committed checkpoint. blocked_seconds: training stood still for it. seconds: from its begin to its commit."""
 
     step: int
     folder: Path
@@ -57,7 +58,7 @@ class Found:
 
 
 class Keeper:
-    """identity: from `progress.identity`. tell: called on every rank for each checkpoint that was committed."""
+    """identity: from `progress.identity`. stop: what this rank was told."""
 
     def __init__(
         self,
@@ -68,17 +69,19 @@ class Keeper:
         *,
         identity: dict[str, Any],
         tokenizer: PreTrainedTokenizerBase,
-        tell: Callable[[Saved], None] = lambda saved: None,
+        stop: StopRequests,
     ) -> None:
         self._config, self._plan, self._runtime = config, plan, runtime
         self._folder = run_dir / catalog.CHECKPOINTS
-        self._identity, self._tokenizer, self._tell = identity, tokenizer, tell
+        self._identity, self._tokenizer, self._stop = identity, tokenizer, stop
         self._found: Found | None = None
         self._pending: Save | None = None
         self._begun = self._blocked = 0.0
+        self._tell: Callable[[Saved], None] = lambda saved: None
+        self.step = 0
 
     def find(self) -> Progress | None:
-        """Where the run is to begin: at the newest whole checkpoint of its own, else at `train.resume`, else anew (None).
+        """Where the run is to begin: at its own newest whole checkpoint, else at `train.resume`, else anew (None).
 
         A collective. Damaged checkpoints are named and passed over. Raises CheckpointDamaged when there are
         checkpoints and none is whole, CheckpointMismatch when the one to go on from belongs to another run.
@@ -102,7 +105,12 @@ class Keeper:
                     *last_damage.problems, f"{candidates[0].parent}: holds no checkpoint that is whole"
                 )
             return None
+        self.step = self._found.progress.step
         return self._found.progress
+
+    def report_to(self, tell: Callable[[Saved], None]) -> None:
+        """tell: called on every rank for each checkpoint that was committed."""
+        self._tell = tell
 
     def restore(self, engine: Engine) -> None:
         """Put the found checkpoint, if there is one, into the engine and the random generators. A collective."""
@@ -115,16 +123,19 @@ class Keeper:
         self._say(f"resumed    step {progress.step} from {self._found.folder}")
 
     def after_step(
-        self, step: int, engine: Engine, *, samples: int, report: Callable[[], dict[str, Any]], stop: bool = False
-    ) -> bool:
-        """Save if it is time. Returns whether the run is to stop: whether any rank was asked to.
+        self, step: int, engine: Engine, *, samples: int, report: Callable[[], dict[str, Any]]
+    ) -> str | None:
+        """Save if it is time. Returns why the run is to stop, if any rank was told to; else None.
 
-        step: updates so far. samples: the position in the data that belongs to it. A collective.
+        step: updates so far. samples: the position in the data that belongs to it. report: what the reporter wants to
+        find again. A collective.
         Raises CheckpointFailed on every rank when a save failed and `checkpoint.on_failure` is stop.
         """
         settings = self._config.checkpoint
         unfinished = self._pending is not None and not self._pending.done
-        stopping, writing = (bool(flag) for flag in self._runtime.max(float(stop), float(unfinished)))
+        self.step = step
+        reason = self._stop.reason()
+        stopping, writing = (bool(flag) for flag in self._runtime.max(reason is not None, unfinished))
         if self._pending is not None and not writing:
             self._guard(self._commit)
         last = step >= self._plan.steps
@@ -141,7 +152,12 @@ class Keeper:
             self._guard(lambda: self._save(engine, progress))
         if stopping or last:
             self._guard(self._commit)
-        return stopping
+        return self._agree_on(reason) if stopping else None
+
+    def _agree_on(self, reason: str | None) -> str:
+        """The first rank's reason to stop, on every rank. A collective."""
+        self._stop.obeyed()
+        return next(f"rank {rank}: {told}" for rank, told in enumerate(self._runtime.gather(reason)) if told)
 
     def _save(self, engine: Engine, progress: Progress) -> None:
         self._commit()

@@ -88,8 +88,8 @@ def check_same(saved: Progress, ours: Mapping[str, Any], *, source: Path, global
         if there != here:
             problems.append(
                 f"{source}: saved with {key}={_short(there)}, this run has {key}={_short(here)};"
-                f" {_REMEDY[key.partition('.')[0]]}, or begin another run from its weights (python -m trainer.checkpoint"
-                " export, then model.path=... model.weights=pretrained)"
+                f" {_REMEDY[key.partition('.')[0]]}, or begin another run from its weights: python -m"
+                " trainer.checkpoint export, then model.path=... model.weights=pretrained"
             )
     if saved.samples % global_batch_size:
         problems.append(

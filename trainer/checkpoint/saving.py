@@ -147,10 +147,13 @@ class Save:
         if error.errno in _FULL:
             free = shutil.disk_usage(folder).free
             return (
-                f"{what}: no space for it in {folder}: needs {_mib(size)}, has {_mib(free)} ({error.strerror}); free some,"
-                " lower checkpoint.keep_last, or choose another train.run_dir"
+                f"{what}: no space for it in {folder}: needs {_mib(size)}, has {_mib(free)} ({error.strerror});"
+                " free some, lower checkpoint.keep_last, or choose another train.run_dir"
             )
-        return f"{what}: cannot be written to {folder} ({error.strerror or error}); make it writable, or choose another train.run_dir"
+        return (
+            f"{what}: cannot be written to {folder} ({error.strerror or error}); make it writable, or choose another"
+            " train.run_dir"
+        )
 
 
 def _check_complete(tensors: Iterable[str]) -> None:

@@ -79,7 +79,7 @@ def _as_os_error(error: SafetensorError) -> OSError:
 
 
 class TensorReader:
-    """Tensors of a checkpoint by key. What is not touched is not read: a slice of a large tensor costs its own bytes."""
+    """Tensors of a checkpoint by key. What is not touched is not read: a slice of a large tensor costs a slice."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest

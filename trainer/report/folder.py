@@ -6,6 +6,7 @@
     git.json        commit and state of the project and of the working directory, where they are git checkouts;
                     git-NAME.diff holds what was changed and not committed
     argv.json       the command line
+    resumed/002/    the same five files of the second start of this run, and so on
 
 The environment is not recorded: it holds keys. Torch-free at import, so that a launcher can name the folder before
 any rank starts.
@@ -18,16 +19,19 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import EnvironmentProblem
-from configs.load import to_yaml
+from configs.errors import EnvironmentProblem, RunFinished
+from configs.load import from_yaml, to_yaml
 from configs.schema import Config
+from trainer.checkpoint.catalog import CHECKPOINTS, committed
 from trainer.report import provenance
 from trainer.report.trackers import check_installed
+from trainer.status import FINISHED, lock, read_status
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 RUN_FILES = ("config.yaml", "plan.txt", "argv.json", "versions.json", "git.json", "metrics.jsonl", "summary.json")
 """What makes a folder the folder of a run; none of them is ever overwritten."""
+RESUMED = "resumed"
 
 
 def run_label(config: Config) -> str:
@@ -55,15 +60,21 @@ def default_run_dir(config: Config, now: datetime) -> Path:
 
 
 def claim_run_dir(config: Config, now: datetime) -> Path:
-    """Make the folder of a new run and return its absolute path: `train.run_dir`, or one with the default name.
+    """Make the run's folder and return its absolute path: `train.run_dir`, or one with the default name. It is this
+    process's alone from then on.
 
-    Raises EnvironmentProblem when it holds a run already or cannot be written.
+    A folder that holds an unfinished run is given back to go on with, unless `train.resume` is never. Raises
+    EnvironmentProblem when it holds another run, when a run is going on in it, or when it cannot be written, and
+    RunFinished when its run is through.
     """
     if config.train.run_dir is not None:
         folder = Path(config.train.run_dir).expanduser().absolute()
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        _refuse_taken(folder)
+            if config.train.resume == "never" or not (folder / "config.yaml").exists():
+                _refuse_taken(folder)
+            lock(folder)
+        _check_continuable(config, folder)
         return folder
     while True:
         folder = default_run_dir(config, now).absolute()
@@ -71,6 +82,7 @@ def claim_run_dir(config: Config, now: datetime) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 folder.mkdir()
+                lock(folder)
                 return folder
             except FileExistsError:  # another run took the same name since we looked
                 continue
@@ -79,8 +91,8 @@ def claim_run_dir(config: Config, now: datetime) -> Path:
 def open_run_folder(config: Config, plan: Plan, runtime: Runtime, *, argv: Sequence[str] = sys.argv) -> Path:
     """Make the run folder and write the record of what runs. Returns its absolute path on every rank. A collective.
 
-    Raises EnvironmentProblem on every rank when the folder holds a run or cannot be written, or when the tracker is
-    not installed; nothing is overwritten.
+    Raises as `claim_run_dir` on every rank, and EnvironmentProblem when the tracker is not installed; nothing is
+    overwritten.
     """
 
     folder = runtime.agree(lambda: str(_open(config, plan, runtime.device, argv)) if runtime.is_main else "")
@@ -91,12 +103,52 @@ def _open(config: Config, plan: Plan, device: torch.device, argv: Sequence[str])
     check_installed(config.logging.tracker)
     folder = claim_run_dir(config, datetime.now())
     with writing(folder):
-        _write_new(folder / "config.yaml", to_yaml(config))
-        _write_new(folder / "plan.txt", plan.describe() + "\n")
-        _write_new(folder / "argv.json", _json(list(argv)))
-        _write_new(folder / "versions.json", _json(provenance.versions(device)))
-        _write_new(folder / "git.json", _json(provenance.git_state(folder)))
+        record = _record_folder(folder)
+        _write_new(record / "config.yaml", to_yaml(config))
+        _write_new(record / "plan.txt", plan.describe() + "\n")
+        _write_new(record / "argv.json", _json(list(argv)))
+        _write_new(record / "versions.json", _json(provenance.versions(device)))
+        _write_new(record / "git.json", _json(provenance.git_state(record)))
     return folder
+
+
+def _record_folder(folder: Path) -> Path:
+    """Where this start of the run is put on record. A start that ended before the first step has left nothing to go
+    on from: its record makes way."""
+    if not _has_begun(folder):
+        for path in (*(folder / name for name in RUN_FILES), *folder.glob("git-*.diff")):
+            path.unlink(missing_ok=True)
+        return folder
+    number = next(number for number in count(2) if not (folder / RESUMED / f"{number:03d}").exists())
+    record = folder / RESUMED / f"{number:03d}"
+    record.mkdir(parents=True)
+    return record
+
+
+def _has_begun(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or bool(committed(folder / CHECKPOINTS))
+
+
+def _check_continuable(config: Config, folder: Path) -> None:
+    """Raises RunFinished or EnvironmentProblem where the run in the folder is not this one, unfinished."""
+    status = read_status(folder)
+    if status.get("state") == FINISHED:
+        raise RunFinished(
+            f"train.run_dir={folder}: this run is finished, at step {status.get('step')}; to train on, begin a new one"
+            f" with train.resume={folder}, another train.run_dir and more train.steps"
+        )
+    if not (folder / "metrics.jsonl").exists() or committed(folder / CHECKPOINTS):
+        # Nothing to lose, or a checkpoint, which knows better than config.yaml what it belongs to.
+        return
+    saved = from_yaml((folder / "config.yaml").read_text())
+    for name in ("model", "data", "optimizer", "scheduler"):
+        for key, here in asdict(getattr(config, name)).items():
+            there = getattr(getattr(saved, name), key)
+            if there != here:
+                raise EnvironmentProblem(
+                    f"train.run_dir={folder}: holds another run ({name}.{key}={there}, here {here}), which has no"
+                    " checkpoint yet; choose another folder, or give the same value to start that run again"
+                )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
     step          every `logging.every` steps, and the first and the last
     validation    after each validation
+    checkpoint    after each commit of a checkpoint
     summary       one, at the end; also saved as summary.json
 
 Every line of a kind has all of its keys. null: unknown here, or not a finite number.
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
+
+from trainer.checkpoint.files import replace_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +72,20 @@ class ValidationMetrics:
     """exp(validation_loss)"""
     tokens: int
     """Trained on so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointMetrics:
+    kind: ClassVar[str] = "checkpoint"
+
+    step: int
+    """Optimizer updates in it."""
+    checkpoint_bytes: int
+    checkpoint_blocked_seconds: float
+    """Training stood still for it that long: all of it, or with `checkpoint.async_save` the copy to host memory and
+    the commit."""
+    checkpoint_seconds: float
+    """From its begin to its commit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +144,7 @@ class Totals:
         self.validation_loss_last = loss
 
 
-Line = StepMetrics | ValidationMetrics | Summary
+Line = StepMetrics | ValidationMetrics | CheckpointMetrics | Summary
 
 
 def to_dict(line: Line) -> dict[str, object]:
@@ -155,11 +172,26 @@ def _finite(value: object) -> object:
 class MetricsFile:
     """Appends whole lines, each in one write: a reader, or a run that is killed, never sees half a line."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "x", buffering=1)  # noqa: SIM115  closed by close()
+    def __init__(self, path: Path, *, after_step: int = 0) -> None:
+        """after_step: where the run goes on. Lines of later steps, from a start that ended before it could save them,
+        are taken out, for they come again."""
+        replace_text(path, "".join(_lines_upto(path, after_step)))
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  stays open until `close`
 
     def write(self, line: Line) -> None:
         self._file.write(json.dumps(to_dict(line), allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+def _lines_upto(path: Path, step: int) -> Iterator[str]:
+    if step == 0 or not path.exists():
+        return
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            content = json.loads(line)
+        except ValueError:  # cut off by a power failure
+            continue
+        if content["kind"] != Summary.kind and content["step"] <= step:
+            yield line

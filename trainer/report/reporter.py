@@ -3,6 +3,7 @@
     with Reporter(config, plan, runtime, folder, model=..., data=...) as reporter:
         reporter.validation(0, loss)
         for each step: reporter.step(step, result, lr, seconds)
+                            reporter.checkpoint(saved)
         reporter.exported(path)
 
 Entering shows the plan and opens the outputs; leaving writes the summary, unless the run broke off. Every rank calls
@@ -15,20 +16,23 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from configs.errors import CookbookError
 from configs.schema import Config
+from trainer.checkpoint.files import replace_text
 from trainer.plan import Plan
 from trainer.report.flops import count_parameters, flops_per_token, mfu, peak_flops
 from trainer.report.folder import run_label, writing
 from trainer.report.measure import PeakMemory, StepSeconds, peak_memory
 from trainer.report.metrics import (
+    CheckpointMetrics,
     Line,
     MetricsFile,
     StepMetrics,
@@ -46,16 +50,26 @@ from trainer.runtime import Runtime
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from trainer.checkpoint.keeper import Saved
     from trainer.loop import StepResult
 
 UNKNOWN = -1  # a number that a rank does not know, in a maximum over ranks
 
 
 class Reporter:
-    """folder: from `open_run_folder`. model: as the engine holds it. data: the data set in one line."""
+    """folder: from `open_run_folder`. model: as the engine holds it. data: the data set in one line.
+    resumed: the `progress` of an earlier start that this one goes on from."""
 
     def __init__(
-        self, config: Config, plan: Plan, runtime: Runtime, folder: Path, *, model: PreTrainedModel, data: str
+        self,
+        config: Config,
+        plan: Plan,
+        runtime: Runtime,
+        folder: Path,
+        *,
+        model: PreTrainedModel,
+        data: str,
+        resumed: Mapping[str, Any] | None = None,
     ) -> None:
         self._config, self._plan, self._runtime, self._folder = config, plan, runtime, folder
         parameters = count_parameters(model)
@@ -79,7 +93,9 @@ class Reporter:
         self._started = self._ended = time.perf_counter()
         self._step_seconds: list[float] = []
         self._unlogged: list[StepSeconds] = []
-        self.totals = Totals()
+        self._seconds_before = float((resumed or {}).get("seconds", 0.0))
+        self.totals = Totals(**{key: value for key, value in (resumed or {}).items() if key != "seconds"})
+        self._stopped: str | None = None
         self._exported: Path | None = None
 
     def __enter__(self) -> Reporter:
@@ -89,7 +105,7 @@ class Reporter:
         except CookbookError:
             self.close(failed=True)
             raise
-        self._started = time.perf_counter()
+        self._started = self._ended = time.perf_counter() - self._seconds_before
         return self
 
     def __exit__(
@@ -97,7 +113,7 @@ class Reporter:
     ) -> None:
         """A collective when the run is through; no collective when it broke off, on one rank perhaps."""
         try:
-            if error is None:
+            if error is None and self._stopped is None:
                 self._finish()
         finally:
             self.close(failed=error is not None)
@@ -153,6 +169,27 @@ class Reporter:
             )
         )
 
+    def progress(self) -> dict[str, Any]:
+        """What a later start of this run needs to go on with the same sums."""
+        return {**asdict(self.totals), "seconds": self._ended - self._started}
+
+    def checkpoint(self, saved: Saved) -> None:
+        """A checkpoint is committed."""
+        self._write(
+            CheckpointMetrics(
+                step=saved.step,
+                checkpoint_bytes=saved.bytes,
+                checkpoint_blocked_seconds=saved.blocked_seconds,
+                checkpoint_seconds=saved.seconds,
+            )
+        )
+
+    def stopped(self, reason: str) -> None:
+        """The run ends before its last step because it was told to: no summary."""
+        self._stopped = reason
+        if self._terminal:
+            self._terminal.say(f"stopped    after step {self.totals.steps} ({reason}); the same command goes on")
+
     def exported(self, folder: Path) -> None:
         """The finished model stands in `folder`; the summary will say so."""
         self._exported = folder
@@ -176,9 +213,11 @@ class Reporter:
         for line in self._head:
             self._terminal.say(line)
         with writing(self._folder):
-            self._file = MetricsFile(self._folder / "metrics.jsonl")
+            self._file = MetricsFile(self._folder / "metrics.jsonl", after_step=self.totals.steps)
         name = f"{run_label(self._config)}-{self._folder.name}"
-        self._tracker = start_tracker(self._config, self._plan, self._folder, run_name=name)
+        self._tracker = start_tracker(
+            self._config, self._plan, self._folder, run_name=name, after_step=self.totals.steps
+        )
         self._terminal.begin()
 
     def _finish(self) -> None:
@@ -202,8 +241,9 @@ class Reporter:
         terminal = self._terminal
         self.close(failed=False)
         if terminal:
-            with writing(self._folder), open(self._folder / "summary.json", "x") as file:
-                file.write(json.dumps(to_dict(summary), indent=2, allow_nan=False) + "\n")
+            with writing(self._folder):
+                text = json.dumps(to_dict(summary), indent=2, allow_nan=False)
+                replace_text(self._folder / "summary.json", text + "\n")
             terminal.say(render_summary(summary))
 
     def _write(self, line: Line) -> None:

@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from configs import schema
-from trainer.report.metrics import StepMetrics, Summary, ValidationMetrics, perplexity
+from trainer.report.metrics import CheckpointMetrics, StepMetrics, Summary, ValidationMetrics, perplexity
+
+Shown = StepMetrics | ValidationMetrics | CheckpointMetrics
 
 GIB = 2**30
 MIB = 2**20
@@ -34,7 +36,7 @@ class Terminal(Protocol):
         """A step is done."""
         ...
 
-    def show(self, metrics: StepMetrics | ValidationMetrics) -> None: ...
+    def show(self, metrics: Shown) -> None: ...
 
     def close(self) -> None: ...
 
@@ -63,7 +65,7 @@ class _Lines:
     def advance(self, step: int) -> None:
         pass
 
-    def show(self, metrics: StepMetrics | ValidationMetrics) -> None:
+    def show(self, metrics: Shown) -> None:
         if not self._quiet:
             self.say(render(metrics, self._steps))
 
@@ -95,7 +97,7 @@ class _Bar:
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
-    def show(self, metrics: StepMetrics | ValidationMetrics) -> None:
+    def show(self, metrics: Shown) -> None:
         if isinstance(metrics, StepMetrics):
             self._progress.update(self._task, description="  ".join(_step_fields(metrics)))
         else:
@@ -105,9 +107,15 @@ class _Bar:
         self._progress.stop()
 
 
-def render(metrics: StepMetrics | ValidationMetrics, steps: int) -> str:
+def render(metrics: Shown, steps: int) -> str:
     """One line of metrics. steps: of the whole run."""
-    fields = _step_fields(metrics) if isinstance(metrics, StepMetrics) else _validation_fields(metrics)
+    match metrics:
+        case StepMetrics():
+            fields = _step_fields(metrics)
+        case ValidationMetrics():
+            fields = _validation_fields(metrics)
+        case CheckpointMetrics():
+            fields = _checkpoint_fields(metrics)
     return "  ".join([f"step {metrics.step}/{steps}", *fields])
 
 
@@ -131,6 +139,12 @@ def _step_fields(metrics: StepMetrics) -> Iterator[str]:
 def _validation_fields(metrics: ValidationMetrics) -> Iterator[str]:
     yield f"validation_loss {metrics.validation_loss:.4f}"
     yield f"validation_perplexity {metrics.validation_perplexity:.2f}"
+
+
+def _checkpoint_fields(metrics: CheckpointMetrics) -> Iterator[str]:
+    yield f"checkpoint {size(metrics.checkpoint_bytes)}"
+    yield f"saved in {metrics.checkpoint_seconds:.2f} s"
+    yield f"training stood still for {metrics.checkpoint_blocked_seconds:.2f} s"
 
 
 def render_summary(summary: Summary) -> str:

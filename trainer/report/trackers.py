@@ -12,6 +12,7 @@ import json
 import netrc
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,6 +26,7 @@ import yaml
 from configs.errors import EnvironmentProblem
 from configs.load import to_yaml
 from configs.schema import Config, Logging
+from trainer.checkpoint.files import replace_text
 
 if TYPE_CHECKING:
     from trainer.plan import Plan
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 Number = int | float
 
 NO_TRACKER = "none"
+WANDB_ID = "wandb-id.txt"
 # The name, which is that of the Python module and of Accelerate's tracker -> the package to install.
 TRACKERS = {
     "aim": "aim",
@@ -80,9 +83,10 @@ def check_installed(tracker: str) -> None:
         )
 
 
-def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str) -> Tracker | None:
+def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str, after_step: int = 0) -> Tracker | None:
     """The tracker that the configuration names, started; None for `none`. For rank 0.
 
+    after_step: where the run goes on, if it does: Weights & Biases and TensorBoard then continue the run they have.
     Raises EnvironmentProblem when its client refuses to start.
     """
     name = config.logging.tracker
@@ -92,7 +96,7 @@ def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str) ->
     try:
         if name == "wandb":
             return _Wandb(config.logging, folder, record, config.logging.run_name or run_name)
-        return _FromAccelerate(config.logging, folder, record, config.logging.run_name or run_name)
+        return _FromAccelerate(config.logging, folder, record, config.logging.run_name or run_name, after_step)
     except Exception as error:  # each client has errors of its own
         line = " ".join(str(error).split())
         raise EnvironmentProblem(
@@ -111,7 +115,15 @@ class _Wandb:
     def __init__(self, logging: Logging, folder: Path, record: dict[str, Any], run_name: str) -> None:
         import wandb
 
-        options: dict[str, Any] = {"project": logging.project, "name": run_name, "dir": str(folder), **logging.options}
+        options: dict[str, Any] = {
+            "project": logging.project,
+            "name": run_name,
+            "dir": str(folder),
+            "id": _kept_id(folder / WANDB_ID),
+            # Steps that the run has already are not logged twice: the client refuses a step that goes back.
+            "resume": "allow",
+            **logging.options,
+        }
         if "mode" not in options and "WANDB_MODE" not in os.environ and not _wandb_login():
             # Without it the client would ask for a key, and a job on a cluster would wait for an answer.
             options["mode"] = "offline"
@@ -122,6 +134,13 @@ class _Wandb:
 
     def finish(self, *, failed: bool) -> None:
         self.run.finish(exit_code=1 if failed else 0)
+
+
+def _kept_id(path: Path) -> str:
+    """The id of this folder's run at the tracker: drawn at its first start, the same at each later one."""
+    if not path.exists():
+        replace_text(path, secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
 
 
 def _wandb_login() -> bool:
@@ -141,11 +160,11 @@ def _wandb_login() -> bool:
 class _FromAccelerate:
     """One of `accelerate.tracking`, without an Accelerator."""
 
-    def __init__(self, logging: Logging, folder: Path, record: dict[str, Any], run_name: str) -> None:
+    def __init__(self, logging: Logging, folder: Path, record: dict[str, Any], run_name: str, after_step: int) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         _lone_accelerate_state()
-        arguments = {**_arguments(logging, folder, run_name), **logging.options}
+        arguments = {**_arguments(logging, folder, run_name, after_step), **logging.options}
         first = run_name if logging.tracker in ("aim", "tensorboard") else logging.project
         self.tracker = LOGGER_TYPE_TO_CLASS[logging.tracker](first, **arguments)
         self.tracker.start()
@@ -160,7 +179,7 @@ class _FromAccelerate:
         self.tracker.finish()
 
 
-def _arguments(logging: Logging, folder: Path, run_name: str) -> dict[str, Any]:
+def _arguments(logging: Logging, folder: Path, run_name: str, after_step: int) -> dict[str, Any]:
     """How each client is told the run's name and, where it writes files, the run folder."""
     return {
         "aim": {"logging_dir": folder, "experiment": logging.project},

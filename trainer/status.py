@@ -1,0 +1,123 @@
+"""status.json: how a run stands, for whoever has only its folder. And the lock that keeps a second run out.
+
+    state      running | finished | stopped | failed     a process that is killed leaves `running` behind, and no lock
+    step       optimizer updates that were made
+    reason     why it is not running any more, in one line
+    exit_code  of the rank that wrote it
+
+Exit codes alone do not carry this: a launcher turns a worker's 75 into its own 1.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from configs.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, CookbookError, EnvironmentProblem
+from trainer.checkpoint.files import replace_text
+
+STATUS = "status.json"
+LOCK = ".lock"
+# The first rank that fails knows why; those that it leaves waiting fail of that.
+_FIRST_FAILURE = ".first-failure"
+FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
+
+
+class RunStatus:
+    """Context of a run, on every rank: writes the status at its begin and at its end, also when it breaks off."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._step: Callable[[], int] = lambda: 0
+        self._stopped: str | None = None
+
+    def follow(self, step: Callable[[], int]) -> None:
+        """step: gives the number of updates so far, whenever it is asked."""
+        self._step = step
+
+    def stopped(self, reason: str) -> int:
+        """The run ends because it was told to. Returns the exit code."""
+        self._stopped = reason
+        return EXIT_STOPPED
+
+    def __enter__(self) -> Self:
+        if self._rank == 0:
+            (self._folder / _FIRST_FAILURE).unlink(missing_ok=True)
+            self._write(RUNNING, None, None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._fail(error)
+        elif self._rank == 0 and self._stopped is not None:
+            self._write(STOPPED, self._stopped, EXIT_STOPPED)
+        elif self._rank == 0:
+            self._write(FINISHED, None, EXIT_FINISHED)
+
+    def _fail(self, error: BaseException) -> None:
+        text = (str(error).strip().splitlines() or [""])[0]
+        code = error.exit_code if isinstance(error, CookbookError) else EXIT_FAILED
+        reason = text if isinstance(error, CookbookError) else f"rank {self._rank}: {type(error).__name__}: {text}"
+        try:
+            open(self._folder / _FIRST_FAILURE, "x").close()
+            self._write(FAILED, reason, code)
+        except OSError:
+            # Another rank was first, or the disk is full: the error itself is told by the one who catches it.
+            pass
+
+    def _write(self, state: str, reason: str | None, exit_code: int | None) -> None:
+        content = {
+            "state": state,
+            "step": self._step(),
+            "reason": reason,
+            "exit_code": exit_code,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        replace_text(self._folder / STATUS, json.dumps(content, indent=1) + "\n")
+
+
+def read_status(folder: Path) -> dict[str, object]:
+    """What status.json says; empty where there is none that can be read."""
+    try:
+        content = json.loads((folder / STATUS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+_held: dict[Path, TextIO] = {}
+
+
+def lock(folder: Path) -> None:
+    """Make the folder this process's own until it ends, however it ends.
+
+    Raises EnvironmentProblem naming the process that holds it. The lock is the kernel's (fcntl): it dies with its
+    process, also by SIGKILL, and is not inherited by loader processes that outlive it for a moment.
+    """
+    if folder in _held:
+        return
+    file = open(folder / LOCK, "a+")  # noqa: SIM115  closing it would give the lock back
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise EnvironmentProblem(
+            f"train.run_dir={folder}: a run is going on in it ({owner}); wait for its end, or choose another folder"
+        ) from None
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+    file.flush()
+    _held[folder] = file
