@@ -1,0 +1,116 @@
+"""The CUDA caching allocator, as arithmetic: which segments a sequence of allocations asks of the driver.
+
+    request            rounded up to 512 bytes
+    up to 1 MiB        cut from segments of 2 MiB          (small pool)
+    below 10 MiB       cut from segments of 20 MiB         (large pool)
+    from 10 MiB        a segment of its own, rounded up to 2 MiB; reused for later requests that fit
+
+Best fit among the free blocks of its stream and pool; a large block is cut only where more than 1 MiB remains; free
+neighbours merge. Nothing returns to the driver before an allocation fails. Reserved is the sum of the segments: what
+`torch.cuda.memory_reserved` says. Source: c10/cuda/CUDACachingAllocator.cpp with its default settings.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+ROUND = 512
+SMALL, LARGE, ALIGN = 2**20, 10 * 2**20, 2 * 2**20
+SMALL_SEGMENT, LARGE_SEGMENT = 2 * 2**20, 20 * 2**20
+
+
+class Block:
+    """A piece of a segment, linked to its neighbours there."""
+
+    __slots__ = ("after", "before", "free", "number", "pool", "size")
+
+    def __init__(self, number: int, size: int, pool: tuple[int, bool]) -> None:
+        self.number, self.size, self.pool = number, size, pool
+        self.free = False
+        self.before: Block | None = None
+        self.after: Block | None = None
+
+
+class CudaAllocator:
+    """Replays requests. allocated: bytes of the blocks handed out; reserved: bytes of all segments."""
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = 0
+        self._count = 0
+        self._free: dict[tuple[int, bool], list[tuple[int, int, Block]]] = {}
+
+    def malloc(self, size: int, stream: int = 0) -> Block:
+        size = -(-max(size, 1) // ROUND) * ROUND
+        small = size <= SMALL
+        pool = self._free.setdefault((stream, small), [])
+        index = bisect_left(pool, (size, 0))
+        if index < len(pool):
+            block = pool.pop(index)[2]
+            block.free = False
+        else:
+            block = self._segment(size, (stream, small))
+        remaining = block.size - size
+        if (remaining >= ROUND) if small else (remaining > SMALL):
+            self._split(block, size)
+        self.allocated += block.size
+        return block
+
+    def free(self, block: Block) -> None:
+        self.allocated -= block.size
+        for neighbour, ahead in ((block.before, True), (block.after, False)):
+            if neighbour is not None and neighbour.free:
+                pool = self._free[neighbour.pool]
+                pool.pop(bisect_left(pool, (neighbour.size, neighbour.number)))
+                block.size += neighbour.size
+                if ahead:
+                    block.number = neighbour.number
+                    block.before = neighbour.before
+                    if block.before is not None:
+                        block.before.after = block
+                else:
+                    block.after = neighbour.after
+                    if block.after is not None:
+                        block.after.before = block
+        self._give(block)
+
+    def _give(self, block: Block) -> None:
+        block.free = True
+        insort(self._free[block.pool], (block.size, block.number, block))
+
+    def _segment(self, size: int, pool: tuple[int, bool]) -> Block:
+        if pool[1]:
+            whole = SMALL_SEGMENT
+        elif size < LARGE:
+            whole = LARGE_SEGMENT
+        else:
+            whole = -(-size // ALIGN) * ALIGN
+        self.reserved += whole
+        self._count += 1
+        # Numbers grow with the address, as far as one is known: segments in order, the parts of one in between.
+        return Block(self._count << 40, whole, pool)
+
+    def _split(self, block: Block, size: int) -> None:
+        rest = Block(block.number + size, block.size - size, block.pool)
+        rest.before, rest.after = block, block.after
+        if rest.after is not None:
+            rest.after.before = rest
+        block.after, block.size = rest, size
+        self._give(rest)
+
+
+class PlainAllocator:
+    """Host memory: every request is exactly its size."""
+
+    def __init__(self) -> None:
+        self.allocated = 0
+
+    @property
+    def reserved(self) -> int:
+        return self.allocated
+
+    def malloc(self, size: int, stream: int = 0) -> Block:
+        self.allocated += size
+        return Block(0, size, (stream, False))
+
+    def free(self, block: Block) -> None:
+        self.allocated -= block.size

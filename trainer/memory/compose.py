@@ -1,0 +1,155 @@
+"""One training step as a sequence of allocations: the trace of three layers becomes the step of the whole model.
+
+    for each micro-batch      begin, layer 0 .. L-1, end, loss  |  loss, end, layer L-1 .. 0, begin
+    then                      the update
+
+What the model's own code allocates comes from the trace. What the layout adds (buckets, gathered parameters, reduce
+buffers, where gradients go) it does itself at the same points at which its hooks fire: a `Layout` stands for the
+engine's data-parallel part and for the optimizer. Two steps are replayed, because optimizer states appear at the end
+of the first; of several micro-batches the first and the last, because those between are no different.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from trainer.memory.profile import Profile
+from trainer.memory.timeline import Handle, Timeline
+
+STEPS = 2
+
+
+class Layout(Protocol):
+    """What an engine does around the model's own code. Groups are those of `Anatomy`."""
+
+    def start(self) -> None:
+        """Allocate what is there before step 1."""
+        ...
+
+    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None: ...
+
+    def before_forward(self, group: str) -> None: ...
+
+    def after_forward(self, group: str) -> None: ...
+
+    def before_backward(self, group: str) -> None: ...
+
+    def after_backward(self, group: str) -> None: ...
+
+    def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
+        """This micro-batch's gradient of a parameter is complete. The layout owns it from here on."""
+        ...
+
+    def end_backward(self) -> None: ...
+
+    def update(self, step: int) -> None:
+        """Clip, update the parameters, clear the gradients."""
+        ...
+
+
+def replay(profile: Profile, layout: Layout, timeline: Timeline, *, micro_batches: int) -> None:
+    """Replay the first two steps on the timeline."""
+    layout.start()
+    numbers = [0] if micro_batches == 1 else [0, micro_batches - 1]
+    for step in range(1, STEPS + 1):
+        for number in numbers:
+            layout.begin_micro_batch(step, first=number == 0, last=number == micro_batches - 1)
+            _MicroBatch(profile, layout, timeline, step).run()
+        timeline.phase("optimizer step", step)
+        layout.update(step)
+    timeline.sample()
+
+
+class _MicroBatch:
+    def __init__(self, profile: Profile, layout: Layout, timeline: Timeline, step: int) -> None:
+        self.anatomy, self.trace = profile.anatomy, profile.trace
+        self.layout, self.timeline, self.step = layout, timeline, step
+        self.live: dict[tuple[str, str], dict[int, Handle | None]] = {}
+        self.sizes = {
+            key: {entry[1]: entry[2] for entry in steps if entry[0] == "+"} for key, steps in self.trace.sections.items()
+        }
+        self.templates = [
+            str(self.trace.template_of(layer, self.anatomy.layers)) for layer in range(len(self.anatomy.layers))
+        ]
+
+    def run(self) -> None:
+        layout, timeline = self.layout, self.timeline
+        layers = range(len(self.templates))
+        timeline.phase("forward", self.step)
+        layout.before_forward("root")
+        self._section("f", "begin", "begin")
+        for layer in layers:
+            layout.before_forward(str(layer))
+            self._section("f", self.templates[layer], str(layer))
+            layout.after_forward(str(layer))
+            timeline.sample()
+        self._section("f", "end", "end")
+        self._section("b", "end", "end")
+        timeline.phase("backward", self.step)
+        for layer in reversed(layers):
+            layout.before_backward(str(layer))
+            self._section("b", self.templates[layer], str(layer))
+            layout.after_backward(str(layer))
+            timeline.sample()
+        self._section("b", "begin", "begin")
+        layout.end_backward()
+        for handles in self.live.values():
+            for handle in handles.values():
+                timeline.free(handle)
+
+    def _section(self, phase: str, template: str, instance: str) -> None:
+        timeline, live = self.timeline, self.live.setdefault((phase, instance), {})
+        for entry in self.trace.sections.get((phase, template), ()):
+            match entry[0]:
+                case "+":
+                    live[entry[1]] = timeline.allocate(entry[3], entry[2])
+                case "-":
+                    for handle in self._take(entry, template, instance):
+                        timeline.free(handle)
+                case "g":
+                    group = instance if entry[1].isdigit() else entry[1]
+                    found = self._take(("-", *entry[3:]), template, instance) if entry[5] >= 0 else []
+                    self.layout.gradient(group, entry[2], found[0] if found else None)
+                case "m":
+                    self._mark(entry[1], entry[2])
+
+    def _mark(self, name: str, group: str) -> None:
+        match name:
+            case "loss":
+                self.timeline.phase("loss", self.step)
+            case "backward":
+                self.layout.before_backward("root")
+            case "forward_enter":
+                self.layout.before_forward(group)
+            case "forward_exit":
+                self.layout.after_forward(group)
+            case "backward_enter":
+                self.layout.before_backward(group)
+            case "backward_exit" if not group.isdigit():
+                self.layout.after_backward(group)
+
+    def _take(self, entry: tuple[object, ...], template: str, instance: str) -> list[Handle | None]:
+        """The storages that a traced death means: the same birth, in the layer that stands in the same place. What
+        dies outside the layers dies for every layer that the traced one stands for."""
+        _, phase, section, number = entry
+        assert isinstance(phase, str) and isinstance(section, str) and isinstance(number, int)
+        places = [section]
+        if section.isdigit() and template.isdigit():
+            places = [str(int(section) + int(instance) - int(template))]
+        elif section.isdigit():
+            places = [str(layer) for layer, stands in enumerate(self.templates) if stands == section]
+        size = self.sizes[phase, section][number]
+        return [self._pop((phase, place), number, size) for place in places]
+
+    def _pop(self, key: tuple[str, str], number: int, size: int) -> Handle | None:
+        live = self.live.get(key, {})
+        if self.sizes.get((key[0], self._template(key[1])), {}).get(number) != size:
+            # A neighbour of another kind numbers its storages differently.
+            alike = self.sizes.get((key[0], self._template(key[1])), {})
+            number = next((n for n in live if alike.get(n) == size), -1)
+        return live.pop(number, None)
+
+    def _template(self, place: str) -> str:
+        if not place.isdigit():
+            return place
+        return self.templates[int(place)] if int(place) < len(self.templates) else ""

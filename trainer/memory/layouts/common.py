@@ -1,0 +1,58 @@
+"""What all layouts share: sizes of dtypes, the batch on the device, the optimizer's states and temporaries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from configs.schema import DType
+from trainer.memory.profile import Profile
+from trainer.memory.timeline import Timeline
+from trainer.plan import Plan
+
+WIDTHS = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
+TOKEN_BYTES = 8  # int64
+NORM_CHUNK = 65536  # elements per partial sum of torch's multi-tensor norm on CUDA
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a layout works on. host: bytes it adds to the host's memory, by what they are; nvme likewise."""
+
+    profile: Profile
+    plan: Plan
+    timeline: Timeline
+    host: dict[str, int] = field(default_factory=dict)
+    nvme: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def gpu(self) -> bool:
+        return self.plan.device == "cuda"
+
+
+def place_batch(setting: Setting) -> None:
+    """Tokens and labels of all micro-batches of a step are on the device before its first forward; on the CPU they
+    are there already."""
+    batch = setting.plan.batch
+    if setting.gpu:
+        for _ in range(2 * batch.gradient_accumulation_steps):
+            setting.timeline.allocate("activations", batch.micro_batch_size * batch.seq_len * TOKEN_BYTES)
+
+
+def place_states(setting: Setting, sizes: Sequence[int]) -> None:
+    """The optimizer's states, one set for each parameter of `sizes` bytes."""
+    update = setting.profile.update
+    whole = int(update.state)
+    for size in sizes:
+        for _ in range(whole):
+            setting.timeline.allocate("optimizer", size)
+        setting.timeline.allocate("optimizer", round(size * (update.state - whole)))
+        setting.timeline.allocate("optimizer", update.state_constant)
+
+
+def update_temporaries(setting: Setting, sizes: Sequence[int]) -> None:
+    """What the update needs for a moment. sizes: bytes of the parameters it updates at once."""
+    update = setting.profile.update
+    if sizes:
+        most = round(update.temporary_all * sum(sizes) + update.temporary_largest * max(sizes))
+        setting.timeline.free(setting.timeline.allocate("workspace", most))

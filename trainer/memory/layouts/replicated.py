@@ -1,0 +1,117 @@
+"""One process, and data parallel (DDP): every rank holds parameters, gradients and states whole.
+
+Under DDP gradients live in its buckets. DDP learns in the first backward in which order gradients become ready and
+builds its buckets anew at the start of step 2, one after another; an old one is freed when its last gradient has moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
+from trainer.memory.timeline import Handle
+
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+
+Key = tuple[str, str]
+
+
+class Replicated:
+    """Fulfils `compose.Layout`."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.timeline = setting, setting.timeline
+        self.ddp = setting.plan.degree("dp_replicate") > 1
+        width = WIDTHS[setting.plan.master_dtype]
+        self.sizes = {
+            (group, parameter.name): parameter.numel * width
+            for group, parameters in setting.profile.anatomy.all_groups()
+            for parameter in parameters
+        }
+        self.matrices = [
+            parameter.numel * width for parameter in setting.profile.anatomy.parameters() if len(parameter.shape) > 1
+        ]
+        self.gradients: dict[Key, Handle | None] = {}
+        self.buckets: list[tuple[set[Key], Handle | None]] = []
+        self.last = self.steady = False
+
+    def start(self) -> None:
+        for size in self.sizes.values():
+            self.timeline.allocate("parameters", size)
+        self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
+        if self.ddp:
+            self.buckets = self._make_buckets(self.sizes)
+        place_batch(self.setting)
+
+    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
+        self.last, self.steady = last, step > 1
+        if self.ddp and first and step == 2:
+            self.buckets = self._make_buckets(reversed(self.sizes), old=self.buckets)
+
+    def before_forward(self, group: str) -> None: ...
+
+    def after_forward(self, group: str) -> None: ...
+
+    def before_backward(self, group: str) -> None: ...
+
+    def after_backward(self, group: str) -> None: ...
+
+    def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
+        key = (group, parameter)
+        if not self.ddp:
+            self._accumulate(key, handle)
+        elif self.steady:
+            # Added to a view of a bucket.
+            self.timeline.free(handle)
+        else:
+            self._accumulate(key, handle)
+            if self.last:
+                self.timeline.free(self.gradients.pop(key))
+        if self.ddp and self.last:
+            self._compress(key)
+
+    def end_backward(self) -> None: ...
+
+    def update(self, step: int) -> None:
+        if step == 1:
+            place_states(self.setting, list(self.sizes.values()))
+        update_temporaries(self.setting, self.matrices)
+        for handle in self.gradients.values():
+            self.timeline.free(handle)
+        self.gradients.clear()
+
+    def _accumulate(self, key: Key, handle: Handle | None) -> None:
+        if key in self.gradients:
+            self.timeline.free(handle)
+        else:
+            self.gradients[key] = self.timeline.move(handle, "gradients")
+
+    def _make_buckets(
+        self, keys: Iterable[Key], old: Iterable[tuple[set[Key], Handle | None]] = ()
+    ) -> list[tuple[set[Key], Handle | None]]:
+        """As torch assigns them: parameters in order, a bucket is closed when it reaches its limit."""
+        assigned, size, limit = [set[Key]()], 0, FIRST_BUCKET
+        for key in keys:
+            if size >= limit:
+                assigned.append(set())
+                size, limit = 0, BUCKET
+            assigned[-1].add(key)
+            size += self.sizes[key]
+        buckets, waiting = [], [(set(members), handle) for members, handle in old]
+        for members in assigned:
+            buckets.append((members, self.timeline.allocate("gradients", sum(self.sizes[key] for key in members))))
+            for place, handle in waiting:
+                if place and not place - members:
+                    self.timeline.free(handle)
+                place -= members
+        return buckets
+
+    def _compress(self, key: Key) -> None:
+        """The bucket that this gradient completes travels as a copy in reduce_dtype."""
+        plan = self.setting.plan
+        if plan.reduce_dtype is plan.master_dtype:
+            return
+        ratio = WIDTHS[plan.reduce_dtype] / WIDTHS[plan.master_dtype]
+        for members, handle in self.buckets:
+            if key in members and handle is not None:
+                self.timeline.free(self.timeline.allocate("buffers", int(handle[1] * ratio)))

@@ -1,0 +1,97 @@
+"""Memory over time: allocations and frees by component, and the moment at which they are highest.
+
+    timeline.phase("forward", step=1)
+    handle = timeline.allocate("activations", 4096)
+    timeline.free(handle)
+    timeline.peak                     bytes, component by component, phase and step of the highest moment
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.memory.allocator import Block, CudaAllocator, PlainAllocator
+
+COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "loss", "buffers", "workspace")
+"""optimizer: states and master copies. buffers: communication, gathered and cast parameters. loss: the head's output
+and what the loss makes of it. workspace: temporaries of the backward and of the update, libraries' scratch memory."""
+_INDEX = {name: index for index, name in enumerate(COMPONENTS)} | {"casts": COMPONENTS.index("buffers")}
+
+COMPUTE, GATHER, REDUCE = 0, 1, 2
+"""Streams. What one frees another cannot reuse."""
+
+Handle = tuple[int, int, Block]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """total: bytes allocated; parts: in the order of COMPONENTS."""
+
+    step: int
+    phase: str
+    total: int
+    parts: tuple[int, ...]
+
+
+class Timeline:
+    """Replays one rank's step. gpu: with the CUDA allocator's rounding and segments, or plain bytes."""
+
+    def __init__(self, *, gpu: bool) -> None:
+        self._allocator = CudaAllocator() if gpu else PlainAllocator()
+        self._parts = [0] * len(COMPONENTS)
+        self._now = ("start", 0)
+        self.peak = Moment(0, "start", 0, tuple(self._parts))
+        self.peak_reserved = 0
+        self.curve: list[Moment] = []
+        self.sizes: dict[str, int] = {}
+        self._high: Moment | None = None
+
+    @property
+    def allocated(self) -> int:
+        return self._allocator.allocated
+
+    def component(self, name: str) -> int:
+        return self._parts[_INDEX[name]]
+
+    def phase(self, name: str, step: int) -> None:
+        self.sample()
+        self._now = (name, step)
+
+    def sample(self) -> None:
+        """Add the highest moment since the last sample to the curve."""
+        if self._high is not None:
+            self.curve.append(self._high)
+        self._high = None
+
+    def allocate(self, component: str, size: int, stream: int = COMPUTE) -> Handle | None:
+        """None for nothing at all."""
+        if size <= 0:
+            return None
+        allocator, index = self._allocator, _INDEX[component]
+        block = allocator.malloc(size, stream)
+        held = block.size
+        self._parts[index] += held
+        total = allocator.allocated
+        if self._high is None or total > self._high.total:
+            self._high = Moment(self._now[1], self._now[0], total, tuple(self._parts))
+            if total > self.peak.total:
+                self.peak = self._high
+                # At the highest moment nothing larger was reserved before: segments only grow.
+        if allocator.reserved > self.peak_reserved:
+            self.peak_reserved = allocator.reserved
+        return index, held, block
+
+    def free(self, handle: Handle | None) -> None:
+        if handle is not None:
+            index, held, block = handle
+            self._parts[index] -= held
+            self._allocator.free(block)
+
+    def move(self, handle: Handle | None, component: str) -> Handle | None:
+        """Count a storage under another component from here on."""
+        if handle is None:
+            return None
+        index, held, block = handle
+        self._parts[index] -= held
+        self._parts[_INDEX[component]] += held
+        return _INDEX[component], held, block
