@@ -46,7 +46,8 @@ def unreadable_value(word: str) -> str:
     key, _, value = word.partition("=")
     if "," in value and not value.startswith(("[", "{", "(")):
         return f"{word}: one value expected; for a list write {key}=[{value}], for several runs add -m"
-    return f"""{word}: the value cannot be read; close its brackets, or quote it: '{key}="..."'"""
+    example = '["a=b", "c d"]' if value.startswith("[") else '"..."'
+    return f"{word}: the value cannot be read; close its brackets, or quote it: '{key}={example}'"
 
 
 def _value(key: str, text: str, overrides: Sequence[str]) -> str:

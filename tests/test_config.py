@@ -141,7 +141,7 @@ def test_parameters_of_a_published_model(name: str) -> None:
         ("train.seed=1,2", "one value expected; for a list write train.seed=[1,2], for several runs add -m"),
         (
             "data.paths=[a",
-            "data.paths=[a: the value cannot be read; close its brackets, or quote it: 'data.paths=\"...",
+            'data.paths=[a: the value cannot be read; close its brackets, or quote it: \'data.paths=["a=b", ',
         ),
         ("model.config.a=[1", "model.config.a=[1: the value cannot be read; close its brackets, or quote it"),
     ],

@@ -1,0 +1,394 @@
+"""The doors: the words of each launcher, a job's signals and exit code, one error out, and the same run under all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.load import load_config
+from launch.command import Command, Rendezvous, build_command
+from launch.process import Relay
+from trainer.machine import Machine
+from trainer.plan import make_plan
+
+ROOT = Path(__file__).parent.parent
+PYTHON = sys.executable
+
+
+def command(words: list[str], machine: Machine | None = None, **rest: object) -> Command:
+    """The command for these words. The launchers' folder is put first on PATH, so that they go by their names."""
+    config = load_config(words)
+    given: dict[str, object] = {
+        "run_dir": Path("runs/x"),
+        "rendezvous": Rendezvous(port=4242),
+        "environment": {},
+        "cores": 64,
+    }
+    return build_command(config, make_plan(config, machine or Machine()), words, **{**given, **rest})  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def launchers_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{Path(PYTHON).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("words", "machine", "text"),
+    [
+        (
+            "launcher=torchrun parallel=ddp",
+            Machine(),
+            "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m trainer",
+        ),
+        (
+            "launcher=torchrun parallel=ddp launcher.master_port=7000",
+            Machine(gpus=8),
+            "OMP_NUM_THREADS=8 torchrun --master-addr=127.0.0.1 --master-port=4242 --nproc-per-node=8 -m trainer",
+        ),
+        (
+            "launcher=torchrun parallel=zero3 cluster.nodes=2",
+            Machine(gpus=8),
+            "OMP_NUM_THREADS=8 torchrun --nnodes=2 --node-rank=0 --master-addr=127.0.0.1 --master-port=4242"
+            " --nproc-per-node=8 -m trainer",
+        ),
+        (
+            "launcher=deepspeed parallel=zero2",
+            Machine(),
+            "OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu deepspeed --num_gpus=2 --master_port=4242 --no_local_rank"
+            " --module trainer",
+        ),
+        (
+            "launcher=deepspeed parallel=zero2 cluster.nodes=2",
+            Machine(gpus=4),
+            "OMP_NUM_THREADS=16 deepspeed --hostfile=HOSTFILE --no_ssh --node_rank=0 --master_addr=127.0.0.1"
+            " --master_port=4242 --no_local_rank --module trainer",
+        ),
+        (
+            "launcher=accelerate parallel=ddp",
+            Machine(),
+            "OMP_NUM_THREADS=1 accelerate launch --multi_gpu --num_processes=2 --num_machines=1"
+            " --main_process_port=4242 --mixed_precision=no --dynamo_backend=no --module trainer",
+        ),
+        (
+            "launcher=accelerate parallel=ddp cluster.nodes=2",
+            Machine(gpus=8),
+            "OMP_NUM_THREADS=8 accelerate launch --multi_gpu --num_processes=16 --num_machines=2 --machine_rank=0"
+            " --main_process_ip=127.0.0.1 --main_process_port=4242 --mixed_precision=no --dynamo_backend=no"
+            " --module trainer",
+        ),
+        ("launcher=python", Machine(), f"{PYTHON} -m trainer"),
+        (
+            """launcher=torchrun 'launcher.args=["--max-restarts=2",-v]'""",
+            Machine(),
+            "torchrun --standalone --nproc-per-node=1 --max-restarts=2 -v -m trainer",
+        ),
+    ],
+)
+def test_the_words_of_each_launcher(words: str, machine: Machine, text: str) -> None:
+    built = command(shlex.split(words), machine)
+    assert built.text() == f"{text} {words} train.run_dir=runs/x"
+
+
+def test_words_go_on_as_they_were_typed() -> None:
+    words = ["data=files", "data.paths=['my file.txt', \"it's\", $HOME]", "logging.run_name='a;b'"]
+    built = command([*words, "dry_run=true", "train.run_dir=old"], run_dir=Path("my runs/x"), config_dir="my dir")
+    passed_on = built.argv[built.argv.index("trainer") + 1 :]
+    assert list(passed_on) == ["--config-dir", "my dir", *words, "train.run_dir='my runs/x'"]
+    assert shlex.split(built.text())[-len(passed_on) :] == list(passed_on)
+    assert load_config(passed_on[2:]).train.run_dir == "my runs/x"
+
+
+def test_what_the_caller_has_set_is_left_alone() -> None:
+    built = command(["parallel=ddp"], environment={"OMP_NUM_THREADS": "4"})
+    assert "OMP_NUM_THREADS" not in built.environment
+
+
+def test_deepspeed_keeps_to_the_visible_gpus() -> None:
+    words = ["parallel=zero2", "launcher=deepspeed", "cluster.gpus_per_node=2"]
+    built = command(words, Machine(gpus=3), environment={"CUDA_VISIBLE_DEVICES": "5,6,7"})
+    assert "--include=localhost:5,6" in built.argv
+    assert not [word for word in built.argv if word.startswith("--num_gpus")]
+
+
+def test_an_environment_that_needs_quotes_survives_the_shell() -> None:
+    built = Command(argv=("sh", "-c", 'echo "$A-$1"', "x", "b c"), environment={"A": "1 'x'"})
+    assert subprocess.check_output(["bash", "-c", built.text()], text=True) == "1 'x'-b c\n"
+
+
+def door(*words: str, cwd: Path, module: str = "launch", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [PYTHON, "-m", module, *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.parametrize("module", ["launch", "trainer"])
+@pytest.mark.parametrize("flag", [["--help"], ["--cfg", "job"], ["--info"]])
+def test_answers_are_instant(module: str, flag: list[str], tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = door(*flag, cwd=tmp_path, module=module)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert "parallel" in done.stdout
+    # Processor time, which a busy machine does not stretch as it does the clock.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_help_names_every_group_and_fits_half_a_page(tmp_path: Path) -> None:
+    text = door("--help", cwd=tmp_path).stdout
+    assert "parallel   ddp " in text
+    assert "tiny*" in text
+    assert len(text.splitlines()) < 35
+
+
+def test_cfg_shows_what_the_words_give(tmp_path: Path) -> None:
+    shown = door("train.steps=7", "--cfg", "job", "parallel=zero2", cwd=tmp_path)
+    assert "steps: 7\n" in shown.stdout
+    assert "zero_stage: 2\n" in shown.stdout
+
+
+def test_dry_run_prints_plan_and_command_and_makes_nothing(tmp_path: Path) -> None:
+    done = door("experiment=demo", "cluster.device=cpu", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("world      2 = 1 node(s) x 2 process(es) on cpu")
+    last = done.stdout.splitlines()[-1]
+    assert (
+        "torchrun --standalone --nproc-per-node=2 -m trainer experiment=demo cluster.device=cpu train.run_dir=" in last
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_nodes_get_one_command_each_and_nothing_starts(tmp_path: Path) -> None:
+    done = door("parallel=ddp", "cluster.nodes=3", "cluster.device=cpu", cwd=tmp_path)
+    lines = [line for line in done.stdout.splitlines() if "torchrun" in line]
+    assert [f"--node-rank={rank} --master-addr=NODE_0" in line for rank, line in enumerate(lines)] == [True] * 3
+    assert len({line.split("train.run_dir=")[1] for line in lines}) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["launch", "trainer"])
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["train.stpes=3"], "train.stpes=3: no such key; did you mean train.steps?"),
+        (["train.steps=0"], "train.steps=0: must be 1 or more"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--config-dir", "/nowhere"], "--config-dir=/nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_costs_one_line(module: str, words: list[str], problem: str, tmp_path: Path) -> None:
+    done = door(*words, cwd=tmp_path, module=module)
+    assert done.returncode == 2
+    assert done.stderr.startswith(problem)
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_told_by_one_rank_of_a_node(tmp_path: Path) -> None:
+    ranks = [
+        door(
+            "train.steps=0", "parallel=ddp", cwd=tmp_path, module="trainer", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2"
+        )
+        for rank in ("0", "1")
+    ]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert [len(rank.stderr.splitlines()) for rank in ranks] == [1, 0]
+
+
+def test_the_local_rank_that_deepspeed_appends_is_no_override(tmp_path: Path) -> None:
+    done = door("dry_run=true", "--local_rank=0", cwd=tmp_path, module="trainer")
+    assert done.returncode == 0
+
+
+def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
+    done = door("-m", "train.steps=5,0,6", "dry_run=true", "parallel=ddp,single", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout.count("== run ") == 6
+    assert done.stdout.endswith("== 4 of 6 runs finished\n")
+    assert done.stderr.count("train.steps=0: must be 1 or more") == 2
+
+
+def start(child: str, log_dir: Path) -> subprocess.Popen[str]:
+    """`run_command` over a child process given as Python source, in a process of its own."""
+    driver = f"""
+        import sys
+        from pathlib import Path
+        from launch.command import Command
+        from launch.process import run_command
+        sys.exit(run_command(Command(argv=(sys.executable, "-c", {textwrap.dedent(child)!r}), environment={{}}),
+                             log_dir=Path({str(log_dir)!r})))
+    """
+    return subprocess.Popen(
+        [PYTHON, "-c", textwrap.dedent(driver)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_reach_the_job_and_its_exit_code_comes_back(number: signal.Signals, tmp_path: Path) -> None:
+    child = """
+        import signal, sys, time
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: (print("got", number), sys.exit(40 + number)))
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    running = start(child, tmp_path)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "ready\n"
+    running.send_signal(number)
+    out, _ = running.communicate(timeout=30)
+    assert out == f"got {number.value}\n"
+    assert running.returncode == 40 + number
+
+
+def test_ranks_whose_launcher_is_killed_are_ended(tmp_path: Path) -> None:
+    child = """
+        import os, signal, subprocess, sys
+        rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], start_new_session=True)
+        print(rank.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    running = start(child, tmp_path)
+    out, _ = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGKILL
+    assert not alive(int(out))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+TORCHRUN_STDERR = """\
+a warning of rank 0
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "trainer/loop.py", line 40, in run
+[rank1]: ZeroDivisionError: division by zero
+[rank0]: Traceback (most recent call last):
+[rank0]: RuntimeError: Connection closed by peer
+W1122 15:06:33.040000 27650 torch/distributed/elastic/multiprocessing/api.py:1012] Sending process 27663 closing signal
+E1122 15:06:33.155000 27650 torch/distributed/elastic/multiprocessing/api.py:988] failed (exitcode: 1) local_rank: 1
+Traceback (most recent call last):
+  File "/usr/bin/torchrun", line 6, in <module>
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+trainer FAILED
+"""
+TORCHRUN_SHOWN = """\
+a warning of rank 0
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "trainer/loop.py", line 40, in run
+[rank1]: ZeroDivisionError: division by zero
+"""
+ACCELERATE_STDERR = """\
+data.paths=[x]: no such file
+Traceback (most recent call last):
+  File "/venv/bin/accelerate", line 6, in <module>
+    sys.exit(main())
+subprocess.CalledProcessError: Command '['python']' returned non-zero exit status 2.
+"""
+EARLY_STDERR = """\
+Traceback (most recent call last):
+  File "/site-packages/trainer/engine/torch.py", line 3, in <module>
+ImportError: libcudart.so.13
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (TORCHRUN_STDERR, TORCHRUN_SHOWN),
+        (ACCELERATE_STDERR, "data.paths=[x]: no such file\n"),
+        (EARLY_STDERR, EARLY_STDERR),
+        ("Traceback (most recent call last):\n", "Traceback (most recent call last):\n"),
+    ],
+)
+def test_a_failure_is_told_once_and_kept_whole(written: str, shown: str, tmp_path: Path) -> None:
+    terminal = io.StringIO()
+    relay = Relay(terminal)
+    relay.copy(written.splitlines(keepends=True))
+    assert terminal.getvalue() == shown
+    log = tmp_path / "logs/errors.log"
+    relay.report(log)
+    if shown == written:
+        assert not log.exists()
+    else:
+        assert log.read_text() == written
+        assert terminal.getvalue().endswith(f": {log}\n")
+
+
+SHORT = [
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=64",
+    "model.config.num_hidden_layers=2",
+    "data=synthetic",
+    "data.seq_len=16",
+    "train.steps=3",
+    "train.global_batch_size=8",
+    "train.eval_samples=0",
+    "train.export=false",
+    "cluster.device=cpu",
+    "train.run_dir=run",
+]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    folder = tmp_path_factory.mktemp("torchrun")
+    done = door("launcher=torchrun", "parallel=zero2", *SHORT, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return losses(folder)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "accelerate"])
+def test_the_same_run_under_every_launcher(launcher: str, reference: list[float], tmp_path: Path) -> None:
+    done = door(f"launcher={launcher}", "parallel=zero2", *SHORT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(reference) == 3
+    assert losses(tmp_path) == reference
+
+
+def test_one_plain_process_needs_no_launcher(tmp_path: Path) -> None:
+    done = door("launcher=python", "parallel=single", *SHORT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "accelerate"])
+def test_a_mistake_that_only_the_ranks_can_see(launcher: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    started = time.monotonic()
+    words = [f"launcher={launcher}", "parallel=ddp", "data=files", "data.paths=[broken.jsonl]"]
+    done = door(*words, *SHORT[:3], *SHORT[4:], cwd=tmp_path)
+    assert done.returncode != 0
+    assert "broken.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("broken.jsonl") == 1
+    assert time.monotonic() - started < 120
