@@ -163,6 +163,22 @@ class Data:
     """Where tokenised data is kept between runs."""
 
 
+class ContextMethod(StrEnum):
+    ulysses = "ulysses"
+    gather = "gather"
+
+
+@dataclass(kw_only=True, slots=True)
+class Pipeline:
+    schedule: str = "1f1b"
+    """gpipe, 1f1b, interleaved_1f1b, looped_bfs, interleaved_zero_bubble, zbv_zero_bubble or dualpipev. The micro-batches
+    of a step, `train.gradient_accumulation_steps`, are what flows through the stages."""
+    stages_per_rank: int | None = None
+    """Stages that each rank holds; null: what the schedule asks for (1, or 2 for interleaved and V-shaped ones)."""
+    split: list[int] | None = None
+    """Decoder layers of each stage, in order; null: balanced by counted work."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Offload:
     optimizer: OffloadDevice = OffloadDevice.none
@@ -191,13 +207,19 @@ class Parallel:
     """Ranks that split each sequence among themselves."""
     pp: int = 1
     """Ranks that split the stack of layers among themselves."""
+    tensor_plan: dict[str, str] = field(default_factory=dict)
+    """With `tp`: how modules are cut, laid over the architecture's own plan:
+    `'parallel.tensor_plan={model.layers.*.mlp.up_proj: colwise}'`."""
+    context_method: ContextMethod = ContextMethod.ulysses
+    """With `cp`: `ulysses` exchanges heads for tokens around attention, `gather` collects all keys and values."""
     sequence_parallel: bool = False
     """With `tp`: norms and residuals hold only 1 / tp of the sequence."""
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | None = None
     """With `dp_shard` and engine torch. True: parameters are gathered again for the backward (as ZeRO 3); false:
-    they stay gathered from the forward to the end of the step (as ZeRO 2)."""
+    they stay gathered from the forward to the end of the step (as ZeRO 2). Null: false under a pipeline, else true."""
     zero_stage: int = 0
     """Engine deepspeed: what data-parallel ranks partition. 1: optimizer states; 2: + gradients; 3: + parameters."""
+    pipeline: Pipeline = field(default_factory=Pipeline)
     offload: Offload = field(default_factory=Offload)
 
 

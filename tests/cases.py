@@ -9,12 +9,12 @@ import torch
 from configs.load import load_config
 from trainer.data.build import build_data
 from trainer.engine import build_engine
-from trainer.loop import train_step, validate
 from trainer.machine import find_machine
 from trainer.model import build_hf_config
 from trainer.optimizer import lr_at
 from trainer.plan import make_plan
 from trainer.runtime import join
+from trainer.step import train_step, validate
 
 
 @dataclass
@@ -40,14 +40,14 @@ def train(overrides: list[str]) -> Trained:
         )
         engine = build_engine(config, plan, runtime)
         steps = data.steps()
-        results = [train_step(engine, next(steps), runtime, lr_at(config, step)) for step in range(config.train.steps)]
+        results = [train_step(engine, next(steps), plan, runtime, lr_at(config, step)) for step in range(config.train.steps)]
         reports = [result.report for result in results]
         trained = Trained(
             losses=[result.loss for result in results],
             grad_norms=[report.grad_norm if report else float("nan") for report in reports],
             updated=[report is not None and report.updated for report in reports],
             loss_scales=[report.loss_scale if report else None for report in reports],
-            validation=validate(engine, data, runtime),
+            validation=validate(engine, data, plan, runtime),
             parameters={name: value for name, value in engine.parameters() if value is not None},
         )
         engine.close()

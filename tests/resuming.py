@@ -14,12 +14,13 @@ from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.progress import identity
 from trainer.data.build import build_data
 from trainer.engine import Engine, build_engine
-from trainer.loop import train_step
 from trainer.machine import find_machine
 from trainer.model import build_hf_config
 from trainer.optimizer import lr_at
 from trainer.plan import Plan, make_plan
 from trainer.runtime import Runtime, join
+from trainer.step import train_step
+from trainer.stopping import StopRequests
 
 DROPOUT = ["model=tiny_gpt2", "model.config.n_embd=64", "model.config.vocab_size=131", "model.config.resid_pdrop=0.1"]
 
@@ -70,7 +71,7 @@ def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, fur
     steps = data.steps(found.samples // size if found else 0)
     journal = Journal({}, {}, {})
     for step in range(first, first + upto if further else upto):
-        result = train_step(engine, next(steps), runtime, lr_at(config, step))
+        result = train_step(engine, next(steps), plan, runtime, lr_at(config, step))
         assert result.report is not None
         journal.losses[step + 1], journal.grad_norms[step + 1] = result.loss, result.report.grad_norm
         journal.lines[step + 1] = f"{bits(result.loss)} {bits(result.report.grad_norm)} {state_hash(engine, runtime)}"

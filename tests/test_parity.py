@@ -27,6 +27,14 @@ TORCH: dict[str, tuple[int, tuple[str, ...]]] = {
     "fsdp": (2, ()),
     "fsdp_offload": (2, ()),
     "hsdp": (4, ()),
+    "tensor": (2, ()),
+    "tensor_data": (4, ()),
+    "tensor_fsdp": (4, ()),
+    "pipeline": (2, ()),
+    "pipeline_data": (4, ()),
+    "pipeline_fsdp": (4, ()),
+    "3d": (8, ()),
+    "context": (2, ()),
 }
 VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "ddp on 4": ("ddp", 4, ()),

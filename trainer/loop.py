@@ -5,23 +5,18 @@ join the process group -> run folder -> data -> engine, restored -> steps, valid
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from configs.errors import EXIT_FINISHED, TrainingFailed
-from configs.schema import Config, NonFinite
+from configs.errors import EXIT_FINISHED
+from configs.schema import Config
 from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.progress import Progress, identity
-from trainer.data import Batch, DataSet
+from trainer.data import DataSet
 from trainer.data.build import build_data
-from trainer.engine import Engine, StepReport, build_engine
+from trainer.engine import Engine, build_engine
 from trainer.export import export_model
 from trainer.model import build_hf_config
 from trainer.optimizer import lr_at
@@ -32,9 +27,8 @@ from trainer.report.measure import StepTimer
 from trainer.report.reporter import Reporter
 from trainer.runtime import Runtime, join
 from trainer.status import RunStatus
+from trainer.step import check_finite, train_step, validate
 from trainer.stopping import StopRequests
-
-log = logging.getLogger(__name__)
 
 
 def run(config: Config, plan: Plan) -> int:
@@ -102,87 +96,21 @@ def train(
     steps = data.steps(samples // plan.batch.global_batch_size)
     evaluating = config.train.eval_samples > 0
     if evaluating and begin is None:
-        reporter.validation(0, validate(engine, data, runtime))
+        reporter.validation(0, validate(engine, data, plan, runtime))
     for step in range(first, config.train.steps):
         with timer.data():
             batches = next(steps)
         lr = lr_at(config, step)
-        result = train_step(engine, batches, runtime, lr, timer)
+        result = train_step(engine, batches, plan, runtime, lr, timer)
         reporter.step(step + 1, result, lr, timer.finish())
         check_finite(result, step + 1, config.train.non_finite)
         samples += plan.batch.global_batch_size
         last = step + 1 == config.train.steps
         due = config.train.eval_every > 0 and (step + 1) % config.train.eval_every == 0
         if evaluating and (last or due):
-            reporter.validation(step + 1, validate(engine, data, runtime))
+            reporter.validation(step + 1, validate(engine, data, plan, runtime))
         # After the validation: what is saved has it in its totals, and the run that goes on does not repeat it.
         told = keeper.after_step(step + 1, engine, samples=samples, report=reporter.progress)
         if told is not None and not last:
             return told
     return None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """loss: mean cross-entropy over the step's valid tokens, over all ranks. report: None if the loss was not finite
-    and the step therefore dropped."""
-
-    loss: float
-    valid_tokens: int
-    report: StepReport | None
-
-    @property
-    def overflowed(self) -> bool:
-        """A float16 gradient beyond its range: the loss scale answers it, it is no sign of trouble."""
-        return self.report is not None and not self.report.updated and self.report.loss_scale is not None
-
-
-def train_step(
-    engine: Engine, batches: Sequence[Batch], runtime: Runtime, lr: float, timer: StepTimer | None = None
-) -> StepResult:
-    """One optimizer update. batches: this rank's micro-batches, on the CPU. A collective.
-
-    The valid tokens of the whole step are counted before the first forward: every micro-batch is divided by the same
-    number, so that each token weighs the same in every layout.
-    """
-    timer = timer or StepTimer(runtime.device)
-    with timer.forward_backward():
-        local_tokens = sum(batch.valid_tokens() for batch in batches)
-        valid_tokens = torch.tensor(local_tokens, dtype=torch.float64, device=runtime.device)
-        dist.all_reduce(valid_tokens)
-        # A step without a single valid token has loss 0, not 0 / 0.
-        valid_tokens.clamp_(min=1)
-        loss = engine.forward_backward([batch.to(runtime.device) for batch in batches], valid_tokens).double()
-        dist.all_reduce(loss)
-        value = loss.item()
-    report: StepReport | None = None
-    with timer.optimizer():
-        if math.isfinite(value):
-            report = engine.step(lr)
-        else:
-            engine.discard()
-    return StepResult(loss=value, valid_tokens=int(valid_tokens.item()), report=report)
-
-
-def check_finite(result: StepResult, step: int, wanted: NonFinite) -> None:
-    """Raise TrainingFailed if the step had to be left out and the config says to stop. No parameter has changed."""
-    if result.report is not None and (result.report.updated or result.overflowed):
-        return
-    grad_norm = result.report.grad_norm if result.report else math.nan
-    problem = f"step {step}: loss {result.loss}, gradient norm {grad_norm}: not finite, the update was left out"
-    if wanted is NonFinite.stop:
-        raise TrainingFailed(
-            f"{problem}; try a smaller optimizer.lr, more scheduler.warmup_steps or precision=bf16 in place of fp16,"
-            " or go on with train.non_finite=skip"
-        )
-    log.warning(problem)
-
-
-def validate(engine: Engine, data: DataSet, runtime: Runtime) -> float:
-    """Mean cross-entropy per valid token over the validation samples, the same on all ranks. A collective."""
-    total, tokens = 0.0, 0
-    for batch in data.validation():
-        total += engine.evaluate(batch.to(runtime.device)).item()
-        tokens += batch.valid_tokens()
-    total, all_tokens = runtime.sum(total, tokens)
-    return total / max(1.0, all_tokens)

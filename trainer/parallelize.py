@@ -6,31 +6,84 @@ Each pass changes the model from outside and logs one line; the model's own code
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from configs.schema import Checkpointing, Config
 from trainer.parallel.checkpointing import apply_checkpointing
+from trainer.parallel.context import apply_context_parallel
 from trainer.parallel.fsdp import apply_fsdp
+from trainer.parallel.pipeline_split import Stage, split_model
+from trainer.parallel.tensor import TensorParallel, apply_tensor_parallel, tensor_plan
+from trainer.parallel.tensor_check import self_check
 from trainer.plan import Plan
 
 log = logging.getLogger(__name__)
 
 
-def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: DeviceMesh) -> nn.Module:
-    """Apply the passes that the plan asks for to a model on the meta device and return the module to call.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What this rank runs. modules: the model, or its pipeline stages. stages: the latter; empty without a pipeline.
+    tensor: one for each module; empty without tensor parallel."""
 
-    Recompute comes before data parallel: what data parallel wraps must be the layer as it will run. DDP alone wraps
-    after the parameters are filled (`apply_ddp`), because it copies them into its buckets.
+    modules: list[PreTrainedModel]
+    stages: list[Stage]
+    tensor: list[TensorParallel]
+
+
+def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: DeviceMesh) -> Parts:
+    """Apply the passes that the plan asks for to a model on the meta device.
+
+    Stages first: every later pass then works on what this rank will hold. Tensor parallel before recompute, so that
+    its collectives are inside what is recomputed. Sharding last: what it wraps must be the layer as it will run, and
+    it cuts what tensor parallel has left. DDP alone wraps after the parameters are filled (`apply_ddp`), because it
+    copies them into its buckets.
     """
+    stages: list[Stage] = []
+    tensor: list[TensorParallel] = []
+    modules = [model]
+    if plan.degree("cp") > 1:
+        apply_context_parallel(model, mesh, method=config.parallel.context_method)
+        log.info("context parallel: sequences over %d ranks by %s", plan.degree("cp"), config.parallel.context_method)
+    if plan.degree("pp") > 1:
+        stages = _split(model, config, plan, mesh)
+        modules = [stage.module for stage in stages]
+        layers = ", ".join(f"{stage.layers.start}-{stage.layers.stop - 1}" for stage in stages)
+        log.info("pipeline parallel: %d stages, this rank has layers %s", stages[0].count, layers)
+    if plan.degree("tp") > 1:
+        tensor = _divide(model, modules, config, mesh)
     if config.train.activation_checkpointing is not Checkpointing.none:
-        apply_checkpointing(model, config.train.activation_checkpointing)
+        for module in modules:
+            apply_checkpointing(module, config.train.activation_checkpointing)
         log.info("activation checkpointing: %s", config.train.activation_checkpointing)
     if plan.fully_sharded:
-        reshard = config.parallel.reshard_after_forward
-        apply_fsdp(model, plan, mesh, reshard_after_forward=reshard)
-        kept = "dropped after the forward" if reshard else "kept until the step"
-        log.info("fully sharded: over %d ranks, gathered parameters %s", plan.degree("dp_shard"), kept)
-    return model
+        for module in modules:
+            last = not stages or stages[modules.index(module)].is_last
+            apply_fsdp(module, plan, mesh, returns_logits=last)
+        kept = "dropped after the forward" if plan.reshard_after_forward else "kept until the step"
+        log.info("fully sharded: over %d ranks, gathered parameters %s", plan.fsdp_size, kept)
+    return Parts(modules=modules, stages=stages, tensor=tensor)
+
+
+def _split(model: PreTrainedModel, config: Config, plan: Plan, mesh: DeviceMesh) -> list[Stage]:
+    pipeline = config.parallel.pipeline
+    return split_model(
+        model,
+        schedule=pipeline.schedule,
+        pp=plan.degree("pp"),
+        rank=mesh["pp"].get_local_rank(),
+        stages_per_rank=pipeline.stages_per_rank,
+        split=pipeline.split,
+    )
+
+
+def _divide(
+    model: PreTrainedModel, modules: list[PreTrainedModel], config: Config, mesh: DeviceMesh
+) -> list[TensorParallel]:
+    sequence = config.parallel.sequence_parallel
+    table = tensor_plan(model, config.parallel.tensor_plan)
+    divided = [apply_tensor_parallel(module, table, mesh["tp"], sequence_parallel=sequence) for module in modules]
+    self_check(model.config, table, mesh["tp"], sequence_parallel=sequence)
+    return divided

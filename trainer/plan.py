@@ -56,6 +56,7 @@ class Plan:
     param_dtype: DType
     reduce_dtype: DType
     master_dtype: DType
+    reshard_after_forward: bool
     steps: int
 
     @property
@@ -80,6 +81,16 @@ class Plan:
         """This rank's index among the `data_parallel_size` groups that read different sequences."""
         place = self.coordinates(rank)
         return place["dp_replicate"] * self.degree("dp_shard") + place["dp_shard"]
+
+    @property
+    def fsdp_size(self) -> int:
+        """Ranks that FSDP2 shards a parameter over: those that split a sequence hold the same parameters too."""
+        return self.degree("dp_shard") * self.degree("cp")
+
+    @property
+    def same_data(self) -> int:
+        """Ranks that read the same sequences: those of one pipeline, context and tensor-parallel group."""
+        return self.world_size // self.data_parallel_size
 
     @property
     def fully_sharded(self) -> bool:
@@ -150,6 +161,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         param_dtype=config.precision.param_dtype,
         reduce_dtype=config.precision.reduce_dtype,
         master_dtype=config.precision.master_dtype,
+        reshard_after_forward=_reshard(config),
         steps=config.train.steps,
     )
 
@@ -201,6 +213,12 @@ def _mesh(config: Config, world_size: int, problems: list[str]) -> tuple[tuple[s
             f" (cluster.nodes * cluster.gpus_per_node); set one degree to null to fill it, or start {fixed}"
         )
     return tuple((name, size if size is not None else max(1, world_size // fixed)) for name, size in degrees.items())
+
+
+def _reshard(config: Config) -> bool:
+    """Under a pipeline every micro-batch would gather the parameters anew, so there they are kept."""
+    asked = config.parallel.reshard_after_forward
+    return asked if asked is not None else config.parallel.pp == 1
 
 
 def _degrees(config: Config) -> dict[str, int | None]:

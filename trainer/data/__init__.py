@@ -24,10 +24,12 @@ IGNORED = -100
 @dataclass(frozen=True, slots=True)
 class Batch:
     """input_ids: [micro_batch_size, seq_len] int64. labels: the same shape; labels[b, i] is the token that follows
-    input_ids[b, i] (already shifted), or IGNORED."""
+    input_ids[b, i] (already shifted), or IGNORED. position_ids: the same shape, where the rows do not start at
+    position 0 (a rank's slice of a longer sequence)."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))

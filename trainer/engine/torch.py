@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import Config, OffloadDevice
 from trainer import gradients
@@ -23,8 +22,10 @@ from trainer.loss import cross_entropy_sum
 from trainer.mesh import build_mesh
 from trainer.model import build_hf_config, build_model, materialize
 from trainer.optimizer import build_optimizer, param_groups, set_lr
+from trainer.parallel.context import slice_of
 from trainer.parallel.ddp import apply_ddp
 from trainer.parallel.fsdp import set_last_micro_batch
+from trainer.parallel.pipeline import build_pipeline
 from trainer.parallelize import parallelize
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
@@ -33,7 +34,11 @@ from trainer.weights import build_weights
 
 
 class TorchEngine:
-    """Fulfils `trainer.engine.Engine` for every layout without DeepSpeed."""
+    """Fulfils `trainer.engine.Engine` for every layout without DeepSpeed.
+
+    model: on the meta device where a pipeline runs its stages in its place. named: this rank's parameters by name,
+    each once; the last stage's copy of a tied embedding is the first stage's to name.
+    """
 
     def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
         apply_tf32(config.precision)
@@ -42,36 +47,46 @@ class TorchEngine:
         self.loss_scale = build_loss_scale(config.precision)
         self.mesh = build_mesh(plan, runtime.device)
         self.model = build_model(config.model, build_hf_config(config.model))
-        weights = build_weights(config.model, self.model, seed=config.train.seed)
-        self.module = parallelize(self.model, config, plan, self.mesh)
-        materialize(self.model, weights, device=self._home(), dtype=torch_dtype(plan.master_dtype))
+        self.parts = parallelize(self.model, config, plan, self.mesh)
+        self.modules = self.parts.modules
+        for module in self.modules:
+            weights = build_weights(config.model, module, seed=config.train.seed)
+            materialize(module, weights, device=self._home(), dtype=torch_dtype(plan.master_dtype))
+            module.train()
+        self.ddp = None
         if not plan.fully_sharded and plan.degree("dp_replicate") > 1:
-            self.module = apply_ddp(self.model, plan, runtime)
-        self.model.train()
-        # Kept: after a forward that leaves FSDP's parameters gathered, the module would name other tensors.
-        self.named = dict(self.model.named_parameters())
-        self.optimizer = build_optimizer(param_groups(self.named.items(), config.optimizer.weight_decay), config.optimizer)
+            self.ddp = apply_ddp(self.model, plan, runtime)
+        self.pipeline = build_pipeline(self.parts.stages, config, plan, self.mesh) if self.parts.stages else None
+        self.loss_fn = self.parts.tensor[0].loss if self.parts.tensor else cross_entropy_sum
+        # Kept: after a forward that leaves FSDP's parameters gathered, the modules would name other tensors.
+        everything = [(name, p) for module in self.modules for name, p in module.named_parameters()]
+        self.copies = dict(self._tied_copies(everything))
+        self.named = {name: p for name, p in everything if self.copies.get(name) is not p}
+        self.optimizer = build_optimizer(param_groups(everything, config.optimizer.weight_decay), config.optimizer)
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros((), device=valid_tokens.device, dtype=torch.float64)
-        # DDP and FSDP2 average over the ranks; the loss is a sum over them.
-        factor = self.plan.data_parallel_size * (self.loss_scale.value if self.loss_scale else 1.0)
-        for number, batch in enumerate(micro_batches, start=1):
-            with self._synchronise(last=number == len(micro_batches)):
-                loss = self._loss(self.module, batch) / valid_tokens
-                (loss * factor).backward()
-            total += loss.detach()
-        return total
+        micro_batches = [self._own_slice(batch) for batch in micro_batches]
+        # DDP and FSDP2 average over the ranks that share a parameter; the loss is a sum over them.
+        shared = self.plan.data_parallel_size * self.plan.degree("cp")
+        factor = shared * (self.loss_scale.value if self.loss_scale else 1.0)
+        if self.pipeline:
+            total = self.pipeline.forward_backward(micro_batches, valid_tokens, factor=factor, loss_fn=self.loss_fn)
+        else:
+            total = self._accumulate(micro_batches, valid_tokens, factor)
+        for module, tensor in zip(self.modules, self.parts.tensor, strict=False):
+            tensor.reduce_partial_gradients(module)
+        return total if self._speaks() else torch.zeros_like(total)
 
     def step(self, lr: float) -> StepReport:
         scale = self.loss_scale.value if self.loss_scale else None
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        grad_norm = gradients.global_norm(grads, mesh=self.mesh, device=self.runtime.device) / (scale or 1.0)
+        counted = [p.grad for p in self.named.values() if p.grad is not None]
+        grad_norm = gradients.global_norm(counted, mesh=self.mesh, device=self.runtime.device) / (scale or 1.0)
         finite = math.isfinite(grad_norm)
         if self.loss_scale:
             self.loss_scale.update(finite=finite)
         if finite:
-            gradients.scale(grads, self._clip_factor(grad_norm) / (scale or 1.0))
+            copied = [p.grad for p in self.copies.values() if p.grad is not None]
+            gradients.scale([*counted, *copied], self._clip_factor(grad_norm) / (scale or 1.0))
             set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.discard()
@@ -79,23 +94,28 @@ class TorchEngine:
 
     def discard(self) -> None:
         # Under DDP gradients are views of its buckets; set to None, accumulation would hold a second copy beside them.
-        self.optimizer.zero_grad(set_to_none=not isinstance(self.module, DistributedDataParallel))
+        self.optimizer.zero_grad(set_to_none=self.ddp is None)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
+        batch = self._own_slice(batch)
+        if self.pipeline:
+            loss = self.pipeline.evaluate(batch, loss_fn=self.loss_fn)
+            return loss if self._speaks() and self.mesh["pp"].get_local_rank() == 0 else torch.zeros_like(loss)
         self.model.eval()
         loss = self._loss(self.model, batch)
         self.model.train()
-        return loss
+        return loss if self._speaks() else torch.zeros_like(loss)
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        for name, parameter in self.named.items():
-            complete = torch_state.whole(parameter, self.runtime.device)
-            yield name, complete.cpu() if self.runtime.is_main else None
+        for name, complete in torch_state.gather(self.named, self.mesh, self.runtime.device):
+            yield name, complete.cpu() if complete is not None and self.runtime.is_main else None
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        everyone = list(range(self.runtime.world_size))
-        yield from torch_state.save_state(self.named, self.optimizer, holders=everyone, device=self.runtime.device)
+        stage = self.plan.coordinates(self.runtime.rank)["pp"]
+        ranks = range(self.runtime.world_size)
+        holders = [rank for rank in ranks if self.plan.coordinates(rank)["pp"] == stage]
+        yield from torch_state.save_state(self.named, self.optimizer, holders=holders, device=self.runtime.device)
 
     def counters(self) -> Counters:
         return Counters(
@@ -105,7 +125,8 @@ class TorchEngine:
         )
 
     def load_state(self, saved: TensorReader, counters: Counters) -> None:
-        torch_state.load_state(self.named, self.optimizer, saved, steps=counters.optimizer_steps)
+        for parameters in (self.named, self.copies):
+            torch_state.load_state(parameters, self.optimizer, saved, steps=counters.optimizer_steps)
         if self.loss_scale:
             self.loss_scale.restore(counters.loss_scale, counters.good_steps)
 
@@ -117,18 +138,41 @@ class TorchEngine:
         offloaded = self.plan.offload_parameters is not OffloadDevice.none
         return torch.device("cpu") if offloaded else self.runtime.device
 
+    def _own_slice(self, batch: Batch) -> Batch:
+        return slice_of(batch, self.mesh) if self.plan.degree("cp") > 1 else batch
+
+    def _speaks(self) -> bool:
+        """Tensor-parallel ranks all know the loss; one of them reports it."""
+        return self.mesh["tp"].get_local_rank() == 0
+
+    def _tied_copies(
+        self, everything: list[tuple[str, torch.nn.Parameter]]
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        copies = {id(parameter) for parameter in (self.pipeline.copies() if self.pipeline else ())}
+        yield from ((name, parameter) for name, parameter in everything if id(parameter) in copies)
+
+    def _accumulate(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor, factor: float) -> torch.Tensor:
+        total = torch.zeros((), device=valid_tokens.device, dtype=torch.float64)
+        for number, batch in enumerate(micro_batches, start=1):
+            with self._synchronise(last=number == len(micro_batches)):
+                loss = self._loss(self.ddp or self.model, batch) / valid_tokens
+                (loss * factor).backward()
+            total += loss.detach()
+        return total
+
     def _loss(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
         # FSDP2 casts by its own policy; autocast on top would cast again.
         with nullcontext() if self.plan.fully_sharded else autocast(self.plan):
-            logits = module(input_ids=batch.input_ids, use_cache=False).logits
-        return cross_entropy_sum(logits, batch.labels)
+            logits = module(input_ids=batch.input_ids, use_cache=False, **positions).logits
+        return self.loss_fn(logits, batch.labels)
 
     def _synchronise(self, *, last: bool) -> AbstractContextManager[None]:
         """Only the last micro-batch's backward may average over replicas; `no_sync` must cover the forward too."""
-        if isinstance(self.module, FSDPModule):
-            set_last_micro_batch(self.module, self.plan, last=last)
-        elif isinstance(self.module, DistributedDataParallel) and not last:
-            return self.module.no_sync()
+        if isinstance(self.model, FSDPModule):
+            set_last_micro_batch(self.model, self.plan, last=last)
+        elif self.ddp is not None and not last:
+            return self.ddp.no_sync()
         return nullcontext()
 
     def _clip_factor(self, grad_norm: float) -> float:

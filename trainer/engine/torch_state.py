@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -33,6 +34,27 @@ def whole(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.full_tensor()
 
 
+def gather(parameters: Named, mesh: DeviceMesh, device: torch.device) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Every parameter of the model by name, whole on rank 0, one at a time. A collective over all ranks.
+
+    parameters: those of this rank; under a pipeline each stage sends its own to the first.
+    """
+    group, mine = mesh.get_group("pp"), mesh["pp"].get_local_rank()
+    held = [(name, p.shape, p.dtype) for name, p in parameters.items()]
+    names: list[list[tuple[str, torch.Size, torch.dtype]]] = [held] * mesh["pp"].size()
+    if mesh["pp"].size() > 1:
+        dist.all_gather_object(names, held, group=group)
+    for owner, entries in enumerate(names):
+        for name, shape, dtype in entries:
+            complete = whole(parameters[name], device).contiguous() if owner == mine else None
+            if owner > 0 and mine == owner:
+                dist.send(complete, group=group, group_dst=0)
+            elif owner > 0 and mine == 0:
+                complete = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(complete, group=group, group_src=owner)
+            yield name, complete if mine == 0 else None
+
+
 def save_state(
     parameters: Named, optimizer: torch.optim.Optimizer, *, holders: list[int], device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -54,7 +76,7 @@ def optimizer_steps(parameters: Named, optimizer: torch.optim.Optimizer) -> int:
 @torch.no_grad()
 def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: TensorReader, *, steps: int) -> None:
     """Write this rank's share of every tensor into parameters and optimizer. steps: as `optimizer_steps` gave."""
-    kinds = sorted({key.partition("/")[0] for key in saved.keys()} - {"model", "rng"})
+    kinds = saved_kinds(saved)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in parameters.items():
         check_shape(saved, f"model/{name}", parameter.shape)
@@ -71,12 +93,18 @@ def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: Tenso
             state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device if fused else "cpu")
 
 
+def saved_kinds(saved: TensorReader) -> list[str]:
+    """The optimizer's tensors that a checkpoint holds per parameter: exp_avg and exp_avg_sq, or momentum_buffer."""
+    return sorted({key.partition("/")[0] for key in saved.keys()} - {"model", "rng"})
+
+
 def check_shape(saved: TensorReader, key: str, shape: torch.Size | tuple[int, ...]) -> None:
     """Raises CheckpointMismatch unless the checkpoint holds a tensor of this name and shape."""
     found = list(saved.shape(key)) if key in saved else "none"
     if found != list(shape):
         raise CheckpointMismatch(
-            f"train.resume: the model wants {key} of shape {list(shape)}, the checkpoint holds {found}"
+            f"train.resume: the model wants {key} of shape {list(shape)}, the checkpoint holds {found};"
+            " give the same model"
         )
 
 

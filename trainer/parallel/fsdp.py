@@ -29,15 +29,16 @@ from trainer.plan import Plan
 from trainer.precision import torch_dtype
 
 
-def apply_fsdp(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh, *, reshard_after_forward: bool) -> None:
+def apply_fsdp(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh, *, returns_logits: bool = True) -> None:
     """Shard each decoder layer, the embedding and the head as groups of their own, and the rest as the root.
 
-    Groups are what is gathered at once. Tied embeddings stay in the root group: a parameter has one owner.
+    Groups are what is gathered at once. Tied embeddings stay in the root group: a parameter has one owner. model: whole
+    or one pipeline stage; only where it `returns_logits` is its output cast to the dtype of the loss.
     """
     param_dtype, reduce_dtype = torch_dtype(plan.param_dtype), torch_dtype(plan.reduce_dtype)
     options: dict[str, Any] = {
         "mesh": fsdp_mesh(mesh),
-        "reshard_after_forward": reshard_after_forward,
+        "reshard_after_forward": plan.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
         "offload_policy": _offload_policy(plan),
     }
@@ -48,14 +49,15 @@ def apply_fsdp(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh, *, reshard_
             if module is not None and any(True for _ in module.parameters()):
                 fully_shard(module, **options)
     # Only the root may cast its output: a layer's output must stay in the dtype that the next layer computes in.
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, output_dtype=_loss_dtype(plan))
-    fully_shard(model, **{**options, "mp_policy": policy})
+    if returns_logits:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype, output_dtype=_loss_dtype(plan))
+    fully_shard(model, **options)
 
 
 def set_last_micro_batch(model: FSDPModule, plan: Plan, *, last: bool) -> None:
     """When gradients travel. Sharded gradients are reduce-scattered after every micro-batch: kept whole until the last
     one, they would take a full copy per rank. Replicas all-reduce once, after the last."""
-    if plan.degree("dp_shard") * plan.degree("cp") > 1:
+    if plan.fsdp_size > 1:
         model.set_requires_all_reduce(last)
     else:
         model.set_requires_gradient_sync(last)

@@ -138,8 +138,8 @@ def check_pipeline(
     if num_layers is not None:
         if num_layers < stages:
             yield (
-                f"parallel.pp={pp}: the model has {num_layers} layers, {pp} ranks x {per_rank} stage(s) per rank need at"
-                f" least {stages}; use fewer ranks, or parallel.pipeline.schedule=1f1b with one stage per rank"
+                f"parallel.pp={pp}: the model has {num_layers} layers, {pp} ranks x {per_rank} stage(s) per rank need"
+                f" at least {stages}; use fewer ranks, or parallel.pipeline.schedule=1f1b with one stage per rank"
             )
         elif split is not None:
             yield from check_split(num_layers, stages, split)
@@ -183,9 +183,10 @@ def _check_arrangement(schedule: str, per_rank: int) -> Iterator[str]:
 def _check_micro_batches(schedule: str, pp: int, micro_batches: int) -> Iterator[str]:
     shown = f"train.gradient_accumulation_steps={micro_batches}"
     if schedule == "1f1b" and micro_batches < pp:
-        yield f"{shown}: {schedule} over {pp} stages needs at least {pp} micro-batches per step; use {pp} or more"
+        yield f"{shown}: {schedule} over {pp} stages needs as many micro-batches per step; use {pp} or more"
     elif schedule == "dualpipev" and micro_batches < 2 * pp:
-        yield f"{shown}: {schedule} over {2 * pp} stages needs at least {2 * pp} micro-batches per step; use {2 * pp} or more"
+        least = 2 * pp
+        yield f"{shown}: {schedule} over {least} stages needs as many micro-batches per step; use {least} or more"
     elif schedule in ("interleaved_1f1b", "interleaved_zero_bubble"):
         rounds = max(1, micro_batches // pp)
         if micro_batches % rounds:

@@ -24,7 +24,7 @@ long: a is the gradient of the stage's input (the rank before waits for it), A t
 With p ranks, m micro-batches and v stages per rank the ranks wait (p-1) / (m+p-1) of the time under gpipe and 1f1b,
 (p-1) / (vm+p-1) when interleaved: more micro-batches or more stages per rank help, and every stage more sends every
 activation once more. Here the share is not taken from a formula but played through, action by action.
-Torch-free. Next: `pipeline_split`.
+Torch-free. Next: `pipeline_probe`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from typing import NamedTuple
 
 from trainer.parallel.pipeline_orders import Action, rank_orders
 from trainer.parallel.pipeline_table import default_stages_per_rank
-
 
 DURATION = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 """In forwards of the same stage: each gradient takes as many multiply-adds as the forward."""

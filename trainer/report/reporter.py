@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from trainer.checkpoint.keeper import Saved
-    from trainer.loop import StepResult
+    from trainer.step import StepResult
 
 UNKNOWN = -1  # a number that a rank does not know, in a maximum over ranks
 
