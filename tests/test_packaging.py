@@ -1,0 +1,147 @@
+"""What is installed: the wheel holds every YAML and works from any folder; pins and ranges agree; set-up runs once."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of what git tracks or would track: the build leaves nothing in the checkout."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
+    for file in files:
+        if (ROOT / file).is_file():
+            (source / file).parent.mkdir(parents=True, exist_ok=True)
+            (source / file).write_bytes((ROOT / file).read_bytes())
+    done = run(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", target, ".", cwd=source
+    )
+    assert done.returncode == 0, done.stderr
+    return next(target.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_yaml_and_module_and_no_test(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    yamls = {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.yaml")}
+    modules = {
+        str(file.relative_to(ROOT))
+        for package in ("configs", "trainer", "launch")
+        for file in (ROOT / package).rglob("*.py")
+    }
+    assert len(yamls) >= 53
+    assert len(modules) >= 50
+    assert yamls | modules <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} <= {
+        "configs",
+        "trainer",
+        "launch",
+        "slurm",
+    }
+
+
+def test_the_installed_package_works_from_any_folder(wheel: Path, tmp_path: Path) -> None:
+    made = run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    python = tmp_path / "env/bin/python"
+    # The libraries of the environment that runs the tests, without its editable install of the project.
+    libraries = next((tmp_path / "env").glob("lib/python*/site-packages")) / "libraries.pth"
+    libraries.write_text(sysconfig.get_path("purelib") + "\n")
+    install = ("-m", "pip", "--python", python, "install", "-q", "--no-deps", "--force-reinstall", wheel)
+    done = run(sys.executable, *install, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    (tmp_path / "elsewhere").mkdir()
+    where = run(python, "-c", "import configs; print(configs.__file__)", cwd=tmp_path / "elsewhere", PYTHONPATH="")
+    assert where.stdout.startswith(str(tmp_path / "env"))
+    for words in (["-m", "trainer", "--cfg", "job"], ["-m", "launch", "experiment=demo", "dry_run=true"]):
+        done = run(python, *words, cwd=tmp_path / "elsewhere", PYTHONPATH="")
+        assert done.returncode == 0, done.stderr
+        assert "float32" in done.stdout
+
+
+def test_every_pin_lies_in_its_range() -> None:
+    wanted = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+    pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in PINS.items()}
+    assert len(wanted) >= 20
+    assert not [str(line) for line in wanted if not line.specifier.contains(pins[line.name.lower()])]
+
+
+def test_every_library_has_a_lowest_version() -> None:
+    wanted = [Requirement(line) for line in PROJECT["dependencies"]]
+    assert not [str(line) for line in wanted if not any(part.operator == ">=" for part in line.specifier)]
+
+
+def source_setup(command: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a function of setup.sh, sourced from a copy of the project's files that decide the installation."""
+    (tmp_path / "launch").mkdir()
+    for file in ("launch/setup.sh", "pyproject.toml", "constraints.txt"):
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    return run("bash", "-euc", f"source launch/setup.sh; {command}", cwd=tmp_path, **environment)
+
+
+def fake_python(folder: Path, body: str) -> str:
+    """A PATH with the usual tools whose only Python is the given shell script."""
+    folder.mkdir()
+    for name in ("python3", "python"):
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    for tool in ("bash", "cat", "cut", "dirname", "sha256sum", "uname"):
+        (folder / tool).symlink_to(next(p for p in ("/usr/bin", "/bin") if Path(p, tool).exists()) + f"/{tool}")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ('case "$*" in *version_info*) exit 1;; --version) echo Python 3.9.2;; esac', "python is Python 3.9.2"),
+        ('case "$*" in *ensurepip*) exit 1;; esac', "cannot make virtual environments (Debian, Ubuntu: apt install"),
+        ("exit 127", "none was found on PATH"),
+    ],
+)
+def test_a_machine_without_a_fit_python_is_told_what_to_do(body: str, reason: str, tmp_path: Path) -> None:
+    done = source_setup("setup_environment", tmp_path, PATH=fake_python(tmp_path / "bin", body), PYTHON="")
+    assert done.returncode != 0
+    assert reason in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_set_up_does_nothing_the_second_time(tmp_path: Path) -> None:
+    (tmp_path / ".venv").mkdir()
+    key = 'key=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16); touch ".venv/.installed-$key-dev"'
+    nothing = fake_python(tmp_path / "bin", "exit 127")
+    done = source_setup(
+        f"{key}; setup_environment dev; setup_environment; echo done", tmp_path, PATH=nothing + ":/usr/bin"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
