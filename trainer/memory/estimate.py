@@ -15,5 +15,7 @@ def estimate(config: Config, plan: Plan):
     profile = get_profile(config, plan, None)
     t = Timeline(gpu=plan.device == "cuda")
     s = Setting(profile=profile, plan=plan, timeline=t)
-    replay(profile, Replicated(s), t, micro_batches=plan.batch.gradient_accumulation_steps)
+    from trainer.memory.layouts.sharded import FullySharded
+    layout = FullySharded(s) if plan.fully_sharded else Replicated(s)
+    replay(profile, layout, t, micro_batches=plan.batch.gradient_accumulation_steps)
     return t
