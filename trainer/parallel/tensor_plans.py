@@ -51,6 +51,8 @@ STYLES: dict[str, Style] = {
 ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
 
 PLANS: dict[str, dict[str, str]] = {
+    # transformers' own plan passes over the activation's learned slopes, which see only this rank's features.
+    "apertus": {"model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
     "gpt2": {
         "transformer.h.*.attn": "divide:split_size",
         "transformer.h.*.attn.c_attn": "packed_colwise:3",
@@ -96,7 +98,7 @@ PLANS: dict[str, dict[str, str]] = {
         "model.layers.*.mlp.down_proj": "rowwise",
     },
 }
-"""By model_type. Attributes to `divide` are sizes that the model's code reads instead of the tensor's own shape."""
+"""By model_type; entries go over those of transformers. Attributes to `divide` are sizes that the model's code reads instead of the tensor's own shape."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
