@@ -30,8 +30,9 @@ from typing import Any
 import torch
 
 from configs.schema import Config, Implementation, OffloadDevice
+from trainer.checkpoint.tensors import TensorReader
 from trainer.data import Batch
-from trainer.engine import StepReport
+from trainer.engine import Counters, StepReport, deepspeed_state
 from trainer.engine.deepspeed_config import deepspeed_config, model_size
 from trainer.engine.deepspeed_setup import (
     Partitioner,
@@ -109,6 +110,9 @@ class DeepSpeedEngine:
         set_lr(self.optimizer, lr)
         self.engine.step()
         updated = self.engine.was_step_applied()
+        if not updated:
+            # DeepSpeed has done so too, but in 16 bit with offload it forgets a buffer: all later steps would overflow.
+            self.discard()
         if self.loss_scale:
             self.loss_scale.update(finite=updated)
             self._announce_scale()
@@ -131,6 +135,23 @@ class DeepSpeedEngine:
             whole = safe_get_full_fp32_param(parameter)
             assert whole is not None, f"{name} is not trained"
             yield name, whole.cpu() if self.runtime.is_main else None
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        yield from deepspeed_state.save_state(self.model, self.engine.optimizer)
+
+    def counters(self) -> Counters:
+        return Counters(
+            optimizer_steps=deepspeed_state.optimizer_steps(self.engine.optimizer),
+            loss_scale=self.loss_scale.value if self.loss_scale else None,
+            good_steps=self.loss_scale.good_steps if self.loss_scale else None,
+        )
+
+    def load_state(self, saved: TensorReader, counters: Counters) -> None:
+        stage, steps = self.plan.zero_stage, counters.optimizer_steps
+        deepspeed_state.load_state(self.model, self.engine.optimizer, saved, stage=stage, steps=steps)
+        if self.loss_scale:
+            self.loss_scale.restore(counters.loss_scale, counters.good_steps)
+            self._announce_scale()
 
     def close(self) -> None:
         # Without a collective: a rank that failed closes too, while the others wait for it elsewhere.

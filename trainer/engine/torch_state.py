@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from configs.errors import CheckpointMismatch
 from trainer.checkpoint.tensors import Dealer, TensorReader
+from trainer.pieces import cut, join
 
 Named = Mapping[str, torch.Tensor]
 
@@ -31,7 +32,7 @@ def whole(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         tensor = DTensor.from_local(
             local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
         )
-    return tensor.full_tensor()
+    return join(tensor)
 
 
 def gather(parameters: Named, mesh: DeviceMesh, device: torch.device) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -119,7 +120,7 @@ def copy_share(target: torch.Tensor, complete: torch.Tensor) -> None:
         sizes, starts = compute_local_shape_and_global_offset(target.shape, mesh, placements)
         share = complete[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
     else:
-        share = distribute_tensor(complete, mesh, placements, src_data_rank=None).to_local()
+        share = cut(complete, target)
     target.to_local().copy_(share)
 
 
