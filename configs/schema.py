@@ -91,6 +91,18 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class EstimateFormat(StrEnum):
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+class Gate(StrEnum):
+    off = "off"
+    warn = "warn"
+    refuse = "refuse"
+
+
 class LauncherName(StrEnum):
     python = "python"
     torchrun = "torchrun"
@@ -329,7 +341,9 @@ class Cluster:
     gpus_per_node: int | None = None
     """Processes per node. Null: what the launcher started; else this machine's GPUs; else CPU processes."""
     gpu: str | None = None
-    """Name of a known GPU (`trainer/devices.py`), for its peak FLOP/s. Null: the one that is found."""
+    """Name of a known GPU (`trainer/devices.py`), for its memory and peak FLOP/s. Null: the one that is found."""
+    gpu_memory_gib: float | None = None
+    """Memory of the GPU that an estimate is compared with; null: that of `gpu`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -359,6 +373,25 @@ class Logging:
 
 
 @dataclass(kw_only=True, slots=True)
+class Estimate:
+    format: EstimateFormat = EstimateFormat.table
+    """What `memory-estimate` prints."""
+    explain: bool = False
+    """Below the table: every term with its numbers, and where it is from."""
+    plot: str | None = None
+    """FILE.html or FILE.png (needs matplotlib): memory over one step by component; bars for a sweep."""
+    suggest: bool = True
+    """What to change so that it fits; the largest micro-batch if it does."""
+    gate: Gate = Gate.refuse
+    """`python -m launch` on GPUs, when the prediction exceeds the device: `off` does not look, `warn` starts
+    nevertheless, `refuse` does not start."""
+    context_gib: float = 0.7
+    """Assumed: what the CUDA context and loaded kernels take of each GPU, outside torch's allocator (0.4 to 1.0)."""
+    nccl_gib: float = 0.3
+    """Assumed: what NCCL takes for each communicator of a rank (0.1 to 0.5)."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -371,5 +404,6 @@ class Config:
     cluster: Cluster = field(default_factory=Cluster)
     launcher: Launcher = field(default_factory=Launcher)
     logging: Logging = field(default_factory=Logging)
+    estimate: Estimate = field(default_factory=Estimate)
     dry_run: bool = False
     """`python -m launch` and `python -m trainer`: print plan and command, start nothing."""

@@ -36,6 +36,8 @@ def check_ranges(config: Config) -> Iterator[str]:
         ("cluster.nodes", config.cluster.nodes, 1),
         ("cluster.gpus_per_node", config.cluster.gpus_per_node, 1),
         ("logging.every", config.logging.every, 1),
+        ("estimate.context_gib", config.estimate.context_gib, 0),
+        ("estimate.nccl_gib", config.estimate.nccl_gib, 0),
         ("precision.loss_scale_window", config.precision.loss_scale_window, 1),
     ]
     for key, value, least in at_least:
@@ -47,6 +49,7 @@ def check_ranges(config: Config) -> Iterator[str]:
         ("train.timeout_minutes", train.timeout_minutes),
         ("precision.loss_scale_init", config.precision.loss_scale_init),
         ("precision.loss_scale", config.precision.loss_scale),
+        ("cluster.gpu_memory_gib", config.cluster.gpu_memory_gib),
     ]
     for key, value in positive:
         if value is not None and not value > 0:
