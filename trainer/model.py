@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError, DataError
 from configs.schema import Attention, Model
+from trainer.pieces import cut
 from trainer.weights import Weights
 
 
@@ -183,9 +184,12 @@ def _fill_unit(
     for key, target in targets.items():
         whole = unit.get_parameter(key).data.to(dtype)
         if isinstance(target, DTensor):
-            # Every rank computed the same whole value: cutting it needs no communication (src_data_rank=None).
-            share = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-            swapped = nn.Parameter(share.to(dtype), requires_grad=target.requires_grad)
+            # Every rank computed the same whole value: cutting it needs no communication.
+            share = cut(whole, target).clone()
+            placed = DTensor.from_local(
+                share, target.device_mesh, target.placements, shape=target.shape, stride=target.stride()
+            )
+            swapped = nn.Parameter(placed, requires_grad=target.requires_grad)
         else:
             swapped = nn.Parameter(whole, requires_grad=target.requires_grad)
         _set_parameter(unit, key, swapped)

@@ -1,0 +1,32 @@
+"""What a rank does in tests/test_pieces.py."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from configs.load import load_config
+from trainer.engine.torch import TorchEngine
+from trainer.machine import find_machine
+from trainer.pieces import cut, join
+from trainer.plan import make_plan
+from trainer.runtime import join as join_group
+
+
+def wrong_pieces(overrides: list[str]) -> tuple[int, list[str]]:
+    """How many parameters are cut over more than one rank, and the names of those that do not come back whole."""
+    config = load_config(overrides)
+    plan = make_plan(config, find_machine())
+    wrong, divided = [], 0
+    with join_group(plan, timeout_minutes=1) as runtime:
+        for name, parameter in TorchEngine(config, plan, runtime).named.items():
+            assert isinstance(parameter, DTensor)
+            whole = torch.arange(float(parameter.numel())).reshape(parameter.shape)
+            share = cut(whole, parameter)
+            assert share.shape == parameter.to_local().shape, name
+            divided += share.numel() < whole.numel()
+            mesh, placements = parameter.device_mesh, parameter.placements
+            placed = DTensor.from_local(share, mesh, placements, shape=whole.shape, stride=whole.stride())
+            if not torch.equal(join(placed), whole):
+                wrong.append(name)
+    return divided, wrong

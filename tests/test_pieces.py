@@ -1,0 +1,24 @@
+"""A whole parameter, cut over the mesh and joined again, is what it was, for every way of cutting."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.pieces_case import wrong_pieces
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "processes"),
+    [
+        ("tiny_gpt2", ["parallel=tensor_fsdp"], 4),
+        ("tiny", ["parallel=tensor_fsdp", "model.config.vocab_size=261"], 4),
+        ("tiny", ["parallel=tensor_fsdp", "parallel.dp_replicate=2", "parallel.dp_shard=2"], 8),
+        ("tiny", ["parallel=fsdp", "model.config.vocab_size=261"], 4),
+        ("tiny", ["parallel=context"], 4),
+    ],
+)
+def test_cut_and_join(model: str, keys: list[str], processes: int) -> None:
+    for divided, wrong in run_ranks(processes, wrong_pieces, [f"model={model}", *keys]):
+        assert not wrong
+        assert divided > 20
