@@ -8,7 +8,6 @@ hub's data set to windows in one pass.
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
 
 from configs.errors import DataError
 from configs.schema import Config, DataSource
@@ -22,9 +21,6 @@ from trainer.data.samples import PackedSamples, SyntheticSamples, TokenArray
 from trainer.data.stream import Held, StreamedBatches, TextStream, hold_out, open_stream, take
 from trainer.data.tokenizer import Encoder, build_encoder
 from trainer.plan import Plan
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
 
 def build_data(config: Config, plan: Plan, *, data_rank: int, vocab_size: int, local_rank: int = 0) -> DataSet:
@@ -136,21 +132,24 @@ def _check_enough(config: Config, text: TokenisedText) -> None:
 def _hub(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData:
     """`hub`: windows cut from the stream as it arrives; the validation text is taken from it beforehand."""
     data, seq_len = config.data, plan.batch.seq_len
-    rows = open_stream(data, split=data.split)
-    first = next(TextStream(rows=rows, data=data, split=data.split).texts(), None)
+    stream = TextStream(rows=open_stream(data, split=data.split), data=data, split=data.split)
+    first = next(stream.texts(), None)
     if first is None:
         raise DataError(
             f"data.name={data.name}: split {data.split} holds no text in {data.text_key}; choose another split"
         )
-    held = _validation_of_stream(config, rows, encoder, tokens=config.train.eval_samples * seq_len + 1)
-    shuffled = rows.shuffle(seed=config.train.seed, buffer_size=data.shuffle_buffer) if data.shuffle else rows
-    stream = TextStream(rows=shuffled, data=data, split=data.split)
+    held = _validation_of_stream(config, stream, encoder, seq_len=seq_len)
     validation = PackedSamples(tokens=TokenArray(tokens=held.tokens), seq_len=seq_len, padding=encoder.end)
     return RankData(
         tokenizer=encoder.tokenizer,
         micro_batches=lambda first_step: build_loader(
             StreamedBatches(
-                stream=stream, encoder=encoder, share=share, threshold=held.threshold, first_step=first_step
+                stream=stream,
+                encoder=encoder,
+                share=share,
+                seed=config.train.seed,
+                threshold=held.threshold,
+                first_step=first_step,
             ),
             sampler=None,
             # A second process would read and tokenise the same stream once more, and help nothing.
@@ -169,18 +168,17 @@ def _hub(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData
     )
 
 
-def _validation_of_stream(config: Config, rows: IterableDataset, encoder: Encoder, *, tokens: int) -> Held:
-    """`tokens` of validation text, from a split of its own or held out of the one that is trained on."""
-    data, wanted = config.data, config.train.eval_samples
+def _validation_of_stream(config: Config, stream: TextStream, encoder: Encoder, *, seq_len: int) -> Held:
+    """Text for `train.eval_samples` samples, from a split of its own or held out of the one that is trained on."""
+    data, samples = config.data, config.train.eval_samples
+    split = data.validation_split or data.split
+    tokens = samples * seq_len + 1 if samples else 0
     if data.validation_split is not None:
-        split = data.validation_split
         texts = TextStream(rows=open_stream(data, split=split), data=data, split=split).texts()
-        held = Held(tokens=take(texts, encoder, tokens=tokens if wanted else 0), threshold=0)
+        held = Held(tokens=take(texts, encoder, tokens=tokens), threshold=0)
     else:
-        split = data.split
-        stream = TextStream(rows=rows, data=data, split=split)
-        held = hold_out(stream, encoder, fraction=data.validation_fraction, tokens=tokens if wanted else 0)
-    if wanted and len(held.tokens) < 2:
+        held = hold_out(stream, encoder, fraction=data.validation_fraction, tokens=tokens)
+    if samples and len(held.tokens) < 2:
         raise DataError(
             f"data.name={data.name}: split {split} gave no text for validation (data.validation_fraction="
             f"{data.validation_fraction}); set data.validation_split, or train.eval_samples=0"

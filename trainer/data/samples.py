@@ -107,7 +107,8 @@ class SyntheticSamples:
         sample_keys = mix(mix(numbers.astype(np.uint64)) ^ np.uint64(key_of(self.seed)))
         noise = mix(sample_keys[:, None] ^ mix(np.arange(self.seq_len + 2, dtype=np.uint64)))
         uniform = (noise >> np.uint64(11)) * 2.0**-53
-        rows = (uniform[:, 1:] ** 3 * self.vocab_size).astype(np.int64)
+        # A product and not a power: a power's last bit differs between machines.
+        rows = (uniform * uniform * uniform * self.vocab_size).astype(np.int64)[:, 1:]
         longest = int(self.ignore_fraction * self.seq_len)
         prefix = (uniform[:, 0] * (longest + 1)).astype(np.int64)
         return make_batch(rows, np.arange(self.seq_len) < prefix[:, None])

@@ -10,6 +10,7 @@ cache: download it and use data=files.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count as count_from
@@ -25,7 +26,7 @@ from configs.schema import Data
 from trainer.data import Batch
 from trainer.data.cache import both_sides, encode_in_bulk
 from trainer.data.documents import content_hash, text_of
-from trainer.data.positions import Share
+from trainer.data.positions import Share, key_of, permute
 from trainer.data.samples import make_batch
 from trainer.data.tokenizer import Encoder, first_line
 
@@ -64,27 +65,52 @@ def open_stream(data: Data, *, split: str) -> IterableDataset:
 
 @dataclass(frozen=True, kw_only=True)
 class TextStream:
-    """The texts of one split. rows: what `datasets` streams; re-iterable, equal each time until `set_epoch`."""
+    """The texts of one split. rows: what `datasets` streams.
+
+    `datasets` can shuffle a stream itself, but in another order inside a loader process than outside, and in
+    another one in each of its versions. A run has to go on the same after both have changed.
+    """
 
     rows: IterableDataset
     data: Data
     split: str
 
-    def texts(self) -> Iterator[str]:
-        """One pass over all texts that are not empty."""
-        rows: Iterator[dict[str, Any]] = iter(self.rows)
-        for number in count_from():
-            where = f"{self.data.name}, split {self.split}, row {number}"
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise DataError(
-                    f"data.name={self.data.name}: reading stopped at {where} ({first_line(error)})"
-                ) from None
-            if text := text_of(row, self.data.text_key, where=where):
-                yield text
+    def texts(self, files: Iterable[int] | None = None) -> Iterator[str]:
+        """One pass over all texts that are not empty. files: the order of the data set's files, else as they stand."""
+        count = self.rows.num_shards
+        for file in files if files is not None else range(count):
+            rows: Iterator[dict[str, Any]] = iter(self.rows.shard(num_shards=count, index=file))
+            for number in count_from():
+                where = f"data.name={self.data.name}: split {self.split}, file {file + 1} of {count}, row {number}"
+                try:
+                    row = next(rows, None)
+                except Exception as error:
+                    raise DataError(f"{where} cannot be read ({first_line(error)})") from None
+                if row is None:
+                    break
+                if text := text_of(row, self.data.text_key, where=where):
+                    yield text
+
+    def epoch(self, number: int, *, seed: int, threshold: int) -> Iterator[str]:
+        """The texts to train on in one epoch, in its order. threshold: text with a lower content hash is left out."""
+        key, count = key_of(seed, number), self.rows.num_shards
+        files = permute(np.arange(count), count=count, key=key).tolist() if self.data.shuffle else None
+        texts = (text for text in self.texts(files) if content_hash(text) >= threshold)
+        return shuffle_in_buffer(texts, size=self.data.shuffle_buffer, key=key) if self.data.shuffle else texts
+
+
+def shuffle_in_buffer(texts: Iterable[str], *, size: int, key: int) -> Iterator[str]:
+    """Hold `size` texts, and give out one of them, drawn at random, for each that arrives."""
+    draw, buffer = random.Random(key), []
+    for text in texts:
+        if len(buffer) < size:
+            buffer.append(text)
+            continue
+        # Of Python's random numbers, `random()` alone is promised to stay the same.
+        place = int(draw.random() * size)
+        yield buffer[place]
+        buffer[place] = text
+    yield from (buffer[place] for place in permute(np.arange(len(buffer)), count=len(buffer), key=key))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,12 +144,11 @@ def hold_out(stream: TextStream, encoder: Encoder, *, fraction: float, tokens: i
 
 def take(texts: Iterable[str], encoder: Encoder, *, tokens: int) -> NDArray[np.int64]:
     """The first `tokens` tokens of these texts, EOS after each."""
-    rows, total = [np.empty(0, np.int64)], 0
-    for row in _tokens(texts, encoder):
+    rows, missing = [np.empty(0, np.int64)], tokens
+    arriving = _tokens(texts, encoder)
+    while missing > 0 and (row := next(arriving, None)) is not None:
         rows.append(row)
-        total += len(row)
-        if total >= tokens:
-            break
+        missing -= len(row)
     return np.concatenate(rows)[:tokens]
 
 
@@ -134,7 +159,7 @@ def _tokens(texts: Iterable[str], encoder: Encoder) -> Iterator[NDArray[np.int64
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedBatches(TorchIterableDataset[Batch | DataError]):
-    """One rank's micro-batches from `first_step` on. Endless. threshold: leave out text with a lower content hash.
+    """One rank's micro-batches from `first_step` on. Endless. seed, threshold: as for `TextStream.epoch`.
 
     A DataError is the last item instead of an exception: a loader process would turn it into a traceback.
     """
@@ -142,6 +167,7 @@ class StreamedBatches(TorchIterableDataset[Batch | DataError]):
     stream: TextStream
     encoder: Encoder
     share: Share
+    seed: int
     threshold: int
     first_step: int
 
@@ -161,7 +187,7 @@ class StreamedBatches(TorchIterableDataset[Batch | DataError]):
         seq_len, position = self.share.batch.seq_len, 0
         first = self.first_step * self.share.batch.global_batch_size
         left = np.empty(0, np.int64)
-        for row in _tokens(self._texts(), self.encoder):
+        for row in self._rows():
             left = np.concatenate([left, row])
             start = 0
             while len(left) - start > seq_len:
@@ -170,14 +196,13 @@ class StreamedBatches(TorchIterableDataset[Batch | DataError]):
                 start, position = start + seq_len, position + 1
             left = left[start:]
 
-    def _texts(self) -> Iterator[str]:
+    def _rows(self) -> Iterator[NDArray[np.int64]]:
+        """The tokens of one document after the other, epoch after epoch."""
         for epoch in count_from():
-            self.stream.rows.set_epoch(epoch)
             empty = True
-            for text in self.stream.texts():
-                if content_hash(text) >= self.threshold:
-                    empty = False
-                    yield text
+            for row in _tokens(self.stream.epoch(epoch, seed=self.seed, threshold=self.threshold), self.encoder):
+                empty = False
+                yield row
             if empty:
                 raise DataError(
                     f"data.name={self.stream.data.name}: split {self.stream.split} holds no text to train on;"

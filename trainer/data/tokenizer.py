@@ -94,7 +94,8 @@ def build_encoder(config: Config, *, vocab_size: int | None) -> Encoder:
 
 
 def _key(config: Config) -> str:
-    return "model.path" if config.data.tokenizer is None else "data.tokenizer"
+    """Where the name of the tokenizer stands in the configuration."""
+    return "model.path" if config.data.tokenizer is None and config.model.path is not None else "data.tokenizer"
 
 
 def _load(config: Config, name: str) -> PreTrainedTokenizerBase:

@@ -1,0 +1,78 @@
+"""What the tests of `trainer.data` share: small corpora, and the data of one rank of a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from configs.load import load_config
+from configs.schema import Config
+from trainer.data import Batch, DataSet
+from trainer.data.build import build_data
+from trainer.machine import Machine
+from trainer.plan import make_plan
+
+Row = tuple[int, ...]
+
+
+def data_of(*overrides: str, ranks: int = 1, data_rank: int = 0, vocab_size: int = 512) -> DataSet:
+    """The data of one rank out of `ranks`, on the CPU and without a process group."""
+    layout = ["parallel=ddp", "cluster.device=cpu", "data.seq_len=16", "train.micro_batch_size=2"]
+    config = loaded((*layout, *overrides))
+    plan = make_plan(config, Machine(world_size=ranks))
+    return build_data(config, plan, data_rank=data_rank, vocab_size=vocab_size)
+
+
+@lru_cache
+def loaded(overrides: tuple[str, ...]) -> Config:
+    """Nothing changes a config, so the ranks of one layout can share it."""
+    return load_config(overrides)
+
+
+def step_rows(data: DataSet, *, steps: int, first_step: int = 0) -> list[list[Row]]:
+    """Per step the rows of all micro-batches: input ids followed by labels."""
+    batches = islice(data.steps(first_step), steps)
+    return [[row for batch in step for row in rows_of(batch)] for step in batches]
+
+
+def rows_of(batch: Batch) -> list[Row]:
+    return [(*inputs, *labels) for inputs, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True)]
+
+
+def rows_of_all_ranks(overrides: Sequence[str], *, ranks: int, steps: int, first_step: int = 0) -> list[list[Row]]:
+    """Per step the sorted rows of all ranks together."""
+    per_rank = [
+        step_rows(data_of(*overrides, ranks=ranks, data_rank=rank), steps=steps, first_step=first_step)
+        for rank in range(ranks)
+    ]
+    return [sorted(row for rank in per_rank for row in rank[step]) for step in range(steps)]
+
+
+def words(seed: int, count: int = 12) -> str:
+    """A document of a few words that no other seed has."""
+    return " ".join(f"w{(seed * 7919 + i * 104729) % 9973}" for i in range(count)) + f" number {seed}"
+
+
+def write_jsonl(path: Path, texts: Iterable[str], *, key: str = "text") -> Path:
+    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
+    return path
+
+
+def decode_bytes(tokens: list[int]) -> str:
+    return bytes(tokens).decode()
+
+
+def documents_in(
+    tokens: list[int], *, end: int = 256, decode: Callable[[list[int]], object] = decode_bytes
+) -> Iterator[Any]:
+    """The documents of a row of tokens, each of which EOS must end."""
+    start = 0
+    for place, token in enumerate(tokens):
+        if token == end:
+            yield decode(tokens[start:place])
+            start = place + 1
+    assert start == len(tokens), "the last document has no EOS"
