@@ -295,6 +295,10 @@ class Train:
     `gradient_accumulation_steps` is 1 and then `micro_batch_size` 8."""
     activation_checkpointing: Checkpointing = Checkpointing.none
     """Recompute activations in the backward: of nothing, of whole decoder layers, or of every second product."""
+    chunked_loss: bool = False
+    """Compute the loss in slices of tokens: no float32 copy of all logits. Tensor parallel always does."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile: faster steps after a first one that takes a minute. Engine torch."""
     clip_grad_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
     non_finite: NonFinite = NonFinite.stop

@@ -34,6 +34,7 @@ TORCH: dict[str, tuple[int, tuple[str, ...]]] = {
     "pipeline_data": (4, ()),
     "pipeline_fsdp": (4, ()),
     "3d": (8, ()),
+    "3d_zero1": (8, ()),
     "context": (2, ()),
 }
 VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from configs.schema import Checkpointing, Config
+from trainer.model import held_layers
 from trainer.parallel.checkpointing import apply_checkpointing
 from trainer.parallel.context import apply_context_parallel
 from trainer.parallel.fsdp import apply_fsdp
@@ -37,8 +38,8 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
     """Apply the passes that the plan asks for to a model on the meta device.
 
     Stages first: every later pass then works on what this rank will hold. Tensor parallel before recompute, so that
-    its collectives are inside what is recomputed. Sharding last: what it wraps must be the layer as it will run, and
-    it cuts what tensor parallel has left. DDP alone wraps after the parameters are filled (`apply_ddp`), because it
+    its collectives are inside what is recomputed, and recompute before compile, which then sees both. Sharding last:
+    what it wraps must be the layer as it will run, and it cuts what tensor parallel has left. DDP alone wraps after the parameters are filled (`apply_ddp`), because it
     copies them into its buckets.
     """
     stages: list[Stage] = []
@@ -58,6 +59,11 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
         for module in modules:
             apply_checkpointing(module, config.train.activation_checkpointing)
         log.info("activation checkpointing: %s", config.train.activation_checkpointing)
+    if config.train.compile:
+        for module in modules:
+            for layer in held_layers(module):
+                layer.compile()
+        log.info("compile: each decoder layer")
     if plan.fully_sharded:
         for module in modules:
             last = not stages or stages[modules.index(module)].is_last

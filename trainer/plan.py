@@ -10,13 +10,15 @@ Reads the config and a `Machine`. `rules` holds the checks. Next: `runtime`, whe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 from configs.errors import PlanError
 from configs.schema import Config, DType, EngineName, LauncherName, OffloadDevice, Train
 from trainer.machine import Machine
-from trainer.rules import check_config
+from trainer.parallel.pipeline_table import check_pipeline
+from trainer.rules import check_config, config_fields
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 CPU_PROCESSES = 2  # what a layout that is open to any world size gets on a machine without GPUs
@@ -145,7 +147,11 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     gpus_per_node = _processes_per_node(config, machine, problems)
     mesh = _mesh(config, config.cluster.nodes * gpus_per_node, problems)
     data_parallel_size = prod(size for axis, size in mesh if axis in ("dp_replicate", "dp_shard"))
-    batch = _batch(config.train, config.data.seq_len, data_parallel_size, problems)
+    # A pipeline with fewer micro-batches than this waits for more than a third of the time.
+    usual = 2 * config.parallel.pp if config.parallel.pp > 1 else 1
+    batch = _batch(config.train, config.data.seq_len, data_parallel_size, problems, usual=usual)
+    if config.parallel.pp > 1 and config.parallel.engine is EngineName.torch:
+        problems += _check_pipeline(config, batch)
     if problems:
         raise PlanError(*problems)
     return Plan(
@@ -221,6 +227,20 @@ def _reshard(config: Config) -> bool:
     return asked if asked is not None else config.parallel.pp == 1
 
 
+def _check_pipeline(config: Config, batch: Batch) -> Iterator[str]:
+    fields, pipeline = config_fields(config), config.parallel.pipeline
+    return check_pipeline(
+        pp=config.parallel.pp,
+        schedule=pipeline.schedule,
+        micro_batches=batch.gradient_accumulation_steps,
+        stages_per_rank=pipeline.stages_per_rank,
+        num_layers=fields.get("num_hidden_layers") or fields.get("n_layer"),
+        split=pipeline.split,
+        checkpointing=str(config.train.activation_checkpointing),
+        compile=config.train.compile,
+    )
+
+
 def _degrees(config: Config) -> dict[str, int | None]:
     """The mesh axes from outer to inner: what communicates most, tensor parallel, sits on neighbouring ranks."""
     parallel = config.parallel
@@ -233,12 +253,14 @@ def _degrees(config: Config) -> dict[str, int | None]:
     }
 
 
-def _batch(train: Train, seq_len: int, ranks: int, problems: list[str]) -> Batch:
-    """Derive what is missing of the batch identity; a remainder is an error."""
+def _batch(train: Train, seq_len: int, ranks: int, problems: list[str], *, usual: int) -> Batch:
+    """Derive what is missing of the batch identity; a remainder is an error. usual: gradient_accumulation_steps where
+    it is free."""
     micro, accumulation, total = train.micro_batch_size, train.gradient_accumulation_steps, train.global_batch_size
     if total is None:
-        micro, accumulation = micro or DEFAULT_MICRO_BATCH_SIZE, accumulation or 1
+        micro, accumulation = micro or DEFAULT_MICRO_BATCH_SIZE, accumulation or usual
     else:
+        accumulation = accumulation or (usual if micro is None else None)
         micro, accumulation = _divide_batch(total, micro, accumulation, ranks, problems)
     return Batch(
         micro_batch_size=micro,

@@ -25,8 +25,19 @@ from configs.schema import (
     Weights,
 )
 from trainer.devices import check_gpu
+from trainer.parallel.context_table import check_context
+from trainer.parallel.tensor_plans import check_tensor
 from trainer.ranges import check_ranges
 from trainer.report.trackers import check_tracker
+
+DEEPSPEED_SPLITS = {
+    "tp": "engine deepspeed runs ZeRO over data-parallel ranks only; use parallel=tensor_fsdp, which shards as ZeRO 3",
+    "cp": "engine deepspeed runs ZeRO over data-parallel ranks only; use parallel=context, which shards as ZeRO 3",
+    "pp": (
+        "ZeRO 2 and 3 partition what a pipeline adds up over its micro-batches, so DeepSpeed forbids the pair;"
+        " use parallel=3d_zero1 or pipeline_fsdp"
+    ),
+}
 
 
 def check_config(config: Config, device: str) -> Iterator[str]:
@@ -35,6 +46,7 @@ def check_config(config: Config, device: str) -> Iterator[str]:
     yield from _check_model(config, device)
     yield from _check_data(config)
     yield from _check_parallel(config)
+    yield from _check_splits(config)
     yield from _check_precision(config)
     yield from _check_optimizer(config)
     yield from check_gpu(config.cluster.gpu)
@@ -131,6 +143,28 @@ def _check_parallel(config: Config) -> Iterator[str]:
         yield f"parallel.offload.nvme_path={offload.nvme_path}: nothing is offloaded to nvme; set it to null"
 
 
+def _check_splits(config: Config) -> Iterator[str]:
+    """Tensor and context parallel; the pipeline's rules need the batch and stand in `plan`."""
+    parallel, fields, seq_len = config.parallel, config_fields(config), config.data.seq_len
+    if parallel.engine is EngineName.deepspeed:
+        for axis, degree in (("tp", parallel.tp), ("cp", parallel.cp), ("pp", parallel.pp)):
+            if degree > 1:
+                yield f"parallel.{axis}={degree}: {DEEPSPEED_SPLITS[axis]}"
+        if config.train.compile:
+            yield "train.compile=true: engine torch only; set it to false, or use parallel=fsdp"
+        return
+    if parallel.cp > 1:
+        method, tp = parallel.context_method, parallel.tp
+        yield from check_context(fields, cp=parallel.cp, tp=tp, method=method, seq_len=seq_len)
+        if config.model.attention not in (Attention.auto, Attention.sdpa):
+            yield f"model.attention={config.model.attention}: parallel.cp brings its own attention; use auto"
+    yield from check_tensor(fields, parallel.tp, parallel.sequence_parallel, seq_len // parallel.cp)
+    if parallel.tp == 1 and parallel.tensor_plan:
+        yield "parallel.tensor_plan: says how to cut matrices, but parallel.tp is 1; set tp, or take the plan away"
+    if parallel.pp == 1 and (parallel.pipeline.split or parallel.pipeline.stages_per_rank):
+        yield "parallel.pipeline: split and stages_per_rank need parallel.pp > 1; set pp, or take them away"
+
+
 def _check_torch_offload(offload: Offload) -> Iterator[str]:
     """FSDP2 moves parameters, gradients and optimizer states together, to host memory only."""
     both = (offload.optimizer, offload.parameters)
@@ -181,13 +215,8 @@ def _check_optimizer(config: Config) -> Iterator[str]:
         if optimizer.name is not OptimizerName.adamw:
             yield f"optimizer.implementation=deepspeed_cpu: has adamw only, not {optimizer.name}; use auto"
     if optimizer.name is OptimizerName.sgd and optimizer.implementation is Implementation.fused:
-        parallel = config.parallel
-        if parallel.engine is EngineName.torch and (parallel.pp, parallel.dp_shard, parallel.cp, parallel.tp) != (
-            1,
-            1,
-            1,
-            1,
-        ):
+        degrees = (config.parallel.pp, config.parallel.dp_shard, config.parallel.cp, config.parallel.tp)
+        if config.parallel.engine is EngineName.torch and degrees != (1, 1, 1, 1):
             yield "optimizer.implementation=fused: torch has no fused sgd for sharded parameters; use foreach or auto"
     if scheduler.warmup_steps + scheduler.decay_steps > train.steps:
         yield (

@@ -26,6 +26,7 @@ from trainer.parallel.context import slice_of
 from trainer.parallel.ddp import apply_ddp
 from trainer.parallel.fsdp import set_last_micro_batch
 from trainer.parallel.pipeline import build_pipeline
+from trainer.parallel.vocabulary import chunked_cross_entropy_sum
 from trainer.parallelize import parallelize
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
@@ -57,7 +58,8 @@ class TorchEngine:
         if not plan.fully_sharded and plan.degree("dp_replicate") > 1:
             self.ddp = apply_ddp(self.model, plan, runtime)
         self.pipeline = build_pipeline(self.parts.stages, config, plan, self.mesh) if self.parts.stages else None
-        self.loss_fn = self.parts.tensor[0].loss if self.parts.tensor else cross_entropy_sum
+        whole_loss = chunked_cross_entropy_sum if config.train.chunked_loss else cross_entropy_sum
+        self.loss_fn = self.parts.tensor[0].loss if self.parts.tensor else whole_loss
         # Kept: after a forward that leaves FSDP's parameters gathered, the modules would name other tensors.
         everything = [(name, p) for module in self.modules for name, p in module.named_parameters()]
         self.copies = dict(self._tied_copies(everything))

@@ -9,15 +9,15 @@
         [all heads, n/c queries] x [kv heads, all n keys, values]
 
 c ranks, sequence n, h heads and k key/value heads of size d, b bytes per element. Each rank sends per layer, forward
-(as much again backward): ulysses (c - 1)/c * (2 h + 2 k) d b n/c, gather (c - 1) * 2 k d b n/c. Activations fall to 1/c. With a
-causal mask `gather` gives the last rank more work than the first; `ulysses` balances, but needs heads that divide.
+(as much again backward): ulysses (c - 1)/c * (2 h + 2 k) d b n/c, gather (c - 1) * 2 k d b n/c. Activations fall to
+1/c. With a causal mask `gather` gives the last rank more work than the first; `ulysses` balances, but needs heads that divide.
 Ranks of one group read the same samples. Parameters are sharded over dp_shard x cp: to them, more tokens is more data.
 Jacobs et al. 2023 (DeepSpeed Ulysses), Dubey et al. 2024, section 3.3.2 (key/value gather).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,20 +34,6 @@ from trainer.data import Batch
 from trainer.parallel.collectives import Ranks, paired
 
 NAME = "context_parallel"
-
-
-def check_context(fields: Mapping[str, Any], *, cp: int, tp: int, method: ContextMethod, seq_len: int) -> Iterator[str]:
-    """Why this model cannot be split along the sequence. fields: of the Hugging Face config, as far as known."""
-    if seq_len % cp:
-        yield f"parallel.cp={cp}: must divide data.seq_len={seq_len}; use another degree or sequence length"
-    heads = fields.get("num_attention_heads") or fields.get("n_head")
-    if heads and method is ContextMethod.ulysses and (heads // tp) % cp:
-        yield (
-            f"parallel.cp={cp}: ulysses deals {heads // tp} heads (num_attention_heads / tp) out to {cp} ranks, which"
-            " does not divide; use another degree, or parallel.context_method=gather"
-        )
-    if fields.get("attn_logit_softcapping"):
-        yield f"parallel.cp={cp}: {fields.get('model_type')} caps its attention logits, which no fused kernel does; use 1"
 
 
 def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, method: ContextMethod) -> None:
