@@ -66,7 +66,8 @@ class _MicroBatch:
         self.layout, self.timeline, self.step = layout, timeline, step
         self.live: dict[tuple[str, str], dict[int, Handle | None]] = {}
         self.sizes = {
-            key: {entry[1]: entry[2] for entry in steps if entry[0] == "+"} for key, steps in self.trace.sections.items()
+            key: {entry[1]: entry[2] for entry in steps if entry[0] == "+"}
+            for key, steps in self.trace.sections.items()
         }
         self.templates = [
             str(self.trace.template_of(layer, self.anatomy.layers)) for layer in range(len(self.anatomy.layers))

@@ -1,21 +1,195 @@
-"""Config and plan in, bytes of each kind of rank out."""
+"""Config and plan in, bytes of each kind of rank out: `estimate(config, plan)`.
+
+    profile (trace of the model's units)  +  layout (what the engine adds)  ->  timeline  ->  Estimate
+
+It needs no GPU, no weights and no network, and after the first call for a shape neither torch nor transformers. The
+trainer, the launcher and the command `memory-estimate` call the same function.
+"""
 
 from __future__ import annotations
 
-from configs.schema import Config
-from trainer.memory.compose import replay
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from configs.schema import Config, EngineName
+from trainer.devices import Gpu, find_gpu
+from trainer.machine import Machine
+from trainer.memory.compose import Layout, replay
 from trainer.memory.layouts.common import Setting
 from trainer.memory.layouts.replicated import Replicated
-from trainer.memory.profiles import get_profile
-from trainer.memory.timeline import Timeline
+from trainer.memory.layouts.sharded import FullySharded
+from trainer.memory.profile import Profile
+from trainer.memory.profiles import NotEstimated, get_profile
+from trainer.memory.timeline import COMPONENTS, Moment, Timeline
 from trainer.plan import Plan
 
+GIB = 2**30
+ASSUMED_GPU, ASSUMED_GPUS_PER_NODE = "H100-SXM", 8
+TIGHT = 0.05  # part of the device below which the margin counts as tight
+# cuBLAS: one workspace per stream that computes, the forward's and the backward's; larger since Hopper.
+CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, CUBLAS_HANDLES = 8_519_680, 32 * 2**20, 2
+HOPPER_AND_LATER = ("H100", "H200", "B200")
 
-def estimate(config: Config, plan: Plan):
-    profile = get_profile(config, plan, None)
-    t = Timeline(gpu=plan.device == "cuda")
-    s = Setting(profile=profile, plan=plan, timeline=t)
-    from trainer.memory.layouts.sharded import FullySharded
-    layout = FullySharded(s) if plan.fully_sharded else Replicated(s)
-    replay(profile, layout, t, micro_batches=plan.batch.gradient_accumulation_steps)
-    return t
+
+class Verdict(StrEnum):
+    fits = "fits"
+    tight = "tight"
+    does_not_fit = "does not fit"
+    unknown = "no device to compare with"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What the estimate is compared with. capacity_bytes: None on the CPU. assumed: nobody named it."""
+
+    name: str
+    capacity_bytes: int | None
+    gpu: Gpu | None
+    assumed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankEstimate:
+    """One kind of rank. components: bytes at the moment of the peak, in the order of `COMPONENTS`; they add up to
+    peak_allocated_bytes. peak_reserved_bytes: the allocator's segments. device_bytes: with CUDA context and NCCL, what
+    nvidia-smi shows. curve: the timeline, one moment per layer and phase of the first two steps."""
+
+    kind: str
+    count: int
+    components: dict[str, int]
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    device_bytes: int
+    host_bytes: int
+    nvme_bytes: int
+    peak_phase: str
+    peak_step: int
+    curve: tuple[Moment, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """context_bytes, nccl_bytes: assumed, per GPU (`estimate.context_gib`, `estimate.nccl_gib`)."""
+
+    ranks: tuple[RankEstimate, ...]
+    device: Device
+    context_bytes: int
+    nccl_bytes: int
+    profile: Profile
+
+    @property
+    def busiest(self) -> RankEstimate:
+        return max(self.ranks, key=lambda rank: (rank.device_bytes, rank.peak_allocated_bytes))
+
+    @property
+    def margin_bytes(self) -> int | None:
+        """What the busiest rank leaves free; negative: what it lacks."""
+        capacity = self.device.capacity_bytes
+        return None if capacity is None else capacity - self.busiest.device_bytes
+
+    @property
+    def verdict(self) -> Verdict:
+        margin, capacity = self.margin_bytes, self.device.capacity_bytes
+        if margin is None or capacity is None:
+            return Verdict.unknown
+        if margin < 0:
+            return Verdict.does_not_fit
+        return Verdict.tight if margin < TIGHT * capacity else Verdict.fits
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict is not Verdict.does_not_fit
+
+
+def planned_machine(config: Config, found: Machine) -> Machine:
+    """The machine that the configuration speaks of: `cluster.gpu`, `cluster.gpu_memory_gib` or `cluster.nodes` describe
+    one that need not be here. With none of them and no GPU in sight, nodes of eight are assumed."""
+    described = config.cluster.gpus_per_node or found.gpus or ASSUMED_GPUS_PER_NODE
+    return Machine(gpus=described)
+
+
+def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) -> Device:
+    """The device of the verdict. found_gpu: torch's name of the GPU that is here, if one is."""
+    if plan.device != "cuda":
+        return Device(name="cpu", capacity_bytes=None, gpu=None)
+    named = config.cluster.gpu or found_gpu
+    gpu = find_gpu(named) if named else None
+    memory = config.cluster.gpu_memory_gib
+    assumed = gpu is None
+    gpu = gpu or find_gpu(ASSUMED_GPU)
+    assert gpu is not None
+    if memory is not None:
+        return Device(
+            name=gpu.name if not assumed else f"{memory:g} GiB GPU",
+            capacity_bytes=int(memory * GIB),
+            gpu=gpu,
+            assumed=assumed,
+        )
+    return Device(name=gpu.name, capacity_bytes=gpu.memory_bytes, gpu=gpu, assumed=assumed)
+
+
+def estimate(config: Config, plan: Plan, *, found_gpu: str | None = None, profile: Profile | None = None) -> Estimate:
+    """Predict the memory of the plan's ranks. found_gpu: see `planned_device`. profile: instead of the one on disk.
+
+    Raises NotEstimated for what is not accounted for, and what building the model raises (ConfigError, DataError).
+    """
+    refuse(config, plan)
+    device = planned_device(config, plan, found_gpu=found_gpu)
+    profile = profile or get_profile(config, plan, device.gpu)
+    gpu = plan.device == "cuda"
+    context = int(config.estimate.context_gib * GIB) if gpu else 0
+    nccl = int(config.estimate.nccl_gib * GIB) * communicators(plan) if gpu else 0
+    timeline = Timeline(gpu=gpu)
+    setting = Setting(profile=profile, plan=plan, timeline=timeline)
+    if device.gpu is not None:
+        for _ in range(CUBLAS_HANDLES):
+            timeline.allocate("workspace", cublas_bytes(device.gpu))
+    replay(profile, _layout(config, setting), timeline, micro_batches=plan.batch.gradient_accumulation_steps)
+    rank = RankEstimate(
+        kind="all",
+        count=plan.world_size,
+        components=dict(zip(COMPONENTS, timeline.peak.parts, strict=True)),
+        peak_allocated_bytes=timeline.peak.total,
+        peak_reserved_bytes=timeline.peak_reserved,
+        device_bytes=timeline.peak_reserved + context + nccl,
+        host_bytes=sum(setting.host.values()),
+        nvme_bytes=sum(setting.nvme.values()),
+        peak_phase=timeline.peak.phase,
+        peak_step=timeline.peak.step,
+        curve=tuple(timeline.curve),
+    )
+    return Estimate(ranks=(rank,), device=device, context_bytes=context, nccl_bytes=nccl, profile=profile)
+
+
+def refuse(config: Config, plan: Plan) -> None:
+    """Raise NotEstimated for what the account does not cover yet: a number that leaves something out would mislead."""
+    problems = [
+        f"parallel.{axis}={plan.degree(axis)}: memory is not estimated for {what} parallel yet; set it to 1"
+        for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"))
+        if plan.degree(axis) > 1
+    ]
+    if plan.engine is EngineName.deepspeed:
+        problems.append("parallel.engine=deepspeed: memory is not estimated for ZeRO yet; use parallel=fsdp")
+    if problems:
+        raise NotEstimated(*problems)
+
+
+def communicators(plan: Plan) -> int:
+    """NCCL communicators of a rank: the world's, and one for each mesh axis that another group than it talks over."""
+    if plan.world_size == 1:
+        return 0
+    axes = [axis for axis, size in plan.mesh if size > 1]
+    return 1 + (len(axes) if plan.fully_sharded else 0)
+
+
+def cublas_bytes(gpu: Gpu) -> int:
+    return CUBLAS_HOPPER_BYTES if gpu.name.startswith(HOPPER_AND_LATER) else CUBLAS_BYTES
+
+
+def with_micro_batch(plan: Plan, size: int) -> Plan:
+    """The same plan with another micro-batch size (and so another global batch)."""
+    return replace(plan, batch=replace(plan.batch, micro_batch_size=size))
+
+
+def _layout(config: Config, setting: Setting) -> Layout:
+    return FullySharded(setting) if setting.plan.fully_sharded else Replicated(setting)

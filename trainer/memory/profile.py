@@ -137,10 +137,7 @@ def profile_from_json(values: dict[str, Any]) -> Profile:
         ),
         trace=Trace(
             templates=tuple(trace["templates"]),
-            sections={
-                (phase, name): tuple(tuple(step) for step in steps)
-                for phase, name, steps in trace["sections"]
-            },
+            sections={(phase, name): tuple(tuple(step) for step in steps) for phase, name, steps in trace["sections"]},
         ),
         update=UpdateCost(**values["update"]),
     )

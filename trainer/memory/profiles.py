@@ -23,10 +23,8 @@ from trainer.memory.profile import Anatomy, Parameter, Profile, UpdateCost, prof
 from trainer.plan import Plan
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
-    from trainer.memory.trace import Shape
 
 SOURCES = ("memory/trace.py", "memory/tracker.py", "memory/profiles.py", "memory/profile.py")
 SOURCES += ("model.py", "loss.py", "optimizer.py", "parallel/checkpointing.py")
@@ -136,9 +134,9 @@ def _trace(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size: int) -
     except CannotTrace as error:
         raise NotEstimated(
             f"model={config.model.preset}: {anatomy.name} decides by the values of tensors what to do next"
-            f" ({error}), so its activations cannot be counted without running it. Its {anatomy.numel:,} parameters"
-            f" alone, with gradients and optimizer, are the lower bound that the table of parallel={config.parallel.preset}"
-            " names; measure a run with a small train.micro_batch_size instead"
+            f" ({error}), so its activations cannot be counted without running it: not estimated. Its {anatomy.numel:,}"
+            " parameters with gradients and optimizer states are a lower bound; measure a run with a small"
+            " train.micro_batch_size"
         ) from None
     return Profile(anatomy=anatomy, trace=trace, update=_update_cost(config))
 
@@ -152,7 +150,11 @@ def _anatomy(model: PreTrainedModel, kinds: tuple[int, ...]) -> tuple[Anatomy, d
     prefixes = {id(module): name for name, module in model.named_modules()}
     inside = tuple(f"{prefixes[id(layer)]}." for layer in layers)
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    owners = {} if ties else {prefixes[id(m)]: g for g, m in ends.items() if m is not None and any(True for _ in m.parameters())}
+    owners = (
+        {}
+        if ties
+        else {prefixes[id(m)]: g for g, m in ends.items() if m is not None and any(True for _ in m.parameters())}
+    )
     groups: dict[str, tuple[str, str]] = {}
     members: dict[str, list[Parameter]] = {"root": [], **{group: [] for group in owners.values()}}
     for name, parameter in model.named_parameters():

@@ -1,9 +1,9 @@
 """Memory over time: allocations and frees by component, and the moment at which they are highest.
 
-    timeline.phase("forward", step=1)
-    handle = timeline.allocate("activations", 4096)
-    timeline.free(handle)
-    timeline.peak                     bytes, component by component, phase and step of the highest moment
+timeline.phase("forward", step=1)
+handle = timeline.allocate("activations", 4096)
+timeline.free(handle)
+timeline.peak                     bytes, component by component, phase and step of the highest moment
 """
 
 from __future__ import annotations

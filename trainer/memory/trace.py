@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel, masking_utils
@@ -263,7 +263,7 @@ def _sections(
                 name, _, subject = text.partition(" ")
                 if name == "gradient":
                     storage = gradients.get(subject)
-                    steps.append(("g", *grouped[subject], *(place[storage] if storage in place else ("", "", -1))))
+                    steps.append(("g", *grouped[subject], *place.get(storage or 0, ("", "", -1))))
                     continue
                 key, part = _after(name, subject, key, part, layers)
                 if not subject.isdigit():
@@ -271,9 +271,7 @@ def _sections(
     return {key: tuple(steps) for key, steps in sections.items()}
 
 
-def _after(
-    name: str, subject: str, key: tuple[str, str], part: str, layers: int
-) -> tuple[tuple[str, str], str]:
+def _after(name: str, subject: str, key: tuple[str, str], part: str, layers: int) -> tuple[tuple[str, str], str]:
     """Section and category from a mark on. A layer's section lasts until the next one begins."""
     match name, subject:
         case "backward", _:

@@ -145,9 +145,7 @@ class FullySharded:
             return
         shard = sum(self.shards[group]) * self.param
         cast = None
-        if self.param != self.master:
-            cast = self.timeline.allocate("buffers", shard, GATHER)
-        elif self.offloaded and self.setting.gpu:
+        if self.param != self.master or (self.offloaded and self.setting.gpu):
             cast = self.timeline.allocate("buffers", shard, GATHER)
         self.pending[group] = self.timeline.allocate("buffers", shard * self.ranks, GATHER)
         self.timeline.free(cast)

@@ -1,0 +1,96 @@
+"""`memory-estimate`: what the very configuration that is about to run needs of each GPU. Runs nothing.
+
+    memory-estimate model=llama3_1_8b parallel=fsdp precision=bf16 cluster=8xh100 data.seq_len=4096
+    memory-estimate -m parallel=ddp,fsdp model=llama3_1_70b cluster.nodes=8
+
+The overrides are the trainer's. Exit code: 0 fits, 3 does not fit, 2 a mistake in the words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from configs.door import Arguments, Door, parse_arguments, show, turn_away
+from configs.errors import EXIT_FINISHED, CookbookError
+from configs.load import expand_sweep, load_config
+from configs.schema import Config, EstimateFormat
+from trainer.machine import find_machine
+from trainer.memory.estimate import estimate, planned_machine
+from trainer.memory.render import Answer, render_csv, render_json, render_sweep, render_table
+from trainer.memory.suggest import largest_micro_batch, suggest
+from trainer.plan import make_plan
+
+EXIT_DOES_NOT_FIT = 3
+DOOR = Door(
+    program="memory-estimate",
+    purpose="Predict the memory that a training run needs on each GPU. Needs no GPU, no weights and no network.",
+    examples=(
+        ("memory-estimate model=llama3_1_8b parallel=fsdp precision=bf16 cluster=8xh100", "one configuration"),
+        ("memory-estimate -m parallel=ddp,fsdp model=llama3_1_70b cluster.nodes=8", "several, compared"),
+        ("memory-estimate model=qwen3_8b parallel=fsdp estimate.format=json", "for programs"),
+    ),
+    sweeps=True,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer as the words ask. Returns the exit code."""
+    try:
+        arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)
+        if arguments.show is not None:
+            print(show(DOOR, arguments))
+            return EXIT_FINISHED
+        return _answer_all(arguments)
+    except CookbookError as error:
+        return turn_away(error)
+
+
+def answer(overrides: Sequence[str], *, config_dir: str | None = None, compare: bool = False) -> Answer:
+    """Estimate one configuration. compare: one of several, without suggestions. Raises CookbookError."""
+    config = load_config(overrides, config_dir=config_dir)
+    machine = planned_machine(config, find_machine({}))
+    plan = make_plan(config, machine)
+    found = estimate(config, plan)
+    suggestions, largest = [], None
+    if config.estimate.suggest and not compare:
+        if found.fits:
+            largest = largest_micro_batch(config, plan)
+        else:
+            suggestions = suggest(config, plan, machine)
+    return Answer(
+        overrides=tuple(overrides),
+        config=_plain(config),
+        plan=plan,
+        estimate=found,
+        suggestions=suggestions,
+        largest_micro_batch=largest,
+    )
+
+
+def _answer_all(arguments: Arguments) -> int:
+    sweep = arguments.sweep
+    runs = expand_sweep(arguments.overrides) if sweep else [list(arguments.overrides)]
+    answers = [answer(run, config_dir=arguments.config_dir, compare=sweep) for run in runs]
+    print(_render(answers, load_config(runs[0], config_dir=arguments.config_dir), sweep=sweep))
+    return EXIT_FINISHED if all(one.estimate.fits for one in answers) else EXIT_DOES_NOT_FIT
+
+
+def _render(answers: list[Answer], config: Config, *, sweep: bool) -> str:
+    match config.estimate.format:
+        case EstimateFormat.json:
+            return render_json(answers, sweep=sweep)
+        case EstimateFormat.csv:
+            return render_csv(answers)
+        case EstimateFormat.table:
+            return render_sweep(answers) if sweep else render_table(answers[0])
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

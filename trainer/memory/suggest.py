@@ -1,0 +1,172 @@
+"""What to change so that it fits, and the largest micro-batch when it does: each with its own estimate.
+
+Changes are tried from the cheapest to the dearest in speed; each is given as overrides to append to the command. If no
+single one is enough they are added up until one set is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from configs.errors import CookbookError
+from configs.schema import Checkpointing, Config, DType, EngineName, OffloadDevice
+from trainer.machine import Machine
+from trainer.memory.estimate import Estimate, estimate, with_micro_batch
+from trainer.memory.profile import Profile, Trace
+from trainer.memory.profiles import get_profile
+from trainer.plan import Plan, make_plan
+
+ENOUGH = 3  # single changes that are shown
+LARGEST = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suggestion:
+    """overrides: words to append to the command. why: what they do, in a few words."""
+
+    overrides: tuple[str, ...]
+    why: str
+    estimate: Estimate
+
+
+Change = tuple[str, dict[str, Any]]
+
+
+def suggest(config: Config, plan: Plan, machine: Machine, *, found_gpu: str | None = None) -> list[Suggestion]:
+    """The cheapest changes that make a plan fit that does not. Empty: nothing known here does."""
+    found: list[Suggestion] = []
+    together: dict[str, Any] = {}
+    words: list[str] = []
+    for why, keys in _changes(config, plan):
+        single = _try(config, machine, why, keys, found_gpu)
+        if single is not None and single.estimate.fits:
+            found.append(single)
+            if len(found) == ENOUGH:
+                return found
+    if found:
+        return found
+    for why, keys in _changes(config, plan):
+        together |= keys
+        words.append(why)
+        several = _try(config, machine, " + ".join(words), together, found_gpu)
+        if several is not None and several.estimate.fits:
+            return [several]
+    return []
+
+
+def largest_micro_batch(config: Config, plan: Plan, *, found_gpu: str | None = None) -> int | None:
+    """The largest micro-batch size that fits; None when the trace does not grow evenly with it.
+
+    Storages are traced for two sizes; where they are the same ones, each grows linearly between and beyond.
+    """
+    first = estimate(config, plan, found_gpu=found_gpu)
+    here, other = plan.batch.micro_batch_size, plan.batch.micro_batch_size + 1
+    grown = get_profile(config, plan, first.device.gpu, micro_batch_size=other)
+
+    def fits(size: int) -> bool:
+        profile = _extrapolate(first.profile, grown, size - here)
+        assert profile is not None
+        return estimate(config, with_micro_batch(plan, size), found_gpu=found_gpu, profile=profile).fits
+
+    if _extrapolate(first.profile, grown, 1) is None or not first.fits or first.device.capacity_bytes is None:
+        return None
+    low = high = here
+    while high < LARGEST and fits(high * 2):
+        low = high = high * 2
+    high = min(high * 2, LARGEST)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _extrapolate(first: Profile, second: Profile, steps: int) -> Profile | None:
+    sections = {}
+    if first.trace.sections.keys() != second.trace.sections.keys():
+        return None
+    for key, entries in first.trace.sections.items():
+        others = second.trace.sections[key]
+        if len(entries) != len(others):
+            return None
+        grown = []
+        for entry, other in zip(entries, others, strict=True):
+            if entry[0] != "+":
+                if entry != other:
+                    return None
+                grown.append(entry)
+            elif entry[1] != other[1]:
+                return None
+            else:
+                grown.append((*entry[:2], entry[2] + steps * (other[2] - entry[2]), entry[3]))
+        sections[key] = tuple(grown)
+    return replace(first, trace=Trace(templates=first.trace.templates, sections=sections))
+
+
+def _changes(config: Config, plan: Plan) -> Iterator[Change]:
+    """From cheap to dear. Only what changes something."""
+    train, parallel, batch = config.train, config.parallel, plan.batch
+    full = {"train.activation_checkpointing": Checkpointing.full}
+    if plan.param_dtype is DType.float32:
+        yield "compute in bfloat16", {"precision.param_dtype": DType.bfloat16}
+    if plan.world_size > 1:
+        yield from _more_partitioning(plan)
+    if train.activation_checkpointing is Checkpointing.none:
+        yield "recompute every second product", {"train.activation_checkpointing": Checkpointing.selective}
+    if batch.micro_batch_size > 1:
+        yield "smaller micro-batch, more accumulation", _smaller(batch.micro_batch_size, plan)
+    if train.activation_checkpointing is not Checkpointing.full:
+        yield "recompute whole layers", full
+    if parallel.offload.optimizer is OffloadDevice.none:
+        yield from _offload(plan)
+
+
+def _smaller(size: int, plan: Plan) -> dict[str, Any]:
+    return {
+        "train.micro_batch_size": 1,
+        "train.gradient_accumulation_steps": plan.batch.gradient_accumulation_steps * size,
+        "train.global_batch_size": None,
+    }
+
+
+def _more_partitioning(plan: Plan) -> Iterator[Change]:
+    if plan.engine is EngineName.deepspeed:
+        for stage in range(plan.zero_stage + 1, 4):
+            yield f"ZeRO {stage}", {"parallel.zero_stage": stage}
+    elif not plan.fully_sharded:
+        yield "shard states over all ranks (FSDP)", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}
+    elif plan.degree("dp_replicate") > 1:
+        yield "shard over all ranks instead of groups", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}
+    elif not plan.reshard_after_forward:
+        yield "drop gathered parameters after the forward", {"parallel.reshard_after_forward": True}
+
+
+def _offload(plan: Plan) -> Iterator[Change]:
+    cpu = OffloadDevice.cpu
+    if plan.engine is EngineName.deepspeed:
+        yield "optimizer in host memory", {"parallel.offload.optimizer": cpu}
+        if plan.zero_stage == 3:
+            both = {"parallel.offload.optimizer": cpu, "parallel.offload.parameters": cpu}
+            yield "optimizer and parameters in host memory", both
+    elif plan.fully_sharded:
+        both = {"parallel.offload.optimizer": cpu, "parallel.offload.parameters": cpu}
+        yield "parameters, gradients and optimizer in host memory", both
+
+
+def _try(config: Config, machine: Machine, why: str, keys: dict[str, Any], found_gpu: str | None) -> Suggestion | None:
+    """None where the change does not go with the rest of the configuration."""
+    changed = deepcopy(config)
+    for key, value in keys.items():
+        section, *rest = key.split(".")
+        owner = getattr(changed, section)
+        for name in rest[:-1]:
+            owner = getattr(owner, name)
+        setattr(owner, rest[-1], value)
+    try:
+        found = estimate(changed, make_plan(changed, machine), found_gpu=found_gpu)
+    except CookbookError:
+        return None
+    words = tuple(f"{key}={'null' if value is None else str(value).lower()}" for key, value in keys.items())
+    return Suggestion(overrides=words, why=why, estimate=found)
