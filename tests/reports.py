@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from configs.load import load_config
 from configs.schema import Config
 from trainer.engine import StepReport
-from trainer.loop import StepResult
+from trainer.step import StepResult
 from trainer.machine import Machine, find_machine
 from trainer.model import build_hf_config, build_model
 from trainer.plan import Plan, make_plan

@@ -144,17 +144,23 @@ def _kept_id(path: Path) -> str:
 
 
 def _wandb_login() -> bool:
-    """Whether the client will find a key: in the environment, or for its server in the login file."""
+    """Whether the client will find a login: in the environment, its settings or the login file.
+
+    `wandb.login` would tell as well, but it asks the server for the user's name, and waits where there is no network.
+    """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     import wandb
 
     settings = wandb.setup().settings
+    if settings.api_key:
+        return True
     try:
-        logins = netrc.netrc(os.environ.get("NETRC"))
+        logins = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser())
     except (OSError, netrc.NetrcParseError):
-        return settings.api_key is not None
-    return settings.api_key is not None or urlsplit(settings.base_url).hostname in logins.hosts
+        return False
+    # The client's default server has changed its name; logins with the old one still count.
+    return bool({urlsplit(settings.base_url).netloc, "api.wandb.ai"} & logins.hosts.keys())
 
 
 class _FromAccelerate:
