@@ -44,11 +44,24 @@ class RandomWeights:
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
         device = unit.get_parameter(keys[0]).device
+        # A head with tied weights and a bias of its own: the weights were filled where they are owned, and a second
+        # draw would give them the head's numbers.
+        drawn = {id(unit.get_parameter(key)) for key in keys}
+        filled = [
+            (owner, leaf, parameter)
+            for owner in unit.modules()
+            for leaf, parameter in owner._parameters.items()
+            if parameter is not None and id(parameter) not in drawn
+        ]
+        for owner, leaf, parameter in filled:
+            owner._parameters[leaf] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             # Children first: some models re-draw a child's weight in the parent (GPT-2's scaled c_proj).
             for module_name, module in reversed(list(unit.named_modules())):
                 torch.manual_seed(self._seed_of(f"{name}.{module_name}"))
                 self.model._init_weights(module)
+        for owner, leaf, parameter in filled:
+            owner._parameters[leaf] = parameter
 
     def _seed_of(self, name: str) -> int:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()

@@ -1,0 +1,241 @@
+"""What a rank does in a pipeline test, and the same training in one process to compare with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+from configs.load import load_config
+from configs.schema import Config
+from trainer.data import IGNORED, Batch
+from trainer.engine.torch import TorchEngine
+from trainer.loss import cross_entropy_sum
+from trainer.machine import find_machine
+from trainer.model import build_hf_config, build_model, materialize
+from trainer.optimizer import build_optimizer, param_groups
+from trainer.parallel.pipeline import Pipeline
+from trainer.parallel.pipeline_orders import Action, rank_orders
+from trainer.plan import Plan, make_plan
+from trainer.runtime import Runtime, join
+from trainer.step import train_step
+from trainer.weights import RandomWeights
+
+STEPS, CLIP, LR = 4, 0.5, 1e-2
+ROWS, SEQ_LEN, VOCABULARY = 2, 12, 67
+SMALL = {
+    "llama": ["model=tiny", "model.config.hidden_size=32", "model.config.intermediate_size=48"],
+    "qwen3": ["model=tiny_qwen3", "model.config.hidden_size=32", "model.config.intermediate_size=48"],
+    "gpt2": ["model=tiny_gpt2", "model.config.n_embd=32"],
+    "gemma2": [
+        "model=gemma2_2b",
+        "model.config.hidden_size=32",
+        "model.config.intermediate_size=48",
+        "model.config.num_attention_heads=4",
+        "model.config.num_key_value_heads=2",
+        "model.config.head_dim=8",
+        "model.config.sliding_window=4",
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """spoil: a defect planted on purpose. The rest: the keys of the config of that name."""
+
+    schedule: str
+    pp: int = 2
+    dp_shard: int = 1
+    micro_batches: int = 4
+    model: str = "llama"
+    layers: int = 5
+    stages_per_rank: int | None = None
+    split: tuple[int, ...] | None = None
+    checkpointing: str = "none"
+    precision: str = "fp64"
+    spoil: str = ""
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp_shard
+
+    def config(self) -> Config:
+        words = [
+            f"parallel.pipeline.schedule={self.schedule}",
+            f"parallel.pp={self.pp}",
+            f"parallel.dp_shard={self.dp_shard}",
+            f"precision={self.precision}",
+            f"data.seq_len={SEQ_LEN}",
+            f"train.micro_batch_size={ROWS // self.dp_shard}",
+            f"train.gradient_accumulation_steps={self.micro_batches}",
+            f"train.activation_checkpointing={self.checkpointing}",
+        ]
+        if self.stages_per_rank is not None:
+            words.append(f"parallel.pipeline.stages_per_rank={self.stages_per_rank}")
+        if self.split is not None:
+            words.append(f"parallel.pipeline.split={list(self.split)}")
+        return small_config(self.model, self.layers, *words)
+
+
+@dataclass
+class Outcome:
+    """Per step: loss and gradient norm before clipping. validation: loss before and after training. parameters: whole,
+    on rank 0. copies: this rank's second copies of tied ones. layers: those of each of its stages."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    validation: list[float]
+    parameters: dict[str, torch.Tensor]
+    copies: dict[str, torch.Tensor]
+    layers: list[range]
+
+
+def small_config(model: str, layers: int, *further: str) -> Config:
+    number = "n_layer" if model == "gpt2" else "num_hidden_layers"
+    words = [f"model.config.{number}={layers}", f"model.config.vocab_size={VOCABULARY}"]
+    ends = ["model.config.bos_token_id=null", "model.config.eos_token_id=1"]
+    training = [f"optimizer.lr={LR}", f"train.clip_grad_norm={CLIP}"]
+    return load_config([*SMALL[model], *words, *ends, *training, *further])
+
+
+def micro_batches(count: int) -> list[Batch]:
+    """Random tokens, always the same: a step that repeats them must learn. Every micro-batch has another number of
+    valid labels, the second none at all."""
+    random = torch.Generator().manual_seed(3)
+    batches = []
+    for number in range(count):
+        tokens = torch.randint(0, VOCABULARY, (ROWS, SEQ_LEN + 1), generator=random)
+        labels = tokens[:, 1:].clone()
+        labels[0, : (3 * number) % SEQ_LEN] = IGNORED
+        labels[1, number:] = IGNORED
+        if number == 1:
+            labels[:] = IGNORED
+        batches.append(Batch(tokens[:, :-1].clone(), labels))
+    return batches
+
+
+def validation_batch() -> Batch:
+    """Of another shape than the micro-batches."""
+    tokens = torch.randint(0, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(4))
+    return Batch(tokens[:, :-1].clone(), tokens[:, 1:].clone())
+
+
+@functools.cache
+def reference(model: str, layers: int, count: int) -> Outcome:
+    """Training in one process with plain torch, in float64."""
+    config = small_config(model, layers)
+    plain = build_model(config.model, build_hf_config(config.model))
+    materialize(plain, RandomWeights(plain, seed=0), device=torch.device("cpu"), dtype=torch.float64)
+    optimizer = build_optimizer(param_groups(plain.named_parameters(), config.optimizer.weight_decay), config.optimizer)
+    batches = micro_batches(count)
+    valid_tokens = sum(batch.valid_tokens() for batch in batches)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        return cross_entropy_sum(plain(input_ids=batch.input_ids, use_cache=False).logits, batch.labels)
+
+    losses, norms = [], []
+    with torch.no_grad():
+        validation = [loss_of(validation_batch()).item()]
+    for _ in range(STEPS):
+        parts = [loss_of(batch) / valid_tokens for batch in batches]
+        torch.stack(parts).sum().backward()
+        losses.append(sum(part.item() for part in parts))
+        norms.append(clip_grad_norm_(plain.parameters(), CLIP).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        validation.append(loss_of(validation_batch()).item())
+    assert losses[-1] < losses[0] - 0.1, f"the reference did not train: {losses}"
+    assert max(norms) > CLIP, "clipping was never active"
+    return Outcome(losses, norms, validation, {n: p.detach() for n, p in plain.named_parameters()}, {}, [])
+
+
+def train_pipelines(cases: list[Case]) -> list[Outcome]:
+    """The same trainings on this rank, each through the plan, the engine and the step."""
+    with join(make_plan(cases[0].config(), find_machine()), timeout_minutes=1) as runtime:
+        return [_train(case, make_plan(case.config(), find_machine()), runtime) for case in cases]
+
+
+def _train(case: Case, plan: Plan, runtime: Runtime) -> Outcome:
+    engine = TorchEngine(case.config(), plan, runtime)
+    assert engine.pipeline is not None
+    actions = _recorded(engine.pipeline)
+    _spoil(case.spoil, engine)
+    data_rank = plan.data_rank(runtime.rank)
+    batches = [
+        Batch(batch.input_ids[data_rank :: case.dp_shard], batch.labels[data_rank :: case.dp_shard])
+        for batch in micro_batches(case.micro_batches)
+    ]
+    before = _validate(engine, case)
+    results = [train_step(engine, batches, plan, runtime, LR) for _ in range(STEPS)]
+    orders = rank_orders(
+        case.schedule, pp=case.pp, micro_batches=case.micro_batches, stages_per_rank=case.stages_per_rank
+    )
+    rank = plan.coordinates(runtime.rank)["pp"]
+    assert actions == STEPS * orders[rank], "torch ran another order than the table says"
+    return Outcome(
+        losses=[result.loss for result in results],
+        grad_norms=[result.report.grad_norm for result in results if result.report],
+        validation=[before, _validate(engine, case)],
+        parameters={name: value for name, value in engine.parameters() if value is not None},
+        copies={name: _whole(parameter) for name, parameter in engine.copies.items()},
+        layers=[stage.layers for stage in engine.pipeline.stages],
+    )
+
+
+def _validate(engine: TorchEngine, case: Case) -> float:
+    loss = engine.evaluate(validation_batch()).double()
+    dist.all_reduce(loss)
+    return loss.item() / case.dp_shard
+
+
+def _recorded(pipeline: Pipeline) -> list[Action]:
+    """A list that grows with every computation that torch's engine starts."""
+    actions: list[Action] = []
+    runner = pipeline.runner
+    for stage in getattr(runner, "_stages", None) or [runner._stage]:
+        for method, kind in (
+            ("forward_one_chunk", "F"),
+            ("backward_one_chunk", "B"),
+            ("backward_weight_one_chunk", "W"),
+        ):
+            setattr(stage, method, _recording(getattr(stage, method), kind, stage.stage_index, actions))
+    return actions
+
+
+def _recording(method: Callable[..., Any], kind: str, stage: int, actions: list[Action]) -> Callable[..., Any]:
+    def wrapped(micro_batch: int, *args: Any, **kwargs: Any) -> Any:
+        halved = kind == "B" and not kwargs.get("full_backward", True)
+        actions.append(Action("I" if halved else kind, stage, micro_batch))
+        return method(micro_batch, *args, **kwargs)
+
+    return wrapped
+
+
+def _spoil(spoil: str, engine: TorchEngine) -> None:
+    assert engine.pipeline is not None
+    match spoil:
+        case "":
+            pass
+        case "tied gradients not summed":
+            engine.pipeline.sum_tied_gradients = lambda: None
+        case "embedding counted twice in the norm":
+            engine.named.update({f"copy of {name}": copy for name, copy in engine.copies.items()})
+            engine.copies.clear()
+        case "first stage trained on its last micro-batch only":
+            for stage in engine.pipeline.stages:
+                if stage.is_first:
+                    stage.module.register_full_backward_pre_hook(lambda module, _: module.zero_grad())
+        case _:
+            raise ValueError(spoil)
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value

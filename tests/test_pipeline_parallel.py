@@ -1,0 +1,121 @@
+"""Pipelines equal one process: loss, gradient norm, validation loss and parameters, in float64, and planted bugs show.
+
+In all of them: micro-batches with different numbers of valid labels (one with none), active clipping, AdamW. Every
+training also compares what torch's engine ran with the order that `pipeline_orders` names.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.pipeline_cases import Case, Outcome, reference, train_pipelines
+from trainer.parallel.pipeline_table import SCHEDULES
+
+TOLERANCE = 1e-10
+MODELS = ["llama", "qwen3", "gpt2", "gemma2"]  # the last two tie their embeddings
+
+GROUPS: dict[str, list[Case]] = {
+    **{schedule: [Case(schedule, model=model) for model in MODELS] for schedule in SCHEDULES},
+    "layers as asked": [
+        Case("1f1b", model="gpt2", split=(4, 1)),
+        Case("interleaved_1f1b", layers=7, stages_per_rank=3, split=(1, 1, 2, 1, 1, 1)),
+        Case("zbv_zero_bubble", model="gpt2", split=(1, 2, 1, 1)),
+    ],
+    "numbers of micro-batches": [
+        Case("gpipe", micro_batches=1),
+        Case("1f1b", micro_batches=2),
+        Case("1f1b", micro_batches=7),
+        Case("interleaved_1f1b", micro_batches=1),
+        Case("interleaved_1f1b", micro_batches=3),
+        Case("interleaved_zero_bubble", micro_batches=3),
+        Case("zbv_zero_bubble", micro_batches=2),
+        Case("zbv_zero_bubble", micro_batches=5),
+        Case("dualpipev", micro_batches=5),
+    ],
+    "recompute": [
+        Case("1f1b", model="gemma2", checkpointing="full"),
+        Case("1f1b", model="gpt2", checkpointing="selective"),
+        Case("interleaved_1f1b", model="qwen3", checkpointing="selective"),
+        Case("zbv_zero_bubble", model="gpt2", checkpointing="full"),
+        Case("interleaved_zero_bubble", checkpointing="full"),
+        Case("dualpipev", model="gpt2", checkpointing="full"),
+    ],
+    "4 ranks": [
+        Case("1f1b", pp=4, micro_batches=6, model="gpt2", layers=6),
+        Case("interleaved_1f1b", pp=4, micro_batches=8, model="qwen3", layers=9),
+        Case("interleaved_1f1b", pp=4, micro_batches=3, model="gpt2", layers=8),
+        Case("zbv_zero_bubble", pp=4, micro_batches=8, model="gemma2", layers=9),
+        Case("dualpipev", pp=4, micro_batches=8, model="gpt2", layers=8),
+    ],
+    # Without gemma2: its attention rounds to float32, which half a batch does differently.
+    "sharded over 2": [
+        Case("gpipe", dp_shard=2),
+        Case("1f1b", dp_shard=2, model="gpt2", checkpointing="full"),
+        Case("interleaved_1f1b", dp_shard=2, model="qwen3"),
+        Case("interleaved_zero_bubble", dp_shard=2, model="gpt2"),
+        Case("zbv_zero_bubble", dp_shard=2, model="gpt2", checkpointing="full"),
+        Case("dualpipev", dp_shard=2, model="gpt2"),
+    ],
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_pipeline_equals_single_process(group: str) -> None:
+    cases = GROUPS[group]
+    ranks = run_ranks(cases[0].world_size, train_pipelines, cases)
+    for case, *outcomes in zip(cases, *ranks, strict=True):
+        assert distance(case, outcomes) <= TOLERANCE, case
+        if case.split is not None:
+            held = sorted(
+                (layers for outcome in outcomes for layers in outcome.layers), key=lambda layers: layers.start
+            )
+            assert tuple(len(layers) for layers in held) == case.split
+
+
+@pytest.mark.parametrize(
+    ("spoil", "model", "schedule"),
+    [
+        ("tied gradients not summed", "gpt2", "1f1b"),
+        ("tied gradients not summed", "gpt2", "zbv_zero_bubble"),
+        ("embedding counted twice in the norm", "gpt2", "1f1b"),
+        ("first stage trained on its last micro-batch only", "llama", "1f1b"),
+    ],
+)
+def test_planted_bug_shows(spoil: str, model: str, schedule: str) -> None:
+    case = Case(schedule, model=model, spoil=spoil)
+    outcomes = [outcome for (outcome,) in run_ranks(2, train_pipelines, [case])]
+    expected = reference(case.model, case.layers, case.micro_batches)
+    assert relative(outcomes[0].grad_norms, expected.grad_norms) > 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])
+def test_16_bit_stays_near_float32(schedule: str) -> None:
+    cases = [Case(schedule, precision="fp32"), Case(schedule, precision="bf16")]
+    (expected, found), _ = run_ranks(2, train_pipelines, cases)
+    assert 1e-6 < relative(found.losses, expected.losses) < 2e-2
+
+
+def distance(case: Case, outcomes: list[Outcome]) -> float:
+    """Largest relative difference of any number from the single process's."""
+    expected = reference(case.model, case.layers, case.micro_batches)
+    for outcome in outcomes[1:]:
+        assert outcome.losses == outcomes[0].losses
+        assert outcome.validation == outcomes[0].validation
+    found = outcomes[0].parameters
+    assert found.keys() == expected.parameters.keys()
+    copies = [(name, value) for outcome in outcomes for name, value in outcome.copies.items()]
+    apart = [
+        ((value - expected.parameters[name]).abs().max() / expected.parameters[name].abs().max()).item()
+        for name, value in [*found.items(), *copies]
+    ]
+    return max(
+        relative(outcomes[0].losses, expected.losses),
+        relative(outcomes[0].grad_norms, expected.grad_norms),
+        relative(outcomes[0].validation, expected.validation),
+        *apart,
+    )
+
+
+def relative(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
