@@ -1,0 +1,109 @@
+"""A checkpoint saved under any layout goes on under any other: the resharding matrix.
+
+Every layout trains three steps and saves. Every layout then goes on from each of these checkpoints, its own included,
+with a freshly built engine and on its own number of processes. Losses and gradient norms of the next steps are those
+of the single process that was never interrupted. A tied embedding, accumulation, clipping and a vocabulary that does
+not divide are in all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.parity import words
+from tests.resuming import Journal, resume_each, train_and_save
+
+SAVED, STEPS = 3, 6
+# layout -> processes
+TORCH = {"single": 1, "ddp": 2, "fsdp": 2, "hsdp": 4, "tensor": 2, "pipeline": 2, "tensor_fsdp": 4, "pipeline_fsdp": 4}
+ZERO = {"zero1": 2, "zero2": 2, "zero3": 2, "zero3_offload": 2}
+# One row each: on three ranks no matrix divides evenly.
+FORWARDS = {"hsdp": 1}  # per step; 12 sequences do not divide by 4 data-parallel ranks times 2
+ODD = {"fsdp on 3": ("fsdp", 3), "zero3 on 3": ("zero3", 3)}
+FLOAT64, FLOAT32 = 1e-10, 1e-5
+
+
+def overrides(layout: str, precision: str) -> list[str]:
+    batch = ("train.global_batch_size=12", f"train.gradient_accumulation_steps={FORWARDS.get(layout, 2)}")
+    return words("gpt2", layout, precision, STEPS, *batch, f"checkpoint.every={SAVED}", "checkpoint.final=false")
+
+
+def save_all(layouts: dict[str, int], precision: str, folder: Path) -> Journal:
+    """One run folder per layout with a checkpoint of step 3. Returns the journal of the single process's whole run."""
+    for layout, processes in layouts.items():
+        run_ranks(processes, train_until_saved, overrides(layout, precision), str(folder / layout))
+    never_saved = [*overrides("single", precision), "checkpoint.every=0"]
+    return run_ranks(1, train_and_save, never_saved, f"{folder} uninterrupted")[0]
+
+
+def train_until_saved(words: list[str], folder: str) -> Journal:
+    return train_and_save(words, folder, upto=SAVED)
+
+
+def go_on_from_each(layout: str, processes: int, precision: str, folder: Path, whole: Journal) -> dict[str, float]:
+    """Checkpoint's layout -> largest relative difference of the next losses and gradient norms."""
+    sources = sorted(path.name for path in folder.iterdir())
+    journals = run_ranks(
+        processes,
+        resume_each,
+        overrides(layout, precision),
+        [str(folder / source) for source in sources],
+        STEPS - SAVED,
+        timeout=280,
+    )[0]
+    return {source: apart(journal, whole) for source, journal in zip(sources, journals, strict=True)}
+
+
+def apart(found: Journal, expected: Journal) -> float:
+    assert list(found.losses) == list(range(SAVED + 1, STEPS + 1))
+    pairs = [(found.losses[step], expected.losses[step]) for step in found.losses]
+    pairs += [(found.grad_norms[step], expected.grad_norms[step]) for step in found.losses]
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Journal]:
+    folder = tmp_path_factory.mktemp("float64")
+    return folder, save_all(TORCH, "fp64", folder)
+
+
+@pytest.fixture(scope="module")
+def single_precision(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Journal]:
+    folder = tmp_path_factory.mktemp("float32")
+    return folder, save_all({**TORCH, **ZERO}, "fp32", folder)
+
+
+@pytest.mark.parametrize("layout", TORCH)
+def test_torch_layouts_go_on_from_each_other(layout: str, exact: tuple[Path, Journal]) -> None:
+    found = go_on_from_each(layout, TORCH[layout], "fp64", *exact)
+    assert len(found) == len(TORCH)
+    assert max(found.values()) <= FLOAT64, found
+
+
+@pytest.mark.parametrize("layout", ZERO)
+def test_zero_goes_on_from_every_layout(layout: str, single_precision: tuple[Path, Journal]) -> None:
+    found = go_on_from_each(layout, ZERO[layout], "fp32", *single_precision)
+    assert len(found) == len(TORCH) + len(ZERO)
+    assert max(found.values()) <= FLOAT32, found
+
+
+@pytest.mark.parametrize("layout", TORCH)
+def test_every_layout_goes_on_from_zero(layout: str, single_precision: tuple[Path, Journal], tmp_path: Path) -> None:
+    folder, whole = single_precision
+    for source in ZERO:
+        (tmp_path / source).symlink_to(folder / source)
+    found = go_on_from_each(layout, TORCH[layout], "fp32", tmp_path, whole)
+    assert max(found.values()) <= FLOAT32, found
+
+
+@pytest.mark.parametrize("row", ODD)
+def test_another_number_of_processes(row: str, single_precision: tuple[Path, Journal], tmp_path: Path) -> None:
+    layout, processes = ODD[row]
+    folder, whole = single_precision
+    for source in ("single", "fsdp", "zero3"):
+        (tmp_path / source).symlink_to(folder / source)
+    found = go_on_from_each(layout, processes, "fp32", tmp_path, whole)
+    assert max(found.values()) <= FLOAT32, found
