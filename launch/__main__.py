@@ -25,6 +25,7 @@ from launch.process import free_port, replace_process, run_command
 from trainer.machine import find_machine
 from trainer.plan import Plan, make_plan
 from trainer.report.folder import default_run_dir
+from trainer.status import read_status
 
 DEFAULT_PORT = 29500  # between nodes, where a port that is free here says nothing about node 0
 DOOR = Door(
@@ -88,7 +89,17 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
         return EXIT_FINISHED
     if config.launcher.name is LauncherName.python and not stay:
         replace_process(commands[0])
-    return run_command(commands[0], log_dir=run_dir.expanduser() / "logs")
+    return _run(commands[0], run_dir.expanduser())
+
+
+def _run(command: Command, run_dir: Path) -> int:
+    """Run to the end. Returns the exit code of the rank that ended the run, where it left word in its status file:
+    a launcher makes its own 1 of whatever a rank returned."""
+    before = read_status(run_dir)
+    code = run_command(command, log_dir=run_dir / "logs")
+    status = read_status(run_dir)
+    rank_code = status.get("exit_code")
+    return rank_code if code != EXIT_FINISHED and status != before and isinstance(rank_code, int) else code
 
 
 def _commands(

@@ -1,6 +1,7 @@
 """Runs a launcher's command and stays in charge of it: signals on, one error out, nothing left behind.
 
-Several ranks die of one cause, and each says so; then the launcher adds a page about its children. `Relay` lets
+The first signal goes to the ranks, which finish their step and save; a launcher that got it would kill them half a
+minute later, or at once. When ranks fail, each says so, and the launcher adds a page about its children: `Relay` lets
 through what a person needs (everything, but of the tracebacks only the first rank's) and keeps all of it in a file.
 """
 
@@ -71,12 +72,21 @@ def replace_process(command: Command) -> None:
 
 
 @contextlib.contextmanager
-def _forwarding(group: int) -> Generator[None, None, None]:
-    """Pass signals on to a process group. One that we were started to ignore (nohup) stays ignored."""
+def _forwarding(launcher: int) -> Generator[None, None, None]:
+    """Pass signals on: the first, and every SIGUSR1, to the ranks; where there are none yet, and when told again, to
+    the launcher's process group. A signal that we were started to ignore (nohup) stays ignored."""
+    told = False
 
     def forward(number: int, _frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, number)
+        nonlocal told
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            ranks = [] if told and number != signal.SIGUSR1 else rank_processes(psutil.Process(launcher))
+            for rank in ranks:
+                # A terminal that is closed asks to end: ranks know SIGTERM for that.
+                rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            if not ranks:
+                os.killpg(launcher, number)
+            told = True
 
     ours = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in ours}
@@ -85,6 +95,15 @@ def _forwarding(group: int) -> Generator[None, None, None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def rank_processes(process: psutil.Process) -> list[psutil.Process]:
+    """The ranks below a launcher: the topmost processes that have a RANK. Their own children are theirs to tell."""
+    ranks: list[psutil.Process] = []
+    for child in process.children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            ranks += [child] if "RANK" in child.environ() else rank_processes(child)
+    return ranks
 
 
 def _adopt_orphans() -> None:

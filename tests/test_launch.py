@@ -12,6 +12,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -224,23 +226,36 @@ def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     assert done.stderr.count("train.steps=0: must be 1 or more") == 2
 
 
-def start(child: str, log_dir: Path) -> subprocess.Popen[str]:
+@contextmanager
+def started(child: str, log_dir: Path) -> Generator[subprocess.Popen[str], None, None]:
     """`run_command` over a child process given as Python source, in a process of its own."""
     driver = f"""
-        import sys
+        import signal, sys
         from pathlib import Path
         from launch.command import Command
         from launch.process import run_command
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
         sys.exit(run_command(Command(argv=(sys.executable, "-c", {textwrap.dedent(child)!r}), environment={{}}),
                              log_dir=Path({str(log_dir)!r})))
     """
-    return subprocess.Popen(
+    running = subprocess.Popen(
         [PYTHON, "-c", textwrap.dedent(driver)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    with running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def lines(running: subprocess.Popen[str], count: int) -> list[str]:
+    """The next lines the job prints, as they come."""
+    assert running.stdout is not None
+    return [running.stdout.readline() for _ in range(count)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -252,13 +267,54 @@ def test_signals_reach_the_job_and_its_exit_code_comes_back(number: signal.Signa
         print("ready", flush=True)
         time.sleep(60)
     """
-    running = start(child, tmp_path)
-    assert running.stdout is not None
-    assert running.stdout.readline() == "ready\n"
-    running.send_signal(number)
-    out, _ = running.communicate(timeout=30)
+    with started(child, tmp_path) as running:
+        assert lines(running, 1) == ["ready\n"]
+        running.send_signal(number)
+        out, _ = running.communicate(timeout=60)
     assert out == f"got {number.value}\n"
     assert running.returncode == 40 + number
+
+
+RANK = """
+import os, signal, sys
+signal.signal(signal.{name}, lambda *_: sys.exit(0))
+os.write(1, b"up\\n")
+signal.pause()
+"""
+LAUNCHER = """
+import os, signal, subprocess, sys
+def note(number, frame):
+    print("launcher got", number, flush=True)
+    sys.exit(3)
+for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+    signal.signal(getattr(signal, name), note)
+words = [sys.executable, "-c", {rank!r}]
+ranks = [subprocess.Popen(words, start_new_session=True, env={{**os.environ, "RANK": str(k)}}) for k in range(2)]
+print([rank.wait() for rank in ranks], flush=True)
+{after}
+sys.exit(9)
+"""
+
+
+@pytest.mark.parametrize(("sent", "name"), [("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM"), ("SIGUSR1", "SIGUSR1")])
+def test_ranks_are_told_first_and_the_launcher_is_not(sent: str, name: str, tmp_path: Path) -> None:
+    with started(LAUNCHER.format(rank=RANK.format(name=name), after=""), tmp_path) as running:
+        assert lines(running, 2) == ["up\n", "up\n"]
+        running.send_signal(getattr(signal, sent))
+        out, _ = running.communicate(timeout=60)
+    assert out == "[0, 0]\n"
+    assert running.returncode == 9
+
+
+def test_a_second_signal_goes_to_the_launcher(tmp_path: Path) -> None:
+    child = LAUNCHER.format(rank=RANK.format(name="SIGTERM"), after="signal.pause()")
+    with started(child, tmp_path) as running:
+        assert lines(running, 2) == ["up\n", "up\n"]
+        running.send_signal(signal.SIGTERM)
+        assert lines(running, 1) == ["[0, 0]\n"]
+        running.send_signal(signal.SIGTERM)
+        out, _ = running.communicate(timeout=60)
+    assert (out, running.returncode) == ("launcher got 15\n", 3)
 
 
 def test_ranks_whose_launcher_is_killed_are_ended(tmp_path: Path) -> None:
@@ -268,8 +324,8 @@ def test_ranks_whose_launcher_is_killed_are_ended(tmp_path: Path) -> None:
         print(rank.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    running = start(child, tmp_path)
-    out, _ = running.communicate(timeout=60)
+    with started(child, tmp_path) as running:
+        out, _ = running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGKILL
     assert not alive(int(out))
 
