@@ -292,7 +292,7 @@ class Train:
     """Forwards per optimizer update."""
     global_batch_size: int | None = None
     """Sequences per update over all ranks. Of these three give two, and the third is derived; with fewer given,
-    `gradient_accumulation_steps` is 1 and then `micro_batch_size` 8."""
+    `gradient_accumulation_steps` is 1 (2 * pp under a pipeline) and then `micro_batch_size` 8."""
     activation_checkpointing: Checkpointing = Checkpointing.none
     """Recompute activations in the backward: of nothing, of whole decoder layers, or of every second product."""
     chunked_loss: bool = False

@@ -41,8 +41,29 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "ddp on 4": ("ddp", 4, ()),
     "fsdp on 4": ("fsdp", 4, ()),
     "fsdp, parameters kept gathered": ("fsdp", 2, ("parallel.reshard_after_forward=false",)),
-    "hsdp, replicas only": ("hsdp", 2, ("parallel.dp_shard=1", "parallel.dp_replicate=2")),
+    "tensor on 4, key-value heads copied": ("tensor", 4, ("parallel.tp=4",)),
+    "tensor, sequence parallel": ("tensor", 2, ("parallel.sequence_parallel=true",)),
+    "tensor_fsdp, sequence parallel": ("tensor_fsdp", 4, ("parallel.sequence_parallel=true",)),
+    "tensor_fsdp, sequence parallel, recompute": (
+        "tensor_fsdp",
+        4,
+        ("parallel.sequence_parallel=true", "train.activation_checkpointing=full"),
+    ),
+    "pipeline on 4": ("pipeline", 4, ("parallel.pp=4",)),
+    "pipeline, recompute": ("pipeline", 2, ("train.activation_checkpointing=full",)),
+    "pipeline_fsdp, gathered anew": ("pipeline_fsdp", 4, ("parallel.reshard_after_forward=true",)),
+    "3d_zero1, sequence parallel, recompute": (
+        "3d_zero1",
+        8,
+        ("parallel.sequence_parallel=true", "train.activation_checkpointing=full"),
+    ),
+    "3d_zero1, interleaved": ("3d_zero1", 8, ("parallel.pipeline.schedule=interleaved_1f1b",)),
+    "context, keys and values gathered": ("context", 2, ("parallel.context_method=gather",)),
+    "context on 4, with tensor parallel": ("context", 4, ("parallel.tp=2",)),
+    "context on 4, with a pipeline": ("context", 4, ("parallel.pp=2",)),
+    "context on 4, sharded over data as well": ("context", 4, ("parallel.dp_shard=2",)),
 }
+SCHEDULES = ["gpipe", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"]
 KEYS: dict[str, tuple[str, ...]] = {
     "no accumulation": (),
     "full recompute": ("train.activation_checkpointing=full",),
@@ -50,6 +71,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "eager attention": ("model.attention=eager",),
     "sgd": ("optimizer=sgd", "optimizer.lr=0.5"),
     "no clipping": ("train.clip_grad_norm=0",),
+    "loss in slices": ("train.chunked_loss=true",),
 }
 
 
@@ -74,6 +96,15 @@ def test_variant_equals_single_process(variant: str) -> None:
     assert found.largest <= FLOAT64, found
 
 
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_equals_single_process(schedule: str, model: str) -> None:
+    keys = [f"parallel.pipeline.schedule={schedule}"]
+    micro_batches = ("train.gradient_accumulation_steps=4",)
+    found = measure(["pipeline", *keys], 2, model=model, precision="fp64", steps=5, extra=micro_batches)
+    assert found.largest <= FLOAT64, found
+
+
 @pytest.mark.parametrize("layout", TORCH)
 def test_float32_stays_within_rounding(layout: str) -> None:
     processes, keys = TORCH[layout]
@@ -82,7 +113,7 @@ def test_float32_stays_within_rounding(layout: str) -> None:
 
 
 @pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tensor"])
 def test_option_equals_single_process(layout: str, keys: str) -> None:
     found = measure([layout], 2, model="llama", precision="fp64", steps=5, extra=KEYS[keys])
     assert found.largest <= FLOAT64, found

@@ -1,0 +1,164 @@
+"""What the trainer costs over a loop written by hand, and over transformers' Trainer, in one run on the same model.
+
+    python -m tests.benchmarks.overhead                                     one process
+    torchrun --nproc-per-node 2 -m tests.benchmarks.overhead                data parallel
+    python -m tests.benchmarks.overhead model=llama3_2_1b precision=bf16    on a GPU
+
+Rounds of the contenders alternate, so that a machine that slows down slows all of them; the ratio is that of the median
+step times. Words are overrides, as for the trainer; `rounds=` and `steps=` set the length.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+from configs.load import load_config
+from configs.schema import Config
+from trainer.data import Batch
+from trainer.data.build import build_data
+from trainer.engine import build_engine
+from trainer.machine import find_machine
+from trainer.model import build_hf_config, build_model, materialize
+from trainer.optimizer import build_optimizer, param_groups
+from trainer.plan import Plan, make_plan
+from trainer.precision import autocast, torch_dtype
+from trainer.runtime import Runtime, join
+from trainer.step import train_step
+from trainer.weights import build_weights
+
+DEFAULTS = ["data=synthetic", "train.steps=1000000", "scheduler=constant", "train.micro_batch_size=8"]
+
+
+def main(words: list[str]) -> None:
+    numbers = dict(word.split("=") for word in words if word.startswith(("rounds=", "steps=")))
+    rounds, steps = int(numbers.get("rounds", 5)), int(numbers.get("steps", 10))
+    overrides = [word for word in words if word.split("=")[0] not in numbers]
+    layout = "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
+    config = load_config([*DEFAULTS, f"parallel={layout}", *overrides])
+    plan = make_plan(config, find_machine())
+    with join(plan, timeout_minutes=10) as runtime:
+        contenders = {
+            "hand-written loop": by_hand(config, plan, runtime),
+            "this trainer": by_us(config, plan, runtime),
+            "transformers Trainer": by_transformers(config, plan, runtime),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for step in contenders.values():
+            step(2)
+        for _ in range(rounds):
+            for name, step in contenders.items():
+                begin = time.perf_counter()
+                step(steps)
+                seconds[name].append((time.perf_counter() - begin) / steps)
+        if runtime.is_main:
+            report(config.model.preset, plan, seconds)
+
+
+def report(model: str, plan: Plan, seconds: dict[str, list[float]]) -> None:
+    hardware = torch.cuda.get_device_name() if plan.device == "cuda" else f"{platform.machine()} CPU"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    print(f"{model}, {plan.world_size} process(es) on {hardware}; {versions}")
+    base = statistics.median(seconds["hand-written loop"])
+    print(f"{'':24}{'ms/step':>10}{'tokens/s':>12}{'time over hand-written':>26}")
+    for name, found in seconds.items():
+        median = statistics.median(found)
+        print(f"{name:24}{median * 1e3:10.1f}{plan.batch.tokens / median:12,.0f}{median / base:26.3f}")
+
+
+def by_hand(config: Config, plan: Plan, runtime: Runtime) -> Callable[[int], None]:
+    """The shortest loop that does the same arithmetic: forward, loss, backward, clip, update."""
+    model = _model(config, plan, runtime)
+    called = DistributedDataParallel(model, gradient_as_bucket_view=True) if plan.world_size > 1 else model
+    groups = param_groups(model.named_parameters(), config.optimizer.weight_decay)
+    optimizer = build_optimizer(groups, config.optimizer)
+    batches = _batches(config, plan, runtime)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            batch = next(batches)[0].to(runtime.device)
+            with autocast(plan):
+                logits = called(input_ids=batch.input_ids, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+    return run
+
+
+def by_us(config: Config, plan: Plan, runtime: Runtime) -> Callable[[int], None]:
+    engine = build_engine(config, plan, runtime)
+    batches = _batches(config, plan, runtime)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            train_step(engine, next(batches), plan, runtime, config.optimizer.lr)
+
+    return run
+
+
+def by_transformers(config: Config, plan: Plan, runtime: Runtime) -> Callable[[int], None]:
+    model = _model(config, plan, runtime)
+    batches = _batches(config, plan, runtime)
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                batch: Batch = next(batches)[0]
+                for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+                    # The Trainer shifts labels itself.
+                    yield {"input_ids": ids, "labels": torch.cat([ids[:1], labels[:-1]])}
+
+    def run(steps: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=plan.batch.micro_batch_size,
+                learning_rate=config.optimizer.lr,
+                lr_scheduler_type="constant",
+                max_grad_norm=config.train.clip_grad_norm,
+                bf16=str(plan.param_dtype) == "bfloat16",
+                use_cpu=plan.device == "cpu",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                logging_strategy="no",
+            )
+            Trainer(model=model, args=arguments, train_dataset=Rows()).train()
+
+    return run
+
+
+def _model(config: Config, plan: Plan, runtime: Runtime):
+    model = build_model(config.model, build_hf_config(config.model))
+    weights = build_weights(config.model, model, seed=config.train.seed)
+    materialize(model, weights, device=runtime.device, dtype=torch_dtype(plan.master_dtype))
+    return model.train()
+
+
+def _batches(config: Config, plan: Plan, runtime: Runtime):
+    data = build_data(config, plan, data_rank=plan.data_rank(dist.get_rank()), vocab_size=_vocabulary(config))
+    return data.steps()
+
+
+def _vocabulary(config: Config) -> int:
+    return build_hf_config(config.model).vocab_size
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,60 @@
+"""The same parity on CUDA with NCCL, on as many GPUs as there are. Skips itself where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cases import train
+from tests.harness import run_ranks
+from tests.parity import distance, measure, words
+
+GPUS = torch.cuda.device_count()
+pytestmark = pytest.mark.skipif(GPUS == 0, reason="no CUDA device")
+ACCUMULATE = ("train.gradient_accumulation_steps=2", "cluster.device=cuda")
+LAYOUTS = {
+    "ddp": 2,
+    "fsdp": 2,
+    "tensor": 2,
+    "pipeline": 2,
+    "context": 2,
+    "hsdp": 4,
+    "tensor_fsdp": 4,
+    "pipeline_fsdp": 4,
+    "3d_zero1": 8,
+}
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_one_gpu_equals_the_cpu(model: str) -> None:
+    keys = ("train.gradient_accumulation_steps=2",)
+    cpu = run_ranks(1, train, words(model, "single", "fp64", 5, *keys, "cluster.device=cpu"))[0]
+    gpu = run_ranks(1, train, words(model, "single", "fp64", 5, *keys, "cluster.device=cuda"))[0]
+    assert gpu.losses[-1] < gpu.losses[0]
+    assert abs(gpu.losses[0] - cpu.losses[0]) < 0.2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_single_process(layout: str) -> None:
+    if LAYOUTS[layout] > GPUS:
+        pytest.skip(f"{LAYOUTS[layout]} GPUs are needed, there are {GPUS}")
+    found = measure([layout], LAYOUTS[layout], model="llama", precision="fp64", steps=5, extra=ACCUMULATE)
+    assert found.largest <= 1e-10, found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_lower_precision_stays_near_float32(precision: str) -> None:
+    full = run_ranks(1, train, words("llama", "single", "fp32", 10, *ACCUMULATE))[0]
+    lower = run_ranks(1, train, words("llama", "single", precision, 10, *ACCUMULATE, "precision.loss_scale_init=1024"))[
+        0
+    ]
+    assert max(abs(a - b) for a, b in zip(full.losses, lower.losses, strict=True)) < 2e-2
+    assert lower.losses[-1] < lower.losses[0]
+
+
+def test_layouts_agree_in_bf16() -> None:
+    if GPUS < 2:
+        pytest.skip("2 GPUs are needed")
+    ranks = run_ranks(2, train, words("llama", "ddp", "bf16", 10, *ACCUMULATE))
+    single = run_ranks(1, train, words("llama", "single", "bf16", 10, *ACCUMULATE))[0]
+    assert distance(ranks[0], single).loss < 2e-3

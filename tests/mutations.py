@@ -1,0 +1,101 @@
+"""Bugs that have been made in real trainers, planted into ours on request: each must be seen by the parity tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from tests.cases import Trained, train
+from trainer.engine.torch import TorchEngine
+from trainer.parallel.pipeline import Pipeline
+from trainer.parallel.tensor import TensorParallel
+
+
+def train_with(bug: str, overrides: list[str]) -> Trained:
+    """As `train`, with one bug in place."""
+    with BUGS[bug]():
+        return train(overrides)
+
+
+@contextmanager
+def skipped_all_reduce() -> Iterator[None]:
+    """Replicas keep their own gradients."""
+    with patch.object(TorchEngine, "_synchronise", lambda self, *, last: self.ddp.no_sync()):
+        yield
+
+
+@contextmanager
+def mean_of_means() -> Iterator[None]:
+    """Each micro-batch is divided by its own number of valid tokens."""
+
+    def loss(self: Any, module: Any, batch: Any) -> torch.Tensor:
+        whole = _step_tokens(batch)
+        return original(self, module, batch) * whole / max(1, batch.valid_tokens())
+
+    original = TorchEngine._loss
+    with patch.object(TorchEngine, "_loss", loss):
+        yield
+
+
+def _step_tokens(batch: Any) -> float:
+    """What every micro-batch would hold if the step's valid tokens were spread evenly."""
+    count = torch.tensor(float(batch.valid_tokens()))
+    dist.all_reduce(count)
+    return count.item() / dist.get_world_size()
+
+
+@contextmanager
+def last_micro_batch_only() -> Iterator[None]:
+    """The gradient of all micro-batches but the last is lost."""
+
+    def accumulate(self: Any, micro_batches: Any, valid_tokens: Any, factor: float) -> torch.Tensor:
+        total = original(self, micro_batches[:-1], valid_tokens, factor)
+        self.optimizer.zero_grad(set_to_none=False)
+        return total + original(self, micro_batches[-1:], valid_tokens, factor)
+
+    original = TorchEngine._accumulate
+    with patch.object(TorchEngine, "_accumulate", accumulate):
+        yield
+
+
+@contextmanager
+def partial_gradients_not_summed() -> Iterator[None]:
+    """Norms on queries and keys see the heads of one tensor-parallel rank only."""
+    with patch.object(TensorParallel, "reduce_partial_gradients", lambda self, model: None):
+        yield
+
+
+@contextmanager
+def tied_gradients_not_summed() -> Iterator[None]:
+    """The embedding on the first stage and the head on the last drift apart."""
+    with patch.object(Pipeline, "sum_tied_gradients", lambda self: None):
+        yield
+
+
+@contextmanager
+def local_norm() -> Iterator[None]:
+    """Each rank clips by the norm of what it holds."""
+
+    def norm(gradients: Any, *, mesh: Any, device: Any) -> float:
+        from trainer.gradients import local
+
+        return torch.stack([local(g).double().square().sum() for g in gradients]).sum().sqrt().item()
+
+    with patch("trainer.gradients.global_norm", norm):
+        yield
+
+
+BUGS: dict[str, Callable[[], Any]] = {
+    "none": nullcontext,
+    "skipped_all_reduce": skipped_all_reduce,
+    "mean_of_means": mean_of_means,
+    "last_micro_batch_only": last_micro_batch_only,
+    "partial_gradients_not_summed": partial_gradients_not_summed,
+    "tied_gradients_not_summed": tied_gradients_not_summed,
+    "local_norm": local_norm,
+}
