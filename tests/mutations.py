@@ -65,8 +65,12 @@ def last_micro_batch_only() -> Iterator[None]:
 
 @contextmanager
 def partial_gradients_not_summed() -> Iterator[None]:
-    """Norms on queries and keys see the heads of one tensor-parallel rank only."""
-    with patch.object(TensorParallel, "reduce_partial_gradients", lambda self, model: None):
+    """Norms on queries and keys see the heads of one tensor-parallel rank only. The start-up check, which sees it
+    too, is turned off."""
+    with (
+        patch.object(TensorParallel, "reduce_partial_gradients", lambda self, model: None),
+        patch("trainer.parallelize.self_check", lambda *args, **kwargs: None),
+    ):
         yield
 
 
