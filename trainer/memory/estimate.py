@@ -11,13 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from configs.schema import Config, EngineName
+from configs.schema import Config, EngineName, OffloadDevice
 from trainer.devices import Gpu, find_gpu
+from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.machine import Machine
 from trainer.memory.compose import Layout, replay
 from trainer.memory.layouts.common import Setting
 from trainer.memory.layouts.replicated import Replicated
 from trainer.memory.layouts.sharded import FullySharded
+from trainer.memory.layouts.zero import ZeroStage12, model_size, supported
+from trainer.memory.layouts.zero3 import ZeroStage3
 from trainer.memory.profile import Profile
 from trainer.memory.profiles import NotEstimated, get_profile
 from trainer.memory.timeline import COMPONENTS, Moment, Timeline
@@ -168,8 +171,13 @@ def refuse(config: Config, plan: Plan) -> None:
         for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"))
         if plan.degree(axis) > 1
     ]
-    if plan.engine is EngineName.deepspeed:
-        problems.append("parallel.engine=deepspeed: memory is not estimated for ZeRO yet; use parallel=fsdp")
+    offloaded = plan.offload_optimizer is not OffloadDevice.none
+    if plan.engine is EngineName.deepspeed and not supported(plan.param_dtype, plan.zero_stage, offloaded=offloaded):
+        problems.append(
+            f"parallel.zero_stage={plan.zero_stage} with precision.param_dtype={plan.param_dtype}"
+            f"{' and offload' if offloaded else ''}: memory is not estimated for this combination; use precision=bf16,"
+            " or stage 2 or 3"
+        )
     if problems:
         raise NotEstimated(*problems)
 
@@ -192,4 +200,8 @@ def with_micro_batch(plan: Plan, size: int) -> Plan:
 
 
 def _layout(config: Config, setting: Setting) -> Layout:
-    return FullySharded(setting) if setting.plan.fully_sharded else Replicated(setting)
+    plan = setting.plan
+    if plan.engine is EngineName.deepspeed:
+        settings = deepspeed_config(config, plan, model_size(setting.profile.anatomy), swap_folder="")
+        return ZeroStage3(setting, settings) if plan.zero_stage == 3 else ZeroStage12(setting, settings)
+    return FullySharded(setting) if plan.fully_sharded else Replicated(setting)
