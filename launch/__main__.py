@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_FINISHED, CookbookError
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, EXIT_STOPPED, CookbookError
 from configs.load import expand_sweep, load_config
 from configs.schema import Config, LauncherName
 from launch.command import Command, Rendezvous, build_command
@@ -96,10 +96,16 @@ def _run(command: Command, run_dir: Path) -> int:
     """Run to the end. Returns the exit code of the rank that ended the run, where it left word in its status file:
     a launcher makes its own 1 of whatever a rank returned."""
     before = read_status(run_dir)
-    code = run_command(command, log_dir=run_dir / "logs")
+    code, relay = run_command(command)
     status = read_status(run_dir)
-    rank_code = status.get("exit_code")
-    return rank_code if code != EXIT_FINISHED and status != before and isinstance(rank_code, int) else code
+    rank_code, reason = (status.get("exit_code"), status.get("reason")) if status != before else (None, None)
+    if code != EXIT_FINISHED and isinstance(rank_code, int):
+        code = rank_code
+    if code not in (EXIT_FINISHED, EXIT_STOPPED, EXIT_BAD_CONFIG):  # these have been explained in plain lines
+        kept = relay.keep(run_dir / "logs/errors.log")
+        rest = f"; all that the ranks and the launcher wrote: {kept}" if kept else ""
+        print(f"the run failed: {reason or 'no rank left word why'} (exit code {code}){rest}", file=sys.stderr)
+    return code
 
 
 def _commands(

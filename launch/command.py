@@ -1,12 +1,12 @@
 """The command that starts a plan's ranks: pure functions from a plan to the words of each launcher.
 
     torchrun --standalone --nproc-per-node=2 -m trainer experiment=demo
-    deepspeed --num_gpus=2 --master_port=29500 --no_local_rank --module trainer experiment=demo
+    deepspeed --num_gpus=2 --master_port=29500 ... --module trainer experiment=demo
     accelerate launch --multi_gpu --num_processes=2 ... --module trainer experiment=demo
     python -m trainer experiment=demo
 
 The overrides go on as they were typed, word for word and through no shell. Every rank composes and plans from them
-again; what the launcher settled (the run folder) is appended as one more override. Next: `process`.
+again; a run folder that the user left open is named here and appended as one more override. Next: `process`.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ def build_command(
     environment = os.environ if environment is None else environment
     words = _launcher_words(config, plan, rendezvous, visible=environment.get("CUDA_VISIBLE_DEVICES", ""))
     search = ["--config-dir", config_dir] if config_dir is not None else []
-    passed_on = [word for word in overrides if not word.startswith(("dry_run=", "train.run_dir="))]
+    passed_on = [word for word in overrides if not word.startswith("dry_run=")]
+    settled = [f"train.run_dir={quote_value(str(run_dir))}"] if config.train.run_dir is None else []
     return Command(
-        argv=(*words, "trainer", *search, *passed_on, f"train.run_dir={quote_value(str(run_dir))}"),
+        argv=(*words, "trainer", *search, *passed_on, *settled),
         environment={
             name: value
             for name, value in _wanted_environment(config, plan, cores or os.cpu_count() or 1).items()
@@ -87,8 +88,10 @@ def _launcher_words(config: Config, plan: Plan, rendezvous: Rendezvous, *, visib
             standalone = plan.nodes == 1 and config.launcher.master_port is None
             return [program("torchrun"), *_torchrun(plan, rendezvous, standalone=standalone), *args, "-m"]
         case LauncherName.deepspeed:
-            # The ranks read LOCAL_RANK; an appended --local_rank would say the same twice.
-            return [program("deepspeed"), *_deepspeed(plan, rendezvous, visible), "--no_local_rank", *args, "--module"]
+            # The ranks read LOCAL_RANK; an appended --local_rank would say the same twice. The log is the launcher's
+            # own: how it starts and kills each process.
+            quiet = ["--log_level=critical", "--no_local_rank"]
+            return [program("deepspeed"), *_deepspeed(plan, rendezvous, visible), *quiet, *args, "--module"]
         case LauncherName.accelerate:
             return [program("accelerate"), "launch", *_accelerate(plan, rendezvous), *args, "--module"]
 

@@ -38,11 +38,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_command(command: Command, *, log_dir: Path) -> int:
-    """Run to the end and return the exit code (128 + N after signal N).
-
-    log_dir: gets `errors.log` when the command fails and not all it wrote to stderr was shown.
-    """
+def run_command(command: Command) -> tuple[int, Relay]:
+    """Run to the end. Returns the exit code (128 + N after signal N), and what was held back of stderr."""
     _adopt_orphans()
     child = subprocess.Popen(
         command.argv,
@@ -60,9 +57,7 @@ def run_command(command: Command, *, log_dir: Path) -> int:
         code = child.wait()
         end_descendants()
         reader.join(GRACE_SECONDS)
-    if code != 0:
-        relay.report(log_dir / "errors.log")
-    return code if code >= 0 else 128 - code
+    return (code if code >= 0 else 128 - code), relay
 
 
 def replace_process(command: Command) -> None:
@@ -177,14 +172,10 @@ class Relay:
         self._held_back = self._held_back or not wanted
         return line if wanted else ""
 
-    def report(self, path: Path) -> None:
-        """Say where the whole of it is, if something was held back."""
+    def keep(self, path: Path) -> Path | None:
+        """Write all of it to `path` if something was held back. Returns where it is; None if there is nothing more."""
         if not self._held_back:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(self._everything))
-        except OSError:
-            self._shown.write("".join(self._everything))
-            return
-        self._shown.write(f"all that the ranks and the launcher wrote: {path}\n")
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(self._everything))
+        return path

@@ -67,14 +67,14 @@ def launchers_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "launcher=deepspeed parallel=zero2",
             Machine(),
-            "OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu deepspeed --num_gpus=2 --master_port=4242 --no_local_rank"
-            " --module trainer",
+            "OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu deepspeed --num_gpus=2 --master_port=4242"
+            " --log_level=critical --no_local_rank --module trainer",
         ),
         (
             "launcher=deepspeed parallel=zero2 cluster.nodes=2",
             Machine(gpus=4),
             "OMP_NUM_THREADS=16 deepspeed --hostfile=HOSTFILE --no_ssh --node_rank=0 --master_addr=127.0.0.1"
-            " --master_port=4242 --no_local_rank --module trainer",
+            " --master_port=4242 --log_level=critical --no_local_rank --module trainer",
         ),
         (
             "launcher=accelerate parallel=ddp",
@@ -104,11 +104,16 @@ def test_the_words_of_each_launcher(words: str, machine: Machine, text: str) -> 
 
 def test_words_go_on_as_they_were_typed() -> None:
     words = ["data=files", "data.paths=['my file.txt', \"it's\", $HOME]", "logging.run_name='a;b'"]
-    built = command([*words, "dry_run=true", "train.run_dir=old"], run_dir=Path("my runs/x"), config_dir="my dir")
+    built = command([*words, "dry_run=true"], run_dir=Path("my runs/x"), config_dir="my dir")
     passed_on = built.argv[built.argv.index("trainer") + 1 :]
     assert list(passed_on) == ["--config-dir", "my dir", *words, "train.run_dir='my runs/x'"]
     assert shlex.split(built.text())[-len(passed_on) :] == list(passed_on)
     assert load_config(passed_on[2:]).train.run_dir == "my runs/x"
+
+
+def test_a_run_folder_that_was_typed_is_not_named_again() -> None:
+    built = command(["parallel=ddp", "train.run_dir=mine"], run_dir=Path("mine"))
+    assert built.argv[-2:] == ("parallel=ddp", "train.run_dir=mine")
 
 
 def test_what_the_caller_has_set_is_left_alone() -> None:
@@ -227,16 +232,15 @@ def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
 
 
 @contextmanager
-def started(child: str, log_dir: Path) -> Generator[subprocess.Popen[str], None, None]:
+def started(child: str) -> Generator[subprocess.Popen[str], None, None]:
     """`run_command` over a child process given as Python source, in a process of its own."""
     driver = f"""
         import signal, sys
-        from pathlib import Path
         from launch.command import Command
         from launch.process import run_command
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
-        sys.exit(run_command(Command(argv=(sys.executable, "-c", {textwrap.dedent(child)!r}), environment={{}}),
-                             log_dir=Path({str(log_dir)!r})))
+        code, _ = run_command(Command(argv=(sys.executable, "-c", {textwrap.dedent(child)!r}), environment={{}}))
+        sys.exit(code)
     """
     running = subprocess.Popen(
         [PYTHON, "-c", textwrap.dedent(driver)],
@@ -259,7 +263,7 @@ def lines(running: subprocess.Popen[str], count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_signals_reach_the_job_and_its_exit_code_comes_back(number: signal.Signals, tmp_path: Path) -> None:
+def test_signals_reach_the_job_and_its_exit_code_comes_back(number: signal.Signals) -> None:
     child = """
         import signal, sys, time
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -267,7 +271,7 @@ def test_signals_reach_the_job_and_its_exit_code_comes_back(number: signal.Signa
         print("ready", flush=True)
         time.sleep(60)
     """
-    with started(child, tmp_path) as running:
+    with started(child) as running:
         assert lines(running, 1) == ["ready\n"]
         running.send_signal(number)
         out, _ = running.communicate(timeout=60)
@@ -297,8 +301,8 @@ sys.exit(9)
 
 
 @pytest.mark.parametrize(("sent", "name"), [("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM"), ("SIGUSR1", "SIGUSR1")])
-def test_ranks_are_told_first_and_the_launcher_is_not(sent: str, name: str, tmp_path: Path) -> None:
-    with started(LAUNCHER.format(rank=RANK.format(name=name), after=""), tmp_path) as running:
+def test_ranks_are_told_first_and_the_launcher_is_not(sent: str, name: str) -> None:
+    with started(LAUNCHER.format(rank=RANK.format(name=name), after="")) as running:
         assert lines(running, 2) == ["up\n", "up\n"]
         running.send_signal(getattr(signal, sent))
         out, _ = running.communicate(timeout=60)
@@ -306,9 +310,9 @@ def test_ranks_are_told_first_and_the_launcher_is_not(sent: str, name: str, tmp_
     assert running.returncode == 9
 
 
-def test_a_second_signal_goes_to_the_launcher(tmp_path: Path) -> None:
+def test_a_second_signal_goes_to_the_launcher() -> None:
     child = LAUNCHER.format(rank=RANK.format(name="SIGTERM"), after="signal.pause()")
-    with started(child, tmp_path) as running:
+    with started(child) as running:
         assert lines(running, 2) == ["up\n", "up\n"]
         running.send_signal(signal.SIGTERM)
         assert lines(running, 1) == ["[0, 0]\n"]
@@ -317,14 +321,14 @@ def test_a_second_signal_goes_to_the_launcher(tmp_path: Path) -> None:
     assert (out, running.returncode) == ("launcher got 15\n", 3)
 
 
-def test_ranks_whose_launcher_is_killed_are_ended(tmp_path: Path) -> None:
+def test_ranks_whose_launcher_is_killed_are_ended() -> None:
     child = """
         import os, signal, subprocess, sys
         rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], start_new_session=True)
         print(rank.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    with started(child, tmp_path) as running:
+    with started(child) as running:
         out, _ = running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGKILL
     assert not alive(int(out))
@@ -386,13 +390,10 @@ def test_a_failure_is_told_once_and_kept_whole(written: str, shown: str, tmp_pat
     relay = Relay(terminal)
     relay.copy(written.splitlines(keepends=True))
     assert terminal.getvalue() == shown
-    log = tmp_path / "logs/errors.log"
-    relay.report(log)
-    if shown == written:
-        assert not log.exists()
-    else:
+    log = relay.keep(tmp_path / "logs/errors.log")
+    assert (log is None) == (shown == written)
+    if log is not None:
         assert log.read_text() == written
-        assert terminal.getvalue().endswith(f": {log}\n")
 
 
 SHORT = [

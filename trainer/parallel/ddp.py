@@ -12,6 +12,8 @@ micro-batch communicates. Li et al. 2020, PyTorch Distributed.
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -28,12 +30,15 @@ def apply_ddp(model: nn.Module, plan: Plan, runtime: Runtime) -> DistributedData
 
     gradient_as_bucket_view: gradients live in the communication buckets; without it they would be held twice.
     """
-    wrapped = DistributedDataParallel(
-        model,
-        device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,
-    )
+    with warnings.catch_warnings():
+        # torch 2.13 has a new name for it, which 2.11 does not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
     if plan.reduce_dtype is not plan.master_dtype:
         wrapped.register_comm_hook(None, COMPRESS[plan.reduce_dtype])
     return wrapped
