@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +53,48 @@ def resume_each(overrides: list[str], folders: list[str], steps: int) -> list[Jo
         return [_train(config, plan, runtime, Path(folder), steps, further=True) for folder in folders]
 
 
+def train_and_die(overrides: list[str], folder: str, rank: int, at: int) -> Journal:
+    """As `train_and_save`, but SIGKILL this process at its `at`-th operation on a file below `folder`, on this rank."""
+    if int(os.environ["RANK"]) == rank:
+        kill_at(folder, at)
+    return train_and_save(overrides, folder)
+
+
+def count_file_operations(overrides: list[str], folder: str) -> int:
+    """How many places there are for `train_and_die` on this rank."""
+    operations = kill_at(folder, None)
+    train_and_save(overrides, folder)
+    return len(operations)
+
+
+def kill_at(folder: str, at: int | None) -> list[str]:
+    """Python tells of every open, mkdir, rename, remove and rmdir before it happens; fsync is told of here. Returns the
+    list in which they are noted."""
+    seen: list[str] = []
+
+    def note(event: str, path: object) -> None:
+        if isinstance(path, int):
+            path = os.readlink(f"/proc/self/fd/{path}")
+        if str(path).startswith(folder):
+            if len(seen) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen.append(f"{event} {path}")
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            note(event, arguments[0])
+
+    fsync = os.fsync
+
+    def told_fsync(descriptor: int) -> None:
+        note("fsync", descriptor)
+        fsync(descriptor)
+
+    os.fsync = told_fsync
+    sys.addaudithook(audit)
+    return seen
+
+
 def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, further: bool = False) -> Journal:
     hf_config = build_hf_config(config.model)
     data = build_data(config, plan, data_rank=plan.data_rank(runtime.rank), vocab_size=hf_config.vocab_size)
@@ -66,6 +111,8 @@ def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, fur
     found = keeper.find()
     engine = build_engine(config, plan, runtime)
     keeper.restore(engine)
+    # What a killed process leaves: each checkpoint of whose commit it knew.
+    keeper.report_to(lambda saved: _append(folder / "committed.txt", str(saved.step)) if runtime.is_main else None)
     first = found.step if found else 0
     size = plan.batch.global_batch_size
     steps = data.steps(found.samples // size if found else 0)
@@ -78,6 +125,11 @@ def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, fur
         keeper.after_step(step + 1, engine, samples=(step + 1) * size, report=dict)
     engine.close()
     return journal
+
+
+def _append(path: Path, line: str) -> None:
+    with open(path, "a") as file:
+        file.write(line + "\n")
 
 
 def bits(value: float) -> str:

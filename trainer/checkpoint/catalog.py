@@ -79,7 +79,7 @@ def set_aside(checkpoint: Path) -> Path:
 def surplus(checkpoints: Sequence[Path], *, keep_last: int, keep_every: int) -> list[Path]:
     """Which to delete. checkpoints: oldest first. The newest `keep_last` stay, and every step that `keep_every`
     divides (0: none)."""
-    old = checkpoints[: len(checkpoints) - keep_last]
+    old = checkpoints[: max(0, len(checkpoints) - keep_last)]
     return [path for path in old if not (keep_every and _step(path) % keep_every == 0)]
 
 

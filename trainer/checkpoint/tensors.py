@@ -88,7 +88,7 @@ class TensorReader:
     def __contains__(self, key: str) -> bool:
         return key in self._manifest.tensors
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._manifest.tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: Tenso
 
 def saved_kinds(saved: TensorReader) -> list[str]:
     """The optimizer's tensors that a checkpoint holds per parameter: exp_avg and exp_avg_sq, or momentum_buffer."""
-    return sorted({key.partition("/")[0] for key in saved.keys()} - {"model", "rng"})
+    return sorted({key.partition("/")[0] for key in saved.names()} - {"model", "rng"})
 
 
 def check_shape(saved: TensorReader, key: str, shape: torch.Size | tuple[int, ...]) -> None:

@@ -1,0 +1,94 @@
+"""A checkpoint as a Hugging Face folder: one tensor at a time, without a GPU, a process group or the rest of the ranks.
+
+python -m trainer.checkpoint export RUN_DIR OUT                  the newest whole checkpoint of a run
+python -m trainer.checkpoint export RUN_DIR/checkpoints/step-00000100 OUT --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from configs.errors import CheckpointDamaged, CheckpointMismatch, EnvironmentProblem
+from trainer.checkpoint.catalog import CHECKPOINTS, committed
+from trainer.checkpoint.manifest import (
+    STATE,
+    TOKENIZER,
+    Manifest,
+    check_contents,
+    check_sizes,
+    read_manifest,
+)
+from trainer.checkpoint.progress import read_progress
+from trainer.checkpoint.tensors import TensorReader
+from trainer.export import export_model
+
+log = logging.getLogger(__name__)
+
+
+def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
+    """Write the model of a checkpoint, or of the newest whole one of a run, to `target`. Returns the checkpoint.
+
+    Raises CheckpointDamaged or CheckpointMismatch when there is none that can be read, EnvironmentProblem when the
+    target exists or cannot be written.
+    """
+    if target.exists():
+        raise EnvironmentProblem(f"{target}: exists; choose another folder")
+    folder, manifest = newest_whole(source)
+    model = _build_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
+    try:
+        export_model(_parameters(folder, manifest), model, tokenizer, target, dtype=dtype)
+    except OSError as error:
+        shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)
+        raise EnvironmentProblem(f"{target}: cannot be written ({error.strerror or error})") from None
+    return folder
+
+
+def newest_whole(source: Path) -> tuple[Path, Manifest]:
+    """The checkpoint that `source` is, or the newest one below it whose every byte is right."""
+    candidates = committed(source / CHECKPOINTS) or committed(source)
+    if not candidates and not (source / STATE).is_file():
+        raise CheckpointMismatch(
+            f"{source}: is no checkpoint and holds none; give RUN_DIR or RUN_DIR/{CHECKPOINTS}/step-N"
+        )
+    problems: list[str] = []
+    for folder in reversed(candidates or [source]):
+        try:
+            manifest = read_manifest(folder)
+            check_sizes(folder, manifest)
+            check_contents(folder, manifest, manifest.files)
+            return folder, manifest
+        except CheckpointDamaged as damage:
+            for problem in damage.problems:
+                log.warning(problem)
+            problems += damage.problems
+    raise CheckpointDamaged(*problems, f"{source}: holds no checkpoint that is whole")
+
+
+def _parameters(folder: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
+    saved = TensorReader(folder, manifest)
+    prefix = "model/"
+    yield from ((key.removeprefix(prefix), saved.read(key)) for key in saved.names() if key.startswith(prefix))
+
+
+def _build_model(folder: Path) -> PreTrainedModel:
+    """The model that was trained, without memory: the config is in the checkpoint. Its code is transformers' own."""
+    prefix = "model."
+    known = read_progress(folder / STATE).identity
+    fields = {key.removeprefix(prefix): value for key, value in known.items() if key.startswith(prefix)}
+    kind = fields.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointMismatch(
+            f"{folder}: holds a model of type {kind}, which this version of transformers does not know"
+        )
+    config = CONFIG_MAPPING[kind](**fields)
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
