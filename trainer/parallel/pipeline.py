@@ -1,20 +1,25 @@
 """Pipeline parallel: each rank holds some of the layers; micro-batches flow through them like work through a line.
 
-    rank 0  embedding, layers 0-7                     012...aA3bB4cC5dD.eE.fF
-               | hidden states      ^ gradient        .01.aA2bB3cC4dD5eE.fF..
-    rank 1  layers 8-15                               ..0aA1bB2cC3dD4eE5fF...
-               | hidden states      ^ gradient        time ->
-    rank 2  layers 16-23, norm, head, loss            3 forward, dD backward of micro-batch 3; more: `pipeline_timeline`
+    rank 0   embedding, layers 0-7             012....aA3bB4cC5dD.eE.fF
+                | hidden states   ^ gradient
+    rank 1   layers 8-15                       .01..aA2bB3cC4dD5eE.fF..
+                | hidden states   ^ gradient
+    rank 2   layers 16-23, norm, head, loss    ..0aA1bB2cC3dD4eE5fF....    3: forward of micro-batch 3, dD: its backward
+                                               time -->                    other schedules: `pipeline_timeline`
 
 Communication: point to point, between neighbours only. Per micro-batch and border between stages one send of the hidden
 states (batch * seq * hidden_size elements in the compute dtype) and one of their gradient: far less than tensor or
 sharded data parallel move, so pp ranks may sit on different nodes. Every rank reads the same samples; the first uses
-the tokens, the last the labels, the others only the shape. Memory: torch's engine keeps a receive buffer of every
-micro-batch of a step for either direction, besides the activations in flight.
+the tokens, the last the labels, the others only the shape.
 
-Gradients: each rank adds up its micro-batches and, under data parallel, reduces once after the last one. Tied
-embeddings are two copies, on the first and the last stage; their gradients (vocabulary * hidden_size) are exchanged and
-added once per step, so that both make the same update and stay equal.
+Gradients: each rank adds up those of its micro-batches and under data parallel reduces once, after the last. Sharded
+data parallel therefore shards parameters and optimizer states here, and gradients only between steps: within one, a
+rank holds whole gradients of its layers, and their parameters gathered. Tied embeddings are two copies, on the first
+and the last stage; their gradients (vocabulary * hidden_size) are exchanged and added once per step, so that both make
+the same update and stay equal.
+
+Memory besides: the activations of the micro-batches in flight, and torch's receive buffers, one per micro-batch of the
+step in either direction (`in_flight`, `receive_buffers`).
 
 torch.distributed.pipelining runs the schedule. Gradients are not scaled there: the loss is normalised already.
 """

@@ -49,15 +49,18 @@ class Anatomy:
 def examine(model: PreTrainedModel) -> Anatomy:
     """Run the model once without memory and see in which order it calls its parts. Raises ConfigError if its layers
     are not a chain that can be cut."""
-    problem = "it was not run"
+    furthest, problem = -1, ""
     for returns in RETURNS:
+        probe = _Probe(model, returns)
         try:
-            return _Probe(model, returns).run()
+            return probe.run()
         except _NotAChain as found:
-            problem = str(found)
+            reason = str(found)
         except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
             # The model cannot unpack what its layers return: they return something else.
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if probe.layer_calls > furthest:
+            furthest, problem = probe.layer_calls, reason
     raise ConfigError(
         f"model: {type(model).__name__} cannot be cut into pipeline stages ({problem}); use parallel.pp=1"
     )

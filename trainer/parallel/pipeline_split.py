@@ -102,9 +102,13 @@ class Substitute(Elsewhere):
     """Answers a call of the module it stands for, from the call's first argument. Has its plain attributes, which some
     models read (a layer's attention type)."""
 
+    answer: Callable[[Any], Any]
+
     def __init__(self, original: nn.Module, answer: Callable[[Any], Any]) -> None:
         super().__init__()
-        plain = {name: value for name, value in vars(original).items() if not name.startswith("_")}
+        plain = {
+            name: value for name, value in vars(original).items() if not name.startswith("_") and name != "forward"
+        }
         self.__dict__.update({**plain, "answer": answer})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

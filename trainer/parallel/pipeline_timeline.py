@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from trainer.parallel.pipeline_orders import Action, rank_orders
-from trainer.parallel.pipeline_table import default_stages_per_rank
+from trainer.parallel.pipeline_table import default_stages_per_rank, stages_of_rank
 
 DURATION = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 """In forwards of the same stage: each gradient takes as many multiply-adds as the forward."""
@@ -120,6 +120,18 @@ def in_flight(
                 largest, peak = size, dict(held)
         peaks.append(peak)
     return peaks
+
+
+def receive_buffers(schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None = None) -> list[int]:
+    """For each rank the number of hidden states [micro_batch, seq, hidden_size] it sets aside for what neighbours send.
+
+    torch's engine keeps one per micro-batch, stage and direction for the whole run. Those of forwards in flight are
+    the inputs that `in_flight` activations begin with.
+    """
+    v = stages_per_rank or default_stages_per_rank(schedule)
+    last = pp * v - 1
+    owned = [stages_of_rank(schedule, pp=pp, rank=rank, stages_per_rank=v) for rank in range(pp)]
+    return [micro_batches * sum((stage > 0) + (stage < last) for stage in stages) for stages in owned]
 
 
 def draw(schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None = None) -> str:
