@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.errors import DataError
+from configs.errors import DataError, PlanError
 from configs.load import load_config
 from tests.data_cases import Row, data_of, rows_of, rows_of_all_ranks, step_rows, words, write_jsonl
 from tests.harness import run_ranks
@@ -227,6 +227,24 @@ def test_text_that_is_too_little(tmp_path: Path) -> None:
     assert refused(*files("one.jsonl", "data.validation_fraction=0")).endswith("or set train.eval_samples=0")
     both = refused(*files("one.jsonl", f"data.validation_paths=[{tmp_path}]"))
     assert "names no file that data.validation_paths does not" in both
+
+
+@pytest.mark.parametrize(
+    ("override", "source"),
+    [
+        ("data.paths=[a.txt]", "files"),
+        ("data.validation_paths=[a.txt]", "files"),
+        ("data.name=a", "hub"),
+        ("data.subset=a", "hub"),
+        ("data.validation_split=a", "hub"),
+    ],
+)
+def test_keys_of_another_source_are_refused(override: str, source: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(
+        PlanError, match=rf"^{key}=.*: is for data={source}, this is data=builtin; choose data={source}"
+    ):
+        data_of(override)
 
 
 def test_builtin_needs_nothing(tmp_path: Path) -> None:

@@ -106,6 +106,19 @@ def _check_data(config: Config) -> Iterator[str]:
         yield "data.paths=[]: data=files needs at least one file, folder or pattern: data.paths=[corpus/]"
     if data.source is DataSource.hub and data.name is None:
         yield "data.name=null: data=hub needs the name of a data set, or a local folder of one"
+    read_by = [
+        ("paths", data.paths, DataSource.files),
+        ("validation_paths", data.validation_paths, DataSource.files),
+        ("name", data.name, DataSource.hub),
+        ("subset", data.subset, DataSource.hub),
+        ("validation_split", data.validation_split, DataSource.hub),
+    ]
+    for key, value, source in read_by:
+        if value and data.source is not source:
+            yield (
+                f"data.{key}={value}: is for data={source}, this is data={data.source};"
+                f" choose data={source}, or leave it out"
+            )
     if data.ignore_fraction and data.source is not DataSource.synthetic:
         yield f"data.ignore_fraction={data.ignore_fraction}: only data=synthetic makes ignored labels; set it to 0"
 

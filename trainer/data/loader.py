@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from configs.errors import DataError
+from configs.errors import DataError, RankProblem
 from trainer.data import IGNORED, Batch
 from trainer.data.positions import Order, Share, permute
 from trainer.data.samples import Samples
@@ -63,7 +63,8 @@ class RankData:
             for _ in range(self.share.batch.gradient_accumulation_steps):
                 batch = next(micro_batches)
                 if isinstance(batch, DataError):
-                    raise batch
+                    # A stream can break off for one rank alone, which must then say so itself.
+                    raise RankProblem(*batch.problems)
                 step.append(batch)
             yield step
 

@@ -3,9 +3,9 @@
 Sample p is the p-th window of one endless row of tokens: the stream's documents in the order of the shuffle
 buffer, epoch after epoch, each epoch shuffled anew. Every rank walks the same stream and keeps its own windows.
 That makes a step the same under any layout, and it has a price: each rank reads and tokenises everything, so the
-run as a whole is as fast as one process can tokenise (about a million tokens per second), and a run that resumes
-reads again what came before. Where that is too slow, or the data is used more than once, tokenise it into the
-cache: download it and use data=files.
+run as a whole is as fast as one process can tokenise (about half a million tokens per second and core), and a run
+that resumes reads again what came before. Where that is too slow, or the data is read more than once,
+download it and use data=files, which tokenises it into the cache.
 """
 
 from __future__ import annotations

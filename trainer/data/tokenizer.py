@@ -109,7 +109,7 @@ def _load(config: Config, name: str) -> PreTrainedTokenizerBase:
     if not path.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/")):
         raise DataError(f"{_key(config)}={name}: no such folder; {remedy}")
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(path) if path.is_dir() else name,
             revision=config.model.revision if of_model else None,
             trust_remote_code=config.model.trust_remote_code and of_model,
@@ -119,6 +119,10 @@ def _load(config: Config, name: str) -> PreTrainedTokenizerBase:
         raise DataError(
             f"{_key(config)}={name}: no tokenizer could be loaded ({first_line(error)}); {remedy}"
         ) from None
+    # Given a folder without tokenizer files, some versions of the library make a tokenizer that knows no text.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+        raise DataError(f"{_key(config)}={name}: no tokenizer could be loaded (no vocabulary is there); {remedy}")
+    return tokenizer
 
 
 def first_line(error: Exception) -> str:
