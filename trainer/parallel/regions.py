@@ -183,8 +183,9 @@ def _experts_forward(inner: Forward, ranks: Ranks) -> Forward:
     """Called with (hidden_states, expert indices, expert weights): the router's weights are used on each rank for its
     part of every expert, so their gradient is a sum over ranks, as that of the hidden states is."""
 
-    def forward(hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return ranks.leave(inner(ranks.enter(hidden_states), indices, ranks.enter(weights), *rest))
+    def forward(hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        indices, weights, rest = routing[:1], routing[1:2], routing[2:]
+        return ranks.leave(inner(ranks.enter(hidden_states), *indices, *map(ranks.enter, weights), *rest))
 
     return forward
 

@@ -97,22 +97,24 @@ def tensor_plan(model: PreTrainedModel, user_plan: Mapping[str, str] | None = No
         for pattern, style in user_plan.items()
         if not match({pattern: style}, names)
     ]
-    plan = {**(model.tp_plan or {}), **PLANS.get(model.config.model_type, {})}
-    problems += check_plan(plan, f"{type(model).__name__}.tp_plan")
     if problems:
         raise ConfigError(*problems)
+    plan = {**(model.tp_plan or {}), **PLANS.get(model.config.model_type, {})}
     ends = ((model.get_input_embeddings(), "embedding_rowwise"), (model.get_output_embeddings(), "vocabulary"))
     plan |= {name: style for name, module in model.named_modules() for end, style in ends if module is end}
     plan |= user_plan
+    used = {pattern: style for pattern, style in plan.items() if match({pattern: style}, names)}
+    if unknown := [f"{line}, or parallel.tp=1" for line in check_plan(used, KEY)]:
+        raise ConfigError(*unknown)
     layers = [name for name, module in model.named_modules() if module is decoder_layers(model)]
-    inside = match(plan, (name for name in names if name.startswith(f"{layers[0]}.")))
+    inside = match(used, (name for name in names if name.startswith(f"{layers[0]}.")))
     if all(STYLES[split_style(style)[0]].cut == "none" for style in inside.values()):
         raise ConfigError(
             f"parallel.tp: neither transformers nor this trainer has a tensor-parallel plan for"
             f" {model.config.model_type}; use parallel.tp=1, or give one:"
             f" parallel.tensor_plan={{'{layers[0]}.*.NAME': colwise, '{layers[0]}.*.NAME': rowwise}}"
         )
-    return plan
+    return used
 
 
 def apply_tensor_parallel(

@@ -34,6 +34,7 @@ STYLES: dict[str, Style] = {
     "colwise": Style(cut="output", about="output features divided; the result stays divided"),
     "rowwise": Style(cut="input", about="input features divided; the partial results are summed"),
     "packed_colwise": Style(cut="output", about="colwise for N matrices in one, each divided on its own (:N, or 2)"),
+    "packed_rowwise": Style(cut="input", about="packed_colwise for stacked experts stored [expert, in, out]"),
     "colwise_gather_output": Style(cut="output", about="colwise, the result gathered"),
     "rowwise_split_input": Style(cut="input", about="rowwise on a whole input"),
     "embedding_rowwise": Style(cut="vocabulary", about="embedding: each rank looks up its part of the vocabulary"),
@@ -122,9 +123,10 @@ def check_plan(plan: Mapping[str, str], key: str) -> Iterator[str]:
         name, argument = split_style(style)
         if name not in STYLES:
             yield f"{key}.{pattern}={style}: there is no such style; use one of {', '.join(sorted(STYLES))}"
-        elif name == "packed_colwise" and not re.fullmatch(r"|[1-9]\d*", argument):
-            yield f"{key}.{pattern}={style}: packed_colwise takes the number of packed matrices; use packed_colwise:3"
-        elif (name == "divide") != bool(argument) and name != "packed_colwise":
+        elif name.startswith("packed"):
+            if not re.fullmatch(r"|[1-9]\d*", argument):
+                yield f"{key}.{pattern}={style}: takes the number of packed matrices; use {name}:3"
+        elif (name == "divide") != bool(argument):
             yield f"{key}.{pattern}={style}: only divide takes names, and it needs one; use divide:num_heads"
 
 
@@ -147,7 +149,7 @@ def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = Fals
     """
     name, argument = split_style(style or "replicate")
     cut = STYLES[name].cut
-    parts = int(argument or 2) if name == "packed_colwise" else 1
+    parts = int(argument or 2) if name.startswith("packed") else 1
     one_sided = ndim == 1 or leaf.endswith("bias")
     if cut == "none" or (one_sided and cut == "input"):
         return Share()
