@@ -5,6 +5,7 @@ safetensors is JSON and raw bytes: nothing in it can run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,9 +74,8 @@ class RankWriter:
 
 def _as_os_error(error: SafetensorError) -> OSError:
     """The library puts the system's number into its text: "... (os error 28)"."""
-    text = str(error)
-    number = text.rpartition("(os error ")[2].rstrip(")")
-    return OSError(int(number) if number.isdigit() else 0, text)
+    number = str(error).rpartition("(os error ")[2].rstrip(")")
+    return OSError(int(number), os.strerror(int(number))) if number.isdigit() else OSError(0, str(error))
 
 
 class TensorReader:
