@@ -27,7 +27,7 @@ MACHINES = {"cpu": Machine(), "8gpus": Machine(gpus=8)}
 COMPANIONS = {
     "data/files.yaml": ["data.paths=[corpus.txt]"],
     "data/hub.yaml": ["data.name=some/name"],
-    "launcher/deepspeed.yaml": ["parallel=zero2"],
+    "launcher/python.yaml": ["parallel=single"],
     "parallel/zero3_nvme.yaml": ["parallel.offload.nvme_path=/nvme"],
 }
 
@@ -49,11 +49,13 @@ PARAMETERS = {
 
 def words_for(file: str) -> list[str]:
     group, name = file.removesuffix(".yaml").split("/")
-    return [f"{group}={name}", *COMPANIONS.get(file, [])]
+    # A layout that fills any number of processes, where the option is not about the layout.
+    layout = [] if group in ("parallel", "experiment") else ["parallel=ddp"]
+    return [*layout, f"{group}={name}", *COMPANIONS.get(file, [])]
 
 
 def test_files_were_found() -> None:
-    assert len(FILES) >= 52
+    assert len(FILES) >= 73
     assert set(COMPANIONS) <= set(FILES)
 
 
@@ -85,7 +87,7 @@ def header_commands() -> list[str]:
 
 
 def test_header_commands_were_found() -> None:
-    assert len(header_commands()) >= 25
+    assert len(header_commands()) >= 35
 
 
 @pytest.mark.parametrize("command", header_commands())
@@ -125,7 +127,7 @@ def test_parameters_of_a_published_model(name: str) -> None:
             "parallel.offload=cpu: is a section; set one of parallel.offload.optimizer, parallel.",
         ),
         ("model.architecture.hidden_size=8", "published dimensions; set model.config.hidden_size"),
-        ("parallel=nope", "parallel=nope: no such option; choose ddp, "),
+        ("parallel=nope", "parallel=nope: no such option; choose 3d, "),
         ("model=", "model=: no such option; choose gemma2_2b, gpt2, "),
         ("experiment=nope", "experiment=nope: no such option; choose demo"),
         ("train.steps=abc", "train.steps=abc: must be a whole number"),
