@@ -55,7 +55,8 @@ class Device:
 class RankEstimate:
     """One kind of rank. components: bytes at the moment of the peak, in the order of `COMPONENTS`; they add up to
     peak_allocated_bytes. peak_reserved_bytes: the allocator's segments. device_bytes: with CUDA context and NCCL, what
-    nvidia-smi shows. curve: the timeline, one moment per layer and phase of the first two steps."""
+    nvidia-smi shows. between_steps_bytes: allocated when an update is done. curve: the timeline, one moment per layer
+    and phase of the first two steps."""
 
     kind: str
     count: int
@@ -67,6 +68,7 @@ class RankEstimate:
     nvme_bytes: int
     peak_phase: str
     peak_step: int
+    between_steps_bytes: int
     curve: tuple[Moment, ...]
 
 
@@ -159,6 +161,7 @@ def estimate(config: Config, plan: Plan, *, found_gpu: str | None = None, profil
         nvme_bytes=sum(setting.nvme.values()),
         peak_phase=timeline.peak.phase,
         peak_step=timeline.peak.step,
+        between_steps_bytes=timeline.allocated,
         curve=tuple(timeline.curve),
     )
     return Estimate(ranks=(rank,), device=device, context_bytes=context, nccl_bytes=nccl, profile=profile)

@@ -15,7 +15,11 @@ from trainer.memory.allocator import Block, CudaAllocator, PlainAllocator
 COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "loss", "buffers", "workspace")
 """optimizer: states and master copies. buffers: communication, gathered and cast parameters. loss: the head's output
 and what the loss makes of it. workspace: temporaries of the backward and of the update, libraries' scratch memory."""
-_INDEX = {name: index for index, name in enumerate(COMPONENTS)} | {"casts": COMPONENTS.index("buffers")}
+_INDEX = {name: index for index, name in enumerate(COMPONENTS)} | {
+    "casts": COMPONENTS.index("buffers"),
+    "gradients of the update": COMPONENTS.index("gradients"),
+    "optimizer states": COMPONENTS.index("optimizer"),
+}
 
 COMPUTE, GATHER, REDUCE = 0, 1, 2
 """Streams. What one frees another cannot reuse."""

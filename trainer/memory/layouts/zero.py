@@ -114,10 +114,9 @@ class ZeroStage12:
             self._reduce()
             self.timeline.free(self.bucket)
             self.bucket = None
-        elif self.last:
-            # A single flat group is reduced in place, several small ones as one copy.
-            if self.groups[0] <= ALLREDUCE_ELEMENTS and len(self.groups) > 1:
-                self.timeline.free(self.timeline.allocate("buffers", sum(self.groups) * self.master))
+        elif self.last and self.groups[0] <= ALLREDUCE_ELEMENTS and len(self.groups) > 1:
+            # A large flat group is reduced in place, small ones as one copy.
+            self.timeline.free(self.timeline.allocate("buffers", sum(self.groups) * self.master))
 
     def update(self, step: int) -> None:
         shares = [elements // self.ranks * self.master for elements in self.groups]
@@ -139,7 +138,8 @@ class ZeroStage12:
         """What is in the bucket: copied together, cast to reduce_dtype, added to this rank's partition."""
         if not self.filled:
             return
-        if not self.partition and not self.offloaded:
+        if not self.partition:
+            # On the GPU also where the optimizer is not: from there it is copied to the host.
             self.partition = [
                 self.timeline.allocate("gradients", elements // self.ranks * self.master) for elements in self.groups
             ]

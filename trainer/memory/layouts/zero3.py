@@ -21,6 +21,8 @@ from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, place_st
 from trainer.memory.profile import Parameter
 from trainer.memory.timeline import GATHER, Handle
 
+NORM_BYTES = 8  # norms of an offloaded gradient are computed in float64
+
 
 class ZeroStage3:
     """Fulfils `compose.Layout`. settings: DeepSpeed's, as the engine gets them."""
@@ -66,6 +68,9 @@ class ZeroStage3:
         self._place("parameters", elements * self.param, self.parameters)
         for what in ("gradients", "optimizer"):
             self._place(what, elements * self.master, self.optimizer if what == "optimizer" else self._gradients())
+        if self._gradients() is not OffloadDevice.none:
+            # The gradient that the update on the CPU reads, beside the one that adds up micro-batches.
+            self._place("gradients of the update", elements * self.master, self._gradients())
         self.timeline.allocate("buffers", self.bucket_elements * self.reduce)
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
         place_batch(self.setting)
@@ -147,7 +152,10 @@ class ZeroStage3:
     def _reduce(self) -> None:
         if not self.filled:
             return
-        self.timeline.free(self.timeline.allocate("buffers", self.filled * self.reduce))
+        copy = self.timeline.allocate("buffers", self.filled * self.reduce)
+        if self._gradients() is not OffloadDevice.none:
+            self.timeline.free(self.timeline.allocate("workspace", max(self.shards) * NORM_BYTES))
+        self.timeline.free(copy)
         for handle in self.outside:
             self.timeline.free(handle)
         self.outside.clear()

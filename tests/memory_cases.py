@@ -1,0 +1,43 @@
+"""What a rank does in a memory test: the real engine over two steps, every storage counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from configs.load import load_config
+from trainer.data import Batch
+from trainer.engine import build_engine
+from trainer.machine import find_machine
+from trainer.memory.tracker import StorageTracker, balance
+from trainer.plan import make_plan
+from trainer.runtime import join
+
+STEPS = 2
+
+
+@dataclass
+class Measured:
+    """Bytes of tensors on this rank. peak: at any moment; after: when the last update is done."""
+
+    peak: int
+    after: int
+
+
+def measure(overrides: list[str]) -> Measured:
+    config = load_config(overrides)
+    plan = make_plan(config, find_machine())
+    shape = (plan.batch.micro_batch_size, plan.batch.seq_len)
+    with join(plan, timeout_minutes=1) as runtime:
+        tokens = [torch.randint(0, 100, shape) for _ in range(plan.batch.gradient_accumulation_steps)]
+        batches = [Batch(rows, rows) for rows in tokens]
+        valid_tokens = torch.tensor(float(plan.batch.tokens), dtype=torch.float64)
+        with StorageTracker() as tracker:
+            engine = build_engine(config, plan, runtime)
+            for _ in range(STEPS):
+                engine.forward_backward(batches, valid_tokens)
+                engine.step(1e-3)
+        engine.close()
+    totals = [total for _, total in balance(tracker.events)]
+    return Measured(peak=max(totals), after=totals[-1])

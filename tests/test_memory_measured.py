@@ -1,0 +1,85 @@
+"""Predicted against measured: the real engine of each layout on the CPU, its tensors counted, on several models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.load import load_config
+from tests.harness import run_ranks
+from tests.memory_cases import measure
+from trainer.machine import Machine
+from trainer.memory.estimate import estimate
+from trainer.plan import make_plan
+
+TORCH, DEEPSPEED = 0.05, 0.10
+SCALARS = 4096  # bytes of counters, losses and norms that no account lists
+
+LLAMA = ["model=tiny", "model.config.vocab_size=307"]
+GPT2 = ["model=tiny_gpt2", "model.config.n_embd=96", "model.config.resid_pdrop=0.1"]
+QWEN3 = ["model=tiny_qwen3", "model.config.num_hidden_layers=6"]
+GEMMA2 = [
+    "model=gemma2_2b",
+    "model.config.hidden_size=64",
+    "model.config.num_hidden_layers=7",
+    "model.config.intermediate_size=160",
+    "model.config.vocab_size=301",
+    "model.config.sliding_window=32",
+]
+SHORT = ["data.seq_len=32", "train.micro_batch_size=1"]
+LONG = ["data.seq_len=128", "train.micro_batch_size=3"]
+BF16 = ["precision=bf16"]
+TWICE = ["train.gradient_accumulation_steps=2"]
+FULL = ["train.activation_checkpointing=full"]
+SELECTIVE = ["train.activation_checkpointing=selective"]
+
+CASES = {
+    "single fp32": (1, TORCH, ["parallel=single", *LLAMA, *LONG]),
+    "single fp64 sgd foreach": (1, TORCH, ["parallel=single", *LLAMA, *SHORT, "precision=fp64", "optimizer=sgd"]),
+    "single autocast, recompute": (1, TORCH, ["parallel=single", *QWEN3, *LONG, *BF16, *FULL, *TWICE]),
+    "single, two kinds of layers": (1, TORCH, ["parallel=single", *GEMMA2, *LONG, *BF16, *SELECTIVE]),
+    "single eager, foreach": (
+        1,
+        TORCH,
+        ["parallel=single", *GPT2, *SHORT, "model.attention=eager", "optimizer.implementation=foreach"],
+    ),
+    "ddp fp32, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT]),
+    "ddp autocast, accumulation": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE]),
+    "fsdp fp32": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT]),
+    "fsdp bf16, uneven, recompute": (3, TORCH, ["parallel=fsdp", *LLAMA, *LONG, *BF16, *FULL, *TWICE]),
+    "fsdp kept, reduced in bf16": (
+        2,
+        TORCH,
+        [
+            "parallel=fsdp",
+            *GPT2,
+            *LONG,
+            *BF16,
+            "precision.reduce_dtype=bfloat16",
+            "parallel.reshard_after_forward=false",
+        ],
+    ),
+    "hsdp bf16, accumulation": (4, TORCH, ["parallel=hsdp", *QWEN3, *SHORT, *BF16, *TWICE]),
+    "zero1 bf16": (2, DEEPSPEED, ["parallel=zero1", *LLAMA, *SHORT, *BF16, *TWICE]),
+    "zero2 bf16": (2, DEEPSPEED, ["parallel=zero2", *QWEN3, *LONG, *BF16, *FULL]),
+    "zero2 bf16, offload": (2, DEEPSPEED, ["parallel=zero2_offload", *GPT2, *SHORT, *BF16]),
+    "zero3 bf16": (2, DEEPSPEED, ["parallel=zero3", *LLAMA, *LONG, *BF16, *TWICE]),
+    "zero3 fp32": (2, DEEPSPEED, ["parallel=zero3", *GPT2, *SHORT]),
+    "zero3 bf16, offload": (2, DEEPSPEED, ["parallel=zero3_offload", *LLAMA, *SHORT, *BF16]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_predicted_peak_is_the_measured_peak(name: str, tmp_path: Path) -> None:
+    ranks, tolerance, words = CASES[name]
+    overrides = [*words, "data=synthetic", f"data.cache_dir={tmp_path}"]
+    config = load_config(overrides)
+    plan = make_plan(config, Machine(world_size=ranks, local_world_size=ranks))
+    predicted = estimate(config, plan).busiest
+    measured = run_ranks(ranks, measure, overrides)
+    peak = max(rank.peak for rank in measured)
+    assert predicted.peak_allocated_bytes == pytest.approx(peak, rel=tolerance)
+    # What stays between steps is parameters, gradient buckets and states: exact, paddings included.
+    assert abs(predicted.between_steps_bytes - max(rank.after for rank in measured)) < SCALARS
+    assert sum(predicted.components.values()) == predicted.peak_allocated_bytes
