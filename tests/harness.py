@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-PRELOADED = ["torch", "torch.distributed", "transformers", "accelerate", "trainer.engine.torch", "tests.cases"]
+PRELOADED = ["torch", "torch.distributed", "transformers", "accelerate", "trainer.engine.torch", "tests.cases", "tests.preload_deepspeed"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
 
@@ -50,7 +50,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _rank(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

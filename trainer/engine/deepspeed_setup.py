@@ -47,9 +47,15 @@ def import_deepspeed(device: str) -> ModuleType:
         # calls, and fail where there is no compiler. Nothing but this table decides about it.
         ops: Any = deepspeed.ops
         ops.__compatible_ops__ = {}
-    main = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING if main else logging.ERROR)
+    its_log = logging.getLogger("DeepSpeed")
+    its_log.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    its_log.addFilter(_is_news)
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Left-out updates are reported by the loop, with the step and what to do."""
+    return "OVERFLOW" not in record.getMessage()
 
 
 def needed_kernels(config: Config, plan: Plan) -> dict[str, str]:

@@ -1,0 +1,163 @@
+"""What a rank does in the tests of the DeepSpeed engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import EnvironmentProblem
+from configs.load import load_config
+from configs.schema import Config
+from tests import cases
+from tests.cases import Trained
+from trainer import preflight
+from trainer.data.build import build_data
+from trainer.engine import Engine, StepReport, build_engine
+from trainer.engine.deepspeed import DeepSpeedEngine
+from trainer.engine.deepspeed_setup import import_deepspeed, load_kernels, needed_kernels
+from trainer.machine import find_machine
+from trainer.model import build_hf_config
+from trainer.optimizer import lr_at
+from trainer.plan import Plan, make_plan
+from trainer.runtime import Runtime, join
+from trainer.step import StepResult, train_step
+
+
+def train_validating(overrides: list[str]) -> tuple[Trained, dict[str, int], list[str]]:
+    """Train, with a validation pass of two batches before every step. Returns also {swap file below its run's folder:
+    bytes} as they were before the engine was closed, and what was left below nvme_path afterwards."""
+    cases.train_step = _validate_and_step
+    root = Path(load_config(overrides).parallel.offload.nvme_path or "/nonexistent")
+    files: dict[str, int] = {}
+    close = DeepSpeedEngine.close
+
+    def list_and_close(self: DeepSpeedEngine) -> None:
+        files.update({str(f.relative_to(root)): f.stat().st_size for f in root.rglob("*") if f.is_file()})
+        torch.distributed.barrier()
+        close(self)
+        torch.distributed.barrier()
+
+    DeepSpeedEngine.close = list_and_close
+    trained = cases.train(overrides)
+    return trained, files, [str(path) for path in root.rglob("*")]
+
+
+def _validate_and_step(engine: Engine, batches: Any, plan: Plan, runtime: Runtime, *rest: Any) -> StepResult:
+    for _ in range(2):
+        engine.evaluate(batches[0].to(runtime.device))
+    return train_step(engine, batches, plan, runtime, *rest)
+
+
+def train_float16(overrides: list[str]) -> Trained:
+    allow_float16()
+    return cases.train(overrides)
+
+
+def allow_float16(allowed: bool = True) -> None:
+    """DeepSpeed asks the CPU whether it multiplies float16 fast, and refuses if not; slow is enough for a test."""
+    import_deepspeed("cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    type(accelerator).is_fp16_supported = lambda self: allowed
+
+
+@dataclass
+class Spoilt:
+    """refused: whether the step with the bad gradient made no update. grad_norm: what it reported. same: whether all
+    other losses, norms and the parameters have the bits of a run in which the two bad steps did not take place."""
+
+    refused: bool
+    grad_norm: float
+    same: bool
+
+
+def spoil_and_drop(overrides: list[str], spoilt: int, dropped: int) -> Spoilt:
+    """Train with a gradient in step `spoilt` that is not finite, on the last rank alone, and with step `dropped`
+    discarded; then train once more without these steps."""
+    config = load_config(overrides)
+    plan = make_plan(config, find_machine())
+    with join(plan, timeout_minutes=1) as runtime:
+        reports: list[StepReport] = []
+
+        def with_bad_steps(engine: Engine, step: int, forward_backward: Callable[[], float]) -> list[float]:
+            if step == spoilt:
+                reports.append(_spoil(engine, runtime, forward_backward))
+                return []
+            loss = forward_backward()
+            if step == dropped:
+                engine.discard()
+                return []
+            return [loss, engine.step(lr_at(config, step)).grad_norm]
+
+        def without_them(engine: Engine, step: int, forward_backward: Callable[[], float]) -> list[float]:
+            if step in (spoilt, dropped):
+                return []
+            return [forward_backward(), engine.step(lr_at(config, step)).grad_norm]
+
+        numbers, parameters = _train(config, plan, runtime, with_bad_steps)
+        expected_numbers, expected = _train(config, plan, runtime, without_them)
+        same = numbers == expected_numbers and all(torch.equal(parameters[name], expected[name]) for name in expected)
+        return Spoilt(refused=not reports[0].updated, grad_norm=reports[0].grad_norm, same=same)
+
+
+def _spoil(engine: Engine, runtime: Runtime, forward_backward: Callable[[], float]) -> StepReport:
+    embedding = engine.model.get_input_embeddings()
+    handle = embedding.register_full_backward_hook(_make_infinite)
+    if runtime.rank < runtime.world_size - 1:
+        handle.remove()
+    forward_backward()
+    handle.remove()
+    # A learning rate at which an update with it would show.
+    return engine.step(1.0)
+
+
+def _make_infinite(module: torch.nn.Module, into: Any, out_of: Any) -> None:
+    """The gradient that flows into the embedding, changed in place before its weight's gradient is computed."""
+    out_of[0].fill_(float("inf"))
+
+
+def _train(
+    config: Config, plan: Plan, runtime: Runtime, act: Callable[[Engine, int, Callable[[], float]], list[float]]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and norms that `act` gives for each step, and the parameters at the end (on rank 0)."""
+    vocab_size = build_hf_config(config.model).vocab_size
+    data = build_data(config, plan, data_rank=plan.data_rank(runtime.rank), vocab_size=vocab_size)
+    engine, steps = build_engine(config, plan, runtime), data.steps()
+    numbers: list[float] = []
+    for step in range(config.train.steps):
+        batches = next(steps)
+        valid_tokens = torch.tensor(sum(runtime.gather(sum(batch.valid_tokens() for batch in batches))))
+        numbers += act(engine, step, lambda b=batches, n=valid_tokens: engine.forward_backward(b, n).item())
+    parameters = {name: value.clone() for name, value in engine.parameters() if value is not None}
+    engine.close()
+    return numbers, parameters
+
+
+def problems_of_machine(overrides: list[str], environment: dict[str, str]) -> list[str]:
+    """What `preflight` finds wrong under this environment."""
+    os.environ.update(environment)
+    config = load_config(overrides)
+    try:
+        preflight.check_deepspeed(config, make_plan(config, find_machine()))
+    except EnvironmentProblem as error:
+        return list(error.problems)
+    return []
+
+
+def problems_without_float16(overrides: list[str]) -> list[str]:
+    allow_float16(False)
+    return problems_of_machine(overrides, {})
+
+
+def build_kernels(overrides: list[str]) -> None:
+    """Compile what the run will need, without the haste of a test's time limit."""
+    config = load_config(overrides)
+    plan = make_plan(config, find_machine())
+    import_deepspeed("cpu")
+    load_kernels(needed_kernels(config, plan), local_rank=0)

@@ -1,0 +1,12 @@
+"""Imported once by the harness's fork server: DeepSpeed, and what it imports late, would cost every rank seconds."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from trainer.engine.deepspeed_setup import import_deepspeed
+
+import_deepspeed("cpu")
+for module in ("runtime.bf16_optimizer", "runtime.zero.stage3", "runtime.zero.muon.muon_optimizer"):
+    import_module(f"deepspeed.{module}")
+import_module("trainer.engine.deepspeed")

@@ -1,0 +1,81 @@
+"""Steps under DeepSpeed that must not harm, or that differ in 16 bit: refused, dropped, overflowed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.cases import train
+from tests.deepspeed_cases import spoil_and_drop, train_float16
+from tests.harness import run_ranks
+from tests.parity import reference, words
+
+ACCUMULATE = "train.gradient_accumulation_steps=2"
+FLOAT32 = ["zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload"]
+# In 16 bit other buffers hold the gradient than in float32.
+REFUSALS = [(layout, "fp32") for layout in FLOAT32] + [(layout, "bf16") for layout in FLOAT32 if layout != "zero2"]
+
+
+@pytest.mark.parametrize(("layout", "precision"), REFUSALS)
+def test_bad_gradient_is_refused_and_dropped_without_a_trace(layout: str, precision: str) -> None:
+    run = words("llama", layout, precision, 6, ACCUMULATE)
+    ranks = run_ranks(2, spoil_and_drop, run, 2, 4)
+    for rank in ranks:
+        assert rank.refused
+        assert not math.isfinite(rank.grad_norm)
+        assert rank.same, "later steps saw the refused or the dropped gradient"
+
+
+@pytest.mark.parametrize("layout", FLOAT32)
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 5e-3), ("fp16", 2e-3)])
+def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str) -> None:
+    expected = reference("llama", "fp32", 10, ACCUMULATE)
+    # A scale that float16 gradients of this model never overflow: a skipped step would set the runs apart.
+    keys = (ACCUMULATE, "precision.loss_scale_init=1024")
+    found = run_ranks(2, train_float16, words("llama", layout, precision, 10, *keys))[0]
+    assert all(found.updated)
+    assert found.losses != expected.losses, "nothing was computed in 16 bit"
+    assert max(abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)) <= tolerance
+    norms = zip(found.grad_norms, expected.grad_norms, strict=True)
+    assert max(abs(a - b) / b for a, b in norms) <= 0.05
+
+
+@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero2_offload", "zero3_offload"])
+def test_fp16_overflow_halves_the_scale_and_skips(layout: str) -> None:
+    keys = ("precision.loss_scale_init=16777216", "precision.loss_scale_window=2", "train.clip_grad_norm=1.0")
+    found = run_ranks(2, train_float16, words("llama", layout, "fp16", 14, ACCUMULATE, *keys))[0]
+    scale, good_steps, grown = 2.0**24, 0, 0
+    for updated, norm, used in zip(found.updated, found.grad_norms, found.loss_scales, strict=True):
+        assert used == scale
+        assert math.isfinite(norm) == updated
+        good_steps = good_steps + 1 if updated else 0
+        if not updated:
+            scale /= 2
+        elif good_steps == 2:
+            scale, good_steps, grown = 2 * scale, 0, grown + 1
+    assert not found.updated[0], "the first scale should overflow"
+    assert grown > 0
+    assert sum(found.updated) >= 4, "one overflow must not lead to the next"
+    assert found.losses[-1] < found.losses[0]
+
+
+@pytest.mark.parametrize("layout", ["zero1", "zero3"])
+def test_growing_scale_leaves_the_gradient_alone(layout: str) -> None:
+    """DeepSpeed's own dynamic scale divides the gradient of the step after which it grows by the doubled number."""
+    run = words("llama", layout, "fp16", 6, ACCUMULATE, "precision.loss_scale_init=1024")
+    growing = run_ranks(2, train_float16, [*run, "precision.loss_scale_window=2"])[0]
+    constant = run_ranks(2, train_float16, [*run, "precision.loss_scale=1024"])[0]
+    assert growing.loss_scales == [1024, 1024, 2048, 2048, 4096, 4096]
+    assert constant.loss_scales == [1024] * 6
+    norms = zip(growing.grad_norms, constant.grad_norms, strict=True)
+    assert max(abs(a - b) / b for a, b in norms) <= 1e-2
+
+
+def test_reduction_in_16_bit_is_coarser() -> None:
+    """precision.reduce_dtype reaches DeepSpeed: the same run with gradients rounded on their way."""
+    wide = run_ranks(2, train, words("llama", "zero2", "fp32", 3, ACCUMULATE))[0]
+    narrow = run_ranks(2, train, words("llama", "zero2", "fp32", 3, ACCUMULATE, "precision.reduce_dtype=bfloat16"))[0]
+    assert wide.losses[0] == narrow.losses[0]
+    apart = abs(wide.grad_norms[0] - narrow.grad_norms[0]) / wide.grad_norms[0]
+    assert 0 < apart < 1e-2

@@ -1,0 +1,134 @@
+"""Every ZeRO layout equals one process: loss and gradient norm at each step, validation loss, parameters at the end.
+
+DeepSpeed has no float64, so float32 within 1e-5. That needs a model and an optimizer that do not blow rounding up:
+Adam divides by the root of a tiny second moment, hence the larger eps. Ragged valid tokens, gradient accumulation,
+active clipping and a vocabulary that does not divide are in all rows, a tied embedding in gpt2 and qwen3.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import configs
+from tests.cases import Trained, train
+from tests.deepspeed_cases import build_kernels, problems_of_machine, train_validating
+from tests.harness import run_ranks
+from tests.parity import MODELS, ROWS, Row, distance, measure, reference, words
+
+FLOAT32 = 1e-5
+STEPS = 10
+STABLE = ("train.gradient_accumulation_steps=2", "optimizer.lr=1e-3", "optimizer.eps=1e-5")
+
+# preset -> (processes, further keys)
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "zero1": (2, ()),
+    "zero2": (2, ()),
+    "zero3": (2, ()),
+    "zero1_offload": (2, ()),
+    "zero2_offload": (2, ()),
+    "zero3_offload": (2, ()),
+}
+VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "zero1 alone": ("zero1", 1, ()),
+    "zero1 on 4": ("zero1", 4, ("train.gradient_accumulation_steps=1",)),
+    "zero2 on 4": ("zero2", 4, ("train.gradient_accumulation_steps=1",)),
+    "zero3 on 3": ("zero3", 3, ("train.gradient_accumulation_steps=1", "train.global_batch_size=9")),
+    "zero3 on 4, offloaded": ("zero3_offload", 4, ("train.gradient_accumulation_steps=1",)),
+    "zero3, optimizer offloaded": ("zero3_offload", 2, ("parallel.offload.parameters=none",)),
+    "zero3, parameters offloaded": ("zero3_offload", 2, ("parallel.offload.optimizer=none",)),
+}
+KEYS: dict[str, tuple[str, ...]] = {
+    "no accumulation": ("train.gradient_accumulation_steps=1",),
+    "four micro-batches": ("train.gradient_accumulation_steps=4",),
+    "full recompute": ("train.activation_checkpointing=full",),
+    "chunked loss": ("train.chunked_loss=true",),
+    "sgd": ("optimizer=sgd", "optimizer.lr=0.5"),
+    "no clipping": ("train.clip_grad_norm=0",),
+}
+# Wide enough that a rank's half of a matrix has the 1 MiB from which DeepSpeed swaps.
+WIDE = (
+    "train.gradient_accumulation_steps=2",
+    "optimizer.lr=1e-3",
+    "optimizer.eps=1e-5",
+    "data.seq_len=16",
+    "model.config.num_hidden_layers=2",
+    "model.config.hidden_size=512",
+    "model.config.intermediate_size=1024",
+    "model.config.vocab_size=1031",
+)
+ON_DISK: dict[str, tuple[str, ...]] = {
+    "optimizer and parameters": (),
+    "optimizer": ("parallel.offload.parameters=none",),
+    "parameters, full recompute": ("parallel.offload.optimizer=cpu", "train.activation_checkpointing=full"),
+}
+
+
+def test_every_zero_layout_has_a_row() -> None:
+    files = {file.stem for file in (Path(configs.__file__).parent / "parallel").glob("zero*.yaml")}
+    assert files - {"zero3_nvme"} == LAYOUTS.keys()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_single_process(layout: str, model: str) -> None:
+    processes, keys = LAYOUTS[layout]
+    found = measure([layout, *keys], processes, model=model, precision="fp32", steps=STEPS, extra=STABLE)
+    assert found.largest <= FLOAT32, found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_equals_single_process(variant: str) -> None:
+    layout, processes, keys = VARIANTS[variant]
+    shared = tuple(key for key in keys if key.startswith("train."))
+    own = [key for key in keys if key not in shared]
+    found = measure([layout, *own], processes, model="llama", precision="fp32", steps=STEPS, extra=(*STABLE, *shared))
+    assert found.largest <= FLOAT32, found
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("layout", ["zero2", "zero3_offload"])
+def test_option_equals_single_process(layout: str, keys: str) -> None:
+    found = measure([layout], 2, model="llama", precision="fp32", steps=5, extra=(*STABLE, *KEYS[keys]))
+    assert found.largest <= FLOAT32, found
+
+
+def test_deepspeeds_own_adam_equals_torchs() -> None:
+    keys = ("optimizer.implementation=deepspeed_cpu",)
+    _build_or_skip([*words("llama", "zero2_offload", "fp32", STEPS), *keys])
+    expected = reference("llama", "fp32", STEPS, *STABLE)
+    found = run_ranks(2, train, words("llama", "zero2_offload", "fp32", STEPS, *STABLE, *keys))[0]
+    assert distance(found, expected).largest <= FLOAT32
+
+
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("what", ON_DISK)
+def test_nvme_equals_single_process(what: str, tmp_path: Path) -> None:
+    """With validation passes in between, which disturb the order in which DeepSpeed expects its parameters."""
+    keys = (*ON_DISK[what], f"parallel.offload.nvme_path={tmp_path}")
+    run = words("llama", "zero3_nvme", "fp32", 5, *WIDE, *keys)
+    _build_or_skip(run)
+    expected = reference("llama", "fp32", 5, *WIDE)
+    results: list[tuple[Trained, dict[str, int], list[str]]] = run_ranks(2, train_validating, run)
+    found = distance(results[0][0], expected)
+    assert found.largest <= FLOAT32, found
+    ROWS.append(Row("zero3_nvme", " ".join([*ON_DISK[what], *WIDE]), 2, "llama", "fp32", found))
+    files = results[0][1]
+    for kind in ("optimizer", "float32params"):
+        for rank in (0, 1):
+            swapped = [size for name, size in files.items() if f"/zero_stage_3/{kind}/rank{rank}/" in name]
+            wanted = what != "optimizer" if kind == "float32params" else what != "parameters, full recompute"
+            assert bool(swapped) == wanted, (kind, rank, files)
+            assert min(swapped, default=2**20) >= 2**20, files
+    assert results[0][2] == [], "swap files of a finished run must not stay"
+
+
+def _build_or_skip(run: list[str]) -> None:
+    """Compile the kernels that the run needs (minutes, once); skip where there is nothing to compile them with."""
+    lacking = [
+        problem for problem in run_ranks(1, problems_of_machine, run, {})[0] if "compiled at first use" in problem
+    ]
+    if lacking:
+        pytest.skip("; ".join(lacking))
+    run_ranks(1, build_kernels, run, timeout=1800)
