@@ -32,7 +32,8 @@ _scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 
 class Ranks:
-    """The tensor-parallel ranks and the six ways for an activation to pass between them. dim: the one that is cut."""
+    """The tensor-parallel ranks and the six ways for an activation [batch, seq_len, features] to pass between them.
+    dim: the one that is cut, the sequence unless told otherwise."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -45,11 +46,11 @@ class Ranks:
     def leave(self, x: torch.Tensor) -> torch.Tensor:
         return _Pair.apply(x, self._all_reduce, _identity)
 
-    def enter_sequence(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        return _Pair.apply(x, partial(self._all_gather, dim=dim), partial(self._reduce_scatter, dim=dim))
+    def enter_sequence(self, x: torch.Tensor) -> torch.Tensor:
+        return _Pair.apply(x, partial(self._all_gather, dim=1), partial(self._reduce_scatter, dim=1))
 
-    def leave_sequence(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        return _Pair.apply(x, partial(self._reduce_scatter, dim=dim), partial(self._all_gather, dim=dim))
+    def leave_sequence(self, x: torch.Tensor) -> torch.Tensor:
+        return _Pair.apply(x, partial(self._reduce_scatter, dim=1), partial(self._all_gather, dim=1))
 
     def split(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         return _Pair.apply(x, partial(self._part, dim=dim), partial(self._all_gather, dim=dim))
@@ -63,6 +64,7 @@ class Ranks:
         return total
 
     def _all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        _check_sequence(x, dim)
         # Collectives cut along the first dimension of contiguous memory.
         part = x.movedim(dim, 0).contiguous()
         whole = part.new_empty((self.size * part.shape[0], *part.shape[1:]))
@@ -70,14 +72,21 @@ class Ranks:
         return whole.movedim(0, dim).contiguous()
 
     def _reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        self._check_divisible(x, dim)
         whole = x.movedim(dim, 0).contiguous()
         part = whole.new_empty((whole.shape[0] // self.size, *whole.shape[1:]))
         _scatter(part, whole, group=self.group)
         return part.movedim(0, dim).contiguous()
 
     def _part(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        self._check_divisible(x, dim)
         length = x.shape[dim] // self.size
         return x.narrow(dim, self.rank * length, length).contiguous()
+
+    def _check_divisible(self, x: torch.Tensor, dim: int) -> None:
+        _check_sequence(x, dim)
+        if x.shape[dim] % self.size:
+            raise ValueError(f"{x.shape[dim]} positions do not divide over {self.size} tensor-parallel ranks")
 
 
 def paired(x: torch.Tensor, there: Operation, back: Operation) -> torch.Tensor:
@@ -100,3 +109,9 @@ class _Pair(torch.autograd.Function):
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
+
+
+def _check_sequence(x: torch.Tensor, dim: int) -> None:
+    """Some models fold batch and sequence into one dimension; cut there, tokens of other sequences would mix."""
+    if dim == 1 and x.ndim != 3:
+        raise ValueError(f"hidden states of shape {list(x.shape)} have no sequence dimension to divide")

@@ -67,7 +67,9 @@ def wire_layer(layer: nn.Module, name: str, wiring: Wiring, *, first: bool, last
             wiring.partial.update(f"{full}.{leaf}" for leaf, _ in child.named_parameters())
         for module_name, module in child.named_modules(prefix=full):
             wire_module(module, module_name, wiring, entered=divided, sequence=sequence and divided)
-        if divided and any(wiring.style(n) in ("colwise", "packed_colwise") for n, _ in child.named_modules(prefix=full)):
+        if divided and any(
+            wiring.style(n) in ("colwise", "packed_colwise") for n, _ in child.named_modules(prefix=full)
+        ):
             child.forward = _edges(child.forward, ranks.enter_sequence if sequence else ranks.enter)
         elif kind == "whole" and sequence:
             child.forward = _edges(child.forward, ranks.join, ranks.split)
@@ -123,7 +125,7 @@ def run_on_local_parts(module: nn.Module, name: str, wiring: Wiring, *, recurse:
         kept = [(table, leaf, table[leaf]) for table, leaf, _ in places]
         try:
             for (table, leaf, rows), (_, _, parameter) in zip(places, kept, strict=True):
-                part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                part: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 table[leaf] = part if rows is None else part[rows]
             return inner(*args, **kwargs)
         finally:
@@ -167,7 +169,7 @@ def _edges(inner: Forward, before: Forward | None = None, after: Forward | None 
     return forward
 
 
-def _row_forward(module: nn.Module, leave: Forward) -> Forward:
+def _row_forward(module: Any, leave: Forward) -> Forward:
     """A matrix of which each rank holds rows: partial product, sum, and the bias once, after the sum."""
     transposed = isinstance(module, Conv1D)
 

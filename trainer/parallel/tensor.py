@@ -23,7 +23,7 @@ would count earlier micro-batches again. All tp ranks need the same data and the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from configs.errors import ConfigError, PlanError
 from trainer.loss import cross_entropy_sum
-from trainer.model import decoder_layers
+from trainer.model import decoder_layers, held_layers
 from trainer.parallel import vocabulary
 from trainer.parallel.collectives import Ranks
 from trainer.parallel.regions import Wiring, run_on_local_parts, wire_layer, wire_module
@@ -236,12 +236,11 @@ def _placement(module: nn.Module, full: str, leaf: str, parameter: nn.Parameter,
 
 
 def _wire(model: nn.Module, wiring: Wiring) -> None:
-    layers = decoder_layers(model)
-    prefix = next(name for name, module in model.named_modules() if module is layers)
-    mine = [(f"{prefix}.{name}", layer) for name, layer in layers.named_children() if any(True for _ in layer.parameters())]
-    inside = {id(module) for _, layer in mine for module in layer.modules()}
-    for name, layer in mine:
-        wire_layer(layer, name, wiring, first=layer is mine[0][1], last=layer is mine[-1][1])
+    held = held_layers(model)
+    inside = {id(module) for layer in held for module in layer.modules()}
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in held:
+        wire_layer(layer, names[id(layer)], wiring, first=layer is held[0], last=layer is held[-1])
     for name, module in model.named_modules():
         if id(module) in inside or not any(True for _ in module.parameters(recurse=False)):
             continue

@@ -35,7 +35,8 @@ def self_check(
 ) -> None:
     """Raise ConfigError, on all tensor-parallel ranks, if the plan changes what the model computes. A collective.
 
-    For a plan that `apply_tensor_parallel` has accepted for the model itself: here sizes are others. An architecture whose shrunk copy cannot be computed at all is left unchecked, with a warning.
+    For a plan that `apply_tensor_parallel` has accepted for the model itself: here sizes are others. An architecture
+    whose shrunk copy cannot be computed at all is left unchecked, with a warning.
     """
     devices = [torch.cuda.current_device()] if tp_mesh.device_type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -158,12 +159,14 @@ def _few_layers(config: PretrainedConfig, names: Mapping[str, str]) -> dict[str,
 
 
 def _plain_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Long-context scalings of rotary embeddings hold numbers for each pair of a full-size head's features."""
+    """Some long-context scalings of rotary embeddings list a factor for each pair of features of a full-size head."""
     kept = ("rope_theta", "partial_rotary_factor")
 
     def plain(value: dict[str, Any]) -> dict[str, Any]:
         if any(isinstance(inner, dict) for inner in value.values()):
             return {name: plain(inner) if isinstance(inner, dict) else inner for name, inner in value.items()}
+        if not any(isinstance(inner, list) for inner in value.values()):
+            return value
         return {"rope_type": "default", **{name: value[name] for name in kept if name in value}}
 
     rotary = fields.get("rope_parameters")

@@ -38,7 +38,9 @@ STYLES: dict[str, Style] = {
     "colwise_gather_output": Style(cut="output", about="colwise, the result gathered"),
     "rowwise_split_input": Style(cut="input", about="rowwise on a whole input"),
     "embedding_rowwise": Style(cut="vocabulary", about="embedding: each rank looks up its part of the vocabulary"),
-    "vocabulary": Style(cut="vocabulary", about="head: each rank scores its part of the vocabulary; logits stay divided"),
+    "vocabulary": Style(
+        cut="vocabulary", about="head: each rank scores its part of the vocabulary; logits stay divided"
+    ),
     "moe_tp_experts": Style(cut="none", about="each rank computes its part of every expert; results are summed"),
     "moe_identity_expert": Style(cut="none", about="an expert that returns its input, counted once"),
     "mla_kv_a_proj": Style(cut="none", about="latent attention's first projection, whole on every rank"),
@@ -99,7 +101,8 @@ PLANS: dict[str, dict[str, str]] = {
         "model.layers.*.mlp.down_proj": "rowwise",
     },
 }
-"""By model_type; entries go over those of transformers. Attributes to `divide` are sizes that the model's code reads instead of the tensor's own shape."""
+"""By model_type; entries go over those of transformers. Attributes to `divide` are sizes that the model's code reads
+instead of the tensor's own shape."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +171,10 @@ def check_tensor(fields: Mapping[str, Any], tp: int, sequence_parallel: bool, se
     """
     if tp == 1:
         if sequence_parallel:
-            yield "parallel.sequence_parallel=true: splits norms over the tensor-parallel ranks, parallel.tp is 1; set it to false"
+            yield (
+                "parallel.sequence_parallel=true: divides sequences over the tensor-parallel ranks, parallel.tp is 1;"
+                " set it to false"
+            )
         return
     heads = _first(fields, "num_attention_heads", "n_head", "num_heads", "n_heads")
     kv_heads = _first(fields, "num_key_value_heads", "num_kv_heads")

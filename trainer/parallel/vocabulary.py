@@ -42,7 +42,7 @@ def embedding_forward(module: nn.Embedding, ranks: Ranks) -> Callable[..., torch
     def forward(ids: torch.Tensor) -> torch.Tensor:
         here = (ids >= words.start) & (ids < words.stop)
         # Only for the call: initialisation needs the row's number in the whole matrix.
-        module.padding_idx = padding - words.start if padding in words else None
+        module.padding_idx = padding - words.start if padding is not None and padding in words else None
         try:
             rows = lookup(torch.where(here, ids - words.start, 0))
         finally:
