@@ -4,6 +4,7 @@ CookbookError
 |-- ConfigError     the words: a misspelt key, a wrong type, an unknown choice
 |-- PlanError       the meaning: degrees, batch, offload, precision that do not fit together
 |-- TrainingFailed  the run: a loss or gradient that is not finite; the exit code is `EXIT_FAILED`
+|   |-- RankStuck          a rank that does not move any more, named by one that waited for it
 |   |-- CheckpointFailed   a checkpoint that could not be written: no space, no permission
 |   `-- CheckpointDamaged  a checkpoint whose files are not what was written
 |-- CheckpointMismatch     a checkpoint of another model, tokenizer, data or format
@@ -72,6 +73,10 @@ class RunFinished(CookbookError):
 
 class EnvironmentProblem(CookbookError):
     """A library, device or folder that this run needs and this machine does not offer."""
+
+
+class RankStuck(TrainingFailed):
+    """A rank does not move any more, and the others wait for it."""
 
 
 class RankProblem(EnvironmentProblem):

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_FAILED, EXIT_FINISHED, CookbookError, RankProblem
+from configs.errors import EXIT_FAILED, EXIT_FINISHED, CookbookError, RankProblem, RankStuck
 from configs.load import load_config
 from trainer.machine import find_machine
 from trainer.plan import make_plan
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_FINISHED
         return train(arguments)
     except CookbookError as error:
-        # All ranks of a node meet the same mistake; a RankProblem is met by one.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankProblem):
+        # All ranks of a node meet the same mistake. A RankProblem is met by one, and a rank that is stuck cannot speak.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, (RankProblem, RankStuck)):
             turn_away(error)
         return error.exit_code
     except KeyboardInterrupt:

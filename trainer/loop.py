@@ -29,6 +29,7 @@ from trainer.runtime import Runtime, join
 from trainer.status import RunStatus
 from trainer.step import check_finite, train_step, validate
 from trainer.stopping import StopRequests
+from trainer.watchdog import Watchdog, watched
 
 
 def run(config: Config, plan: Plan) -> int:
@@ -38,7 +39,11 @@ def run(config: Config, plan: Plan) -> int:
     """
     with join(plan, timeout_minutes=config.train.timeout_minutes) as runtime:
         folder = open_run_folder(config, plan, runtime)
-        with RunStatus(folder, runtime.rank) as status, StopRequests(folder if runtime.is_main else None) as stop:
+        with (
+            RunStatus(folder, runtime.rank) as status,
+            StopRequests(folder if runtime.is_main else None) as stop,
+            Watchdog(folder, runtime, timeout_minutes=config.train.timeout_minutes),
+        ):
             hf_config = runtime.agree(lambda: build_hf_config(config.model))
             data = _build_data(config, plan, runtime, vocab_size=hf_config.vocab_size)
             same = identity(config, hf_config, data)
@@ -75,7 +80,7 @@ def _export(engine: Engine, data: DataSet, plan: Plan, target: Path) -> None:
     # There already: an earlier start of this run was killed between the export and its last words.
     if not target.exists():
         dtype = export_dtype(plan.param_dtype)
-        export_model(engine.parameters(), engine.model, data.tokenizer, target, dtype=dtype)
+        export_model(watched(engine.parameters(), "the export"), engine.model, data.tokenizer, target, dtype=dtype)
 
 
 def train(

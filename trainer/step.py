@@ -17,6 +17,7 @@ from trainer.engine import Engine, StepReport
 from trainer.plan import Plan
 from trainer.report.measure import StepTimer
 from trainer.runtime import Runtime
+from trainer.watchdog import watched
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def check_finite(result: StepResult, step: int, wanted: NonFinite) -> None:
 def validate(engine: Engine, data: DataSet, plan: Plan, runtime: Runtime) -> float:
     """Mean cross-entropy per valid token over the validation samples, the same on all ranks. A collective."""
     total, tokens = 0.0, 0.0
-    for batch in data.validation():
+    for batch in watched(data.validation(), "validation"):
         total += engine.evaluate(batch.to(runtime.device)).item()
         tokens += batch.valid_tokens() / plan.same_data
     total, all_tokens = runtime.sum(total, tokens)

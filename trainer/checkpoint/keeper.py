@@ -30,6 +30,7 @@ from trainer.engine import Engine
 from trainer.plan import Plan
 from trainer.runtime import Runtime
 from trainer.stopping import StopRequests
+from trainer.watchdog import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,7 +212,7 @@ class Keeper:
 
     def _state(self, engine: Engine) -> Iterator[tuple[str, torch.Tensor | None]]:
         """The engine's tensors and this rank's random generators."""
-        yield from engine.state()
+        yield from watched(engine.state(), "saving a checkpoint")
         rank = self._runtime.rank
         yield f"rng/cpu-{rank:05d}", torch.get_rng_state()
         if self._runtime.device.type == "cuda":

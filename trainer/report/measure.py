@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from trainer import watchdog
+
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
@@ -71,6 +73,7 @@ class StepTimer:
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
+        watchdog.at(name.replace("_", " and "))
         start = time.perf_counter()
         if self._start is None:
             self._start = start
