@@ -22,6 +22,7 @@ from trainer.model import build_hf_config, build_model, materialize
 from trainer.optimizer import build_optimizer, param_groups
 from trainer.parallel.pipeline import Pipeline
 from trainer.parallel.pipeline_orders import Action, rank_orders
+from trainer.parallel.pipeline_timeline import receive_buffers
 from trainer.plan import Plan, make_plan
 from trainer.runtime import Runtime, join
 from trainer.step import train_step
@@ -47,7 +48,8 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Case:
-    """spoil: a defect planted on purpose. The rest: the keys of the config of that name."""
+    """packed: several documents in a sequence, told by positions that begin again. spoil: a defect planted on purpose.
+    The rest: the keys of the config of that name."""
 
     schedule: str
     pp: int = 2
@@ -59,6 +61,7 @@ class Case:
     split: tuple[int, ...] | None = None
     checkpointing: str = "none"
     precision: str = "fp64"
+    packed: bool = False
     spoil: str = ""
 
     @property
@@ -104,7 +107,7 @@ def small_config(model: str, layers: int, *further: str) -> Config:
     return load_config([*SMALL[model], *words, *ends, *training, *further])
 
 
-def micro_batches(count: int) -> list[Batch]:
+def micro_batches(count: int, *, packed: bool = False) -> list[Batch]:
     """Random tokens, always the same: a step that repeats them must learn. Every micro-batch has another number of
     valid labels, the second none at all."""
     random = torch.Generator().manual_seed(3)
@@ -116,7 +119,10 @@ def micro_batches(count: int) -> list[Batch]:
         labels[1, number:] = IGNORED
         if number == 1:
             labels[:] = IGNORED
-        batches.append(Batch(tokens[:, :-1].clone(), labels))
+        first = torch.tensor([[1 + number % 5], [4 + number % 5]])  # tokens of each row's first document
+        positions = torch.arange(SEQ_LEN).expand(ROWS, -1)
+        positions = torch.where(positions < first, positions, positions - first)
+        batches.append(Batch(tokens[:, :-1].clone(), labels, positions if packed else None))
     return batches
 
 
@@ -127,17 +133,18 @@ def validation_batch() -> Batch:
 
 
 @functools.cache
-def reference(model: str, layers: int, count: int) -> Outcome:
+def reference(model: str, layers: int, count: int, packed: bool = False) -> Outcome:
     """Training in one process with plain torch, in float64."""
     config = small_config(model, layers)
     plain = build_model(config.model, build_hf_config(config.model))
     materialize(plain, RandomWeights(plain, seed=0), device=torch.device("cpu"), dtype=torch.float64)
     optimizer = build_optimizer(param_groups(plain.named_parameters(), config.optimizer.weight_decay), config.optimizer)
-    batches = micro_batches(count)
+    batches = micro_batches(count, packed=packed)
     valid_tokens = sum(batch.valid_tokens() for batch in batches)
 
     def loss_of(batch: Batch) -> torch.Tensor:
-        return cross_entropy_sum(plain(input_ids=batch.input_ids, use_cache=False).logits, batch.labels)
+        logits = plain(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        return cross_entropy_sum(logits, batch.labels)
 
     losses, norms = [], []
     with torch.no_grad():
@@ -167,18 +174,19 @@ def _train(case: Case, plan: Plan, runtime: Runtime) -> Outcome:
     assert engine.pipeline is not None
     actions = _recorded(engine.pipeline)
     _spoil(case.spoil, engine)
-    data_rank = plan.data_rank(runtime.rank)
+    rows = slice(plan.data_rank(runtime.rank), None, case.dp_shard)
     batches = [
-        Batch(batch.input_ids[data_rank :: case.dp_shard], batch.labels[data_rank :: case.dp_shard])
-        for batch in micro_batches(case.micro_batches)
+        Batch(
+            batch.input_ids[rows], batch.labels[rows], None if batch.position_ids is None else batch.position_ids[rows]
+        )
+        for batch in micro_batches(case.micro_batches, packed=case.packed)
     ]
     before = _validate(engine, case)
     results = [train_step(engine, batches, plan, runtime, LR) for _ in range(STEPS)]
-    orders = rank_orders(
-        case.schedule, pp=case.pp, micro_batches=case.micro_batches, stages_per_rank=case.stages_per_rank
-    )
+    shape = {"pp": case.pp, "micro_batches": case.micro_batches, "stages_per_rank": case.stages_per_rank}
     rank = plan.coordinates(runtime.rank)["pp"]
-    assert actions == STEPS * orders[rank], "torch ran another order than the table says"
+    assert actions == STEPS * rank_orders(case.schedule, **shape)[rank], "torch ran another order than the table says"
+    assert _buffers(engine.pipeline) == receive_buffers(case.schedule, **shape)[rank], "torch keeps other buffers"
     return Outcome(
         losses=[result.loss for result in results],
         grad_norms=[result.report.grad_norm for result in results if result.report],
@@ -198,8 +206,7 @@ def _validate(engine: TorchEngine, case: Case) -> float:
 def _recorded(pipeline: Pipeline) -> list[Action]:
     """A list that grows with every computation that torch's engine starts."""
     actions: list[Action] = []
-    runner = pipeline.runner
-    for stage in getattr(runner, "_stages", None) or [runner._stage]:
+    for stage in _engine_stages(pipeline):
         for method, kind in (
             ("forward_one_chunk", "F"),
             ("backward_one_chunk", "B"),
@@ -207,6 +214,16 @@ def _recorded(pipeline: Pipeline) -> list[Action]:
         ):
             setattr(stage, method, _recording(getattr(stage, method), kind, stage.stage_index, actions))
     return actions
+
+
+def _engine_stages(pipeline: Pipeline) -> list[Any]:
+    return getattr(pipeline.runner, "_stages", None) or [pipeline.runner._stage]
+
+
+def _buffers(pipeline: Pipeline) -> int:
+    """Tensors that torch's engine has set aside for what neighbours send."""
+    rows = [row for stage in _engine_stages(pipeline) for row in (stage.args_recv_info, stage.grad_recv_info)]
+    return sum(info.buffer is not None for row in rows for infos in row.values() for info in infos)
 
 
 def _recording(method: Callable[..., Any], kind: str, stage: int, actions: list[Action]) -> Callable[..., Any]:

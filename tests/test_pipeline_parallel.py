@@ -41,6 +41,11 @@ GROUPS: dict[str, list[Case]] = {
         Case("interleaved_zero_bubble", checkpointing="full"),
         Case("dualpipev", model="gpt2", checkpointing="full"),
     ],
+    "packed documents": [
+        Case("1f1b", packed=True),
+        Case("interleaved_1f1b", model="gpt2", packed=True),
+        Case("zbv_zero_bubble", model="qwen3", packed=True),
+    ],
     "4 ranks": [
         Case("1f1b", pp=4, micro_batches=6, model="gpt2", layers=6),
         Case("interleaved_1f1b", pp=4, micro_batches=8, model="qwen3", layers=9),
@@ -85,7 +90,7 @@ def test_pipeline_equals_single_process(group: str) -> None:
 def test_planted_bug_shows(spoil: str, model: str, schedule: str) -> None:
     case = Case(schedule, model=model, spoil=spoil)
     outcomes = [outcome for (outcome,) in run_ranks(2, train_pipelines, [case])]
-    expected = reference(case.model, case.layers, case.micro_batches)
+    expected = reference(case.model, case.layers, case.micro_batches, case.packed)
     assert relative(outcomes[0].grad_norms, expected.grad_norms) > 1e-4
 
 
@@ -98,7 +103,7 @@ def test_16_bit_stays_near_float32(schedule: str) -> None:
 
 def distance(case: Case, outcomes: list[Outcome]) -> float:
     """Largest relative difference of any number from the single process's."""
-    expected = reference(case.model, case.layers, case.micro_batches)
+    expected = reference(case.model, case.layers, case.micro_batches, case.packed)
     for outcome in outcomes[1:]:
         assert outcome.losses == outcomes[0].losses
         assert outcome.validation == outcomes[0].validation

@@ -9,7 +9,7 @@ contract can be imported without the libraries that read and tokenise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,11 +32,15 @@ class Batch:
     position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory, from which a GPU copies while it computes. Called by the loader."""
-        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory())
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        positions = None if self.position_ids is None else change(self.position_ids)
+        return Batch(change(self.input_ids), change(self.labels), positions)
 
     def valid_tokens(self) -> int:
         return int((self.labels != IGNORED).sum())
