@@ -13,6 +13,7 @@ from configs.load import load_config
 from configs.schema import Config
 from trainer.data import Batch, DataSet
 from trainer.data.build import build_data
+from trainer.data.cache import Corpus, TokenisedText
 from trainer.machine import Machine
 from trainer.plan import make_plan
 
@@ -76,3 +77,24 @@ def documents_in(
             yield decode(tokens[start:place])
             start = place + 1
     assert start == len(tokens), "the last document has no EOS"
+
+
+def corpus_of(*training: Path, validation: tuple[Path, ...] = (), key: str = "text", fraction: float = 0.2) -> Corpus:
+    return Corpus(training=training, validation=validation, text_key=key, fraction=fraction)
+
+
+def documents_of(text: TokenisedText) -> tuple[list[str], list[str]]:
+    """Training and validation documents, in order."""
+    return list(documents_in(text.training.array().tolist())), list(documents_in(text.validation.array().tolist()))
+
+
+def write_corpus(folder: Path) -> list[str]:
+    """Overrides for a corpus of 100 documents, all of them for training, and ten others for validation."""
+    write_jsonl(folder / "a.jsonl", map(words, range(100)))
+    write_jsonl(folder / "b.jsonl", map(words, range(1000, 1010)))
+    return [
+        "data=files",
+        f"data.paths=[{folder}/a.jsonl]",
+        f"data.validation_paths=[{folder}/b.jsonl]",
+        f"data.cache_dir={folder}/cache",
+    ]

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import time
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from configs.errors import DataError, PlanError
-from configs.load import load_config
-from tests.data_cases import Row, data_of, rows_of, rows_of_all_ranks, step_rows, words, write_jsonl
-from tests.harness import run_ranks
+from tests.data_cases import Row, data_of, rows_of, rows_of_all_ranks, step_rows, words, write_corpus
 from trainer.data import IGNORED
-from trainer.data.build import build_data
-from trainer.machine import find_machine
-from trainer.plan import make_plan
-from trainer.runtime import join
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for a corpus of 100 documents, all of them for training, and another for validation."""
-    folder = tmp_path_factory.mktemp("corpus")
-    write_jsonl(folder / "a.jsonl", [words(i) for i in range(100)])
-    write_jsonl(folder / "b.jsonl", [words(i) for i in range(1000, 1010)])
-    return [
-        "data=files",
-        f"data.paths=[{folder}/a.jsonl]",
-        f"data.validation_paths=[{folder}/b.jsonl]",
-        f"data.cache_dir={folder}/cache",
-    ]
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 SYNTHETIC = ["data=synthetic", "data.ignore_fraction=0.5"]
@@ -254,63 +234,3 @@ def test_builtin_needs_nothing(tmp_path: Path) -> None:
     (batch,) = next(data.steps())
     assert batch.valid_tokens() == 32
     assert sum(batch.valid_tokens() for batch in data.validation()) == 64
-
-
-def build_on_rank(overrides_by_rank: list[list[str]]) -> list[str]:
-    """Build the data in a real process group; what each rank was told."""
-    rank = int(os.environ["RANK"])
-    config = load_config(["parallel=ddp", "cluster.device=cpu", "data.seq_len=16", *overrides_by_rank[rank]])
-    plan = make_plan(config, find_machine())
-    with join(plan, timeout_minutes=1):
-        try:
-            # Each rank as if it was the first of a node of its own.
-            build_data(config, plan, data_rank=rank, vocab_size=512, local_rank=0)
-        except DataError as error:
-            return list(error.problems)
-    return []
-
-
-def test_all_ranks_fail_when_one_does(files: list[str], tmp_path: Path) -> None:
-    absent = [*files, f"data.paths=[{tmp_path}/absent.txt]"]
-    told = run_ranks(2, build_on_rank, [files, absent])
-    assert told[0] == told[1]
-    assert told[0][0].startswith(f"rank 1: data.paths={tmp_path}/absent.txt: no such file or folder")
-
-
-def test_ranks_with_different_text_are_refused(files: list[str], tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "other.jsonl", [words(i) for i in range(101)])
-    told = run_ranks(2, build_on_rank, [files, [*files, f"data.paths=[{tmp_path}/other.jsonl]"]])
-    assert told[0] == told[1]
-    assert told[0][0].startswith("data: rank 1 has other text than rank 0")
-
-
-# Loader processes and signals
-
-
-def test_loader_processes_leave_signals_to_the_trainer(files: list[str]) -> None:
-    steps = data_of(*files, "data.num_workers=2").steps()
-    expected = step_rows(data_of(*files), steps=40)
-    assert rows_of(next(steps)[0]) == expected[0]
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for worker in workers:
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            os.kill(worker.pid or 0, number)
-        send_from_elsewhere(worker.pid or 0, signal.SIGTERM)
-    assert [rows_of(step[0]) for step in islice(steps, 39)] == expected[1:]
-    assert all(worker.is_alive() for worker in workers)
-    # Sent by the process they belong to, it ends them: the interpreter's exit relies on that.
-    started = time.monotonic()
-    for worker in workers:
-        worker.terminate()
-        worker.join(timeout=10)
-    assert time.monotonic() - started < 5
-    assert not any(worker.is_alive() for worker in workers)
-
-
-def send_from_elsewhere(pid: int, number: signal.Signals) -> None:
-    sender = os.fork()
-    if sender == 0:
-        os.kill(pid, number)
-        os._exit(0)
-    os.waitpid(sender, 0)

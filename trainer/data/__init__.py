@@ -54,6 +54,11 @@ class DataSet(Protocol):
         """What turned the text into tokens; saved with the exported model."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal where the text and its tokens are equal."""
+        ...
+
     def steps(self, first_step: int = 0) -> Iterator[list[Batch]]:
         """For each step from `first_step` on: this rank's `gradient_accumulation_steps` micro-batches. Endless."""
         ...

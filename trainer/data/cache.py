@@ -107,7 +107,7 @@ def load_tokens(corpus: Corpus, encoder: Encoder, *, cache_dir: str) -> Tokenise
 
     Raises DataError for text that cannot be read, and for a cache folder that cannot be written.
     """
-    folder = Path(cache_dir).expanduser() / corpus.key(encoder)
+    folder = Path(os.path.expanduser(cache_dir)) / corpus.key(encoder)
     try:
         if not (folder / META).exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,13 +124,18 @@ def load_tokens(corpus: Corpus, encoder: Encoder, *, cache_dir: str) -> Tokenise
 
 
 def _open(folder: Path) -> TokenisedText:
-    counts = Counts(**json.loads((folder / META).read_text()))
+    """Map a whole entry. Only a disk or a person can have changed it since, so it is not silently made again."""
+    damaged = f"data.cache_dir={folder.parent}: the entry {folder.name} is damaged ({{}}); delete {folder}"
+    try:
+        counts = Counts(**json.loads((folder / META).read_text()))
+    except (ValueError, TypeError) as error:
+        raise DataError(damaged.format(f"{META}: {first_line(error)}")) from None
     training, validation = folder / "train.bin", folder / "validation.bin"
     sizes = {training: counts.training_tokens, validation: counts.validation_tokens}
     for path, tokens in sizes.items():
-        expected = tokens * np.dtype(counts.dtype).itemsize
-        if not path.exists() or path.stat().st_size != expected:
-            raise DataError(f"data.cache_dir: {path} is damaged, it should hold {expected} bytes; delete {folder}")
+        expected, found = tokens * np.dtype(counts.dtype).itemsize, path.stat().st_size if path.exists() else 0
+        if found != expected:
+            raise DataError(damaged.format(f"{path.name} holds {found} bytes, not {expected}"))
     return TokenisedText(
         counts=counts,
         training=TokenFile(path=str(training), dtype=counts.dtype, count=counts.training_tokens),

@@ -16,6 +16,7 @@ import codecs
 import glob
 import hashlib
 import json
+import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -83,17 +84,12 @@ def find_files(entries: Iterable[str], *, key: str) -> list[Path]:
     found: dict[Path, None] = {}
     problems = []
     for entry in entries:
-        path = Path(entry).expanduser()
-        if path.is_file():
-            matches = [path]
-        elif path.is_dir():
-            matches = _inside(path)
-        else:
-            matches = [
-                file
-                for match in sorted(glob.glob(str(path), recursive=True))
-                for file in (_inside(Path(match)) if Path(match).is_dir() else [Path(match)])
-            ]
+        path = Path(os.path.expanduser(entry))
+        try:
+            matches = _matches(path)
+        except OSError as error:
+            problems.append(f"{key}={entry}: cannot be looked up ({error.strerror or first_line(error)}); name another")
+            continue
         usable = [match for match in matches if match.suffix.lower() in SUFFIXES]
         if not usable:
             problems.append(f"{key}={entry}: {_why_nothing(path, matches)}")
@@ -101,6 +97,16 @@ def find_files(entries: Iterable[str], *, key: str) -> list[Path]:
     if problems:
         raise DataError(*problems)
     return list(found)
+
+
+def _matches(path: Path) -> list[Path]:
+    """The file itself, the files in the folder, or those that the pattern matches, in folders it matches too."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _inside(path)
+    matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
+    return [file for match in matches for file in (_inside(match) if match.is_dir() else [match])]
 
 
 def _inside(folder: Path) -> list[Path]:

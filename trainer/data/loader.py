@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 VALIDATION_KEY = 0x5EED
 """Validation samples are drawn with this key under every `train.seed`: runs that differ in the seed stay comparable."""
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,8 @@ class RankData:
     text: str
 
     def steps(self, first_step: int = 0) -> Iterator[list[Batch]]:
-        micro_batches = iter(self.micro_batches(first_step))
+        with signals_held_back():
+            micro_batches = iter(self.micro_batches(first_step))
         while True:
             step = []
             for _ in range(self.share.batch.gradient_accumulation_steps):
@@ -111,13 +115,21 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Start loader processes in here: they inherit the blocked signals, and none can hit them while they start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_parent(_worker: int) -> None:
     """Launchers and terminals signal the whole process group. The trainer then finishes its step and saves, for
     which it needs its loader processes alive: they heed only the SIGTERM that the trainer itself sends at its end."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    # Blocked, so that the thread below can fetch the signal together with its sender.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # A blocked signal can be fetched together with its sender.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

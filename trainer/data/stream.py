@@ -10,6 +10,7 @@ download it and use data=files, which tokenises it into the cache.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def open_stream(data: Data, *, split: str) -> IterableDataset:
     import datasets
 
     assert data.name is not None
-    local = Path(data.name).expanduser()
+    local = Path(os.path.expanduser(data.name))
     if local.exists() and data.revision is not None:
         raise DataError(
             f"data.revision={data.revision}: data.name={data.name} is a local folder, without revisions; set it to null"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def _load(config: Config, name: str) -> PreTrainedTokenizerBase:
 
     of_model = name == config.model.path
     remedy = f"give a folder or hub id that holds one, or set data.tokenizer={BYTES}"
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         raise DataError(f"{_key(config)}={name}: is a file; give the folder that holds tokenizer.json")
     if not path.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/")):
