@@ -91,21 +91,25 @@ class Keeper:
             catalog.tidy(self._folder)
         own = self._listed(self._folder)
         candidates, ours = (own, True) if own else (self._elsewhere(), False)
+        damaged: list[Path] = []
+        problems: list[str] = []
         for candidate in reversed(candidates):
             try:
                 self._found = self._check(candidate)
                 break
             except CheckpointDamaged as damage:
                 self._say(*damage.problems, f"{candidate}: damaged, passed over")
-                if ours and self._runtime.is_main:
-                    catalog.set_aside(candidate)
-                last_damage = damage
+                damaged.append(candidate)
+                problems += damage.problems
         if self._found is None:
-            if candidates:
-                raise CheckpointDamaged(
-                    *last_damage.problems, f"{candidates[0].parent}: holds no checkpoint that is whole"
-                )
+            if damaged:
+                raise CheckpointDamaged(*problems, f"{damaged[0].parent}: holds no checkpoint that is whole")
+            if (self._folder.parent / "metrics.jsonl").exists():
+                self._say(f"{self._folder.parent}: holds no checkpoint yet; the run begins again at step 0")
             return None
+        if ours and self._runtime.is_main:
+            for checkpoint in damaged:
+                catalog.set_aside(checkpoint)
         self.step = self._found.progress.step
         return self._found.progress
 

@@ -68,7 +68,7 @@ def _load_rows(model: nn.Module, zero: Any, saved: TensorReader, steps: int) -> 
     zero.update_lp_params()
 
 
-def _load_partitions(parameters: dict[str, nn.Parameter], zero: Any, saved: TensorReader, steps: int) -> None:
+def _load_partitions(parameters: dict[str, Any], zero: Any, saved: TensorReader, steps: int) -> None:
     """Stage 3: sub-group by sub-group, in the order of DeepSpeed's own step, so that states on NVMe are swapped in and
     out once."""
     names = {parameter.ds_id: name for name, parameter in parameters.items()}

@@ -48,7 +48,7 @@ def gather(parameters: Named, mesh: DeviceMesh, device: torch.device) -> Iterato
     for owner, entries in enumerate(names):
         for name, shape, dtype in entries:
             complete = whole(parameters[name], device).contiguous() if owner == mine else None
-            if owner > 0 and mine == owner:
+            if owner > 0 and complete is not None:
                 dist.send(complete, group=group, group_dst=0)
             elif owner > 0 and mine == 0:
                 complete = torch.empty(shape, dtype=dtype, device=device)
