@@ -170,7 +170,7 @@ class Data:
     ignore_fraction: float = 0.0
     """`synthetic`: up to this part of each sample's labels is ignored (as prompts are in fine-tuning)."""
     num_workers: int = 0
-    """Loader processes per rank; 0 loads in the training process."""
+    """Loader processes per rank; 0 loads in the training process. `hub` uses one at the most."""
     cache_dir: str = "~/.cache/distributed-training-cookbook"
     """Where tokenised data is kept between runs."""
 
