@@ -313,7 +313,7 @@ class Train:
     export: bool = True
     """Write the finished model as a Hugging Face folder to RUN_DIR/model."""
     resume: str = "auto"
-    """`auto`: go on from the newest checkpoint in `run_dir`, if there is one. `never`: refuse a folder that holds a run.
+    """`auto`: go on from the newest checkpoint in `run_dir`, if there is one. `never`: refuse a folder with a run in it.
     A checkpoint or another run's folder: begin a new run from there, and then go on as `auto` does."""
     timeout_minutes: float = 10.0
     """A collective that takes longer ends the run."""

@@ -40,7 +40,8 @@ def train(overrides: list[str]) -> Trained:
         )
         engine = build_engine(config, plan, runtime)
         steps = data.steps()
-        results = [train_step(engine, next(steps), plan, runtime, lr_at(config, step)) for step in range(config.train.steps)]
+        rates = [lr_at(config, step) for step in range(config.train.steps)]
+        results = [train_step(engine, next(steps), plan, runtime, rate) for rate in rates]
         reports = [result.report for result in results]
         trained = Trained(
             losses=[result.loss for result in results],

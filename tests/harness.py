@@ -21,7 +21,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-PRELOADED = ["torch", "torch.distributed", "transformers", "accelerate", "trainer.engine.torch", "tests.cases", "tests.preload_deepspeed"]
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "transformers",
+    "accelerate",
+    "trainer.engine.torch",
+    "tests.cases",
+    "tests.preload_deepspeed",
+]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
 

@@ -33,4 +33,3 @@ def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
         mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
         shard = "dp_shard_cp"
     return mesh["dp_replicate", shard] if mesh["dp_replicate"].size() > 1 else mesh[shard]
-

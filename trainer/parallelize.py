@@ -39,8 +39,8 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
 
     Stages first: every later pass then works on what this rank will hold. Tensor parallel before recompute, so that
     its collectives are inside what is recomputed, and recompute before compile, which then sees both. Sharding last:
-    what it wraps must be the layer as it will run, and it cuts what tensor parallel has left. DDP alone wraps after the parameters are filled (`apply_ddp`), because it
-    copies them into its buckets.
+    what it wraps must be the layer as it will run, and it cuts what tensor parallel has left. DDP alone wraps after
+    the parameters are filled (`apply_ddp`), because it copies them into its buckets.
     """
     stages: list[Stage] = []
     tensor: list[TensorParallel] = []
