@@ -183,8 +183,8 @@ class ContextMethod(StrEnum):
 @dataclass(kw_only=True, slots=True)
 class Pipeline:
     schedule: str = "1f1b"
-    """gpipe, 1f1b, interleaved_1f1b, looped_bfs, interleaved_zero_bubble, zbv_zero_bubble or dualpipev. The micro-batches
-    of a step, `train.gradient_accumulation_steps`, are what flows through the stages."""
+    """gpipe, 1f1b, interleaved_1f1b, looped_bfs, interleaved_zero_bubble, zbv_zero_bubble or dualpipev. The
+    micro-batches of a step, `train.gradient_accumulation_steps`, are what flows through the stages."""
     stages_per_rank: int | None = None
     """Stages that each rank holds; null: what the schedule asks for (1, or 2 for interleaved and V-shaped ones)."""
     split: list[int] | None = None
@@ -298,7 +298,7 @@ class Train:
     chunked_loss: bool = False
     """Compute the loss in slices of tokens: no float32 copy of all logits. Tensor parallel always does."""
     compile: bool = False
-    """Compile each decoder layer with torch.compile: faster steps after a first one that takes a minute. Engine torch."""
+    """Compile each decoder layer with torch.compile: faster steps after a slow first one. Engine torch."""
     clip_grad_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
     non_finite: NonFinite = NonFinite.stop
@@ -313,7 +313,7 @@ class Train:
     export: bool = True
     """Write the finished model as a Hugging Face folder to RUN_DIR/model."""
     resume: str = "auto"
-    """`auto`: go on from the newest checkpoint in `run_dir`, if there is one. `never`: refuse a folder with a run in it.
+    """`auto`: go on from the newest checkpoint in `run_dir`, if there is one. `never`: refuse a folder with a run.
     A checkpoint or another run's folder: begin a new run from there, and then go on as `auto` does."""
     timeout_minutes: float = 10.0
     """A collective that takes longer ends the run."""

@@ -51,7 +51,7 @@ class LossScale:
         self.good_steps = 0
 
     def restore(self, value: float | None, good_steps: int | None) -> None:
-        """Go on from a saved scale. A constant one stays what the config says; None, saved without one, is the start."""
+        """Go on from a saved scale. A constant one stays as the config says; None, saved without one, is the start."""
         if self.dynamic and value is not None:
             self.value, self.good_steps = value, good_steps or 0
 

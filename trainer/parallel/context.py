@@ -11,8 +11,8 @@
 c ranks, sequence n, h heads and k key/value heads of size d, b bytes per element. Each rank sends per layer, forward
 (as much again backward): ulysses (c - 1)/c * (2 h + 2 k) d b n/c, gather (c - 1) * 2 k d b n/c. Activations fall to
 1/c. With a causal mask `gather` gives the last rank more work than the first; `ulysses` balances, but needs heads that
-divide. Ranks of one group read the same samples. Parameters are sharded over dp_shard x cp: to them, more tokens is more data.
-Jacobs et al. 2023 (DeepSpeed Ulysses), Dubey et al. 2024, section 3.3.2 (key/value gather).
+divide. Ranks of one group read the same samples. Parameters are sharded over dp_shard x cp: to them, more tokens is
+more data. Jacobs et al. 2023 (DeepSpeed Ulysses), Dubey et al. 2024, section 3.3.2 (key/value gather).
 """
 
 from __future__ import annotations
