@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "zero1 alone": ("zero1", 1, ()),
     "zero1 on 4": ("zero1", 4, ("train.gradient_accumulation_steps=1",)),
     "zero2 on 4": ("zero2", 4, ("train.gradient_accumulation_steps=1",)),
+    "zero2, selective recompute": ("zero2", 2, ("train.activation_checkpointing=selective",)),
     "zero3 on 3": ("zero3", 3, ("train.gradient_accumulation_steps=1", "train.global_batch_size=9")),
     "zero3 on 4, offloaded": ("zero3_offload", 4, ("train.gradient_accumulation_steps=1",)),
     "zero3, optimizer offloaded": ("zero3_offload", 2, ("parallel.offload.parameters=none",)),
@@ -94,6 +95,7 @@ def test_option_equals_single_process(layout: str, keys: str) -> None:
     assert found.largest <= FLOAT32, found
 
 
+@pytest.mark.timeout(1200)
 def test_deepspeeds_own_adam_equals_torchs() -> None:
     keys = ("optimizer.implementation=deepspeed_cpu",)
     _build_or_skip([*words("llama", "zero2_offload", "fp32", STEPS), *keys])

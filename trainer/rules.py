@@ -13,6 +13,7 @@ from typing import Any
 
 from configs.schema import (
     Attention,
+    Checkpointing,
     Config,
     DataSource,
     DType,
@@ -149,6 +150,11 @@ def _check_parallel(config: Config) -> Iterator[str]:
                 f"parallel.offload.optimizer=nvme: only stage 3 swaps to NVMe, this is stage {parallel.zero_stage};"
                 " use parallel=zero3 or parallel.offload.optimizer=cpu"
             )
+    elif config.train.activation_checkpointing is Checkpointing.selective:
+        yield (
+            "train.activation_checkpointing=selective: ZeRO 3 gathers parameters inside the layers, and the recompute"
+            " cannot tell that from the layers' own work; use full"
+        )
     nvme = [what for what, where in offloads if where is OffloadDevice.nvme]
     if nvme and offload.nvme_path is None:
         yield f"parallel.offload.nvme_path=null: parallel.offload.{nvme[0]}=nvme needs a folder on a local NVMe disk"
