@@ -47,6 +47,7 @@ from trainer.loss import cross_entropy_sum
 from trainer.model import build_hf_config, build_model, materialize
 from trainer.optimizer import build_optimizer, param_groups, set_lr
 from trainer.parallel.checkpointing import apply_checkpointing
+from trainer.parallel.vocabulary import chunked_cross_entropy_sum
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, build_loss_scale, torch_dtype
 from trainer.preflight import check_deepspeed
@@ -66,6 +67,7 @@ class DeepSpeedEngine:
         apply_tf32(config.precision)
         self.plan, self.runtime = plan, runtime
         self.loss_scale = build_loss_scale(config.precision)
+        self.loss_fn = chunked_cross_entropy_sum if config.train.chunked_loss else cross_entropy_sum
         self.swap_folder = _swap_folder(config, plan, runtime)
         try:
             self._build(config, deepspeed)
@@ -160,7 +162,7 @@ class DeepSpeedEngine:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         logits = self.engine(input_ids=batch.input_ids, use_cache=False).logits
-        return cross_entropy_sum(logits, batch.labels)
+        return self.loss_fn(logits, batch.labels)
 
     def _announce_scale(self) -> None:
         """From the next backward on DeepSpeed scales the loss, and un-scales the gradient, by this number."""
