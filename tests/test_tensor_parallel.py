@@ -1,0 +1,220 @@
+"""Tensor and sequence parallel against one process, in float64: architectures, uneven sizes, planted bugs, plans.
+
+Whole presets, with the engine around them, are the business of test_parity; here it is the breadth of architectures.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from configs.errors import ConfigError
+from tests import tensor_cases
+from tests.harness import run_ranks
+from tests.tensor_cases import LLAMA, MODELS, Case, Trained
+from trainer.model import tied_names
+from trainer.parallel.tensor import tensor_plan
+from trainer.parallel.tensor_plans import PLANS, STYLES, check_plan, check_tensor, match, share_of, split_style
+
+EXACT = 1e-10
+ON_FOUR = ["llama", "llama_tied_odd_vocabulary", "llama_one_kv_head", "llama_two_kv_heads", "qwen3", "gpt2"]
+FOLDS_SEQUENCES = {"opt"}
+
+
+@functools.cache
+def reference(model: str) -> Trained:
+    trained = run_ranks(1, tensor_cases.train, [Case(model)])[0][0]
+    assert trained.losses[-1] < trained.losses[0] - 0.5, f"the reference did not train: {trained.losses}"
+    assert max(trained.grad_norms) > tensor_cases.CLIP, "clipping was never active"
+    return trained
+
+
+def distance(found: Trained, expected: Trained) -> float:
+    """Largest relative difference of losses, norms and parameters. A parameter's is relative to its tensor's largest
+    element, at least to one step's length: Adam turns the rounding of a gradient that is zero into steps."""
+    assert found.parameters.keys() == expected.parameters.keys()
+    numbers = zip(found.losses + found.grad_norms, expected.losses + expected.grad_norms, strict=True)
+    tensors = ((found.parameters[name], value) for name, value in expected.parameters.items())
+    return max(
+        max(abs(a / b - 1) for a, b in numbers),
+        max(((a - b).abs().max() / b.abs().max().clamp(min=tensor_cases.LR)).item() for a, b in tensors),
+    )
+
+
+def modes(model: str) -> list[Case]:
+    sequence = [] if model in FOLDS_SEQUENCES else [Case(model, sequence_parallel=True)]
+    return [Case(model), *sequence]
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if model != "bloom"])
+def test_two_ranks_equal_one_process(model: str) -> None:
+    for rank in run_ranks(2, tensor_cases.train, modes(model)):
+        for found in rank:
+            assert distance(found, reference(model)) <= EXACT
+
+
+@pytest.mark.parametrize("model", ON_FOUR)
+def test_four_ranks_equal_one_process(model: str) -> None:
+    for rank in run_ranks(4, tensor_cases.train, modes(model)):
+        for found in rank:
+            assert distance(found, reference(model)) <= EXACT
+
+
+@pytest.mark.parametrize("model", ["qwen3", "gpt2"])
+def test_recompute_changes_nothing(model: str) -> None:
+    cases = [Case(model, sequence_parallel=sequence, recompute=True) for sequence in (False, True)]
+    for found in run_ranks(2, tensor_cases.train, cases)[0]:
+        assert distance(found, reference(model)) <= EXACT
+
+
+@pytest.mark.parametrize("bug", sorted(tensor_cases.BUGS.keys() - {"none"}))
+@pytest.mark.parametrize(("model", "sequence"), [("qwen3", False), ("gpt2", True)])
+def test_a_planted_bug_shows(model: str, sequence: bool, bug: str) -> None:
+    found = run_ranks(2, tensor_cases.train, [Case(model, sequence_parallel=sequence, bug=bug)])[0][0]
+    assert distance(found, reference(model)) > 1e-4
+
+
+def test_each_rank_stores_its_part() -> None:
+    whole = reference("llama").stored
+    norms = 5 * LLAMA["hidden_size"]
+    for found in run_ranks(2, tensor_cases.train, [Case("llama")]):
+        assert found[0].stored == (whole - norms) // 2 + norms
+
+
+def test_tied_embeddings_stay_one_parameter() -> None:
+    model = "llama_tied_odd_vocabulary"
+    assert tied_names(tensor_cases.build(model)) == {"lm_head.weight": "model.embed_tokens.weight"}
+    names = [name for rank in run_ranks(2, tensor_cases.ties, model) for name in rank.items()]
+    assert names == [("lm_head.weight", "model.embed_tokens.weight")] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [64, 61])
+def test_loss_of_divided_logits(words: int, dtype: torch.dtype) -> None:
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for slice_elements in (50, 2**24):
+        for rank in run_ranks(2, tensor_cases.losses_of_divided_logits, words, dtype, slice_elements):
+            assert max(rank) <= tolerance
+
+
+def test_collectives_are_those_of_the_chapter() -> None:
+    layers = LLAMA["num_hidden_layers"]
+    forward, backward = run_ranks(2, tensor_cases.collectives_of_a_step, "llama", False)[0]
+    # Beside the layers: embedding and two for the loss; backward, where the head begins.
+    assert forward == {"all_reduce": 2 * layers + 3}
+    assert backward == {"all_reduce": 2 * layers + 1}
+    forward, backward = run_ranks(2, tensor_cases.collectives_of_a_step, "llama", True)[0]
+    assert forward == {"all_reduce": 3, "all_gather": 2 * layers + 1, "reduce_scatter": 2 * layers}
+    assert backward == {"all_reduce": 1, "all_gather": 2 * layers + 1, "reduce_scatter": 2 * layers}
+
+
+def test_layers_compile_whole() -> None:
+    (plain, compiled), breaks = run_ranks(2, tensor_cases.compiled_losses, "qwen3")[0]
+    assert breaks == 0
+    assert abs(compiled / plain - 1) <= EXACT
+
+
+# user plan -> what the start-up check must name
+WRONG: dict[str, tuple[str, dict[str, str], str]] = {
+    "both sides of the MLP by columns": ("llama", {"model.layers.*.mlp.down_proj": "colwise"}, "does not run"),
+    "a norm on heads taken for a whole one": ("qwen3", {"model.layers.*.self_attn.q_norm": "replicate"}, "q_norm"),
+    "three matrices in one cut as one": ("gpt2", {"transformer.h.*.attn.c_attn": "colwise"}, "the loss is"),
+    "one matrix of a region left whole": ("llama", {"model.layers.*.mlp.up_proj": "replicate"}, "does not run"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_start_up_check_finds_a_wrong_plan(wrong: str) -> None:
+    model, plan, told = WRONG[wrong]
+    for message, _ in run_ranks(2, tensor_cases.checked, model, plan, False):
+        assert message.startswith(f"parallel.tensor_plan: wrong for {MODELS[model]['model_type']}: ")
+        assert told in message
+
+
+@pytest.mark.parametrize("model", ["llama_two_kv_heads", "gemma3", "mixtral", "gpt2"])
+def test_start_up_check_accepts_a_right_plan(model: str) -> None:
+    for sequence in (False, True):
+        assert run_ranks(2, tensor_cases.checked, model, {}, sequence) == [("", [])] * 2
+
+
+def test_start_up_check_refuses_to_divide_folded_sequences() -> None:
+    message, _ = run_ranks(2, tensor_cases.checked, "opt", {}, True)[0]
+    assert "have no sequence dimension to divide; set parallel.sequence_parallel=false" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({**LLAMA, "num_attention_heads": 9, "hidden_size": 36, "num_key_value_heads": 3}, "the 9 attention heads"),
+        ({**LLAMA, "intermediate_size": 49}, "the MLP's 49 features"),
+        ({**LLAMA, "model_type": "stablelm", "num_key_value_heads": 1}, "num_key_value_heads is 1"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(fields: dict[str, object], told: str) -> None:
+    assert told in run_ranks(2, tensor_cases.refused, fields)[0]
+
+
+def test_rules() -> None:
+    fields = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 64, "vocab_size": 601}
+    assert list(check_tensor(fields, 1, False, 7)) == []
+    assert list(check_tensor(fields, 2, True, 16)) == []
+    assert list(check_tensor(fields, 12, False, 7)) == [
+        "parallel.tp=12: does not divide the MLP's 64 features; use 1, 2, 4, 8, 16, 32, 64"
+    ]
+    assert list(check_tensor(fields, 4, True, 18)) == [
+        "parallel.tp=4: the 6 key-value heads can be neither divided by it nor copied a whole number of times; use a"
+        " divisor or a multiple of 6",
+        "data.seq_len=18: parallel.sequence_parallel=true splits it over parallel.tp=4; use a multiple of 4, such as"
+        " 16",
+    ]
+    assert "the 12 attention heads; use 1, 2, 3, 4, 6, 12" in next(check_tensor(fields, 8, False, 16))
+    assert "leaves a rank without any of the 5 words" in next(check_tensor({"vocab_size": 5}, 4, False, 16))
+    assert "parallel.tp is 1; set it to false" in next(check_tensor(fields, 1, True, 16))
+
+
+def test_shares() -> None:
+    assert share_of("colwise", "weight", 2).dim == 0
+    assert share_of("colwise", "weight", 2, transposed=True).dim == 1
+    assert share_of("colwise", "bias", 1).dim == 0
+    assert share_of("rowwise", "weight", 2).dim == 1
+    assert share_of("rowwise", "weight", 2, transposed=True).dim == 0
+    assert share_of("rowwise", "bias", 1).dim is None
+    assert share_of("packed_colwise:3", "weight", 2).parts == 3
+    assert (share_of("packed_colwise", "gate_up_proj", 3).dim, share_of("rowwise", "down_proj", 3).dim) == (1, 2)
+    assert share_of("vocabulary", "weight", 2).dim == 0
+    assert share_of(None, "weight", 2).dim is None
+
+
+def test_plans_of_ours_are_well_formed() -> None:
+    for model_type, plan in PLANS.items():
+        assert list(check_plan(plan, model_type)) == []
+    assert {split_style(style)[0] for plan in PLANS.values() for style in plan.values()} <= STYLES.keys()
+
+
+def test_users_plan_goes_over_the_models() -> None:
+    model = tensor_cases.build("llama")
+    plan = tensor_plan(model, {"model.layers.*.mlp.gate_proj": "replicate", "lm_head": "replicate"})
+    names = ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj", "model.embed_tokens", "lm_head"]
+    assert list(match(plan, names).values()) == ["replicate", "colwise", "embedding_rowwise", "replicate"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ({"model.layers.*.mlp.up_proj": "columns"}, "columns: there is no such style; use one of colwise, "),
+        ({"model.layers.*.mlp.c_fc": "colwise"}, "LlamaForCausalLM has nothing of this name"),
+        ({"model.layers.*.mlp.up_proj": "packed_colwise:x"}, "takes the number of packed matrices"),
+        ({"model.layers.*.mlp.up_proj": "colwise:2"}, "only divide takes names"),
+    ],
+)
+def test_users_mistakes_in_a_plan(plan: dict[str, str], told: str) -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.tensor_plan\.model") as caught:
+        tensor_plan(tensor_cases.build("llama"), plan)
+    assert told in str(caught.value)
+
+
+def test_an_architecture_without_a_plan_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"plan for bloom; use parallel.tp=1, or give one: parallel.tensor_plan=\{"):
+        tensor_plan(tensor_cases.build("bloom"))
