@@ -23,6 +23,7 @@ from configs.schema import Config, LauncherName
 from launch.command import Command, Rendezvous, build_command
 from launch.process import free_port, replace_process, run_command
 from trainer.machine import find_machine
+from trainer.memory.gate import check_memory
 from trainer.plan import Plan, make_plan
 from trainer.report.folder import default_run_dir
 from trainer.status import read_status
@@ -77,6 +78,8 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
     config = load_config(overrides, config_dir=config_dir)
     # A world that surrounds this door (a pod's WORLD_SIZE) is not the one it is about to make.
     plan = make_plan(config, replace(find_machine(), world_size=None, local_world_size=None))
+    for line in check_memory(config, plan):
+        print(line)
     run_dir = Path(config.train.run_dir or default_run_dir(config, datetime.now()))
     commands = _commands(config, plan, overrides, config_dir=config_dir, run_dir=run_dir)
     starting = plan.nodes == 1 and not config.dry_run

@@ -14,16 +14,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_FINISHED, CookbookError
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, CookbookError, PlanError
 from configs.load import expand_sweep, load_config
 from configs.schema import Config, EstimateFormat
 from trainer.machine import find_machine
 from trainer.memory.estimate import estimate, planned_machine
+from trainer.memory.explain import explain
+from trainer.memory.gate import EXIT_DOES_NOT_FIT
+from trainer.memory.plot import save_plot
+from trainer.memory.profiles import NotEstimated
 from trainer.memory.render import Answer, render_csv, render_json, render_sweep, render_table
 from trainer.memory.suggest import largest_micro_batch, suggest
 from trainer.plan import make_plan
 
-EXIT_DOES_NOT_FIT = 3
 DOOR = Door(
     program="memory-estimate",
     purpose="Predict the memory that a training run needs on each GPU. Needs no GPU, no weights and no network.",
@@ -71,11 +74,36 @@ def answer(overrides: Sequence[str], *, config_dir: str | None = None, compare: 
 
 
 def _answer_all(arguments: Arguments) -> int:
-    sweep = arguments.sweep
-    runs = expand_sweep(arguments.overrides) if sweep else [list(arguments.overrides)]
-    answers = [answer(run, config_dir=arguments.config_dir, compare=sweep) for run in runs]
-    print(_render(answers, load_config(runs[0], config_dir=arguments.config_dir), sweep=sweep))
-    return EXIT_FINISHED if all(one.estimate.fits for one in answers) else EXIT_DOES_NOT_FIT
+    if not arguments.sweep:
+        answers = [answer(arguments.overrides, config_dir=arguments.config_dir)]
+        refused: list[str] = []
+        first: Sequence[str] = arguments.overrides
+    else:
+        runs = expand_sweep(arguments.overrides)
+        answers, refused = _answer_sweep(runs, arguments.config_dir)
+        first = runs[0]
+    config = load_config(first, config_dir=arguments.config_dir)
+    if answers:
+        print(_render(answers, config, sweep=arguments.sweep))
+        if config.estimate.plot is not None:
+            save_plot(answers, config.estimate.plot)
+    for line in refused:
+        print(line, file=sys.stderr)
+    if not all(one.estimate.fits for one in answers):
+        return EXIT_DOES_NOT_FIT
+    return EXIT_BAD_CONFIG if refused else EXIT_FINISHED
+
+
+def _answer_sweep(runs: Sequence[Sequence[str]], config_dir: str | None) -> tuple[list[Answer], list[str]]:
+    """The answers, and a line for each problem of the configurations that have none."""
+    answers: list[Answer] = []
+    refused: list[str] = []
+    for run in runs:
+        try:
+            answers.append(answer(run, config_dir=config_dir, compare=True))
+        except (NotEstimated, PlanError) as error:
+            refused += [f"{' '.join(run)}: {problem}" for problem in error.problems]
+    return answers, refused
 
 
 def _render(answers: list[Answer], config: Config, *, sweep: bool) -> str:
@@ -85,7 +113,11 @@ def _render(answers: list[Answer], config: Config, *, sweep: bool) -> str:
         case EstimateFormat.csv:
             return render_csv(answers)
         case EstimateFormat.table:
-            return render_sweep(answers) if sweep else render_table(answers[0])
+            if sweep:
+                return render_sweep(answers)
+            text = render_table(answers[0])
+            explained = config.estimate.explain
+            return text + explain(config, answers[0].plan, answers[0].estimate) if explained else text
 
 
 def _plain(config: Config) -> dict[str, Any]:

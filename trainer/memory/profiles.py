@@ -133,8 +133,8 @@ def _trace(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size: int) -
         trace = trace_model(model, shape, groups)
     except CannotTrace as error:
         raise NotEstimated(
-            f"model={config.model.preset}: {anatomy.name} decides by the values of tensors what to do next"
-            f" ({error}), so its activations cannot be counted without running it: not estimated. Its {anatomy.numel:,}"
+            f"model={config.model.preset}: the code of {anatomy.name} does not run without values"
+            f" ({error}), so its activations cannot be counted: not estimated. Its {anatomy.numel:,}"
             " parameters with gradients and optimizer states are a lower bound; measure a run with a small"
             " train.micro_batch_size"
         ) from None

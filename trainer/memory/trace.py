@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,7 +22,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel, masking_utils
@@ -115,13 +116,13 @@ def trace_model(model: PreTrainedModel, shape: Shape, groups: dict[str, tuple[st
     model.train()
     apply_checkpointing(model, shape.checkpointing)
     tracker = StorageTracker()
-    with _as_on_device(shape), mode, tracker, warnings.catch_warnings():
+    with _as_on_device(shape), mode, tracker, warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
             handles = _set_marks(model, tracker, groups)
             _micro_batch(model, tokens, shape, tracker)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise CannotTrace(str(error).splitlines()[0]) from None
+        except Exception as error:  # the model's own code: anything may go wrong in it without values
+            raise CannotTrace((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
         for handle in handles:
             handle.remove()
         gradients = {name: tracker.number_of(p.grad) for name, p in model.named_parameters() if p.grad is not None}
@@ -155,6 +156,18 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
                     fake = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
                     made[id(parameter)] = fake
                 module._parameters[name] = fake
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs a traceback of its own for an operator that fake tensors cannot run."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

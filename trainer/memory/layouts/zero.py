@@ -60,10 +60,9 @@ class ZeroStage12:
         self.last = True
 
     def start(self) -> None:
-        unflattened = self.timeline.allocate("parameters", sum(self.groups) * self.param)
+        # While a group is flattened it exists twice; where that does not fit DeepSpeed goes through host memory.
         for elements in self.groups:
             self.timeline.allocate("parameters", elements * self.param)
-        self.timeline.free(unflattened)
         for elements in self.groups:
             self._place("optimizer", elements // self.ranks * self.master)
             if self.stage == 1:

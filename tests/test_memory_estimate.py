@@ -1,0 +1,215 @@
+"""The command `memory-estimate`: its answers, its exit codes, its formats; and the allocator's rules."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.load import load_config
+from launch.estimate import main
+from trainer.machine import Machine
+from trainer.memory.allocator import CudaAllocator
+from trainer.memory.estimate import Verdict, estimate, planned_machine
+from trainer.memory.gate import DoesNotFit, check_memory
+from trainer.memory.profiles import NotEstimated, get_profile
+from trainer.memory.suggest import _extrapolate, largest_micro_batch
+from trainer.plan import Plan, make_plan
+
+MIB = 2**20
+BIG = ["model=llama3_1_405b", "precision=bf16", "data.seq_len=4096", "train.micro_batch_size=1"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+def plan_of(words: list[str]) -> Plan:
+    config = load_config(words)
+    return make_plan(config, planned_machine(config, Machine()))
+
+
+def answer_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, object]]:
+    code = main([*words, "estimate.format=json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_fits_and_names_the_largest_micro_batch(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama3_1_8b", "parallel=fsdp", "precision=bf16", "cluster=8xh100", "data.seq_len=2048", cache]
+    code, found = answer_json([*words, "train.micro_batch_size=1"], capsys)
+    assert code == 0 and found["fits"] is True and found["suggestions"] == []
+    largest = found["largest_micro_batch"]
+    assert isinstance(largest, int) and largest >= 1
+    assert main([*words, f"train.micro_batch_size={largest}"]) == 0
+    assert main([*words, f"train.micro_batch_size={largest + 1}"]) == 3
+
+
+def test_json_totals_agree(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = answer_json(["model=gpt2", "parallel=ddp", "cluster=8xl4", "train.micro_batch_size=1", cache], capsys)
+    ranks = found["ranks"]
+    assert isinstance(ranks, list)
+    (rank,) = ranks
+    assert rank["count"] == 8 and rank["kind"] == found["busiest"]
+    assert sum(rank["components"].values()) == rank["peak_allocated_bytes"] == found["peak_allocated_bytes"]
+    assert rank["peak_allocated_bytes"] <= rank["peak_reserved_bytes"] < rank["device_bytes"]
+
+
+def test_what_does_not_fit_comes_with_changes_that_do(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "model=llama3_2_1b",
+        "cluster=8xa10",
+        "cluster.gpus_per_node=8",
+        "parallel=ddp",
+        "data.seq_len=1024",
+        cache,
+    ]
+    words = [word.replace("8xa10", "4xa10") for word in words]
+    code, found = answer_json(words, capsys)
+    suggestions = found["suggestions"]
+    assert code == 3 and found["fits"] is False and isinstance(suggestions, list) and suggestions
+    again, changed = answer_json([*words, *suggestions[0]["overrides"]], capsys)
+    assert again == 0
+    assert changed["peak_reserved_bytes"] == suggestions[0]["peak_reserved_bytes"]
+
+
+def test_405b_on_16384_gpus_from_the_cache_takes_seconds(cache: str) -> None:
+    words = [*BIG, "parallel=fsdp", "cluster=8xh100", "cluster.nodes=2048", cache, "estimate.suggest=false"]
+    words.append("train.activation_checkpointing=full")
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        config = load_config(words)
+        found = estimate(config, make_plan(config, planned_machine(config, Machine())))
+        seconds.append(time.perf_counter() - started)
+    assert found.ranks[0].count == 16384
+    assert seconds[1] < 10, f"took {seconds}; 3 on a quiet machine"
+
+
+def test_static_bytes_follow_from_shapes(cache: str) -> None:
+    config = load_config(["model=tiny", "parallel=single", "cluster.device=cpu", cache])
+    plan = make_plan(config, Machine())
+    found = estimate(config, plan)
+    numel = found.profile.anatomy.numel
+    assert found.verdict is Verdict.unknown
+    # float32 AdamW: the parameter, two moments and a 4-byte step counter per tensor, and the rotary tables.
+    tensors = len(list(found.profile.anatomy.parameters()))
+    assert found.busiest.between_steps_bytes == numel * 12 + tensors * 4 + found.profile.anatomy.buffers_bytes
+
+
+def test_extrapolated_traces_equal_traced_ones(cache: str) -> None:
+    config = load_config(["model=tiny_qwen3", "parallel=fsdp", "precision=bf16", "cluster=8xh100", cache])
+    plan = make_plan(config, Machine(gpus=8))
+    gpu = estimate(config, plan).device.gpu
+    one, two, seven = (get_profile(config, plan, gpu, micro_batch_size=size) for size in (1, 2, 7))
+    assert _extrapolate(one, two, 6) == seven
+
+
+def test_sweep_is_a_table_and_csv(cache: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "sweep.html"
+    words = ["-m", "parallel=ddp,zero2,fsdp", "model=gpt2", "precision=bf16", "cluster=8xh100", cache]
+    assert main([*words, "train.micro_batch_size=1", f"estimate.plot={picture}"]) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) >= 4
+    assert "<svg" in picture.read_text()
+    assert main([*words, "train.micro_batch_size=1", "estimate.format=csv"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert len(rows) == 3 and all(int(row["device_bytes"]) > 0 for row in rows)
+
+
+def test_explained_and_drawn(cache: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "step.html"
+    words = ["model=tiny", "parallel=fsdp", "cluster=8xl4", cache, "estimate.explain=true", f"estimate.plot={picture}"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "how it was counted" in out and "804,992 parameters" in out
+    assert "optimizer step, step 2" in picture.read_text() or "loss, step 2" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cluster.gpu=H900"], "H100-SXM"),
+        (["model.config.hiden_size=3"], "hiden_size"),
+        (["parallel=tensor"], "parallel.tp=2"),
+        (["parallel=pipeline"], "parallel.pp=2"),
+        (["cluster.gpu_memory_gib=0"], "cluster.gpu_memory_gib"),
+        (["estimate.plot=x.bmp", "model=tiny"], "estimate.plot=x.bmp"),
+        (["parallel=zero1_offload", "precision=bf16"], "zero_stage=1"),
+    ],
+)
+def test_mistakes_and_what_is_not_counted_cost_a_line(
+    words: list[str], said: str, cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, cache]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_code_that_needs_values_is_refused_not_guessed(cache: str) -> None:
+    fields = {"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 300}
+    words = [f"model.config.{key}={value}" for key, value in fields.items()]
+    config = load_config(["model=tiny", *words, "parallel=single", cache])
+    with pytest.raises(NotEstimated, match="not estimated") as refused:
+        estimate(config, make_plan(config, Machine(gpus=1)))
+    assert len(refused.value.problems) == 1
+
+
+def test_gate_refuses_warns_or_looks_away(cache: str, tmp_path: Path) -> None:
+    words = [
+        "model=llama3_2_1b",
+        "parallel=single",
+        "cluster.gpu=L4",
+        "cluster.device=cuda",
+        "data.seq_len=1024",
+        cache,
+    ]
+    config = load_config(words)
+    plan = make_plan(config, Machine(gpus=1))
+    with pytest.raises(DoesNotFit, match=r"L4 has 22\.5: does not fit") as refused:
+        check_memory(config, plan, driver=tmp_path)
+    assert refused.value.exit_code == 3
+    warned = load_config([*words, "estimate.gate=warn"])
+    assert "does not fit" in check_memory(warned, plan, driver=tmp_path)[0]
+    assert check_memory(load_config([*words, "estimate.gate=off"]), plan, driver=tmp_path) == []
+
+
+def test_largest_micro_batch_needs_a_device(cache: str) -> None:
+    config = load_config(["model=tiny", "parallel=single", "cluster.device=cpu", cache])
+    assert largest_micro_batch(config, make_plan(config, Machine())) is None
+
+
+def test_cached_answer_needs_no_torch(cache: str) -> None:
+    words = ["model=tiny", "parallel=fsdp", "cluster=8xh100", "estimate.suggest=false", cache]
+    assert main(words) == 0
+    code = f"import sys; from launch.estimate import main; main({words!r}); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_allocator_follows_the_documented_rules() -> None:
+    allocator = CudaAllocator()
+    small = allocator.malloc(1)
+    assert (allocator.allocated, allocator.reserved) == (512, 2 * MIB)
+    medium = allocator.malloc(3 * MIB)
+    assert allocator.reserved == 22 * MIB
+    large = allocator.malloc(30 * MIB + 1)
+    assert allocator.reserved == 54 * MIB
+    allocator.free(large)
+    # 31.5 MiB of the free 32: less than 1 MiB would remain, so the whole block is handed out.
+    again = allocator.malloc(31 * MIB + MIB // 2)
+    assert again.size == 32 * MIB and allocator.reserved == 54 * MIB
+    # Another stream cannot use what is free here.
+    allocator.free(again)
+    other = allocator.malloc(30 * MIB, stream=1)
+    assert allocator.reserved == 84 * MIB
+    for block in (small, medium, other):
+        allocator.free(block)
+    assert allocator.allocated == 0
+    # Freed neighbours have merged: the 20 MiB segment serves one request again.
+    whole = allocator.malloc(20 * MIB)
+    assert whole.size == 20 * MIB and allocator.reserved == 84 * MIB

@@ -1,0 +1,78 @@
+"""Every term of an estimate in words: the formula, with this configuration's numbers, and where it is from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.schema import Config, EngineName
+from trainer.memory.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators, cublas_bytes
+from trainer.memory.layouts.common import WIDTHS
+from trainer.plan import Plan
+
+
+def explain(config: Config, plan: Plan, found: Estimate) -> str:
+    """Lines below the table: what each row counts, and what is assumed."""
+    return "\n".join(["", "", "how it was counted", *(f"  {line}" for line in _lines(config, plan, found))])
+
+
+def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
+    anatomy, trace = found.profile.anatomy, found.profile.trace
+    master, param = WIDTHS[plan.master_dtype], WIDTHS[plan.param_dtype]
+    yield f"P = {anatomy.numel:,} parameters of {anatomy.name}, counted on the built model; tied ones count once"
+    yield from _states(plan, anatomy.numel, master, param)
+    update = found.profile.update
+    yield (
+        f"optimizer {config.optimizer.name}, {config.optimizer.implementation}: states of {update.state:g} times the"
+        f" bytes it updates, from the end of step 1; temporaries {update.temporary_all:g} of all +"
+        f" {update.temporary_largest:g} of the largest; measured on small tensors with the trainer's own optimizer"
+    )
+    forward = [sum(_kept(entry) for entry in steps) for (phase, name), steps in trace.sections.items() if phase == "f"]
+    yield (
+        f"activations, loss, backward: {len(trace.templates)} of {len(anatomy.layers)} layers, embedding, norm, head"
+        f" and loss traced at micro_batch_size {plan.batch.micro_batch_size} x seq_len {plan.batch.seq_len} by running"
+        f" the model's own code on fake tensors ({sum(forward) / GIB:.3f} GiB allocated by the traced forward), repeated"
+        f" for all layers; activation checkpointing {config.train.activation_checkpointing}"
+    )
+    if plan.device != "cuda":
+        return
+    rank = found.busiest
+    waste = rank.peak_reserved_bytes - rank.peak_allocated_bytes
+    yield (
+        f"reserved = allocated + {waste / GIB:.2f} GiB: the same requests replayed through the rules of the CUDA"
+        " caching allocator (512-byte rounding, 2 MiB and 20 MiB segments, best fit, a pool per stream; no"
+        " expandable_segments)"
+    )
+    if found.device.gpu is not None:
+        yield (
+            f"cuBLAS: {CUBLAS_HANDLES} workspaces of {cublas_bytes(found.device.gpu):,} bytes (forward and backward"
+            " threads), torch's default sizes; inside allocated"
+        )
+    yield (
+        f"CUDA context {found.context_bytes / GIB:.2f} GiB: assumed, seen 0.4 to 1.0 (estimate.context_gib); NCCL"
+        f" {communicators(plan)} communicator(s) x {config.estimate.nccl_gib} GiB: assumed, seen 0.1 to 0.5"
+        " (estimate.nccl_gib)"
+    )
+    yield "not counted: other processes on the GPU, kernels' private scratch memory, data that the loader prefetches"
+
+
+def _states(plan: Plan, numel: int, master: int, param: int) -> Iterator[str]:
+    shard = plan.degree("dp_shard")
+    if plan.engine is EngineName.deepspeed:
+        parts = [
+            f"parameters {param} B x P" + (f" / {shard}" if plan.zero_stage == 3 else ""),
+            f"gradients {master} B x P" + (f" / {shard}" if plan.zero_stage > 1 else ""),
+            f"master weights {master} B x P / {shard}",
+        ]
+        yield "; ".join(parts) + ": DeepSpeed's partitions, padded, with the buckets of its generated configuration"
+    elif plan.fully_sharded:
+        yield (
+            f"parameters and gradients {master} B x P / {shard} = {numel * master / shard / GIB:.2f} GiB each"
+            f" (ceil(rows / {shard}) rows of every parameter); gathered copies {param} B, reduced in"
+            f" {WIDTHS[plan.reduce_dtype]} B"
+        )
+    else:
+        yield f"parameters and gradients {master} B x P = {numel * master / GIB:.2f} GiB each, whole on every rank"
+
+
+def _kept(entry: tuple[object, ...]) -> int:
+    return entry[2] if entry[0] == "+" and isinstance(entry[2], int) else 0

@@ -1,0 +1,66 @@
+"""Before anything starts: does the plan fit the GPUs that are here? `estimate.gate` says what follows.
+
+A layout that is not estimated, and a GPU that the table does not know, never stop a run: they are told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from configs.errors import CookbookError
+from configs.schema import Config, Gate
+from trainer.machine import Machine
+from trainer.memory.estimate import GIB, Verdict, estimate
+from trainer.memory.profiles import NotEstimated
+from trainer.memory.suggest import suggest
+from trainer.plan import Plan
+
+EXIT_DOES_NOT_FIT = 3
+
+
+class DoesNotFit(CookbookError):
+    """The prediction exceeds the device."""
+
+    exit_code = EXIT_DOES_NOT_FIT
+
+
+def check_memory(config: Config, plan: Plan, *, driver: Path = Path("/proc/driver/nvidia")) -> list[str]:
+    """Lines to print before a start on GPUs. Raises DoesNotFit, with what to change, where the gate refuses."""
+    if plan.device != "cuda" or config.estimate.gate is Gate.off:
+        return []
+    try:
+        found = estimate(config, plan, found_gpu=_gpu_name(driver))
+    except NotEstimated as error:
+        return [f"memory not estimated: {problem}" for problem in error.problems]
+    size, device = found.busiest.device_bytes / GIB, found.device
+    known = not device.assumed or config.cluster.gpu_memory_gib is not None
+    line = f"memory     {size:.1f} GiB per GPU predicted"
+    if device.capacity_bytes is None or not known:
+        return [f"{line}; this GPU is not in the table of known ones (cluster.gpu_memory_gib=... compares)"]
+    line += f", {device.name} has {device.capacity_bytes / GIB:.1f}: {found.verdict}"
+    if found.verdict is not Verdict.does_not_fit:
+        return [line]
+    lines = [line, *_advice(config, plan, driver)]
+    if config.estimate.gate is Gate.warn:
+        return lines
+    raise DoesNotFit(*lines, "estimate.gate=warn starts nevertheless")
+
+
+def _advice(config: Config, plan: Plan, driver: Path) -> Iterator[str]:
+    pinned = replace(config.cluster, gpus_per_node=plan.gpus_per_node)
+    machine = Machine(gpus=plan.gpus_per_node)
+    for suggestion in suggest(replace(config, cluster=pinned), plan, machine, found_gpu=_gpu_name(driver)):
+        size = suggestion.estimate.busiest.device_bytes / GIB
+        yield f"  {size:.1f} GiB with {' '.join(suggestion.overrides)}   ({suggestion.why})"
+
+
+def _gpu_name(driver: Path) -> str | None:
+    """The first GPU's name as the NVIDIA driver tells it, without asking CUDA."""
+    for file in sorted(driver.glob("gpus/*/information")):
+        found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1)
+    return None
