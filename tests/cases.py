@@ -53,3 +53,10 @@ def train(overrides: list[str]) -> Trained:
         )
         engine.close()
         return trained
+
+
+def run_trainer(overrides: list[str]) -> int:
+    """A whole run, as the door inside the job starts it. Returns the exit code."""
+    from trainer.__main__ import main
+
+    return main(overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from configs.errors import ConfigError, DataError
 from configs.load import load_config
 from configs.schema import Config
+from tests.cases import run_trainer
+from tests.harness import run_ranks
 from trainer.data.tokenizer import build_byte_tokenizer
 from trainer.export import export_model
 from trainer.model import build_hf_config, build_model, decoder_layers, materialize, tied_names, units
@@ -155,3 +158,11 @@ def test_sizes_that_do_not_fit_the_files(tmp_path: Path) -> None:
     build("model=tiny").save_pretrained(tmp_path)
     with pytest.raises(DataError, match="has shape"):
         build(f"model.path={tmp_path}", "model.weights=pretrained", "model.config.intermediate_size=64")
+
+
+def test_an_exported_model_names_its_architecture(tmp_path: Path) -> None:
+    """Under FSDP2 too, whose model has a class of its own."""
+    keys = ["parallel=fsdp", "data=synthetic", "data.seq_len=32", "train.steps=1", "train.eval_samples=0"]
+    run_ranks(2, run_trainer, [*keys, f"train.run_dir={tmp_path}/run"])
+    saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert saved["architectures"] == ["LlamaForCausalLM"]

@@ -11,6 +11,7 @@ rank composes the same configuration from the same words. Next: `loop`.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -61,9 +62,20 @@ def train(arguments: Arguments) -> int:
     if config.dry_run:
         print(plan.describe())
         return EXIT_FINISHED
+    tell_progress()
     from trainer.loop import run
 
     return run(config, plan)
+
+
+def tell_progress() -> None:
+    """Show what the passes and the data say while a run is prepared: rank 0's words, and every rank's warnings."""
+    log = logging.getLogger("trainer")
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
 
 
 def _with_rank(text: str) -> str:

@@ -91,7 +91,6 @@ class ShardWriter:
 
 def _config_for_export(model: PreTrainedModel, dtype: torch.dtype) -> PretrainedConfig:
     config = type(model.config)(**model.config.to_dict())
-    config.architectures = [type(model).__name__]
     config.dtype = dtype
     config.use_cache = True
     return config

@@ -89,6 +89,8 @@ def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
             )
     except (ValueError, ImportError, TypeError) as error:
         raise ConfigError(f"model={model.preset}, model.attention={model.attention}: {_one_line(error)}") from None
+    # FSDP2 puts a class of its own in the model's place; what is exported must name the architecture.
+    built.config.architectures = [type(built).__name__]
     built.tie_weights()
     built.config.use_cache = False
     return built

@@ -52,7 +52,13 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
         stages = _split(model, config, plan, mesh)
         modules = [stage.module for stage in stages]
         layers = ", ".join(f"{stage.layers.start}-{stage.layers.stop - 1}" for stage in stages)
-        log.info("pipeline parallel: %d stages, this rank has layers %s", stages[0].count, layers)
+        log.info(
+            "pipeline parallel: %d stages, this rank has layers %s; %s waits %.0f %% of a step",
+            stages[0].count,
+            layers,
+            config.parallel.pipeline.schedule,
+            100 * plan.bubble,
+        )
     if plan.degree("tp") > 1:
         tensor = _divide(model, modules, config, mesh)
     if config.train.activation_checkpointing is not Checkpointing.none:
@@ -69,7 +75,8 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
             last = not stages or stages[modules.index(module)].is_last
             apply_fsdp(module, plan, mesh, returns_logits=last)
         kept = "dropped after the forward" if plan.reshard_after_forward else "kept until the step"
-        log.info("fully sharded: over %d ranks, gathered parameters %s", plan.fsdp_size, kept)
+        shards = f"over {plan.fsdp_size} ranks, gathered parameters {kept}" if plan.fsdp_size > 1 else "nothing"
+        log.info("FSDP2: shards %s; gradients reduced in %s", shards, plan.reduce_dtype)
     return Parts(modules=modules, stages=stages, tensor=tensor)
 
 

@@ -15,36 +15,20 @@ from dataclasses import dataclass
 from math import prod
 
 from configs.errors import PlanError
-from configs.schema import Config, DType, EngineName, LauncherName, OffloadDevice, Train
+from configs.schema import Config, DType, EngineName, LauncherName, OffloadDevice
+from trainer.batch import Batch, make_batch
 from trainer.machine import Machine
 from trainer.parallel.pipeline_table import check_pipeline
+from trainer.parallel.pipeline_timeline import bubble_fraction
 from trainer.rules import check_config, config_fields
 
-DEFAULT_MICRO_BATCH_SIZE = 8
 CPU_PROCESSES = 2  # what a layout that is open to any world size gets on a machine without GPUs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Sequences and tokens of one optimizer update."""
-
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    data_parallel_size: int
-    seq_len: int
-
-    @property
-    def global_batch_size(self) -> int:
-        return self.micro_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
-
-    @property
-    def tokens(self) -> int:
-        return self.global_batch_size * self.seq_len
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What will happen. `mesh` names its axes from outer to inner, each with its degree."""
+    """What will happen. `mesh` names its axes from outer to inner, each with its degree. bubble: part of a step that a
+    pipeline's ranks spend waiting; 0 without one."""
 
     device: str
     nodes: int
@@ -59,6 +43,7 @@ class Plan:
     reduce_dtype: DType
     master_dtype: DType
     reshard_after_forward: bool
+    bubble: float
     steps: int
 
     @property
@@ -132,7 +117,7 @@ class Plan:
         if not self.fully_sharded:
             return "" if self.data_parallel_size == 1 else ", every rank holds the whole model (DDP)"
         words = {
-            "pp": "layers in {} stages",
+            "pp": f"layers over {{}} pipeline ranks (which wait {self.bubble:.0%} of a step)",
             "dp_replicate": "{} replicas",
             "dp_shard": "parameters, gradients and optimizer states sharded over {} (FSDP2)",
             "cp": "sequences split over {}",
@@ -149,7 +134,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     data_parallel_size = prod(size for axis, size in mesh if axis in ("dp_replicate", "dp_shard"))
     # A pipeline with fewer micro-batches than this waits for more than a third of the time.
     usual = 2 * config.parallel.pp if config.parallel.pp > 1 else 1
-    batch = _batch(config.train, config.data.seq_len, data_parallel_size, problems, usual=usual)
+    batch = make_batch(config.train, config.data.seq_len, data_parallel_size, problems, usual=usual)
     if config.parallel.pp > 1 and config.parallel.engine is EngineName.torch:
         problems += _check_pipeline(config, batch)
     if problems:
@@ -168,6 +153,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         reduce_dtype=config.precision.reduce_dtype,
         master_dtype=config.precision.master_dtype,
         reshard_after_forward=_reshard(config),
+        bubble=_bubble(config, batch),
         steps=config.train.steps,
     )
 
@@ -241,6 +227,14 @@ def _check_pipeline(config: Config, batch: Batch) -> Iterator[str]:
     )
 
 
+def _bubble(config: Config, batch: Batch) -> float:
+    pipeline, pp = config.parallel.pipeline, config.parallel.pp
+    if pp == 1:
+        return 0.0
+    micro_batches, per_rank = batch.gradient_accumulation_steps, pipeline.stages_per_rank
+    return bubble_fraction(pipeline.schedule, pp=pp, micro_batches=micro_batches, stages_per_rank=per_rank)
+
+
 def _degrees(config: Config) -> dict[str, int | None]:
     """The mesh axes from outer to inner: what communicates most, tensor parallel, sits on neighbouring ranks."""
     parallel = config.parallel
@@ -251,49 +245,3 @@ def _degrees(config: Config) -> dict[str, int | None]:
         "cp": parallel.cp,
         "tp": parallel.tp,
     }
-
-
-def _batch(train: Train, seq_len: int, ranks: int, problems: list[str], *, usual: int) -> Batch:
-    """Derive what is missing of the batch identity; a remainder is an error. usual: gradient_accumulation_steps where
-    it is free."""
-    micro, accumulation, total = train.micro_batch_size, train.gradient_accumulation_steps, train.global_batch_size
-    if total is None:
-        micro, accumulation = micro or DEFAULT_MICRO_BATCH_SIZE, accumulation or usual
-    else:
-        accumulation = accumulation or (usual if micro is None else None)
-        micro, accumulation = _divide_batch(total, micro, accumulation, ranks, problems)
-    return Batch(
-        micro_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        data_parallel_size=ranks,
-        seq_len=seq_len,
-    )
-
-
-def _divide_batch(
-    total: int, micro: int | None, accumulation: int | None, ranks: int, problems: list[str]
-) -> tuple[int, int]:
-    if micro is None:
-        accumulation = accumulation or 1
-        divisor, words = (
-            accumulation * ranks,
-            f"gradient_accumulation_steps {accumulation} * {ranks} data-parallel ranks",
-        )
-        micro = total // divisor
-    else:
-        divisor, words = micro * ranks, f"micro_batch_size {micro} * {ranks} data-parallel ranks"
-        accumulation, derived = accumulation or total // divisor, accumulation is None
-        if not derived:
-            divisor, words = divisor * accumulation, f"{words} * gradient_accumulation_steps {accumulation}"
-            if total != divisor:
-                problems.append(
-                    f"train.global_batch_size={total}: must equal {words} = {divisor}; give two of the three only"
-                )
-                return micro, accumulation
-    if total % divisor or total < divisor:
-        nearest = max(divisor, total // divisor * divisor)
-        problems.append(
-            f"train.global_batch_size={total}: must be a multiple of {words} = {divisor}; use {nearest}"
-            f" or {nearest + divisor}"
-        )
-    return max(1, micro), max(1, accumulation)

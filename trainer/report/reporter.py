@@ -79,7 +79,7 @@ class Reporter:
         self._head = [
             plan.describe(),
             f"data       {data}",
-            f"model      {type(model).__name__}, {parameters:,} parameters, {config.model.weights} weights",
+            f"model      {model.config.architectures[0]}, {parameters:,} parameters, {config.model.weights} weights",
             f"run        {folder}",
         ]
         if gpu is not None:
