@@ -54,6 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3": {**LLAMA, "model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8},
     "mixtral": {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt2": {**OLDER, "model_type": "gpt2", **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)},
+    "gpt2_dropout": {**OLDER, "model_type": "gpt2"},
     "gptj": {**OLDER, "model_type": "gptj", "rotary_dim": 4},
     "bloom": {"model_type": "bloom", "vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "opt": {
@@ -66,12 +67,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """bug: one planted on purpose, a name of BUGS."""
+    """bug: one planted on purpose, a name of BUGS. seeds: what each rank's dropout starts from, repeated over them."""
 
     model: str
     sequence_parallel: bool = False
     recompute: bool = False
     bug: str = "none"
+    seeds: tuple[int, ...] = (0,)
 
 
 @dataclass
@@ -115,6 +117,7 @@ def _train(case: Case, mesh: DeviceMesh) -> Trained:
         apply_checkpointing(model, Checkpointing.full)
     materialize(model, RandomWeights(model, seed=0), device=torch.device("cpu"), dtype=torch.float64)
     model.train()
+    torch.manual_seed(case.seeds[dist.get_rank() % len(case.seeds)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=True)
     result = Trained(stored=sum(gradients.local(p).numel() for p in model.parameters()))
     batches = list(_batches(model.config.vocab_size))

@@ -25,7 +25,7 @@ from trainer.precision import export_dtype
 from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepTimer
 from trainer.report.reporter import Reporter
-from trainer.runtime import Runtime, join
+from trainer.runtime import Runtime, dropout_stream, join
 from trainer.status import RunStatus
 from trainer.step import check_finite, train_step, validate
 from trainer.stopping import StopRequests
@@ -50,8 +50,8 @@ def run(config: Config, plan: Plan) -> int:
             keeper = Keeper(config, plan, runtime, folder, identity=same, tokenizer=data.tokenizer, stop=stop)
             status.follow(lambda: keeper.step)
             begin = keeper.find()
-            # Dropout differs from rank to rank; the parameters do not depend on this generator.
-            torch.manual_seed(config.train.seed + runtime.rank)
+            # The parameters do not depend on this generator.
+            torch.manual_seed(config.train.seed + dropout_stream(plan, runtime.rank))
             with closing(build_engine(config, plan, runtime)) as engine:
                 keeper.restore(engine)
                 totals = begin.report if begin else None

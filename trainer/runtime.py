@@ -78,6 +78,12 @@ class Runtime:
         return values
 
 
+def dropout_stream(plan: Plan, rank: int) -> int:
+    """The number of this rank's random stream: its own, but one for all ranks of a tensor-parallel group (the innermost
+    axis). What they hold alike must be dropped alike, or their hidden states part."""
+    return rank // plan.degree("tp")
+
+
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 

@@ -28,7 +28,7 @@ from trainer.checkpoint.saving import Save
 from trainer.checkpoint.tensors import TensorReader
 from trainer.engine import Engine
 from trainer.plan import Plan
-from trainer.runtime import Runtime
+from trainer.runtime import Runtime, dropout_stream
 from trainer.stopping import StopRequests
 from trainer.watchdog import watched
 
@@ -227,7 +227,8 @@ class Keeper:
         which do not repeat those of the run's start."""
         rank, device = self._runtime.rank, self._runtime.device
         if progress.layout != layout(self._plan):
-            torch.manual_seed(self._config.train.seed + rank + 1_000_003 * progress.step)
+            stream = dropout_stream(self._plan, rank)
+            torch.manual_seed(self._config.train.seed + stream + 1_000_003 * progress.step)
             return
         torch.set_rng_state(saved.read(f"rng/cpu-{rank:05d}").clone())
         if device.type == "cuda":
