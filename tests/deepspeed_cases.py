@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from configs.errors import EnvironmentProblem
@@ -15,6 +17,7 @@ from configs.load import load_config
 from configs.schema import Config
 from tests import cases
 from tests.cases import Trained
+from tests.harness import run_ranks
 from trainer import preflight
 from trainer.data.build import build_data
 from trainer.engine import Engine, StepReport, build_engine
@@ -26,6 +29,18 @@ from trainer.optimizer import lr_at
 from trainer.plan import Plan, make_plan
 from trainer.runtime import Runtime, join
 from trainer.step import StepResult, train_step
+
+# Wide enough that a rank's half of a matrix has the 1 MiB from which DeepSpeed swaps.
+WIDE = (
+    "train.gradient_accumulation_steps=2",
+    "optimizer.lr=1e-3",
+    "optimizer.eps=1e-5",
+    "data.seq_len=16",
+    "model.config.num_hidden_layers=2",
+    "model.config.hidden_size=512",
+    "model.config.intermediate_size=1024",
+    "model.config.vocab_size=1031",
+)
 
 
 def train_validating(overrides: list[str]) -> tuple[Trained, dict[str, int], list[str]]:
@@ -107,19 +122,19 @@ def spoil_and_drop(overrides: list[str], spoilt: int, dropped: int) -> Spoilt:
 
 
 def _spoil(engine: Engine, runtime: Runtime, forward_backward: Callable[[], float]) -> StepReport:
-    embedding = engine.model.get_input_embeddings()
-    handle = embedding.register_full_backward_hook(_make_infinite)
-    if runtime.rank < runtime.world_size - 1:
-        handle.remove()
+    """A step in which an infinite gradient flows into the embedding of the last rank."""
+    handles: list[Any] = []
+    if runtime.rank == runtime.world_size - 1:
+        handles.append(engine.model.get_input_embeddings().register_forward_hook(_make_gradient_infinite))
     forward_backward()
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     # A learning rate at which an update with it would show.
     return engine.step(1.0)
 
 
-def _make_infinite(module: torch.nn.Module, into: Any, out_of: Any) -> None:
-    """The gradient that flows into the embedding, changed in place before its weight's gradient is computed."""
-    out_of[0].fill_(float("inf"))
+def _make_gradient_infinite(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    output.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
 
 
 def _train(
@@ -161,3 +176,12 @@ def build_kernels(overrides: list[str]) -> None:
     plan = make_plan(config, find_machine())
     import_deepspeed("cpu")
     load_kernels(needed_kernels(config, plan), local_rank=0)
+
+
+def build_or_skip(run: list[str]) -> None:
+    """In the test itself: compile the kernels the run needs (minutes, once), or skip where there is no compiler."""
+    found = run_ranks(1, problems_of_machine, run, {})[0]
+    lacking = [problem for problem in found if "compiled at first use" in problem]
+    if lacking:
+        pytest.skip("; ".join(lacking))
+    run_ranks(1, build_kernels, run, timeout=1800)

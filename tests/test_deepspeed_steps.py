@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from tests.cases import train
-from tests.deepspeed_cases import spoil_and_drop, train_float16
+from tests.deepspeed_cases import WIDE, build_or_skip, spoil_and_drop, train_float16
 from tests.harness import run_ranks
 from tests.parity import reference, words
 
@@ -25,6 +26,14 @@ def test_bad_gradient_is_refused_and_dropped_without_a_trace(layout: str, precis
         assert rank.refused
         assert not math.isfinite(rank.grad_norm)
         assert rank.same, "later steps saw the refused or the dropped gradient"
+
+
+@pytest.mark.timeout(2400)
+def test_bad_gradient_is_refused_and_dropped_on_disk(tmp_path: Path) -> None:
+    run = words("llama", "zero3_nvme", "bf16", 6, *WIDE, f"parallel.offload.nvme_path={tmp_path}")
+    build_or_skip(run)
+    ranks = run_ranks(2, spoil_and_drop, run, 2, 4)
+    assert all(rank.refused and rank.same for rank in ranks)
 
 
 @pytest.mark.parametrize("layout", FLOAT32)

@@ -13,7 +13,7 @@ import pytest
 
 import configs
 from tests.cases import Trained, train
-from tests.deepspeed_cases import build_kernels, problems_of_machine, train_validating
+from tests.deepspeed_cases import WIDE, build_or_skip, train_validating
 from tests.harness import run_ranks
 from tests.parity import MODELS, ROWS, Row, distance, measure, reference, words
 
@@ -48,17 +48,6 @@ KEYS: dict[str, tuple[str, ...]] = {
     "sgd": ("optimizer=sgd", "optimizer.lr=0.5"),
     "no clipping": ("train.clip_grad_norm=0",),
 }
-# Wide enough that a rank's half of a matrix has the 1 MiB from which DeepSpeed swaps.
-WIDE = (
-    "train.gradient_accumulation_steps=2",
-    "optimizer.lr=1e-3",
-    "optimizer.eps=1e-5",
-    "data.seq_len=16",
-    "model.config.num_hidden_layers=2",
-    "model.config.hidden_size=512",
-    "model.config.intermediate_size=1024",
-    "model.config.vocab_size=1031",
-)
 ON_DISK: dict[str, tuple[str, ...]] = {
     "optimizer and parameters": (),
     "optimizer": ("parallel.offload.parameters=none",),
@@ -98,7 +87,7 @@ def test_option_equals_single_process(layout: str, keys: str) -> None:
 @pytest.mark.timeout(1200)
 def test_deepspeeds_own_adam_equals_torchs() -> None:
     keys = ("optimizer.implementation=deepspeed_cpu",)
-    _build_or_skip([*words("llama", "zero2_offload", "fp32", STEPS), *keys])
+    build_or_skip([*words("llama", "zero2_offload", "fp32", STEPS), *keys])
     expected = reference("llama", "fp32", STEPS, *STABLE)
     found = run_ranks(2, train, words("llama", "zero2_offload", "fp32", STEPS, *STABLE, *keys))[0]
     assert distance(found, expected).largest <= FLOAT32
@@ -110,7 +99,7 @@ def test_nvme_equals_single_process(what: str, tmp_path: Path) -> None:
     """With validation passes in between, which disturb the order in which DeepSpeed expects its parameters."""
     keys = (*ON_DISK[what], f"parallel.offload.nvme_path={tmp_path}")
     run = words("llama", "zero3_nvme", "fp32", 5, *WIDE, *keys)
-    _build_or_skip(run)
+    build_or_skip(run)
     expected = reference("llama", "fp32", 5, *WIDE)
     results: list[tuple[Trained, dict[str, int], list[str]]] = run_ranks(2, train_validating, run)
     found = distance(results[0][0], expected)
@@ -124,13 +113,3 @@ def test_nvme_equals_single_process(what: str, tmp_path: Path) -> None:
             assert bool(swapped) == wanted, (kind, rank, files)
             assert min(swapped, default=2**20) >= 2**20, files
     assert results[0][2] == [], "swap files of a finished run must not stay"
-
-
-def _build_or_skip(run: list[str]) -> None:
-    """Compile the kernels that the run needs (minutes, once); skip where there is nothing to compile them with."""
-    lacking = [
-        problem for problem in run_ranks(1, problems_of_machine, run, {})[0] if "compiled at first use" in problem
-    ]
-    if lacking:
-        pytest.skip("; ".join(lacking))
-    run_ranks(1, build_kernels, run, timeout=1800)
