@@ -30,8 +30,8 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     yield (
         f"activations, loss, backward: {len(trace.templates)} of {len(anatomy.layers)} layers, embedding, norm, head"
         f" and loss traced at micro_batch_size {plan.batch.micro_batch_size} x seq_len {plan.batch.seq_len} by running"
-        f" the model's own code on fake tensors ({sum(forward) / GIB:.3f} GiB allocated by the traced forward), repeated"
-        f" for all layers; activation checkpointing {config.train.activation_checkpointing}"
+        f" the model's own code on fake tensors ({sum(forward) / GIB:.3f} GiB allocated by the traced forward) and"
+        f" repeating it for all layers; activation checkpointing {config.train.activation_checkpointing}"
     )
     if plan.device != "cuda":
         return

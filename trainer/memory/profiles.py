@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-SOURCES = ("memory/trace.py", "memory/tracker.py", "memory/profiles.py", "memory/profile.py")
+SOURCES = ("memory/trace.py", "memory/kernels.py", "memory/tracker.py", "memory/profiles.py", "memory/profile.py")
 SOURCES += ("model.py", "loss.py", "optimizer.py", "parallel/checkpointing.py")
 
 
@@ -98,13 +98,9 @@ def _dtypes(plan: Plan) -> tuple[DType, DType | None, DType | None]:
 
 
 def _exact_attention(plan: Plan, gpu: Gpu | None) -> bool:
-    """Whether torch's attention falls back to the kernel that keeps all scores: CUDA's flash kernel takes 16 bit only
-    and needs Ampere; the memory-efficient one takes no grouped queries. See `trace` for which calls have them."""
-    if gpu is None:
-        return False
-    if plan.param_dtype is DType.float64:
-        return True
-    return plan.param_dtype is DType.float32 or gpu.bfloat16_flops is None
+    """Whether torch's attention must do without CUDA's flash kernel, which takes 16 bit only and needs Ampere."""
+    wide = plan.param_dtype in (DType.float32, DType.float64)
+    return gpu is not None and (wide or gpu.bfloat16_flops is None)
 
 
 def _trace(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size: int) -> Profile:

@@ -11,30 +11,29 @@ from __future__ import annotations
 
 import gc
 import itertools
-import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_iter
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 
 from configs.schema import Checkpointing
 from trainer.loss import cross_entropy_sum
+from trainer.memory.kernels import as_on_device, quiet
 from trainer.memory.profile import Step, Trace
 from trainer.memory.tracker import CAST, Born, Died, Mark, StorageTracker
 from trainer.model import decoder_layers
 from trainer.parallel.checkpointing import apply_checkpointing
 
 LIKE_LAYERS = 3  # the first, one between two of its kind, the last
+
+Groups = dict[str, tuple[str, str]]
 
 
 class CannotTrace(Exception):
@@ -47,8 +46,8 @@ class Shape:
 
     storage, compute: dtypes of the parameters and of autocast (None: no autocast). logits_dtype: what the root
     casts its output to (FSDP2's policy), None where the loss gets the logits as they are. gpu: follow the rules by
-    which CUDA chooses its attention and dropout kernels, instead of the CPU's. exact_attention: the GPU has no fused
-    attention kernel for this call and falls back to one that keeps all scores.
+    which CUDA chooses its attention and dropout kernels, instead of the CPU's. exact_attention: without the flash
+    kernel, calls that the memory-efficient one refuses fall back to a kernel that keeps all scores.
     """
 
     micro_batch_size: int
@@ -103,7 +102,7 @@ def _like(kinds: list[int], kind: int) -> list[int]:
     return found if len(found) <= LIKE_LAYERS else [*found[: LIKE_LAYERS - 1], found[-1]]
 
 
-def trace_model(model: PreTrainedModel, shape: Shape, groups: dict[str, tuple[str, str]]) -> Trace:
+def trace_model(model: PreTrainedModel, shape: Shape, groups: Groups) -> Trace:
     """Trace one micro-batch. model: on the meta device; it is shortened and filled with fake tensors.
 
     groups: each parameter's name -> (group, name in the group), layers left out. Raises CannotTrace.
@@ -116,7 +115,13 @@ def trace_model(model: PreTrainedModel, shape: Shape, groups: dict[str, tuple[st
     model.train()
     apply_checkpointing(model, shape.checkpointing)
     tracker = StorageTracker()
-    with _as_on_device(shape), mode, tracker, warnings.catch_warnings(), _quiet():
+    with (
+        as_on_device(gpu=shape.gpu, exact_attention=shape.exact_attention),
+        mode,
+        tracker,
+        warnings.catch_warnings(),
+        quiet(),
+    ):
         warnings.simplefilter("ignore")
         try:
             handles = _set_marks(model, tracker, groups)
@@ -158,47 +163,7 @@ def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
                 module._parameters[name] = fake
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch logs a traceback of its own for an operator that fake tensors cannot run."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _as_on_device(shape: Shape) -> Iterator[None]:
-    """Let fake tensors take the paths that real ones take, and CPU ones those of a GPU if that is wanted."""
-    attention, exact = F.scaled_dot_product_attention, shape.exact_attention
-
-    def scaled_dot_product_attention(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> torch.Tensor:
-        # A fused GPU kernel draws its dropout mask anew in the backward; the CPU has no such kernel.
-        with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
-            return attention(*args, dropout_p=dropout_p if exact else 0.0, **kwargs)
-
-    def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-        # A GPU keeps one byte per element as the mask; the CPU keeps the mask in the dtype of x.
-        return torch.native_dropout(x, p, training)[0] if training and p else x
-
-    with ExitStack() as stack:
-        # Hugging Face builds a mask of seq_len x seq_len for tensors whose values it cannot read. The trainer gives
-        # no mask and no packed positions, so that none is built on real tensors.
-        stack.enter_context(patch.object(masking_utils, "is_tracing", lambda *_, **__: False))
-        stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None))
-        if shape.gpu:
-            stack.enter_context(patch.object(F, "scaled_dot_product_attention", scaled_dot_product_attention))
-            stack.enter_context(
-                patch.object(torch.nn.functional, "scaled_dot_product_attention", scaled_dot_product_attention)
-            )
-            stack.enter_context(patch.object(F, "dropout", dropout))
-        yield
-
-
-def _set_marks(model: PreTrainedModel, tracker: StorageTracker, groups: dict[str, tuple[str, str]]) -> list[Any]:
+def _set_marks(model: PreTrainedModel, tracker: StorageTracker, groups: Groups) -> list[Any]:
     """Hooks that note when forward and backward enter and leave each group, and when a gradient is complete."""
     named = {str(index): layer for index, layer in enumerate(decoder_layers(model))}
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
@@ -242,7 +207,7 @@ def _complete(name: str, tracker: StorageTracker) -> Callable[[torch.Tensor], No
     return lambda parameter: tracker.mark(f"gradient {name}")
 
 
-def _grouped(model: PreTrainedModel, groups: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+def _grouped(model: PreTrainedModel, groups: Groups) -> Groups:
     """(group, name in the group) of every parameter of the shortened model."""
     prefixes = {id(layer): str(index) for index, layer in enumerate(decoder_layers(model))}
     found = dict(groups)
@@ -253,7 +218,7 @@ def _grouped(model: PreTrainedModel, groups: dict[str, tuple[str, str]]) -> dict
 
 
 def _sections(
-    tracker: StorageTracker, gradients: dict[str, int | None], grouped: dict[str, tuple[str, str]], layers: int
+    tracker: StorageTracker, gradients: dict[str, int | None], grouped: Groups, layers: int
 ) -> dict[tuple[str, str], tuple[Step, ...]]:
     """Cut the list of events at the borders of the layers and give each storage its number and category."""
     owned = {number for number in gradients.values() if number is not None}

@@ -1,0 +1,53 @@
+"""Which kernels a trace on fake CPU tensors stands for: those of the device that the plan is for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import masking_utils
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch logs a traceback of its own for an operator that fake tensors cannot run."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def as_on_device(*, gpu: bool, exact_attention: bool) -> Iterator[None]:
+    """Let fake tensors take the paths that real ones take, and CPU ones those of a GPU if that is wanted."""
+    attention = F.scaled_dot_product_attention
+
+    def scaled_dot_product_attention(query: torch.Tensor, *args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Any:
+        # Without the flash kernel: the memory-efficient one takes no grouped queries and no float64.
+        exact = exact_attention and (kwargs.get("enable_gqa", False) or query.dtype is torch.float64)
+        # A fused GPU kernel draws its dropout mask anew in the backward; the CPU has no such kernel.
+        with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+            return attention(query, *args, dropout_p=dropout_p if exact else 0.0, **kwargs)
+
+    def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        # A GPU keeps one byte per element as the mask; the CPU keeps the mask in the dtype of x.
+        return torch.native_dropout(x, p, training)[0] if training and p else x
+
+    with ExitStack() as stack:
+        # Hugging Face builds a mask of seq_len x seq_len for tensors whose values it cannot read. The trainer gives
+        # no mask and no packed positions, so that none is built on real tensors.
+        stack.enter_context(patch.object(masking_utils, "is_tracing", lambda *_, **__: False))
+        stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None))
+        if gpu:
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", scaled_dot_product_attention))
+            stack.enter_context(patch.object(F, "dropout", dropout))
+        yield
