@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
 
 import torch
 
@@ -60,3 +62,13 @@ def run_trainer(overrides: list[str]) -> int:
     from trainer.__main__ import main
 
     return main(overrides)
+
+
+def train_compiled(overrides: list[str]) -> tuple[Trained, int]:
+    """As `train`, with torch.compile's tracing but without its code generation; and how many graphs there are."""
+    from torch._dynamo.utils import counters
+
+    compile_ = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    with patch("trainer.parallel.compile.torch.compile", compile_):
+        trained = train(overrides)
+    return trained, counters["stats"]["unique_graphs"]

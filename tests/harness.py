@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,7 +88,7 @@ def _rank(
     os._exit(0 if outcome[0] else 1)
 
 
-def _wait(ranks: list[BaseProcess], timeout: float) -> None:
+def _wait(ranks: Sequence[BaseProcess], timeout: float) -> None:
     """Until all have ended, one has failed (the others get a moment to fail too), or the time is up."""
     deadline = time.monotonic() + timeout
     while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
@@ -101,7 +101,7 @@ def _wait(ranks: list[BaseProcess], timeout: float) -> None:
             rank.join()
 
 
-def _results(ranks: list[BaseProcess], folder: Path) -> list[Any]:
+def _results(ranks: Sequence[BaseProcess], folder: Path) -> list[Any]:
     results, failures = [], []
     for number, rank in enumerate(ranks):
         file = folder / str(number)

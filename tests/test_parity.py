@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import configs
-from tests.cases import train
+from tests.cases import train, train_compiled
 from tests.harness import run_ranks
-from tests.parity import MODELS, measure, reference, words
+from tests.parity import MODELS, distance, measure, reference, words
 
 FLOAT64 = 1e-10
 FLOAT32 = 1e-5
@@ -117,6 +117,19 @@ def test_float32_stays_within_rounding(layout: str) -> None:
 def test_option_equals_single_process(layout: str, keys: str) -> None:
     found = measure([layout], 2, model="llama", precision="fp64", steps=5, extra=KEYS[keys])
     assert found.largest <= FLOAT64, found
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layout", ["single", "tensor_fsdp"])
+def test_compiled_layers_equal_plain_ones(layout: str, recompute: str) -> None:
+    """By torch's own ahead-of-time tracing without code generation, which would need minutes of a C++ compiler."""
+    expected = reference("llama", "fp64", 3)
+    keys = ("train.compile=true", f"train.activation_checkpointing={recompute}")
+    processes = 1 if layout == "single" else 4
+    ranks = run_ranks(processes, train_compiled, words("llama", layout, "fp64", 3, *keys))
+    found, graphs = ranks[0]
+    assert graphs > 0, "nothing was compiled"
+    assert distance(found, expected).largest <= FLOAT64
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

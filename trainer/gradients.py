@@ -38,8 +38,7 @@ def global_norm(gradients: Sequence[torch.Tensor], *, mesh: DeviceMesh, device: 
     sums = torch.zeros([2] * len(names), dtype=torch.float64, device=device)
     for axes, tensors in pieces.items():
         index = tuple(int(name in axes) for name in names)
-        norms = torch._foreach_norm(tensors, dtype=torch.float64) if tensors[0].is_cuda else _norms(tensors)
-        sums[index] = torch.stack(list(norms)).to(device).square().sum()
+        sums[index] = torch.stack(_norms(tensors)).to(device).square().sum()
     for dim, name in enumerate(names):
         split = sums.select(dim, 1).contiguous()
         dist.all_reduce(split, group=groups[name])
@@ -54,10 +53,13 @@ def scale(gradients: Sequence[torch.Tensor], factor: float) -> None:
     """Multiply every gradient in place."""
     pieces = [local(gradient) for gradient in gradients if local(gradient).numel()]
     if factor != 1.0 and pieces:
-        torch._foreach_mul_(pieces, factor)
+        torch._foreach_mul_(pieces, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    if tensors[0].is_cuda:
+        # One kernel for all of them; the CPU has no such kernel.
+        return list(torch._foreach_norm(tensors, dtype=torch.float64))  # pyright: ignore[reportPrivateImportUsage]
     return [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
 
 

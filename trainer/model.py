@@ -100,6 +100,11 @@ class Elsewhere(nn.Module):
     """Stands for a part of the model that another pipeline stage holds. No parameters; subclasses say what it does."""
 
 
+def architecture(model: PreTrainedModel) -> str:
+    """Name of the model's class, whatever class a sharding engine has put in its place."""
+    return next(iter(model.config.architectures or ()), type(model).__name__)
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The stack of decoder layers: the longest ModuleList that lies in no other (a layer's experts are a list too).
     Raises ConfigError for a model without one."""

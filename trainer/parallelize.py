@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from configs.schema import Checkpointing, Config
-from trainer.model import held_layers
 from trainer.parallel.checkpointing import apply_checkpointing
+from trainer.parallel.compile import apply_compile
 from trainer.parallel.context import apply_context_parallel
 from trainer.parallel.fsdp import apply_fsdp
 from trainer.parallel.pipeline_split import Stage, split_model
@@ -37,8 +37,8 @@ class Parts:
 def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: DeviceMesh) -> Parts:
     """Apply the passes that the plan asks for to a model on the meta device.
 
-    Stages first: every later pass then works on what this rank will hold. Tensor parallel before recompute, so that
-    its collectives are inside what is recomputed, and recompute before compile, which then sees both. Sharding last:
+    Stages first: every later pass then works on what this rank will hold. Tensor parallel before compile and recompute,
+    so that its collectives are inside both; recompute around the compiled layer, whose call it repeats. Sharding last:
     what it wraps must be the layer as it will run, and it cuts what tensor parallel has left. DDP alone wraps after
     the parameters are filled (`apply_ddp`), because it copies them into its buckets.
     """
@@ -61,15 +61,14 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
         )
     if plan.degree("tp") > 1:
         tensor = _divide(model, modules, config, mesh)
+    if config.train.compile:
+        for module in modules:
+            apply_compile(module)
+        log.info("compile: each decoder layer")
     if config.train.activation_checkpointing is not Checkpointing.none:
         for module in modules:
             apply_checkpointing(module, config.train.activation_checkpointing)
         log.info("activation checkpointing: %s", config.train.activation_checkpointing)
-    if config.train.compile:
-        for module in modules:
-            for layer in held_layers(module):
-                layer.compile()
-        log.info("compile: each decoder layer")
     if plan.fully_sharded:
         for module in modules:
             last = not stages or stages[modules.index(module)].is_last

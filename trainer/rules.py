@@ -172,6 +172,11 @@ def _check_splits(config: Config) -> Iterator[str]:
         if config.train.compile:
             yield "train.compile=true: engine torch only; set it to false, or use parallel=fsdp"
         return
+    if config.train.compile and config.train.activation_checkpointing is Checkpointing.selective:
+        yield (
+            "train.activation_checkpointing=selective: chooses single operations, which train.compile=true fuses;"
+            " use full or none"
+        )
     if parallel.cp > 1:
         method, tp = parallel.context_method, parallel.tp
         yield from check_context(fields, cp=parallel.cp, tp=tp, method=method, seq_len=seq_len)

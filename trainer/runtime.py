@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from configs.errors import CookbookError, EnvironmentProblem, RankProblem
 from trainer.plan import Plan
@@ -103,7 +104,7 @@ def join(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
     else:
         # DeepSpeed reads these when it is imported into a process that no launcher started.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield Runtime(rank=rank, local_rank=local_rank(), world_size=plan.world_size, device=device)
         # Without it a rank that is done first tears down the store that the others still use.

@@ -94,8 +94,15 @@ def _ulysses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranks: Ranks, **
 
 
 def _gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranks: Ranks, **options: Any) -> torch.Tensor:
-    k, v = ranks.enter_sequence(k, dim=2), ranks.enter_sequence(v, dim=2)
+    k, v = (_whole_sequence(x, ranks) for x in (k, v))
     return _causal_attention(q, k, v, first_query=ranks.rank * q.shape[2], **options)
+
+
+def _whole_sequence(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """[batch, heads, n/c, d] -> [batch, heads, n, d], by way of the shape [batch, sequence, features]."""
+    _, heads, _, size = x.shape
+    gathered = ranks.enter_sequence(x.transpose(1, 2).flatten(2))
+    return gathered.unflatten(2, (heads, size)).transpose(1, 2)
 
 
 def _copies(heads: int, kv_heads: int, size: int) -> int:

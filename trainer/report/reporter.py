@@ -27,6 +27,7 @@ import torch
 from configs.errors import CookbookError
 from configs.schema import Config
 from trainer.checkpoint.files import replace_text
+from trainer.model import architecture
 from trainer.plan import Plan
 from trainer.report.flops import count_parameters, flops_per_token, mfu, peak_flops
 from trainer.report.folder import run_label, writing
@@ -79,7 +80,7 @@ class Reporter:
         self._head = [
             plan.describe(),
             f"data       {data}",
-            f"model      {model.config.architectures[0]}, {parameters:,} parameters, {config.model.weights} weights",
+            f"model      {architecture(model)}, {parameters:,} parameters, {config.model.weights} weights",
             f"run        {folder}",
         ]
         if gpu is not None:
