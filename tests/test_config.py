@@ -173,7 +173,7 @@ def test_later_words_win_and_experiments_yield_to_single_keys() -> None:
     config = load_config(["experiment=demo", "train.steps=50", "train.steps=60", "parallel=zero2"])
     assert config.train.steps == 60
     assert config.parallel.preset == "zero2"
-    assert config.train.global_batch_size == 16
+    assert config.train.micro_batch_size == 4
 
 
 @pytest.mark.parametrize(
