@@ -113,7 +113,9 @@ def test_an_exported_folder_loads_with_the_same_loss(name: str, shard_bytes: int
 def test_names_without_the_base_prefix_are_found(tmp_path: Path) -> None:
     """GPT-2 on the hub was saved from the bare model: `wte.weight`, not `transformer.wte.weight`."""
     model = build("model=tiny_gpt2")
-    model.base_model.save_pretrained(tmp_path)
+    base = model.base_model
+    assert isinstance(base, PreTrainedModel)
+    base.save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
     ours = build(f"model.path={tmp_path}", "model.weights=pretrained", seed=99)
     name = "transformer.wte.weight"
