@@ -49,31 +49,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(show(DOOR, arguments))
             return EXIT_FINISHED
         if not arguments.sweep:
-            return launch(arguments.overrides, config_dir=arguments.config_dir)
+            return launch(arguments.overrides, config_dir=arguments.config_dir)[0]
         return sweep(arguments)
     except CookbookError as error:
         return turn_away(error)
 
 
 def sweep(arguments: Arguments) -> int:
-    """One run after another; one that fails does not stop the others. Returns the first failure's exit code."""
+    """One run after another; a failure does not stop the others, a signal does. Returns the first failure's code."""
     runs = expand_sweep(arguments.overrides)
     codes: list[int] = []
     for number, overrides in enumerate(runs, 1):
         print(f"\n== run {number} of {len(runs)}: {shlex.join(overrides)}", flush=True)
         try:
-            codes.append(launch(overrides, config_dir=arguments.config_dir, stay=True))
+            code, told = launch(overrides, config_dir=arguments.config_dir, stay=True)
         except CookbookError as error:
-            codes.append(turn_away(error))
-    failed = [code for code in codes if code != EXIT_FINISHED]
-    print(f"\n== {len(runs) - len(failed)} of {len(runs)} runs finished")
-    return failed[0] if failed else EXIT_FINISHED
+            code, told = turn_away(error), False
+        codes.append(code)
+        if told:
+            break
+    print(f"\n== {codes.count(EXIT_FINISHED)} of {len(runs)} runs finished")
+    return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
 
 
-def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = False) -> int:
-    """Plan and start one run. Raises CookbookError before anything is started.
+def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = False) -> tuple[int, bool]:
+    """Plan and start one run. Returns the job's exit code, and whether a signal asked to end.
 
     stay: keep this process even where the run is one plain process that could take its place.
+    Raises CookbookError before anything is started.
     """
     config = load_config(overrides, config_dir=config_dir)
     # A world that surrounds this door (a pod's WORLD_SIZE) is not the one it is about to make.
@@ -89,26 +92,26 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
         print("Run one line on each node, with the address of the first for NODE_0:")
     print(*(command.text() for command in commands), sep="\n", flush=True)
     if not starting:
-        return EXIT_FINISHED
+        return EXIT_FINISHED, False
     if config.launcher.name is LauncherName.python and not stay:
         replace_process(commands[0])
     return _run(commands[0], run_dir.expanduser())
 
 
-def _run(command: Command, run_dir: Path) -> int:
-    """Run to the end. Returns the exit code of the rank that ended the run, where it left word in its status file:
-    a launcher makes its own 1 of whatever a rank returned."""
+def _run(command: Command, run_dir: Path) -> tuple[int, bool]:
+    """Run to the end. The exit code is that of the rank that ended the run, where it left word in its status file: a
+    launcher makes its own 1 of whatever a rank returned."""
     before = read_status(run_dir)
-    code, relay = run_command(command)
-    status = read_status(run_dir)
+    outcome = run_command(command)
+    code, status = outcome.code, read_status(run_dir)
     rank_code, reason = (status.get("exit_code"), status.get("reason")) if status != before else (None, None)
     if code != EXIT_FINISHED and isinstance(rank_code, int):
         code = rank_code
     if code not in (EXIT_FINISHED, EXIT_STOPPED, EXIT_BAD_CONFIG):  # these have been explained in plain lines
-        kept = relay.keep(run_dir / "logs/errors.log")
+        kept = outcome.relay.keep(run_dir / "logs/errors.log")
         rest = f"; all that the ranks and the launcher wrote: {kept}" if kept else ""
         print(f"the run failed: {reason or 'no rank left word why'} (exit code {code}){rest}", file=sys.stderr)
-    return code
+    return code, outcome.told
 
 
 def _commands(

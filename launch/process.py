@@ -18,9 +18,10 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Self, TextIO
 
 import psutil
 
@@ -38,26 +39,36 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_command(command: Command) -> tuple[int, Relay]:
-    """Run to the end. Returns the exit code (128 + N after signal N), and what was held back of stderr."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """code: the exit code, 128 + N after signal N. told: whether a signal asked to end. relay: what went to stderr."""
+
+    code: int
+    told: bool
+    relay: Relay
+
+
+def run_command(command: Command) -> Outcome:
+    """Run to the end, passing signals on. Nothing that it started is left when this returns."""
     _adopt_orphans()
-    child = subprocess.Popen(
-        command.argv,
-        env={**os.environ, **command.environment},
-        stderr=subprocess.PIPE,
-        process_group=0,
-    )
-    assert child.stderr is not None
-    # A progress bar's carriage return is not the end of a line.
-    lines = io.TextIOWrapper(child.stderr, errors="replace", newline="\n")
-    relay = Relay(sys.stderr)
-    reader = threading.Thread(target=relay.copy, args=(lines,), daemon=True)
-    with _forwarding(child.pid):
+    with _Forwarding() as signals:
+        child = subprocess.Popen(
+            command.argv,
+            env={**os.environ, **command.environment},
+            stderr=subprocess.PIPE,
+            process_group=0,
+        )
+        signals.launcher = child.pid
+        assert child.stderr is not None
+        relay = Relay(sys.stderr)
+        # A progress bar's carriage return is not the end of a line.
+        lines = io.TextIOWrapper(child.stderr, errors="replace", newline="\n")
+        reader = threading.Thread(target=relay.copy, args=(lines,), daemon=True)
         reader.start()
         code = child.wait()
         end_descendants()
         reader.join(GRACE_SECONDS)
-    return (code if code >= 0 else 128 - code), relay
+    return Outcome(code=code if code >= 0 else 128 - code, told=signals.told, relay=relay)
 
 
 def replace_process(command: Command) -> None:
@@ -66,30 +77,35 @@ def replace_process(command: Command) -> None:
     os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment})
 
 
-@contextlib.contextmanager
-def _forwarding(launcher: int) -> Generator[None, None, None]:
-    """Pass signals on: the first, and every SIGUSR1, to the ranks; where there are none yet, and when told again, to
+class _Forwarding:
+    """Passes signals on: the first, and every SIGUSR1, to the ranks; where there are none yet, and when told again, to
     the launcher's process group. A signal that we were started to ignore (nohup) stays ignored."""
-    told = False
 
-    def forward(number: int, _frame: object) -> None:
-        nonlocal told
+    def __init__(self) -> None:
+        self.launcher: int | None = None
+        self.told = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        ours = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._forward) for number in ours}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, _frame: object) -> None:
+        if self.launcher is None:
+            sys.exit(128 + number)
+        again, self.told = self.told and number != signal.SIGUSR1, True
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            ranks = [] if told and number != signal.SIGUSR1 else rank_processes(psutil.Process(launcher))
+            ranks = [] if again else rank_processes(psutil.Process(self.launcher))
             for rank in ranks:
                 # A terminal that is closed asks to end: ranks know SIGTERM for that.
                 rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
             if not ranks:
-                os.killpg(launcher, number)
-            told = True
-
-    ours = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, forward) for number in ours}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                os.killpg(self.launcher, number)
 
 
 def rank_processes(process: psutil.Process) -> list[psutil.Process]:

@@ -239,8 +239,7 @@ def started(child: str) -> Generator[subprocess.Popen[str], None, None]:
         from launch.command import Command
         from launch.process import run_command
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
-        code, _ = run_command(Command(argv=(sys.executable, "-c", {textwrap.dedent(child)!r}), environment={{}}))
-        sys.exit(code)
+        sys.exit(run_command(Command(argv=(sys.executable, "-c", {textwrap.dedent(child)!r}), environment={{}})).code)
     """
     running = subprocess.Popen(
         [PYTHON, "-c", textwrap.dedent(driver)],
