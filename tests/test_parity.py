@@ -49,7 +49,7 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
         4,
         ("parallel.sequence_parallel=true", "train.activation_checkpointing=full"),
     ),
-    "pipeline on 4": ("pipeline", 4, ("parallel.pp=4",)),
+    "pipeline on 4": ("pipeline", 4, ("parallel.pp=4", "train.gradient_accumulation_steps=4")),
     "pipeline, recompute": ("pipeline", 2, ("train.activation_checkpointing=full",)),
     "pipeline_fsdp, gathered anew": ("pipeline_fsdp", 4, ("parallel.reshard_after_forward=true",)),
     "3d_zero1, sequence parallel, recompute": (
