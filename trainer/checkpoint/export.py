@@ -91,4 +91,7 @@ def _build_model(folder: Path) -> PreTrainedModel:
         )
     config = CONFIG_MAPPING[kind](**fields)
     with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    # Not part of the identity; without it other programs cannot tell which class reads the exported folder.
+    model.config.architectures = [type(model).__name__]
+    return model
