@@ -358,6 +358,9 @@ class Launcher:
     """Rendezvous port; null: a free one."""
     args: list[str] = field(default_factory=list)
     """Further arguments for the launcher, before `-m trainer`."""
+    max_restarts: int = 3
+    """When a worker dies or hangs, the job is started again from its newest checkpoint, at most so many times in
+    a row. A restart that gets to a new checkpoint begins the count anew. 0: never."""
 
 
 @dataclass(kw_only=True, slots=True)

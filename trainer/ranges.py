@@ -21,6 +21,7 @@ def check_ranges(config: Config) -> Iterator[str]:
         ("train.seed", train.seed, 0),
         ("checkpoint.every", config.checkpoint.every, 0),
         ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        ("launcher.max_restarts", config.launcher.max_restarts, 0),
         ("checkpoint.keep_every", config.checkpoint.keep_every, 0),
         ("data.seq_len", data.seq_len, 2),
         ("data.num_workers", data.num_workers, 0),

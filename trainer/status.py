@@ -4,6 +4,7 @@
     step       optimizer updates that were made
     reason     why it is not running any more, in one line
     exit_code  of the rank that wrote it
+    retry      false: it failed of something that somebody has to mend, and would do so again
 
 Exit codes alone do not carry this: a launcher turns a worker's 75 into its own 1.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
-from configs.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, CookbookError, EnvironmentProblem
+from configs.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, CookbookError, EnvironmentProblem, RankStuck
 from trainer.checkpoint.files import replace_text
 
 STATUS = "status.json"
@@ -69,17 +70,19 @@ class RunStatus:
         reason = text if isinstance(error, CookbookError) else f"rank {self._rank}: {type(error).__name__}: {text}"
         try:
             open(self._folder / _FIRST_FAILURE, "x").close()
-            self._write(FAILED, reason, code)
+            retry = isinstance(error, RankStuck) or not isinstance(error, CookbookError)
+            self._write(FAILED, reason, code, retry=retry)
         except OSError:
             # Another rank was first, or the disk is full: the error itself is told by the one who catches it.
             pass
 
-    def _write(self, state: str, reason: str | None, exit_code: int | None) -> None:
+    def _write(self, state: str, reason: str | None, exit_code: int | None, *, retry: bool = True) -> None:
         content = {
             "state": state,
             "step": self._step(),
             "reason": reason,
             "exit_code": exit_code,
+            "retry": retry,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "pid": os.getpid(),

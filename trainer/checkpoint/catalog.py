@@ -80,7 +80,7 @@ def surplus(checkpoints: Sequence[Path], *, keep_last: int, keep_every: int) -> 
     """Which to delete. checkpoints: oldest first. The newest `keep_last` stay, and every step that `keep_every`
     divides (0: none)."""
     old = checkpoints[: max(0, len(checkpoints) - keep_last)]
-    return [path for path in old if not (keep_every and _step(path) % keep_every == 0)]
+    return [path for path in old if not (keep_every and step_of(path) % keep_every == 0)]
 
 
 def delete(checkpoint: Path) -> None:
@@ -90,7 +90,8 @@ def delete(checkpoint: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step in a committed checkpoint's name."""
     match = _COMMITTED.fullmatch(checkpoint.name)
     assert match is not None
     return int(match[1])

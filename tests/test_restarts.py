@@ -1,0 +1,113 @@
+"""The progress guard: restarts while they get a job further, and no others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, PlanError
+from configs.load import load_config
+from tests.harness import run_ranks
+from tests.parity import words
+from trainer.__main__ import main
+from trainer.checkpoint.catalog import CHECKPOINTS, step_name
+from trainer.machine import Machine
+from trainer.plan import make_plan
+from trainer.restarts import Attempts, Standing, Verdict, judge, stand
+from trainer.status import STATUS, read_status
+
+
+def verdicts(*ends: tuple[int, int], cap: int = 3) -> list[Verdict]:
+    """What is decided after each start, until there is no further one. ends: exit code and newest checkpoint's step."""
+    decided, attempts, step = [], Attempts(), 0
+    for code, reached in ends:
+        before, after = Standing(step=step, status={}), Standing(step=reached, status={})
+        verdict = judge(code, before=before, after=after, attempts=attempts, max_restarts=cap)
+        decided.append(verdict)
+        attempts, step = verdict.attempts, reached
+        if not verdict.restart:
+            break
+    return decided
+
+
+@pytest.mark.parametrize("code", [EXIT_FINISHED, EXIT_BAD_CONFIG, EXIT_STOPPED])
+def test_what_is_over_is_not_started_again(code: int) -> None:
+    assert [verdict.restart for verdict in verdicts((code, 10))] == [False]
+
+
+@pytest.mark.parametrize("cap", [0, 1, 3])
+def test_a_job_that_always_dies_at_the_same_place_is_given_up(cap: int) -> None:
+    decided = verdicts(*[(EXIT_FAILED, 0)] * 20, cap=cap)
+    assert [verdict.restart for verdict in decided] == [True] * cap + [False]
+    if cap:
+        assert "restart 1 of" in decided[0].reason
+        assert decided[-1].reason.endswith(f"restarts in a row from the beginning (launcher.max_restarts={cap})")
+
+
+def test_a_restart_that_got_further_begins_the_count_anew() -> None:
+    steps = [10, 10, 10, 20, 20, 20, 30, 40, 50, 50, 50, 50, 50, 50]
+    decided = verdicts(*((137, step) for step in steps), cap=3)
+    # Three more from step 50, whose first death had just saved it.
+    assert len(decided) == steps.index(50) + 4
+    assert [verdict.restart for verdict in decided] == [True] * (len(decided) - 1) + [False]
+    assert "starting again from step 20 (restart 1 of 3 from there)" in decided[3].reason
+
+
+def test_a_damaged_checkpoint_made_again_is_no_progress() -> None:
+    decided = verdicts((1, 20), (1, 10), (1, 20), (1, 10), (1, 20), cap=3)
+    assert [verdict.restart for verdict in decided] == [True, True, True, False]
+
+
+def test_progress_of_an_earlier_job_is_not_this_ones() -> None:
+    same = Standing(step=40, status={})
+    verdict = judge(1, before=same, after=same, attempts=Attempts(), max_restarts=1)
+    assert verdict.restart
+    assert not judge(1, before=same, after=same, attempts=verdict.attempts, max_restarts=1).restart
+
+
+def test_the_ranks_word_counts_more_than_the_launchers_exit_code() -> None:
+    before = Standing(step=0, status={"state": "running"})
+
+    def decide(**word: object) -> Verdict:
+        after = Standing(step=0, status={"state": "failed", **word})
+        return judge(1, before=before, after=after, attempts=Attempts(), max_restarts=3)
+
+    assert not decide(exit_code=EXIT_BAD_CONFIG, reason="data.paths=[x]: no such file").restart
+    assert not decide(exit_code=EXIT_STOPPED, reason="rank 0: SIGTERM").restart
+    full = decide(exit_code=EXIT_FAILED, retry=False, reason="no space")
+    assert (full.restart, full.reason) == (False, "no space; it would end the same way again")
+    hung = decide(exit_code=EXIT_FAILED, retry=True, reason="stuck for 10 min: rank 1 does not answer at all")
+    assert hung.restart
+    assert hung.reason.startswith("stuck for 10 min: rank 1 does not answer at all; starting again from the beginning")
+    # The word of an earlier start says nothing about this one.
+    old = Standing(step=0, status={"state": "failed", "exit_code": EXIT_BAD_CONFIG, "reason": "mended since"})
+    verdict = judge(137, before=old, after=old, attempts=Attempts(), max_restarts=3)
+    assert verdict.restart
+    assert verdict.reason.startswith("exit code 137, and no rank left word why")
+
+
+def test_a_run_folder_is_read_as_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert stand(run) == Standing(step=0, status={})
+    for name in (step_name(2), step_name(10), f".{step_name(12)}.partial", f"{step_name(14)}.damaged"):
+        (run / CHECKPOINTS / name).mkdir(parents=True)
+    (run / STATUS).write_text(json.dumps({"state": "running"}))
+    assert stand(run) == Standing(step=10, status={"state": "running"})
+    (run / STATUS).write_text("{")
+    assert stand(run) == Standing(step=10, status={})
+
+
+def test_a_run_says_whether_starting_again_can_help(tmp_path: Path) -> None:
+    """A loss that is not finite comes again from the same checkpoint."""
+    diverging = words("gpt2", "single", "fp32", 6, "optimizer.lr=1e35", "cluster=cpu", f"train.run_dir={tmp_path}")
+    assert run_ranks(1, main, diverging) == [EXIT_FAILED]
+    status = read_status(tmp_path)
+    assert (status["state"], status["retry"]) == ("failed", False)
+
+
+def test_a_negative_cap_is_refused() -> None:
+    config = load_config(["launcher.max_restarts=-1"])
+    with pytest.raises(PlanError, match=r"launcher\.max_restarts=-1: must be 0 or more"):
+        make_plan(config, Machine())
