@@ -137,6 +137,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     batch = make_batch(config.train, config.data.seq_len, data_parallel_size, problems, usual=usual)
     if config.parallel.pp > 1 and config.parallel.engine is EngineName.torch:
         problems += _check_pipeline(config, batch)
+    problems += _check_offload(config, mesh)
     if problems:
         raise PlanError(*problems)
     return Plan(
@@ -225,6 +226,17 @@ def _check_pipeline(config: Config, batch: Batch) -> Iterator[str]:
         checkpointing=str(config.train.activation_checkpointing),
         compile=config.train.compile,
     )
+
+
+def _check_offload(config: Config, mesh: tuple[tuple[str, int], ...]) -> Iterator[str]:
+    """Engine torch offloads through FSDP2, which plain copies of the model do not pass through."""
+    offloaded = config.parallel.offload.parameters
+    split = any(size > 1 for axis, size in mesh if axis != "dp_replicate")
+    if config.parallel.engine is EngineName.torch and offloaded is OffloadDevice.cpu and not split:
+        yield (
+            f"parallel.offload.parameters={offloaded}: engine torch offloads what is sharded, and here every process"
+            " holds the whole model; use parallel=fsdp_offload with two or more processes, or parallel=zero3_offload"
+        )
 
 
 def _bubble(config: Config, batch: Batch) -> float:
