@@ -19,7 +19,7 @@ from tests.resuming import Journal, resume_each, train_and_save
 SAVED, STEPS = 3, 6
 # layout -> processes
 TORCH = {"single": 1, "ddp": 2, "fsdp": 2, "hsdp": 4, "tensor": 2, "pipeline": 2, "tensor_fsdp": 4, "pipeline_fsdp": 4}
-ZERO = {"zero1": 2, "zero2": 2, "zero3": 2, "zero3_offload": 2}
+ZERO = {"zero1": 2, "zero2": 2, "zero3": 2, "zero3_offload": 2, "zero2_tensor": 4}
 # One row each: on three ranks no matrix divides evenly.
 FORWARDS = {"hsdp": 1}  # per step; 12 sequences do not divide by 4 data-parallel ranks times 2
 ODD = {"fsdp on 3": ("fsdp", 3), "zero3 on 3": ("zero3", 3)}

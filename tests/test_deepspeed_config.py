@@ -101,7 +101,7 @@ def test_every_layout_makes_valid_json(layout: str, size: ModelSize) -> None:
 
 
 def test_layouts_were_found() -> None:
-    assert len(LAYOUTS) == 7
+    assert len(LAYOUTS) == 9
 
 
 def test_float16_starts_at_the_configured_scale() -> None:

@@ -13,7 +13,9 @@ from tests.harness import run_ranks
 from tests.parity import reference, words
 
 ACCUMULATE = "train.gradient_accumulation_steps=2"
-FLOAT32 = ["zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload"]
+FLOAT32 = ["zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload", "zero1_tensor", "zero2_tensor"]
+# Over tensor parallel: groups of two ranks, two of them, so that both kinds of collective are there.
+PROCESSES = {"zero1_tensor": 4, "zero2_tensor": 4}
 # In 16 bit other buffers hold the gradient than in float32.
 REFUSALS = [(layout, "fp32") for layout in FLOAT32] + [(layout, "bf16") for layout in FLOAT32 if layout != "zero2"]
 
@@ -21,7 +23,7 @@ REFUSALS = [(layout, "fp32") for layout in FLOAT32] + [(layout, "bf16") for layo
 @pytest.mark.parametrize(("layout", "precision"), REFUSALS)
 def test_bad_gradient_is_refused_and_dropped_without_a_trace(layout: str, precision: str) -> None:
     run = words("llama", layout, precision, 6, ACCUMULATE)
-    ranks = run_ranks(2, spoil_and_drop, run, 2, 4)
+    ranks = run_ranks(PROCESSES.get(layout, 2), spoil_and_drop, run, 2, 4)
     for rank in ranks:
         assert rank.refused
         assert not math.isfinite(rank.grad_norm)
@@ -42,7 +44,7 @@ def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str
     expected = reference("llama", "fp32", 10, ACCUMULATE)
     # A scale that float16 gradients of this model never overflow: a skipped step would set the runs apart.
     keys = (ACCUMULATE, "precision.loss_scale_init=1024")
-    found = run_ranks(2, train_float16, words("llama", layout, precision, 10, *keys))[0]
+    found = run_ranks(PROCESSES.get(layout, 2), train_float16, words("llama", layout, precision, 10, *keys))[0]
     assert all(found.updated)
     assert found.losses != expected.losses, "nothing was computed in 16 bit"
     assert max(abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)) <= tolerance
@@ -50,10 +52,12 @@ def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str
     assert max(abs(a - b) / b for a, b in norms) <= 0.05
 
 
-@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero2_offload", "zero3_offload", "zero1_tensor", "zero2_tensor"])
 def test_fp16_overflow_halves_the_scale_and_skips(layout: str) -> None:
     keys = ("precision.loss_scale_init=16777216", "precision.loss_scale_window=2", "train.clip_grad_norm=1.0")
-    found = run_ranks(2, train_float16, words("llama", layout, "fp16", 14, ACCUMULATE, *keys))[0]
+    ranks = run_ranks(PROCESSES.get(layout, 2), train_float16, words("llama", layout, "fp16", 14, ACCUMULATE, *keys))
+    found = ranks[0]
+    assert all((rank.updated, rank.loss_scales) == (found.updated, found.loss_scales) for rank in ranks)
     scale, good_steps, grown = 2.0**24, 0, 0
     for updated, norm, used in zip(found.updated, found.grad_norms, found.loss_scales, strict=True):
         assert used == scale

@@ -29,12 +29,17 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "zero1_offload": (2, ()),
     "zero2_offload": (2, ()),
     "zero3_offload": (2, ()),
+    "zero1_tensor": (4, ()),
+    "zero2_tensor": (4, ("parallel.sequence_parallel=true",)),
 }
 VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "zero1 alone": ("zero1", 1, ()),
     "zero1 on 4": ("zero1", 4, ("train.gradient_accumulation_steps=1",)),
     "zero2 on 4": ("zero2", 4, ("train.gradient_accumulation_steps=1",)),
     "zero2, selective recompute": ("zero2", 2, ("train.activation_checkpointing=selective",)),
+    "zero1, tensor parallel alone": ("zero1_tensor", 2, ("parallel.dp_shard=1",)),
+    "zero1, key-value heads fewer than tp": ("zero1_tensor", 4, ("parallel.tp=4", "parallel.sequence_parallel=true")),
+    "zero2, tensor parallel, offloaded": ("zero2_tensor", 4, ("parallel.offload.optimizer=cpu",)),
     "zero3 on 3": ("zero3", 3, ("train.gradient_accumulation_steps=1", "train.global_batch_size=9")),
     "zero3 on 4, offloaded": ("zero3_offload", 4, ("train.gradient_accumulation_steps=1",)),
     "zero3, optimizer offloaded": ("zero3_offload", 2, ("parallel.offload.parameters=none",)),

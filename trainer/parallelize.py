@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from configs.schema import Checkpointing, Config
+from configs.schema import Checkpointing, Config, EngineName
 from trainer.parallel.checkpointing import apply_checkpointing
 from trainer.parallel.compile import apply_compile
 from trainer.parallel.context import apply_context_parallel
@@ -39,8 +39,8 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
 
     Stages first: every later pass then works on what this rank will hold. Tensor parallel before compile and recompute,
     so that its collectives are inside both; recompute around the compiled layer, whose call it repeats. Sharding last:
-    what it wraps must be the layer as it will run, and it cuts what tensor parallel has left. DDP alone wraps after
-    the parameters are filled (`apply_ddp`), because it copies them into its buckets.
+    what it wraps must be the layer as it will run, and it cuts what tensor parallel has left. DDP and DeepSpeed take
+    the model after its parameters are filled, because they copy them into their buckets.
     """
     stages: list[Stage] = []
     tensor: list[TensorParallel] = []
@@ -69,7 +69,7 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
         for module in modules:
             apply_checkpointing(module, config.train.activation_checkpointing)
         log.info("activation checkpointing: %s", config.train.activation_checkpointing)
-    if plan.fully_sharded:
+    if plan.fully_sharded and plan.engine is EngineName.torch:
         for module in modules:
             last = not stages or stages[modules.index(module)].is_last
             apply_fsdp(module, plan, mesh, returns_logits=last)

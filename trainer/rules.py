@@ -32,7 +32,10 @@ from trainer.ranges import check_ranges
 from trainer.report.trackers import check_tracker
 
 DEEPSPEED_SPLITS = {
-    "tp": "engine deepspeed runs ZeRO over data-parallel ranks only; use parallel=tensor_fsdp, which shards as ZeRO 3",
+    "tp": (
+        "ZeRO 3 gathers whole parameters inside the layers, which tensor parallel has divided; use"
+        " parallel=zero2_tensor, or tensor_fsdp, which shards as ZeRO 3"
+    ),
     "cp": "engine deepspeed runs ZeRO over data-parallel ranks only; use parallel=context, which shards as ZeRO 3",
     "pp": (
         "ZeRO 2 and 3 partition what a pipeline adds up over its micro-batches, so DeepSpeed forbids the pair;"
@@ -52,6 +55,7 @@ def check_config(config: Config, device: str) -> Iterator[str]:
     yield from _check_optimizer(config)
     yield from check_gpu(config.cluster.gpu)
     yield from check_tracker(config.logging)
+    yield from _check_measuring(config, device)
     if config.launcher.name is LauncherName.python and (config.cluster.gpus_per_node or 1) * config.cluster.nodes != 1:
         yield "launcher.name=python: starts one process only; use launcher=torchrun for more"
 
@@ -165,8 +169,12 @@ def _check_parallel(config: Config) -> Iterator[str]:
 def _check_splits(config: Config) -> Iterator[str]:
     """Tensor and context parallel; the pipeline's rules need the batch and stand in `plan`."""
     parallel, fields, seq_len = config.parallel, config_fields(config), config.data.seq_len
+    yield from check_tensor(fields, parallel.tp, parallel.sequence_parallel, seq_len // parallel.cp)
+    if parallel.tp == 1 and parallel.tensor_plan:
+        yield "parallel.tensor_plan: says how to cut matrices, but parallel.tp is 1; set tp, or take the plan away"
     if parallel.engine is EngineName.deepspeed:
-        for axis, degree in (("tp", parallel.tp), ("cp", parallel.cp), ("pp", parallel.pp)):
+        divided = parallel.tp if parallel.zero_stage == 3 else 1
+        for axis, degree in (("tp", divided), ("cp", parallel.cp), ("pp", parallel.pp)):
             if degree > 1:
                 yield f"parallel.{axis}={degree}: {DEEPSPEED_SPLITS[axis]}"
         if config.train.compile:
@@ -182,9 +190,6 @@ def _check_splits(config: Config) -> Iterator[str]:
         yield from check_context(fields, cp=parallel.cp, tp=tp, method=method, seq_len=seq_len)
         if config.model.attention not in (Attention.auto, Attention.sdpa):
             yield f"model.attention={config.model.attention}: parallel.cp brings its own attention; use auto"
-    yield from check_tensor(fields, parallel.tp, parallel.sequence_parallel, seq_len // parallel.cp)
-    if parallel.tp == 1 and parallel.tensor_plan:
-        yield "parallel.tensor_plan: says how to cut matrices, but parallel.tp is 1; set tp, or take the plan away"
     if parallel.pp == 1 and (parallel.pipeline.split or parallel.pipeline.stages_per_rank):
         yield "parallel.pipeline: split and stages_per_rank need parallel.pp > 1; set pp, or take them away"
 
@@ -247,3 +252,12 @@ def _check_optimizer(config: Config) -> Iterator[str]:
             f"scheduler.warmup_steps={scheduler.warmup_steps}: with scheduler.decay_steps={scheduler.decay_steps} it is"
             f" longer than train.steps={train.steps}; shorten it"
         )
+
+
+def _check_measuring(config: Config, device: str) -> Iterator[str]:
+    if not config.estimate.measure:
+        return
+    if device != "cpu":
+        yield f"estimate.measure=true: is for the CPU, this run is on {device}, whose allocator counts; set it to false"
+    if config.train.compile:
+        yield "estimate.measure=true: counts operator by operator, which train.compile=true fuses; set one to false"

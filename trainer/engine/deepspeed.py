@@ -43,11 +43,14 @@ from trainer.engine.deepspeed_setup import (
     needed_kernels,
     remove_swap_files,
 )
+from trainer.engine.deepspeed_tensor import ModelParallelUnit, make_plain
 from trainer.loss import cross_entropy_sum
+from trainer.mesh import build_mesh
 from trainer.model import build_hf_config, build_model, materialize
 from trainer.optimizer import build_optimizer, param_groups, set_lr
-from trainer.parallel.checkpointing import apply_checkpointing
 from trainer.parallel.vocabulary import chunked_cross_entropy_sum
+from trainer.parallelize import parallelize
+from trainer.pieces import join
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, build_loss_scale, torch_dtype
 from trainer.preflight import check_deepspeed
@@ -67,7 +70,6 @@ class DeepSpeedEngine:
         apply_tf32(config.precision)
         self.plan, self.runtime = plan, runtime
         self.loss_scale = build_loss_scale(config.precision)
-        self.loss_fn = chunked_cross_entropy_sum if config.train.chunked_loss else cross_entropy_sum
         self.swap_folder = _swap_folder(config, plan, runtime)
         try:
             self._build(config, deepspeed)
@@ -78,7 +80,9 @@ class DeepSpeedEngine:
     def _build(self, config: Config, deepspeed: ModuleType) -> None:
         """Fill the model, leaving this rank its part of each unit, and put it into DeepSpeed's hands."""
         plan = self.plan
+        self.mesh = build_mesh(plan, self.runtime.device)
         self.model = build_model(config.model, build_hf_config(config.model))
+        parts = parallelize(self.model, config, plan, self.mesh)
         weights = build_weights(config.model, self.model, seed=config.train.seed)
         settings = deepspeed_config(config, plan, model_size(self.model), swap_folder=self.swap_folder)
         materialize(
@@ -89,12 +93,17 @@ class DeepSpeedEngine:
             after_unit=Partitioner(deepspeed, settings) if plan.zero_stage == 3 else None,
         )
         self.model.train()
-        apply_checkpointing(self.model, config.train.activation_checkpointing)
+        self.cuts = make_plain(self.model, parts.tensor[0]) if parts.tensor else {}
+        whole_loss = chunked_cross_entropy_sum if config.train.chunked_loss else cross_entropy_sum
+        self.loss_fn = parts.tensor[0].loss if parts.tensor else whole_loss
+        unit = ModelParallelUnit(self.mesh) if parts.tensor else None
         groups = param_groups(self.model.named_parameters(), config.optimizer.weight_decay)
         build = build_cpu_adam if config.optimizer.implementation is Implementation.deepspeed_cpu else build_optimizer
         self.optimizer = build(groups, config.optimizer)
         with redirect_stdout(io.StringIO()):  # memory readings that its bfloat16 optimizer prints unasked
-            self.engine: Any = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=settings)[0]
+            self.engine: Any = deepspeed.initialize(
+                model=self.model, optimizer=self.optimizer, config=settings, mpu=unit
+            )[0]
         self._announce_scale()
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
@@ -105,7 +114,7 @@ class DeepSpeedEngine:
             # DeepSpeed averages over the ranks; the loss is a sum over them, and over the micro-batches.
             self.engine.backward(loss * self.plan.data_parallel_size, scale_wrt_gas=False)
             total += loss.detach()
-        return total
+        return total if self._speaks() else torch.zeros_like(total)
 
     def step(self, lr: float) -> StepReport:
         scale = self.loss_scale.value if self.loss_scale else None
@@ -128,7 +137,7 @@ class DeepSpeedEngine:
         self.engine.eval()
         loss = self._loss(batch)
         self.engine.train()
-        return loss
+        return loss if self._speaks() else torch.zeros_like(loss)
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -136,10 +145,12 @@ class DeepSpeedEngine:
         for name, parameter in self.model.named_parameters():
             whole = safe_get_full_fp32_param(parameter)
             assert whole is not None, f"{name} is not trained"
+            if name in self.cuts:
+                whole = join(self.cuts[name].around(whole))
             yield name, whole.cpu() if self.runtime.is_main else None
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        yield from deepspeed_state.save_state(self.model, self.engine.optimizer)
+        yield from deepspeed_state.save_state(self.model, self.engine.optimizer, self.cuts)
 
     def counters(self) -> Counters:
         return Counters(
@@ -150,7 +161,7 @@ class DeepSpeedEngine:
 
     def load_state(self, saved: TensorReader, counters: Counters) -> None:
         stage, steps = self.plan.zero_stage, counters.optimizer_steps
-        deepspeed_state.load_state(self.model, self.engine.optimizer, saved, stage=stage, steps=steps)
+        deepspeed_state.load_state(self.model, self.engine.optimizer, saved, self.cuts, stage=stage, steps=steps)
         if self.loss_scale:
             self.loss_scale.restore(counters.loss_scale, counters.good_steps)
             self._announce_scale()
@@ -163,6 +174,10 @@ class DeepSpeedEngine:
     def _loss(self, batch: Batch) -> torch.Tensor:
         logits = self.engine(input_ids=batch.input_ids, use_cache=False).logits
         return self.loss_fn(logits, batch.labels)
+
+    def _speaks(self) -> bool:
+        """Tensor-parallel ranks all know the loss; one of them reports it."""
+        return self.mesh["tp"].get_local_rank() == 0
 
     def _announce_scale(self) -> None:
         """From the next backward on DeepSpeed scales the loss, and un-scales the gradient, by this number."""

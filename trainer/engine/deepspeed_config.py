@@ -46,8 +46,9 @@ class ModelSize:
 
 
 def model_size(model: nn.Module) -> ModelSize:
-    """Measure a model, which may be on the meta device (but not partitioned yet)."""
-    parameters = list(model.parameters())
+    """Measure a model, which may be on the meta device (but not partitioned yet). Of parameters that tensor parallel
+    has divided, this rank's part counts."""
+    parameters: list[Any] = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
     return ModelSize(
         parameters=sum(p.numel() for p in parameters),
         largest=max(p.numel() for p in parameters),

@@ -7,7 +7,7 @@ these pieces, and pickle them; what is read and written here is each parameter's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +15,15 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer.checkpoint.tensors import Dealer, TensorReader
-from trainer.engine.torch_state import check_shape, saved_kinds
+from trainer.engine.deepspeed_tensor import Cut
+from trainer.engine.torch_state import check_shape, copy_share, saved_kinds
+from trainer.pieces import join
+
+Cuts = Mapping[str, Cut]
 
 
-def save_state(model: nn.Module, zero: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """As `Engine.state`. zero: `engine.optimizer` of any stage."""
+def save_state(model: nn.Module, zero: Any, cuts: Cuts) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """As `Engine.state`. zero: `engine.optimizer` of any stage. cuts: of the divided parameters, by name."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     dealer, rank, kinds = Dealer(range(dist.get_world_size())), dist.get_rank(), _kinds(zero)
@@ -31,6 +35,8 @@ def save_state(model: nn.Module, zero: Any) -> Iterator[tuple[str, torch.Tensor 
                 safe_get_full_fp32_param(parameter) if is_model else safe_get_full_optimizer_state(parameter, kind)
             )
             assert complete is not None, f"{name} is not trained"
+            if name in cuts:
+                complete = join(cuts[name].around(complete))
             yield f"{kind}/{name}", complete if dealer.owner(complete.nbytes) == rank else None
 
 
@@ -41,17 +47,18 @@ def optimizer_steps(zero: Any) -> int:
 
 
 @torch.no_grad()
-def load_state(model: nn.Module, zero: Any, saved: TensorReader, *, stage: int, steps: int) -> None:
+def load_state(model: nn.Module, zero: Any, saved: TensorReader, cuts: Cuts, *, stage: int, steps: int) -> None:
     """Write this rank's share of every tensor into master weights and optimizer, then refresh what is computed with."""
     for name, parameter in model.named_parameters():
-        check_shape(saved, f"model/{name}", getattr(parameter, "ds_shape", parameter.shape))
+        shape = cuts[name].shape if name in cuts else getattr(parameter, "ds_shape", parameter.shape)
+        check_shape(saved, f"model/{name}", shape)
     if stage == 3:
         _load_partitions(dict(model.named_parameters()), zero, saved, steps)
     else:
-        _load_rows(model, zero, saved, steps)
+        _load_rows(model, zero, saved, cuts, steps)
 
 
-def _load_rows(model: nn.Module, zero: Any, saved: TensorReader, steps: int) -> None:
+def _load_rows(model: nn.Module, zero: Any, saved: TensorReader, cuts: Cuts, steps: int) -> None:
     """Stages 1 and 2: one row per parameter group, of which this rank has a piece."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -62,10 +69,20 @@ def _load_rows(model: nn.Module, zero: Any, saved: TensorReader, steps: int) -> 
         zero.optimizer.state[row] = _fresh_state(zero.optimizer, row, kinds, steps)
     _link_states(zero)
     for name, parameter in model.named_parameters():
-        safe_set_full_fp32_param(parameter, saved.read(f"model/{name}"))
+        safe_set_full_fp32_param(parameter, _part(saved, f"model/{name}", cuts.get(name), parameter))
         for kind in kinds:
-            safe_set_full_optimizer_state(parameter, saved.read(f"{kind}/{name}"), kind)
+            safe_set_full_optimizer_state(parameter, _part(saved, f"{kind}/{name}", cuts.get(name), parameter), kind)
     zero.update_lp_params()
+
+
+def _part(saved: TensorReader, key: str, cut: Cut | None, parameter: torch.Tensor) -> torch.Tensor:
+    """What tensor parallel leaves this rank of a saved tensor; all of it without."""
+    whole = saved.read(key)
+    if cut is None:
+        return whole
+    part = torch.empty(parameter.shape, dtype=whole.dtype)
+    copy_share(cut.around(part), whole)
+    return part
 
 
 def _load_partitions(parameters: dict[str, Any], zero: Any, saved: TensorReader, steps: int) -> None:
