@@ -392,6 +392,9 @@ class Estimate:
     gate: Gate = Gate.refuse
     """`python -m launch` on GPUs, when the prediction exceeds the device: `off` does not look, `warn` starts
     nevertheless, `refuse` does not start."""
+    measure: bool = False
+    """On the CPU, where no allocator keeps count: the trainer counts its tensors over the first two steps, which get
+    slower, to compare them with the prediction. On GPUs torch's allocator counts, unasked."""
     context_gib: float = 0.7
     """Assumed: what the CUDA context and loaded kernels take of each GPU, outside torch's allocator (0.4 to 1.0)."""
     nccl_gib: float = 0.3
