@@ -48,7 +48,8 @@ class ModelSize:
 def model_size(model: nn.Module) -> ModelSize:
     """Measure a model, which may be on the meta device (but not partitioned yet). Of parameters that tensor parallel
     has divided, this rank's part counts."""
-    parameters: list[Any] = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    everything: list[Any] = list(model.parameters())
+    parameters = [p.to_local() if hasattr(p, "to_local") else p for p in everything]
     return ModelSize(
         parameters=sum(p.numel() for p in parameters),
         largest=max(p.numel() for p in parameters),
