@@ -24,6 +24,7 @@ from trainer.plan import Plan
 from trainer.precision import export_dtype
 from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepTimer
+from trainer.report.prediction import MemoryCheck
 from trainer.report.reporter import Reporter
 from trainer.runtime import Runtime, dropout_stream, join
 from trainer.status import RunStatus
@@ -52,11 +53,21 @@ def run(config: Config, plan: Plan) -> int:
             begin = keeper.find()
             # The parameters do not depend on this generator.
             torch.manual_seed(config.train.seed + dropout_stream(plan, runtime.rank))
-            with closing(build_engine(config, plan, runtime)) as engine:
+            with (
+                MemoryCheck(config, plan, runtime) as memory,
+                closing(build_engine(config, plan, runtime)) as engine,
+            ):
                 keeper.restore(engine)
                 totals = begin.report if begin else None
                 reporter = Reporter(
-                    config, plan, runtime, folder, model=engine.model, data=data.describe(), resumed=totals
+                    config,
+                    plan,
+                    runtime,
+                    folder,
+                    model=engine.model,
+                    data=data.describe(),
+                    resumed=totals,
+                    memory=memory,
                 )
                 with reporter:
                     told = train(engine, data, config, plan, runtime, reporter, keeper, begin)

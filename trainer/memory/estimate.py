@@ -86,6 +86,11 @@ class Estimate:
     def busiest(self) -> RankEstimate:
         return max(self.ranks, key=lambda rank: (rank.device_bytes, rank.peak_allocated_bytes))
 
+    def of_rank(self, plan: Plan, rank: int) -> RankEstimate:
+        """The estimate of the kind that a rank is of: the kinds of a pipeline are named pp0, pp1, ... by its stages."""
+        stage = f"pp{plan.coordinates(rank)['pp']}"
+        return next((kind for kind in self.ranks if kind.kind == stage), self.ranks[0])
+
     @property
     def margin_bytes(self) -> int | None:
         """What the busiest rank leaves free; negative: what it lacks."""

@@ -5,6 +5,7 @@
     terminal    a live bar, or single lines with a fixed form
     trackers    Weights & Biases through its own client, others through Accelerate
     measure     the clock of a step, peak memory
+    prediction  the memory estimate against what was measured
     flops       FLOPs per token and MFU
     reporter    all of these together, as the loop sees them
 

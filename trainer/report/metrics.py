@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -89,6 +89,26 @@ class CheckpointMetrics:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """The memory estimate against the first two steps of the last start, of the rank that is furthest from it."""
+
+    predicted_allocated_bytes: int | None = None
+    """Peak, as `memory-estimate` predicts it (of the busiest kind of rank where nothing was measured); null: not
+    estimated."""
+    predicted_reserved_bytes: int | None = None
+    measured_allocated_bytes: int | None = None
+    """torch.cuda.max_memory_allocated; on the CPU the tensors that `estimate.measure` counts; null: not measured."""
+    measured_reserved_bytes: int | None = None
+    """torch.cuda.max_memory_reserved; null on the CPU."""
+    memory_ratio: float | None = None
+    """measured_allocated_bytes / predicted_allocated_bytes: above 1 the prediction was too low."""
+    memory_rank: int | None = None
+    """The rank whose ratio is furthest from 1: these numbers are its own."""
+    memory_note: str | None = None
+    """Why numbers are missing: what is not estimated, or why nothing was measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
     """What the run came to."""
 
@@ -113,6 +133,7 @@ class Summary:
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     peak_host_bytes: int | None
+    memory: Comparison = field(default_factory=Comparison)
     run_dir: str
     model_dir: str | None
     """The finished model as a Hugging Face folder; null where none was exported."""
@@ -152,7 +173,7 @@ def to_dict(line: Line) -> dict[str, object]:
     return {"kind": line.kind, **{key: _finite(value) for key, value in asdict(line).items()}}
 
 
-def numbers(line: Line) -> Mapping[str, int | float]:
+def numbers(line: Line | Comparison) -> Mapping[str, int | float]:
     """What a tracker plots: the numbers of the line that are known, without the step, which is its own axis."""
     values = asdict(line)
     return {key: value for key, value in values.items() if isinstance(value, int | float) and key != "step"}

@@ -34,6 +34,7 @@ from trainer.report.folder import run_label, writing
 from trainer.report.measure import PeakMemory, StepSeconds, peak_memory
 from trainer.report.metrics import (
     CheckpointMetrics,
+    Comparison,
     Line,
     MetricsFile,
     StepMetrics,
@@ -44,6 +45,7 @@ from trainer.report.metrics import (
     perplexity,
     to_dict,
 )
+from trainer.report.prediction import MemoryCheck
 from trainer.report.terminal import Terminal, open_terminal, render_summary
 from trainer.report.trackers import Tracker, start_tracker
 from trainer.runtime import Runtime
@@ -59,7 +61,7 @@ UNKNOWN = -1  # a number that a rank does not know, in a maximum over ranks
 
 class Reporter:
     """folder: from `open_run_folder`. model: as the engine holds it. data: the data set in one line.
-    resumed: the `progress` of an earlier start that this one goes on from."""
+    resumed: the `progress` of an earlier start that this one goes on from. memory: None: nothing is predicted."""
 
     def __init__(
         self,
@@ -71,8 +73,9 @@ class Reporter:
         model: PreTrainedModel,
         data: str,
         resumed: Mapping[str, Any] | None = None,
+        memory: MemoryCheck | None = None,
     ) -> None:
-        self._config, self._plan, self._runtime, self._folder = config, plan, runtime, folder
+        self._config, self._plan, self._runtime, self._folder, self._memory = config, plan, runtime, folder, memory
         parameters = count_parameters(model)
         self._flops_per_token = flops_per_token(model.config, parameters=parameters, seq_len=plan.batch.seq_len)
         gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
@@ -83,10 +86,11 @@ class Reporter:
             f"model      {architecture(model)}, {parameters:,} parameters, {config.model.weights} weights",
             f"run        {folder}",
         ]
+        if memory is not None and runtime.is_main:
+            self._head.append(memory.describe())
         if gpu is not None:
-            known = (
-                f"peak {self._peak_flops / 1e12:,.0f} TFLOP/s" if self._peak_flops else "peak not known, hence no mfu"
-            )
+            flops = self._peak_flops
+            known = f"peak {flops / 1e12:,.0f} TFLOP/s" if flops else "peak not known, hence no mfu"
             self._head.insert(1, f"device     {gpu}; {known} in {plan.param_dtype}")
         self._terminal: Terminal | None = None
         self._file: MetricsFile | None = None
@@ -131,6 +135,8 @@ class Reporter:
             updated=report is not None and report.updated,
         )
         self._ended = time.perf_counter()
+        if self._memory:
+            self._memory.step_done()
         if self._terminal:
             self._terminal.advance(step)
         if step != 1 and step != self._plan.steps and step % self._config.logging.every:
@@ -199,10 +205,9 @@ class Reporter:
         """Give the terminal back and close the outputs; a second call does nothing. No collective."""
         terminal, tracker, file = self._terminal, self._tracker, self._file
         self._terminal = self._tracker = self._file = None
-        if terminal:
-            terminal.close()
-        if file:
-            file.close()
+        for output in (terminal, file):
+            if output:
+                output.close()
         if tracker:
             try:
                 tracker.finish(failed=failed)
@@ -235,10 +240,12 @@ class Reporter:
             peak_allocated_bytes=memory.allocated_bytes,
             peak_reserved_bytes=memory.reserved_bytes,
             peak_host_bytes=memory.host_bytes,
+            memory=self._memory.compare() if self._memory else Comparison(),
             run_dir=str(self._folder),
             model_dir=str(self._exported) if self._exported else None,
         )
         self._write(summary)
+        self._track(numbers(summary.memory), self.totals.steps)
         terminal = self._terminal
         self.close(failed=False)
         if terminal:
@@ -253,9 +260,13 @@ class Reporter:
                 self._file.write(line)
         if self._terminal and not isinstance(line, Summary):
             self._terminal.show(line)
-        if self._tracker and not isinstance(line, Summary):
+        if not isinstance(line, Summary):
+            self._track(numbers(line), line.step)
+
+    def _track(self, values: Mapping[str, int | float], step: int) -> None:
+        if self._tracker and values:
             try:
-                self._tracker.log(numbers(line), line.step)
+                self._tracker.log(values, step)
             except Exception as error:
                 self._tracker = None
                 self._give_up_tracker(error, self._terminal)

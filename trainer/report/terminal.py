@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from configs import schema
-from trainer.report.metrics import CheckpointMetrics, StepMetrics, Summary, ValidationMetrics, perplexity
+from trainer.report.metrics import CheckpointMetrics, Comparison, StepMetrics, Summary, ValidationMetrics, perplexity
 
 Shown = StepMetrics | ValidationMetrics | CheckpointMetrics
 
@@ -168,9 +168,32 @@ def render_summary(summary: Summary) -> str:
         )
     elif summary.peak_host_bytes is not None:
         lines.append(f"memory     peak {size(summary.peak_host_bytes)} in the largest process (resident set)")
+    lines += _predicted(summary.memory, gpu=summary.peak_allocated_bytes is not None)
     if summary.model_dir is not None:
         lines.append(f"model      {summary.model_dir}")
     return "\n".join([*lines, f"run        {summary.run_dir}"])
+
+
+def _predicted(memory: Comparison, *, gpu: bool) -> Iterator[str]:
+    """The prediction beside what was measured."""
+    allocated, measured = memory.predicted_allocated_bytes, memory.measured_allocated_bytes
+    if allocated is None:
+        if memory.memory_note is not None:
+            yield f"predicted  {memory.memory_note}"
+        return
+    reserved = memory.predicted_reserved_bytes if gpu else None
+    text = f"predicted  {_peak(allocated, reserved)}"
+    if measured is None or memory.memory_ratio is None:
+        yield f"{text}; {memory.memory_note}"
+    else:
+        yield (
+            f"{text}; measured {_peak(measured, memory.measured_reserved_bytes)} on rank {memory.memory_rank}, the"
+            f" furthest off: ratio {memory.memory_ratio:.3f}"
+        )
+
+
+def _peak(allocated: int, reserved: int | None) -> str:
+    return f"{size(allocated)} " + ("of tensors" if reserved is None else f"allocated, {size(reserved)} reserved")
 
 
 def size(value: int) -> str:

@@ -1,0 +1,154 @@
+"""Predicted against measured: every run compares the memory estimate with what its own first two steps took.
+
+    with MemoryCheck(config, plan, runtime) as memory:      the estimate, on rank 0
+        build the engine; for each step: memory.step_done()
+        memory.compare()                                    the rank that is furthest from its prediction
+
+Two steps, because optimizer states appear at the end of the first. On GPUs torch's allocator has the peak. A CPU
+process has no such counter, and its resident set holds Python and the libraries as well: there nothing is measured
+unless `estimate.measure=true` counts every tensor, with the tracker that the estimator is built on.
+
+The estimate never costs a run: whatever goes wrong in it becomes the note that stands in place of the numbers.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+
+import torch
+
+from configs.errors import CookbookError
+from configs.schema import Config
+from trainer import watchdog
+from trainer.memory.compose import STEPS
+from trainer.memory.estimate import Estimate, RankEstimate, estimate
+from trainer.memory.tracker import Born, Died, Event, StorageTracker
+from trainer.plan import Plan
+from trainer.report.measure import peak_memory
+from trainer.report.metrics import Comparison
+from trainer.report.terminal import size
+from trainer.runtime import Runtime
+
+NOTHING_MEASURED = "a CPU process has no counter of its tensors; estimate.measure=true counts them"
+TOO_SHORT = f"fewer than {STEPS} steps do not reach the predicted peak"
+
+
+Measured = tuple[int, int | None]
+"""Allocated and reserved bytes at the peak of a rank; a CPU reserves nothing."""
+
+
+class MemoryCheck:
+    """Every rank makes one before it builds its engine; rank 0 alone estimates."""
+
+    def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
+        self._config, self._plan, self._runtime = config, plan, runtime
+        self._estimate: Estimate | None = None
+        self._note: str | None = None
+        self._peak: _Peak | None = None
+        self._counting = ExitStack()
+        self._steps = 0
+        self._measured: Measured | None = None
+
+    def __enter__(self) -> MemoryCheck:
+        if self._runtime.is_main:
+            watchdog.at("the memory estimate")
+            self._predict()
+        if self._config.estimate.measure:
+            self._peak = _Peak()
+            self._counting.enter_context(StorageTracker(on_event=self._peak))
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._counting.close()
+
+    def describe(self) -> str:
+        """The prediction in one line, or why there is none."""
+        if self._estimate is None:
+            return f"memory     {self._note}"
+        rank = self._estimate.busiest
+        if self._plan.device == "cpu":
+            return f"memory     {size(rank.peak_allocated_bytes)} of tensors per process predicted"
+        return (
+            f"memory     {size(rank.peak_allocated_bytes)} allocated, {size(rank.peak_reserved_bytes)} reserved per GPU"
+            " predicted"
+        )
+
+    def step_done(self) -> None:
+        """A training step of this process is done. Nothing later is measured: checkpoints and the export gather what
+        a step does not."""
+        self._steps += 1
+        if self._steps == STEPS:
+            memory = peak_memory(self._runtime.device)
+            if memory.allocated_bytes is not None:
+                self._measured = memory.allocated_bytes, memory.reserved_bytes
+            elif self._peak is not None:
+                self._measured = self._peak.highest, None
+            self._counting.close()
+
+    def compare(self) -> Comparison:
+        """Each rank against the estimate of its kind; the numbers are those of rank 0's answer. A collective."""
+        everyone = self._runtime.gather(self._measured)
+        if self._estimate is None:
+            return Comparison(memory_note=self._note)
+        predicted = [self._estimate.of_rank(self._plan, rank) for rank in range(len(everyone))]
+        pairs = [(p, m, rank) for rank, (p, m) in enumerate(zip(predicted, everyone, strict=True)) if m is not None]
+        if not pairs:
+            note = TOO_SHORT if self._steps < STEPS else NOTHING_MEASURED
+            return _comparison(self._estimate.busiest, memory_note=note)
+        # A ratio of 0.8 is as far off as one of 1.25.
+        furthest = max(pairs, key=lambda pair: max(_ratio(*pair[:2]), 1 / _ratio(*pair[:2])))
+        rank, measured, number = furthest
+        return _comparison(
+            rank,
+            measured_allocated_bytes=measured[0],
+            measured_reserved_bytes=measured[1],
+            memory_ratio=_ratio(rank, measured),
+            memory_rank=number,
+        )
+
+    def _predict(self) -> None:
+        cuda = self._runtime.device.type == "cuda"
+        found = torch.cuda.get_device_name(self._runtime.device) if cuda else None
+        try:
+            # A run draws the same random numbers whether its estimate was traced just now or read from disk.
+            with torch.random.fork_rng(devices=[]):
+                self._estimate = estimate(self._config, self._plan, found_gpu=found)
+        except CookbookError as error:
+            self._note = f"not estimated: {'; '.join(error.problems)}"
+        except Exception as error:
+            # A defect of the estimator must not end a run that has nothing to do with it.
+            self._note = f"not estimated: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _ratio(predicted: RankEstimate, measured: Measured) -> float:
+    return measured[0] / predicted.peak_allocated_bytes
+
+
+def _comparison(rank: RankEstimate, **measured: int | float | str | None) -> Comparison:
+    return Comparison(
+        predicted_allocated_bytes=rank.peak_allocated_bytes,
+        predicted_reserved_bytes=rank.peak_reserved_bytes,
+        **measured,  # pyright: ignore[reportArgumentType]
+    )
+
+
+class _Peak:
+    """The most bytes that were ever alive, from the tracker's events."""
+
+    def __init__(self) -> None:
+        self.highest = self._alive = 0
+        self._sizes: dict[int, int] = {}
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Born(number, bytes_, _):
+                self._sizes[number] = bytes_
+                self._alive += bytes_
+                self.highest = max(self.highest, self._alive)
+            case Died(number):
+                self._alive -= self._sizes.pop(number)
+            case _:
+                pass
