@@ -12,21 +12,22 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, EXIT_STOPPED, CookbookError
+from configs.errors import EXIT_FINISHED, CookbookError
 from configs.load import expand_sweep, load_config
 from configs.schema import Config, LauncherName
 from launch.command import Command, Rendezvous, build_command
-from launch.process import free_port, replace_process, run_command
+from launch.process import free_port, replace_process
+from launch.supervise import run_job
 from trainer.machine import find_machine
 from trainer.memory.gate import check_memory
 from trainer.plan import Plan, make_plan
-from trainer.report.folder import default_run_dir
-from trainer.status import read_status
+from trainer.report.folder import default_run_dir, make_run_dir
 
 DEFAULT_PORT = 29500  # between nodes, where a port that is free here says nothing about node 0
 DOOR = Door(
@@ -83,9 +84,11 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
     plan = make_plan(config, replace(find_machine(), world_size=None, local_world_size=None))
     for line in check_memory(config, plan):
         print(line)
-    run_dir = Path(config.train.run_dir or default_run_dir(config, datetime.now()))
-    commands = _commands(config, plan, overrides, config_dir=config_dir, run_dir=run_dir)
     starting = plan.nodes == 1 and not config.dry_run
+    default = make_run_dir if starting else default_run_dir
+    run_dir = Path(config.train.run_dir or default(config, datetime.now()))
+
+    commands = _commands(config, plan, overrides, config_dir=config_dir, run_dir=run_dir)
     if not starting:  # else rank 0 prints the plan
         print(plan.describe(), end="\n\n")
     if plan.nodes > 1:
@@ -93,25 +96,27 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
     print(*(command.text() for command in commands), sep="\n", flush=True)
     if not starting:
         return EXIT_FINISHED, False
-    if config.launcher.name is LauncherName.python and not stay:
+    alone = config.launcher.name is LauncherName.python
+    if alone and not stay:
         replace_process(commands[0])
-    return _run(commands[0], run_dir.expanduser())
 
+    def command(again: bool) -> Command:
+        if not again:
+            return commands[0]
+        # A run that was to be new is a run to go on with by now.
+        words = [
+            word for word in overrides if not (config.train.resume == "never" and word.startswith("train.resume="))
+        ]
+        words += ["train.resume=auto"] * (config.train.resume == "never")
+        return _commands(config, plan, words, config_dir=config_dir, run_dir=run_dir)[0]
 
-def _run(command: Command, run_dir: Path) -> tuple[int, bool]:
-    """Run to the end. The exit code is that of the rank that ended the run, where it left word in its status file: a
-    launcher makes its own 1 of whatever a rank returned."""
-    before = read_status(run_dir)
-    outcome = run_command(command)
-    code, status = outcome.code, read_status(run_dir)
-    rank_code, reason = (status.get("exit_code"), status.get("reason")) if status != before else (None, None)
-    if code != EXIT_FINISHED and isinstance(rank_code, int):
-        code = rank_code
-    if code not in (EXIT_FINISHED, EXIT_STOPPED, EXIT_BAD_CONFIG):  # these have been explained in plain lines
-        kept = outcome.relay.keep(run_dir / "logs/errors.log")
-        rest = f"; all that the ranks and the launcher wrote: {kept}" if kept else ""
-        print(f"the run failed: {reason or 'no rank left word why'} (exit code {code}){rest}", file=sys.stderr)
-    return code, outcome.told
+    try:
+        restarts = 0 if alone else config.launcher.max_restarts
+        return run_job(command, run_dir.expanduser(), max_restarts=restarts)
+    finally:
+        if config.train.run_dir is None:
+            with suppress(OSError):  # not empty: the run has begun
+                run_dir.rmdir()
 
 
 def _commands(

@@ -48,26 +48,26 @@ class Outcome:
     relay: Relay
 
 
-def run_command(command: Command) -> Outcome:
+def run_command(command: Command, signals: Forwarding) -> Outcome:
     """Run to the end, passing signals on. Nothing that it started is left when this returns."""
     _adopt_orphans()
-    with _Forwarding() as signals:
-        child = subprocess.Popen(
-            command.argv,
-            env={**os.environ, **command.environment},
-            stderr=subprocess.PIPE,
-            process_group=0,
-        )
-        signals.launcher = child.pid
-        assert child.stderr is not None
-        relay = Relay(sys.stderr)
-        # A progress bar's carriage return is not the end of a line.
-        lines = io.TextIOWrapper(child.stderr, errors="replace", newline="\n")
-        reader = threading.Thread(target=relay.copy, args=(lines,), daemon=True)
-        reader.start()
-        code = child.wait()
-        end_descendants()
-        reader.join(GRACE_SECONDS)
+    child = subprocess.Popen(
+        command.argv,
+        env={**os.environ, **command.environment},
+        stderr=subprocess.PIPE,
+        process_group=0,
+    )
+    signals.launcher = child.pid
+    assert child.stderr is not None
+    relay = Relay(sys.stderr)
+    # A progress bar's carriage return is not the end of a line.
+    lines = io.TextIOWrapper(child.stderr, errors="replace", newline="\n")
+    reader = threading.Thread(target=relay.copy, args=(lines,), daemon=True)
+    reader.start()
+    code = child.wait()
+    end_descendants()
+    reader.join(GRACE_SECONDS)
+    signals.launcher = None
     return Outcome(code=code if code >= 0 else 128 - code, told=signals.told, relay=relay)
 
 
@@ -77,9 +77,12 @@ def replace_process(command: Command) -> None:
     os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment})
 
 
-class _Forwarding:
-    """Passes signals on: the first, and every SIGUSR1, to the ranks; where there are none yet, and when told again, to
-    the launcher's process group. A signal that we were started to ignore (nohup) stays ignored."""
+class Forwarding:
+    """Context in which signals are passed on: the first, and every SIGUSR1, to the ranks; where there are none yet, and
+    when told again, to the launcher's process group. With no launcher running they end this process.
+
+    A signal that we were started to ignore (nohup) stays ignored.
+    """
 
     def __init__(self) -> None:
         self.launcher: int | None = None
@@ -142,6 +145,7 @@ class Relay:
     """Copies a launcher's stderr, without the repetitions of a failure.
 
     Held back: the tracebacks of all ranks but the first that fails, and the launcher's report about its children.
+    death: the rank that was killed by a signal, where that report names one; the others only know that it is gone.
     """
 
     RANK = re.compile(r"\[rank(\d+)\]: ?")
@@ -149,6 +153,7 @@ class Relay:
         r"torch/distributed/elastic/.*\] (failed \(exitcode|Sending process|Received \d+ death signal)"
         r"|\[launch\.py:\d+:sigkill_handler\]"
     )
+    DEATH = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)")
     TRACEBACK = re.compile(r"Traceback \(most recent call last\):")
     LAUNCHER = re.compile(r'\s+File "[^"]*(torchrun|accelerate|deepspeed|torch/distributed/run\.py)"')
     KEPT_LINES = 20_000
@@ -160,6 +165,7 @@ class Relay:
         self._in_report = False
         self._undecided = ""
         self._held_back = False
+        self.death: str | None = None
 
     def copy(self, lines: Iterable[str]) -> None:
         """Read to the end, showing each line at once."""
@@ -180,6 +186,9 @@ class Relay:
         elif self._in_report or self.REPORT.search(line) or (before and self.LAUNCHER.match(line)):
             # The launcher has nothing else to say from here on.
             self._in_report, wanted = True, False
+            killed = self.DEATH.search(line)
+            if killed and self.death is None:
+                self.death = f"rank {killed[2]} was killed by {signal.Signals(int(killed[1])).name}"
         elif self.TRACEBACK.match(line):
             self._undecided = line
             return before
@@ -189,9 +198,10 @@ class Relay:
         return line if wanted else ""
 
     def keep(self, path: Path) -> Path | None:
-        """Write all of it to `path` if something was held back. Returns where it is; None if there is nothing more."""
+        """Add all of it to `path` if something was held back. Returns where it is; None if there is nothing more."""
         if not self._held_back:
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(self._everything))
+        with open(path, "a") as file:
+            file.writelines(self._everything)
         return path

@@ -238,9 +238,11 @@ def started(child: str) -> Generator[subprocess.Popen[str], None, None]:
     driver = f"""
         import signal, sys
         from launch.command import Command
-        from launch.process import run_command
+        from launch.process import Forwarding, run_command
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
-        sys.exit(run_command(Command(argv=(sys.executable, "-c", {textwrap.dedent(child)!r}), environment={{}})).code)
+        command = Command(argv=(sys.executable, "-c", {textwrap.dedent(child)!r}), environment={{}})
+        with Forwarding() as signals:
+            sys.exit(run_command(command, signals).code)
     """
     running = subprocess.Popen(
         [PYTHON, "-c", textwrap.dedent(driver)],

@@ -16,7 +16,7 @@ from configs.errors import EnvironmentProblem
 from configs.load import from_yaml, load_config
 from tests.harness import run_ranks
 from tests.reports import config_and_plan, lone_runtime
-from trainer.report.folder import claim_run_dir, default_run_dir, open_run_folder, run_label
+from trainer.report.folder import claim_run_dir, default_run_dir, make_run_dir, open_run_folder, run_label
 from trainer.report.provenance import git_state
 from trainer.report.trackers import TRACKERS
 from trainer.runtime import join
@@ -102,12 +102,37 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_written(tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_start_that_failed_before_its_first_step_is_in_nobodys_way(resume: str, tmp_path: Path) -> None:
+    config, plan = config_and_plan(tmp_path / "run", "launcher=python", f"train.resume={resume}")
+    with lone_runtime(plan) as runtime:
+        for words in (["mistaken"], ["corrected"]):
+            open_run_folder(config, plan, runtime, argv=words)
+    assert json.loads((tmp_path / "run" / "argv.json").read_text()) == ["corrected"]
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_somebody_elses_config_yaml_is_left_alone(resume: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("theme: dark\n")
+    config, plan = config_and_plan(tmp_path, "launcher=python", f"train.resume={resume}")
+    with lone_runtime(plan) as runtime, pytest.raises(EnvironmentProblem, match=r"holds a run already \(config\.yaml"):
+        open_run_folder(config, plan, runtime)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.yaml", "theme: dark\n")]
+
+
+def test_two_launches_in_one_second_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [make_run_dir(load_config([]), NOON) for _ in range(2)]
+    assert [folder.name for folder in folders] == ["20260102-120000", "20260102-120000-2"]
+
+
 def open_twice(folder: str) -> tuple[str, tuple[str, ...]]:
     """On each rank: a folder with the default name, then one that is taken."""
     os.chdir(folder)
     config, plan = config_and_plan(None, "parallel=ddp")
     with join(plan, timeout_minutes=1) as runtime:
         opened = open_run_folder(config, plan, runtime)
+        (opened / "metrics.jsonl").touch()
         config.train.run_dir, config.train.resume = str(opened), "never"
         try:
             open_run_folder(config, plan, runtime)

@@ -90,6 +90,17 @@ class RunStatus:
         replace_text(self._folder / STATUS, json.dumps(content, indent=1) + "\n")
 
 
+def report_death(folder: Path, reason: str) -> None:
+    """Put on record how the run ended, for a rank that was killed and could not. For its launcher, when all are gone.
+
+    What the others wrote is that a connection was closed. Does nothing where no run has begun.
+    """
+    content = read_status(folder)
+    if content:
+        content |= {"state": FAILED, "reason": reason, "exit_code": EXIT_FAILED, "retry": True}
+        replace_text(folder / STATUS, json.dumps(content, indent=1) + "\n")
+
+
 def read_status(folder: Path) -> dict[str, object]:
     """What status.json says; empty where there is none that can be read."""
     try:
@@ -115,12 +126,31 @@ def lock(folder: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        owner = file.read().strip() or "another process"
+        owner = file.readline().strip() or "another process"
         file.close()
         raise EnvironmentProblem(
             f"train.run_dir={folder}: a run is going on in it ({owner}); wait for its end, or choose another folder"
         ) from None
     file.truncate(0)
-    file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+    file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n{_launcher()}\n")
     file.flush()
     _held[folder] = file
+
+
+def restarted_in(folder: Path) -> bool:
+    """Whether the folder was claimed by an earlier start of this very job, whose worker torchrun has restarted
+    (`--max-restarts`): the same words then mean to go on with it."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return False
+    try:
+        return (folder / LOCK).read_text().splitlines()[1:] == [_launcher()]
+    except OSError:
+        return False
+
+
+def _launcher() -> str:
+    """The process that has started this one: its number, and its start, since numbers come again."""
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+    return f"started by pid {parent.pid} of {parent.create_time():.2f} on {socket.gethostname()}"

@@ -25,13 +25,13 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import EnvironmentProblem, RunFinished
+from configs.errors import ConfigError, EnvironmentProblem, RunFinished
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
 from trainer.report import provenance
 from trainer.report.trackers import check_installed
-from trainer.status import FINISHED, lock, read_status
+from trainer.status import FINISHED, lock, read_status, restarted_in
 
 if TYPE_CHECKING:
     import torch
@@ -67,22 +67,41 @@ def claim_run_dir(config: Config, now: datetime) -> Path:
     EnvironmentProblem when it holds another run, when a run is going on in it, or when it cannot be written, and
     RunFinished when its run is through.
     """
-    if config.train.run_dir is not None:
-        folder = Path(config.train.run_dir).expanduser().absolute()
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if config.train.resume == "never" or not (folder / "config.yaml").exists():
-                _refuse_taken(folder)
-            lock(folder)
-        _check_continuable(config, folder)
-        return folder
+    named = config.train.run_dir
+    earlier = Path(named).expanduser().absolute() if named is not None else _earlier_start(config)
+    if earlier is not None:
+        with writing(earlier):
+            earlier.mkdir(parents=True, exist_ok=True)
+            again = restarted_in(earlier)
+            _check_free(config, earlier, again=again)
+            lock(earlier)
+            # Once more: another start may have begun, and ended, before we had the lock.
+            _check_free(config, earlier, again=again)
+        _check_continuable(config, earlier)
+        return earlier
+    folder = make_run_dir(config, now).absolute()
+    with writing(folder):
+        lock(folder)
+    return folder
+
+
+def _earlier_start(config: Config) -> Path | None:
+    """The folder that this job claimed under the default name before torchrun restarted it; None at a first start."""
+    folders = (RUNS / run_label(config)).glob("*")
+    return next((folder.absolute() for folder in sorted(folders, reverse=True) if restarted_in(folder)), None)
+
+
+def make_run_dir(config: Config, now: datetime) -> Path:
+    """Make a folder with the default name: of two starts in the same second, each gets its own.
+
+    Raises EnvironmentProblem when it cannot be written.
+    """
     while True:
-        folder = default_run_dir(config, now).absolute()
+        folder = default_run_dir(config, now)
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 folder.mkdir()
-                lock(folder)
                 return folder
             except FileExistsError:  # another run took the same name since we looked
                 continue
@@ -125,6 +144,27 @@ def _record_folder(folder: Path) -> Path:
     return record
 
 
+def _check_free(config: Config, folder: Path, *, again: bool) -> None:
+    """Raises EnvironmentProblem when the folder holds what this run must leave alone."""
+    if _is_record(folder) and (config.train.resume != "never" or again or not _has_begun(folder)):
+        return
+    taken = [name for name in RUN_FILES if (folder / name).exists()]
+    if taken:
+        raise EnvironmentProblem(
+            f"train.run_dir={folder}: holds a run already ({taken[0]}); choose another folder,"
+            " or leave train.run_dir out"
+        )
+
+
+def _is_record(folder: Path) -> bool:
+    """Whether the config.yaml here is that of a run, and not somebody else's file."""
+    try:
+        from_yaml((folder / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return False
+    return True
+
+
 def _has_begun(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() or bool(committed(folder / CHECKPOINTS))
 
@@ -162,23 +202,10 @@ def writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _refuse_taken(folder: Path) -> None:
-    taken = [name for name in RUN_FILES if (folder / name).exists()]
-    if taken:
-        raise EnvironmentProblem(
-            f"train.run_dir={folder}: holds a run already ({taken[0]}); choose another folder,"
-            " or leave train.run_dir out"
-        )
-
-
 def _write_new(path: Path, text: str) -> None:
-    """Mode x decides between two runs that were given the same folder at the same moment."""
-    try:
-        with open(path, "x") as file:
-            file.write(text)
-    except FileExistsError:
-        _refuse_taken(path.parent)
-        raise
+    """Mode x: what stands there already is not ours to replace."""
+    with open(path, "x") as file:
+        file.write(text)
 
 
 def _json(value: object) -> str:

@@ -1,0 +1,71 @@
+"""Runs a job to its end, and starts it again when a worker died: all of it, from its newest checkpoint.
+
+Ranks that lose one of their number cannot go on without it, and a launcher's own restarts (`--max-restarts`) leave the
+other ranks to notice. So every process of the job is ended first, and the same command starts again, on a new port,
+as long as `trainer.restarts` finds that it gets further. Next: `process`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, EXIT_STOPPED
+from launch.command import Command
+from launch.process import Forwarding, Outcome, run_command
+from trainer.restarts import Attempts, Standing, judge, stand
+from trainer.status import report_death
+
+# For the system to take back ports and GPU memory.
+PAUSE_SECONDS = 2.0
+
+
+def run_job(build: Callable[[bool], Command], run_dir: Path, *, max_restarts: int) -> tuple[int, bool]:
+    """Run to the end. Returns the exit code, and whether a signal asked to end.
+
+    build: the command of a first start (False) or of a restart (True). The exit code is that of the rank that ended
+    the run, where it left word in its status file: a launcher makes its own 1 of whatever a rank returned.
+    A signal between two starts ends this process at once.
+    """
+    attempts, again = Attempts(), False
+    with Forwarding() as signals:
+        while True:
+            before = stand(run_dir)
+            outcome = run_command(build(again), signals)
+            death = _death(outcome)
+            if death and not outcome.told:
+                report_death(run_dir, death)
+            after = stand(run_dir)
+            verdict = judge(outcome.code, before=before, after=after, attempts=attempts, max_restarts=max_restarts)
+            if outcome.told or not verdict.restart:
+                return _end(outcome, before, after, verdict.reason, run_dir), outcome.told
+            _tell(f"restart: {verdict.reason}", outcome, run_dir)
+            time.sleep(PAUSE_SECONDS)
+            attempts, again = verdict.attempts, True
+
+
+def _death(outcome: Outcome) -> str | None:
+    """Which signal killed a rank, as far as its launcher tells: torchrun by name, deepspeed by an exit code of -N."""
+    if outcome.relay.death is None and 256 - signal.NSIG < outcome.code < 256:
+        return f"a rank was killed by {signal.Signals(256 - outcome.code).name}"
+    return outcome.relay.death
+
+
+def _end(outcome: Outcome, before: Standing, after: Standing, reason: str, run_dir: Path) -> int:
+    """The exit code of a job that is not started again; says why it failed, if it did."""
+    code = outcome.code
+    rank_code = after.status.get("exit_code") if after.status != before.status else None
+    if code != EXIT_FINISHED and isinstance(rank_code, int):
+        code = rank_code
+    if code not in (EXIT_FINISHED, EXIT_STOPPED, EXIT_BAD_CONFIG):  # these have been explained in plain lines
+        _tell(f"the run failed: {reason} (exit code {code})", outcome, run_dir)
+    return code
+
+
+def _tell(line: str, outcome: Outcome, run_dir: Path) -> None:
+    kept = outcome.relay.keep(run_dir / "logs/errors.log")
+    rest = f"; all that the ranks and the launcher wrote: {kept}" if kept else ""
+    print(f"{line}{rest}", file=sys.stderr, flush=True)
