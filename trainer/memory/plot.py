@@ -71,9 +71,12 @@ def _save_png(columns: list[Column], capacity: int | None, path: Path) -> None:
 
 
 def _marks(columns: list[Column]) -> list[tuple[int, str]]:
-    """A label where it changes."""
+    """A label in the middle of each run of columns that share it: at their beginnings two would overlap where one
+    of them is short."""
     labels = [label for label, _ in columns]
-    return [(at, label) for at, label in enumerate(labels) if at == 0 or labels[at - 1] != label]
+    begins = [at for at, label in enumerate(labels) if at == 0 or labels[at - 1] != label]
+    ends = [*begins[1:], len(labels)]
+    return [((begin + end - 1) // 2, labels[begin]) for begin, end in zip(begins, ends, strict=True)]
 
 
 def _html(columns: list[Column], capacity: int | None) -> str:
