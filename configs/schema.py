@@ -110,6 +110,17 @@ class LauncherName(StrEnum):
     accelerate = "accelerate"
 
 
+class ClusterKind(StrEnum):
+    local = "local"
+    slurm = "slurm"
+
+
+class GpuRequest(StrEnum):
+    gpus_per_node = "gpus_per_node"
+    gres = "gres"
+    none = "none"
+
+
 class Progress(StrEnum):
     auto = "auto"
     bar = "bar"
@@ -338,7 +349,56 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True, slots=True)
+class Slurm:
+    """Each is an option of sbatch unless it says otherwise; null leaves it to the cluster's default."""
+
+    job_name: str | None = None
+    """Null: MODEL-LAYOUT-PRECISION, as the run folder."""
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    """Limit of one job: MINUTES, HH:MM:SS or D-HH:MM:SS. The run may take longer: the job goes back to the queue."""
+    gpu_request: GpuRequest = GpuRequest.gpus_per_node
+    """How this cluster wants to be asked for GPUs: `--gpus-per-node`, `--gres=gpu`, or not at all."""
+    gpu_type: str | None = None
+    """The cluster's own name of a GPU type, which goes into that request."""
+    cpus_per_node: int | None = None
+    """`--cpus-per-task`: one task per node holds all ranks of the node."""
+    mem: str | None = None
+    """Host memory per node: `64G`; `0` is all of it."""
+    constraint: str | None = None
+    dependency: str | None = None
+    array: str | None = None
+    """`1-8%1`: so many jobs, one after another, in the same run folder, where a job may not requeue itself. For a
+    sweep (`-m`) `%4`: one array with an element per point, four at a time; null: one job per point."""
+    container: str | None = None
+    """Image for every node's ranks: `srun --container-image` of the pyxis plug-in."""
+    container_mounts: list[str] = field(default_factory=list)
+    """`srun --container-mounts`, each FROM:TO; the run folder must be one of them or lie below."""
+    python: str | None = None
+    """Interpreter of the ranks, where it is not that of the submission: in a container, or from `setup`."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of bash that the job runs first: `[module load cuda/12.8, source /opt/env.sh]`."""
+    sbatch_args: list[str] = field(default_factory=list)
+    """Any further options of sbatch, each one word: `[--exclude=node7, --mail-type=END]`."""
+    srun_args: list[str] = field(default_factory=list)
+    """Any further options of srun, each one word."""
+    script: str | None = None
+    """A batch script in place of `slurm/job.sbatch`; it gets the same two arguments."""
+    signal_seconds: int = 180
+    """So long before the time limit the job is told to save and stop. Slurm may be a minute early."""
+    max_requeues: int = 100
+    """So often a job goes back to the queue. Without a new checkpoint in between, `launcher.max_restarts` holds."""
+    start_minutes: float = 20.0
+    """A start whose ranks have not met by then is ended and tried again."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Cluster:
+    kind: ClusterKind = ClusterKind.local
+    """Where `python -m launch` starts the ranks: on this machine (`local`), or as a job (`slurm`)."""
+    slurm: Slurm = field(default_factory=Slurm)
     device: Device = Device.auto
     """`auto`: CUDA where there is a GPU, else the CPU."""
     nodes: int = 1

@@ -20,8 +20,9 @@ from pathlib import Path
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import EXIT_FINISHED, CookbookError
 from configs.load import expand_sweep, load_config
-from configs.schema import Config, LauncherName
+from configs.schema import ClusterKind, Config, LauncherName
 from launch.command import Command, Rendezvous, build_command
+from launch.jobs import CONTROLS, control, launch_job
 from launch.process import free_port, replace_process
 from launch.supervise import run_job
 from trainer.machine import find_machine
@@ -32,11 +33,13 @@ from trainer.report.folder import default_run_dir, make_run_dir
 DEFAULT_PORT = 29500  # between nodes, where a port that is free here says nothing about node 0
 DOOR = Door(
     program="python -m launch",
-    purpose="Train a causal language model on the GPUs of this machine, or on its CPU.",
+    purpose="Train a causal language model: on this machine's GPUs or CPU, or on a SLURM cluster.",
     examples=(
         ("python -m launch experiment=demo", "learn real text in minutes, without a GPU"),
         ("python -m launch model=gpt2 parallel=zero2 precision=bf16", "GPT-2 with ZeRO 2 on every GPU"),
         ("python -m launch model=llama3_1_8b parallel=zero3 dry_run=true", "print plan and command, start nothing"),
+        ("python -m launch cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 parallel=fsdp", "submit a job"),
+        ("python -m launch status RUN_DIR", "how a submitted run stands; cancel RUN_DIR ends it"),
     ),
     sweeps=True,
 )
@@ -44,8 +47,11 @@ DOOR = Door(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the words say. Returns the exit code of the job, or of the first that failed in a sweep."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)
+        if words and words[0] in CONTROLS:
+            return control(words)
+        arguments = parse_arguments(DOOR, words)
         if arguments.show is not None:
             print(show(DOOR, arguments))
             return EXIT_FINISHED
@@ -80,6 +86,8 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
     Raises CookbookError before anything is started.
     """
     config = load_config(overrides, config_dir=config_dir)
+    if config.cluster.kind is ClusterKind.slurm:
+        return launch_job(config, overrides, config_dir=config_dir), False
     # A world that surrounds this door (a pod's WORLD_SIZE) is not the one it is about to make.
     plan = make_plan(config, replace(find_machine(), world_size=None, local_world_size=None))
     for line in check_memory(config, plan):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from configs.load import quote_value
 from configs.schema import Config, LauncherName
+from slurm.words import Place, accelerate_words, deepspeed_words, torchrun_words
 from trainer.plan import Plan
 
 
@@ -101,15 +102,15 @@ def _torchrun(plan: Plan, rendezvous: Rendezvous, *, standalone: bool) -> list[s
     processes = f"--nproc-per-node={plan.gpus_per_node}"
     if standalone:
         return ["--standalone", processes]
-    nodes = [f"--nnodes={plan.nodes}", f"--node-rank={rendezvous.node_rank}"] if plan.nodes > 1 else []
-    return [*nodes, f"--master-addr={rendezvous.address}", f"--master-port={rendezvous.port}", processes]
+    if plan.nodes > 1:
+        return torchrun_words(_place(plan, rendezvous))
+    return [f"--master-addr={rendezvous.address}", f"--master-port={rendezvous.port}", processes]
 
 
 def _deepspeed(plan: Plan, rendezvous: Rendezvous, visible: str) -> list[str]:
     port = f"--master_port={rendezvous.port}"
     if plan.nodes > 1:
-        node = [f"--node_rank={rendezvous.node_rank}", f"--master_addr={rendezvous.address}"]
-        return ["--hostfile=HOSTFILE", "--no_ssh", *node, port]
+        return deepspeed_words(_place(plan, rendezvous))
     if visible and plan.device == "cuda":
         # --num_gpus would take GPUs 0 to N-1, also those that CUDA_VISIBLE_DEVICES hides.
         return [f"--include=localhost:{','.join(visible.split(',')[: plan.gpus_per_node])}", port]
@@ -120,16 +121,19 @@ def _accelerate(plan: Plan, rendezvous: Rendezvous) -> list[str]:
     """Every value stated: what is left out is taken from the user's accelerate config file, or warned about."""
     # --multi_gpu is its name for starting ranks with torch, on CPUs too; its --cpu wants MPI.
     kind = ["--multi_gpu"] if plan.world_size > 1 else ["--cpu"] if plan.device == "cpu" else []
-    node = [f"--machine_rank={rendezvous.node_rank}", f"--main_process_ip={rendezvous.address}"]
-    return [
-        *kind,
-        f"--num_processes={plan.world_size}",
-        f"--num_machines={plan.nodes}",
-        *(node if plan.nodes > 1 else []),
-        f"--main_process_port={rendezvous.port}",
-        "--mixed_precision=no",
-        "--dynamo_backend=no",
-    ]
+    alone = [f"--num_processes={plan.world_size}", "--num_machines=1", f"--main_process_port={rendezvous.port}"]
+    world = accelerate_words(_place(plan, rendezvous)) if plan.nodes > 1 else alone
+    return [*kind, *world, "--mixed_precision=no", "--dynamo_backend=no"]
+
+
+def _place(plan: Plan, rendezvous: Rendezvous) -> Place:
+    return Place(
+        nodes=plan.nodes,
+        node_rank=rendezvous.node_rank,
+        processes=plan.gpus_per_node,
+        address=rendezvous.address,
+        port=rendezvous.port,
+    )
 
 
 def program(name: str) -> str:

@@ -9,5 +9,5 @@ export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1
 ruff format --check
 ruff check
 pyright
-shellcheck launch/*.sh tests/*.sh .ci/run
+shellcheck launch/*.sh slurm/*.sbatch tests/*.sh tests/slurm/*.sh .ci/run
 exec pytest "$@"

@@ -25,6 +25,7 @@ MACHINES = {"cpu": Machine(), "8gpus": Machine(gpus=8)}
 
 # What an option asks for beside itself.
 COMPANIONS = {
+    "cluster/slurm.yaml": ["cluster.gpus_per_node=8"],
     "data/files.yaml": ["data.paths=[corpus.txt]"],
     "data/hub.yaml": ["data.name=some/name"],
     "launcher/python.yaml": ["parallel=single"],

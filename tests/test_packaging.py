@@ -55,12 +55,14 @@ def test_the_wheel_holds_every_yaml_and_module_and_no_test(wheel: Path) -> None:
     yamls = {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.yaml")}
     modules = {
         str(file.relative_to(ROOT))
-        for package in ("configs", "trainer", "launch")
+        for package in ("configs", "trainer", "launch", "slurm")
         for file in (ROOT / package).rglob("*.py")
     }
+    scripts = {str(file.relative_to(ROOT)) for file in (ROOT / "slurm").glob("*.sbatch")}
+    assert len(scripts) >= 1
     assert len(yamls) >= 74
     assert len(modules) >= 80
-    assert yamls | modules <= names
+    assert yamls | modules | scripts <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} <= {
         "configs",

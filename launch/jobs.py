@@ -1,0 +1,66 @@
+"""The door's words for a cluster: submit a run or a sweep, ask how a job stands, cancel it.
+
+python -m launch cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 ...
+python -m launch status RUN_DIR
+python -m launch cancel RUN_DIR
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from configs.errors import EXIT_FINISHED, ConfigError
+from configs.schema import Config
+from slurm.control import cancel, status_lines
+from slurm.submit import check, command, script_text, submit
+from trainer.machine import Machine
+from trainer.memory.gate import check_memory
+from trainer.plan import Plan, make_plan
+from trainer.report.folder import default_run_dir
+
+CONTROLS = ("status", "cancel")
+
+
+def control(words: Sequence[str]) -> int:
+    """`status RUN_DIR` or `cancel RUN_DIR`. Raises CookbookError where there is no such job, or no Slurm."""
+    if len(words) != 2:
+        raise ConfigError(f"python -m launch {words[0]}: give the run folder, and nothing else")
+    run_dir = Path(words[1]).expanduser().absolute()
+    lines = status_lines(run_dir) if words[0] == "status" else [cancel(run_dir)]
+    print(*lines, sep="\n")
+    return EXIT_FINISHED
+
+
+def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | None) -> int:
+    """Plan one run and submit it. Raises CookbookError before anything is submitted or written."""
+    plan = plan_job(config)
+    memory = check_memory(config, plan)
+    run_dir = Path(config.train.run_dir or default_run_dir(config, datetime.now())).expanduser().absolute()
+    if config.dry_run:
+        check(config, run_dir)
+        print(plan.describe(), *memory, "", sep="\n")
+        print(shlex.join(command(config, plan, run_dir)), "", script_text(config), sep="\n", end="")
+        return EXIT_FINISHED
+    job_id = submit(config, plan, overrides, config_dir=config_dir, run_dir=run_dir, root=Path.cwd())
+    folder, log = shlex.quote(str(run_dir)), run_dir / "logs" / f"slurm-{log_id(config, job_id)}.out"
+    print(plan.describe(), *memory, "", sep="\n")
+    print(f"submitted  job {job_id}")
+    print(f"folder     {run_dir}")
+    print(f"follow     tail -F {shlex.quote(str(log))}")
+    print(f"status     python -m launch status {folder}")
+    print(f"stop       touch {shlex.quote(str(run_dir / 'STOP'))}    (saves first)")
+    print(f"cancel     python -m launch cancel {folder}", flush=True)
+    return EXIT_FINISHED
+
+
+def plan_job(config: Config) -> Plan:
+    """The plan for the cluster's nodes, whatever this machine has."""
+    return make_plan(config, Machine(gpus=config.cluster.gpus_per_node or 0))
+
+
+def log_id(config: Config, job_id: str) -> str:
+    """What %j or %A_%a of the log's name becomes; of a chain, the first job's."""
+    return f"{job_id}_{config.cluster.slurm.array.partition('-')[0]}" if config.cluster.slurm.array else job_id

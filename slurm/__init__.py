@@ -1,0 +1,20 @@
+"""Training as a SLURM job: what is submitted, and what runs inside the allocation.
+
+    python -m launch cluster=slurm ...
+        options    from the configuration to the words of sbatch, each checked against a pattern
+        submit     `sbatch --test-only`, the files of RUN_DIR/slurm, sbatch
+        job.sbatch the batch script: always the same text, with the run folder as its argument
+            supervise  on the first node: starts the ranks, again after a fault, and requeues before the time limit
+                agent      on every node: becomes torchrun, deepspeed or accelerate
+    python -m launch status RUN_DIR, cancel RUN_DIR
+        control    asks Slurm and the run folder
+
+No text that a user typed is put into a script: options travel as arguments, everything else as files.
+
+    RUN_DIR/slurm/job.json       what supervisor and agents start; config.yaml beside it: the resolved configuration
+    RUN_DIR/slurm/setup.sh       the lines of `cluster.slurm.setup`
+    RUN_DIR/slurm/sbatch.txt     the command that submitted it
+    RUN_DIR/slurm/jobs.txt       ids, one line for each submission
+    RUN_DIR/slurm/status.json    how the job stands; RUN_DIR/status.json says how the training does
+    RUN_DIR/logs/slurm-ID.out    all that the job prints
+"""

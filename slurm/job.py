@@ -1,0 +1,102 @@
+"""What one submission leaves for the job, and what the job remembers from one start to the next. Standard library only.
+
+Files are replaced in one piece: whoever reads them while the job writes meets the old content or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from configs.errors import EnvironmentProblem
+from trainer.checkpoint.files import replace_text
+
+JOB, STATUS, MEMORY, JOB_IDS = "job.json", "status.json", "memory.json", "jobs.txt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """words: of `python -m trainer`. again: the same for a start after the first, which has a run to go on with.
+    python: of the ranks. srun: further options. chain: an array of jobs, in which none requeues itself.
+    stuck_minutes: so long may a lost incarnation of this run hold the folder."""
+
+    words: list[str]
+    again: list[str]
+    launcher: str
+    launcher_args: list[str]
+    device: str
+    nodes: int
+    processes: int
+    python: str
+    srun: list[str]
+    chain: bool
+    max_restarts: int
+    max_requeues: int
+    start_minutes: float
+    stuck_minutes: float
+
+
+@dataclass(kw_only=True, slots=True)
+class Memory:
+    """in_vain, step: see `trainer.restarts.Attempts`. stops_in_vain: jobs told to stop, one after another, without a
+    checkpoint newer than `stopped_at`. starts: of the ranks, over all jobs."""
+
+    in_vain: int = 0
+    step: int = 0
+    stops_in_vain: int = 0
+    stopped_at: int = 0
+    starts: int = 0
+
+
+def folder(run_dir: Path) -> Path:
+    return run_dir / "slurm"
+
+
+def write_job(run_dir: Path, job: Job) -> None:
+    replace_text(folder(run_dir) / JOB, json.dumps(asdict(job), indent=1) + "\n")
+
+
+def read_job(run_dir: Path) -> Job:
+    """Raises EnvironmentProblem where the folder cannot be seen from this node."""
+    try:
+        return Job(**json.loads((folder(run_dir) / JOB).read_text()))
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"train.run_dir={run_dir}: cannot be read on this node ({error.strerror}); choose a folder on a file system"
+            " that all nodes share"
+        ) from None
+
+
+def write_memory(run_dir: Path, memory: Memory) -> None:
+    replace_text(folder(run_dir) / MEMORY, json.dumps(asdict(memory)) + "\n")
+
+
+def read_memory(run_dir: Path) -> Memory:
+    try:
+        return Memory(**json.loads((folder(run_dir) / MEMORY).read_text()))
+    except (OSError, ValueError, TypeError):
+        return Memory()
+
+
+def write_status(run_dir: Path, state: str, **more: object) -> None:
+    """state: running, restarting, requeued, finished, stopped or failed."""
+    content = {"state": state, **more, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    replace_text(folder(run_dir) / STATUS, json.dumps(content, indent=1) + "\n")
+
+
+def read_job_status(run_dir: Path) -> Mapping[str, object]:
+    try:
+        return json.loads((folder(run_dir) / STATUS).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def job_ids(run_dir: Path) -> list[str]:
+    """Of all submissions of this folder, the latest last."""
+    try:
+        return (folder(run_dir) / JOB_IDS).read_text().split()
+    except OSError:
+        return []

@@ -1,0 +1,186 @@
+"""Submission: everything that can be checked is checked, Slurm is asked, and only then are files written.
+
+plan and memory (the door) -> options -> run folder -> sbatch --test-only -> RUN_DIR/slurm -> sbatch
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from configs.errors import ConfigError, EnvironmentProblem, RunFinished
+from configs.load import quote_value, to_yaml
+from configs.schema import Config
+from slurm.control import living_job
+from slurm.job import JOB_IDS, MEMORY, STATUS, Job, folder, write_job
+from slurm.options import check_options, is_chain, output_pattern, sbatch_words, show, srun_words
+from trainer.checkpoint.files import replace_text
+from trainer.plan import Plan
+from trainer.report.folder import writing
+from trainer.status import FINISHED, read_status
+
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+# What sbatch says, and the key that can change it.
+REFUSALS = (
+    (r"invalid partition", "cluster.slurm.partition", "`sinfo -s` lists them"),
+    (r"time limit", "cluster.slurm.time", "`sinfo -s` shows each partition's limit"),
+    (r"account", "cluster.slurm.account", "`sacctmgr show associations user=$USER` lists yours"),
+    (r"\bqos\b", "cluster.slurm.qos", "`sacctmgr show qos` lists them"),
+    (r"feature|constraint", "cluster.slurm.constraint", "`sinfo -o %f` lists them"),
+    (r"dependency", "cluster.slurm.dependency", "`squeue --me` lists your jobs"),
+    (r"gres|generic resource", "cluster.gpus_per_node", "`sinfo -o '%P %D %G'` shows what nodes have"),
+    (r"memory", "cluster.slurm.mem", "`sinfo -o '%P %m'` shows what nodes have"),
+    (r"node count|node configuration|more processors", "cluster.nodes", "`sinfo -o '%P %D %c %G'` shows what there is"),
+)
+
+
+def submit(
+    config: Config, plan: Plan, overrides: Sequence[str], *, config_dir: str | None, run_dir: Path, root: Path
+) -> str:
+    """Hand one run to Slurm. Returns the job's id.
+
+    overrides: as typed; the ranks compose from them again. run_dir: not yet used, or of a run to go on with. root: the
+    folder that the job starts in. Raises CookbookError before anything is written.
+    """
+    check(config, run_dir)
+    words = command(config, plan, run_dir)
+    ask(config, words)
+    with writing(run_dir):
+        prepare(config, plan, overrides, config_dir=config_dir, run_dir=run_dir)
+    job_id = _sbatch(config, [words[0], "--parsable", *words[1:]], root).split(";")[0]
+    with writing(run_dir), open(folder(run_dir) / JOB_IDS, "a") as ids:
+        ids.write(f"{job_id}\n")
+    return job_id
+
+
+def check(config: Config, run_dir: Path, *, sweep: bool = False) -> None:
+    """Raises CookbookError with everything that is wrong before Slurm is asked."""
+    problems = [*check_options(config, sweep=sweep), *_check_folder(run_dir)]
+    if problems:
+        raise ConfigError(*problems)
+    status = read_status(run_dir)
+    if status.get("state") == FINISHED:
+        raise RunFinished(f"train.run_dir={run_dir}: this run is finished, at step {status.get('step')}")
+    if shutil.which("sbatch") is None and not config.dry_run:
+        raise EnvironmentProblem(
+            "cluster.kind=slurm: there is no sbatch on PATH; run this on a login node, or choose cluster=local"
+            " (dry_run=true shows what would be submitted)"
+        )
+    job = living_job(run_dir) if not config.dry_run else None
+    if job is not None:
+        raise EnvironmentProblem(
+            f"train.run_dir={run_dir}: job {job} of this run is in the queue; choose another folder, or first"
+            f" python -m launch cancel {shlex.quote(str(run_dir))}"
+        )
+
+
+def command(config: Config, plan: Plan, run_dir: Path, *, sweep: bool = False) -> list[str]:
+    """sbatch, its options, the script and the script's arguments."""
+    array = is_chain(config) or sweep
+    place = output_pattern(run_dir, "%a/logs" if sweep else "logs")
+    options = sbatch_words(config, plan, output=f"{place}/slurm-{'%A_%a' if array else '%j'}.out")
+    script = config.cluster.slurm.script
+    path = Path(script).expanduser().absolute() if script else Path(str(files("slurm") / "job.sbatch"))
+    return ["sbatch", *options, str(path), str(run_dir), sys.executable, *(["sweep"] if sweep else [])]
+
+
+def ask(config: Config, words: Sequence[str]) -> None:
+    """sbatch itself takes a job that no node can ever run, and lets it wait; --test-only refuses it."""
+    _sbatch(config, [words[0], "--test-only", *words[1:]], Path.cwd())
+
+
+def prepare(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir: str | None, run_dir: Path) -> None:
+    """Write the files that the job reads."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    ours = folder(run_dir)
+    ours.mkdir(exist_ok=True)
+    for name in (MEMORY, STATUS):
+        (ours / name).unlink(missing_ok=True)
+    write_job(run_dir, make_job(config, plan, overrides, config_dir=config_dir, run_dir=run_dir))
+    replace_text(ours / "config.yaml", to_yaml(config))
+    replace_text(ours / "setup.sh", "".join(f"{line}\n" for line in config.cluster.slurm.setup))
+    replace_text(ours / "sbatch.txt", shlex.join(command(config, plan, run_dir)) + "\n")
+
+
+def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir: str | None, run_dir: Path) -> Job:
+    """What the job starts. Its ranks compose from the same words, with the run folder as an absolute path."""
+    search = ["--config-dir", str(Path(config_dir).expanduser().absolute())] if config_dir is not None else []
+    passed_on = [word for word in overrides if not word.startswith(("dry_run=", "train.run_dir="))]
+    settled = f"train.run_dir={quote_value(str(run_dir))}"
+    # A run that was to be new is a run to go on with after its first start.
+    kept = passed_on
+    if config.train.resume == "never":
+        kept = [*(word for word in passed_on if not word.startswith("train.resume=")), "train.resume=auto"]
+    slurm = config.cluster.slurm
+    return Job(
+        words=[*search, *passed_on, settled],
+        again=[*search, *kept, settled],
+        launcher=str(config.launcher.name),
+        launcher_args=list(config.launcher.args),
+        device=plan.device,
+        nodes=plan.nodes,
+        processes=plan.gpus_per_node,
+        python=slurm.python or sys.executable,
+        srun=srun_words(config),
+        chain=is_chain(config),
+        max_restarts=config.launcher.max_restarts,
+        max_requeues=slurm.max_requeues,
+        start_minutes=slurm.start_minutes,
+        stuck_minutes=config.train.timeout_minutes + 2,
+    )
+
+
+def script_text(config: Config) -> str:
+    """The batch script that is submitted."""
+    script = config.cluster.slurm.script
+    return Path(script).expanduser().read_text() if script else (files("slurm") / "job.sbatch").read_text()
+
+
+def _sbatch(config: Config, words: Sequence[str], root: Path) -> str:
+    """Raises EnvironmentProblem with Slurm's own words in one line, and the key that they are about."""
+    try:
+        done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        raise EnvironmentProblem("cluster.kind=slurm: sbatch does not answer; try again later") from None
+    if done.returncode == 0:
+        return done.stdout.strip()
+    lines = [re.sub(r"^(sbatch|allocation failure): (error: )?", "", line) for line in done.stderr.splitlines()]
+    said = "; ".join(dict.fromkeys(line.strip() for line in lines if line.strip())) or f"exit code {done.returncode}"
+    for pattern, key, remedy in REFUSALS:
+        if re.search(pattern, said, re.IGNORECASE):
+            raise EnvironmentProblem(f"{key}={_value(config, key)}: Slurm refuses ({said}); {remedy}")
+    raise EnvironmentProblem(f"cluster.kind=slurm: Slurm refuses ({said}); `sinfo` shows what there is")
+
+
+def _value(config: Config, key: str) -> str:
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return show(str(value))
+
+
+def _check_folder(run_dir: Path) -> list[str]:
+    text = str(run_dir)
+    if "\\" in text or not text.isprintable():
+        # A backslash would switch off Slurm's patterns in the log's name.
+        return [f"train.run_dir={show(text)}: Slurm cannot write a log there; use a path without backslashes"]
+    kind = _file_system(run_dir)
+    if kind in IN_MEMORY:
+        return [f"train.run_dir={text}: lies in this machine's memory ({kind}); choose a folder that all nodes share"]
+    return []
+
+
+def _file_system(path: Path) -> str:
+    """The type of the mount that a path lies on; empty where that cannot be known."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return ""
+    points = {re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), point): kind for point, kind in mounts}
+    return next((points[str(at)] for at in (path, *path.parents) if str(at) in points), "")
