@@ -129,8 +129,6 @@ def test_explained_and_drawn(cache: str, capsys: pytest.CaptureFixture[str], tmp
     [
         (["cluster.gpu=H900"], "H100-SXM"),
         (["model.config.hiden_size=3"], "hiden_size"),
-        (["parallel=tensor"], "parallel.tp=2"),
-        (["parallel=pipeline"], "parallel.pp=2"),
         (["cluster.gpu_memory_gib=0"], "cluster.gpu_memory_gib"),
         (["estimate.plot=x.bmp", "model=tiny"], "estimate.plot=x.bmp"),
         (["parallel=zero1_offload", "precision=bf16"], "zero_stage=1"),

@@ -6,15 +6,18 @@
 What the model's own code allocates comes from the trace. What the layout adds (buckets, gathered parameters, reduce
 buffers, where gradients go) it does itself at the same points at which its hooks fire: a `Layout` stands for the
 engine's data-parallel part and for the optimizer. Two steps are replayed, because optimizer states appear at the end
-of the first; of several micro-batches the first and the last, because those between are no different.
+of the first; of several micro-batches the first and the last, because those between are no different. Under a
+pipeline micro-batches overlap, so that a rank's actions are replayed in the order in which it runs them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from trainer.memory.profile import Profile
 from trainer.memory.timeline import Handle, Timeline
+from trainer.parallel.pipeline_orders import Action
 
 STEPS = 2
 
@@ -47,16 +50,68 @@ class Layout(Protocol):
         ...
 
 
-def replay(profile: Profile, layout: Layout, timeline: Timeline, *, micro_batches: int) -> None:
-    """Replay the first two steps on the timeline."""
+class StageLayout(Layout, Protocol):
+    """A layout under a pipeline, where nothing is reduced before a rank's last backward."""
+
+    def reduce_all(self) -> None: ...
+
+
+def replay(
+    profile: Profile, layout: Layout, timeline: Timeline, *, micro_batches: int, inputs: Sequence[int] = ()
+) -> None:
+    """Replay the first two steps on the timeline. inputs: bytes of what the engine makes of a step's batches."""
     layout.start()
     numbers = [0] if micro_batches == 1 else [0, micro_batches - 1]
     for step in range(1, STEPS + 1):
+        given = [timeline.allocate("activations", size) for size in inputs]
         for number in numbers:
             layout.begin_micro_batch(step, first=number == 0, last=number == micro_batches - 1)
-            _MicroBatch(profile, layout, timeline, step).run()
+            running = _MicroBatch(profile, layout, timeline, step)
+            running.forward()
+            running.backward()
+        for handle in given:
+            timeline.free(handle)
         timeline.phase("optimizer step", step)
         layout.update(step)
+    timeline.sample()
+
+
+def replay_stages(
+    stages: Mapping[int, tuple[Profile, StageLayout]],
+    order: Sequence[Action],
+    timeline: Timeline,
+    *,
+    inputs: Sequence[int],
+    update: Callable[[int], None],
+) -> None:
+    """Replay two steps of a pipeline's rank. stages: those it holds. order: what it does (`pipeline_orders`); a
+    micro-batch that is missing there is not run. update: the optimizer's, of all stages at once."""
+    for _, layout in stages.values():
+        layout.start()
+    for step in range(1, STEPS + 1):
+        given = [timeline.allocate("activations", size) for size in inputs]
+        for _, layout in stages.values():
+            layout.begin_micro_batch(step, first=True, last=False)
+        running: dict[tuple[int, int], _MicroBatch] = {}
+        for kind, stage, number in order:
+            profile, layout = stages[stage]
+            if kind == "F":
+                running[stage, number] = _MicroBatch(profile, layout, timeline, step)
+                running[stage, number].forward()
+            elif kind == "I":
+                # The first stage's input has no gradient: its whole backward waits for W.
+                if stage > 0:
+                    running[stage, number].backward("i")
+            elif kind == "W" and stage > 0:
+                running.pop((stage, number)).weights()
+            else:
+                running.pop((stage, number)).backward()
+        for _, layout in stages.values():
+            layout.reduce_all()
+        for handle in given:
+            timeline.free(handle)
+        timeline.phase("optimizer step", step)
+        update(step)
     timeline.sample()
 
 
@@ -73,30 +128,45 @@ class _MicroBatch:
             str(self.trace.template_of(layer, self.anatomy.layers)) for layer in range(len(self.anatomy.layers))
         ]
 
-    def run(self) -> None:
+    def forward(self) -> None:
         layout, timeline = self.layout, self.timeline
-        layers = range(len(self.templates))
         timeline.phase("forward", self.step)
         layout.before_forward("root")
         self._section("f", "begin", "begin")
-        for layer in layers:
+        for layer, template in enumerate(self.templates):
             layout.before_forward(str(layer))
-            self._section("f", self.templates[layer], str(layer))
+            self._section("f", template, str(layer))
             layout.after_forward(str(layer))
             timeline.sample()
         self._section("f", "end", "end")
-        self._section("b", "end", "end")
+
+    def backward(self, phase: str = "b") -> None:
+        """phase: "b" for a whole backward, "i" for that of the input alone, after which `weights` follows."""
+        layout, timeline = self.layout, self.timeline
+        self._section(phase, "end", "end")
         timeline.phase("backward", self.step)
-        for layer in reversed(layers):
+        for layer, template in reversed(list(enumerate(self.templates))):
             layout.before_backward(str(layer))
-            self._section("b", self.templates[layer], str(layer))
+            self._section(phase, template, str(layer))
             layout.after_backward(str(layer))
             timeline.sample()
-        self._section("b", "begin", "begin")
+        self._section(phase, "begin", "begin")
         layout.end_backward()
+        if phase == "b":
+            self._end()
+
+    def weights(self) -> None:
+        self.timeline.phase("backward", self.step)
+        self._section("w", "begin", "begin")
+        for layer, template in enumerate(self.templates):
+            self._section("w", template, str(layer))
+        self._section("w", "end", "end")
+        self._end()
+
+    def _end(self) -> None:
         for handles in self.live.values():
             for handle in handles.values():
-                timeline.free(handle)
+                self.timeline.free(handle)
 
     def _section(self, phase: str, template: str, instance: str) -> None:
         timeline, live = self.timeline, self.live.setdefault((phase, instance), {})
@@ -118,7 +188,7 @@ class _MicroBatch:
         match name:
             case "loss":
                 self.timeline.phase("loss", self.step)
-            case "backward":
+            case "backward" | "input":
                 self.layout.before_backward("root")
             case "forward_enter":
                 self.layout.before_forward(group)

@@ -11,17 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from configs.schema import Config, EngineName, OffloadDevice
+from configs.schema import Config, EngineName
 from trainer.devices import Gpu, find_gpu
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.machine import Machine
 from trainer.memory.compose import Layout, replay
-from trainer.memory.layouts.common import Setting
+from trainer.memory.layouts.common import Setting, step_inputs
 from trainer.memory.layouts.replicated import Replicated
 from trainer.memory.layouts.sharded import FullySharded
-from trainer.memory.layouts.zero import ZeroStage12, model_size, supported
+from trainer.memory.layouts.zero import ZeroStage12, model_size
 from trainer.memory.layouts.zero3 import ZeroStage3
-from trainer.memory.profile import Profile
+from trainer.memory.pipelined import replay_pipeline
+from trainer.memory.profile import ModelProfile
 from trainer.memory.profiles import NotEstimated, get_profile
 from trainer.memory.timeline import COMPONENTS, Moment, Timeline
 from trainer.plan import Plan
@@ -80,7 +81,7 @@ class Estimate:
     device: Device
     context_bytes: int
     nccl_bytes: int
-    profile: Profile
+    profile: ModelProfile
 
     @property
     def busiest(self) -> RankEstimate:
@@ -138,7 +139,9 @@ def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) 
     return Device(name=gpu.name, capacity_bytes=gpu.memory_bytes, gpu=gpu, assumed=assumed)
 
 
-def estimate(config: Config, plan: Plan, *, found_gpu: str | None = None, profile: Profile | None = None) -> Estimate:
+def estimate(
+    config: Config, plan: Plan, *, found_gpu: str | None = None, profile: ModelProfile | None = None
+) -> Estimate:
     """Predict the memory of the plan's ranks. found_gpu: see `planned_device`. profile: instead of the one on disk.
 
     Raises NotEstimated for what is not accounted for, and what building the model raises (ConfigError, DataError).
@@ -149,19 +152,36 @@ def estimate(config: Config, plan: Plan, *, found_gpu: str | None = None, profil
     gpu = plan.device == "cuda"
     context = int(config.estimate.context_gib * GIB) if gpu else 0
     nccl = int(config.estimate.nccl_gib * GIB) * communicators(plan) if gpu else 0
-    timeline = Timeline(gpu=gpu)
-    setting = Setting(profile=profile, plan=plan, timeline=timeline)
+    ranks = tuple(
+        _estimate_rank(config, plan, profile, device, stage, outside=context + nccl)
+        for stage in range(plan.degree("pp"))
+    )
+    return Estimate(ranks=ranks, device=device, context_bytes=context, nccl_bytes=nccl, profile=profile)
+
+
+def _estimate_rank(
+    config: Config, plan: Plan, profile: ModelProfile, device: Device, pp_rank: int, *, outside: int
+) -> RankEstimate:
+    """Ranks of one place in the pipeline hold the same. outside: bytes that torch's allocator does not know of."""
+    timeline = Timeline(gpu=plan.device == "cuda")
     if device.gpu is not None:
         for _ in range(CUBLAS_HANDLES):
             timeline.allocate("workspace", cublas_bytes(device.gpu))
-    replay(profile, _layout(config, setting), timeline, micro_batches=plan.batch.gradient_accumulation_steps)
-    rank = RankEstimate(
-        kind="all",
-        count=plan.world_size,
+    if plan.degree("pp") > 1:
+        setting = replay_pipeline(config, plan, profile, timeline, pp_rank)
+    else:
+        module = profile.stage(range(len(profile.anatomy.layers)), stages=1, index=0)
+        setting = Setting(profile=module, plan=plan, timeline=timeline)
+        layout = _layout(config, setting)
+        count = plan.batch.gradient_accumulation_steps
+        replay(module, layout, timeline, micro_batches=count, inputs=step_inputs(plan))
+    return RankEstimate(
+        kind=f"pp{pp_rank}" if plan.degree("pp") > 1 else "all",
+        count=plan.world_size // plan.degree("pp"),
         components=dict(zip(COMPONENTS, timeline.peak.parts, strict=True)),
         peak_allocated_bytes=timeline.peak.total,
         peak_reserved_bytes=timeline.peak_reserved,
-        device_bytes=timeline.peak_reserved + context + nccl,
+        device_bytes=timeline.peak_reserved + outside,
         host_bytes=sum(setting.host.values()),
         nvme_bytes=sum(setting.nvme.values()),
         peak_phase=timeline.peak.phase,
@@ -169,22 +189,15 @@ def estimate(config: Config, plan: Plan, *, found_gpu: str | None = None, profil
         between_steps_bytes=timeline.allocated,
         curve=tuple(timeline.curve),
     )
-    return Estimate(ranks=(rank,), device=device, context_bytes=context, nccl_bytes=nccl, profile=profile)
 
 
 def refuse(config: Config, plan: Plan) -> None:
     """Raise NotEstimated for what the account does not cover yet: a number that leaves something out would mislead."""
-    problems = [
-        f"parallel.{axis}={plan.degree(axis)}: memory is not estimated for {what} parallel yet; set it to 1"
-        for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"))
-        if plan.degree(axis) > 1
-    ]
-    offloaded = plan.offload_optimizer is not OffloadDevice.none
-    if plan.engine is EngineName.deepspeed and not supported(plan.param_dtype, plan.zero_stage, offloaded=offloaded):
+    problems = []
+    if plan.engine is EngineName.deepspeed and plan.degree("tp") > 1:
         problems.append(
-            f"parallel.zero_stage={plan.zero_stage} with precision.param_dtype={plan.param_dtype}"
-            f"{' and offload' if offloaded else ''}: memory is not estimated for this combination; use precision=bf16,"
-            " or stage 2 or 3"
+            f"parallel.tp={plan.degree('tp')}: memory is not estimated for tensor parallel under DeepSpeed; set it to"
+            " 1, or use parallel=tensor_fsdp"
         )
     if problems:
         raise NotEstimated(*problems)

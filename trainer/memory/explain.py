@@ -16,23 +16,27 @@ def explain(config: Config, plan: Plan, found: Estimate) -> str:
 
 
 def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
-    anatomy, trace = found.profile.anatomy, found.profile.trace
+    anatomy = found.profile.anatomy
     master, param = WIDTHS[plan.master_dtype], WIDTHS[plan.param_dtype]
     yield f"P = {anatomy.numel:,} parameters of {anatomy.name}, counted on the built model; tied ones count once"
     yield from _states(plan, anatomy.numel, master, param)
-    update = found.profile.update
+    update = found.profile.outline.update
     yield (
         f"optimizer {config.optimizer.name}, {config.optimizer.implementation}: states of {update.state:g} times the"
         f" bytes it updates, from the end of step 1; temporaries {update.temporary_all:g} of all +"
         f" {update.temporary_largest:g} of the largest; measured on small tensors with the trainer's own optimizer"
     )
-    forward = [sum(_kept(entry) for entry in steps) for (phase, name), steps in trace.sections.items() if phase == "f"]
     yield (
-        f"activations, loss, backward: {len(trace.templates)} of {len(anatomy.layers)} layers, embedding, norm, head"
-        f" and loss traced at micro_batch_size {plan.batch.micro_batch_size} x seq_len {plan.batch.seq_len} by running"
-        f" the model's own code on fake tensors ({sum(forward) / GIB:.3f} GiB allocated by the traced forward) and"
-        f" repeating it for all layers; activation checkpointing {config.train.activation_checkpointing}"
+        f"activations, loss, backward: traced at micro_batch_size {plan.batch.micro_batch_size} x seq_len"
+        f" {plan.batch.seq_len // plan.degree('cp')} by running the model's own code on fake tensors, and repeated for"
+        f" {len(anatomy.layers)} layers; activation checkpointing {config.train.activation_checkpointing}"
     )
+    for name, part in found.profile.parts.items():
+        forward = [_kept(entry) for (phase, _), steps in part.trace.sections.items() if phase == "f" for entry in steps]
+        yield (
+            f"traced part: {name.split()[0]}, {len(part.trace.templates)} layers, {sum(forward) / GIB:.3f} GiB"
+            " allocated by its forward"
+        )
     if plan.device != "cuda":
         return
     rank = found.busiest

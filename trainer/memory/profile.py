@@ -6,12 +6,14 @@ tensors) and kept on disk; everything that an estimate does afterwards is arithm
     sections of a trace      begin | layer 0 | ... | end (norm, head, loss) || end | ... | layer 0 | begin
                              ------------ forward ------------------------    ------- backward -------
 
-Of layers that are alike three are traced: the first, one in the middle, the last. `timeline` repeats the middle one.
+Of layers that are alike three are traced: the first, one in the middle, the last. `compose` repeats the middle one.
+A model that one rank holds whole is one part. Of a pipeline three kinds of stages are traced, each as a part of its
+own: the first, one in the middle, the last. Under tensor parallel everything here is what one rank holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -28,13 +30,19 @@ Numbers count the births of a section from 0.
 MARKS = ("forward_enter", "forward_exit", "loss", "backward", "backward_enter", "backward_exit")
 
 
+LIKE_LAYERS = 3  # the first, one between two of its kind, the last
+WHOLE, FIRST, MIDDLE, LAST = "whole", "first", "middle", "last"
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """name: inside its group. shape: on one tensor-parallel rank."""
+    """name: inside its group. shape: on one tensor-parallel rank. summed: over whom its gradient is summed once more
+    at the end of a step: "tp" ranks, the two "ends" of a pipeline that share it, or nobody."""
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = True
+    summed: str = ""
 
     @property
     def numel(self) -> int:
@@ -81,9 +89,10 @@ class Anatomy:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One forward and backward of the shortened model. templates: the kind of each traced layer.
+    """One forward and backward of a shortened part. templates: the kind of each traced layer.
 
-    sections: ("f", "begin"), ("f", "0"), ..., ("f", "end"), ("b", "end"), ..., ("b", "0"), ("b", "begin").
+    sections: ("f", "begin"), ("f", "0"), ..., ("f", "end"), ("b", "end"), ..., ("b", "0"), ("b", "begin"). For
+    pipeline schedules that split the backward also "i" (gradient of the input) and "w" (of the weights) beside "b".
     """
 
     templates: tuple[int, ...]
@@ -114,34 +123,124 @@ class UpdateCost:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A whole model, or one kind of pipeline stage. groups, buffers_bytes: what it holds besides its layers."""
+
+    groups: tuple[tuple[str, tuple[Parameter, ...]], ...]
+    buffers_bytes: int
+    trace: Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is known of a model before any part of it is traced: enough to cut it into stages.
+
+    anatomy: of the whole model. layer_costs, head_cost: see `pipeline_probe.count_costs`; empty if it was not asked
+    for. hidden_size: features of what one stage sends to the next. layer_buffers_bytes: of one layer.
+    """
+
+    anatomy: Anatomy
+    layer_costs: tuple[float, ...]
+    head_cost: float
+    hidden_size: int
+    layer_buffers_bytes: int
+    update: UpdateCost
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
+    """One module that a rank runs: the whole model, or a stage with its own layers."""
+
     anatomy: Anatomy
     trace: Trace
     update: UpdateCost
 
-    def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        values["trace"]["sections"] = [[*key, steps] for key, steps in self.trace.sections.items()]
-        return values
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    """outline and the traced parts by their name (`part_name`)."""
+
+    outline: Outline
+    parts: Mapping[str, Part]
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self.outline.anatomy
+
+    def stage(self, layers: range, *, stages: int, index: int) -> Profile:
+        """The module of one stage; of a model in one piece, stage 0 of 1."""
+        whole = self.outline.anatomy
+        kinds = whole.layers[layers.start : layers.stop]
+        part = self.parts[part_name(kinds, stages=stages, index=index)]
+        buffers = part.buffers_bytes + len(kinds) * self.outline.layer_buffers_bytes
+        anatomy = Anatomy(whole.kinds, kinds, part.groups, buffers, whole.name)
+        return Profile(anatomy=anatomy, trace=part.trace, update=self.outline.update)
 
 
-def profile_from_json(values: dict[str, Any]) -> Profile:
-    anatomy, trace = values["anatomy"], values["trace"]
-    return Profile(
+def role(*, stages: int, index: int) -> str:
+    if stages == 1:
+        return WHOLE
+    return FIRST if index == 0 else LAST if index == stages - 1 else MIDDLE
+
+
+def part_name(kinds: Sequence[int], *, stages: int, index: int) -> str:
+    """The part that stands for a stage whose layers are of these kinds."""
+    return f"{role(stages=stages, index=index)} {','.join(str(kinds[place]) for place in kept_layers(kinds))}"
+
+
+def kept_layers(kinds: Sequence[int]) -> list[int]:
+    """Places of the layers that are traced: at most LIKE_LAYERS of each kind, the last layer's kind last."""
+    order = [kind for kind in dict.fromkeys(kinds) if kind != kinds[-1]] + [kinds[-1]]
+    chosen = []
+    for kind in order:
+        found = [place for place, value in enumerate(kinds) if value == kind]
+        chosen += found if len(found) <= LIKE_LAYERS else [*found[: LIKE_LAYERS - 1], found[-1]]
+    return chosen
+
+
+def outline_to_json(outline: Outline) -> dict[str, Any]:
+    return asdict(outline)
+
+
+def outline_from_json(values: dict[str, Any]) -> Outline:
+    anatomy = values["anatomy"]
+    return Outline(
         anatomy=Anatomy(
             kinds=tuple(_parameters(kind) for kind in anatomy["kinds"]),
             layers=tuple(anatomy["layers"]),
-            groups=tuple((name, _parameters(items)) for name, items in anatomy["groups"]),
+            groups=_groups(anatomy["groups"]),
             buffers_bytes=anatomy["buffers_bytes"],
             name=anatomy["name"],
         ),
-        trace=Trace(
-            templates=tuple(trace["templates"]),
-            sections={(phase, name): tuple(tuple(step) for step in steps) for phase, name, steps in trace["sections"]},
-        ),
+        layer_costs=tuple(values["layer_costs"]),
+        head_cost=values["head_cost"],
+        hidden_size=values["hidden_size"],
+        layer_buffers_bytes=values["layer_buffers_bytes"],
         update=UpdateCost(**values["update"]),
     )
 
 
+def part_to_json(part: Part) -> dict[str, Any]:
+    values = asdict(part)
+    values["trace"]["sections"] = [[*key, steps] for key, steps in part.trace.sections.items()]
+    return values
+
+
+def part_from_json(values: dict[str, Any]) -> Part:
+    trace = values["trace"]
+    return Part(
+        groups=_groups(values["groups"]),
+        buffers_bytes=values["buffers_bytes"],
+        trace=Trace(
+            templates=tuple(trace["templates"]),
+            sections={(phase, name): tuple(tuple(step) for step in steps) for phase, name, steps in trace["sections"]},
+        ),
+    )
+
+
+def _groups(items: list[Any]) -> tuple[tuple[str, tuple[Parameter, ...]], ...]:
+    return tuple((name, _parameters(members)) for name, members in items)
+
+
 def _parameters(items: list[dict[str, Any]]) -> tuple[Parameter, ...]:
-    return tuple(Parameter(item["name"], tuple(item["shape"]), item["trainable"]) for item in items)
+    return tuple(Parameter(item["name"], tuple(item["shape"]), item["trainable"], item["summed"]) for item in items)

@@ -10,47 +10,111 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from configs.errors import CookbookError
+from configs.errors import CookbookError, PlanError
 from configs.schema import Attention, Config, DType, EngineName
 from trainer.devices import Gpu
-from trainer.memory.profile import Anatomy, Parameter, Profile, UpdateCost, profile_from_json
+from trainer.memory.profile import (
+    ModelProfile,
+    Outline,
+    Part,
+    UpdateCost,
+    kept_layers,
+    outline_from_json,
+    outline_to_json,
+    part_from_json,
+    part_name,
+    part_to_json,
+)
+from trainer.parallel.pipeline_table import SCHEDULES, default_stages_per_rank, split_layers
 from trainer.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from trainer.memory.units import Division
 
-SOURCES = ("memory/trace.py", "memory/kernels.py", "memory/tracker.py", "memory/profiles.py", "memory/profile.py")
-SOURCES += ("model.py", "loss.py", "optimizer.py", "parallel/checkpointing.py")
+Made = TypeVar("Made")
+
+
+SOURCES = ("trace", "units", "kernels", "tracker", "profiles", "profile")
+SOURCES = (*(f"memory/{name}.py" for name in SOURCES), "model.py", "loss.py", "optimizer.py", "data/__init__.py")
+PARALLEL = ("checkpointing", "collectives", "context", "fsdp", "pipeline_probe", "pipeline_split", "regions", "tensor")
+PARALLEL = (*PARALLEL, "tensor_plans", "vocabulary")
+SOURCES += tuple(f"parallel/{name}.py" for name in PARALLEL)
 
 
 class NotEstimated(CookbookError):
     """The command cannot answer for this configuration, and says what it would have left out."""
 
 
-def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size: int | None = None) -> Profile:
+def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size: int | None = None) -> ModelProfile:
     """The profile of the plan's micro-batch, from disk or traced now. gpu: whose kernels are assumed; None: the CPU's.
 
-    Raises NotEstimated for a model that cannot be traced, and what building a model raises.
+    Raises NotEstimated for a model that cannot be traced, and what building and dividing a model raise.
     """
-    micro_batch_size = micro_batch_size or plan.batch.micro_batch_size
-    key = _key(config, plan, gpu, micro_batch_size)
+    tracer = _Tracer(config, plan)
+    outline = _cached(
+        config,
+        _key(config, _outline_fields(config, plan)),
+        read=outline_from_json,
+        write=outline_to_json,
+        make=tracer.outline,
+    )
+    shape = _shape_fields(config, plan, gpu, micro_batch_size or plan.batch.micro_batch_size)
+    parts: dict[str, Part] = {}
+    layers, stages = outline.anatomy.layers, stage_layers(config, plan, outline)
+    for index, owned in enumerate(stages):
+        name = part_name(layers[owned.start : owned.stop], stages=len(stages), index=index)
+        if name not in parts:
+            fields = {**_outline_fields(config, plan), **shape, "part": name}
+            parts[name] = _cached(
+                config,
+                _key(config, fields),
+                read=part_from_json,
+                write=part_to_json,
+                make=partial(tracer.part, shape, layers, owned, stages=len(stages), index=index),
+            )
+    return ModelProfile(outline=outline, parts=parts)
+
+
+def stage_layers(config: Config, plan: Plan, outline: Outline) -> list[range]:
+    """The layers of each stage, as `pipeline_split` cuts them; one stage of all layers without a pipeline."""
+    count = len(outline.anatomy.layers)
+    pipeline, pp = config.parallel.pipeline, plan.degree("pp")
+    if pp == 1:
+        return [range(count)]
+    stages = pp * (pipeline.stages_per_rank or default_stages_per_rank(pipeline.schedule))
+    if count < stages:
+        raise PlanError(f"parallel.pp={pp}: the model has {count} layers, {stages} stages need as many; use fewer")
+    costs = {"layer_costs": outline.layer_costs, "head_cost": outline.head_cost}
+    return split_layers(count, stages, split=pipeline.split, **costs)
+
+
+def _cached(
+    config: Config,
+    key: str,
+    *,
+    read: Callable[[dict[str, Any]], Made],
+    write: Callable[[Made], dict[str, Any]],
+    make: Callable[[], Made],
+) -> Made:
     file = _folder(config) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
         found = json.loads(file.read_text())
         if found["key"] == key:
-            return profile_from_json(found["profile"])
+            return read(found["value"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    profile = _trace(config, plan, gpu, micro_batch_size)
-    _save(file, {"key": key, "profile": profile.to_json()})
-    return profile
+    made = make()
+    _save(file, {"key": key, "value": write(made)})
+    return made
 
 
 def _folder(config: Config) -> Path:
@@ -68,20 +132,43 @@ def _save(file: Path, values: Mapping[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _key(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size: int) -> str:
+def _key(config: Config, fields: Mapping[str, Any]) -> str:
+    """fields: with what the model itself, the versions and the sources are, all that the cached value depends on."""
     model = config.model
     local = Path(model.path or "").expanduser() / "config.json"
     root = Path(__file__).parents[1]
     described = {
         "model": [model.path, model.revision, str(model.attention), model.architecture, model.config],
         "local": local.read_text() if model.path and local.is_file() else None,
-        "shape": [micro_batch_size, plan.batch.seq_len, *_dtypes(plan), str(config.train.activation_checkpointing)],
-        "attention": [gpu is not None, _exact_attention(plan, gpu)],
-        "optimizer": [str(config.optimizer.name), str(config.optimizer.implementation), config.optimizer.beta1 > 0],
         "versions": [version("torch"), version("transformers")],
         "source": hashlib.sha256(b"".join((root / name).read_bytes() for name in SOURCES)).hexdigest(),
+        **fields,
     }
     return json.dumps(described, sort_keys=True, default=str)
+
+
+def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
+    parallel, optimizer = config.parallel, config.optimizer
+    return {
+        "pipeline": plan.degree("pp") > 1,
+        "tensor": [plan.degree("tp"), parallel.sequence_parallel, parallel.tensor_plan],
+        "optimizer": [str(optimizer.name), str(optimizer.implementation), optimizer.beta1 > 0],
+    }
+
+
+def _shape_fields(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size: int) -> dict[str, Any]:
+    schedule, cp = config.parallel.pipeline.schedule, plan.degree("cp")
+    return {
+        "micro_batch_size": micro_batch_size,
+        "seq_len": plan.batch.seq_len // cp,
+        "context": [cp, str(config.parallel.context_method) if cp > 1 else ""],
+        "dtypes": _dtypes(plan),
+        "checkpointing": str(config.train.activation_checkpointing),
+        "gpu": gpu is not None,
+        "exact_attention": _exact_attention(plan, gpu),
+        "chunked_loss": config.train.chunked_loss,
+        "split_backward": plan.degree("pp") > 1 and SCHEDULES[schedule].splits_backward,
+    }
 
 
 def _dtypes(plan: Plan) -> tuple[DType, DType | None, DType | None]:
@@ -103,73 +190,92 @@ def _exact_attention(plan: Plan, gpu: Gpu | None) -> bool:
     return gpu is not None and (wide or gpu.bfloat16_flops is None)
 
 
-def _trace(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size: int) -> Profile:
-    from trainer.memory.trace import CannotTrace, Shape, layer_kinds, trace_model
-    from trainer.model import build_hf_config, build_model
-    from trainer.precision import torch_dtype
+class _Tracer:
+    """Builds the model when the first thing is asked of it, and once."""
 
-    if config.model.attention is Attention.flash_attention_2:
-        # The package runs on GPUs only. torch's flash kernel keeps the same tensors.
-        config = replace(config, model=replace(config.model, attention=Attention.sdpa))
-    model = build_model(config.model, build_hf_config(config.model))
-    anatomy, groups = _anatomy(model, tuple(layer_kinds(model)))
-    storage, compute, logits = (None if dtype is None else torch_dtype(dtype) for dtype in _dtypes(plan))
-    assert storage is not None
-    shape = Shape(
-        micro_batch_size=micro_batch_size,
-        seq_len=plan.batch.seq_len,
-        storage=storage,
-        compute=compute,
-        logits_dtype=logits,
-        checkpointing=config.train.activation_checkpointing,
-        gpu=gpu is not None,
-        exact_attention=_exact_attention(plan, gpu),
-    )
-    try:
-        trace = trace_model(model, shape, groups)
-    except CannotTrace as error:
-        raise NotEstimated(
-            f"model={config.model.preset}: the code of {anatomy.name} does not run without values"
-            f" ({error}), so its activations cannot be counted: not estimated. Its {anatomy.numel:,}"
-            " parameters with gradients and optimizer states are a lower bound; measure a run with a small"
-            " train.micro_batch_size"
-        ) from None
-    return Profile(anatomy=anatomy, trace=trace, update=_update_cost(config))
+    def __init__(self, config: Config, plan: Plan) -> None:
+        if config.model.attention is Attention.flash_attention_2:
+            # The package runs on GPUs only. torch's flash kernel keeps the same tensors.
+            config = replace(config, model=replace(config.model, attention=Attention.sdpa))
+        self.config, self.plan = config, plan
 
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        from trainer.model import build_hf_config, build_model
 
-def _anatomy(model: PreTrainedModel, kinds: tuple[int, ...]) -> tuple[Anatomy, dict[str, tuple[str, str]]]:
-    """The model's groups as FSDP2 shards them, and for each name outside the layers its group and name there."""
-    from trainer.model import decoder_layers, tied_names
+        return build_model(self.config.model, build_hf_config(self.config.model))
 
-    layers = decoder_layers(model)
-    ties = tied_names(model)
-    prefixes = {id(module): name for name, module in model.named_modules()}
-    inside = tuple(f"{prefixes[id(layer)]}." for layer in layers)
-    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    owners = (
-        {}
-        if ties
-        else {prefixes[id(m)]: g for g, m in ends.items() if m is not None and any(True for _ in m.parameters())}
-    )
-    groups: dict[str, tuple[str, str]] = {}
-    members: dict[str, list[Parameter]] = {"root": [], **{group: [] for group in owners.values()}}
-    for name, parameter in model.named_parameters():
-        if not name.startswith(inside):
-            group = next((group for prefix, group in owners.items() if name.startswith(f"{prefix}.")), "root")
-            groups[name] = (group, name)
-            members[group].append(Parameter(name, tuple(parameter.shape), parameter.requires_grad))
-    examples = [layers[kinds.index(kind)] for kind in range(max(kinds) + 1)]
-    anatomy = Anatomy(
-        kinds=tuple(
-            tuple(Parameter(name, tuple(p.shape), p.requires_grad) for name, p in layer.named_parameters())
-            for layer in examples
-        ),
-        layers=kinds,
-        groups=tuple((name, tuple(items)) for name, items in members.items()),
-        buffers_bytes=sum(b.untyped_storage().nbytes() for b in model.buffers()),
-        name=type(model).__name__,
-    )
-    return anatomy, groups
+    def _division(self) -> Division:
+        from trainer.memory.units import Division
+
+        parallel = self.config.parallel
+        return Division(
+            tp=self.plan.degree("tp"),
+            cp=self.plan.degree("cp"),
+            sequence_parallel=parallel.sequence_parallel,
+            tensor_plan=parallel.tensor_plan,
+            context_method=parallel.context_method,
+        )
+
+    def outline(self) -> Outline:
+        from trainer.memory.units import build_unit, describe, fake_ranks, layer_buffers, layer_kinds
+        from trainer.parallel.pipeline_probe import count_costs, examine
+
+        kinds = layer_kinds(self.model)
+        layer_costs, head_cost, hidden_size = [], 0.0, 0
+        if self.plan.degree("pp") > 1:
+            found = examine(self.model)
+            layer_costs, head_cost = count_costs(self.model, found)
+            hidden_size = found.hidden_size
+        division = replace(self._division(), cp=1)
+        with fake_ranks(division) as mesh:
+            unit = build_unit(self.model, [kinds.index(kind) for kind in dict.fromkeys(kinds)], division, mesh)
+            anatomy, per_layer = describe(unit, kinds), layer_buffers(unit)
+        return Outline(
+            anatomy=replace(anatomy, buffers_bytes=anatomy.buffers_bytes + len(kinds) * per_layer),
+            layer_costs=tuple(layer_costs),
+            head_cost=head_cost,
+            hidden_size=hidden_size,
+            layer_buffers_bytes=per_layer,
+            update=_update_cost(self.config),
+        )
+
+    def part(self, fields: Mapping[str, Any], kinds: tuple[int, ...], owned: range, *, stages: int, index: int) -> Part:
+        from trainer.memory.trace import CannotTrace, Shape, trace_unit
+        from trainer.memory.units import build_unit, describe, fake_ranks
+        from trainer.precision import torch_dtype
+
+        storage, compute, logits = (None if dtype is None else torch_dtype(dtype) for dtype in fields["dtypes"])
+        assert storage is not None
+        shape = Shape(
+            micro_batch_size=fields["micro_batch_size"],
+            seq_len=fields["seq_len"],
+            storage=storage,
+            compute=compute,
+            logits_dtype=logits,
+            checkpointing=self.config.train.activation_checkpointing,
+            gpu=fields["gpu"],
+            exact_attention=fields["exact_attention"],
+            positions=self.plan.degree("cp") > 1,
+            chunked_loss=fields["chunked_loss"],
+            split_backward=fields["split_backward"],
+        )
+        division = self._division()
+        layers = [owned[place] for place in kept_layers(kinds[owned.start : owned.stop])]
+        with fake_ranks(division) as mesh:
+            unit = build_unit(self.model, layers, division, mesh, first=index == 0, last=index == stages - 1)
+            anatomy = describe(unit, kinds)
+            try:
+                trace = trace_unit(unit, shape)
+            except CannotTrace as error:
+                name, numel = type(self.model).__name__, self.model.num_parameters()
+                raise NotEstimated(
+                    f"model={self.config.model.preset}: the code of {name} does not run without values"
+                    f" ({error}), so its activations cannot be counted: not estimated. Its {numel:,}"
+                    " parameters with gradients and optimizer states are a lower bound; measure a run with a small"
+                    " train.micro_batch_size"
+                ) from None
+        return Part(groups=anatomy.groups, buffers_bytes=anatomy.buffers_bytes, trace=trace)
 
 
 def _update_cost(config: Config) -> UpdateCost:

@@ -15,7 +15,7 @@ from configs.errors import CookbookError
 from configs.schema import Checkpointing, Config, DType, EngineName, OffloadDevice
 from trainer.machine import Machine
 from trainer.memory.estimate import Estimate, estimate, with_micro_batch
-from trainer.memory.profile import Profile, Trace
+from trainer.memory.profile import ModelProfile, Trace
 from trainer.memory.profiles import get_profile
 from trainer.plan import Plan, make_plan
 
@@ -83,12 +83,22 @@ def largest_micro_batch(config: Config, plan: Plan, *, found_gpu: str | None = N
     return low
 
 
-def _extrapolate(first: Profile, second: Profile, steps: int) -> Profile | None:
+def _extrapolate(first: ModelProfile, second: ModelProfile, steps: int) -> ModelProfile | None:
+    parts = {}
+    for name, part in first.parts.items():
+        trace = _extrapolate_trace(part.trace, second.parts[name].trace, steps)
+        if trace is None:
+            return None
+        parts[name] = replace(part, trace=trace)
+    return replace(first, parts=parts)
+
+
+def _extrapolate_trace(first: Trace, second: Trace, steps: int) -> Trace | None:
     sections = {}
-    if first.trace.sections.keys() != second.trace.sections.keys():
+    if first.sections.keys() != second.sections.keys():
         return None
-    for key, entries in first.trace.sections.items():
-        others = second.trace.sections[key]
+    for key, entries in first.sections.items():
+        others = second.sections[key]
         if len(entries) != len(others):
             return None
         grown = []
@@ -102,7 +112,7 @@ def _extrapolate(first: Profile, second: Profile, steps: int) -> Profile | None:
             else:
                 grown.append((*entry[:2], entry[2] + steps * (other[2] - entry[2]), entry[3]))
         sections[key] = tuple(grown)
-    return replace(first, trace=Trace(templates=first.trace.templates, sections=sections))
+    return Trace(templates=first.templates, sections=sections)
 
 
 def _changes(config: Config, plan: Plan) -> Iterator[Change]:

@@ -1,6 +1,6 @@
 """Run the model's own code on fake tensors and note every storage: the source of all activation bytes.
 
-    build_model -> keep three layers of each kind -> fake parameters -> the trainer's checkpointing
+    a unit (`units`: a few layers, cut and divided as in the run) -> fake parameters -> the trainer's checkpointing
     -> forward, the trainer's loss, backward, under a StorageTracker -> sections of a `Trace`
 
 Nothing is computed and nothing is allocated: a trace of Llama 405B takes seconds and no memory. No formula for any
@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 from torch.utils._pytree import tree_iter
-from transformers import PreTrainedModel
 
 from configs.schema import Checkpointing
+from trainer.gradients import local
 from trainer.loss import cross_entropy_sum
 from trainer.memory.kernels import as_on_device, quiet
 from trainer.memory.profile import Step, Trace
 from trainer.memory.tracker import CAST, Born, Died, Mark, StorageTracker
-from trainer.model import decoder_layers
+from trainer.memory.units import Unit, groups_of
 from trainer.parallel.checkpointing import apply_checkpointing
-
-LIKE_LAYERS = 3  # the first, one between two of its kind, the last
+from trainer.parallel.fsdp import sharded_modules
+from trainer.parallel.vocabulary import chunked_cross_entropy_sum
 
 Groups = dict[str, tuple[str, str]]
 
@@ -42,12 +43,14 @@ class CannotTrace(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """What a trace depends on besides the model.
+    """What a trace depends on besides the unit.
 
-    storage, compute: dtypes of the parameters and of autocast (None: no autocast). logits_dtype: what the root
-    casts its output to (FSDP2's policy), None where the loss gets the logits as they are. gpu: follow the rules by
-    which CUDA chooses its attention and dropout kernels, instead of the CPU's. exact_attention: without the flash
-    kernel, calls that the memory-efficient one refuses fall back to a kernel that keeps all scores.
+    seq_len: tokens of a sequence that one rank has. positions: it is told which ones. storage, compute: dtypes of the
+    parameters and of autocast (None: no autocast). logits_dtype: what the root casts its output to (FSDP2's policy),
+    None where the loss gets the logits as they are. gpu: follow the rules by which CUDA chooses its attention and
+    dropout kernels, instead of the CPU's. exact_attention: without the flash kernel, calls that the memory-efficient
+    one refuses fall back to a kernel that keeps all scores. split_backward: the schedule computes gradients of inputs
+    and of weights apart.
     """
 
     micro_batch_size: int
@@ -58,122 +61,154 @@ class Shape:
     checkpointing: Checkpointing
     gpu: bool
     exact_attention: bool = False
+    positions: bool = False
+    chunked_loss: bool = False
+    split_backward: bool = False
 
 
-def layer_kinds(model: nn.Module) -> list[int]:
-    """A number for each decoder layer; layers with the same number have the same modules, shapes and settings."""
-    kinds: dict[str, int] = {}
-    types = getattr(getattr(model, "config", None), "layer_types", None)
-    numbers = []
-    for index, layer in enumerate(decoder_layers(model)):
-        described = [types[index] if types else ""]
-        for name, module in layer.named_modules():
-            settings = {
-                key: value
-                for key, value in vars(module).items()
-                if isinstance(value, bool | int | float | str) and "idx" not in key and "index" not in key
-            }
-            shapes = [(key, None if p is None else tuple(p.shape)) for key, p in module._parameters.items()]
-            described.append(f"{name} {type(module).__name__} {sorted(settings.items())} {shapes}")
-        numbers.append(kinds.setdefault("\n".join(map(str, described)), len(kinds)))
-    return numbers
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feed:
+    """inputs: tokens, or hidden states from the stage before. received: their gradient from the stage after. These are
+    the engine's own memory and older than the trace."""
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    extras: dict[str, torch.Tensor]
+    received: torch.Tensor | None
 
 
-def shorten(model: PreTrainedModel) -> tuple[int, ...]:
-    """Leave at most LIKE_LAYERS layers of each kind in the model, the last layer's kind last. Returns their kinds."""
-    layers, kinds = decoder_layers(model), layer_kinds(model)
-    order = [kind for kind in dict.fromkeys(kinds) if kind != kinds[-1]] + [kinds[-1]]
-    chosen = [index for kind in order for index in _like(kinds, kind)]
-    count = len(kinds)
-    kept = [layers[index] for index in chosen]
-    for index in reversed(range(count)):
-        del layers[index]
-    layers.extend(kept)
-    # Lists with one entry per layer (layer_types) and the number of layers are read while the model runs.
-    for key, value in list(vars(model.config).items()):
-        if isinstance(value, list) and len(value) == count:
-            setattr(model.config, key, [value[index] for index in chosen])
-    model.config.num_hidden_layers = len(chosen)
-    return tuple(kinds[index] for index in chosen)
-
-
-def _like(kinds: list[int], kind: int) -> list[int]:
-    found = [index for index, value in enumerate(kinds) if value == kind]
-    return found if len(found) <= LIKE_LAYERS else [*found[: LIKE_LAYERS - 1], found[-1]]
-
-
-def trace_model(model: PreTrainedModel, shape: Shape, groups: Groups) -> Trace:
-    """Trace one micro-batch. model: on the meta device; it is shortened and filled with fake tensors.
-
-    groups: each parameter's name -> (group, name in the group), layers left out. Raises CannotTrace.
-    """
-    kinds = shorten(model)
+def trace_unit(unit: Unit, shape: Shape) -> Trace:
+    """Trace one micro-batch. unit: on the meta device; it is filled with fake tensors. Raises CannotTrace."""
+    groups = groups_of(unit)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        _make_fake(model, shape.storage)
-        tokens = torch.zeros(shape.micro_batch_size, shape.seq_len, dtype=torch.long)
-    model.train()
-    apply_checkpointing(model, shape.checkpointing)
-    tracker = StorageTracker()
-    with (
-        as_on_device(gpu=shape.gpu, exact_attention=shape.exact_attention),
-        mode,
-        tracker,
-        warnings.catch_warnings(),
-        quiet(),
-    ):
-        warnings.simplefilter("ignore")
-        try:
-            handles = _set_marks(model, tracker, groups)
-            _micro_batch(model, tokens, shape, tracker)
-        except Exception as error:  # the model's own code: anything may go wrong in it without values
-            raise CannotTrace((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
-        for handle in handles:
-            handle.remove()
-        gradients = {name: tracker.number_of(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        del tokens
-        gc.collect()
-    return Trace(templates=kinds, sections=_sections(tracker, gradients, _grouped(model, groups), len(kinds)))
+        _make_fake(unit.module, shape.storage)
+        feed = _feed(unit, shape)
+    unit.module.train()
+    apply_checkpointing(unit.module, shape.checkpointing)
+    if unit.stage is not None:
+        unit.stage.border.dtype = shape.storage
+    sections: dict[tuple[str, str], tuple[Step, ...]] = {}
+    # Schedules that split the backward of some micro-batches run it whole for others.
+    for split in (False, True) if shape.split_backward and unit.stage and not unit.stage.is_first else (False,):
+        tracker = StorageTracker()
+        with (
+            as_on_device(gpu=shape.gpu, exact_attention=shape.exact_attention),
+            mode,
+            tracker,
+            warnings.catch_warnings(),
+            quiet(),
+        ):
+            warnings.simplefilter("ignore")
+            try:
+                handles = _set_marks(unit, tracker, groups)
+                if unit.stage is None:
+                    _micro_batch(unit, feed, shape, tracker)
+                else:
+                    _staged(unit, feed, shape, tracker, split=split)
+            except Exception as error:  # the model's own code: anything may go wrong in it without values
+                raise CannotTrace((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
+            for handle in handles:
+                handle.remove()
+            named = list(unit.module.named_parameters())
+            gradients = {name: tracker.number_of(p.grad) for name, p in named if p.grad is not None}
+            for _, parameter in named:
+                parameter.grad = None
+            gc.collect()
+        sections |= _sections(tracker, gradients, groups, len(unit.kinds))
+    return Trace(templates=unit.kinds, sections=sections)
 
 
-def _micro_batch(model: PreTrainedModel, tokens: torch.Tensor, shape: Shape, tracker: StorageTracker) -> None:
+def _feed(unit: Unit, shape: Shape) -> Feed:
+    size = (shape.micro_batch_size, shape.seq_len)
+    tokens = torch.zeros(size, dtype=torch.long)
+    inputs, received = tokens, None
+    if unit.stage is not None:
+        hidden = (*size, unit.stage.hidden_size)
+        if not unit.stage.is_first:
+            inputs = torch.zeros(hidden, dtype=shape.storage, requires_grad=True)
+        if not unit.stage.is_last:
+            received = torch.zeros(hidden, dtype=shape.storage)
+    extras = {"position_ids": torch.zeros(size, dtype=torch.long)} if shape.positions else {}
+    return Feed(inputs=inputs, labels=tokens, extras=extras, received=received)
+
+
+def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker) -> None:
     """As the engines do it: forward under autocast or not, loss over the sum of valid tokens, backward."""
     with torch.autocast("cpu", shape.compute) if shape.compute else nullcontext():
-        logits = model(input_ids=tokens, use_cache=False).logits
+        logits = unit.module(input_ids=feed.inputs, use_cache=False, **feed.extras).logits
     tracker.mark("forward_exit root")
     if shape.logits_dtype is not None:
         logits = logits.to(shape.logits_dtype)
     tracker.mark("loss")
-    loss = cross_entropy_sum(logits, tokens)
+    loss = _loss(unit, shape)(logits, feed.labels)
     del logits
     tracker.mark("backward")
     loss.backward()
 
 
+def _staged(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, split: bool) -> None:
+    """As torch's pipeline engine does it: it keeps the output, logits too, until the backward of the stage is done.
+    split: the gradient of the input first, that of the weights afterwards."""
+    assert unit.stage is not None
+    output = unit.module(feed.inputs, **feed.extras)
+    tracker.mark("forward_exit root")
+    result = output
+    if unit.stage.is_last:
+        if shape.logits_dtype is not None:
+            output = output.to(shape.logits_dtype)
+        tracker.mark("loss")
+        result = _loss(unit, shape)(output, feed.labels)
+    values = [feed.inputs, *feed.extras.values()]
+    if not split:
+        tracker.mark("backward")
+        sent = stage_backward(result, feed.received, values)
+        del sent
+        return
+    tracker.mark("input")
+    given = None if feed.received is None else [feed.received]
+    sent, groups = stage_backward_input([result], given, values, unit.module.parameters())
+    feed.inputs.grad = None
+    output.detach_()
+    del output, result, sent
+    tracker.mark("weights")
+    grouped, waiting = groups_of(unit), dict(unit.module.named_parameters())
+    names = {id(parameter): name for name, parameter in waiting.items()}
+    for group in groups:
+        group_name = next(grouped[names[id(node.variable)]][0] for node in group["params"])
+        tracker.mark(f"weights_of {group_name if group_name.isdigit() else 'end'}")
+        stage_backward_weight(unit.module.parameters(), [group])
+        for name in [name for name, parameter in waiting.items() if parameter.grad is not None]:
+            del waiting[name]
+            tracker.mark(f"gradient {name}")
+
+
+def _loss(unit: Unit, shape: Shape) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    if unit.tensor is not None:
+        return unit.tensor.loss
+    return chunked_cross_entropy_sum if shape.chunked_loss else cross_entropy_sum
+
+
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Fake parameters in place of meta ones; one that two modules share stays one."""
+    """Fake parameters in place of meta ones, this rank's part of each; one that two modules share stays one."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fake = made.get(id(parameter))
                 if fake is None:
-                    fake = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
+                    fake = nn.Parameter(torch.empty(local(parameter).shape, dtype=dtype), parameter.requires_grad)
                     made[id(parameter)] = fake
                 module._parameters[name] = fake
 
 
-def _set_marks(model: PreTrainedModel, tracker: StorageTracker, groups: Groups) -> list[Any]:
+def _set_marks(unit: Unit, tracker: StorageTracker, groups: Groups) -> list[Any]:
     """Hooks that note when forward and backward enter and leave each group, and when a gradient is complete."""
-    named = {str(index): layer for index, layer in enumerate(decoder_layers(model))}
-    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    present = {group for group, _ in groups.values()}
-    named |= {name: module for name, module in ends.items() if module is not None and name in present}
     handles = []
-    for name, module in named.items():
+    for name, module in sharded_modules(unit.module).items():
         handles.append(module.register_forward_pre_hook(_entering(name, tracker), with_kwargs=True))
         handles.append(module.register_forward_hook(_leaving(name, tracker)))
-    for name, parameter in model.named_parameters():
+    for name, parameter in unit.module.named_parameters():
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(_complete(name, tracker)))
     return handles
@@ -205,16 +240,6 @@ def _leaving(name: str, tracker: StorageTracker) -> Callable[..., None]:
 
 def _complete(name: str, tracker: StorageTracker) -> Callable[[torch.Tensor], None]:
     return lambda parameter: tracker.mark(f"gradient {name}")
-
-
-def _grouped(model: PreTrainedModel, groups: Groups) -> Groups:
-    """(group, name in the group) of every parameter of the shortened model."""
-    prefixes = {id(layer): str(index) for index, layer in enumerate(decoder_layers(model))}
-    found = dict(groups)
-    for name, module in model.named_modules():
-        if id(module) in prefixes:
-            found |= {f"{name}.{key}": (prefixes[id(module)], key) for key, _ in module.named_parameters()}
-    return found
 
 
 def _sections(
@@ -251,19 +276,26 @@ def _sections(
 
 def _after(name: str, subject: str, key: tuple[str, str], part: str, layers: int) -> tuple[tuple[str, str], str]:
     """Section and category from a mark on. A layer's section lasts until the next one begins."""
+    phase = key[0]
     match name, subject:
-        case "backward", _:
-            return ("b", "end"), "loss"
+        case (("backward" | "input"), _):
+            return (name[0], "end"), "loss"
+        case ("weights", _):
+            return ("w", "begin"), "workspace"
+        case "weights_of", _:
+            return ("w", subject), "workspace"
         case ("loss", _) | (_, "root"):
             return ("f", "end"), "loss"
         case "forward_enter", "head":
             return key, "loss"
         case "backward_exit", "head":
             return key, "workspace"
-        case "forward_exit", _ if subject == str(layers - 1):
+        case "forward_exit", _ if subject == str(layers - 1) and phase == "f":
             return ("f", "end"), "activations"
         case ("backward_exit", "0") | ("backward_enter", "embedding"):
-            return ("b", "begin"), "workspace"
-        case "forward_enter" | "backward_enter", _ if subject.isdigit():
-            return (name[0], subject), "activations" if name[0] == "f" else "workspace"
+            return (phase, "begin"), "workspace"
+        case "forward_enter", _ if subject.isdigit() and phase == "f":
+            return ("f", subject), "activations"
+        case "backward_enter", _ if subject.isdigit():
+            return (phase, subject), "workspace"
     return key, part

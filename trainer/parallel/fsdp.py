@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
@@ -42,16 +43,21 @@ def apply_fsdp(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh, *, returns_
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
         "offload_policy": _offload_policy(plan),
     }
-    for layer in held_layers(model):
-        fully_shard(layer, **options)
-    if not tied_names(model):
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if module is not None and any(True for _ in module.parameters()):
-                fully_shard(module, **options)
+    for module in sharded_modules(model).values():
+        fully_shard(module, **options)
     # Only the root may cast its output: a layer's output must stay in the dtype that the next layer computes in.
     if returns_logits:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype, output_dtype=_loss_dtype(plan))
     fully_shard(model, **options)
+
+
+def sharded_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The groups besides the root: the layers that are here as "0", "1", ..., and "embedding" and "head"."""
+    named: dict[str, nn.Module] = {str(place): layer for place, layer in enumerate(held_layers(model))}
+    if not tied_names(model):
+        ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+        named |= {name: end for name, end in ends.items() if end is not None and any(True for _ in end.parameters())}
+    return named
 
 
 def set_last_micro_batch(model: FSDPModule, plan: Plan, *, last: bool) -> None:

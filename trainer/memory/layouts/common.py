@@ -39,6 +39,18 @@ def place_batch(setting: Setting) -> None:
             setting.timeline.allocate("activations", batch.micro_batch_size * batch.seq_len * TOKEN_BYTES)
 
 
+def step_inputs(plan: Plan, *, first: bool = False, last: bool = False) -> list[int]:
+    """Bytes of what the torch engine makes of a step's batches. A context-parallel rank: its slices of tokens, labels
+    and positions of each micro-batch. A pipeline's: those that its stages need, joined; first, last: which it holds."""
+    batch, cp = plan.batch, plan.degree("cp")
+    count = batch.gradient_accumulation_steps
+    rows = batch.micro_batch_size * batch.seq_len // cp * TOKEN_BYTES
+    slices = [rows] * (3 * count) if cp > 1 else []
+    if plan.degree("pp") == 1:
+        return slices
+    return [*slices, *[rows * count] * (first + last + (cp > 1))]
+
+
 def place_states(setting: Setting, sizes: Sequence[int]) -> None:
     """The optimizer's states, one set for each parameter of `sizes` bytes."""
     update = setting.profile.update

@@ -1,4 +1,4 @@
-"""Fully sharded (FSDP2, also with replicas): what is gathered when, and where gradients pass through.
+"""FSDP2, also with replicas and where it shards over one rank: what is gathered when, where gradients pass through.
 
     gather    shard cast to param_dtype -> all-gather output -> a whole copy of each parameter; the output of the last
               gathering of a forward stays until the next one (their copies may overlap)
@@ -6,13 +6,16 @@
     reduce    whole gradients -> reduce-scatter input in reduce_dtype -> 1/W of it in master_dtype; the input stays
               until the next group's reduction
 
+    delayed   over one rank before the last micro-batch, and under a pipeline: whole gradients add up in reduce_dtype
+
 Gathering and reducing run in streams of their own, whose memory the computation cannot reuse. A rank holds
 ceil(rows / W) rows of each parameter: the first ranks' share, which none exceeds.
-Reads `trainer.parallel.fsdp`'s groups; source: torch/distributed/fsdp/_fully_shard.
+Groups: `trainer.parallel.fsdp.sharded_modules`; source: torch/distributed/fsdp/_fully_shard.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, prod
 
 from configs.schema import OffloadDevice
@@ -22,7 +25,9 @@ from trainer.memory.timeline import COMPUTE, GATHER, REDUCE, Handle
 
 
 class FullySharded:
-    """Fulfils `compose.Layout`."""
+    """Fulfils `compose.Layout`. Stages of a pipeline: `layouts.staged`."""
+
+    staged = False
 
     def __init__(self, setting: Setting) -> None:
         plan, anatomy = setting.plan, setting.profile.anatomy
@@ -40,7 +45,8 @@ class FullySharded:
         self.pending: dict[str, Handle | None] = {}
         self.deferred: Handle | None = None
         self.order: list[str] = []
-        self.received: dict[str, list[Handle | None]] = {}
+        self.received: dict[str, dict[str, Handle | None]] = {}
+        self.added: dict[str, dict[str, Handle | None]] = {}
         self.reducing: Handle | None = None
         self.sharded: dict[str, Handle | None] = {}
         self.partial: dict[str, Handle | None] = {}
@@ -57,7 +63,8 @@ class FullySharded:
             for shard in shards:
                 self._place("parameters", shard * self.master)
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
-        place_batch(self.setting)
+        if not self.staged:
+            place_batch(self.setting)
 
     def _place(self, what: str, size: int) -> None:
         if self.offloaded and self.setting.gpu:
@@ -97,44 +104,82 @@ class FullySharded:
             self._gather(group)
             self._copy_out(group)
             self.timeline.free(self.pending.pop(group, None))
-        place = self.order.index(group)
+        place = self.order.index(group) if group in self.order else 0
         if place > 0:
             self._gather(self.order[place - 1])
 
     def after_backward(self, group: str) -> None:
         if group not in self.groups:
             return
-        gradients = self.received.pop(group, [])
-        self._drop(group)
-        self.timeline.free(self.reducing)
-        shard = sum(self.shards[group])
-        self.reducing = self.timeline.allocate("buffers", shard * self.ranks * self.reduce)
-        for handle in gradients:
-            self.timeline.free(handle)
-        self._keep(group, shard)
+        if self.delayed:
+            self._add_up(group)
+            if not self.staged:
+                self._drop(group)
+        else:
+            self._reduce(group)
+
+    @property
+    def delayed(self) -> bool:
+        return self.staged or (self.ranks == 1 and not self.last)
 
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
-        self.received.setdefault(group, []).append(handle)
+        narrow = self.added.get(group, {}) if self.reduce == self.param else {}
+        received = self.received.setdefault(group, {})
+        if parameter in narrow or parameter in received:
+            # Autograd adds it to the one that is there.
+            self.timeline.free(handle)
+        else:
+            received[parameter] = handle
 
     def end_backward(self) -> None:
         for group in ("root", "embedding"):
             self.after_backward(group)
+        if not self.delayed:
+            self._finish()
+
+    def _add_up(self, group: str) -> None:
+        """Gradients that are not reduced yet: kept whole, in the dtype in which they will be."""
+        added = self.added.setdefault(group, {})
+        numel = {parameter.name: parameter.numel for parameter in self.groups[group]}
+        for name, handle in self.received.pop(group, {}).items():
+            if self.reduce == self.param:
+                added[name] = self.timeline.move(handle, "gradients")
+                continue
+            if name not in added:
+                added[name] = self.timeline.allocate("gradients", numel[name] * self.reduce)
+            self.timeline.free(handle)
+
+    def _reduce(self, group: str) -> None:
+        received, added = self.received.pop(group, {}), self.added.pop(group, {})
+        for name in added.keys() & received.keys():
+            self.timeline.free(received.pop(name))
+        self._drop(group)
+        self.timeline.free(self.reducing)
+        shard = sum(self.shards[group])
+        self.reducing = self.timeline.allocate("buffers", shard * self.ranks * self.reduce)
+        for handle in (*received.values(), *added.values()):
+            self.timeline.free(handle)
+        self._keep(group, shard)
+
+    def _finish(self) -> None:
+        """After the last group's reduction. Parts of gradients are joined and summed over the tensor-parallel ranks."""
         for handle in (self.reducing, *self.held):
             self.timeline.free(handle)
         self.reducing = None
         self.held.clear()
+        if self.last:
+            parts = [self._shard(p) for p in self.setting.profile.anatomy.parameters() if p.summed == "tp"]
+            self.timeline.free(self.timeline.allocate("workspace", sum(parts) * self.master))
 
     def update(self, step: int) -> None:
-        sizes = [shard * self.master for shards in self.shards.values() for shard in shards]
-        if self.offloaded and self.setting.gpu:
-            state = self.setting.profile.update.state
-            self.setting.host["optimizer"] = int(sum(sizes) * state)
-            self.setting.host["gradients"] = sum(sizes)
-        else:
-            if step == 1:
-                place_states(self.setting, sizes)
-            matrices = [p for parameters in self.groups.values() for p in parameters if len(p.shape) > 1]
-            update_temporaries(self.setting, [self._shard(p) * self.master for p in matrices])
+        update_together([self], step)
+
+    def sizes(self, *, matrices: bool = False) -> list[int]:
+        """Bytes of this rank's parameters in master_dtype."""
+        members = [parameter for group in self.groups.values() for parameter in group]
+        return [self._shard(p) * self.master for p in members if len(p.shape) > 1 or not matrices]
+
+    def clear(self) -> None:
         for handle in self.sharded.values():
             self.timeline.free(handle)
         self.sharded.clear()
@@ -151,10 +196,17 @@ class FullySharded:
         self.timeline.free(cast)
 
     def _copy_out(self, group: str) -> None:
-        """Whole parameters, each in a tensor of its own."""
-        self.whole[group] = [
-            self.timeline.allocate("buffers", shard * self.ranks * self.param, COMPUTE) for shard in self.shards[group]
-        ]
+        """Whole parameters, each in a tensor of its own. Over one rank they are cast here, one after the other."""
+        copies: list[Handle | None] = []
+        cast: Handle | None = None
+        for shard in self.shards[group]:
+            previous, cast = cast, None
+            if self.ranks == 1 and self.param != self.master:
+                cast = self.timeline.allocate("buffers", shard * self.param, COMPUTE)
+            self.timeline.free(previous)
+            copies.append(self.timeline.allocate("buffers", shard * self.ranks * self.param, COMPUTE))
+        self.timeline.free(cast)
+        self.whole[group] = copies
 
     def _drop(self, group: str) -> None:
         for handle in self.whole.pop(group, []):
@@ -181,3 +233,18 @@ class FullySharded:
             self.timeline.free(reduced)
         else:
             self.sharded[group] = reduced
+
+
+def update_together(layouts: Sequence[FullySharded], step: int) -> None:
+    """The update of all parameters of a rank, whichever of its modules they are in."""
+    setting = layouts[0].setting
+    sizes = [size for layout in layouts for size in layout.sizes()]
+    if layouts[0].offloaded and setting.gpu:
+        setting.host["optimizer"] = int(sum(sizes) * setting.profile.update.state)
+        setting.host["gradients"] = sum(sizes)
+    else:
+        if step == 1:
+            place_states(setting, sizes)
+        update_temporaries(setting, [size for layout in layouts for size in layout.sizes(matrices=True)])
+    for layout in layouts:
+        layout.clear()
