@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from configs.load import load_config
+from configs.schema import DType, EngineName
+from tests.deepspeed_cases import allow_float16
 from trainer.data import Batch
 from trainer.engine import build_engine
 from trainer.machine import find_machine
@@ -29,6 +31,8 @@ class Measured:
 def measure(overrides: list[str]) -> Measured:
     config = load_config(overrides)
     plan = make_plan(config, find_machine())
+    if plan.engine is EngineName.deepspeed and plan.param_dtype is DType.float16:
+        allow_float16()
     shape = (plan.batch.micro_batch_size, plan.batch.seq_len)
     with join(plan, timeout_minutes=1) as runtime:
         tokens = [torch.randint(0, 100, shape) for _ in range(plan.batch.gradient_accumulation_steps)]

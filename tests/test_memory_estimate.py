@@ -131,7 +131,7 @@ def test_explained_and_drawn(cache: str, capsys: pytest.CaptureFixture[str], tmp
         (["model.config.hiden_size=3"], "hiden_size"),
         (["cluster.gpu_memory_gib=0"], "cluster.gpu_memory_gib"),
         (["estimate.plot=x.bmp", "model=tiny"], "estimate.plot=x.bmp"),
-        (["parallel=zero1_offload", "precision=bf16"], "zero_stage=1"),
+        (["parallel=zero2_tensor", "precision=bf16"], "parallel.tp=2"),
     ],
 )
 def test_mistakes_and_what_is_not_counted_cost_a_line(

@@ -30,6 +30,7 @@ GEMMA2 = [
 SHORT = ["data.seq_len=32", "train.micro_batch_size=1"]
 LONG = ["data.seq_len=128", "train.micro_batch_size=3"]
 BF16 = ["precision=bf16"]
+FP16 = ["precision=fp16", "precision.loss_scale_init=1024"]  # low enough that no update is left out
 SEQUENCE = ["parallel.sequence_parallel=true"]
 TWICE = ["train.gradient_accumulation_steps=2"]
 FULL = ["train.activation_checkpointing=full"]
@@ -73,6 +74,13 @@ CASES = {
     "tensor_data": (4, TORCH, ["parallel=tensor_data", *GPT2, *SHORT, *BF16, *TWICE]),
     "tensor_fsdp": (4, TORCH, ["parallel=tensor_fsdp", *LLAMA, *LONG, *BF16, *TWICE, *SEQUENCE]),
     "zero1 bf16": (2, DEEPSPEED, ["parallel=zero1", *LLAMA, *SHORT, *BF16, *TWICE]),
+    "zero1 fp32": (2, DEEPSPEED, ["parallel=zero1", *LLAMA, *SHORT, *TWICE]),
+    "zero1 fp16, tied": (2, DEEPSPEED, ["parallel=zero1", *GPT2, *SHORT, *FP16]),
+    "zero1 bf16, offload": (3, DEEPSPEED, ["parallel=zero1_offload", *QWEN3, *SHORT, *BF16, *TWICE]),
+    "zero1 fp32, offload": (2, DEEPSPEED, ["parallel=zero1_offload", *GPT2, *LONG, *TWICE]),
+    "zero2 fp32": (3, DEEPSPEED, ["parallel=zero2", *LLAMA, *LONG, *TWICE]),
+    "zero2 fp32, offload": (2, DEEPSPEED, ["parallel=zero2_offload", *QWEN3, *SHORT, *TWICE]),
+    "zero2 fp16": (2, DEEPSPEED, ["parallel=zero2", *GPT2, *SHORT, *FP16, *TWICE]),
     "zero2 bf16": (2, DEEPSPEED, ["parallel=zero2", *QWEN3, *LONG, *BF16, *FULL]),
     "zero2 bf16, offload": (2, DEEPSPEED, ["parallel=zero2_offload", *GPT2, *SHORT, *BF16]),
     "zero3 bf16": (2, DEEPSPEED, ["parallel=zero3", *LLAMA, *LONG, *BF16, *TWICE]),

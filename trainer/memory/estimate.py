@@ -17,10 +17,10 @@ from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.machine import Machine
 from trainer.memory.compose import Layout, replay
 from trainer.memory.layouts.common import Setting, step_inputs
+from trainer.memory.layouts.deepspeed import zero_layout
 from trainer.memory.layouts.replicated import Replicated
 from trainer.memory.layouts.sharded import FullySharded
-from trainer.memory.layouts.zero import ZeroStage12, model_size
-from trainer.memory.layouts.zero3 import ZeroStage3
+from trainer.memory.layouts.zero import model_size
 from trainer.memory.pipelined import replay_pipeline
 from trainer.memory.profile import ModelProfile
 from trainer.memory.profiles import NotEstimated, get_profile
@@ -224,5 +224,5 @@ def _layout(config: Config, setting: Setting) -> Layout:
     plan = setting.plan
     if plan.engine is EngineName.deepspeed:
         settings = deepspeed_config(config, plan, model_size(setting.profile.anatomy), swap_folder="")
-        return ZeroStage3(setting, settings) if plan.zero_stage == 3 else ZeroStage12(setting, settings)
+        return zero_layout(setting, settings)
     return FullySharded(setting) if plan.fully_sharded else Replicated(setting)
