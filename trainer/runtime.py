@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from configs.errors import CookbookError, EnvironmentProblem, RankProblem
 from trainer.plan import Plan
@@ -100,7 +100,8 @@ def join(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        where: dict[str, Any] = _restarted(timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None, **where)
     else:
         # DeepSpeed reads these when it is imported into a process that no launcher started.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
@@ -111,6 +112,20 @@ def join(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _restarted(timeout: timedelta) -> dict[str, Any]:
+    """Where ranks meet that torchrun has started again (`--max-restarts`); nothing to say otherwise.
+
+    Its store outlives them, with the addresses at which the killed ranks listened, and torch 2.13 looks for this
+    start's under the same names: who reads before the others have written calls ports that nobody answers. Names of
+    their own, then; on one node only, since the agents of several nodes count their restarts each for itself.
+    """
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not count or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return {}
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    return {"store": PrefixStore(f"restart-{count}", store), "rank": rank, "world_size": world_size}
 
 
 def _device(plan: Plan) -> torch.device:

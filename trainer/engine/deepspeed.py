@@ -20,10 +20,8 @@ float32 values. A checkpoint in 16 bit is the same for both.
 from __future__ import annotations
 
 import io
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,9 +39,9 @@ from trainer.engine.deepspeed_setup import (
     import_deepspeed,
     load_kernels,
     needed_kernels,
-    remove_swap_files,
 )
 from trainer.engine.deepspeed_tensor import ModelParallelUnit, make_plain
+from trainer.engine.swap import SwapFolder
 from trainer.loss import cross_entropy_sum
 from trainer.mesh import build_mesh
 from trainer.model import build_hf_config, build_model, materialize
@@ -70,7 +68,9 @@ class DeepSpeedEngine:
         apply_tf32(config.precision)
         self.plan, self.runtime = plan, runtime
         self.loss_scale = build_loss_scale(config.precision)
-        self.swap_folder = _swap_folder(config, plan, runtime)
+        path = config.parallel.offload.nvme_path
+        swaps = OffloadDevice.nvme in (plan.offload_optimizer, plan.offload_parameters)
+        self.swap = SwapFolder(path, runtime) if swaps and path is not None else None
         try:
             self._build(config, deepspeed)
         except BaseException:
@@ -84,7 +84,8 @@ class DeepSpeedEngine:
         self.model = build_model(config.model, build_hf_config(config.model))
         parts = parallelize(self.model, config, plan, self.mesh)
         weights = build_weights(config.model, self.model, seed=config.train.seed)
-        settings = deepspeed_config(config, plan, model_size(self.model), swap_folder=self.swap_folder)
+        swap_folder = str(self.swap.path) if self.swap else None
+        settings = deepspeed_config(config, plan, model_size(self.model), swap_folder=swap_folder)
         materialize(
             self.model,
             weights,
@@ -168,8 +169,8 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         # Without a collective: a rank that failed closes too, while the others wait for it elsewhere.
-        if self.swap_folder is not None:
-            remove_swap_files(self.swap_folder, self.runtime.rank)
+        if self.swap is not None:
+            self.swap.close()
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         logits = self.engine(input_ids=batch.input_ids, use_cache=False).logits
@@ -183,12 +184,3 @@ class DeepSpeedEngine:
         """From the next backward on DeepSpeed scales the loss, and un-scales the gradient, by this number."""
         if self.loss_scale:
             self.engine.optimizer.override_loss_scale(self.loss_scale.value)
-
-
-def _swap_folder(config: Config, plan: Plan, runtime: Runtime) -> str | None:
-    """A folder of this run alone below `offload.nvme_path`, so that `close` may delete it."""
-    path = config.parallel.offload.nvme_path
-    if path is None or OffloadDevice.nvme not in (plan.offload_optimizer, plan.offload_parameters):
-        return None
-    name = runtime.broadcast(f"swap-{uuid.uuid4().hex[:12]}")
-    return str(Path(path).expanduser().resolve() / name)

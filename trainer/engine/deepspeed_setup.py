@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,13 +154,3 @@ def drop_gradient(optimizer: Any) -> None:
             optimizer.reset_cpu_buffers()
         for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             gradients.update(dict.fromkeys(gradients))
-
-
-def remove_swap_files(folder: str, rank: int) -> None:
-    """Delete what this rank has swapped below the run's folder, and the folder with the last of its ranks."""
-    root = Path(folder)
-    for own in root.glob(f"*/*/rank{rank}"):
-        shutil.rmtree(own, ignore_errors=True)
-    for parent in (*root.glob("*/*"), *root.glob("*"), root):
-        with suppress(OSError):  # another rank's files are still there
-            parent.rmdir()

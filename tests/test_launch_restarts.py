@@ -1,0 +1,161 @@
+"""A worker is killed, and the job comes back: the same losses to the last bit, and no step twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from configs.errors import EXIT_FAILED, EXIT_FINISHED
+from launch.process import rank_processes
+from tests.harness import run_ranks
+from tests.parity import words
+from trainer.__main__ import main
+from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
+from trainer.checkpoint.manifest import read_manifest
+from trainer.status import read_status
+
+ROOT = Path(__file__).parent.parent
+STEPS, EVERY = 120, 20
+SETTINGS = (
+    f"checkpoint.every={EVERY}",
+    "model.config.resid_pdrop=0.1",
+    "logging.progress=off",
+    "train.eval_samples=0",
+    "train.export=false",
+    "cluster.device=cpu",
+)
+
+
+def overrides(layout: str, *more: str) -> list[str]:
+    return words("gpt2", layout, "fp32", STEPS, *SETTINGS, *more)
+
+
+def start(cwd: Path, *argv: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(argv, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def launch(cwd: Path, *more: str) -> subprocess.Popen[str]:
+    return start(cwd, sys.executable, "-m", "launch", *more, "train.run_dir=run")
+
+
+def kill_a_rank(job: subprocess.Popen[str], run: Path, *, rank: int, after: int) -> None:
+    """SIGKILL, as soon as the checkpoint of step `after` is there."""
+    wait_for(job, run / CHECKPOINTS / step_name(after))
+    ranks = {int(process.environ()["RANK"]): process for process in rank_processes(psutil.Process(job.pid))}
+    ranks[rank].kill()
+
+
+def wait_for(job: subprocess.Popen[str], path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert job.poll() is None, job.communicate()[1]
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.005)
+
+
+def journal(run: Path) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
+    """Of every step what it computed, to the last bit; and the hash of all that the last checkpoint holds of each rank:
+    parameters, optimizer states, random generators."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines if line["kind"] == "step"]
+    files = read_manifest(committed(run / CHECKPOINTS)[-1]).files
+    return steps, {name: entry.sha256 for name, entry in files.items() if name.startswith("rank-")}
+
+
+def left_alone(layout: str, folder: Path) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
+    assert run_ranks(2, main, overrides(layout, f"train.run_dir={folder}")) == [EXIT_FINISHED] * 2
+    found = journal(folder)
+    assert [step for step, *_ in found[0]] == list(range(1, STEPS + 1))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("launcher", "layout", "rank", "death"),
+    [
+        ("torchrun", "fsdp", 1, "rank 1 was killed by SIGKILL"),
+        ("deepspeed", "zero2", 0, "a rank was killed by SIGKILL"),
+    ],
+)
+def test_the_job_comes_back_after_a_kill(launcher: str, layout: str, rank: int, death: str, tmp_path: Path) -> None:
+    job = launch(tmp_path, f"launcher={launcher}", *overrides(layout))
+    kill_a_rank(job, tmp_path / "run", rank=rank, after=2 * EVERY)
+    _, told = job.communicate(timeout=180)
+    assert job.returncode == EXIT_FINISHED, told
+    restarts = [line for line in told.splitlines() if line.startswith("restart: ")]
+    assert len(restarts) == 1, told
+    (line,) = restarts
+    assert line.startswith(f"restart: {death}; starting again from step ")
+    assert "(restart 1 of 3 from there)" in line
+    assert journal(tmp_path / "run") == left_alone(layout, tmp_path / "alone")
+    assert read_status(tmp_path / "run")["state"] == "finished"
+
+
+def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(tmp_path: Path) -> None:
+    """No run folder is named, and one that is taken is to be refused: after a restart that means the other runs'."""
+    torchrun = ("torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m", "trainer")
+    job = start(tmp_path, *torchrun, *overrides("ddp", "train.resume=never"))
+    deadline = time.monotonic() + 120
+    while not (found := list(tmp_path.glob(f"runs/*/*/{CHECKPOINTS}/{step_name(EVERY)}"))):
+        assert time.monotonic() < deadline
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.005)
+    run = found[0].parent.parent
+    kill_a_rank(job, run, rank=0, after=2 * EVERY)
+    _, told = job.communicate(timeout=180)
+    assert job.returncode == EXIT_FINISHED, told
+    assert [path for path in run.parent.iterdir()] == [run]
+    assert journal(run) == left_alone("ddp", tmp_path / "alone")
+
+
+def test_a_job_that_cannot_go_on_is_given_up(tmp_path: Path) -> None:
+    """Each start is killed before it has a checkpoint: two restarts, and no more."""
+    job = launch(tmp_path, *overrides("ddp", "launcher.max_restarts=1", "checkpoint.every=0", "train.steps=100000"))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(job, metrics)
+    for number in (1, 2):
+        if number > 1:
+            wait_for(job, tmp_path / "run" / "resumed" / f"{number:03d}" / "git.json")
+        ranks = rank_processes(psutil.Process(job.pid))
+        ranks[0].kill()
+    _, told = job.communicate(timeout=120)
+    assert job.returncode == EXIT_FAILED, told
+    reasons = [line for line in told.splitlines() if line.startswith(("restart: ", "the run failed: "))]
+    assert len(reasons) == 2
+    assert "starting again from the beginning (restart 1 of 1 from there)" in reasons[0]
+    assert "given up after 1 restarts in a row from the beginning (launcher.max_restarts=1)" in reasons[1]
+
+
+def test_a_signal_between_two_starts_ends_at_once(tmp_path: Path) -> None:
+    driver = f"""
+import sys
+from pathlib import Path
+from launch import supervise
+from launch.command import Command
+supervise.PAUSE_SECONDS = 100
+dying = Command(argv=(sys.executable, "-c", "import sys; sys.exit(1)"), environment={{}})
+supervise.run_job(lambda again: dying, Path({str(tmp_path)!r}), max_restarts=3)
+"""
+    job = start(tmp_path, sys.executable, "-c", driver)
+    assert job.stderr is not None
+    line = job.stderr.readline()
+    assert line.startswith("restart: exit code 1, and no rank left word why; starting again from the beginning")
+    before = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    _, told = job.communicate(timeout=60)
+    assert (job.returncode, told) == (128 + signal.SIGTERM, "")
+    assert time.monotonic() - before < 20

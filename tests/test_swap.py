@@ -1,0 +1,44 @@
+"""Swap files of a run that was killed go away with the next start; those of a living one stay."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.harness import RankFailed, run_ranks
+from tests.reports import config_and_plan
+from trainer.engine.swap import SwapFolder, remove_dead
+from trainer.runtime import join
+
+
+def swap(nvme: str, end: str) -> str:
+    """Swap a file as DeepSpeed does, and close, be killed, or look what another start leaves of it."""
+    _, plan = config_and_plan(None, "parallel=ddp", "cluster.gpus_per_node=2")
+    with join(plan, timeout_minutes=1) as runtime:
+        folder = SwapFolder(nvme, runtime)
+        mine = folder.path / "zero_stage_3" / "optimizer" / f"rank{runtime.rank}"
+        mine.mkdir(parents=True)
+        (mine / "0.tensor.swp").write_bytes(b"moments")
+        runtime.sum(0.0)
+        if end == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        remove_dead(Path(nvme))
+        assert (mine / "0.tensor.swp").read_bytes() == b"moments"
+        runtime.sum(0.0)
+        folder.close()
+    return folder.path.name
+
+
+def test_a_killed_run_leaves_nothing_behind_for_long(tmp_path: Path) -> None:
+    foreign = tmp_path / "swap-of-somebody-else"
+    foreign.mkdir()
+    with pytest.raises(RankFailed):
+        run_ranks(2, swap, str(tmp_path), "killed")
+    (dead,) = [path for path in tmp_path.glob("swap-*.lock")]
+    assert list(dead.with_suffix("").rglob("*.swp"))
+    first, second = run_ranks(2, swap, str(tmp_path), "closed")
+    assert first == second != dead.stem
+    assert list(tmp_path.iterdir()) == [foreign]
