@@ -1,0 +1,208 @@
+"""Parts of the pages that are made from the code: drawings, plans, differences of configurations, refusals.
+
+Each function returns Markdown. All are torch-free and quick, so that the tests make them anew and compare.
+`tests/write_docs.py` puts them into the pages.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from configs.errors import CookbookError
+from configs.load import group_options, load_config
+from configs.schema import Config, EngineName, LauncherName, OffloadDevice
+from launch.command import Rendezvous, build_command
+from trainer.machine import Machine
+from trainer.parallel.pipeline_table import SCHEDULES, split_layers, stages_of_rank
+from trainer.parallel.pipeline_timeline import bubble_fraction, draw, in_flight
+from trainer.plan import Plan, make_plan
+from trainer.rules import config_fields
+
+ROOT = Path(__file__).parent.parent
+GPUS = Machine(gpus=8)
+"""The machine that pages without `cluster` speak of where a GPU is meant."""
+
+
+def drawing(file: str, number: str = "0") -> str:
+    """An indented block of a module's docstring. number: which one, from 0."""
+    text = ast.get_docstring(ast.parse((ROOT / file).read_text()))
+    assert text is not None, f"{file} has no docstring"
+    blocks = re.findall(r"(?:^(?: {4,}.*)?\n)+", f"{text}\n", re.MULTILINE)
+    drawn = [block for block in blocks if block.strip()][int(number)]
+    return _fenced(textwrap.dedent(drawn.strip("\n")))
+
+
+def difference(preset: str, other: str = "single") -> str:
+    """What one layout's configuration has that the other's has not."""
+    before, after = (_flat(load_config([f"parallel={name}"])) for name in (other, preset))
+    lines = []
+    for key, value in after.items():
+        if value != before[key] and key != "parallel.preset":
+            lines += [f"- {key}={_word(before[key])}", f"+ {key}={_word(value)}"]
+    return _fenced("\n".join([f"  parallel={other}  ->  parallel={preset}", *lines]), "diff")
+
+
+def ranks(words: str) -> str:
+    """Who holds and reads what under a plan: one line for each rank, at most 16 of them."""
+    config = load_config(shlex.split(words))
+    plan = make_plan(config, Machine())
+    rows = [_rank_row(config, plan, rank) for rank in range(min(plan.world_size, 16))]
+    titles = ["rank", *rows[0]]
+    cells = [titles, *([str(rank), *row.values()] for rank, row in enumerate(rows))]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
+    lines = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return _fenced("\n".join([f"python -m launch {words}", "", *lines]))
+
+
+def refusal(words: str) -> str:
+    """What a mistake is answered with, before anything starts."""
+    try:
+        make_plan(load_config(shlex.split(words)), Machine())
+    except CookbookError as error:
+        return _fenced("\n".join([f"$ python -m launch {words}", *error.problems]))
+    raise AssertionError(f"{words} is not refused")
+
+
+def commands(words: str) -> str:
+    """What `python -m launch` starts with each launcher, for node 0."""
+    lines = []
+    for launcher in LauncherName:
+        if launcher is LauncherName.python:
+            continue
+        config = load_config([*shlex.split(words), f"launcher={launcher}"])
+        plan = make_plan(config, GPUS)
+        meeting = Rendezvous(address="NODE_0", port=29500)
+        command = build_command(
+            config, plan, shlex.split(words), run_dir=Path("runs/RUN"), rendezvous=meeting, environment={}, cores=64
+        )
+        program, *rest = command.argv
+        text = replace(command, argv=(Path(program).name, *rest)).text()
+        lines.append(textwrap.fill(text, 110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
+    return _fenced("\n\n".join(lines))
+
+
+def schedule(name: str, pp: str, micro_batches: str) -> str:
+    """A pipeline's step in time."""
+    share = bubble_fraction(name, pp=int(pp), micro_batches=int(micro_batches))
+    picture = draw(name, pp=int(pp), micro_batches=int(micro_batches))
+    return _fenced(f"{name}: the ranks wait {share:.0%} of the step\n\n{picture}")
+
+
+def bubbles(pp: str) -> str:
+    """Waiting and holding of every schedule, by the number of micro-batches."""
+    ranks, counts = int(pp), (int(pp), 2 * int(pp), 4 * int(pp), 8 * int(pp))
+    lines = [
+        f"| schedule ({ranks} ranks) | " + " | ".join(f"{count} micro-batches" for count in counts) + " | held |",
+        "| --- " * (len(counts) + 2) + "|",
+    ]
+    for name in SCHEDULES:
+        shares = []
+        for count in counts:
+            possible = name != "dualpipev" or count >= 2 * ranks
+            shares.append(f"{bubble_fraction(name, pp=ranks, micro_batches=count):.0%}" if possible else "too few")
+        held = _most_held(name, ranks, counts[1])
+        lines.append(f"| `{name}` | {' | '.join(shares)} | {held} |")
+    return "\n".join(lines)
+
+
+def parity(*layouts: str) -> str:
+    """The measured rows of these layouts, out of docs/parity.md."""
+    lines = (ROOT / "docs" / "parity.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    rows = [line for line in table[2:] if line.split("|")[1].strip() in layouts]
+    missing = set(layouts) - {line.split("|")[1].strip() for line in rows}
+    assert not missing, f"docs/parity.md has no rows of {missing}"
+    return "\n".join([*table[:2], *rows])
+
+
+def layouts() -> str:
+    """All presets, as their files describe themselves."""
+    lines = ["| `parallel=` | engine | what | memory per GPU |", "| --- | --- | --- | --- |"]
+    for name in group_options()["parallel"]:
+        config = load_config([f"parallel={name}"])
+        about, memory = _header(ROOT / "configs" / "parallel" / f"{name}.yaml")
+        lines.append(f"| `{name}` | {config.parallel.engine} | {about} | {memory} |")
+    return "\n".join(lines)
+
+
+def _header(file: Path) -> tuple[str, str]:
+    """What a preset is, and its memory law, from the comment at its head."""
+    comment = [line.removeprefix("# ") for line in file.read_text().splitlines() if line.startswith("# ")]
+    text = " ".join(comment)
+    about, _, rest = text.partition("Memory per GPU")
+    about = re.split(r" When: ", about)[0]
+    memory = rest.removeprefix(" (bf16)").removeprefix(":").partition("  python")[0]
+    assert about and memory, f"{file.name}: the comment at its head names no memory per GPU"
+    return about.strip(), memory.strip()
+
+
+def _rank_row(config: Config, plan: Plan, rank: int) -> dict[str, str]:
+    place = plan.coordinates(rank)
+    row = {"reads": f"{_part(plan.data_rank(rank), plan.data_parallel_size)} of the batch"}
+    if plan.degree("cp") > 1:
+        row["of each sequence"] = _part(place["cp"], plan.degree("cp"))
+    if plan.degree("pp") > 1:
+        row["layers"] = _layers(config, plan, place["pp"])
+    if plan.degree("tp") > 1:
+        row["of each matrix"] = _part(place["tp"], plan.degree("tp"))
+    share = place["dp_shard"] * plan.degree("cp") + place["cp"]
+    parted = _part(share, plan.fsdp_size)
+    offload, nowhere = config.parallel.offload, OffloadDevice.none
+    partitioned = plan.zero_stage if plan.engine is EngineName.deepspeed else 3 if plan.fsdp_size > 1 else 0
+    for least, what, where in (
+        (3, "parameters", offload.parameters),
+        (2, "gradients", nowhere),
+        (1, "optimizer states", offload.optimizer),
+    ):
+        row[what] = (parted if partitioned >= least else "all") + (f" ({where})" if where is not nowhere else "")
+    return row
+
+
+def _layers(config: Config, plan: Plan, rank: int) -> str:
+    pipeline, pp = config.parallel.pipeline, plan.degree("pp")
+    each = pipeline.stages_per_rank or (1 if SCHEDULES[pipeline.schedule].arrangement == "single" else 2)
+    fields = config_fields(config)
+    count = int(fields.get("num_hidden_layers") or fields["n_layer"])
+    ranges = split_layers(count, pp * each, split=pipeline.split)
+    mine = stages_of_rank(pipeline.schedule, pp=pp, rank=rank, stages_per_rank=each)
+    return " and ".join(f"{ranges[stage].start}-{ranges[stage].stop - 1}" for stage in mine)
+
+
+def _most_held(name: str, pp: int, micro_batches: int) -> str:
+    """Micro-batches whose activations a rank holds at the most, in whole ranks' worth of layers."""
+    weight = 1.0 if SCHEDULES[name].arrangement == "single" else 0.5
+    peaks = in_flight(name, pp=pp, micro_batches=micro_batches)
+    return " ".join(f"{sum(peak.values()) * weight:g}" for peak in peaks)
+
+
+def _part(number: int, of: int) -> str:
+    return f"{number + 1}/{of}" if of > 1 else "all"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    return dict(_leaves(value, prefix))
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for item in dataclasses.fields(value):
+        key, held = f"{prefix}{item.name}", getattr(value, item.name)
+        if dataclasses.is_dataclass(held):
+            yield from _leaves(held, f"{key}.")
+        else:
+            yield key, held
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _fenced(text: str, language: str = "text") -> str:
+    return f"```{language}\n{text}\n```"

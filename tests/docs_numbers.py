@@ -1,0 +1,195 @@
+"""Tables of the pages that take runs or traces: what `memory-estimate` predicts, what real runs hold.
+
+Each function returns a Markdown table, and `check_*` says what a table must be like without making it anew.
+`tests/write_docs.py` puts them into the pages.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+
+from configs.load import load_config
+from launch.estimate import answer
+from tests.harness import run_ranks
+from tests.held import held
+from tests.memory_cases import measure
+from trainer.machine import Machine
+from trainer.memory.estimate import estimate
+from trainer.memory.profiles import NotEstimated
+from trainer.memory.render import LABELS, Answer, render_table
+from trainer.memory.timeline import COMPONENTS
+from trainer.plan import make_plan
+
+GIB, MIB = 2**30, 2**20
+LAYOUTS = (
+    "parallel=ddp",
+    "parallel=zero1",
+    "parallel=zero2",
+    "parallel=zero3",
+    "parallel=fsdp",
+)
+RANKS = (2, 4)
+
+
+def memory(words: str) -> str:
+    """Predicted memory per GPU. words: those of all rows | those of the first row | ..."""
+    common, rows = _split(words)
+    cells = [_memory_row(common, row) for row in rows]
+    return "\n".join([*_memory_head(common), *cells])
+
+
+def check_memory(words: str, table: str) -> None:
+    """Rows and columns as asked for; every component adds up to the peak."""
+    common, rows = _split(words)
+    lines = table.splitlines()
+    assert lines[:4] == _memory_head(common), "another head"
+    assert [line.split("|")[1].strip() for line in lines[4:]] == [f"`{row}`" for row in rows], "other rows"
+    for line in lines[4:]:
+        numbers = [cell.strip() for cell in line.split("|")[2:]]
+        if numbers[0].startswith("not estimated"):
+            continue
+        parts, peak = [float(cell.replace(",", "")) for cell in numbers[:-5]], float(numbers[-5].replace(",", ""))
+        assert abs(sum(parts) - peak) < 0.05, f"{line}: the parts do not add up"
+        make_plan(load_config(shlex.split(f"{common} {line.split('`')[1]}")), Machine(gpus=8))
+
+
+def _split(words: str) -> tuple[str, list[str]]:
+    common, *rows = (part.strip() for part in words.split("|"))
+    return common, rows
+
+
+def _memory_head(common: str) -> list[str]:
+    titles = [*COMPONENTS, "peak allocated", "on the device", "host per rank", "peak in"]
+    return [
+        f"GiB per GPU of `memory-estimate {common}` with",
+        "",
+        f"| | {' | '.join(titles)} |",
+        "| --- |" + " ---: |" * (len(titles) - 1) + " --- |",
+    ]
+
+
+def _memory_row(common: str, row: str) -> str:
+    try:
+        found = answer(shlex.split(f"{common} {row}"), compare=True)
+    except NotEstimated as error:
+        return f"| `{row}` | not estimated: {error.problems[0]} |"
+    return f"| `{row}` | {' | '.join(_memory_cells(found))} |"
+
+
+def _memory_cells(found: Answer) -> list[str]:
+    rank = found.estimate.busiest
+    sizes = [*rank.components.values(), rank.peak_allocated_bytes, rank.device_bytes, rank.host_bytes]
+    kind = "" if len(found.estimate.ranks) == 1 else f"{rank.kind}: "
+    return [*(f"{size / GIB:,.2f}" for size in sizes), f"{kind}{rank.peak_phase}, step {rank.peak_step}"]
+
+
+def fits(words: str) -> str:
+    """Device memory of models under layouts. words: those of all cells | model | ... || layout | ..."""
+    common, models, layouts = _split_fits(words)
+    rows = [f"| `{model}` | {' | '.join(_fit(common, model, row) for row in layouts)} |" for model in models]
+    return "\n".join([*_fits_head(common, layouts), *rows])
+
+
+def check_fits(words: str, table: str) -> None:
+    common, models, layouts = _split_fits(words)
+    lines = table.splitlines()
+    assert lines[:4] == _fits_head(common, layouts), "another head"
+    assert [line.split("`")[1] for line in lines[4:]] == models, "other rows"
+    assert all(line.count("|") == len(layouts) + 2 for line in lines[2:]), "other columns"
+
+
+def _split_fits(words: str) -> tuple[str, list[str], list[str]]:
+    first, second = words.split("||")
+    common, models = _split(first)
+    return common, models, [part.strip() for part in second.split("|")]
+
+
+def _fits_head(common: str, layouts: list[str]) -> list[str]:
+    titles = " | ".join(f"`{layout}`" for layout in layouts)
+    return [
+        f"GiB on the device of `memory-estimate {common}` with",
+        "",
+        f"| | {titles} |",
+        "| --- |" + " ---: |" * len(layouts),
+    ]
+
+
+def _fit(common: str, model: str, layout: str) -> str:
+    try:
+        found = answer(shlex.split(f"{common} {model} {layout}"), compare=True).estimate
+    except NotEstimated:
+        return "not estimated"
+    size = f"{found.busiest.device_bytes / GIB:,.0f}"
+    return f"**{size}**" if found.fits else size
+
+
+def estimated(words: str) -> str:
+    """All that `memory-estimate` prints."""
+    return f"```text\n$ memory-estimate {words}\n{render_table(answer(shlex.split(words)))}\n```"
+
+
+def check_estimated(words: str, text: str) -> None:
+    assert text.startswith(f"```text\n$ memory-estimate {words}\n"), "another command"
+    assert "peak allocated" in text
+
+
+def components() -> str:
+    """The words of the tables above."""
+    lines = ["| column | what it is |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {name} | {LABELS[name]} |" for name in COMPONENTS)])
+
+
+def holding() -> str:
+    """Bytes per parameter that ranks of a real run hold, by layout and number of ranks."""
+    lines = _holding_head()
+    for words in LAYOUTS:
+        found = [held([words], ranks) for ranks in RANKS]
+        moments = ("at_rest", "between_steps", "accumulating")
+        numbers = " | ".join(f"{getattr(one, moment):.1f}" for moment in moments for one in found)
+        lines.append(f"| `{words}` | {numbers} |")
+    return "\n".join(lines)
+
+
+def check_holding(table: str) -> None:
+    lines = table.splitlines()
+    assert lines[:2] == _holding_head(), "another head"
+    assert [line.split("`")[1] for line in lines[2:]] == list(LAYOUTS), "other rows"
+
+
+def _holding_head() -> list[str]:
+    moments = ("before step 1", "between steps", "between micro-batches")
+    titles = [f"{moment}, {ranks} ranks" for moment in moments for ranks in RANKS]
+    return [f"| bytes per parameter | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
+
+
+def predicted() -> str:
+    """Predicted against measured, from the very cases of tests/test_memory_measured.py."""
+    from tests.test_memory_measured import CASES
+
+    lines = _predicted_head()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (ranks, _, words) in CASES.items():
+            overrides = [*words, "data=synthetic", f"data.cache_dir={folder}"]
+            config = load_config(overrides)
+            plan = make_plan(config, Machine(world_size=ranks, local_world_size=ranks))
+            busiest = estimate(config, plan).busiest
+            peak = max(rank.peak for rank in run_ranks(ranks, measure, overrides))
+            apart = busiest.peak_allocated_bytes / peak - 1
+            sizes = f"{busiest.peak_allocated_bytes / MIB:.2f} | {peak / MIB:.2f} | {abs(apart):.1%}"
+            lines.append(f"| {name} | {ranks} | {sizes} |")
+    return "\n".join(lines)
+
+
+def check_predicted(table: str) -> None:
+    from tests.test_memory_measured import CASES
+
+    lines = table.splitlines()
+    assert lines[:2] == _predicted_head(), "another head"
+    assert {line.split("|")[1].strip() for line in lines[2:]} <= CASES.keys(), "a case that is no more"
+    assert len(lines) > 12
+
+
+def _predicted_head() -> list[str]:
+    titles = "| case | processes | predicted peak, MiB | measured peak, MiB | apart |"
+    return [titles, "| --- | ---: | ---: | ---: | ---: |"]

@@ -1,0 +1,106 @@
+"""The made parts of the pages are what the code makes today; the Chinese contents page keeps step with the README.
+
+Quick parts are made anew and compared. Tables that take runs or traces are checked in form, and so that their numbers
+add up; `python -m tests.write_docs` makes them anew.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from configs.load import group_options
+from tests import docs_numbers
+from tests.test_docs import BLOCK, LINK, ROOT
+from tests.write_docs import COSTLY, MADE, QUICK, Part, make, pages, parts
+
+PARTS = [part for page in pages() for part in parts(page)]
+CHINESE = ROOT / "README.zh-CN.md"
+CHAPTERS = {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def _name(part: Part) -> str:
+    return f"{part.page.stem}-{part.name}-{' '.join(part.arguments)}"[:80]
+
+
+def test_parts_were_found() -> None:
+    """Every marker that begins is a part, and every function that makes one is used."""
+    begun = sum(page.read_text().count("<!-- made:") for page in pages())
+    assert begun == len(PARTS) >= 90
+    assert {part.name for part in PARTS} == {*QUICK, *COSTLY}
+    assert all(part.text for part in PARTS), "a part was never made"
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part.quick], ids=_name)
+def test_quick_parts_are_what_the_code_makes(part: Part) -> None:
+    remedy = f"python -m tests.write_docs --quick {part.page.relative_to(ROOT)}"
+    assert part.text == make(part), f"{part.page.name} is not up to date; {remedy}"
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if not part.quick], ids=_name)
+def test_costly_parts_have_their_form(part: Part) -> None:
+    if part.name == "components":
+        assert part.text == docs_numbers.components()
+    else:
+        getattr(docs_numbers, f"check_{part.name}")(*part.arguments, part.text)
+
+
+def test_what_stage_2_and_stage_3_partition() -> None:
+    """The sentences of docs/zero-and-fsdp.md about its table, held against its numbers."""
+    table = next(part.text for part in PARTS if part.name == "holding")
+    rows = {line.split("`")[1]: [float(cell) for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:]}
+    before = {name: row[:2] for name, row in rows.items()}
+    between = {name: row[2:4] for name, row in rows.items()}
+    accumulating = {name: row[4:] for name, row in rows.items()}
+    assert before["parallel=zero1"] == before["parallel=zero2"], "stage 2 partitions no more of the parameters"
+    assert all(size >= 4 for size in before["parallel=zero2"]), "stage 2 holds whole parameters"
+    assert before["parallel=fsdp"] == [2.0, 1.0], "a shard of the parameters and nothing else"
+    for name in ("zero1", "zero2", "zero3", "fsdp"):
+        two, four = (b - a for a, b in zip(before[f"parallel={name}"], between[f"parallel={name}"], strict=True))
+        assert (two, four) == pytest.approx((4, 2), abs=0.11), f"{name} partitions the 8 bytes of optimizer states"
+    gradients = {name: [a - b for a, b in zip(accumulating[name], between[name], strict=True)] for name in rows}
+    assert gradients["parallel=zero1"] == pytest.approx([8, 8], abs=0.11), "whole, and the bucket they are sent from"
+    assert gradients["parallel=zero2"] == pytest.approx([2, 1], abs=0.2), "partitioned"
+
+
+def test_every_chapter_is_in_both_contents() -> None:
+    for page in (ROOT / "README.md", CHINESE):
+        linked = {Path(target).name for target in LINK.findall(page.read_text()) if target.startswith("docs/")}
+        assert linked >= CHAPTERS, page.name
+    options = group_options()["parallel"]
+    assert set(re.findall(r"`(\w+)`", next(part.text for part in PARTS if part.name == "matrix"))) >= set(options)
+
+
+def test_the_chinese_page_has_the_commands_of_the_readme() -> None:
+    english, chinese = ((ROOT / name).read_text() for name in ("README.md", CHINESE.name))
+    assert BLOCK.findall(chinese) == BLOCK.findall(english)
+    first = re.compile(r"^    (bash \S+)", re.MULTILINE)
+    assert first.findall(chinese) == first.findall(english) == ["bash launch/demo.sh", "bash tests/run.sh"]
+
+
+def test_the_chinese_page_leads_somewhere() -> None:
+    targets = [target for target in LINK.findall(CHINESE.read_text()) if "://" not in target]
+    assert len(targets) > 20
+    assert not [target for target in targets if not (ROOT / target).exists()]
+
+
+def test_anchors_lead_to_headings() -> None:
+    pattern = re.compile(r"\]\(([^)#\s]*)#([^)\s]+)\)")
+    found = 0
+    for page in [*pages(), CHINESE]:
+        for target, anchor in pattern.findall(page.read_text()):
+            if "://" in target:
+                continue
+            text = (page.parent / target).read_text() if target else page.read_text()
+            slugs = {_slug(line) for line in MADE.sub("", text).splitlines() if line.startswith("#")}
+            assert anchor in slugs, f"{page.name}: {target}#{anchor}"
+            found += 1
+    assert found > 5
+
+
+def _slug(heading: str) -> str:
+    """As GitHub makes it."""
+    kept = re.sub(r"[^\w\- ]", "", heading.lstrip("# ").strip().lower())
+    return kept.replace(" ", "-")

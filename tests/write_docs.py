@@ -1,0 +1,106 @@
+"""Writes the made parts of README and docs: what stands between `<!-- made: NAME ARGUMENTS -->` and `<!-- end -->`.
+
+    python -m tests.write_docs                     every part of every page; some minutes, of runs and traces
+    python -m tests.write_docs --quick             only those that need neither
+    python -m tests.write_docs README.md           of one page
+
+NAME is a function of docs_blocks, docs_matrix or docs_numbers; its arguments are quoted as for a shell. The tests fail
+where a quick part is not what its function returns. docs/parity.md is written by `pytest tests --write-docs`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from tests import docs_blocks
+from tests.docs_matrix import matrix
+
+ROOT = Path(__file__).parent.parent
+MADE = re.compile(r"(<!-- made: (?P<name>\w+)(?P<arguments>[^\n]*?) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
+QUICK: dict[str, Callable[..., str]] = {
+    **{
+        function.__name__: function
+        for function in (
+            docs_blocks.bubbles,
+            docs_blocks.commands,
+            docs_blocks.difference,
+            docs_blocks.drawing,
+            docs_blocks.layouts,
+            docs_blocks.parity,
+            docs_blocks.ranks,
+            docs_blocks.refusal,
+            docs_blocks.schedule,
+        )
+    },
+    "matrix": matrix,
+}
+COSTLY = ("memory", "components", "estimated", "fits", "holding", "predicted")
+"""Functions of docs_numbers, which imports what runs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One made part of a page. arguments: as written in the marker. text: between the markers, as it stands."""
+
+    page: Path
+    name: str
+    arguments: tuple[str, ...]
+    text: str
+
+    @property
+    def quick(self) -> bool:
+        return self.name in QUICK
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+def parts(page: Path) -> Iterator[Part]:
+    """The made parts of a page, in order."""
+    for found in MADE.finditer(page.read_text()):
+        arguments = tuple(shlex.split(found["arguments"]))
+        yield Part(page=page, name=found["name"], arguments=arguments, text=found["text"].strip("\n"))
+
+
+def make(part: Part) -> str:
+    """What belongs between the markers."""
+    if part.quick:
+        return QUICK[part.name](*part.arguments)
+    assert part.name in COSTLY, f"{part.page.name}: nothing makes {part.name}"
+    return getattr(import_module("tests.docs_numbers"), part.name)(*part.arguments)
+
+
+def write(page: Path, *, quick: bool) -> bool:
+    """Make the parts of a page anew. Returns whether that changed it."""
+    made = iter(list(parts(page)))
+
+    def replace(found: re.Match[str]) -> str:
+        part = next(made)
+        text = make(part) if part.quick or not quick else part.text
+        return f"{found[1]}{text}\n{found[5]}"
+
+    before = page.read_text()
+    after = MADE.sub(replace, before)
+    if after != before:
+        page.write_text(after)
+    return after != before
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the pages that are named, or all."""
+    quick = "--quick" in argv
+    named = [Path(word).resolve() for word in argv if not word.startswith("--")]
+    for page in named or pages():
+        print(f"{page.name}: {'written' if write(page, quick=quick) else 'as it was'}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
