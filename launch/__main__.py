@@ -22,7 +22,7 @@ from configs.errors import EXIT_FINISHED, CookbookError
 from configs.load import expand_sweep, load_config
 from configs.schema import ClusterKind, Config, LauncherName
 from launch.command import Command, Rendezvous, build_command
-from launch.jobs import CONTROLS, control, launch_job
+from launch.jobs import CONTROLS, control, is_array, launch_array, launch_job
 from launch.process import free_port, replace_process
 from launch.supervise import run_job
 from trainer.machine import find_machine
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sweep(arguments: Arguments) -> int:
     """One run after another; a failure does not stop the others, a signal does. Returns the first failure's code."""
     runs = expand_sweep(arguments.overrides)
+    if is_array(runs[0], config_dir=arguments.config_dir):
+        return launch_array(runs, config_dir=arguments.config_dir)
     codes: list[int] = []
     for number, overrides in enumerate(runs, 1):
         print(f"\n== run {number} of {len(runs)}: {shlex.join(overrides)}", flush=True)

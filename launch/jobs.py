@@ -13,9 +13,10 @@ from datetime import datetime
 from pathlib import Path
 
 from configs.errors import EXIT_FINISHED, ConfigError
-from configs.schema import Config
+from configs.load import load_config
+from configs.schema import ClusterKind, Config
 from slurm.control import cancel, status_lines
-from slurm.submit import check, command, script_text, submit
+from slurm.submit import Point, check, command, script_text, submit, submit_sweep
 from trainer.machine import Machine
 from trainer.memory.gate import check_memory
 from trainer.plan import Plan, make_plan
@@ -54,6 +55,34 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
     print(f"stop       touch {shlex.quote(str(run_dir / 'STOP'))}    (saves first)")
     print(f"cancel     python -m launch cancel {folder}", flush=True)
     return EXIT_FINISHED
+
+
+def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> int:
+    """Plan every point of a sweep and submit them as one array. Raises CookbookError before anything is submitted."""
+    planned: list[Point] = []
+    for overrides in points:
+        config = load_config(overrides, config_dir=config_dir)
+        plan = plan_job(config)
+        print(*check_memory(config, plan), sep="\n", end="")
+        planned.append(Point(config=config, plan=plan, overrides=overrides))
+    first = planned[0].config
+    sweep_dir = Path(first.train.run_dir or default_run_dir(first, datetime.now())).expanduser().absolute()
+    if first.dry_run:
+        print(shlex.join(command(first, planned[0].plan, sweep_dir, points=len(planned))))
+        return EXIT_FINISHED
+    job_id = submit_sweep(planned, config_dir=config_dir, sweep_dir=sweep_dir, root=Path.cwd())
+    for number, overrides in enumerate(points):
+        print(f"{sweep_dir / str(number)}: {shlex.join(overrides)}")
+    print(f"submitted  array {job_id}, {len(points)} elements")
+    print(f"status     python -m launch status {shlex.quote(str(sweep_dir / '0'))}")
+    print(f"cancel     scancel {job_id}", flush=True)
+    return EXIT_FINISHED
+
+
+def is_array(overrides: Sequence[str], *, config_dir: str | None) -> bool:
+    """Whether a sweep with this first point goes to Slurm as one array."""
+    cluster = load_config(overrides, config_dir=config_dir).cluster
+    return cluster.kind is ClusterKind.slurm and cluster.slurm.array is not None
 
 
 def plan_job(config: Config) -> Plan:

@@ -136,8 +136,8 @@ def show(text: str) -> str:
     return plain if len(plain) <= 60 else plain[:60] + "..."
 
 
-def sbatch_words(config: Config, plan: Plan, *, output: str) -> list[str]:
-    """The options of sbatch, without the script. output: pattern of the log's name."""
+def sbatch_words(config: Config, plan: Plan, *, output: str, array: str | None) -> list[str]:
+    """The options of sbatch, without the script. output: pattern of the log's name. array: in Slurm's form."""
     slurm = config.cluster.slurm
     given = {
         "job-name": slurm.job_name or run_label(config),
@@ -153,7 +153,7 @@ def sbatch_words(config: Config, plan: Plan, *, output: str) -> list[str]:
         "mem": slurm.mem,
         "constraint": slurm.constraint,
         "dependency": slurm.dependency,
-        "array": slurm.array,
+        "array": array,
         "signal": f"B:USR1@{slurm.signal_seconds}",
         "output": output,
     }

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from trainer.plan import Plan
 from trainer.report.folder import writing
 from trainer.status import FINISHED, read_status
 
+COMMAND = "sbatch.txt"
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 # What sbatch says, and the key that can change it.
 REFUSALS = (
@@ -53,9 +55,45 @@ def submit(
     ask(config, words)
     with writing(run_dir):
         prepare(config, plan, overrides, config_dir=config_dir, run_dir=run_dir)
-    job_id = _sbatch(config, [words[0], "--parsable", *words[1:]], root).split(";")[0]
-    with writing(run_dir), open(folder(run_dir) / JOB_IDS, "a") as ids:
-        ids.write(f"{job_id}\n")
+        replace_text(folder(run_dir) / COMMAND, shlex.join(words) + "\n")
+    job_id = _submitted(config, words, root)
+    _note(run_dir, job_id)
+    return job_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One run of a sweep."""
+
+    config: Config
+    plan: Plan
+    overrides: Sequence[str]
+
+
+def submit_sweep(points: Sequence[Point], *, config_dir: str | None, sweep_dir: Path, root: Path) -> str:
+    """Hand a sweep to Slurm as one array; each point's run folder is sweep_dir/NUMBER. Returns the array's id.
+
+    Raises CookbookError before anything is written, also where the points ask Slurm for different things.
+    """
+    for number, point in enumerate(points):
+        check(point.config, sweep_dir / str(number), sweep=True)
+    commands = [command(point.config, point.plan, sweep_dir, points=len(points)) for point in points]
+    for number, words in enumerate(commands):
+        other = [word for word in words if word not in commands[0] and not word.startswith("--job-name=")]
+        if other:
+            raise ConfigError(
+                f"cluster.slurm.array={points[0].config.cluster.slurm.array}: point {number} asks Slurm for {other[0]},"
+                " which an array has in common; leave cluster.slurm.array out, and each point is a job"
+            )
+    ask(points[0].config, commands[0])
+    for number, point in enumerate(points):
+        run_dir = sweep_dir / str(number)
+        with writing(run_dir):
+            prepare(point.config, point.plan, point.overrides, config_dir=config_dir, run_dir=run_dir)
+            replace_text(folder(run_dir) / COMMAND, shlex.join(commands[0]) + "\n")
+    job_id = _submitted(points[0].config, commands[0], root)
+    for number in range(len(points)):
+        _note(sweep_dir / str(number), f"{job_id}_{number}")
     return job_id
 
 
@@ -80,14 +118,15 @@ def check(config: Config, run_dir: Path, *, sweep: bool = False) -> None:
         )
 
 
-def command(config: Config, plan: Plan, run_dir: Path, *, sweep: bool = False) -> list[str]:
-    """sbatch, its options, the script and the script's arguments."""
-    array = is_chain(config) or sweep
-    place = output_pattern(run_dir, "%a/logs" if sweep else "logs")
-    options = sbatch_words(config, plan, output=f"{place}/slurm-{'%A_%a' if array else '%j'}.out")
+def command(config: Config, plan: Plan, run_dir: Path, *, points: int | None = None) -> list[str]:
+    """sbatch, its options, the script and the script's arguments. points: of a sweep in one array."""
+    array = config.cluster.slurm.array if points is None else f"0-{points - 1}{config.cluster.slurm.array or ''}"
+    name = f"slurm-{'%j' if array is None else '%A_%a'}.out"
+    output = output_pattern(run_dir, f"logs/{name}" if points is None else f"%a/logs/{name}")
+    options = sbatch_words(config, plan, output=output, array=array)
     script = config.cluster.slurm.script
     path = Path(script).expanduser().absolute() if script else Path(str(files("slurm") / "job.sbatch"))
-    return ["sbatch", *options, str(path), str(run_dir), sys.executable, *(["sweep"] if sweep else [])]
+    return ["sbatch", *options, str(path), str(run_dir), sys.executable, *(["sweep"] if points else [])]
 
 
 def ask(config: Config, words: Sequence[str]) -> None:
@@ -105,7 +144,6 @@ def prepare(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir:
     write_job(run_dir, make_job(config, plan, overrides, config_dir=config_dir, run_dir=run_dir))
     replace_text(ours / "config.yaml", to_yaml(config))
     replace_text(ours / "setup.sh", "".join(f"{line}\n" for line in config.cluster.slurm.setup))
-    replace_text(ours / "sbatch.txt", shlex.join(command(config, plan, run_dir)) + "\n")
 
 
 def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir: str | None, run_dir: Path) -> Job:
@@ -140,6 +178,16 @@ def script_text(config: Config) -> str:
     """The batch script that is submitted."""
     script = config.cluster.slurm.script
     return Path(script).expanduser().read_text() if script else (files("slurm") / "job.sbatch").read_text()
+
+
+def _submitted(config: Config, words: Sequence[str], root: Path) -> str:
+    # A federation adds the cluster's name.
+    return _sbatch(config, [words[0], "--parsable", *words[1:]], root).split(";")[0]
+
+
+def _note(run_dir: Path, job_id: str) -> None:
+    with writing(run_dir), open(folder(run_dir) / JOB_IDS, "a") as ids:
+        ids.write(f"{job_id}\n")
 
 
 def _sbatch(config: Config, words: Sequence[str], root: Path) -> str:

@@ -12,7 +12,19 @@ PARITY_PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slurm-full", action="store_true", help="run the slow faults of tests/slurm too")
     parser.addoption("--write-docs", action="store_true", help="write docs/parity.md from this session's results")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slurm_full: a minute or more on a real Slurm; runs with --slurm-full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slurm-full"):
+        for item in items:
+            if item.get_closest_marker("slurm_full"):
+                item.add_marker(pytest.mark.skip(reason="takes a minute or more: pytest --slurm-full"))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

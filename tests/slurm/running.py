@@ -1,0 +1,187 @@
+"""A Slurm cluster for the tests, the runs that are launched on it, and what is read back from their folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = Path(__file__).with_name("cluster.sh")
+SETTINGS = Path(os.environ.get("COOKBOOK_SLURM_DIR", "/tmp/cookbook-slurm"))
+# Dropout is on, so that a random stream that is not continued shows.
+TINY = (
+    "cluster=slurm",
+    "cluster.device=cpu",
+    "cluster.nodes=2",
+    "cluster.gpus_per_node=2",
+    "parallel=ddp",
+    "model=tiny_gpt2",
+    "model.config.n_layer=1",
+    "model.config.n_embd=64",
+    "model.config.resid_pdrop=0.1",
+    "data=synthetic",
+    "data.seq_len=32",
+    "train.micro_batch_size=2",
+    "train.steps=300",
+    "train.timeout_minutes=0.5",
+    "train.eval_samples=0",
+    "checkpoint.every=50",
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """tmp: a folder that all nodes see."""
+
+    tmp: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "SLURM_CONF": str(SETTINGS / "slurm.conf"),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TORCH_EXTENSIONS_DIR": str(self.tmp / "extensions"),
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def control(self, *words: str) -> str:
+        done = subprocess.run(["bash", str(SCRIPT), *words], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def door(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """`python -m launch`, as it is."""
+        return subprocess.run(
+            [sys.executable, "-m", "launch", *words],
+            cwd=self.tmp,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def launch(self, run_dir: Path, *words: str) -> Run:
+        """Submit a run. The test fails if it is refused."""
+        done = self.door(*TINY, f"train.run_dir={run_dir}", *words)
+        assert done.returncode == 0, done.stderr
+        assert f"folder     {run_dir}\n" in done.stdout
+        submitted = re.search(r"^submitted  job (\d+)$", done.stdout, re.MULTILINE)
+        assert submitted, done.stdout
+        return Run(self, run_dir, submitted[1])
+
+    def ask(self, *words: str) -> str:
+        return subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=60, check=True
+        ).stdout.strip()
+
+    def jobs(self) -> str:
+        """What waits or runs."""
+        return self.ask("squeue", "--noheader", "--format=%i")
+
+
+@dataclass(frozen=True)
+class Run:
+    cluster: Cluster
+    folder: Path
+    job: str
+
+    def field(self, name: str) -> str:
+        """Of `scontrol show job`: JobState, BatchHost, ..."""
+        shown = self.cluster.ask("scontrol", "show", "job", "-o", self.job)
+        found = re.search(rf"\b{name}=(\S+)", shown)
+        assert found, shown
+        return found[1]
+
+    def end(self, *, within: float = 150.0) -> str:
+        """The job's last state."""
+        running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "PREEMPTED")
+        self.wait(lambda: self.field("JobState") not in running, "the end of the job", within=within)
+        return self.field("JobState")
+
+    def wait(self, condition: Callable[[], bool], what: str, *, within: float = 90.0) -> None:
+        deadline = time.monotonic() + within
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {within:g} s for {what}\n{self.log()}"
+            time.sleep(0.1)
+
+    def reach(self, step: int, *, within: float = 90.0) -> None:
+        """Until the ranks have made so many steps."""
+        self.wait(lambda: max(self.losses(), default=0) >= step, f"step {step}", within=within)
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("logs/slurm-*.out")))
+
+    def status(self) -> dict[str, object]:
+        """The supervisor's."""
+        return json.loads((self.folder / "slurm/status.json").read_text())
+
+    def trained(self) -> dict[str, object]:
+        """The trainer's."""
+        return json.loads((self.folder / "status.json").read_text())
+
+    def losses(self) -> dict[int, set[tuple[float, float]]]:
+        """Every loss and gradient norm that was noted for a step: several where a step was made again."""
+        found: dict[int, set[tuple[float, float]]] = {}
+        path = self.folder / "metrics.jsonl"
+        for text in path.read_text().splitlines(keepends=True) if path.exists() else []:
+            line = json.loads(text) if text.endswith("\n") else {}
+            if line.get("kind") == "step":
+                found.setdefault(line["step"], set()).add((line["loss"], line["grad_norm"]))
+        return found
+
+    def model(self) -> str:
+        """Hash of the finished model's weights."""
+        return sha256((self.folder / "model/model.safetensors").read_bytes()).hexdigest()
+
+    def ranks(self, node: str) -> list[int]:
+        """Process numbers of the ranks on a node, as this machine sees them."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                environment = (folder / "environ").read_bytes().split(b"\0") if folder.name.isdigit() else []
+                words = (folder / "cmdline").read_bytes() if environment else b""
+            except OSError:
+                continue
+            ours = f"SLURM_JOB_ID={self.job}".encode(), f"SLURMD_NODENAME={node}".encode()
+            rank = any(entry.startswith(b"LOCAL_RANK=") for entry in environment)
+            if rank and all(entry in environment for entry in ours) and b"trainer\0" in words:
+                found.append(int(folder.name))
+        return sorted(found)
+
+
+def same_run(run: Run, alone: Run) -> None:
+    """An interrupted run and one that was left alone: every step's loss and gradient norm, and the weights, to the
+    last bit."""
+    assert run.losses() == alone.losses()
+    assert all(len(values) == 1 for values in run.losses().values())
+    assert run.model() == alone.model()
+
+
+def start_cluster(tmp: Path) -> Cluster | str:
+    """The cluster, or why there can be none."""
+    if os.geteuid() != 0:
+        return "a Slurm cluster of several nodes needs root"
+    missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not which(name)]
+    if missing:
+        return f"not installed: {', '.join(missing)} (.ci/run installs them)"
+    done = subprocess.run(["bash", str(SCRIPT), "up"], capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        subprocess.run(["bash", str(SCRIPT), "down"], capture_output=True, timeout=120)
+        return f"Slurm does not start: {done.stderr[-500:]}"
+    return Cluster(tmp)
+
+
+def which(program: str) -> str | None:
+    return shutil.which(program, path=f"/usr/sbin:/sbin:{os.environ['PATH']}")
