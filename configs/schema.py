@@ -408,6 +408,13 @@ class Cluster:
     """Name of a known GPU (`trainer/devices.py`), for its memory and peak FLOP/s. Null: the one that is found."""
     gpu_memory_gib: float | None = None
     """Memory of the GPU that an estimate is compared with; null: that of `gpu`."""
+    network_gb_per_second: float | None = None
+    """Read by `estimate.search`: what one GPU sends to other nodes, 1e9 bytes/s in one direction (an adapter of
+    400 Gb/s per GPU: 50). Null: 50."""
+    host_gb_per_second: float = 25.0
+    """Read by `estimate.search`: what one GPU exchanges with its node's memory, 1e9 bytes/s in one direction."""
+    nvme_gb_per_second: float = 3.0
+    """Read by `estimate.search`: a GPU's share of its node's NVMe disks, 1e9 bytes/s."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -449,6 +456,10 @@ class Estimate:
     """FILE.html or FILE.png (needs matplotlib): memory over one step by component; bars for a sweep."""
     suggest: bool = True
     """What to change so that it fits; the largest micro-batch if it does."""
+    search: bool = False
+    """Instead of one layout, rank all that this trainer can run on the cluster: those that fit, by predicted speed."""
+    efficiency: float = 0.6
+    """Assumed by `estimate.search`: part of the GPU's peak FLOP/s that large matrix products get."""
     gate: Gate = Gate.refuse
     """`python -m launch` on GPUs, when the prediction exceeds the device: `off` does not look, `warn` starts
     nevertheless, `refuse` does not start."""

@@ -26,6 +26,8 @@ from trainer.memory.profiles import NotEstimated
 from trainer.memory.render import Answer, render_csv, render_json, render_sweep, render_table
 from trainer.memory.suggest import largest_micro_batch, suggest
 from trainer.plan import make_plan
+from trainer.planner.render import render_search, render_search_json
+from trainer.planner.search import search
 
 DOOR = Door(
     program="memory-estimate",
@@ -34,6 +36,7 @@ DOOR = Door(
         ("memory-estimate model=llama3_1_8b parallel=fsdp precision=bf16 cluster=8xh100", "one configuration"),
         ("memory-estimate -m parallel=ddp,fsdp model=llama3_1_70b cluster.nodes=8", "several, compared"),
         ("memory-estimate model=qwen3_8b parallel=fsdp estimate.format=json", "for programs"),
+        ("memory-estimate model=llama3_1_70b cluster=8xh100 cluster.nodes=8 estimate.search=true", "which layout?"),
     ),
     sweeps=True,
 )
@@ -73,8 +76,19 @@ def answer(overrides: Sequence[str], *, config_dir: str | None = None, compare: 
     )
 
 
+def search_layouts(overrides: Sequence[str], config: Config) -> int:
+    """Rank the cluster's layouts instead of estimating one. Returns the exit code. Raises CookbookError."""
+    found = search(config, planned_machine(config, find_machine({})))
+    as_json = config.estimate.format is EstimateFormat.json
+    print(render_search_json(found, overrides) if as_json else render_search(found, overrides))
+    return EXIT_FINISHED if found.best else EXIT_DOES_NOT_FIT
+
+
 def _answer_all(arguments: Arguments) -> int:
     if not arguments.sweep:
+        config = load_config(arguments.overrides, config_dir=arguments.config_dir)
+        if config.estimate.search:
+            return search_layouts(arguments.overrides, config)
         answers = [answer(arguments.overrides, config_dir=arguments.config_dir)]
         refused: list[str] = []
         first: Sequence[str] = arguments.overrides

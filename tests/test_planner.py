@@ -1,0 +1,201 @@
+"""The planner: its times move the right way, its words are the layouts that it means, and what it shows fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.load import load_config
+from configs.schema import Checkpointing
+from launch.estimate import main
+from tests.benchmarks.published import RUNS
+from trainer.devices import find_gpu
+from trainer.machine import Machine
+from trainer.memory.estimate import estimate
+from trainer.plan import make_plan
+from trainer.planner.candidates import candidates
+from trainer.planner.cost import Dimensions, StepTime, step_time
+from trainer.planner.network import Group, Network, group_of
+from trainer.planner.render import command
+from trainer.planner.search import Search, search
+
+# Llama 3.1 8B
+SIZE = Dimensions(
+    parameters=8_030_261_248,
+    matrices=7_504_924_672,
+    layers=32,
+    hidden=4096,
+    attention=4096,
+    key_value=1024,
+    vocabulary=128256,
+)
+BASE = ["model=llama3_1_8b", "cluster=8xh100", "precision=bf16", "data.seq_len=4096", "train.global_batch_size=1024"]
+SMALL = ["model=tiny", "cluster=8xh100", "precision=bf16", "data.seq_len=128", "train.global_batch_size=64"]
+
+
+def timed(*words: str) -> StepTime:
+    config = load_config([*BASE, "train.micro_batch_size=1", *words])
+    gpu = find_gpu("H100-SXM")
+    assert gpu is not None
+    return step_time(config, make_plan(config, Machine(gpus=8)), SIZE, gpu)
+
+
+@pytest.mark.parametrize(
+    ("faster", "slower"),
+    [
+        (["parallel=fsdp"], ["parallel=fsdp", "train.activation_checkpointing=full"]),
+        (["parallel=fsdp", "train.compile=true"], ["parallel=fsdp"]),
+        (
+            ["parallel=fsdp", "train.activation_checkpointing=selective"],
+            ["parallel=fsdp", "train.activation_checkpointing=full"],
+        ),
+        (["parallel=tensor_fsdp", "parallel.tp=2"], ["parallel=tensor_fsdp", "parallel.tp=8"]),
+        (["parallel=zero1"], ["parallel=zero2"]),
+        (["parallel=zero3"], ["parallel=zero3_offload"]),
+        (["cluster.nodes=2", "parallel=fsdp"], ["parallel=fsdp"]),
+        (
+            ["cluster.nodes=8", "parallel=fsdp", "cluster.network_gb_per_second=50"],
+            ["cluster.nodes=8", "parallel=fsdp", "cluster.network_gb_per_second=2"],
+        ),
+        (
+            ["cluster.nodes=8", "parallel=hsdp", "parallel.dp_shard=8", "cluster.network_gb_per_second=1"],
+            ["cluster.nodes=8", "parallel=fsdp", "cluster.network_gb_per_second=1"],
+        ),
+        (
+            ["parallel=pipeline", "parallel.pp=8", "parallel.pipeline.schedule=interleaved_1f1b"],
+            ["parallel=pipeline", "parallel.pp=8", "train.global_batch_size=16"],
+        ),
+        (["estimate.efficiency=0.7", "parallel=fsdp"], ["estimate.efficiency=0.5", "parallel=fsdp"]),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_time_moves_the_right_way(faster: list[str], slower: list[str]) -> None:
+    first, second = timed(*faster), timed(*slower)
+    assert first.total / first.tokens < second.total / second.tokens
+
+
+def test_time_is_the_sum_of_its_terms_and_mfu_its_share_of_the_peak() -> None:
+    found = timed("parallel=tensor_fsdp", "parallel.tp=4", "train.activation_checkpointing=full")
+    assert found.total == pytest.approx(sum(found.seconds.values()))
+    assert set(found.seconds) == {
+        "matrix products",
+        "around them",
+        "recompute",
+        "tensor parallel",
+        "sharding, gradients",
+        "update",
+    }
+    assert 0.1 < found.mfu < 0.6
+    flops = 6 * SIZE.matrices + 12 * SIZE.layers * SIZE.attention * 4096
+    assert found.mfu == pytest.approx(found.tokens_per_second_per_gpu * flops / 989.4e12)
+
+
+def test_group_lies_within_the_node_first() -> None:
+    config = load_config([*BASE, "cluster.nodes=4", "parallel=3d_zero1", "parallel.tp=4", "parallel.pp=2"])
+    plan = make_plan(config, Machine(gpus=8))
+    assert group_of(plan, "tp") == Group(size=4, per_node=4)
+    assert group_of(plan, "dp_shard") == Group(size=4, per_node=2)
+    assert group_of(plan, "pp") == Group(size=2, per_node=1)
+    assert group_of(plan, "dp_shard", "cp") == Group(size=4, per_node=2)
+
+
+def test_collectives_take_as_long_as_their_slowest_wire() -> None:
+    network = Network(link=100e9, network=10e9, host=1e9)
+    node, apart, both = Group(8, 8), Group(8, 1), Group(16, 8)
+    assert network.gather(8e9, node) == pytest.approx(7e9 / 100e9, rel=1e-3)
+    assert network.gather(8e9, apart) == pytest.approx(7e9 / 10e9, rel=1e-3)
+    assert network.gather(8e9, both) == pytest.approx(max(7e9 / 100e9, 4e9 / 80e9), rel=1e-3)
+    assert network.all_reduce(8e9, node) == 2 * network.gather(8e9, node)
+    assert network.all_to_all(8e9, apart) == pytest.approx(7e9 / 10e9, rel=1e-3)
+    assert network.gather(8e9, Group(1, 1)) == network.all_to_all(1e9, Group(1, 1)) == 0
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Search]:
+    words = [*SMALL, f"data.cache_dir={tmp_path_factory.mktemp('cache')}", "cluster.gpu_memory_gib=2"]
+    return words, search(load_config(words), Machine(gpus=8))
+
+
+def test_every_candidate_is_what_its_words_select() -> None:
+    config = load_config(SMALL)
+    tried = 0
+    seen: set[tuple[str, ...]] = set()
+    for candidate in candidates(config, world_size=8, gpus_per_node=8):
+        if candidate.layout in seen:
+            continue
+        seen.add(candidate.layout)
+        assert candidate.apply(config) == load_config([*SMALL, *candidate.words]), candidate.words
+        tried += 1
+    assert tried > 20
+
+
+def test_best_fit_and_stand_in_order(small: tuple[list[str], Search]) -> None:
+    words, found = small
+    assert len(found.best) == 5
+    times = [one.time.total for one in found.best]
+    assert times == sorted(times)
+    assert len({one.candidate.layout for one in found.best}) == 5
+    for one in found.best:
+        typed = command(one, found, words).removeprefix("python -m launch ").split()
+        config = load_config(typed)
+        plan = make_plan(config, Machine(gpus=8))
+        assert plan == one.plan
+        again = estimate(config, plan)
+        assert again.fits
+        assert again.busiest.device_bytes == one.estimate.busiest.device_bytes
+
+
+def test_less_memory_leaves_less_choice(small: tuple[list[str], Search]) -> None:
+    words, roomy = small
+    first = roomy.best[0]
+    below = (first.estimate.busiest.device_bytes - 2**20) / 2**30
+    tight = search(load_config([*words, f"cluster.gpu_memory_gib={below}"]), Machine(gpus=8))
+    assert tight.best
+    assert all(one.estimate.fits for one in tight.best)
+    assert all(not one.estimate.fits for one in tight.too_large)
+    assert first.candidate not in [one.candidate for one in tight.best]
+    assert tight.best[0].time.total >= first.time.total
+
+
+def test_the_command_prints_table_and_json(small: tuple[list[str], Search], capsys: pytest.CaptureFixture[str]) -> None:
+    words, found = small
+    assert main([*words, "estimate.search=true"]) == 0
+    text = capsys.readouterr().out
+    assert all(" ".join(one.candidate.words) in text for one in found.best)
+    assert "assumed: H100-SXM; matrix products at 60% of its peak" in text
+    assert main([*words, "estimate.search=true", "estimate.format=json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [one["overrides"] for one in answer["best"]] == [list(one.candidate.words) for one in found.best]
+    assert answer["best"][0]["step_seconds"] == pytest.approx(found.best[0].time.total)
+
+
+def test_nothing_fits(small: tuple[list[str], Search], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*small[0], "estimate.search=true", "cluster.gpu_memory_gib=0.5"]) == 3
+    assert capsys.readouterr().out.splitlines()[1].startswith("nothing fits. Too large, even with full recompute:")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train.micro_batch_size=4"], "estimate.search=true: chooses train.micro_batch_size"),
+        (["cluster=cpu"], "estimate.search=true: plans for GPUs"),
+        (["model.path=someone/model"], "needs hidden_size and vocab_size"),
+    ],
+)
+def test_what_cannot_be_searched(words: Sequence[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        search(load_config([*SMALL, *words]), Machine(gpus=8))
+
+
+def test_recompute_is_only_bought_where_it_is_needed(small: tuple[list[str], Search]) -> None:
+    assert small[1].best[0].candidate.keys["train.activation_checkpointing"] is Checkpointing.none
+
+
+def test_docs_name_every_published_run() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "planner.md").read_text()
+    for run in RUNS:
+        assert f"| {run.name} |" in text

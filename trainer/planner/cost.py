@@ -1,0 +1,234 @@
+"""How long one step of a plan takes: a model made of a few stated terms, not a measurement.
+
+    matrix products        FLOPs / (peak * estimate.efficiency), at least the time to read the weights from memory
+    around them            norms, residuals, rotations, activation functions: bytes read and written / bandwidth
+    recompute              what activation checkpointing computes a second time
+    tensor parallel        four sums of the hidden states per layer and micro-batch; nothing hides them
+    context parallel       keys and values, or heads, exchanged around attention
+    sharding, gradients    gathers and reductions over the data-parallel ranks, behind the computation as far as it goes
+    pipeline               waiting (`plan.bubble`) and handing on hidden states
+    update                 optimizer states read and written where they live; the way there and back
+
+It ranks layouts, for which the differences between terms count; the constants below are its assumptions, and how far
+it is from published runs is measured by tests/benchmarks/published.py. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.schema import Checkpointing, Config, ContextMethod, DType, EngineName, OffloadDevice
+from trainer.devices import GB_PER_SECOND, Gpu
+from trainer.memory.profile import Anatomy
+from trainer.plan import Plan
+from trainer.planner.network import Network, build_network, group_of
+from trainer.report.flops import training_flops_per_token
+
+WIDTH = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
+MEMORY_ACHIEVED = 0.8
+"""Of the data sheet's memory bandwidth, by kernels that only read and write."""
+WHOLE, DIVIDED = {False: 38.0, True: 10.0}, {False: 28.0, True: 14.0}
+"""Hidden-state-sized tensors that one layer's forward reads and writes outside its matrix products, in eager torch and
+compiled: whole ones (two norms, which compute in float32, and two residuals), and those that tensor parallel divides
+(rotation, activation function, product). A backward moves twice as many."""
+LOGIT_BYTES = 30.0
+"""Read and written per logit by cast, softmax, loss and their gradients."""
+HIDDEN, EXPOSED = 0.8, 0.05
+"""Communication hides behind this part of the computation beside it, and this part of it shows nevertheless."""
+ADAM_BYTES = 30.0
+"""Per parameter: master weight and two moments read and written, gradient read, copy written."""
+SELECTIVE = 0.5
+"""Of the forward's matrix products are computed again: every second one. All around them is."""
+HOST_MEMORY_GB_PER_SECOND = 20.0
+"""A GPU's share of its node's memory bandwidth, for updates on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dimensions:
+    """Sizes of a decoder. attention: heads * head_dim; key_value: the same of keys. matrices: parameters that take
+    part in a matrix product (all but a look-up table)."""
+
+    parameters: int
+    matrices: int
+    layers: int
+    hidden: int
+    attention: int
+    key_value: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """seconds: by term, in the order of the module's table; only those that are not zero. tokens: of all ranks."""
+
+    seconds: Mapping[str, float]
+    tokens: int
+    world_size: int
+    mfu: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.tokens / self.total / self.world_size
+
+
+def dimensions(fields: Mapping[str, Any], anatomy: Anatomy) -> Dimensions:
+    """Sizes from the Hugging Face config's fields (GPT-2 has its own names) and the counted parameters."""
+    hidden = int(fields.get("hidden_size") or fields["n_embd"])
+    heads = int(fields.get("num_attention_heads") or fields.get("n_head") or 1)
+    head_dim = int(fields.get("head_dim") or hidden // heads)
+    vocabulary = int(fields["vocab_size"])
+    tied = "head" not in dict(anatomy.groups)
+    return Dimensions(
+        parameters=anatomy.numel,
+        matrices=anatomy.numel - (0 if tied else vocabulary * hidden),
+        layers=len(anatomy.layers),
+        hidden=hidden,
+        attention=heads * head_dim,
+        key_value=int(fields.get("num_key_value_heads") or heads) * head_dim,
+        vocabulary=vocabulary,
+    )
+
+
+def step_time(config: Config, plan: Plan, size: Dimensions, gpu: Gpu) -> StepTime:
+    """Predict the seconds of one optimizer step. The pipeline's stages are taken to be even."""
+    seconds = _Step(config, plan, size, gpu).terms()
+    flops = training_flops_per_token(
+        matrices=size.matrices, layers=size.layers, attention=size.attention, seq_len=plan.batch.seq_len
+    )
+    return StepTime(
+        seconds={name: value for name, value in seconds.items() if value},
+        tokens=plan.batch.tokens,
+        world_size=plan.world_size,
+        mfu=plan.batch.tokens * flops / (plan.world_size * _peak(config, plan, gpu) * sum(seconds.values())),
+    )
+
+
+def _peak(config: Config, plan: Plan, gpu: Gpu) -> float:
+    return gpu.peak_flops(plan.param_dtype, tf32=config.precision.tf32) or gpu.float32_flops
+
+
+class _Step:
+    """One rank's step. Times are of one micro-batch unless their name says step."""
+
+    def __init__(self, config: Config, plan: Plan, size: Dimensions, gpu: Gpu) -> None:
+        self.config, self.plan, self.size, self.gpu = config, plan, size, gpu
+        self.network: Network = build_network(config, gpu, plan.gpus_per_node)
+        self.tp, self.pp, cp = plan.degree("tp"), plan.degree("pp"), plan.degree("cp")
+        self.tokens = plan.batch.micro_batch_size * plan.batch.seq_len / cp
+        self.layers = size.layers / self.pp
+        self.held = size.parameters / (self.tp * self.pp)  # what data parallel shards or copies
+        self.width = WIDTH[plan.param_dtype]
+        self.bandwidth = gpu.memory_bandwidth * MEMORY_ACHIEVED
+        self.micro_batches = plan.batch.gradient_accumulation_steps
+        self.recompute = config.train.activation_checkpointing
+
+    def terms(self) -> dict[str, float]:
+        products, around, times = self._products(), self._around(), self.micro_batches
+        again = self._recompute(products, around)
+        tensor, context = self._tensor(), self._context()
+        busy = 3 * (products + around) + again + tensor + context
+        return {
+            "matrix products": 3 * products * times,
+            "around them": 3 * around * times,
+            "recompute": again * times,
+            "tensor parallel": tensor * times,
+            "context parallel": context * times,
+            "sharding, gradients": self._step_sharding(busy),
+            "pipeline waits": busy * times * self.plan.bubble / (1 - self.plan.bubble),
+            "pipeline sends": self._sends() * times,
+            "update": self._step_update(),
+        }
+
+    def _products(self) -> float:
+        """Forward of the matrix products. torch's attention skips the masked half."""
+        attention = 2.0 * self.size.layers * self.size.attention * self.plan.batch.seq_len
+        flops = (2.0 * self.size.matrices + attention) * self.tokens / (self.tp * self.pp)
+        peak = _peak(self.config, self.plan, self.gpu) * self.config.estimate.efficiency
+        return max(flops / peak, self.held * self.width / self.bandwidth)
+
+    def _around(self) -> float:
+        """Forward of everything else; a third of the loss, which is here for forward and backward."""
+        compiled = self.config.train.compile
+        whole = WHOLE[compiled] / (self.tp if self.config.parallel.sequence_parallel else 1)
+        moved = (whole + DIVIDED[compiled] / self.tp) * self.size.hidden * self.width * self.layers
+        logits = LOGIT_BYTES / 3 * self.size.vocabulary / (self.tp * self.pp)
+        return self.tokens * (moved + logits) / self.bandwidth
+
+    def _recompute(self, products: float, around: float) -> float:
+        if self.recompute is Checkpointing.none:
+            return 0.0
+        return (products if self.recompute is Checkpointing.full else SELECTIVE * products) + around
+
+    def _tensor(self) -> float:
+        """Sums over the tensor-parallel ranks: two per layer forward and two backward; whole layers recomputed, the
+        forward's once more. Sequence parallel moves the same bytes as a gather and a scatter."""
+        sums = 6 if self.recompute is Checkpointing.full else 4
+        size = self.tokens * self.size.hidden * self.width
+        return sums * self.layers * self.network.all_reduce(size, group_of(self.plan, "tp"))
+
+    def _context(self) -> float:
+        """Forward, recompute, and the reverse in the backward: heads dealt out for tokens (query, result, key, value),
+        or keys and values collected."""
+        group, size = group_of(self.plan, "cp"), self.size
+        passes = 2 if self.recompute is Checkpointing.none else 3
+        per_token = self.tokens * self.width / self.tp
+        if self.config.parallel.context_method is ContextMethod.ulysses:
+            one = self.network.all_to_all(2 * (size.attention + size.key_value) * per_token, group)
+        else:
+            one = self.network.gather(2 * size.key_value * per_token * group.size, group)
+        return passes * self.layers * one
+
+    def _step_sharding(self, busy: float) -> float:
+        """What the data-parallel ranks exchange in a step, as far as the computation does not hide it."""
+        plan, network, times = self.plan, self.network, self.micro_batches
+        parameters, gradients = self.held * self.width, self.held * WIDTH[plan.reduce_dtype]
+        if plan.engine is EngineName.deepspeed:
+            group = group_of(plan, "dp_shard")
+            gather, scatter = network.gather(parameters, group), network.gather(gradients, group)
+            if plan.zero_stage == 3:
+                return times * _exposed(2 * gather + scatter, busy)
+            # Stages 1 and 2 wait for their collectives: nothing runs beside them.
+            return (times if plan.zero_stage == 2 else 1) * scatter + gather
+        copies = network.all_reduce(gradients / plan.fsdp_size, group_of(plan, "dp_replicate"))
+        if plan.fsdp_size == 1:
+            return _exposed(copies, 2 / 3 * busy)
+        group = group_of(plan, "dp_shard", "cp")
+        gather, scatter = network.gather(parameters, group), network.gather(gradients, group)
+        if self.pp > 1:
+            gathers = 2 * times if plan.reshard_after_forward else 1
+            return _exposed(gathers * gather + scatter + copies, times * busy)
+        if plan.reshard_after_forward:
+            return times * _exposed(2 * gather + scatter, busy) + _exposed(copies, busy)
+        return _exposed(gather, busy / 3) + times * _exposed(scatter, 2 / 3 * busy) + _exposed(copies, busy)
+
+    def _sends(self) -> float:
+        """Hidden states to the next stage and their gradients back, at each boundary that this rank has."""
+        boundaries = self.config.parallel.pipeline.stages_per_rank or 1
+        size = self.tokens * self.size.hidden * self.width
+        return 2 * boundaries * self.network.send(size, group_of(self.plan, "pp"))
+
+    def _step_update(self) -> float:
+        """Optimizer states of this rank's share, read and written where they are."""
+        plan, disk = self.plan, self.config.cluster.nvme_gb_per_second * GB_PER_SECOND
+        own = self.held / (plan.degree("dp_shard") if plan.engine is EngineName.deepspeed else plan.fsdp_size)
+        fetched = 0.0
+        if plan.offload_parameters is not OffloadDevice.none:
+            speed = disk if plan.offload_parameters is OffloadDevice.nvme else self.network.host
+            fetched = 2 * self.micro_batches * own * self.width / min(speed, self.network.host)
+        if plan.offload_optimizer is OffloadDevice.none:
+            return own * ADAM_BYTES / self.bandwidth + fetched
+        moved = own * (WIDTH[plan.reduce_dtype] + self.width) / self.network.host
+        computed = own * ADAM_BYTES / (HOST_MEMORY_GB_PER_SECOND * GB_PER_SECOND)
+        swapped = own * 2 * 12 / disk if plan.offload_optimizer is OffloadDevice.nvme else 0.0
+        return moved + computed + swapped + fetched
+
+
+def _exposed(communication: float, computation: float) -> float:
+    """What is seen of communication that runs beside computation."""
+    return max(communication - HIDDEN * computation, EXPOSED * communication)
