@@ -33,6 +33,8 @@ BF16 = ["precision=bf16"]
 FP16 = ["precision=fp16", "precision.loss_scale_init=1024"]  # low enough that no update is left out
 SEQUENCE = ["parallel.sequence_parallel=true"]
 TWICE = ["train.gradient_accumulation_steps=2"]
+FOUR = ["train.gradient_accumulation_steps=4"]
+SIX = ["train.gradient_accumulation_steps=6"]
 FULL = ["train.activation_checkpointing=full"]
 SELECTIVE = ["train.activation_checkpointing=selective"]
 
@@ -73,6 +75,51 @@ CASES = {
     "tensor sequence, recompute": (2, TORCH, ["parallel=tensor", *QWEN3, *LONG, *BF16, *SEQUENCE, *FULL, *TWICE]),
     "tensor_data": (4, TORCH, ["parallel=tensor_data", *GPT2, *SHORT, *BF16, *TWICE]),
     "tensor_fsdp": (4, TORCH, ["parallel=tensor_fsdp", *LLAMA, *LONG, *BF16, *TWICE, *SEQUENCE]),
+    "pipeline 1f1b, uneven": (2, TORCH, ["parallel=pipeline", *LLAMA, *SHORT, *FOUR, "parallel.pipeline.split=[1,3]"]),
+    "pipeline gpipe, tied": (
+        2,
+        TORCH,
+        ["parallel=pipeline", *GPT2, *LONG, *BF16, *FOUR, "parallel.pipeline.schedule=gpipe"],
+    ),
+    "pipeline interleaved, recompute": (
+        2,
+        TORCH,
+        ["parallel=pipeline", *QWEN3, *LONG, *FULL, *FOUR, "parallel.pipeline.schedule=interleaved_1f1b"],
+    ),
+    "pipeline interleaved zero bubble": (
+        2,
+        TORCH,
+        ["parallel=pipeline", *LLAMA, *SHORT, *FOUR, "parallel.pipeline.schedule=interleaved_zero_bubble"],
+    ),
+    "pipeline zero bubble in a V, tied": (
+        2,
+        TORCH,
+        ["parallel=pipeline", *QWEN3, *LONG, *BF16, *SIX, "parallel.pipeline.schedule=zbv_zero_bubble"],
+    ),
+    "pipeline dualpipev, recompute": (
+        2,
+        TORCH,
+        ["parallel=pipeline", *GPT2, *LONG, *FULL, *SIX, "parallel.pipeline.schedule=dualpipev"],
+    ),
+    "pipeline_data looped": (
+        4,
+        TORCH,
+        ["parallel=pipeline_data", *QWEN3, *SHORT, *BF16, *FOUR, "parallel.pipeline.schedule=looped_bfs"],
+    ),
+    "pipeline_fsdp": (4, TORCH, ["parallel=pipeline_fsdp", *LLAMA, *LONG, *BF16, *FOUR]),
+    "3d sequence": (8, TORCH, ["parallel=3d", *LLAMA, *SHORT, *BF16, *FOUR, *SEQUENCE]),
+    "3d_zero1, recompute": (8, TORCH, ["parallel=3d_zero1", *QWEN3, *LONG, *BF16, *FULL, *FOUR]),
+    "context ulysses, chunked loss": (
+        2,
+        TORCH,
+        ["parallel=context", "parallel.dp_shard=1", *LLAMA, *LONG, "train.chunked_loss=true"],
+    ),
+    "context gather": (4, TORCH, ["parallel=context", *QWEN3, *LONG, *BF16, *TWICE, "parallel.context_method=gather"]),
+    "context x pipeline x tensor": (
+        8,
+        TORCH,
+        ["parallel=context", "parallel.tp=2", "parallel.pp=2", "parallel.dp_shard=1", *LLAMA, *SHORT, *FOUR],
+    ),
     "zero1 bf16": (2, DEEPSPEED, ["parallel=zero1", *LLAMA, *SHORT, *BF16, *TWICE]),
     "zero1 fp32": (2, DEEPSPEED, ["parallel=zero1", *LLAMA, *SHORT, *TWICE]),
     "zero1 fp16, tied": (2, DEEPSPEED, ["parallel=zero1", *GPT2, *SHORT, *FP16]),

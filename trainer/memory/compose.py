@@ -56,6 +56,16 @@ class StageLayout(Layout, Protocol):
     def reduce_all(self) -> None: ...
 
 
+class Neighbours(Protocol):
+    """What a pipeline's rank keeps of what it sends and receives."""
+
+    def start_step(self) -> None: ...
+
+    def after(self, action: Action) -> None: ...
+
+    def end_step(self) -> None: ...
+
+
 def replay(
     profile: Profile, layout: Layout, timeline: Timeline, *, micro_batches: int, inputs: Sequence[int] = ()
 ) -> None:
@@ -82,18 +92,21 @@ def replay_stages(
     timeline: Timeline,
     *,
     inputs: Sequence[int],
+    neighbours: Neighbours,
     update: Callable[[int], None],
 ) -> None:
-    """Replay two steps of a pipeline's rank. stages: those it holds. order: what it does (`pipeline_orders`); a
-    micro-batch that is missing there is not run. update: the optimizer's, of all stages at once."""
+    """Replay two steps of a pipeline's rank. stages: those it holds. order: what it does (`pipeline_orders`). update:
+    the optimizer's, of all stages at once."""
     for _, layout in stages.values():
         layout.start()
     for step in range(1, STEPS + 1):
+        neighbours.start_step()
         given = [timeline.allocate("activations", size) for size in inputs]
         for _, layout in stages.values():
             layout.begin_micro_batch(step, first=True, last=False)
         running: dict[tuple[int, int], _MicroBatch] = {}
-        for kind, stage, number in order:
+        for action in order:
+            kind, stage, number = action
             profile, layout = stages[stage]
             if kind == "F":
                 running[stage, number] = _MicroBatch(profile, layout, timeline, step)
@@ -106,8 +119,10 @@ def replay_stages(
                 running.pop((stage, number)).weights()
             else:
                 running.pop((stage, number)).backward()
+            neighbours.after(action)
         for _, layout in stages.values():
             layout.reduce_all()
+        neighbours.end_step()
         for handle in given:
             timeline.free(handle)
         timeline.phase("optimizer step", step)
