@@ -152,6 +152,21 @@ def test_code_that_needs_values_is_refused_not_guessed(cache: str) -> None:
     assert len(refused.value.problems) == 1
 
 
+def test_what_goes_to_disk_and_what_waits_in_host_memory(cache: str) -> None:
+    """Two ranks, one sub-group (a quarter of 2**20 elements is the least) of matrices and one of vectors."""
+    words = ["model=tiny", "parallel=zero3_nvme", "precision=bf16", "parallel.offload.nvme_path=/nvme", "cluster=8xl4"]
+    config = load_config([*words, "cluster.gpus_per_node=2", "data.seq_len=32", cache])
+    found = estimate(config, make_plan(config, Machine(gpus=2)))
+    parameters = list(found.profile.anatomy.parameters())
+    share = sum(-(-p.numel // 2) for p in parameters)
+    matrices = sum(p.numel for p in parameters if len(p.shape) > 1)
+    # bfloat16 parameters; float32 master weights, two moments and the gradient of the update.
+    assert found.busiest.nvme_bytes == share * (2 + 4 + 2 * 4 + 4)
+    largest = max(p.numel for p in parameters) // 2
+    buffers = 6 * -(-largest // 2**19) * 2**19 * 2
+    assert found.busiest.host_bytes == share * 4 + 4 * (matrices // 2) * 4 + buffers + matrices * 2
+
+
 def test_gate_refuses_warns_or_looks_away(cache: str, tmp_path: Path) -> None:
     words = [
         "model=llama3_2_1b",

@@ -7,6 +7,8 @@
                    those that the backward needs again within stage3_max_reuse_distance elements stay
     backward       gradients are copied into the bucket; when it is full, a second copy of it is reduce-scattered
     update         one sub-group of sub_group_size elements after another, each with its own float32 gradient
+    NVMe           states, master weights and the update's gradients on disk; in host memory pinned buffers for the
+                   largest sub-group; for parameters on disk buffers to read them into, and one to write a sub-group
 
 Reads `trainer.engine.deepspeed_config`; source: deepspeed/runtime/zero/stage3.py, partitioned_param_coordinator.py.
 """
@@ -18,10 +20,28 @@ from typing import Any
 
 from configs.schema import OffloadDevice
 from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
-from trainer.memory.profile import Parameter
+from trainer.memory.profile import Anatomy, Parameter
 from trainer.memory.timeline import GATHER, Handle
 
 NORM_BYTES = 8  # norms of an offloaded gradient are computed in float64
+
+
+def sub_groups(anatomy: Anatomy, ranks: int, size: int) -> list[tuple[int, int]]:
+    """(elements on a rank, elements on all ranks) of each sub-group: parameters in order, matrices before vectors, a
+    sub-group is closed when it has reached its size."""
+    groups: list[tuple[int, int]] = []
+    for matrix in (True, False):
+        share = whole = 0
+        for parameter in anatomy.parameters():
+            if (len(parameter.shape) > 1) is matrix:
+                share += ceil(parameter.numel / ranks)
+                whole += parameter.numel
+                if share >= size:
+                    groups.append((share, whole))
+                    share = whole = 0
+        if share:
+            groups.append((share, whole))
+    return groups
 
 
 class ZeroStage3:
@@ -39,11 +59,12 @@ class ZeroStage3:
         self.threshold = zero["stage3_param_persistence_threshold"]
         self.reuse = zero["stage3_max_reuse_distance"]
         self.ahead = zero["stage3_prefetch_bucket_size"]
-        self.sub_group = zero["sub_group_size"]
         self.groups = dict(setting.profile.anatomy.all_groups())
         self.numel = {(group, p.name): p.numel for group, members in self.groups.items() for p in members}
         self.shards = [ceil(p.numel / self.ranks) for p in setting.profile.anatomy.parameters()]
-        self.largest = [ceil(p.numel / self.ranks) for p in setting.profile.anatomy.parameters() if len(p.shape) > 1]
+        self.sub_groups = sub_groups(setting.profile.anatomy, self.ranks, zero["sub_group_size"])
+        self.swapped = zero.get("offload_param", {})
+        self.swap_buffers = zero.get("offload_optimizer", {}).get("buffer_count", 0)
         self.after = self._elements_after()
         self.whole: dict[str, list[Handle | None]] = {}
         self.persistent: set[str] = set()
@@ -68,23 +89,36 @@ class ZeroStage3:
         self._place("parameters", elements * self.param, self.parameters)
         for what in ("gradients", "optimizer"):
             self._place(what, elements * self.master, self.optimizer if what == "optimizer" else self._gradients())
-        if self._gradients() is not OffloadDevice.none:
+        if self.optimizer is not OffloadDevice.none:
             # The gradient that the update on the CPU reads, beside the one that adds up micro-batches.
-            self._place("gradients of the update", elements * self.master, self._gradients())
+            self._place("gradients of the update", elements * self.master, self.optimizer)
+        self._place_staging()
         self.timeline.allocate("buffers", self.bucket_elements * self.reduce)
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
         place_batch(self.setting)
+
+    def _place_staging(self) -> None:
+        """Pinned host memory between the GPU and the disk. Its allocation goes past torch."""
+        if self.optimizer is OffloadDevice.nvme:
+            largest = max(elements for elements, _ in self.sub_groups)
+            self.setting.host["optimizer staging"] = self.swap_buffers * largest * self.master
+        if self.parameters is OffloadDevice.nvme:
+            reading = self.swapped["buffer_count"] * self.swapped["buffer_size"]
+            # For writing, as many elements as the largest sub-group has on all ranks together.
+            _, writing = max(self.sub_groups)
+            self.setting.host["parameter staging"] = (reading + writing) * self.param
 
     def _gradients(self) -> OffloadDevice:
         """The gradient partition waits in host memory for an optimizer that is not on the GPU."""
         return OffloadDevice.none if self.optimizer is OffloadDevice.none else OffloadDevice.cpu
 
     def _place(self, what: str, size: int, where: OffloadDevice) -> None:
-        if where is OffloadDevice.none or not self.setting.gpu:
-            self.timeline.allocate(what, size)
+        if where is OffloadDevice.nvme:
+            self.setting.nvme[what] = self.setting.nvme.get(what, 0) + size
+        elif where is OffloadDevice.cpu and self.setting.gpu:
+            self.setting.host[what] = self.setting.host.get(what, 0) + size
         else:
-            side = self.setting.host if where is OffloadDevice.cpu else self.setting.nvme
-            side[what] = side.get(what, 0) + size
+            self.timeline.allocate(what, size)
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
         self.step = step
@@ -118,15 +152,13 @@ class ZeroStage3:
             self._drop(group)
 
     def update(self, step: int) -> None:
-        sizes = [shard * self.master for shard in self.shards]
-        whole = sum(self.largest)
-        count = max(1, ceil(whole / self.sub_group))
-        share = min(whole, self.sub_group + max(self.largest)) if count > 1 else whole
-        if self.optimizer is OffloadDevice.none or not self.setting.gpu:
+        sizes = [elements * self.master for elements, _ in self.sub_groups]
+        on_disk = self.optimizer is OffloadDevice.nvme
+        if self.optimizer is OffloadDevice.none or not (self.setting.gpu or on_disk):
             if step == 1:
-                place_states(self.setting, [ceil(sum(sizes) / count)] * count)
-            gradient = self.timeline.allocate("workspace", share * self.master)
-            update_temporaries(self.setting, [share * self.master])
+                place_states(self.setting, sizes)
+            gradient = self.timeline.allocate("workspace", max(sizes))
+            update_temporaries(self.setting, [max(sizes)])
             self.timeline.free(gradient)
         elif step == 1:
             self._place("optimizer states", int(sum(sizes) * self.setting.profile.update.state), self.optimizer)
