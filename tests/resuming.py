@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import os
+import resource
 import signal
 import struct
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +26,7 @@ from trainer.machine import find_machine
 from trainer.model import build_hf_config
 from trainer.optimizer import lr_at
 from trainer.plan import Plan, make_plan
-from trainer.runtime import Runtime, join
+from trainer.runtime import Runtime, dropout_stream, join
 from trainer.step import train_step
 from trainer.stopping import StopRequests
 
@@ -30,7 +35,8 @@ DROPOUT = ["model=tiny_gpt2", "model.config.n_embd=64", "model.config.vocab_size
 
 @dataclass
 class Journal:
-    """Per step: loss and gradient norm, their bits, and a hash of parameters and optimizer states after it."""
+    """Per step: loss and gradient norm, their bits, the loss scale, and a hash of parameters and optimizer states after
+    it."""
 
     losses: dict[int, float]
     grad_norms: dict[int, float]
@@ -53,6 +59,26 @@ def resume_each(overrides: list[str], folders: list[str], steps: int) -> list[Jo
         return [_train(config, plan, runtime, Path(folder), steps, further=True) for folder in folders]
 
 
+def train_then_resume_each(overrides: list[str], folder: str, others: list[str], saved: int) -> list[Journal]:
+    """Train to the end, with a checkpoint of step `saved` alone; then, with engines built anew, go on to the end from
+    that checkpoint and from those of other run folders. Journals in this order."""
+    whole = load_config([*overrides, f"checkpoint.every={saved}", "checkpoint.final=false"])
+    assert saved < whole.train.steps < 2 * saved
+    config = load_config([*overrides, "checkpoint.every=0", "checkpoint.final=false"])
+    plan = make_plan(config, find_machine())
+    left = config.train.steps - saved
+    with join(plan, timeout_minutes=2) as runtime:
+        alone = _train(whole, plan, runtime, Path(folder), config.train.steps)
+        return [alone, *(_train(config, plan, runtime, Path(f), left, further=True) for f in (folder, *others))]
+
+
+def train_float16_then_resume(overrides: list[str], folder: str, saved: int) -> list[Journal]:
+    from tests.deepspeed_cases import allow_float16
+
+    allow_float16()
+    return train_then_resume_each(overrides, folder, [], saved)
+
+
 def train_and_die(overrides: list[str], folder: str, rank: int, at: int) -> Journal:
     """As `train_and_save`, but SIGKILL this process at its `at`-th operation on a file below `folder`, on this rank."""
     if int(os.environ["RANK"]) == rank:
@@ -65,6 +91,95 @@ def count_file_operations(overrides: list[str], folder: str) -> int:
     operations = kill_at(folder, None)
     train_and_save(overrides, folder)
     return len(operations)
+
+
+def list_file_operations(overrides: list[str], folder: str) -> tuple[list[str], Journal]:
+    """The places for `train_and_die` on this rank, and the journal of the run that is left alone."""
+    operations = kill_at(folder, None)
+    return operations, train_and_save(overrides, folder)
+
+
+def train_and_die_after(overrides: list[str], folder: str, rank: int, seconds: float) -> Journal:
+    """As `train_and_save`, but SIGKILL this process after so many seconds, on this rank."""
+    if int(os.environ["RANK"]) == rank:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return train_and_save(overrides, folder)
+
+
+def commit_and_die(partial: str, at: int) -> None:
+    """Commit a folder that is complete; SIGKILL at the `at`-th operation, or at the end."""
+    from trainer.checkpoint.catalog import commit
+
+    kill_at(str(Path(partial).parent), at)
+    commit(Path(partial))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_with_small_files(overrides: list[str], folder: str, largest_file: int) -> Journal:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    try:
+        return train_and_save(overrides, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def train_with_failing_fsync(overrides: list[str], folder: str, at: int) -> Journal:
+    """The `at`-th fsync in `folder` fails."""
+    fsync, calls = os.fsync, itertools.count()
+
+    def failing(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(folder) and next(calls) == at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    os.fsync = failing
+    return train_and_save(overrides, folder)
+
+
+def resume_often(overrides: list[str], folder: str, starts: int) -> tuple[dict[int, str], int]:
+    """Start, train one step, save, end: so many times in this process. Returns the journal's lines, and how many more
+    files are open at the end than after the second start."""
+    config = load_config(overrides)
+    plan = make_plan(config, find_machine())
+    lines: dict[int, str] = {}
+    opened: list[int] = []
+    with join(plan, timeout_minutes=1) as runtime:
+        for _ in range(starts):
+            lines |= _train(config, plan, runtime, Path(folder), 1, further=True).lines
+            opened.append(len(os.listdir("/proc/self/fd")))
+    return lines, opened[-1] - opened[1]
+
+
+def door(words: list[str]) -> int:
+    """The exit code of the real door."""
+    from trainer.__main__ import main
+
+    return main(words)
+
+
+def start_and_fail(words: list[str], rank: int, where: str) -> int:
+    """The real door; one rank meets an exception in its third step. Raises unless the run ends with exit code 0."""
+    import trainer.loop
+
+    if int(os.environ["RANK"]) == rank:
+        calls, at, train_step = itertools.count(), 2, trainer.loop.train_step
+
+        def planted(engine: Engine, *rest: Any) -> Any:
+            if next(calls) == at:
+                if where == "the backward":
+                    parameter = next(engine.model.parameters())
+                    parameter.register_hook(lambda gradient: fail())
+                else:
+                    fail()
+            return train_step(engine, *rest)
+
+        def fail() -> None:
+            raise ZeroDivisionError(f"planted in {where}")
+
+        trainer.loop.train_step = planted
+    code = door(words)
+    assert code == 0, f"exit code {code}"
+    return code
 
 
 def kill_at(folder: str, at: int | None) -> list[str]:
@@ -98,7 +213,7 @@ def kill_at(folder: str, at: int | None) -> list[str]:
 def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, further: bool = False) -> Journal:
     hf_config = build_hf_config(config.model)
     data = build_data(config, plan, data_rank=plan.data_rank(runtime.rank), vocab_size=hf_config.vocab_size)
-    torch.manual_seed(config.train.seed + runtime.rank)
+    torch.manual_seed(config.train.seed + dropout_stream(plan, runtime.rank))
     keeper = Keeper(
         config,
         plan,
@@ -121,7 +236,8 @@ def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, fur
         result = train_step(engine, next(steps), plan, runtime, lr_at(config, step))
         assert result.report is not None
         journal.losses[step + 1], journal.grad_norms[step + 1] = result.loss, result.report.grad_norm
-        journal.lines[step + 1] = f"{bits(result.loss)} {bits(result.report.grad_norm)} {state_hash(engine, runtime)}"
+        scale, state = result.report.loss_scale, state_hash(engine, runtime)
+        journal.lines[step + 1] = f"{bits(result.loss)} {bits(result.report.grad_norm)} {scale} {state}"
         keeper.after_step(step + 1, engine, samples=(step + 1) * size, report=dict)
     engine.close()
     return journal

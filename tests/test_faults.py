@@ -1,0 +1,49 @@
+"""The script that counts faults: one kind for real, a fault that is not survived, and the table on its page."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests import faults
+from tests.fault_cases import Bench
+from tests.faults import COMMAND, Fault, count, main, table
+from tests.measured import write
+
+
+def test_flipped_bits_are_counted_and_written_to_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n<!-- measured: {COMMAND} -->\nold\n<!-- end of measured -->\nafter\n")
+    assert main(["--counts", "one", "--only", "C6", "--write", str(page)]) == 0
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "| C6 | one bit flipped anywhere in a checkpoint | 1 of 1 |" in lines
+    assert "old" not in lines
+
+
+def test_a_fault_that_is_not_survived_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    strikes = iter([True, False, True])
+
+    def strike(bench: Bench) -> None:
+        assert next(strikes), "step 3 was trained twice"
+
+    fault = Fault(name="C0", what="planted", strike=strike, few=3, nightly=3)
+    counted = count(fault, 3, Bench(tmp_path, random.Random(0)))
+    assert [failure.splitlines()[0] for failure in counted.failures] == ["AssertionError: step 3 was trained twice"]
+    assert "| C0 | planted | 2 of 3 |" in table([counted], seed=0)
+    strikes = iter([True, False, True])
+    monkeypatch.setattr(faults, "FAULTS", [fault])
+    assert main([]) == 1
+    assert "C0: AssertionError: step 3 was trained twice" in capsys.readouterr().out
+
+
+def test_a_page_without_the_markers_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing here\n")
+    with pytest.raises(SystemExit, match="has no line"):
+        write(page, COMMAND, "table\n")
+    assert page.read_text() == "nothing here\n"
