@@ -14,6 +14,7 @@ from launch.estimate import answer
 from tests.harness import run_ranks
 from tests.held import held
 from tests.memory_cases import measure
+from tests.rounding import STEPS, rounded
 from trainer.machine import Machine
 from trainer.memory.estimate import estimate
 from trainer.memory.profiles import NotEstimated
@@ -30,6 +31,13 @@ LAYOUTS = (
     "parallel=fsdp",
 )
 RANKS = (2, 4)
+PRECISIONS = (
+    "precision=fp32",
+    "precision=bf16",
+    "precision=fp16",
+    "precision=fp16 precision.loss_scale=1",
+    "precision=bf16 precision.master_dtype=bfloat16 precision.reduce_dtype=bfloat16",
+)
 
 
 def memory(words: str) -> str:
@@ -161,6 +169,31 @@ def _holding_head() -> list[str]:
     moments = ("before step 1", "between steps", "between micro-batches")
     titles = [f"{moment}, {ranks} ranks" for moment in moments for ranks in RANKS]
     return [f"| bytes per parameter | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
+
+
+def precisions() -> str:
+    """What a short run in each precision loses."""
+    lines = _precisions_head()
+    for words in PRECISIONS:
+        found = rounded(shlex.split(words))
+        numbers = f"{found.zero_gradients:.3%} | {found.unmoved:.1%} | {found.loss:.4f}"
+        lines.append(f"| `{words}` | {numbers} |")
+    return "\n".join(lines)
+
+
+def check_precisions(table: str) -> None:
+    lines = table.splitlines()
+    assert lines[:2] == _precisions_head(), "another head"
+    rows = {line.split("`")[1]: [cell.strip(" %") for cell in line.split("|")[2:-1]] for line in lines[2:]}
+    assert list(rows) == list(PRECISIONS), "other rows"
+    zeros, unmoved = ({words: float(cells[column]) for words, cells in rows.items()} for column in (0, 1))
+    assert zeros["precision=fp16 precision.loss_scale=1"] > zeros["precision=fp16"], "scaling keeps small gradients"
+    assert unmoved[PRECISIONS[-1]] > 1 > unmoved["precision=bf16"], "updates are lost without a float32 master"
+
+
+def _precisions_head() -> list[str]:
+    titles = f"gradients of the head that are zero | parameters unmoved after {STEPS} steps | loss of the last step"
+    return [f"| | {titles} |", "| --- | ---: | ---: | ---: |"]
 
 
 def predicted() -> str:

@@ -1,0 +1,72 @@
+"""What 16 bit costs, counted: gradients that become zero, parameters that do not move, the loss after some steps.
+
+A small model with a vocabulary large enough that the gradients of its logits are small, in one process on the CPU. The
+table in docs/precision.md is written from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from configs.load import load_config
+from tests.harness import run_ranks
+from trainer.data.build import build_data
+from trainer.engine.torch import TorchEngine
+from trainer.machine import find_machine
+from trainer.model import build_hf_config
+from trainer.plan import make_plan
+from trainer.runtime import join
+from trainer.step import train_step
+
+STEPS, LEARNING_RATE = 10, 1e-4
+COMMON = [
+    "model=tiny",
+    "model.config.hidden_size=64",
+    "model.config.intermediate_size=96",
+    "model.config.vocab_size=16384",
+    "data=synthetic",
+    "data.seq_len=32",
+    "train.micro_batch_size=4",
+    f"train.steps={STEPS}",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounded:
+    """zero_gradients: part of the head's gradient, of the first step, that is exactly zero. unmoved: part of all
+    parameters that are what they were before the first step. loss: of the last step."""
+
+    zero_gradients: float
+    unmoved: float
+    loss: float
+
+
+def rounded(words: list[str]) -> Rounded:
+    """Train under a precision. words: the preset and further keys."""
+    return run_ranks(1, _train, [*COMMON, *words])[0]
+
+
+def _train(overrides: list[str]) -> Rounded:
+    config = load_config(overrides)
+    plan = make_plan(config, find_machine())
+    with join(plan, timeout_minutes=1) as runtime:
+        vocabulary = build_hf_config(config.model).vocab_size
+        steps = build_data(config, plan, data_rank=0, vocab_size=vocabulary).steps()
+        engine = TorchEngine(config, plan, runtime)
+        before = {name: value.detach().clone() for name, value in engine.named.items()}
+        batches = next(steps)
+        tokens = torch.tensor(float(sum(batch.valid_tokens() for batch in batches)), dtype=torch.float64)
+        engine.forward_backward(batches, tokens)
+        gradient = engine.named["lm_head.weight"].grad
+        assert gradient is not None
+        zeros = (gradient == 0).double().mean().item()
+        engine.discard()
+        losses = [train_step(engine, next(steps), plan, runtime, LEARNING_RATE).loss for _ in range(STEPS)]
+        unmoved = sum((engine.named[name] == value).sum().item() for name, value in before.items())
+    return Rounded(
+        zero_gradients=zeros,
+        unmoved=unmoved / sum(value.numel() for value in before.values()),
+        loss=losses[-1],
+    )
