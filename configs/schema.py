@@ -428,6 +428,9 @@ class Launcher:
     max_restarts: int = 3
     """When a worker dies or hangs, the job is started again from its newest checkpoint, at most so many times in
     a row. A restart that gets to a new checkpoint begins the count anew. 0: never."""
+    preflight: bool | None = None
+    """All ranks together compare versions and devices, measure the network, and try the run folder and the disks,
+    before anything is built. Null: where there is more than one node."""
 
 
 @dataclass(kw_only=True, slots=True)

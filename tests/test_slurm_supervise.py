@@ -211,6 +211,7 @@ def test_the_time_limit_where_there_is_no_way_back(
 def test_jobs_that_are_always_stopped_before_a_checkpoint_end(run_dir: Path) -> None:
     """As under a time limit that is shorter than a start."""
     requeues = run_dir.parent / "bin/requeued.txt"
+    number, said = 0, ""
     for number in range(1, 9):
         running = start(run_dir, "75 stopped 10", restarts=number - 1, max_requeues=100)
         with running:
