@@ -13,12 +13,12 @@ import torch
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED
 from tests.harness import run_ranks
-from tests.reports import config_and_plan, lone_runtime
+from tests.reports import config_and_plan
 from trainer.__main__ import main
 from trainer.memory.estimate import Estimate
 from trainer.report import prediction
 from trainer.report.metrics import Comparison
-from trainer.report.prediction import MemoryCheck
+from trainer.report.prediction import MemoryCheck, predict
 from trainer.runtime import join
 
 
@@ -39,7 +39,8 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "tolerance"), [(["parallel=fsdp", "precision=bf16"], 0.05), (["parallel=zero3", "precision=bf16"], 0.1)]
+    ("layout", "tolerance"),
+    [(["parallel=tensor"], 0.05), (["parallel=pipeline"], 0.05), (["parallel=zero3", "precision=bf16"], 0.1)],
 )
 def test_a_run_that_counts_its_tensors_tells_how_far_off_the_prediction_was(
     layout: list[str], tolerance: float, tmp_path: Path
@@ -114,8 +115,9 @@ def test_the_furthest_rank_is_named_whichever_way_it_is_off(tmp_path: Path) -> N
 def compare(folder: str) -> Comparison:
     """Rank 1 took a half more than predicted, rank 2 half as much: twice too little is further off."""
     config, plan = config_and_plan(Path(folder), "parallel=ddp", f"data.cache_dir={folder}")
-    with join(plan, timeout_minutes=1) as runtime, MemoryCheck(config, plan, runtime) as memory:
-        estimated = runtime.gather(memory._estimate and memory._estimate.busiest.peak_allocated_bytes)[0]
+    predicted = predict(config, plan)
+    with join(plan, timeout_minutes=1) as runtime, MemoryCheck(config, plan, runtime, predicted) as memory:
+        estimated = runtime.gather(predicted.estimate and predicted.estimate.busiest.peak_allocated_bytes)[0]
         assert estimated is not None
         memory._measured = ((estimated, None), (estimated * 3 // 2, None), (estimated // 2, None))[runtime.rank]
         return memory.compare()
@@ -123,12 +125,11 @@ def compare(folder: str) -> Comparison:
 
 def test_a_run_draws_the_same_numbers_whether_or_not_its_estimate_was_cached(tmp_path: Path) -> None:
     config, plan = config_and_plan(tmp_path, "launcher=python", f"data.cache_dir={tmp_path}", "model=tiny_gpt2")
-    with lone_runtime(plan) as runtime:
-        drawn = []
-        for _ in range(2):
-            torch.manual_seed(1)
-            with MemoryCheck(config, plan, runtime):
-                drawn.append(torch.rand(1).item())
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        assert predict(config, plan).estimate is not None
+        drawn.append(torch.rand(1).item())
     assert drawn[0] == drawn[1]
 
 

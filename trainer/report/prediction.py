@@ -1,6 +1,7 @@
 """Predicted against measured: every run compares the memory estimate with what its own first two steps took.
 
-    with MemoryCheck(config, plan, runtime) as memory:      the estimate, on rank 0
+    predicted = predict(config, plan)                       on rank 0, before it joins the process group
+    with MemoryCheck(config, plan, runtime, predicted) as memory:
         build the engine; for each step: memory.step_done()
         memory.compare()                                    the rank that is furthest from its prediction
 
@@ -13,14 +14,15 @@ The estimate never costs a run: whatever goes wrong in it becomes the note that 
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 
 from configs.errors import CookbookError
 from configs.schema import Config
-from trainer import watchdog
 from trainer.memory.compose import STEPS
 from trainer.memory.estimate import Estimate, RankEstimate, estimate
 from trainer.memory.tracker import Born, Died, Event, StorageTracker
@@ -28,7 +30,7 @@ from trainer.plan import Plan
 from trainer.report.measure import peak_memory
 from trainer.report.metrics import Comparison
 from trainer.report.terminal import size
-from trainer.runtime import Runtime
+from trainer.runtime import Runtime, local_rank
 
 NOTHING_MEASURED = "a CPU process has no counter of its tensors; estimate.measure=true counts them"
 TOO_SHORT = f"fewer than {STEPS} steps do not reach the predicted peak"
@@ -38,22 +40,43 @@ Measured = tuple[int, int | None]
 """Allocated and reserved bytes at the peak of a rank; a CPU reserves nothing."""
 
 
-class MemoryCheck:
-    """Every rank makes one before it builds its engine; rank 0 alone estimates."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """estimate: None where there is none; note: then why not. Neither on the ranks that were not asked."""
 
-    def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
+    estimate: Estimate | None = None
+    note: str | None = None
+
+
+def predict(config: Config, plan: Plan) -> Prediction:
+    """The estimate, on rank 0 alone. To be asked before the rank joins its process group: a layout that divides
+    matrices is traced on a group of its own."""
+    if os.environ.get("RANK", "0") != "0":
+        return Prediction()
+    try:
+        found = torch.cuda.get_device_name(local_rank()) if plan.device == "cuda" else None
+        # A run draws the same random numbers whether its estimate was traced just now or read from disk.
+        with torch.random.fork_rng(devices=[]):
+            return Prediction(estimate=estimate(config, plan, found_gpu=found))
+    except CookbookError as error:
+        return Prediction(note=f"not estimated: {'; '.join(error.problems)}")
+    except Exception as error:
+        # A defect of the estimator must not end a run that has nothing to do with it.
+        return Prediction(note=f"not estimated: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+class MemoryCheck:
+    """Every rank makes one before it builds its engine."""
+
+    def __init__(self, config: Config, plan: Plan, runtime: Runtime, predicted: Prediction) -> None:
         self._config, self._plan, self._runtime = config, plan, runtime
-        self._estimate: Estimate | None = None
-        self._note: str | None = None
+        self._estimate, self._note = predicted.estimate, predicted.note
         self._peak: _Peak | None = None
         self._counting = ExitStack()
         self._steps = 0
         self._measured: Measured | None = None
 
     def __enter__(self) -> MemoryCheck:
-        if self._runtime.is_main:
-            watchdog.at("the memory estimate")
-            self._predict()
         if self._config.estimate.measure:
             self._peak = _Peak()
             self._counting.enter_context(StorageTracker(on_event=self._peak))
@@ -108,19 +131,6 @@ class MemoryCheck:
             memory_ratio=_ratio(rank, measured),
             memory_rank=number,
         )
-
-    def _predict(self) -> None:
-        cuda = self._runtime.device.type == "cuda"
-        found = torch.cuda.get_device_name(self._runtime.device) if cuda else None
-        try:
-            # A run draws the same random numbers whether its estimate was traced just now or read from disk.
-            with torch.random.fork_rng(devices=[]):
-                self._estimate = estimate(self._config, self._plan, found_gpu=found)
-        except CookbookError as error:
-            self._note = f"not estimated: {'; '.join(error.problems)}"
-        except Exception as error:
-            # A defect of the estimator must not end a run that has nothing to do with it.
-            self._note = f"not estimated: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _ratio(predicted: RankEstimate, measured: Measured) -> float:
