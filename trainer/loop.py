@@ -22,9 +22,10 @@ from trainer.model import build_hf_config
 from trainer.optimizer import lr_at
 from trainer.plan import Plan
 from trainer.precision import export_dtype
+from trainer.preflight_ranks import preflight
 from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepTimer
-from trainer.report.prediction import MemoryCheck, predict
+from trainer.report.prediction import MemoryCheck
 from trainer.report.reporter import Reporter
 from trainer.runtime import Runtime, dropout_stream, join
 from trainer.status import RunStatus
@@ -38,7 +39,6 @@ def run(config: Config, plan: Plan) -> int:
 
     Raises CookbookError, the same on every rank, on what the user can mend.
     """
-    predicted = predict(config, plan)
     with join(plan, timeout_minutes=config.train.timeout_minutes) as runtime:
         folder = open_run_folder(config, plan, runtime)
         with (
@@ -47,6 +47,7 @@ def run(config: Config, plan: Plan) -> int:
             Watchdog(folder, runtime, timeout_minutes=config.train.timeout_minutes),
         ):
             hf_config = runtime.agree(lambda: build_hf_config(config.model))
+            preflight(config, plan, runtime, folder)
             data = _build_data(config, plan, runtime, vocab_size=hf_config.vocab_size)
             same = identity(config, hf_config, data)
             keeper = Keeper(config, plan, runtime, folder, identity=same, tokenizer=data.tokenizer, stop=stop)
@@ -55,7 +56,7 @@ def run(config: Config, plan: Plan) -> int:
             # The parameters do not depend on this generator.
             torch.manual_seed(config.train.seed + dropout_stream(plan, runtime.rank))
             with (
-                MemoryCheck(config, plan, runtime, predicted) as memory,
+                MemoryCheck(config, plan, runtime) as memory,
                 closing(build_engine(config, plan, runtime)) as engine,
             ):
                 keeper.restore(engine)
