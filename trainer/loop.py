@@ -25,7 +25,7 @@ from trainer.precision import export_dtype
 from trainer.preflight_ranks import preflight
 from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepTimer
-from trainer.report.prediction import MemoryCheck
+from trainer.report.prediction import MemoryCheck, predict
 from trainer.report.reporter import Reporter
 from trainer.runtime import Runtime, dropout_stream, join
 from trainer.status import RunStatus
@@ -39,6 +39,7 @@ def run(config: Config, plan: Plan) -> int:
 
     Raises CookbookError, the same on every rank, on what the user can mend.
     """
+    predicted = predict(config, plan)
     with join(plan, timeout_minutes=config.train.timeout_minutes) as runtime:
         folder = open_run_folder(config, plan, runtime)
         with (
@@ -56,7 +57,7 @@ def run(config: Config, plan: Plan) -> int:
             # The parameters do not depend on this generator.
             torch.manual_seed(config.train.seed + dropout_stream(plan, runtime.rank))
             with (
-                MemoryCheck(config, plan, runtime) as memory,
+                MemoryCheck(config, plan, runtime, predicted) as memory,
                 closing(build_engine(config, plan, runtime)) as engine,
             ):
                 keeper.restore(engine)
