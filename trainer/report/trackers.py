@@ -198,7 +198,8 @@ def _arguments(logging: Logging, folder: Path, run_name: str, after_step: int) -
         },
         "mlflow": {"run_name": run_name},
         "swanlab": {"experiment_name": run_name, "logdir": str(folder / "swanlab")},
-        "tensorboard": {"logging_dir": folder / "tensorboard"},
+        # What an earlier start logged after its last checkpoint is hidden: this one makes these steps again.
+        "tensorboard": {"logging_dir": folder / "tensorboard", "purge_step": after_step + 1 if after_step else None},
         "trackio": {"name": run_name},
     }[logging.tracker]
 

@@ -1,0 +1,178 @@
+"""Resuming where more is at stake: several axes at once, states on disk, a loss scale on its way, trackers.
+
+For each layout: a run that is left alone; the same run from its checkpoint, bit by bit; and from the checkpoint of a
+single process, whose steps it must repeat within rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import EXIT_FINISHED, EXIT_STOPPED
+from tests.deepspeed_cases import WIDE, build_or_skip
+from tests.harness import RankFailed, run_ranks
+from tests.parity import words
+from tests.resuming import Journal, resume_each, train_and_save, train_float16_then_resume, train_then_resume_each
+from tests.test_checkpoint_run import STEPS as RUN_STEPS
+from tests.test_checkpoint_run import overrides as run_overrides
+from tests.test_checkpoint_run import start
+
+SAVED, STEPS = 3, 5
+FLOAT32 = 1e-5
+# layout -> processes, further keys
+LAYOUTS = {
+    "tensor_fsdp": (4, ("parallel.sequence_parallel=true",)),
+    "pipeline_fsdp": (4, ()),
+    "context": (2, ()),
+    "zero1_tensor": (4, ()),
+    "3d": (8, ()),
+    "3d_zero1": (8, ()),
+}
+BATCH = ("train.gradient_accumulation_steps=2", "model.config.num_hidden_layers=2")
+
+
+def overrides(layout: str, *more: str) -> list[str]:
+    return words("llama", layout, "fp32", STEPS, *BATCH, *more)
+
+
+def apart(found: Journal, expected: Journal) -> float:
+    steps = range(SAVED + 1, STEPS + 1)
+    assert list(found.lines) == list(steps)
+    pairs = [(found.losses[step], expected.losses[step]) for step in steps]
+    pairs += [(found.grad_norms[step], expected.grad_norms[step]) for step in steps]
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def same_bits(found: Journal, alone: Journal) -> bool:
+    assert sorted(found.lines) == list(range(SAVED + 1, STEPS + 1))
+    return found.lines == {step: alone.lines[step] for step in found.lines}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Journal]:
+    folder = tmp_path_factory.mktemp("single")
+    run_ranks(1, train_three_steps, overrides("single"), str(folder / "saved"))
+    return folder / "saved", run_ranks(1, train_and_save, overrides("single"), str(folder / "alone"))[0]
+
+
+def train_three_steps(words: list[str], folder: str) -> Journal:
+    return train_and_save([*words, f"checkpoint.every={SAVED}"], folder, upto=SAVED)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_axes(layout: str, single: tuple[Path, Journal], tmp_path: Path) -> None:
+    processes, more = LAYOUTS[layout]
+    run = str(tmp_path / "run")
+    ranks = run_ranks(
+        processes, train_then_resume_each, overrides(layout, *more), run, [str(single[0])], SAVED, timeout=400
+    )
+    alone, own, from_single = ranks[0]
+    assert same_bits(own, alone)
+    assert apart(from_single, single[1]) <= FLOAT32
+    back = run_ranks(1, resume_each, overrides("single"), [run], STEPS - SAVED)[0][0]
+    assert apart(back, single[1]) <= FLOAT32
+
+
+@pytest.mark.timeout(2400)
+def test_states_on_nvme(tmp_path: Path) -> None:
+    run = words("llama", "zero3_nvme", "fp32", STEPS, *WIDE, f"parallel.offload.nvme_path={tmp_path / 'nvme'}")
+    (tmp_path / "nvme").mkdir()
+    build_or_skip(run)
+    fsdp = words("llama", "fsdp", "fp32", STEPS, *WIDE)
+    expected, _ = run_ranks(2, train_then_resume_each, fsdp, str(tmp_path / "fsdp"), [], SAVED)[0]
+    alone, own, from_fsdp = run_ranks(
+        2, train_then_resume_each, run, str(tmp_path / "run"), [str(tmp_path / "fsdp")], SAVED, timeout=400
+    )[0]
+    assert same_bits(own, alone)
+    assert apart(from_fsdp, expected) <= FLOAT32
+    back = run_ranks(2, resume_each, fsdp, [str(tmp_path / "run")], STEPS - SAVED)[0][0]
+    assert apart(back, expected) <= FLOAT32
+    assert list((tmp_path / "nvme").iterdir()) == []
+
+
+@pytest.mark.parametrize(("layout", "processes"), [("single", 1), ("fsdp", 2), ("zero1", 2), ("zero3", 2)])
+def test_a_loss_scale_goes_on_in_the_middle_of_its_window(layout: str, processes: int, tmp_path: Path) -> None:
+    """It doubles after each second step: at the checkpoint it has changed, and one good step is counted."""
+    more = (*BATCH, "precision.loss_scale_init=1024", "precision.loss_scale_window=2")
+    run = words("llama", layout, "fp16", STEPS, *more)
+    alone, own = run_ranks(processes, train_float16_then_resume, run, str(tmp_path), SAVED)[0]
+    scales = [float(alone.lines[step].split()[2]) for step in sorted(alone.lines)]
+    assert scales == [1024, 1024, 2048, 2048, 4096]
+    assert same_bits(own, alone)
+
+
+def interrupted(run: Path, *more: str, number: int, after: int) -> None:
+    """A run that gets a signal when the checkpoint of step `after` is there, and the start after it."""
+    given = run_overrides(run, *more, layout="single")
+    if number == signal.SIGKILL:
+        with pytest.raises(RankFailed):
+            run_ranks(1, start, given, 0, (number,), str(run), after)
+    else:
+        assert run_ranks(1, start, given, 0, (number,), str(run), after) == [EXIT_STOPPED]
+    assert run_ranks(1, start, given) == [EXIT_FINISHED]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_tensorboard_shows_every_step_once(number: int, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    interrupted(run, "logging=tensorboard", "logging.run_name=mine", number=number, after=6)
+    events = EventAccumulator(str(run / "tensorboard" / "mine")).Reload()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for kind, key in (("step", "loss"), ("validation", "validation_loss")):
+        expected = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines if line["kind"] == kind]
+        assert [(event.step, event.value) for event in events.Scalars(key)] == expected
+    assert len(events.Scalars("loss")) == RUN_STEPS
+
+
+def test_wandb_goes_on_with_the_run_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = tmp_path / "run"
+    interrupted(run, "logging=wandb", number=signal.SIGTERM, after=6)
+    files = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert len({path.name for path in files}) == 1, "two runs"
+    logged = [step for path in files for step in steps_in(path)]
+    assert logged == list(range(1, RUN_STEPS + 1))
+
+
+def steps_in(path: Path) -> list[int]:
+    """Steps with a loss in an offline run's file."""
+    from wandb.proto import wandb_internal_pb2 as messages
+
+    steps = []
+    for data in log_records(path.read_bytes()):
+        record: Any = messages.Record()  # pyright: ignore[reportAttributeAccessIssue]
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            if "loss" in values:
+                steps.append(int(json.loads(values["_step"])))
+    return steps
+
+
+def log_records(data: bytes) -> Iterator[bytes]:
+    """The file is a LevelDB log after a header of 7 bytes: blocks of 32 KiB; records of CRC (4), length (2), kind (1:
+    whole, 2: first part, 3: middle, 4: last), content."""
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if left < 7 or kind == 0:
+            at += left
+            continue
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
