@@ -70,13 +70,14 @@ def replay(
     profile: Profile, layout: Layout, timeline: Timeline, *, micro_batches: int, inputs: Sequence[int] = ()
 ) -> None:
     """Replay the first two steps on the timeline. inputs: bytes of what the engine makes of a step's batches."""
+    script = _Script(profile)
     layout.start()
     numbers = [0] if micro_batches == 1 else [0, micro_batches - 1]
     for step in range(1, STEPS + 1):
         given = [timeline.allocate("activations", size) for size in inputs]
         for number in numbers:
             layout.begin_micro_batch(step, first=number == 0, last=number == micro_batches - 1)
-            running = _MicroBatch(profile, layout, timeline, step)
+            running = _MicroBatch(script, layout, timeline, step)
             running.forward()
             running.backward()
         for handle in given:
@@ -97,6 +98,7 @@ def replay_stages(
 ) -> None:
     """Replay two steps of a pipeline's rank. stages: those it holds. order: what it does (`pipeline_orders`). update:
     the optimizer's, of all stages at once."""
+    scripts = {stage: _Script(profile) for stage, (profile, _) in stages.items()}
     for _, layout in stages.values():
         layout.start()
     for step in range(1, STEPS + 1):
@@ -107,9 +109,8 @@ def replay_stages(
         running: dict[tuple[int, int], _MicroBatch] = {}
         for action in order:
             kind, stage, number = action
-            profile, layout = stages[stage]
             if kind == "F":
-                running[stage, number] = _MicroBatch(profile, layout, timeline, step)
+                running[stage, number] = _MicroBatch(scripts[stage], stages[stage][1], timeline, step)
                 running[stage, number].forward()
             elif kind == "I":
                 # The first stage's input has no gradient: its whole backward waits for W.
@@ -130,18 +131,27 @@ def replay_stages(
     timeline.sample()
 
 
-class _MicroBatch:
-    def __init__(self, profile: Profile, layout: Layout, timeline: Timeline, step: int) -> None:
-        self.anatomy, self.trace = profile.anatomy, profile.trace
-        self.layout, self.timeline, self.step = layout, timeline, step
-        self.live: dict[tuple[str, str], dict[int, Handle | None]] = {}
+class _Script:
+    """A module's sections made ready for replaying, once for all its micro-batches."""
+
+    def __init__(self, profile: Profile) -> None:
+        layers, trace = profile.anatomy.layers, profile.trace
+        self.templates = [str(trace.template_of(layer, layers)) for layer in range(len(layers))]
+        self.sections = trace.sections
         self.sizes = {
-            key: {entry[1]: entry[2] for entry in steps if entry[0] == "+"}
-            for key, steps in self.trace.sections.items()
+            key: {entry[1]: entry[2] for entry in steps if entry[0] == "+"} for key, steps in trace.sections.items()
         }
-        self.templates = [
-            str(self.trace.template_of(layer, self.anatomy.layers)) for layer in range(len(self.anatomy.layers))
-        ]
+        self.stands_for = {
+            section: [str(layer) for layer, template in enumerate(self.templates) if template == section]
+            for _, section in trace.sections
+        }
+
+
+class _MicroBatch:
+    def __init__(self, script: _Script, layout: Layout, timeline: Timeline, step: int) -> None:
+        self.script, self.layout, self.timeline, self.step = script, layout, timeline, step
+        self.templates = script.templates
+        self.live: dict[tuple[str, str], dict[int, Handle | None]] = {}
 
     def forward(self) -> None:
         layout, timeline = self.layout, self.timeline
@@ -184,14 +194,18 @@ class _MicroBatch:
                 self.timeline.free(handle)
 
     def _section(self, phase: str, template: str, instance: str) -> None:
-        timeline, live = self.timeline, self.live.setdefault((phase, instance), {})
-        for entry in self.trace.sections.get((phase, template), ()):
+        allocate, free = self.timeline.allocate, self.timeline.free
+        live = self.live.setdefault((phase, instance), {})
+        for entry in self.script.sections.get((phase, template), ()):
             match entry[0]:
                 case "+":
-                    live[entry[1]] = timeline.allocate(entry[3], entry[2])
+                    live[entry[1]] = allocate(entry[3], entry[2])
                 case "-":
+                    if entry[2] == template and entry[1] == phase:
+                        free(live.pop(entry[3], None))
+                        continue
                     for handle in self._take(entry, template, instance):
-                        timeline.free(handle)
+                        free(handle)
                 case "g":
                     group = instance if entry[1].isdigit() else entry[1]
                     found = self._take(("-", *entry[3:]), template, instance) if entry[5] >= 0 else []
@@ -219,23 +233,24 @@ class _MicroBatch:
         dies outside the layers dies for every layer that the traced one stands for."""
         _, phase, section, number = entry
         assert isinstance(phase, str) and isinstance(section, str) and isinstance(number, int)
-        places = [section]
-        if section.isdigit() and template.isdigit():
-            places = [str(int(section) + int(instance) - int(template))]
-        elif section.isdigit():
-            places = [str(layer) for layer, stands in enumerate(self.templates) if stands == section]
-        size = self.sizes[phase, section][number]
-        return [self._pop((phase, place), number, size) for place in places]
+        if section == template:
+            return [self._pop((phase, instance), section, number, section)]
+        if not section.isdigit():
+            return [self._pop((phase, section), section, number, section)]
+        if template.isdigit():
+            place = int(section) + int(instance) - int(template)
+            if not 0 <= place < len(self.templates):
+                return []
+            return [self._pop((phase, str(place)), section, number, self.templates[place])]
+        return [self._pop((phase, place), section, number, section) for place in self.script.stands_for[section]]
 
-    def _pop(self, key: tuple[str, str], number: int, size: int) -> Handle | None:
-        live = self.live.get(key, {})
-        if self.sizes.get((key[0], self._template(key[1])), {}).get(number) != size:
+    def _pop(self, key: tuple[str, str], section: str, number: int, template: str) -> Handle | None:
+        live = self.live.get(key)
+        if live is None:
+            return None
+        if template != section:
             # A neighbour of another kind numbers its storages differently.
-            alike = self.sizes.get((key[0], self._template(key[1])), {})
-            number = next((n for n in live if alike.get(n) == size), -1)
+            size, alike = self.script.sizes[key[0], section][number], self.script.sizes.get((key[0], template), {})
+            if alike.get(number) != size:
+                number = next((n for n in live if alike.get(n) == size), -1)
         return live.pop(number, None)
-
-    def _template(self, place: str) -> str:
-        if not place.isdigit():
-            return place
-        return self.templates[int(place)] if int(place) < len(self.templates) else ""

@@ -47,6 +47,7 @@ class FullySharded:
         self.order: list[str] = []
         self.received: dict[str, dict[str, Handle | None]] = {}
         self.added: dict[str, dict[str, Handle | None]] = {}
+        self.late: list[Handle | None] = []
         self.reducing: Handle | None = None
         self.sharded: dict[str, Handle | None] = {}
         self.partial: dict[str, Handle | None] = {}
@@ -125,11 +126,14 @@ class FullySharded:
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
         narrow = self.added.get(group, {}) if self.reduce == self.param else {}
         received = self.received.setdefault(group, {})
-        if parameter in narrow or parameter in received:
+        if parameter not in narrow and parameter not in received:
+            received[parameter] = handle
+        elif self.setting.plan.degree("tp") > 1:
+            # It passes out of the divided layer with the layer's other gradients, when that is done.
+            self.late.append(handle)
+        else:
             # Autograd adds it to the one that is there.
             self.timeline.free(handle)
-        else:
-            received[parameter] = handle
 
     def end_backward(self) -> None:
         for group in ("root", "embedding"):
@@ -139,6 +143,9 @@ class FullySharded:
 
     def _add_up(self, group: str) -> None:
         """Gradients that are not reduced yet: kept whole, in the dtype in which they will be."""
+        for handle in self.late:
+            self.timeline.free(handle)
+        self.late.clear()
         added = self.added.setdefault(group, {})
         numel = {parameter.name: parameter.numel for parameter in self.groups[group]}
         for name, handle in self.received.pop(group, {}).items():
@@ -150,6 +157,9 @@ class FullySharded:
             self.timeline.free(handle)
 
     def _reduce(self, group: str) -> None:
+        for handle in self.late:
+            self.timeline.free(handle)
+        self.late.clear()
         received, added = self.received.pop(group, {}), self.added.pop(group, {})
         for name in added.keys() & received.keys():
             self.timeline.free(received.pop(name))
