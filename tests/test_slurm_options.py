@@ -221,7 +221,8 @@ def test_a_run_that_cannot_be_a_job(word: str, problem: str, slurm: Path) -> Non
 
 
 HOSTILE = [
-    "$(touch PWNED)", "`touch PWNED`", "x; touch PWNED", "a && touch PWNED", "\\'\"\ntouch PWNED #", "' || touch PWNED '",
+    "$(touch PWNED)", "`touch PWNED`", "x; touch PWNED", "a && touch PWNED", "\\'\"\ntouch PWNED #",
+    "' || touch PWNED '",
     "\"; touch PWNED; \"", "$IFS", "-oProxyCommand=touch PWNED", "--wrap=touch PWNED", "../../x", "%j%A", "~root", "*",
     "a" * 5000, "\x07", "\x1b[31m", "\u202e", "{port}", "{a,b}", "|tee PWNED", "<(touch PWNED)", "x\ttouch", "--", "",
 ]  # fmt: skip
@@ -238,9 +239,7 @@ def test_hostile_options_are_refused_or_stay_one_word(key: str) -> None:
         assert all("\n" not in line and line.isprintable() and len(line) < 400 for line in found)
         if not found and key not in ("python", "container"):
             words = sbatch_words(config, plan_job(config), output="log", array=None)
-            assert (
-                [word for word in words if word.endswith(f"={text}")] or text == "%j%A" or key in ("gpu_type", "array")
-            )
+            assert not [word for word in words if text and text in word and not word.endswith(text)]
         if any(mark in text for mark in ("PWNED", "\x07", "\x1b")) and key not in ("python", "container"):
             assert found, f"{key}={text!r} was let through"
 
@@ -283,8 +282,12 @@ def test_a_world_around_the_job_is_not_the_ranks_world() -> None:
 
 
 def test_containers_are_srun_s() -> None:
-    config = configured("cluster.slurm.container=nvcr.io/a:1", "cluster.slurm.container_mounts=['/data:/data', '/runs:/runs']",
-                        "cluster.slurm.python=python3", "cluster.slurm.srun_args=['--container-writable']")  # fmt: skip
+    config = configured(
+        "cluster.slurm.container=nvcr.io/a:1",
+        "cluster.slurm.container_mounts=['/data:/data', '/runs:/runs']",
+        "cluster.slurm.python=python3",
+        "cluster.slurm.srun_args=['--container-writable']",
+    )
     job = make_job(config, plan_job(config), [], config_dir=None, run_dir=Path("/x"))
     assert job.srun == [
         "--container-image=nvcr.io/a:1",

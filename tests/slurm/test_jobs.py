@@ -97,7 +97,8 @@ def test_jobs_of_an_array_follow_each_other(cluster: Cluster, run_dir: Path, alo
     """The first is told to stop near its limit, the second finishes, the third finds nothing to do."""
     run = cluster.launch(run_dir, "cluster.slurm.array=1-3%1")
     run.reach(1)
-    cluster.ask("scancel", "--batch", "--signal=USR1", f"{run.job}_1")
+    running = cluster.ask("squeue", "--noheader", "--states=running", "--format=%A")
+    cluster.ask("scancel", "--batch", "--signal=USR1", running)
     run.wait(lambda: cluster.jobs() == "", "the end of the array", within=150)
     assert run.losses() == alone.losses()
     assert run.model() == alone.model()
@@ -112,7 +113,9 @@ def test_a_sweep_is_an_array_with_a_folder_per_point(cluster: Cluster, run_dir: 
     more = ["data=synthetic", "train.steps=2", "optimizer.lr=1e-3,1e35,1e-4", f"train.run_dir={run_dir}"]
     done = cluster.door("-m", *words, *more, "cluster.slurm.array=%2", "launcher=python", "launcher.max_restarts=0")
     assert done.returncode == 0, done.stderr
-    job = Run(cluster, run_dir, (run_dir / "0/slurm/jobs.txt").read_text().strip())
+    array, _, number = (run_dir / "0/slurm/jobs.txt").read_text().strip().partition("_")
+    assert number == "0"
+    job = Run(cluster, run_dir, array)
     job.wait(lambda: cluster.jobs() == "", "the end of the array", within=120)
     states = [json.loads((run_dir / f"{point}/status.json").read_text())["state"] for point in range(3)]
     assert states == ["finished", "failed", "finished"]
