@@ -1,4 +1,4 @@
-"""`pytest --write-docs` writes the tables of docs/ from what this session's tests measured."""
+"""`pytest --write-docs` writes docs/parity.md from what this session's tests measured, and what is quoted from it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity import ROWS, render_table
+from tests.write_docs import pages, write
 
 PARITY_PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 
@@ -30,3 +31,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.getoption("--write-docs") and exitstatus == 0 and ROWS:
         PARITY_PAGE.write_text(render_table(ROWS))
+        for page in pages():
+            write(page, quick=True)
