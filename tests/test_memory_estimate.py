@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from configs.load import load_config
 from launch.estimate import main
@@ -142,11 +144,12 @@ def test_mistakes_and_what_is_not_counted_cost_a_line(
     assert said in error and "Traceback" not in error
 
 
-def test_code_that_needs_values_is_refused_not_guessed(cache: str) -> None:
-    fields = {"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 300}
-    words = [f"model.config.{key}={value}" for key, value in fields.items()]
-    config = load_config(["model=tiny", *words, "parallel=single", cache])
+def test_code_that_needs_values_is_refused_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled_by_its_largest(_: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * hidden.max().item()
+
+    monkeypatch.setattr(LlamaMLP, "forward", scaled_by_its_largest)
+    config = load_config(["model=tiny", "parallel=single", f"data.cache_dir={tmp_path}"])
     with pytest.raises(NotEstimated, match="not estimated") as refused:
         estimate(config, make_plan(config, Machine(gpus=1)))
     assert len(refused.value.problems) == 1

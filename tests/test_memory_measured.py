@@ -27,6 +27,12 @@ GEMMA2 = [
     "model.config.vocab_size=301",
     "model.config.sliding_window=32",
 ]
+MIXTRAL = [
+    *LLAMA,
+    "model.config.model_type=mixtral",
+    "model.config.num_local_experts=4",
+    "model.config.num_hidden_layers=3",
+]
 SHORT = ["data.seq_len=32", "train.micro_batch_size=1"]
 LONG = ["data.seq_len=128", "train.micro_batch_size=3"]
 BF16 = ["precision=bf16"]
@@ -48,9 +54,11 @@ CASES = {
         TORCH,
         ["parallel=single", *GPT2, *SHORT, "model.attention=eager", "optimizer.implementation=foreach"],
     ),
+    "single fp32, routed experts": (1, TORCH, ["parallel=single", *MIXTRAL, *LONG]),
     "ddp fp32, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT]),
     "ddp autocast, accumulation": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE]),
     "fsdp fp32": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT]),
+    "fsdp bf16, routed experts, sgd": (2, TORCH, ["parallel=fsdp", *MIXTRAL, *SHORT, *BF16, "optimizer=sgd"]),
     "fsdp bf16, uneven, recompute": (3, TORCH, ["parallel=fsdp", *LLAMA, *LONG, *BF16, *FULL, *TWICE]),
     "fsdp kept, reduced in bf16": (
         2,
@@ -122,7 +130,7 @@ CASES = {
     ),
     "zero1 bf16": (2, DEEPSPEED, ["parallel=zero1", *LLAMA, *SHORT, *BF16, *TWICE]),
     "zero1 fp32": (2, DEEPSPEED, ["parallel=zero1", *LLAMA, *SHORT, *TWICE]),
-    "zero1 fp16, tied": (2, DEEPSPEED, ["parallel=zero1", *GPT2, *SHORT, *FP16]),
+    "zero1 fp16, tied, sgd": (2, DEEPSPEED, ["parallel=zero1", *GPT2, *SHORT, *FP16, "optimizer=sgd"]),
     "zero1 bf16, offload": (3, DEEPSPEED, ["parallel=zero1_offload", *QWEN3, *SHORT, *BF16, *TWICE]),
     "zero1 fp32, offload": (2, DEEPSPEED, ["parallel=zero1_offload", *GPT2, *LONG, *TWICE]),
     "zero2 fp32": (3, DEEPSPEED, ["parallel=zero2", *LLAMA, *LONG, *TWICE]),

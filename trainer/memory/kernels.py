@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import masking_utils
+from transformers.integrations import moe
 
 
 @contextmanager
@@ -42,7 +43,15 @@ def as_on_device(*, gpu: bool, exact_attention: bool) -> Iterator[None]:
         # A GPU keeps one byte per element as the mask; the CPU keeps the mask in the dtype of x.
         return torch.native_dropout(x, p, training)[0] if training and p else x
 
+    usable = moe._can_use_grouped_mm
+
+    def can_use_grouped_mm(hidden: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> bool:
+        # torch's grouped product of the experts knows the shape of its result in bfloat16 alone; in other dtypes the
+        # stand-in of transformers has the same inputs and results.
+        return weight.dtype is torch.bfloat16 and usable(hidden, weight, offsets)
+
     with ExitStack() as stack:
+        stack.enter_context(patch.object(moe, "_can_use_grouped_mm", can_use_grouped_mm))
         # Hugging Face builds a mask of seq_len x seq_len for tensors whose values it cannot read. The trainer gives
         # no mask and no packed positions, so that none is built on real tensors.
         stack.enter_context(patch.object(masking_utils, "is_tracing", lambda *_, **__: False))
