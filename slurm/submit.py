@@ -38,7 +38,6 @@ REFUSALS = (
     (r"dependency", "cluster.slurm.dependency", "`squeue --me` lists your jobs"),
     (r"gres|generic resource", "cluster.gpus_per_node", "`sinfo -o '%P %D %G'` shows what nodes have"),
     (r"memory", "cluster.slurm.mem", "`sinfo -o '%P %m'` shows what nodes have"),
-    (r"node count|node configuration|more processors", "cluster.nodes", "`sinfo -o '%P %D %c %G'` shows what there is"),
 )
 
 
@@ -200,6 +199,15 @@ def _sbatch(config: Config, words: Sequence[str], root: Path) -> str:
         return done.stdout.strip()
     lines = [re.sub(r"^(sbatch|allocation failure): (error: )?", "", line) for line in done.stderr.splitlines()]
     said = "; ".join(dict.fromkeys(line.strip() for line in lines if line.strip())) or f"exit code {done.returncode}"
+    if re.search(r"node count|node configuration|more processors", said, re.IGNORECASE):
+        # Slurm does not say which of these it has not.
+        parts = [
+            word for word in words if word.startswith(("--cpus-per-task=", "--gpus-per-node=", "--gres=", "--mem="))
+        ]
+        raise EnvironmentProblem(
+            f"cluster.nodes={config.cluster.nodes}: Slurm refuses ({said}): it has not so many nodes with"
+            f" {' '.join(parts)}; `sinfo -o '%P %D %c %m %G'` shows what there is"
+        )
     for pattern, key, remedy in REFUSALS:
         if re.search(pattern, said, re.IGNORECASE):
             raise EnvironmentProblem(f"{key}={_value(config, key)}: Slurm refuses ({said}); {remedy}")

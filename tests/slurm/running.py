@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -119,6 +120,11 @@ class Run:
     def reach(self, step: int, *, within: float = 90.0) -> None:
         """Until the ranks have made so many steps."""
         self.wait(lambda: max(self.losses(), default=0) >= step, f"step {step}", within=within)
+
+    def warn(self) -> None:
+        """What Slurm sends to the batch process near the time limit."""
+        found = subprocess.run(["pgrep", "-f", f"slurm.supervise {self.folder}$"], capture_output=True, text=True)
+        os.kill(int(found.stdout.split()[0]), signal.SIGUSR1)
 
     def log(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("logs/slurm-*.out")))

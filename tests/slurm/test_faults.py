@@ -30,9 +30,7 @@ def test_three_faults_in_one_job(cluster: Cluster, run_dir: Path, alone: Run) ->
     run.wait(lambda: run.status()["starts"] == 2, "the second start", within=60)
     run.reach(120)
     cluster.control("kill-controller")
-    subprocess.run(["touch", str(run_dir / "STOP")], check=True)  # what the signal comes to, and no scancel can send
-    supervisor = subprocess.run(["pgrep", "-f", f"slurm.supervise {run_dir}"], capture_output=True, text=True)
-    os.kill(int(supervisor.stdout.split()[0]), signal.SIGUSR1)
+    run.warn()
     run.wait(lambda: run.status()["state"] == "requeued", "the supervisor's decision", within=60)
     saved = run.trained()["step"]
     cluster.control("start-controller")

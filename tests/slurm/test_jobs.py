@@ -23,6 +23,7 @@ def test_two_nodes_under_torchrun(alone: Run) -> None:
     assert alone.trained()["state"] == "finished"
     if alone.cluster.control("mode") == "ns":
         assert alone.trained()["host"] == "n1", "rank 0 is on the first node"
+        assert "preflight  4 ranks on 2 node(s) agree" in log
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("accelerate", marks=pytest.mark.slurm_full)])
@@ -97,8 +98,7 @@ def test_jobs_of_an_array_follow_each_other(cluster: Cluster, run_dir: Path, alo
     """The first is told to stop near its limit, the second finishes, the third finds nothing to do."""
     run = cluster.launch(run_dir, "cluster.slurm.array=1-3%1")
     run.reach(1)
-    running = cluster.ask("squeue", "--noheader", "--states=running", "--format=%A")
-    cluster.ask("scancel", "--batch", "--signal=USR1", running)
+    run.warn()
     run.wait(lambda: cluster.jobs() == "", "the end of the array", within=150)
     assert run.losses() == alone.losses()
     assert run.model() == alone.model()

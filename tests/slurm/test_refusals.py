@@ -21,10 +21,10 @@ BLOCK = re.compile(r"^```bash slurm\n(.*?)^```$", re.MULTILINE | re.DOTALL)
         (["cluster.slurm.partition=nope"], "cluster.slurm.partition=nope: Slurm refuses ("),
         (["cluster.nodes=99"], "cluster.nodes=99: Slurm refuses ("),
         (["cluster.device=cuda", "cluster.gpus_per_node=9", "estimate.gate=off"], "cluster.nodes=2: Slurm refuses ("),
-        (["cluster.slurm.mem=4T"], "cluster.slurm.mem=4T: Slurm refuses ("),
+        (["cluster.slurm.mem=4T"], "cluster.nodes=2: Slurm refuses ("),
         (["cluster.slurm.constraint=nope"], "cluster.slurm.constraint=nope: Slurm refuses ("),
         (["cluster.slurm.cpus_per_node=65"], "cluster.nodes=2: Slurm refuses ("),
-        (["cluster.slurm.sbatch_args=['--nodelist=nope']"], "c"),
+        (["cluster.slurm.sbatch_args=['--nodelist=nope']"], "cluster.kind=slurm: Slurm refuses (Invalid node name"),
         (["cluster.slurm.sbatch_args=['--no-such-option']"], "cluster.kind=slurm: Slurm refuses ("),
     ],
 )
