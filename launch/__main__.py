@@ -23,8 +23,9 @@ from configs.load import expand_sweep, load_config
 from configs.schema import ClusterKind, Config, LauncherName
 from launch.command import Command, Rendezvous, build_command
 from launch.jobs import CONTROLS, control, is_array, launch_array, launch_job
-from launch.process import free_port, replace_process
+from launch.process import replace_process
 from launch.supervise import run_job
+from slurm.supervise import free_port
 from trainer.machine import find_machine
 from trainer.memory.gate import check_memory
 from trainer.plan import Plan, make_plan
