@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).with_name("cluster.sh")
@@ -140,12 +141,16 @@ class Run:
     def losses(self) -> dict[int, set[tuple[float, float]]]:
         """Every loss and gradient norm that was noted for a step: several where a step was made again."""
         found: dict[int, set[tuple[float, float]]] = {}
-        path = self.folder / "metrics.jsonl"
-        for text in path.read_text().splitlines(keepends=True) if path.exists() else []:
-            line = json.loads(text) if text.endswith("\n") else {}
-            if line.get("kind") == "step":
-                found.setdefault(line["step"], set()).add((line["loss"], line["grad_norm"]))
+        for line in self.steps():
+            found.setdefault(line["step"], set()).add((line["loss"], line["grad_norm"]))
         return found
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are steps, without one that is being written."""
+        path = self.folder / "metrics.jsonl"
+        texts = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [json.loads(text) for text in texts if text.endswith("\n")]
+        return [line for line in lines if line["kind"] == "step"]
 
     def model(self) -> str:
         """Hash of the finished model's weights."""

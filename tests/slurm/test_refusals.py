@@ -82,5 +82,4 @@ def test_the_example_without_the_launcher(cluster: Cluster, run_dir: Path) -> No
     cluster.ask("scancel", "--batch", "--signal=USR1", submitted)
     assert job.end() == "COMPLETED", Path(f"{run_dir}.out").read_text()
     assert job.field("Restarts") == "1"
-    assert sorted(job.losses()) == list(range(1, 301))
-    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 300, "a step was made twice"
+    assert [line["step"] for line in job.steps()] == list(range(1, 301))
