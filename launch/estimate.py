@@ -18,7 +18,7 @@ from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, CookbookError, PlanEr
 from configs.load import expand_sweep, load_config
 from configs.schema import Config, EstimateFormat
 from trainer.machine import find_machine
-from trainer.memory.estimate import estimate, planned_machine
+from trainer.memory.estimate import estimate, on_part_of_the_cluster, planned_machine
 from trainer.memory.explain import explain
 from trainer.memory.gate import EXIT_DOES_NOT_FIT
 from trainer.memory.plot import save_plot
@@ -55,9 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def answer(overrides: Sequence[str], *, config_dir: str | None = None, compare: bool = False) -> Answer:
-    """Estimate one configuration. compare: one of several, without suggestions. Raises CookbookError."""
+    """Estimate one configuration. compare: one of several, without suggestions, and where its degrees are fixed on as
+    many of the cluster's GPUs as they take. Raises CookbookError."""
     config = load_config(overrides, config_dir=config_dir)
     machine = planned_machine(config, find_machine({}))
+    if compare:
+        config = on_part_of_the_cluster(config, machine)
     plan = make_plan(config, machine)
     found = estimate(config, plan)
     suggestions, largest = [], None

@@ -13,8 +13,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import configs
 from configs.load import load_config
 from launch.estimate import main
+from tests.test_memory_measured import CASES
 from trainer.machine import Machine
 from trainer.memory.allocator import CudaAllocator
 from trainer.memory.estimate import Verdict, estimate, planned_machine
@@ -24,6 +26,10 @@ from trainer.memory.suggest import _extrapolate, largest_micro_batch
 from trainer.plan import make_plan
 
 MIB = 2**20
+UNMEASURED = {
+    "parallel=zero3_nvme": "follows DeepSpeed's code and settings",
+    "parallel=fsdp_offload": "tensors of host and device are told apart on GPUs only",
+}
 BIG = ["model=llama3_1_405b", "precision=bf16", "data.seq_len=4096", "train.micro_batch_size=1"]
 
 
@@ -223,3 +229,39 @@ def test_allocator_follows_the_documented_rules() -> None:
     # Freed neighbours have merged: the 20 MiB segment serves one request again.
     whole = allocator.malloc(20 * MIB)
     assert whole.size == 20 * MIB and allocator.reserved == 84 * MIB
+
+
+def test_every_layout_is_measured_or_refused(cache: str) -> None:
+    measured = {word for _, _, words in CASES.values() for word in words if word.startswith("parallel=")}
+    presets = {f"parallel={file.stem}" for file in (Path(configs.__file__).parent / "parallel").glob("*.yaml")}
+    for preset in presets - measured - UNMEASURED.keys():
+        config = load_config(["model=tiny", "precision=bf16", preset, cache])
+        with pytest.raises(NotEstimated, match="memory is not estimated"):
+            estimate(config, make_plan(config, Machine(gpus=8)))
+
+
+def test_ranks_of_a_pipeline_are_named(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama3_2_1b", "parallel=3d_zero1", "cluster=8xh100", "train.gradient_accumulation_steps=8", cache]
+    _, found = answer_json([*words, "parallel.pp=4", "precision=bf16"], capsys)
+    ranks = found["ranks"]
+    assert isinstance(ranks, list)
+    assert [(rank["kind"], rank["count"]) for rank in ranks] == [("pp0", 2), ("pp1", 2), ("pp2", 2), ("pp3", 2)]
+    # The last stage holds the logits of one micro-batch, the first the hidden states of four.
+    assert found["busiest"] == max(ranks, key=lambda rank: rank["device_bytes"])["kind"]
+    assert len({rank["peak_allocated_bytes"] for rank in ranks}) == 4
+    assert main([*words, "parallel.pp=4", "precision=bf16"]) == 0
+    assert f"2 x {found['busiest']} (busiest)" in capsys.readouterr().out
+
+
+def test_time_does_not_depend_on_the_number_of_gpus(cache: str) -> None:
+    words = ["model=llama3_1_405b", "parallel=3d", "parallel.tp=8", "parallel.pp=16", "precision=bf16", cache]
+    words += ["train.gradient_accumulation_steps=64", "cluster=8xh100", "parallel.sequence_parallel=true"]
+    spent, peaks = [], []
+    for nodes in (16, 2048):
+        config = load_config([*words, f"cluster.nodes={nodes}"])
+        plan = make_plan(config, Machine(gpus=8))
+        estimate(config, plan)
+        begun = time.process_time()
+        peaks.append(estimate(config, plan).busiest.peak_allocated_bytes)
+        spent.append(time.process_time() - begun)
+    assert peaks[0] == peaks[1] and max(spent) < 3

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import prod
 
 from configs.schema import Config, EngineName
 from trainer.devices import Gpu, find_gpu
@@ -117,6 +118,18 @@ def planned_machine(config: Config, found: Machine) -> Machine:
     one that need not be here. With none of them and no GPU in sight, nodes of eight are assumed."""
     described = config.cluster.gpus_per_node or found.gpus or ASSUMED_GPUS_PER_NODE
     return Machine(gpus=described)
+
+
+def on_part_of_the_cluster(config: Config, machine: Machine) -> Config:
+    """The configuration on no more GPUs than its degrees take. A comparison of layouts on one cluster names some that
+    fill a part of it (parallel=tensor: 2 GPUs), which the trainer would refuse to spread over all of them."""
+    parallel, cluster = config.parallel, config.cluster
+    degrees = (parallel.pp, parallel.dp_replicate, parallel.dp_shard, parallel.cp, parallel.tp)
+    needed = prod(degree or 0 for degree in degrees)
+    if not 1 < needed < cluster.nodes * machine.gpus or (needed > machine.gpus and needed % machine.gpus):
+        return config
+    nodes = max(1, needed // machine.gpus)
+    return replace(config, cluster=replace(cluster, nodes=nodes, gpus_per_node=needed // nodes))
 
 
 def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) -> Device:

@@ -24,7 +24,6 @@ from trainer.memory.profile import (
     ModelProfile,
     Outline,
     Part,
-    UpdateCost,
     kept_layers,
     outline_from_json,
     outline_to_json,
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 
 
-SOURCES = ("trace", "units", "kernels", "tracker", "profiles", "profile")
+SOURCES = ("trace", "units", "update_cost", "kernels", "tracker", "profiles", "profile")
 SOURCES = (*(f"memory/{name}.py" for name in SOURCES), "model.py", "loss.py", "optimizer.py", "data/__init__.py")
 PARALLEL = ("checkpointing", "collectives", "context", "fsdp", "pipeline_probe", "pipeline_split", "regions", "tensor")
 PARALLEL = (*PARALLEL, "tensor_plans", "vocabulary")
@@ -219,6 +218,7 @@ class _Tracer:
 
     def outline(self) -> Outline:
         from trainer.memory.units import build_unit, describe, fake_ranks, layer_buffers, layer_kinds
+        from trainer.memory.update_cost import update_cost
         from trainer.parallel.pipeline_probe import count_costs, examine
 
         kinds = layer_kinds(self.model)
@@ -237,7 +237,7 @@ class _Tracer:
             head_cost=head_cost,
             hidden_size=hidden_size,
             layer_buffers_bytes=per_layer,
-            update=_update_cost(self.config),
+            update=update_cost(self.config),
         )
 
     def part(self, fields: Mapping[str, Any], kinds: tuple[int, ...], owned: range, *, stages: int, index: int) -> Part:
@@ -276,38 +276,3 @@ class _Tracer:
                     " train.micro_batch_size"
                 ) from None
         return Part(groups=anatomy.groups, buffers_bytes=anatomy.buffers_bytes, trace=trace)
-
-
-def _update_cost(config: Config) -> UpdateCost:
-    """Run the trainer's optimizer on small tensors and see what it allocates."""
-    one, three = _updated(config, 1), _updated(config, 3)
-    size = 4096 * 4
-    temporary_all = (three[1] - one[1]) / (2 * size)
-    constant = one[0] % size
-    return UpdateCost(
-        state=(one[0] - constant) / size,
-        state_constant=constant,
-        temporary_all=temporary_all,
-        temporary_largest=max(0.0, one[1] / size - temporary_all),
-    )
-
-
-def _updated(config: Config, tensors: int) -> tuple[int, int]:
-    """Bytes of state after two updates of `tensors` matrices of 4096 float32, and temporary bytes in the second."""
-    import torch
-
-    from trainer.memory.tracker import StorageTracker, balance
-    from trainer.optimizer import build_optimizer
-
-    parameters = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(tensors)]
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter.data)
-    optimizer = build_optimizer([{"params": parameters}], config.optimizer)
-    with StorageTracker() as tracker:
-        optimizer.step()
-        tracker.mark("second")
-        optimizer.step()
-    held = list(balance(tracker.events))
-    second = next(index for index, (name, _) in enumerate(held) if name == "second")
-    state = held[second][1]
-    return state, max(size for _, size in held[second:]) - state

@@ -147,13 +147,15 @@ def render_table(answer: Answer) -> str:
 def render_sweep(answers: Sequence[Answer]) -> str:
     """One line for each configuration of a sweep."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("overrides", "rank", "allocated", "reserved", "device GiB", "peak in", "verdict"):
-        table.add_column(name, justify="right" if name in ("allocated", "reserved", "device GiB") else "left")
+    for name in ("overrides", "GPUs", "busiest", "allocated", "reserved", "device GiB", "peak in", "verdict"):
+        numeric = name in ("GPUs", "allocated", "reserved", "device GiB")
+        table.add_column(name, justify="right" if numeric else "left")
     for answer in answers:
         rank = answer.estimate.busiest
         sizes = (rank.peak_allocated_bytes, rank.peak_reserved_bytes, rank.device_bytes)
         phase = f"{rank.peak_phase}, step {rank.peak_step}"
-        table.add_row(" ".join(answer.overrides), rank.kind, *map(_gib, sizes), phase, str(answer.estimate.verdict))
+        shown = (" ".join(answer.overrides), f"{answer.plan.world_size:,}", rank.kind, *map(_gib, sizes), phase)
+        table.add_row(*shown, str(answer.estimate.verdict))
     return _text(table)
 
 

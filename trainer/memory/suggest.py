@@ -121,6 +121,10 @@ def _changes(config: Config, plan: Plan) -> Iterator[Change]:
     full = {"train.activation_checkpointing": Checkpointing.full}
     if plan.param_dtype is DType.float32:
         yield "compute in bfloat16", {"precision.param_dtype": DType.bfloat16}
+    if plan.degree("tp") > 1 and not parallel.sequence_parallel:
+        yield "norms and residuals along the sequence", {"parallel.sequence_parallel": True}
+    if plan.degree("tp") == 1 and not train.chunked_loss:
+        yield "loss in slices", {"train.chunked_loss": True}
     if plan.world_size > 1:
         yield from _more_partitioning(plan)
     if train.activation_checkpointing is Checkpointing.none:
@@ -129,6 +133,8 @@ def _changes(config: Config, plan: Plan) -> Iterator[Change]:
         yield "smaller micro-batch, more accumulation", _smaller(batch.micro_batch_size, plan)
     if train.activation_checkpointing is not Checkpointing.full:
         yield "recompute whole layers", full
+    if plan.engine is EngineName.torch:
+        yield from _more_division(config, plan)
     if parallel.offload.optimizer is OffloadDevice.none:
         yield from _offload(plan)
 
@@ -149,8 +155,21 @@ def _more_partitioning(plan: Plan) -> Iterator[Change]:
         yield "shard states over all ranks (FSDP)", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}
     elif plan.degree("dp_replicate") > 1:
         yield "shard over all ranks instead of groups", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}
-    elif not plan.reshard_after_forward:
+    elif not plan.reshard_after_forward and plan.degree("pp") == 1:
         yield "drop gathered parameters after the forward", {"parallel.reshard_after_forward": True}
+
+
+def _more_division(config: Config, plan: Plan) -> Iterator[Change]:
+    """More of the ranks for one model and fewer for data, where a degree is left open to fill the rest."""
+    parallel, tp = config.parallel, plan.degree("tp")
+    if None not in (parallel.dp_replicate, parallel.dp_shard):
+        return
+    for degree in sorted({2 * tp, plan.gpus_per_node}):
+        if tp < degree <= plan.gpus_per_node:
+            divided = {"parallel.tp": degree, "parallel.sequence_parallel": True}
+            yield f"matrices and activations over {degree} GPUs", divided
+    if plan.degree("pp") > 1:
+        yield "twice as many stages", {"parallel.pp": 2 * plan.degree("pp")}
 
 
 def _offload(plan: Plan) -> Iterator[Change]:

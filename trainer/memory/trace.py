@@ -280,10 +280,8 @@ def _after(name: str, subject: str, key: tuple[str, str], part: str, layers: int
     match name, subject:
         case (("backward" | "input"), _):
             return (name[0], "end"), "loss"
-        case ("weights", _):
-            return ("w", "begin"), "workspace"
-        case "weights_of", _:
-            return ("w", subject), "workspace"
+        case (("weights" | "weights_of"), _):
+            return ("w", subject or "begin"), "workspace"
         case ("loss", _) | (_, "root"):
             return ("f", "end"), "loss"
         case "forward_enter", "head":
