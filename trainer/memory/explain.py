@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from configs.schema import Config, EngineName
 from trainer.memory.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators, cublas_bytes
 from trainer.memory.layouts.common import WIDTHS
+from trainer.memory.profiles import stage_layers
+from trainer.parallel.pipeline_timeline import in_flight, receive_buffers
 from trainer.plan import Plan
 
 
@@ -18,7 +21,10 @@ def explain(config: Config, plan: Plan, found: Estimate) -> str:
 def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     anatomy = found.profile.anatomy
     master, param = WIDTHS[plan.master_dtype], WIDTHS[plan.param_dtype]
-    yield f"P = {anatomy.numel:,} parameters of {anatomy.name}, counted on the built model; tied ones count once"
+    share = f" that one of {plan.degree('tp')} tensor-parallel ranks holds" if plan.degree("tp") > 1 else ""
+    yield f"P = {anatomy.numel:,} parameters of {anatomy.name}{share}, counted on the built model; tied ones count once"
+    if plan.degree("pp") > 1:
+        yield from _pipeline(config, plan, found)
     yield from _states(plan, anatomy.numel, master, param)
     update = found.profile.outline.update
     yield (
@@ -59,8 +65,22 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     yield "not counted: other processes on the GPU, kernels' private scratch memory, data that the loader prefetches"
 
 
+def _pipeline(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
+    pipeline, pp = config.parallel.pipeline, plan.degree("pp")
+    shape: dict[str, Any] = {"pp": pp, "micro_batches": plan.batch.gradient_accumulation_steps}
+    shape["stages_per_rank"] = pipeline.stages_per_rank
+    layers = [len(owned) for owned in stage_layers(config, plan, found.profile.outline)]
+    yield f"stages of {layers} layers (parallel.pipeline.split, or balanced by multiply-adds); tied ones at both ends"
+    held, buffers = in_flight(pipeline.schedule, **shape), receive_buffers(pipeline.schedule, **shape)
+    yield (
+        f"{pipeline.schedule}: micro-batches whose activations are held at once, by rank {{stage: count}}: {held};"
+        f" buffers for what neighbours send: {buffers}; from the schedule's own order"
+    )
+    yield "gradients stay whole and parameters gathered until a step's last backward"
+
+
 def _states(plan: Plan, numel: int, master: int, param: int) -> Iterator[str]:
-    shard = plan.degree("dp_shard")
+    shard = plan.fsdp_size
     if plan.engine is EngineName.deepspeed:
         parts = [
             f"parameters {param} B x P" + (f" / {shard}" if plan.zero_stage == 3 else ""),
@@ -69,10 +89,10 @@ def _states(plan: Plan, numel: int, master: int, param: int) -> Iterator[str]:
         ]
         yield "; ".join(parts) + ": DeepSpeed's partitions, padded, with the buckets of its generated configuration"
     elif plan.fully_sharded:
+        size = f" = {numel * master / shard / GIB:.2f} GiB each" if plan.degree("pp") == 1 else ", of its own stages"
         yield (
-            f"parameters and gradients {master} B x P / {shard} = {numel * master / shard / GIB:.2f} GiB each"
-            f" (ceil(rows / {shard}) rows of every parameter); gathered copies {param} B, reduced in"
-            f" {WIDTHS[plan.reduce_dtype]} B"
+            f"parameters and gradients {master} B x P / {shard}{size} (ceil(rows / {shard}) rows of every parameter);"
+            f" gathered copies {param} B, reduced in {WIDTHS[plan.reduce_dtype]} B"
         )
     else:
         yield f"parameters and gradients {master} B x P = {numel * master / GIB:.2f} GiB each, whole on every rank"
