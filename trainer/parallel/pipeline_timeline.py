@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 from trainer.parallel.pipeline_orders import Action, rank_orders
@@ -88,8 +89,13 @@ def bubble_fraction(
 
     stage_costs: relative cost of each stage; equal if not given. Uneven stages wait more.
     """
+    costs = tuple(stage_costs or [1.0] * (pp * (stages_per_rank or default_stages_per_rank(schedule))))
+    return _bubble(schedule, pp, micro_batches, stages_per_rank, costs)
+
+
+@cache
+def _bubble(schedule: str, pp: int, micro_batches: int, stages_per_rank: int | None, costs: tuple[float, ...]) -> float:
     orders = rank_orders(schedule, pp=pp, micro_batches=micro_batches, stages_per_rank=stages_per_rank)
-    costs = stage_costs or [1.0] * (pp * (stages_per_rank or default_stages_per_rank(schedule)))
     slots = timeline(schedule, orders, costs)
     busy = sum(slot.end - slot.begin for row in slots for slot in row)
     return 1.0 - busy / (pp * max(row[-1].end for row in slots))

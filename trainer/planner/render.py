@@ -45,7 +45,7 @@ def render_search(search: Search, overrides: Sequence[str]) -> str:
         f" {search.timed} plans timed, {search.asked} memory estimates"
     )
     if not search.best:
-        console.print(f"nothing fits. {_nearest(search)}", soft_wrap=True)
+        console.print(f"nothing fits. {_too_large(search)}", soft_wrap=True)
         return text.getvalue()
     console.print(_table(search.best))
     console.print(_why(search))
@@ -131,18 +131,14 @@ def _why(search: Search) -> str:
         else:
             words = f"1 is {gained / first.total:.0%} faster than 2: {most} {saved[most]:.2f} s less a step"
             words += f", {least} {-saved[least]:.2f} s more. " if saved[least] < 0 else ". "
-    return f"{words}{_nearest(search)}".strip() + "\n"
+    return f"{words}{_too_large(search)}".strip() + "\n"
 
 
-def _nearest(search: Search) -> str:
-    faster = [found for found in search.too_large if not search.best or found.time.total < search.best[0].time.total]
-    if not faster:
+def _too_large(search: Search) -> str:
+    if search.too_large is None:
         return ""
-    nearest = min(faster, key=lambda found: found.estimate.busiest.device_bytes)
-    size = nearest.estimate.busiest.device_bytes / GIB
-    return f"Too large, even with full recompute: {_layout(nearest)} needs {size:.1f} GiB" + (
-        f", and {len(faster) - 1} more layouts." if len(faster) > 1 else "."
-    )
+    size = search.too_large.estimate.busiest.device_bytes / GIB
+    return f"Too large, even with full recompute: {_layout(search.too_large)}, with {size:.1f} GiB."
 
 
 def _assumptions(search: Search) -> str:

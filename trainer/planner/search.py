@@ -1,27 +1,31 @@
 """The search: every candidate's time, then memory from the fastest down, until enough fit.
 
-Time is arithmetic and asked of all; memory needs a trace of the model's code at that shape and is asked only of layouts
-that could be among the first. What needs more than something that does not fit is not asked. Torch-free, as far as the
-traces are on disk.
+Time and the bytes of states are arithmetic and asked of all. Memory needs a trace of the model's code at that shape: it
+is asked only of shapes that could be among the first, and of none that needs more than one that is known to be too
+large. Torch-free, as far as the traces are on disk.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from configs.errors import ConfigError, CookbookError
-from configs.schema import Checkpointing, Config
+from configs.schema import Checkpointing, Config, EngineName, OffloadDevice
 from trainer.machine import Machine
 from trainer.memory.estimate import Estimate, estimate, planned_device
 from trainer.memory.profiles import NotEstimated, get_profile
 from trainer.plan import Plan, make_plan
 from trainer.planner.candidates import Candidate, candidates
-from trainer.planner.cost import Dimensions, StepTime, dimensions, step_time
+from trainer.planner.cost import WIDTH, Dimensions, StepTime, dimensions, step_time
 from trainer.rules import config_fields
 
 SHOWN = 5
+ALIKE = 0.8
+"""Of what one layout needs beyond its states, another with the same pieces needs at least this part."""
+RECOMPUTE = (Checkpointing.full, Checkpointing.selective, Checkpointing.none)
 TOKENS_PER_STEP = 2**22
 """What a step takes where the command does not say it: 4 Mi tokens, usual for models of 8B to 70B."""
 
@@ -38,23 +42,43 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
-    """best: the fastest that fit, each layout once, with its best micro-batch and recompute. too_large: layouts that
-    might be faster and do not fit, each at the shape that needs least. timed: plans that the trainer can run. asked:
-    how many estimates were made. config: what was searched, with the global batch filled in."""
+    """best: the fastest that fit, each layout once, with its best micro-batch and recompute. too_large: the layout that
+    would be faster than all of them and does not fit, at the shape that needs least; None: there is none. timed: plans
+    that the trainer can run and whose states fit. asked: how many estimates were made. config: what was searched, with
+    the global batch filled in."""
 
     config: Config
     best: Sequence[Found]
-    too_large: Sequence[Found]
+    too_large: Found | None
     timed: int
     asked: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Timed:
+    """states: `states_bytes`. capacity: of the device."""
+
     candidate: Candidate
     config: Config
     plan: Plan
     time: StepTime
+    states: float
+    capacity: float
+
+    @property
+    def size(self) -> int:
+        return self.plan.batch.micro_batch_size
+
+    @property
+    def recompute(self) -> Checkpointing:
+        return self.config.train.activation_checkpointing
+
+    @property
+    def pieces(self) -> tuple[object, ...]:
+        """What of the plan decides the activations that a rank holds. A pipeline's first rank holds a micro-batch of
+        each stage: as many layers as there are without it."""
+        cast = self.plan.fully_sharded or self.plan.engine is EngineName.deepspeed
+        return (self.plan.degree("tp"), self.plan.degree("cp"), cast, self.recompute)
 
 
 def search(config: Config, machine: Machine) -> Search:
@@ -79,63 +103,98 @@ def search(config: Config, machine: Machine) -> Search:
         gpu = gpu or planned_device(changed, plan).gpu
         if gpu is None:
             raise ConfigError("estimate.search=true: plans for GPUs; name them: cluster=8xh100, or cluster.gpu=...")
-        timed.append(_Timed(candidate=candidate, config=changed, plan=plan, time=step_time(changed, plan, size, gpu)))
+        capacity, states = planned_device(changed, plan).capacity_bytes or inf, states_bytes(plan, size.parameters)
+        if states < capacity:
+            time = step_time(changed, plan, size, gpu)
+            timed.append(
+                _Timed(candidate=candidate, config=changed, plan=plan, time=time, states=states, capacity=capacity)
+            )
     timed.sort(key=lambda one: one.time.total)
     return _fitting(config, timed)
 
 
+class _Questions:
+    """The estimates, and what they teach: beyond its states a rank needs much the same under every layout that computes
+    the same pieces, so one estimate answers for many shapes."""
+
+    def __init__(self, timed: Sequence[_Timed]) -> None:
+        self.answers: dict[tuple[str, ...], Found | None] = {}
+        self.beyond: dict[tuple[object, ...], dict[int, float]] = defaultdict(dict)
+        self.smallest: dict[tuple[object, ...], _Timed] = {}
+        for one in sorted(timed, key=lambda each: -each.size):
+            self.smallest[one.candidate.layout, one.recompute] = one
+
+    def fits(self, one: _Timed) -> Found | None:
+        """Its estimate, if it fits. Not asked where something smaller of its kind is known to be too large."""
+        if one.pieces not in self.beyond:
+            self.ask(self.smallest[one.candidate.layout, one.recompute])
+        needs = [more * one.size / size for size, more in self.beyond[one.pieces].items() if size <= one.size]
+        if one.states + ALIKE * max(needs, default=0.0) > one.capacity:
+            return None
+        found = self.ask(one)
+        return found if found is not None and found.estimate.fits else None
+
+    def ask(self, one: _Timed) -> Found | None:
+        """Its estimate, made once; None where memory cannot be told."""
+        if one.candidate.words not in self.answers:
+            self.answers[one.candidate.words] = self._estimate(one)
+        return self.answers[one.candidate.words]
+
+    def _estimate(self, one: _Timed) -> Found | None:
+        try:
+            predicted = estimate(one.config, one.plan)
+        except NotEstimated:
+            return None
+        more = predicted.busiest.device_bytes - one.states
+        known = self.beyond[one.pieces]
+        known[one.size] = min(more, known.get(one.size, more))
+        return Found(candidate=one.candidate, plan=one.plan, time=one.time, estimate=predicted)
+
+
 def _fitting(config: Config, timed: Sequence[_Timed]) -> Search:
     """timed: fastest first."""
-    layouts: dict[tuple[str, ...], list[_Timed]] = defaultdict(list)
+    questions = _Questions(timed)
+    best: dict[tuple[str, ...], Found] = {}
     for one in timed:
-        layouts[one.candidate.layout].append(one)
-    best: list[Found] = []
-    too_large: list[Found] = []
-    asked = 0
-    for shapes in layouts.values():  # in the order of their fastest shape
-        if len(best) == SHOWN and shapes[0].time.total >= best[-1].time.total:
+        if len(best) == SHOWN:
             break
-        answers = _ask_until_one_fits(shapes)
-        asked += len(answers)
-        if answers and answers[-1].estimate.fits:
-            best = sorted([*best, answers[-1]], key=lambda found: found.time.total)[:SHOWN]
-        elif answers:
-            too_large.append(answers[0])
-    return Search(config=config, best=best, too_large=too_large, timed=len(timed), asked=asked)
+        if one.candidate.layout not in best and (found := questions.fits(one)) is not None:
+            best[one.candidate.layout] = found
+    return Search(
+        config=config,
+        best=list(best.values()),
+        too_large=_fastest_too_large(timed, best, questions),
+        timed=len(timed),
+        asked=len(questions.answers),
+    )
 
 
-def _ask_until_one_fits(shapes: Sequence[_Timed]) -> list[Found]:
-    """The estimates that were made of one layout's shapes (fastest first); the last one fits if any does. Begins with
-    the shape that needs least: where that does not fit, the others need not be asked."""
-    least = min(shapes, key=_appetite)
-    answers = _ask(least)
-    if not answers or not answers[0].estimate.fits:
-        return answers
-    refused: dict[int, int] = {}  # by recompute: the smallest micro-batch that does not fit
-    for one in shapes:
-        recompute, size = _appetite(one)
-        if size >= refused.get(recompute, size + 1):
-            continue
-        again = answers[:1] if one is least else _ask(one)
-        answers += again
-        if again and again[0].estimate.fits:
-            break
-        refused[recompute] = size
-    return answers
+def _fastest_too_large(
+    timed: Sequence[_Timed], best: Mapping[tuple[str, ...], Found], questions: _Questions
+) -> Found | None:
+    """The layout that would be the fastest if it fitted, at the shape that needs least, if that does not fit either."""
+    layout = next((one.candidate.layout for one in timed), None)
+    if layout is None or layout in best:
+        return None
+    shapes = [one for one in timed if one.candidate.layout == layout]
+    found = questions.ask(min(shapes, key=lambda one: (RECOMPUTE.index(one.recompute), one.size)))
+    return found if found is not None and not found.estimate.fits else None
 
 
-def _appetite(one: _Timed) -> tuple[int, int]:
-    """Orders the shapes of a layout by the memory that they need."""
-    order = (Checkpointing.full, Checkpointing.selective, Checkpointing.none)
-    return order.index(one.config.train.activation_checkpointing), one.plan.batch.micro_batch_size
-
-
-def _ask(one: _Timed) -> list[Found]:
-    """Its estimate; none where memory cannot be told."""
-    try:
-        return [Found(candidate=one.candidate, plan=one.plan, time=one.time, estimate=estimate(one.config, one.plan))]
-    except NotEstimated:
-        return []
+def states_bytes(plan: Plan, parameters: int) -> float:
+    """What a rank cannot do without on its GPU, whatever the batch: parameters, gradients, master weights and two
+    moments, as far as they are there. Less than an estimate, and told without one. parameters: of the whole model."""
+    held = parameters / (plan.degree("tp") * plan.degree("pp"))
+    width, master = WIDTH[plan.param_dtype], WIDTH[plan.master_dtype]
+    on_gpu = plan.offload_optimizer is OffloadDevice.none
+    if plan.engine is EngineName.deepspeed:
+        shards = plan.degree("dp_shard")
+        kept = 0.0 if plan.zero_stage == 3 else held * width
+        partitioned = 3 * master * on_gpu + (width if plan.zero_stage == 3 and on_gpu else 0)
+        return kept + held * partitioned / shards
+    gathered = 0 if plan.reshard_after_forward or plan.fsdp_size == 1 else held * width
+    gradients = held * master / (plan.fsdp_size if plan.degree("pp") == 1 else 1)
+    return gathered + gradients + 3 * master * held / plan.fsdp_size
 
 
 def _with_global_batch(config: Config, world_size: int) -> Config:
