@@ -20,16 +20,16 @@ from tests.measured import conditions, write
 from tests.resuming import door
 
 COMMAND = "python -m tests.save_cost"
-STEPS, EVERY = 24, 6
+STEPS, EVERY = 12, 3
 WORDS = [
     "parallel=single",
     "data=synthetic",
-    "data.seq_len=64",
+    "data.seq_len=32",
     "model=tiny",
-    "model.config.hidden_size=384",
-    "model.config.intermediate_size=1536",
-    "model.config.num_hidden_layers=6",
-    "train.micro_batch_size=2",
+    "model.config.hidden_size=256",
+    "model.config.intermediate_size=1024",
+    "model.config.num_hidden_layers=4",
+    "train.micro_batch_size=1",
     f"train.steps={STEPS}",
     f"checkpoint.every={EVERY}",
     "train.eval_samples=0",
@@ -42,7 +42,8 @@ WORDS = [
 def measure(folder: Path, *, aside: bool) -> dict[str, float]:
     """Of one run: means over its saves in seconds, the bytes of one, and the median step."""
     run = folder / f"aside-{aside}"
-    codes = run_ranks(1, door, [*WORDS, f"checkpoint.async_save={str(aside).lower()}", f"train.run_dir={run}"])
+    words = [*WORDS, f"checkpoint.async_save={str(aside).lower()}", f"train.run_dir={run}"]
+    codes = run_ranks(1, door, words, timeout=900)
     assert codes == [0]
     lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # The last save waits for its own commit: there is no training left to go on with.

@@ -30,7 +30,6 @@ LAYOUTS = {
     "tensor_fsdp": (4, ("parallel.sequence_parallel=true",)),
     "pipeline_fsdp": (4, ()),
     "context": (2, ()),
-    "zero1_tensor": (4, ()),
     "3d": (8, ()),
     "3d_zero1": (8, ()),
 }

@@ -122,35 +122,33 @@ def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(tmp_path
     assert journal(run) == left_alone("ddp", tmp_path / "alone")
 
 
-def test_a_job_that_cannot_go_on_is_given_up(tmp_path: Path) -> None:
-    """Each start is killed before it has a checkpoint: two restarts, and no more."""
-    job = launch(tmp_path, *overrides("ddp", "launcher.max_restarts=1", "checkpoint.every=0", "train.steps=100000"))
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(job, metrics)
-    for number in (1, 2):
-        if number > 1:
-            wait_for(job, tmp_path / "run" / "resumed" / f"{number:03d}" / "git.json")
-        ranks = rank_processes(psutil.Process(job.pid))
-        ranks[0].kill()
-    _, told = job.communicate(timeout=120)
-    assert job.returncode == EXIT_FAILED, told
-    reasons = [line for line in told.splitlines() if line.startswith(("restart: ", "the run failed: "))]
-    assert len(reasons) == 2
-    assert "starting again from the beginning (restart 1 of 1 from there)" in reasons[0]
-    assert "given up after 1 restarts in a row from the beginning (launcher.max_restarts=1)" in reasons[1]
-
-
-def test_a_signal_between_two_starts_ends_at_once(tmp_path: Path) -> None:
-    driver = f"""
+def driver(folder: Path, *, pause: float, cap: int) -> str:
+    """A program that runs a job which always dies before its first checkpoint."""
+    return f"""
 import sys
 from pathlib import Path
 from launch import supervise
 from launch.command import Command
-supervise.PAUSE_SECONDS = 100
-dying = Command(argv=(sys.executable, "-c", "import sys; sys.exit(1)"), environment={{}})
-supervise.run_job(lambda again: dying, Path({str(tmp_path)!r}), max_restarts=3)
+supervise.PAUSE_SECONDS = {pause}
+dying = Command(argv=(sys.executable, "-c", "import sys; print('started', flush=True); sys.exit(1)"), environment={{}})
+sys.exit(supervise.run_job(lambda again: dying, Path({str(folder)!r}), max_restarts={cap})[0])
 """
-    job = start(tmp_path, sys.executable, "-c", driver)
+
+
+@pytest.mark.parametrize("cap", [0, 2])
+def test_a_job_that_cannot_go_on_is_given_up(cap: int, tmp_path: Path) -> None:
+    job = start(tmp_path, sys.executable, "-c", driver(tmp_path, pause=0.01, cap=cap))
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == EXIT_FAILED
+    lines = told.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["restart"] * cap + ["the run failed"], told
+    if cap:
+        assert "starting again from the beginning (restart 1 of 2 from there)" in lines[0]
+        assert "given up after 2 restarts in a row from the beginning (launcher.max_restarts=2)" in lines[-1]
+
+
+def test_a_signal_between_two_starts_ends_at_once(tmp_path: Path) -> None:
+    job = start(tmp_path, sys.executable, "-c", driver(tmp_path, pause=100, cap=3))
     assert job.stderr is not None
     line = job.stderr.readline()
     assert line.startswith("restart: exit code 1, and no rank left word why; starting again from the beginning")
