@@ -30,5 +30,7 @@ def alone(cluster: Cluster) -> Run:
 
 
 @pytest.fixture
-def run_dir(cluster: Cluster, request: pytest.FixtureRequest) -> Path:
-    return cluster.tmp / request.node.name.partition("[")[0]
+def run_dir(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Of a run that no other test meets; a job that a failed test leaves is ended."""
+    yield cluster.tmp / request.node.name.partition("[")[0]
+    cluster.ask("scancel", "--user=root")

@@ -131,8 +131,9 @@ class Run:
         return "".join(path.read_text() for path in sorted(self.folder.glob("logs/slurm-*.out")))
 
     def status(self) -> dict[str, object]:
-        """The supervisor's."""
-        return json.loads((self.folder / "slurm/status.json").read_text())
+        """The supervisor's; no start before there is one."""
+        path = self.folder / "slurm/status.json"
+        return json.loads(path.read_text()) if path.exists() else {"starts": 0, "requeues": 0, "state": None}
 
     def trained(self) -> dict[str, object]:
         """The trainer's."""
