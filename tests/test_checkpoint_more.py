@@ -27,6 +27,7 @@ SAVED, STEPS = 3, 5
 FLOAT32 = 1e-5
 # layout -> processes, further keys
 LAYOUTS = {
+    "ddp": (4, ("train.gradient_accumulation_steps=1",)),
     "tensor_fsdp": (4, ("parallel.sequence_parallel=true",)),
     "pipeline_fsdp": (4, ()),
     "context": (2, ()),

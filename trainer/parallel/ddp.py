@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import DType
 from trainer.plan import Plan
+from trainer.precision import autocast
 from trainer.runtime import Runtime
 
 COMPRESS = {DType.bfloat16: default_hooks.bf16_compress_hook, DType.float16: default_hooks.fp16_compress_hook}
@@ -41,4 +43,19 @@ def apply_ddp(model: nn.Module, plan: Plan, runtime: Runtime) -> DistributedData
         )
     if plan.reduce_dtype is not plan.master_dtype:
         wrapped.register_comm_hook(None, COMPRESS[plan.reduce_dtype])
+    _settle_buckets(wrapped, plan, runtime.device)
     return wrapped
+
+
+def _settle_buckets(wrapped: DistributedDataParallel, plan: Plan, device: torch.device) -> None:
+    """One backward whose gradient is dropped, without a trace in the random state.
+
+    After its first backward DDP deals the gradients out anew, in the order in which they came. Where a gradient lies in
+    its bucket decides in which order the ranks' parts are added up, so a resumed run would repeat its first step with
+    other rounding than the run that was never stopped.
+    """
+    shape = (plan.batch.micro_batch_size, plan.batch.seq_len)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast(plan):
+        ids = torch.zeros(shape, dtype=torch.long, device=device)
+        wrapped(input_ids=ids, use_cache=False).logits.float().mean().backward()
+    wrapped.zero_grad(set_to_none=False)
