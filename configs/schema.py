@@ -239,7 +239,8 @@ class Parallel:
     """With `tp`: norms and residuals hold only 1 / tp of the sequence."""
     reshard_after_forward: bool | None = None
     """With `dp_shard` and engine torch. True: parameters are gathered again for the backward (as ZeRO 3); false:
-    they stay gathered from the forward to the end of the step (as ZeRO 2). Null: false under a pipeline, else true."""
+    they stay gathered from the forward to the end of the backward (as ZeRO 2), under a pipeline to that of the step.
+    Null: false under a pipeline, else true."""
     zero_stage: int = 0
     """Engine deepspeed: what data-parallel ranks partition. 1: optimizer states; 2: + gradients; 3: + parameters."""
     pipeline: Pipeline = field(default_factory=Pipeline)

@@ -73,7 +73,7 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
         for module in modules:
             last = not stages or stages[modules.index(module)].is_last
             apply_fsdp(module, plan, mesh, returns_logits=last)
-        kept = "dropped after the forward" if plan.reshard_after_forward else "kept until the step"
+        kept = "dropped after the forward" if plan.reshard_after_forward else "kept for the backward"
         shards = f"over {plan.fsdp_size} ranks, gathered parameters {kept}" if plan.fsdp_size > 1 else "nothing"
         log.info("FSDP2: shards %s; gradients reduced in %s", shards, plan.reduce_dtype)
     return Parts(modules=modules, stages=stages, tensor=tensor)

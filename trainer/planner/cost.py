@@ -203,9 +203,8 @@ class _Step:
         if self.pp > 1:
             gathers = 2 * times if plan.reshard_after_forward else 1
             return _exposed(gathers * gather + scatter + copies, times * busy)
-        if plan.reshard_after_forward:
-            return times * _exposed(2 * gather + scatter, busy) + _exposed(copies, busy)
-        return _exposed(gather, busy / 3) + times * _exposed(scatter, 2 / 3 * busy) + _exposed(copies, busy)
+        gathers = 2 if plan.reshard_after_forward else 1
+        return times * _exposed(gathers * gather + scatter, busy) + _exposed(copies, busy)
 
     def _sends(self) -> float:
         """Hidden states to the next stage and their gradients back, at each boundary that this rank has."""
