@@ -82,6 +82,8 @@ CASES = {
     "tensor, key-value heads copied": (4, TORCH, ["parallel=tensor", "parallel.tp=4", *QWEN3, *SHORT, *BF16]),
     "tensor sequence, recompute": (2, TORCH, ["parallel=tensor", *QWEN3, *LONG, *BF16, *SEQUENCE, *FULL, *TWICE]),
     "tensor_data": (4, TORCH, ["parallel=tensor_data", *GPT2, *SHORT, *BF16, *TWICE]),
+    "zero1_tensor bf16": (4, DEEPSPEED, ["parallel=zero1_tensor", *LLAMA, *SHORT, *BF16, *SEQUENCE]),
+    "zero2_tensor fp32, tied, recompute": (4, DEEPSPEED, ["parallel=zero2_tensor", *GPT2, *LONG, *FULL, *TWICE]),
     "tensor_fsdp": (4, TORCH, ["parallel=tensor_fsdp", *LLAMA, *LONG, *BF16, *TWICE, *SEQUENCE]),
     "pipeline 1f1b, uneven": (2, TORCH, ["parallel=pipeline", *LLAMA, *SHORT, *FOUR, "parallel.pipeline.split=[1,3]"]),
     "pipeline gpipe, tied": (

@@ -24,7 +24,7 @@ from trainer.memory.layouts.sharded import FullySharded
 from trainer.memory.layouts.zero import model_size
 from trainer.memory.pipelined import replay_pipeline
 from trainer.memory.profile import ModelProfile
-from trainer.memory.profiles import NotEstimated, get_profile
+from trainer.memory.profiles import get_profile
 from trainer.memory.timeline import COMPONENTS, Moment, Timeline
 from trainer.plan import Plan
 
@@ -157,9 +157,9 @@ def estimate(
 ) -> Estimate:
     """Predict the memory of the plan's ranks. found_gpu: see `planned_device`. profile: instead of the one on disk.
 
-    Raises NotEstimated for what is not accounted for, and what building the model raises (ConfigError, DataError).
+    Raises NotEstimated for a model whose code cannot be traced, and what building the model raises (ConfigError,
+    DataError).
     """
-    refuse(config, plan)
     device = planned_device(config, plan, found_gpu=found_gpu)
     profile = profile or get_profile(config, plan, device.gpu)
     gpu = plan.device == "cuda"
@@ -202,18 +202,6 @@ def _estimate_rank(
         between_steps_bytes=timeline.allocated,
         curve=tuple(timeline.curve),
     )
-
-
-def refuse(config: Config, plan: Plan) -> None:
-    """Raise NotEstimated for what the account does not cover yet: a number that leaves something out would mislead."""
-    problems = []
-    if plan.engine is EngineName.deepspeed and plan.degree("tp") > 1:
-        problems.append(
-            f"parallel.tp={plan.degree('tp')}: memory is not estimated for tensor parallel under DeepSpeed; set it to"
-            " 1, or use parallel=tensor_fsdp"
-        )
-    if problems:
-        raise NotEstimated(*problems)
 
 
 def communicators(plan: Plan) -> int:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from configs.errors import CookbookError, PlanError
 from configs.schema import Attention, Config, DType, EngineName
 from trainer.devices import Gpu
+from trainer.memory.bounds import states_bytes, upper_bytes
 from trainer.memory.profile import (
     ModelProfile,
     Outline,
@@ -271,8 +272,16 @@ class _Tracer:
                 name, numel = type(self.model).__name__, self.model.num_parameters()
                 raise NotEstimated(
                     f"model={self.config.model.preset}: the code of {name} does not run without values"
-                    f" ({error}), so its activations cannot be counted: not estimated. Its {numel:,}"
-                    " parameters with gradients and optimizer states are a lower bound; measure a run with a small"
-                    " train.micro_batch_size"
+                    f" ({error}), so its activations cannot be counted: not estimated."
+                    f" {_between(self.config, self.plan, numel)}; measure a run with a small train.micro_batch_size"
                 ) from None
         return Part(groups=anatomy.groups, buffers_bytes=anatomy.buffers_bytes, trace=trace)
+
+
+def _between(config: Config, plan: Plan, parameters: int) -> str:
+    """The bounds of `bounds`, in words."""
+    below, above = states_bytes(plan, parameters) / 2**30, upper_bytes(config, plan, parameters)
+    text = f"A GPU needs more than {below:,.2f} GiB, for the states of its {parameters:,} parameters"
+    if above is None:
+        return text
+    return f"{text}, and less than {above / 2**30:,.2f} GiB if it is a dense decoder that keeps all in float32"

@@ -19,14 +19,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import Checkpointing, Config, ContextMethod, DType, EngineName, OffloadDevice
+from configs.schema import Checkpointing, Config, ContextMethod, EngineName, OffloadDevice
 from trainer.devices import GB_PER_SECOND, Gpu
+from trainer.memory.bounds import WIDTH
 from trainer.memory.profile import Anatomy
 from trainer.plan import Plan
 from trainer.planner.network import Network, build_network, group_of
 from trainer.report.flops import training_flops_per_token
 
-WIDTH = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
 MEMORY_ACHIEVED = 0.8
 """Of the data sheet's memory bandwidth, by kernels that only read and write."""
 WHOLE, DIVIDED = {False: 38.0, True: 10.0}, {False: 28.0, True: 14.0}

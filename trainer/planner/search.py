@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from configs.errors import ConfigError, CookbookError
-from configs.schema import Checkpointing, Config, EngineName, OffloadDevice
+from configs.schema import Checkpointing, Config, EngineName
 from trainer.machine import Machine
+from trainer.memory.bounds import states_bytes
 from trainer.memory.estimate import Estimate, estimate, planned_device
 from trainer.memory.profiles import NotEstimated, get_profile
 from trainer.plan import Plan, make_plan
 from trainer.planner.candidates import Candidate, candidates
-from trainer.planner.cost import WIDTH, Dimensions, StepTime, dimensions, step_time
+from trainer.planner.cost import Dimensions, StepTime, dimensions, step_time
 from trainer.rules import config_fields
 
 SHOWN = 5
@@ -179,22 +180,6 @@ def _fastest_too_large(
     shapes = [one for one in timed if one.candidate.layout == layout]
     found = questions.ask(min(shapes, key=lambda one: (RECOMPUTE.index(one.recompute), one.size)))
     return found if found is not None and not found.estimate.fits else None
-
-
-def states_bytes(plan: Plan, parameters: int) -> float:
-    """What a rank cannot do without on its GPU, whatever the batch: parameters, gradients, master weights and two
-    moments, as far as they are there. Less than an estimate, and told without one. parameters: of the whole model."""
-    held = parameters / (plan.degree("tp") * plan.degree("pp"))
-    width, master = WIDTH[plan.param_dtype], WIDTH[plan.master_dtype]
-    on_gpu = plan.offload_optimizer is OffloadDevice.none
-    if plan.engine is EngineName.deepspeed:
-        shards = plan.degree("dp_shard")
-        kept = 0.0 if plan.zero_stage == 3 else held * width
-        partitioned = 3 * master * on_gpu + (width if plan.zero_stage == 3 and on_gpu else 0)
-        return kept + held * partitioned / shards
-    gathered = 0 if plan.reshard_after_forward or plan.fsdp_size == 1 else held * width
-    gradients = held * master / (plan.fsdp_size if plan.degree("pp") == 1 else 1)
-    return gathered + gradients + 3 * master * held / plan.fsdp_size
 
 
 def _with_global_batch(config: Config, world_size: int) -> Config:

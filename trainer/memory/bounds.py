@@ -1,0 +1,48 @@
+"""Between what and what a rank's memory must lie, told from sizes alone, without the model's code. Torch-free.
+
+    below    parameters, gradients, master weights and two moments, as far as the layout leaves them on the GPU
+    above    that, all parameters and gradients once more as buffers, and the activations of a dense decoder that keeps
+             every intermediate tensor in float32: twice s b h (34 + 5 a s / h) bytes per layer (Korthikanti et al.
+             2022, arXiv:2205.05198, equation 1), and four copies of the logits
+
+The planner drops by the first what cannot fit; where a model's code cannot be traced, the two are all that is told.
+"""
+
+from __future__ import annotations
+
+from configs.schema import Config, DType, EngineName, OffloadDevice
+from trainer.plan import Plan
+from trainer.rules import config_fields
+
+WIDTH = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
+
+
+def states_bytes(plan: Plan, parameters: int) -> float:
+    """What a rank cannot do without on its GPU, whatever the batch. parameters: of the whole model."""
+    held = parameters / (plan.degree("tp") * plan.degree("pp"))
+    width, master = WIDTH[plan.param_dtype], WIDTH[plan.master_dtype]
+    on_gpu = plan.offload_optimizer is OffloadDevice.none
+    if plan.engine is EngineName.deepspeed:
+        shards = plan.degree("dp_shard")
+        kept = 0.0 if plan.zero_stage == 3 else held * width
+        partitioned = 3 * master * on_gpu + (width if plan.zero_stage == 3 and on_gpu else 0)
+        return kept + held * partitioned / shards
+    if not on_gpu:
+        return 0.0
+    gathered = 0 if plan.reshard_after_forward or plan.fsdp_size == 1 else held * width
+    gradients = held * master / (plan.fsdp_size if plan.degree("pp") == 1 else 1)
+    return gathered + gradients + 3 * master * held / plan.fsdp_size
+
+
+def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
+    """What a rank should never exceed, under the assumption above; None where the config does not tell the sizes."""
+    fields = config_fields(config)
+    hidden, layers = fields.get("hidden_size") or fields.get("n_embd"), fields.get("num_hidden_layers")
+    layers, heads = layers or fields.get("n_layer"), fields.get("num_attention_heads") or fields.get("n_head")
+    if not (hidden and layers and heads and fields.get("vocab_size")):
+        return None
+    tokens, seq_len = plan.batch.micro_batch_size * plan.batch.seq_len, plan.batch.seq_len
+    activations = 2 * layers * tokens * (34 * hidden + 5 * heads * seq_len)
+    logits = 4 * 4 * tokens * fields["vocab_size"]
+    held = parameters / (plan.degree("tp") * plan.degree("pp"))
+    return states_bytes(plan, parameters) + held * (WIDTH[plan.param_dtype] + 4) + activations + logits
