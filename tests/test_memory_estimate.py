@@ -159,7 +159,7 @@ def test_code_that_needs_values_is_refused_not_guessed(tmp_path: Path, monkeypat
         estimate(config, make_plan(config, Machine(gpus=1)))
     (line,) = refused.value.problems
     # 16 bytes for each of 804,992 parameters; above, 8 more and what 8 sequences of 256 tokens take at the most.
-    assert "more than 0.01 GiB, for the states of its 804,992 parameters, and less than 0.17 GiB" in line
+    assert "more than 0.01 GiB, for the states of its 804,992 parameters, and less than 0.42 GiB" in line
 
 
 def test_what_goes_to_disk_and_what_waits_in_host_memory(cache: str) -> None:

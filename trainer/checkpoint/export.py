@@ -59,17 +59,17 @@ def newest_whole(source: Path) -> tuple[Path, Manifest]:
         raise CheckpointMismatch(
             f"{source}: is no checkpoint and holds none; give RUN_DIR or RUN_DIR/{CHECKPOINTS}/step-N"
         )
-    problems: list[str] = []
+    problems: tuple[str, ...] = ()
     for folder in reversed(candidates or [source]):
+        for problem in problems:  # of the one before, now that another is looked at in its place
+            log.warning(problem)
         try:
             manifest = read_manifest(folder)
             check_sizes(folder, manifest)
             check_contents(folder, manifest, manifest.files)
             return folder, manifest
         except CheckpointDamaged as damage:
-            for problem in damage.problems:
-                log.warning(problem)
-            problems += damage.problems
+            problems = damage.problems
     raise CheckpointDamaged(*problems, f"{source}: holds no checkpoint that is whole")
 
 

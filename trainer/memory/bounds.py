@@ -3,7 +3,7 @@
     below    parameters, gradients, master weights and two moments, as far as the layout leaves them on the GPU
     above    that, all parameters and gradients once more as buffers, and the activations of a dense decoder that keeps
              every intermediate tensor in float32: twice s b h (34 + 5 a s / h) bytes per layer (Korthikanti et al.
-             2022, arXiv:2205.05198, equation 1), and four copies of the logits
+             2022, arXiv:2205.05198, equation 1), four copies of the logits, and 256 MiB of workspace
 
 The planner drops by the first what cannot fit; where a model's code cannot be traced, the two are all that is told.
 """
@@ -15,6 +15,7 @@ from trainer.plan import Plan
 from trainer.rules import config_fields
 
 WIDTH = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
+WORKSPACE_BYTES = 2**28
 
 
 def states_bytes(plan: Plan, parameters: int) -> float:
@@ -45,4 +46,5 @@ def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
     activations = 2 * layers * tokens * (34 * hidden + 5 * heads * seq_len)
     logits = 4 * 4 * tokens * fields["vocab_size"]
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
-    return states_bytes(plan, parameters) + held * (WIDTH[plan.param_dtype] + 4) + activations + logits
+    buffers = held * (WIDTH[plan.param_dtype] + WIDTH[plan.master_dtype])
+    return states_bytes(plan, parameters) + buffers + activations + logits + WORKSPACE_BYTES
