@@ -5,6 +5,7 @@ CookbookError
 |-- PlanError       the meaning: degrees, batch, offload, precision that do not fit together
 |-- TrainingFailed  the run: a loss or gradient that is not finite; the exit code is `EXIT_FAILED`
 |   |-- RankStuck          a rank that does not move any more, named by one that waited for it
+|   |-- OutOfMemory        a rank whose GPU or host has no room for what it needs
 |   |-- CheckpointFailed   a checkpoint that could not be written: no space, no permission
 |   `-- CheckpointDamaged  a checkpoint whose files are not what was written
 |-- CheckpointMismatch     a checkpoint of another model, tokenizer, data or format
@@ -77,6 +78,10 @@ class EnvironmentProblem(CookbookError):
 
 class RankStuck(TrainingFailed):
     """A rank does not move any more, and the others wait for it."""
+
+
+class OutOfMemory(TrainingFailed):
+    """A rank, which tells it itself, could not allocate what it needs. Starting again would end the same way."""
 
 
 class RankProblem(EnvironmentProblem):

@@ -157,6 +157,16 @@ def door(words: list[str]) -> int:
     return main(words)
 
 
+def start_and_exhaust(words: list[str], rank: int, more_bytes: int) -> int:
+    """The real door; one rank may take `more_bytes` of address space beyond what it has. Raises unless it ends well."""
+    if int(os.environ["RANK"]) == rank:
+        has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (has + more_bytes, resource.RLIM_INFINITY))
+    code = door(words)
+    assert code == 0, f"exit code {code}"
+    return code
+
+
 def start_and_fail(words: list[str], rank: int, where: str) -> int:
     """The real door; one rank meets an exception in its third step. Raises unless the run ends with exit code 0."""
     import trainer.loop
@@ -174,7 +184,8 @@ def start_and_fail(words: list[str], rank: int, where: str) -> int:
             return train_step(engine, *rest)
 
         def fail() -> None:
-            raise ZeroDivisionError(f"planted in {where}")
+            kind = torch.OutOfMemoryError if where == "an allocation" else ZeroDivisionError
+            raise kind(f"planted in {where}")
 
         trainer.loop.train_step = planted
     code = door(words)

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_FAILED, EXIT_FINISHED, CookbookError, RankProblem, RankStuck
+from configs.errors import EXIT_FAILED, EXIT_FINISHED, CookbookError, OutOfMemory, RankProblem, RankStuck
 from configs.load import load_config
 from trainer.machine import find_machine
 from trainer.plan import make_plan
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_FINISHED
         return train(arguments)
     except CookbookError as error:
-        # All ranks of a node meet the same mistake. A RankProblem is met by one, and a rank that is stuck cannot speak.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, (RankProblem, RankStuck)):
+        # All ranks of a node meet the same mistake. Some are met by one rank alone, and one that is stuck cannot speak.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, (OutOfMemory, RankProblem, RankStuck)):
             turn_away(error)
         return error.exit_code
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from trainer.checkpoint.progress import Progress, identity
 from trainer.data import DataSet
 from trainer.data.build import build_data
 from trainer.engine import Engine, build_engine
+from trainer.exhausted import memory_told
 from trainer.export import export_model
 from trainer.model import build_hf_config
 from trainer.optimizer import lr_at
@@ -57,6 +58,7 @@ def run(config: Config, plan: Plan) -> int:
             # The parameters do not depend on this generator.
             torch.manual_seed(config.train.seed + dropout_stream(plan, runtime.rank))
             with (
+                memory_told(runtime.rank, lambda: keeper.step),
                 MemoryCheck(config, plan, runtime, predicted) as memory,
                 closing(build_engine(config, plan, runtime)) as engine,
             ):

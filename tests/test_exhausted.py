@@ -1,0 +1,57 @@
+"""One rank runs out of memory: its own line, its name, exit code 1, and nobody waits for it for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import EXIT_FAILED
+from tests import resuming
+from tests.harness import RankFailed, run_ranks
+from tests.parity import words
+from trainer.exhausted import is_out_of_memory
+from trainer.status import read_status
+
+MIB = 2**20
+
+
+def test_a_process_without_memory_says_so(tmp_path: Path) -> None:
+    """Embedding, head and logits of 400,000 words, their gradients and moments: more than the process may have."""
+    run = tmp_path / "run"
+    large = ("model.config.vocab_size=400000", "train.eval_samples=0", "train.export=false", f"train.run_dir={run}")
+    with pytest.raises(RankFailed, match=f"exit code {EXIT_FAILED}"):
+        run_ranks(1, resuming.start_and_exhaust, words("llama", "single", "fp32", 3, *large), 0, 600 * MIB)
+    status = read_status(run)
+    assert (status["state"], status["exit_code"], status["retry"]) == ("failed", EXIT_FAILED, False)
+    reason = str(status["reason"])
+    assert reason.startswith("rank 0: out of memory after 0 updates: ")
+    assert "memory-estimate with the same words" in reason
+    assert "\n" not in reason
+
+
+def test_the_rank_without_memory_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RankFailed):
+        run_ranks(
+            2, resuming.start_and_fail, words("llama", "ddp", "fp32", 5, f"train.run_dir={run}"), 1, "an allocation"
+        )
+    assert str(read_status(run)["reason"]).startswith(
+        "rank 1: out of memory after 2 updates: planted in an allocation;"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+        (MemoryError(), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("Connection closed by peer"), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
