@@ -42,3 +42,18 @@ def test_a_killed_run_leaves_nothing_behind_for_long(tmp_path: Path) -> None:
     first, second = run_ranks(2, swap, str(tmp_path), "closed")
     assert first == second != dead.stem
     assert list(tmp_path.iterdir()) == [foreign]
+
+
+def close_at_once(nvme: str, times: int) -> None:
+    _, plan = config_and_plan(None, "parallel=ddp", "cluster.gpus_per_node=2")
+    with join(plan, timeout_minutes=1) as runtime:
+        for _ in range(times):
+            folder = SwapFolder(nvme, runtime)
+            (folder.path / "zero_stage_3" / "optimizer" / f"rank{runtime.rank}").mkdir(parents=True)
+            runtime.sum(0.0)
+            folder.close()
+
+
+def test_ranks_that_close_at_once_do_not_trip_over_each_other(tmp_path: Path) -> None:
+    run_ranks(2, close_at_once, str(tmp_path), 200)
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ the kernel's and goes with the process, by SIGKILL too, so that no living run lo
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import uuid
 from contextlib import suppress
@@ -37,11 +38,14 @@ class SwapFolder:
 
     def close(self) -> None:
         """Delete what this rank has swapped, and the folder with the last of its ranks. No collective."""
-        for own in self.path.glob(f"*/*/rank{self._rank}"):
-            shutil.rmtree(own, ignore_errors=True)
-        for parent in (*self.path.glob("*/*"), *self.path.glob("*"), self.path):
-            with suppress(OSError):  # another rank's files are still there
-                parent.rmdir()
+        # Bottom up, so that a folder comes after what is in it. `os.walk` passes over what another rank, which closes
+        # at the same time, deletes before it gets there.
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            if Path(folder).name == f"rank{self._rank}":
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                with suppress(OSError):  # another rank's files are still there
+                    os.rmdir(folder)
         if not self.path.exists():
             _lock_of(self.path).unlink(missing_ok=True)
         self._lock.close()
