@@ -8,124 +8,30 @@ else. The schema checks names and types. Whether the values make sense together 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
-
-class Weights(StrEnum):
-    random = "random"
-    pretrained = "pretrained"
-
-
-class Attention(StrEnum):
-    auto = "auto"
-    sdpa = "sdpa"
-    eager = "eager"
-    flash_attention_2 = "flash_attention_2"
-
-
-class DataSource(StrEnum):
-    builtin = "builtin"
-    files = "files"
-    hub = "hub"
-    synthetic = "synthetic"
-
-
-class EngineName(StrEnum):
-    torch = "torch"
-    deepspeed = "deepspeed"
-
-
-class OffloadDevice(StrEnum):
-    none = "none"
-    cpu = "cpu"
-    nvme = "nvme"
-
-
-class DType(StrEnum):
-    float64 = "float64"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class OptimizerName(StrEnum):
-    adamw = "adamw"
-    sgd = "sgd"
-
-
-class Implementation(StrEnum):
-    auto = "auto"
-    fused = "fused"
-    foreach = "foreach"
-    for_loop = "for_loop"
-    deepspeed_cpu = "deepspeed_cpu"
-
-
-class Schedule(StrEnum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    warmup_stable_decay = "warmup_stable_decay"
-
-
-class Checkpointing(StrEnum):
-    none = "none"
-    full = "full"
-    selective = "selective"
-
-
-class NonFinite(StrEnum):
-    stop = "stop"
-    skip = "skip"
-
-
-class OnFailure(StrEnum):
-    stop = "stop"
-    warn = "warn"
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class EstimateFormat(StrEnum):
-    table = "table"
-    json = "json"
-    csv = "csv"
-
-
-class Gate(StrEnum):
-    off = "off"
-    warn = "warn"
-    refuse = "refuse"
-
-
-class LauncherName(StrEnum):
-    python = "python"
-    torchrun = "torchrun"
-    deepspeed = "deepspeed"
-    accelerate = "accelerate"
-
-
-class ClusterKind(StrEnum):
-    local = "local"
-    slurm = "slurm"
-
-
-class GpuRequest(StrEnum):
-    gpus_per_node = "gpus_per_node"
-    gres = "gres"
-    none = "none"
-
-
-class Progress(StrEnum):
-    auto = "auto"
-    bar = "bar"
-    lines = "lines"
-    off = "off"
+from configs.choices import (
+    Attention,
+    Checkpointing,
+    ClusterKind,
+    ContextMethod,
+    DataSource,
+    Device,
+    DType,
+    EngineName,
+    EstimateFormat,
+    Gate,
+    GpuRequest,
+    Implementation,
+    LauncherName,
+    NonFinite,
+    OffloadDevice,
+    OnFailure,
+    OptimizerName,
+    Progress,
+    Schedule,
+    Weights,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -184,11 +90,6 @@ class Data:
     """Loader processes per rank; 0 loads in the training process. `hub` uses one at the most."""
     cache_dir: str = "~/.cache/distributed-training-cookbook"
     """Where tokenised data is kept between runs."""
-
-
-class ContextMethod(StrEnum):
-    ulysses = "ulysses"
-    gather = "gather"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,10 +17,14 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from configs.choices import (
+    ClusterKind,
+    LauncherName,
+)
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import EXIT_FINISHED, CookbookError
 from configs.load import expand_sweep, load_config
-from configs.schema import ClusterKind, Config, LauncherName
+from configs.schema import Config
 from launch.command import Command, Rendezvous, build_command
 from launch.jobs import CONTROLS, control, is_array, launch_array, launch_job
 from launch.process import replace_process

@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.choices import LauncherName
 from configs.load import quote_value
-from configs.schema import Config, LauncherName
+from configs.schema import Config
 from slurm.words import Place, accelerate_words, deepspeed_words, torchrun_words
 from trainer.plan import Plan
 

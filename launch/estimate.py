@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from configs.choices import EstimateFormat
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, CookbookError, PlanError
 from configs.load import expand_sweep, load_config
-from configs.schema import Config, EstimateFormat
+from configs.schema import Config
 from trainer.machine import find_machine
 from trainer.memory.estimate import estimate, on_part_of_the_cluster, planned_machine
 from trainer.memory.explain import explain

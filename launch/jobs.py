@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from configs.choices import ClusterKind
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.load import load_config
-from configs.schema import ClusterKind, Config
+from configs.schema import Config
 from slurm.control import cancel, status_lines
 from slurm.submit import Point, check, command, script_text, submit, submit_sweep
 from trainer.machine import Machine

@@ -10,7 +10,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.schema import Config, Device, GpuRequest
+from configs.choices import (
+    Device,
+    GpuRequest,
+)
+from configs.schema import Config
 from trainer.plan import Plan
 from trainer.report.folder import run_label
 

@@ -16,9 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from configs.choices import (
+    EngineName,
+    LauncherName,
+    OffloadDevice,
+)
 from configs.errors import CookbookError
 from configs.load import group_options, load_config
-from configs.schema import Config, EngineName, LauncherName, OffloadDevice
+from configs.schema import Config
 from launch.command import Rendezvous, build_command
 from trainer.machine import Machine
 from trainer.parallel.pipeline_table import SCHEDULES, split_layers, stages_of_rank

@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 
+from configs.choices import (
+    Checkpointing,
+    EngineName,
+    OffloadDevice,
+)
 from configs.errors import PlanError
 from configs.load import group_options, load_config
-from configs.schema import Checkpointing, Config, EngineName, Offload, OffloadDevice
+from configs.schema import Config, Offload
 from tests.docs_blocks import GPUS
 from trainer.plan import make_plan
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from configs.choices import (
+    DType,
+    EngineName,
+)
 from configs.load import load_config
-from configs.schema import DType, EngineName
 from tests.deepspeed_cases import allow_float16
 from trainer.data import Batch
 from trainer.engine import build_engine

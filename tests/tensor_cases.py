@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from configs.choices import Checkpointing
 from configs.errors import CookbookError
-from configs.schema import Checkpointing, Model
+from configs.schema import Model
 from trainer import gradients
 from trainer.data import IGNORED
 from trainer.loss import cross_entropy_sum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from configs.schema import DType
+from configs.choices import DType
 from trainer.devices import GPUS, check_gpu, find_gpu
 
 GIB = 2**30

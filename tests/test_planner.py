@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.choices import Checkpointing
 from configs.errors import ConfigError
 from configs.load import load_config
-from configs.schema import Checkpointing
 from launch.estimate import main
 from tests.benchmarks.published import RUNS
 from trainer.devices import find_gpu

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from configs.schema import Progress
+from configs.choices import Progress
 from trainer.report.metrics import MetricsFile, StepMetrics, Summary, Totals, ValidationMetrics, numbers, to_dict
 from trainer.report.terminal import open_terminal, render, render_summary
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from configs.schema import DType
+from configs.choices import DType
 
 MIB = 2**20
 GB_PER_SECOND = 1e9

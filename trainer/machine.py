@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import Device
+from configs.choices import Device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,8 +19,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from configs.choices import Attention
 from configs.errors import ConfigError, DataError
-from configs.schema import Attention, Model
+from configs.schema import Model
 from trainer.pieces import cut
 from trainer.weights import Weights
 

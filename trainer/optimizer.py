@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 
-from configs.schema import Config, Implementation, OptimizerName, Schedule
+from configs.choices import (
+    Implementation,
+    OptimizerName,
+    Schedule,
+)
+from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig
 
 

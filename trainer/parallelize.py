@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from configs.schema import Checkpointing, Config, EngineName
+from configs.choices import (
+    Checkpointing,
+    EngineName,
+)
+from configs.schema import Config
 from trainer.parallel.checkpointing import apply_checkpointing
 from trainer.parallel.compile import apply_compile
 from trainer.parallel.context import apply_context_parallel

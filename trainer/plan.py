@@ -14,8 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from configs.choices import (
+    DType,
+    EngineName,
+    LauncherName,
+    OffloadDevice,
+)
 from configs.errors import PlanError
-from configs.schema import Config, DType, EngineName, LauncherName, OffloadDevice
+from configs.schema import Config
 from trainer.batch import Batch, make_batch
 from trainer.machine import Machine
 from trainer.parallel.pipeline_table import check_pipeline

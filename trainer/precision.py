@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from configs.schema import DType, Precision
+from configs.choices import DType
+from configs.schema import Precision
 from trainer.plan import Plan
 
 

@@ -17,8 +17,12 @@ from typing import Any
 
 from packaging.version import Version
 
+from configs.choices import (
+    DType,
+    OffloadDevice,
+)
 from configs.errors import EnvironmentProblem
-from configs.schema import Config, DType, OffloadDevice
+from configs.schema import Config
 from trainer.engine.deepspeed_setup import LOWEST_VERSION, find_ninja, import_deepspeed, needed_kernels, op_builder
 from trainer.plan import Plan
 

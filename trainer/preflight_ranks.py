@@ -24,8 +24,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from configs.choices import (
+    OffloadDevice,
+    OptimizerName,
+)
 from configs.errors import EnvironmentProblem
-from configs.schema import Config, OffloadDevice, OptimizerName
+from configs.schema import Config
 from trainer.model import build_hf_config, build_model
 from trainer.plan import Plan
 from trainer.precision import torch_dtype

@@ -11,20 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.schema import (
+from configs.choices import (
     Attention,
     Checkpointing,
-    Config,
     DataSource,
     DType,
     EngineName,
     Implementation,
     LauncherName,
-    Offload,
     OffloadDevice,
     OptimizerName,
     Weights,
 )
+from configs.schema import Config, Offload
 from trainer.devices import check_gpu
 from trainer.parallel.context_table import check_context
 from trainer.parallel.tensor_plans import check_tensor

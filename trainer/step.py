@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from configs.choices import NonFinite
 from configs.errors import TrainingFailed
-from configs.schema import NonFinite
 from trainer.data import Batch, DataSet
 from trainer.engine import Engine, StepReport
 from trainer.plan import Plan

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from configs.choices import Weights as WeightsChoice
 from configs.errors import DataError
 from configs.schema import Model
-from configs.schema import Weights as WeightsChoice
 
 log = logging.getLogger(__name__)
 

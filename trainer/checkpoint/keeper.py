@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from configs.choices import OnFailure
 from configs.errors import CheckpointDamaged, CheckpointFailed, CheckpointMismatch
-from configs.schema import Config, OnFailure
+from configs.schema import Config
 from trainer.checkpoint import catalog
 from trainer.checkpoint.manifest import STATE, Manifest, check_contents, check_sizes, read_manifest
 from trainer.checkpoint.progress import Progress, check_same, layout, read_progress

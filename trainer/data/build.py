@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import platform
 
+from configs.choices import DataSource
 from configs.errors import DataError
-from configs.schema import Config, DataSource
+from configs.schema import Config
 from trainer.data import DataSet
 from trainer.data.agreement import Agreement
 from trainer.data.cache import Corpus, TokenisedText, load_tokens

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from configs.schema import Config, EngineName
+from configs.choices import EngineName
+from configs.schema import Config
 from trainer.plan import Plan
 
 if TYPE_CHECKING:

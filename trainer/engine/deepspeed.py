@@ -27,7 +27,11 @@ from typing import Any
 
 import torch
 
-from configs.schema import Config, Implementation, OffloadDevice
+from configs.choices import (
+    Implementation,
+    OffloadDevice,
+)
+from configs.schema import Config
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data import Batch
 from trainer.engine import Counters, StepReport, deepspeed_state

@@ -21,7 +21,12 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import Config, DType, OffloadDevice, OptimizerName
+from configs.choices import (
+    DType,
+    OffloadDevice,
+    OptimizerName,
+)
+from configs.schema import Config
 from trainer.plan import Plan
 
 if TYPE_CHECKING:

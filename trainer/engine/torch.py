@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from configs.schema import Config, OffloadDevice
+from configs.choices import OffloadDevice
+from configs.schema import Config
 from trainer import gradients
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data import Batch

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
 
-from configs.schema import Config, EngineName
+from configs.choices import EngineName
+from configs.schema import Config
 from trainer.devices import Gpu, find_gpu
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.machine import Machine

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from configs.schema import Config, EngineName
+from configs.choices import EngineName
+from configs.schema import Config
 from trainer.memory.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators, cublas_bytes
 from trainer.memory.layouts.common import WIDTHS
 from trainer.memory.profiles import stage_layers

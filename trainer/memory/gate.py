@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from configs.choices import Gate
 from configs.errors import CookbookError
-from configs.schema import Config, Gate
+from configs.schema import Config
 from trainer.machine import Machine
 from trainer.memory.estimate import GIB, Verdict, estimate
 from trainer.memory.profiles import NotEstimated

@@ -17,8 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from configs.choices import (
+    Attention,
+    DType,
+    EngineName,
+)
 from configs.errors import CookbookError, PlanError
-from configs.schema import Attention, Config, DType, EngineName
+from configs.schema import Config
 from trainer.devices import Gpu
 from trainer.memory.bounds import states_bytes, upper_bytes
 from trainer.memory.profile import (

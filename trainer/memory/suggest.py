@@ -11,8 +11,14 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+from configs.choices import (
+    Checkpointing,
+    DType,
+    EngineName,
+    OffloadDevice,
+)
 from configs.errors import CookbookError
-from configs.schema import Checkpointing, Config, DType, EngineName, OffloadDevice
+from configs.schema import Config
 from trainer.machine import Machine
 from trainer.memory.estimate import Estimate, estimate, with_micro_batch
 from trainer.memory.profile import ModelProfile, Trace

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 from torch.utils._pytree import tree_iter
 
-from configs.schema import Checkpointing
+from configs.choices import Checkpointing
 from trainer.gradients import local
 from trainer.loss import cross_entropy_sum
 from trainer.memory.kernels import as_on_device, quiet

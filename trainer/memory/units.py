@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
-from configs.schema import ContextMethod
+from configs.choices import ContextMethod
 from trainer.gradients import local
 from trainer.memory.profile import Anatomy, Parameter
 from trainer.model import decoder_layers, held_layers

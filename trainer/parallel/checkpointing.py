@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from configs.schema import Checkpointing
+from configs.choices import Checkpointing
 from trainer.model import held_layers
 
 ATTENTION_OPS = {

@@ -28,8 +28,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, PreTrainedModel
 
+from configs.choices import ContextMethod
 from configs.errors import PlanError
-from configs.schema import ContextMethod
 from trainer.data import Batch
 from trainer.parallel.collectives import Ranks, paired
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from configs.schema import ContextMethod
+from configs.choices import ContextMethod
 
 
 def check_context(fields: Mapping[str, Any], *, cp: int, tp: int, method: ContextMethod, seq_len: int) -> Iterator[str]:

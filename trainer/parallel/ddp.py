@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.schema import DType
+from configs.choices import DType
 from trainer.plan import Plan
 from trainer.precision import autocast
 from trainer.runtime import Runtime

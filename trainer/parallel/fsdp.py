@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from configs.schema import OffloadDevice
+from configs.choices import OffloadDevice
 from trainer.mesh import fsdp_mesh
 from trainer.model import held_layers, tied_names
 from trainer.plan import Plan

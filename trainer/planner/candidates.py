@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from configs.schema import Checkpointing, Config, EngineName, Offload, OffloadDevice, Pipeline
+from configs.choices import (
+    Checkpointing,
+    EngineName,
+    OffloadDevice,
+)
+from configs.schema import Config, Offload, Pipeline
 
 MICRO_BATCHES = (1, 2, 4, 8)
 PIPELINES = (1, 2, 4, 8, 16)

@@ -12,8 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
+from configs.choices import (
+    Checkpointing,
+    EngineName,
+)
 from configs.errors import ConfigError, CookbookError
-from configs.schema import Checkpointing, Config, EngineName
+from configs.schema import Config
 from trainer.machine import Machine
 from trainer.memory.bounds import states_bytes
 from trainer.memory.estimate import Estimate, estimate, planned_device

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from configs import schema
+from configs import choices
 from trainer.report.metrics import CheckpointMetrics, Comparison, StepMetrics, Summary, ValidationMetrics, perplexity
 
 Shown = StepMetrics | ValidationMetrics | CheckpointMetrics
@@ -41,14 +41,14 @@ class Terminal(Protocol):
     def close(self) -> None: ...
 
 
-def open_terminal(progress: schema.Progress, steps: int, *, console: Console | None = None) -> Terminal:
+def open_terminal(progress: choices.Progress, steps: int, *, console: Console | None = None) -> Terminal:
     """The terminal for `logging.progress`. console: where to write; standard output by default."""
     console = console or Console()
-    if progress is schema.Progress.auto:
-        progress = schema.Progress.bar if console.is_terminal else schema.Progress.lines
-    if progress is schema.Progress.bar:
+    if progress is choices.Progress.auto:
+        progress = choices.Progress.bar if console.is_terminal else choices.Progress.lines
+    if progress is choices.Progress.bar:
         return _Bar(console, steps)
-    return _Lines(console, steps, quiet=progress is schema.Progress.off)
+    return _Lines(console, steps, quiet=progress is choices.Progress.off)
 
 
 class _Lines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from configs.schema import DType
+from configs.choices import DType
 from trainer.memory.profile import Profile
 from trainer.memory.timeline import Timeline
 from trainer.plan import Plan

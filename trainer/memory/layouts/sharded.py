@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from configs.schema import OffloadDevice
+from configs.choices import OffloadDevice
 from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
 from trainer.memory.profile import Parameter
 from trainer.memory.timeline import COMPUTE, GATHER, REDUCE, Handle

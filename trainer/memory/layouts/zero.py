@@ -15,7 +15,7 @@ from collections import Counter
 from math import ceil
 from typing import Any
 
-from configs.schema import OffloadDevice
+from configs.choices import OffloadDevice
 from trainer.engine.deepspeed_config import ModelSize
 from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
 from trainer.memory.profile import Anatomy

@@ -18,7 +18,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
-from configs.schema import OffloadDevice
+from configs.choices import OffloadDevice
 from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
 from trainer.memory.profile import Anatomy, Parameter
 from trainer.memory.timeline import GATHER, Handle
