@@ -17,10 +17,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from configs.choices import (
-    ClusterKind,
-    LauncherName,
-)
+from configs.choices import ClusterKind, LauncherName
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import EXIT_FINISHED, CookbookError
 from configs.load import expand_sweep, load_config

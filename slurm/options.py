@@ -10,10 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.choices import (
-    Device,
-    GpuRequest,
-)
+from configs.choices import Device, GpuRequest
 from configs.schema import Config
 from trainer.plan import Plan
 from trainer.report.folder import run_label

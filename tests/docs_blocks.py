@@ -16,11 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from configs.choices import (
-    EngineName,
-    LauncherName,
-    OffloadDevice,
-)
+from configs.choices import EngineName, LauncherName, OffloadDevice
 from configs.errors import CookbookError
 from configs.load import group_options, load_config
 from configs.schema import Config

@@ -8,11 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 
-from configs.choices import (
-    Checkpointing,
-    EngineName,
-    OffloadDevice,
-)
+from configs.choices import Checkpointing, EngineName, OffloadDevice
 from configs.errors import PlanError
 from configs.load import group_options, load_config
 from configs.schema import Config, Offload

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.choices import (
-    DType,
-    EngineName,
-)
+from configs.choices import DType, EngineName
 from configs.load import load_config
 from tests.deepspeed_cases import allow_float16
 from trainer.data import Batch

@@ -12,11 +12,7 @@ from typing import Any
 
 import torch
 
-from configs.choices import (
-    Implementation,
-    OptimizerName,
-    Schedule,
-)
+from configs.choices import Implementation, OptimizerName, Schedule
 from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig
 

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from configs.choices import (
-    Checkpointing,
-    EngineName,
-)
+from configs.choices import Checkpointing, EngineName
 from configs.schema import Config
 from trainer.parallel.checkpointing import apply_checkpointing
 from trainer.parallel.compile import apply_compile

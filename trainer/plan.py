@@ -14,12 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from configs.choices import (
-    DType,
-    EngineName,
-    LauncherName,
-    OffloadDevice,
-)
+from configs.choices import DType, EngineName, LauncherName, OffloadDevice
 from configs.errors import PlanError
 from configs.schema import Config
 from trainer.batch import Batch, make_batch

@@ -17,10 +17,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from configs.choices import (
-    DType,
-    OffloadDevice,
-)
+from configs.choices import DType, OffloadDevice
 from configs.errors import EnvironmentProblem
 from configs.schema import Config
 from trainer.engine.deepspeed_setup import LOWEST_VERSION, find_ninja, import_deepspeed, needed_kernels, op_builder

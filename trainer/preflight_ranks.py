@@ -24,10 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configs.choices import (
-    OffloadDevice,
-    OptimizerName,
-)
+from configs.choices import OffloadDevice, OptimizerName
 from configs.errors import EnvironmentProblem
 from configs.schema import Config
 from trainer.model import build_hf_config, build_model

@@ -27,10 +27,7 @@ from typing import Any
 
 import torch
 
-from configs.choices import (
-    Implementation,
-    OffloadDevice,
-)
+from configs.choices import Implementation, OffloadDevice
 from configs.schema import Config
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data import Batch

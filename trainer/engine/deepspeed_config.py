@@ -21,11 +21,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import (
-    DType,
-    OffloadDevice,
-    OptimizerName,
-)
+from configs.choices import DType, OffloadDevice, OptimizerName
 from configs.schema import Config
 from trainer.plan import Plan
 

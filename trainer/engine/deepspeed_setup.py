@@ -19,10 +19,7 @@ import torch
 from torch import nn
 from torch.utils import cpp_extension
 
-from configs.choices import (
-    Implementation,
-    OffloadDevice,
-)
+from configs.choices import Implementation, OffloadDevice
 from configs.errors import EnvironmentProblem
 from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig

@@ -10,11 +10,7 @@ The planner drops by the first what cannot fit; where a model's code cannot be t
 
 from __future__ import annotations
 
-from configs.choices import (
-    DType,
-    EngineName,
-    OffloadDevice,
-)
+from configs.choices import DType, EngineName, OffloadDevice
 from configs.schema import Config
 from trainer.plan import Plan
 from trainer.rules import config_fields

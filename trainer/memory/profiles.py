@@ -17,11 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from configs.choices import (
-    Attention,
-    DType,
-    EngineName,
-)
+from configs.choices import Attention, DType, EngineName
 from configs.errors import CookbookError, PlanError
 from configs.schema import Config
 from trainer.devices import Gpu

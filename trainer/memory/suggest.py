@@ -11,12 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from configs.choices import (
-    Checkpointing,
-    DType,
-    EngineName,
-    OffloadDevice,
-)
+from configs.choices import Checkpointing, DType, EngineName, OffloadDevice
 from configs.errors import CookbookError
 from configs.schema import Config
 from trainer.machine import Machine

@@ -16,11 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from configs.choices import (
-    Checkpointing,
-    EngineName,
-    OffloadDevice,
-)
+from configs.choices import Checkpointing, EngineName, OffloadDevice
 from configs.schema import Config, Offload, Pipeline
 
 MICRO_BATCHES = (1, 2, 4, 8)

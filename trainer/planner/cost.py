@@ -19,12 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.choices import (
-    Checkpointing,
-    ContextMethod,
-    EngineName,
-    OffloadDevice,
-)
+from configs.choices import Checkpointing, ContextMethod, EngineName, OffloadDevice
 from configs.schema import Config
 from trainer.devices import GB_PER_SECOND, Gpu
 from trainer.memory.bounds import WIDTH

@@ -12,10 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from configs.choices import (
-    Checkpointing,
-    EngineName,
-)
+from configs.choices import Checkpointing, EngineName
 from configs.errors import ConfigError, CookbookError
 from configs.schema import Config
 from trainer.machine import Machine

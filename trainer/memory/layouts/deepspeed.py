@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.choices import (
-    DType,
-    OffloadDevice,
-)
+from configs.choices import DType, OffloadDevice
 from trainer.memory.compose import Layout
 from trainer.memory.layouts.common import Setting
 from trainer.memory.layouts.zero import ZeroStage12
