@@ -5,9 +5,7 @@
     CACHE_DIR/KEY/meta.json         their numbers; its presence says that the entry is whole
 
 KEY is a hash of all that decides the content: paths, sizes and modification times of the files, tokenizer, text
-field, held-out fraction. An entry is written under another name and renamed when it is complete, and a file lock
-lets one process of a machine build while others wait: whatever is killed, a half-written entry is never read,
-and a lock dies with its process.
+field, held-out fraction. How an entry comes to be whole: `entries`.
 
 Which text is held out is decided by a hash of the text itself, piece by piece. So copies of a text fall on the
 same side, and text that is added later moves nothing.
@@ -19,27 +17,23 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
-import filelock
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import DataError
 from trainer.data.documents import content_hash, read_pieces
+from trainer.data.entries import META, cached, check_files, damaged, token_dtype
 from trainer.data.samples import TokenFile
 from trainer.data.tokenizer import Encoder, first_line
 
 FORMAT = 1
 BULK_CHARACTERS = 2**20
 PROGRESS_SECONDS = 30
-META = "meta.json"
 
 T = TypeVar("T")
 
@@ -107,62 +101,30 @@ def load_tokens(corpus: Corpus, encoder: Encoder, *, cache_dir: str) -> Tokenise
 
     Raises DataError for text that cannot be read, and for a cache folder that cannot be written.
     """
-    folder = Path(os.path.expanduser(cache_dir)) / corpus.key(encoder)
-    try:
-        if not (folder / META).exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(folder.with_suffix(".lock"))
-            with lock:
-                if not (folder / META).exists():
-                    _build(corpus, encoder, folder)
-        return _open(folder)
-    except OSError as error:
-        raise DataError(
-            f"data.cache_dir={cache_dir}: cannot keep the tokenised text there ({error.strerror or first_line(error)});"
-            " choose a folder on a disk with space that you can write"
-        ) from None
+    return cached(cache_dir, corpus.key(encoder), build=lambda folder: _build(corpus, encoder, folder), read=_open)
 
 
 def _open(folder: Path) -> TokenisedText:
-    """Map a whole entry. Only a disk or a person can have changed it since, so it is not silently made again."""
-    damaged = f"data.cache_dir={folder.parent}: the entry {folder.name} is damaged ({{}}); delete {folder}"
+    """Map a whole entry."""
     try:
         counts = Counts(**json.loads((folder / META).read_text()))
     except (ValueError, TypeError) as error:
-        raise DataError(damaged.format(f"{META}: {first_line(error)}")) from None
-    training, validation = folder / "train.bin", folder / "validation.bin"
-    sizes = {training: counts.training_tokens, validation: counts.validation_tokens}
-    for path, tokens in sizes.items():
-        expected, found = tokens * np.dtype(counts.dtype).itemsize, path.stat().st_size if path.exists() else 0
-        if found != expected:
-            raise DataError(damaged.format(f"{path.name} holds {found} bytes, not {expected}"))
-    return TokenisedText(
-        counts=counts,
-        training=TokenFile(path=str(training), dtype=counts.dtype, count=counts.training_tokens),
-        validation=TokenFile(path=str(validation), dtype=counts.dtype, count=counts.validation_tokens),
+        raise damaged(folder, f"{META}: {first_line(error)}") from None
+    width = np.dtype(counts.dtype).itemsize
+    files = {"train.bin": counts.training_tokens, "validation.bin": counts.validation_tokens}
+    check_files(folder, {name: tokens * width for name, tokens in files.items()})
+    training, validation = (
+        TokenFile(path=str(folder / name), dtype=counts.dtype, count=tokens) for name, tokens in files.items()
     )
+    return TokenisedText(counts=counts, training=training, validation=validation)
 
 
 def _build(corpus: Corpus, encoder: Encoder, folder: Path) -> None:
-    """Tokenise into a folder of this machine, then give it its name."""
-    partial = folder.with_suffix(f".{socket.gethostname()}.partial")
-    # We hold the lock, so a folder that stands there was left by a builder that was killed.
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        threshold = 0 if corpus.validation else int(corpus.fraction * 2**64)
-        counts = _tokenise(corpus, encoder, partial, threshold)
-        if threshold and (better := both_sides(threshold, counts.lowest, counts.highest)) != threshold:
-            counts = _tokenise(corpus, encoder, partial, better)
-        (partial / META).write_text(json.dumps(asdict(counts)))
-        try:
-            partial.rename(folder)
-        except OSError:
-            # On a file system without locks, another machine was faster; its entry is as good as ours.
-            if not (folder / META).exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    threshold = 0 if corpus.validation else int(corpus.fraction * 2**64)
+    counts = _tokenise(corpus, encoder, folder, threshold)
+    if threshold and (better := both_sides(threshold, counts.lowest, counts.highest)) != threshold:
+        counts = _tokenise(corpus, encoder, folder, better)
+    (folder / META).write_text(json.dumps(asdict(counts)))
 
 
 def both_sides(threshold: int, lowest: int, highest: int) -> int:
@@ -172,7 +134,7 @@ def both_sides(threshold: int, lowest: int, highest: int) -> int:
 
 def _tokenise(corpus: Corpus, encoder: Encoder, folder: Path, threshold: int) -> Counts:
     """Write both token files. threshold: text with a content hash below it is held out."""
-    dtype = "uint16" if encoder.vocabulary <= 2**16 else "uint32"
+    dtype = token_dtype(encoder.vocabulary)
     documents, skipped, lowest, highest = 0, 0, 2**64, -1
     with (
         _Row(folder / "train.bin", dtype, encoder.end) as training,

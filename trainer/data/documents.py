@@ -19,7 +19,7 @@ import json
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ def builtin_files() -> list[Path]:
     return chosen
 
 
-def find_files(entries: Iterable[str], *, key: str) -> list[Path]:
+def find_files(entries: Iterable[str], *, key: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """The files that paths, folders (searched recursively) and glob patterns name, each once.
 
     Folders and patterns pass over other suffixes and hidden files; a file that is named itself must be supported.
@@ -90,9 +90,9 @@ def find_files(entries: Iterable[str], *, key: str) -> list[Path]:
         except OSError as error:
             problems.append(f"{key}={entry}: cannot be looked up ({error.strerror or first_line(error)}); name another")
             continue
-        usable = [match for match in matches if match.suffix.lower() in SUFFIXES]
+        usable = [match for match in matches if match.suffix.lower() in suffixes]
         if not usable:
-            problems.append(f"{key}={entry}: {_why_nothing(path, matches)}")
+            problems.append(f"{key}={entry}: {_why_nothing(path, matches, suffixes)}")
         found.update(dict.fromkeys(match.resolve() for match in usable))
     if problems:
         raise DataError(*problems)
@@ -114,8 +114,8 @@ def _inside(folder: Path) -> list[Path]:
     return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
-def _why_nothing(path: Path, matches: list[Path]) -> str:
-    supported = f"supported are {', '.join(SUFFIXES)}"
+def _why_nothing(path: Path, matches: list[Path], suffixes: Sequence[str]) -> str:
+    supported = f"supported are {', '.join(suffixes)}"
     if path.is_file():
         return f"is a {path.suffix or 'file without suffix'}; {supported}"
     if matches:
@@ -169,6 +169,15 @@ def _not_text(path: Path, what: str) -> str:
 
 
 def _read_jsonl(path: Path, text_key: str) -> Iterator[Piece]:
+    for number, row in read_rows(path, example=f'{{"{text_key}": ...}}'):
+        yield Piece(text_of(row, text_key, where=f"{path}:{number}"), last=True)
+
+
+def read_rows(path: Path, *, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a .jsonl file, each with the number of its line; empty lines are passed over.
+
+    example: what a line should look like. Raises DataError with file and line, OSError where nothing can be read.
+    """
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -186,10 +195,9 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[Piece]:
                 ) from None
             if not isinstance(row, dict):
                 raise DataError(
-                    f"data.paths: {path}:{number}: not a JSON object but {type(row).__name__};"
-                    f' write {{"{text_key}": ...}}'
+                    f"data.paths: {path}:{number}: not a JSON object but {type(row).__name__}; write {example}"
                 )
-            yield Piece(text_of(row, text_key, where=f"{path}:{number}"), last=True)
+            yield number, row
 
 
 def text_of(row: dict[str, Any], text_key: str, *, where: str) -> str:
@@ -205,14 +213,19 @@ def text_of(row: dict[str, Any], text_key: str, *, where: str) -> str:
         raise DataError(
             f"data.text_key={text_key}: {where} holds {type(text).__name__} there, not text; name another field"
         )
+    check_characters(text, what=f"data.text_key={text_key}: {where}")
+    return text
+
+
+def check_characters(text: str, *, what: str) -> None:
+    """Raise DataError for text that JSON can spell and UTF-8 cannot. what: where it stands."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"data.text_key={text_key}: {where} holds half a character (\\u{ord(text[error.start]):04x}), which no"
-            " UTF-8 text can; mend or remove the line"
+            f"{what} holds half a character (\\u{ord(text[error.start]):04x}), which no UTF-8 text can; mend or remove"
+            " the line"
         ) from None
-    return text
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[Piece]:

@@ -1,0 +1,84 @@
+"""Entries of the data cache: folders that one process of a machine builds and all others map into memory.
+
+    CACHE_DIR/KEY/...          whatever the builder writes
+    CACHE_DIR/KEY/meta.json    its presence says that the entry is whole
+
+An entry is written under another name and renamed when it is complete, and a file lock lets one process of a machine
+build while others wait: whatever is killed, a half-written entry is never read, and a lock dies with its process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import filelock
+import numpy as np
+
+from configs.errors import DataError
+from trainer.data.tokenizer import first_line
+
+META = "meta.json"
+
+T = TypeVar("T")
+
+
+def cached(cache_dir: str, key: str, *, build: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+    """What `read` makes of the entry's folder; `build` fills an empty one if no process has done it before.
+
+    build: must write META last. Raises DataError for a cache folder that cannot be written.
+    """
+    folder = Path(os.path.expanduser(cache_dir)) / key
+    try:
+        if not (folder / META).exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder.with_suffix(".lock")):
+                if not (folder / META).exists():
+                    _fill(folder, build)
+        return read(folder)
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir={cache_dir}: cannot keep the tokenised text there ({error.strerror or first_line(error)});"
+            " choose a folder on a disk with space that you can write"
+        ) from None
+
+
+def check_files(folder: Path, sizes: dict[str, int]) -> None:
+    """Raise DataError unless each file has its size in bytes. Only a disk or a person can have changed an entry since
+    it was made, so it is not silently made again."""
+    for name, expected in sizes.items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else 0
+        if found != expected:
+            raise damaged(folder, f"{name} holds {found} bytes, not {expected}")
+
+
+def damaged(folder: Path, how: str) -> DataError:
+    return DataError(f"data.cache_dir={folder.parent}: the entry {folder.name} is damaged ({how}); delete {folder}")
+
+
+def token_dtype(vocabulary: int) -> str:
+    """The narrowest unsigned integers that hold every token id. vocabulary: highest id + 1."""
+    return np.dtype("uint16" if vocabulary <= 2**16 else "uint32").name
+
+
+def _fill(folder: Path, build: Callable[[Path], None]) -> None:
+    """Build into a folder of this machine, then give it its name."""
+    partial = folder.with_suffix(f".{socket.gethostname()}.partial")
+    # We hold the lock, so a folder that stands there was left by a builder that was killed.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        build(partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # On a file system without locks, another machine was faster; its entry is as good as ours.
+            if not (folder / META).exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
