@@ -11,6 +11,7 @@ import tempfile
 
 from configs.load import load_config
 from launch.estimate import answer
+from tests.benchmarks import published as published_runs
 from tests.harness import run_ranks
 from tests.held import held
 from tests.memory_cases import measure
@@ -225,3 +226,20 @@ def check_predicted(table: str) -> None:
 def _predicted_head() -> list[str]:
     titles = "| case | processes | predicted peak, MiB | measured peak, MiB | apart |"
     return [titles, "| --- | ---: | ---: | ---: | ---: |"]
+
+
+def published() -> str:
+    """The planner's predicted speed against published ones."""
+    return published_runs.table()
+
+
+def check_published(table: str) -> None:
+    lines = table.splitlines()
+    assert tuple(lines[:2]) == published_runs.HEAD, "another head"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:] if line.startswith("|")]
+    assert [row[0] for row in rows] == [run.name for run in published_runs.RUNS], "other rows"
+    for name, predicted, found, ratio, _ in rows:
+        quotient = float(predicted.replace(",", "")) / float(found.replace(",", ""))
+        assert abs(quotient - float(ratio)) < 0.03, f"{name}: another ratio"
+    ratios = [row[3] for row in rows]
+    assert lines[-1].endswith(f"from {min(ratios)} to {max(ratios)}."), "another spread"

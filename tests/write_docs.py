@@ -40,7 +40,7 @@ QUICK: dict[str, Callable[..., str]] = {
     },
     "matrix": matrix,
 }
-COSTLY = ("memory", "components", "estimated", "fits", "holding", "precisions", "predicted")
+COSTLY = ("memory", "components", "estimated", "fits", "holding", "precisions", "predicted", "published")
 """Functions of docs_numbers, which imports what runs."""
 
 

@@ -6,30 +6,31 @@
     python -m tests.benchmarks.overhead model=llama3_2_1b precision=bf16      on a GPU
 
 Rounds of the contenders alternate, so that a machine that slows down slows all of them; the ratio is that of the median
-step times. Words are overrides, as for the trainer; `rounds=` and `steps=` set the length. transformers' Trainer shards
-on GPUs only, so on a CPU it is left out of the fully sharded comparison.
+step times. Words are overrides, as for the trainer; `rounds=` and `steps=` set the length, `page=docs/one-process.md`
+writes the table there. transformers' Trainer shards on GPUs only, so on a CPU it is left out of the fully sharded
+comparison.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from configs.load import load_config
 from configs.schema import Config
+from tests.measured import conditions, write
 from trainer.data import Batch
 from trainer.data.build import build_data
 from trainer.engine import build_engine
@@ -42,14 +43,18 @@ from trainer.runtime import Runtime, join
 from trainer.step import train_step
 from trainer.weights import build_weights
 
+Contender = Callable[[int], float]
+"""Takes so many steps and returns the seconds that they took, without what comes before the first."""
+
 DEFAULTS = ["data=synthetic", "train.steps=1000000", "scheduler=constant", "train.micro_batch_size=8"]
 
 
 def main(words: list[str]) -> None:
-    numbers = dict(word.split("=") for word in words if word.startswith(("rounds=", "steps=")))
-    rounds, steps = int(numbers.get("rounds", 5)), int(numbers.get("steps", 10))
-    overrides = [word for word in words if word.split("=")[0] not in numbers]
-    layout = "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
+    mine = dict(word.split("=") for word in words if word.startswith(("rounds=", "steps=", "page=")))
+    rounds, steps = int(mine.get("rounds", 5)), int(mine.get("steps", 10))
+    overrides = [word for word in words if word.split("=")[0] not in mine]
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    layout = "ddp" if ranks > 1 else "single"
     config = load_config([*DEFAULTS, f"parallel={layout}", *overrides])
     plan = make_plan(config, find_machine())
     with join(plan, timeout_minutes=10) as runtime:
@@ -61,26 +66,33 @@ def main(words: list[str]) -> None:
             step(2)
         for _ in range(rounds):
             for name, step in contenders.items():
-                begin = time.perf_counter()
-                step(steps)
-                seconds[name].append((time.perf_counter() - begin) / steps)
+                seconds[name].append(step(steps) / steps)
         if runtime.is_main:
-            report(config.model.preset, plan, seconds)
+            text = table(config.model.preset, plan, seconds)
+            print(text)
+            if page := mine.get("page"):
+                start = f"torchrun --nproc-per-node {ranks}" if ranks > 1 else "python"
+                write(Path(page), " ".join([f"{start} -m tests.benchmarks.overhead", *overrides]), text)
 
 
-def report(model: str, plan: Plan, seconds: dict[str, list[float]]) -> None:
-    hardware = torch.cuda.get_device_name() if plan.device == "cuda" else f"{platform.machine()} CPU"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+def table(model: str, plan: Plan, seconds: dict[str, list[float]]) -> str:
+    """Median step times of the contenders, their tokens per second, and their ratio to the hand-written loop."""
     layout = "FSDP2" if plan.fully_sharded else "DDP" if plan.world_size > 1 else "one process"
-    print(f"{model}, {layout}, {plan.world_size} process(es) on {hardware}; {versions}")
+    gpu = f", {torch.cuda.get_device_name()}" if plan.device == "cuda" else ""
     base = statistics.median(seconds["hand-written loop"])
-    print(f"{'':24}{'ms/step':>10}{'tokens/s':>12}{'time over hand-written':>26}")
+    lines = [
+        f"{conditions('torch', 'transformers')}{gpu}: `model={model}`, {layout}, ranks: {plan.world_size}.",
+        "",
+        "| | ms per step | tokens/s | time over the hand-written loop |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     for name, found in seconds.items():
         median = statistics.median(found)
-        print(f"{name:24}{median * 1e3:10.1f}{plan.batch.tokens / median:12,.0f}{median / base:26.3f}")
+        lines.append(f"| {name} | {median * 1e3:.1f} | {plan.batch.tokens / median:,.0f} | {median / base:.3f} |")
+    return "\n".join(lines) + "\n"
 
 
-def by_hand(config: Config, plan: Plan, runtime: Runtime) -> Callable[[int], None]:
+def by_hand(config: Config, plan: Plan, runtime: Runtime) -> Contender:
     """The shortest loop that does the same arithmetic: forward, loss, backward, clip, update."""
     model = _model(config, plan, runtime)
     called = model
@@ -95,7 +107,8 @@ def by_hand(config: Config, plan: Plan, runtime: Runtime) -> Callable[[int], Non
     optimizer = build_optimizer(groups, config.optimizer)
     batches = _batches(config, plan, runtime)
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> float:
+        begin = time.perf_counter()
         for _ in range(steps):
             batch = next(batches)[0].to(runtime.device)
             with nullcontext() if plan.fully_sharded else autocast(plan):
@@ -106,22 +119,25 @@ def by_hand(config: Config, plan: Plan, runtime: Runtime) -> Callable[[int], Non
             optimizer.step()
             optimizer.zero_grad()
             loss.item()
+        return time.perf_counter() - begin
 
     return run
 
 
-def by_us(config: Config, plan: Plan, runtime: Runtime) -> Callable[[int], None]:
+def by_us(config: Config, plan: Plan, runtime: Runtime) -> Contender:
     engine = build_engine(config, plan, runtime)
     batches = _batches(config, plan, runtime)
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> float:
+        begin = time.perf_counter()
         for _ in range(steps):
             train_step(engine, next(batches), plan, runtime, config.optimizer.lr)
+        return time.perf_counter() - begin
 
     return run
 
 
-def by_transformers(config: Config, plan: Plan, runtime: Runtime) -> Callable[[int], None]:
+def by_transformers(config: Config, plan: Plan, runtime: Runtime) -> Contender:
     model = _model(config, plan, runtime)
     batches = _batches(config, plan, runtime)
 
@@ -133,7 +149,17 @@ def by_transformers(config: Config, plan: Plan, runtime: Runtime) -> Callable[[i
                     # The Trainer shifts labels itself.
                     yield {"input_ids": ids, "labels": torch.cat([ids[:1], labels[:-1]])}
 
-    def run(steps: int) -> None:
+    class Clock(TrainerCallback):
+        """Leaves out that each round builds a Trainer anew."""
+
+        def on_train_begin(self, *_, **__) -> None:
+            self.begin = time.perf_counter()
+
+        def on_train_end(self, *_, **__) -> None:
+            self.seconds = time.perf_counter() - self.begin
+
+    def run(steps: int) -> float:
+        clock = Clock()
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder,
@@ -147,10 +173,12 @@ def by_transformers(config: Config, plan: Plan, runtime: Runtime) -> Callable[[i
                 use_cpu=plan.device == "cpu",
                 save_strategy="no",
                 report_to=[],
+                ddp_find_unused_parameters=False,
                 disable_tqdm=True,
                 logging_strategy="no",
             )
-            Trainer(model=model, args=arguments, train_dataset=Rows()).train()
+            Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[clock]).train()
+        return clock.seconds
 
     return run
 

@@ -1,6 +1,7 @@
 """The planner's predicted speed against speeds that others have published: how far a stated model can be trusted.
 
-    python -m tests.benchmarks.published            prints the table of docs/planner.md, in seconds, without a GPU
+    python -m tests.benchmarks.published            prints the table, in seconds, without a GPU
+    python -m tests.write_docs docs/planner.md      puts it into the page
 
 The published programs are not ours: kernels, compilers and overlap differ. What is compared is whether a few constants
 place the layouts of one cluster in the right order, and near the right speed.
@@ -32,6 +33,7 @@ class Published:
     flops: float | None = None
 
 
+HEAD = ("| run | predicted tokens/s/GPU | published | ratio | source |", "| --- | ---: | ---: | ---: | --- |")
 TITAN = "torchtitan, docs/performance.md and benchmarks/, 2024"
 LLAMA3 = "Grattafiori et al. 2024, arXiv:2407.21783, table 4"
 KORTHIKANTI = "Korthikanti et al. 2022, arXiv:2205.05198, table 5"
@@ -146,17 +148,18 @@ def _alone(run: Published) -> list[str]:
     return [*kept, "parallel=single", "cluster.gpus_per_node=1", "train.micro_batch_size=1"]
 
 
-def main() -> None:
-    print("| run | predicted tokens/s/GPU | published | ratio | source |")
-    print("|---|---:|---:|---:|---|")
+def table() -> str:
+    """Every run, predicted and published, and the spread of the ratios."""
+    lines = [*HEAD]
     ratios = []
     for run in RUNS:
         time, ratio = predict(run)
         ratios.append(ratio)
         found = time.tokens_per_second_per_gpu
-        print(f"| {run.name} | {found:,.0f} | {found / ratio:,.0f} | {ratio:.2f} | {run.source} |")
-    print(f"\nmedian ratio {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+        lines.append(f"| {run.name} | {found:,.0f} | {found / ratio:,.0f} | {ratio:.2f} | {run.source} |")
+    spread = f"Median ratio {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}."
+    return "\n".join([*lines, "", spread])
 
 
 if __name__ == "__main__":
-    main()
+    print(table())
