@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import re
 import shlex
 import textwrap
@@ -116,22 +117,51 @@ def bubbles(pp: str) -> str:
 
 def parity(*layouts: str) -> str:
     """The measured rows of these layouts, out of docs/parity.md."""
-    lines = (ROOT / "docs" / "parity.md").read_text().splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    rows = [line for line in table[2:] if line.split("|")[1].strip() in layouts]
+    head = [line for line in (ROOT / "docs" / "parity.md").read_text().splitlines() if line.startswith("|")][:2]
+    rows = [line for line in _table("parity.md", "layout") if line.split("|")[1].strip() in layouts]
     missing = set(layouts) - {line.split("|")[1].strip() for line in rows}
     assert not missing, f"docs/parity.md has no rows of {missing}"
-    return "\n".join([*table[:2], *rows])
+    return "\n".join([*head, *rows])
+
+
+def predictions() -> str:
+    """Predicted against measured memory in a sentence, out of docs/what-fills-memory.md."""
+    apart = {}
+    for line in _table("what-fills-memory.md", "case"):
+        name, *_, share = (cell.strip() for cell in line.split("|")[1:-1])
+        apart[name] = float(share.rstrip("%"))
+    close = sum(share <= 0.1 for share in apart.values())
+    worst = max(apart, key=lambda name: apart[name])
+    return f"{len(apart)} cases: {close} within 0.1 %; the worst ({worst}) {apart[worst]} % apart."
+
+
+def _table(page: str, title: str) -> list[str]:
+    """The rows of the table in a page of docs/ whose first column has this title."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith(f"| {title} |"))
+    return list(itertools.takewhile(lambda line: line.startswith("|"), lines[begin + 2 :]))
 
 
 def layouts() -> str:
-    """All presets, as their files describe themselves."""
-    lines = ["| `parallel=` | engine | what | memory per GPU |", "| --- | --- | --- | --- |"]
+    """All presets, as their files describe themselves, and how far docs/parity.md has them from one process."""
+    apart = _distances()
+    titles = ("`parallel=`", "engine", "what", "memory per GPU", "loss apart", "parameters apart")
+    lines = [f"| {' | '.join(titles)} |", "| --- " * 4 + "| ---: " * 2 + "|"]
     for name in group_options()["parallel"]:
         config = load_config([f"parallel={name}"])
         about, memory = _header(ROOT / "configs" / "parallel" / f"{name}.yaml")
-        lines.append(f"| `{name}` | {config.parallel.engine} | {about} | {memory} |")
+        lines.append(f"| `{name}` | {config.parallel.engine} | {about} | {memory} | {apart.get(name, ' | ')} |")
     return "\n".join(lines)
+
+
+def _distances() -> dict[str, str]:
+    """Of each layout the largest measured distance in any of its cases: of the loss | of the parameters."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _table("parity.md", "layout")]
+    found: dict[str, str] = {}
+    for layout in {row[0] for row in rows}:
+        loss, _, parameters = zip(*([float(cell) for cell in row[5:]] for row in rows if row[0] == layout), strict=True)
+        found[layout] = f"{max(loss):.0e} | {max(parameters):.0e}"
+    return found
 
 
 def _header(file: Path) -> tuple[str, str]:

@@ -33,6 +33,7 @@ QUICK: dict[str, Callable[..., str]] = {
             docs_blocks.drawing,
             docs_blocks.layouts,
             docs_blocks.parity,
+            docs_blocks.predictions,
             docs_blocks.ranks,
             docs_blocks.refusal,
             docs_blocks.schedule,
