@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import newcomer
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -66,3 +68,16 @@ def test_every_layout_is_in_the_readme() -> None:
     table = (ROOT / "README.md").read_text().split("## Layouts")[1].split("\n## ")[0]
     first_cells = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
     assert files == set(re.findall(r"`(\w+)`", first_cells)) - {"parallel"}
+
+
+def test_a_newcomer_finds_every_command_of_the_readme() -> None:
+    """What `python -m tests.newcomer` walks through: the two commands at the head, each block, each door, in order."""
+    page = (ROOT / "README.md").read_text()
+    found = list(newcomer.commands(page, tests=True))
+    assert found[:2] == ["bash launch/demo.sh", newcomer.TESTS]
+    assert [block.strip() for name, block in commands() if name == "README.md"] == [
+        command for command in found[2:] if newcomer.WORDS not in command
+    ]
+    doors = [command.split()[0] for command in found if newcomer.WORDS in command]
+    assert doors == ["python", "torchrun", "deepspeed", "accelerate", "python"]
+    assert newcomer.TESTS not in newcomer.commands(page, tests=False)
