@@ -23,8 +23,9 @@ from configs.errors import EXIT_FINISHED, CookbookError
 from configs.load import expand_sweep, load_config
 from configs.schema import Config
 from launch.command import Command, Rendezvous, build_command
+from launch.compare import compare
 from launch.jobs import CONTROLS, control, is_array, launch_array, launch_job
-from launch.process import replace_process
+from launch.process import check_port, replace_process
 from launch.supervise import run_job
 from slurm.supervise import free_port
 from trainer.machine import find_machine
@@ -41,6 +42,7 @@ DOOR = Door(
         ("python -m launch model=gpt2 parallel=zero2 precision=bf16", "GPT-2 with ZeRO 2 on every GPU"),
         ("python -m launch model=llama3_1_8b parallel=zero3 dry_run=true", "print plan and command, start nothing"),
         ("python -m launch cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 parallel=fsdp", "submit a job"),
+        ("python -m launch compare parallel=single,ddp,fsdp", "several layouts, and one page about them"),
         ("python -m launch status RUN_DIR", "how a submitted run stands; cancel RUN_DIR ends it"),
     ),
     sweeps=True,
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] in CONTROLS:
             return control(words)
+        if words and words[0] == "compare":
+            return compare(words[1:], launch=launch)
         arguments = parse_arguments(DOOR, words)
         if arguments.show is not None:
             print(show(DOOR, arguments))
@@ -97,6 +101,8 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
     for line in check_memory(config, plan):
         print(line)
     starting = plan.nodes == 1 and not config.dry_run
+    if starting and config.launcher.master_port is not None:
+        check_port(config.launcher.master_port)
     default = make_run_dir if starting else default_run_dir
     run_dir = Path(config.train.run_dir or default(config, datetime.now()))
 

@@ -13,6 +13,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from typing import Any, Self, TextIO
 
 import psutil
 
+from configs.errors import EnvironmentProblem
 from launch.command import Command
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -33,9 +35,11 @@ PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """code: the exit code, 128 + N after signal N. told: whether a signal asked to end. relay: what went to stderr."""
+    """code: the exit code, 128 + N after signal N. killed: the signal that ended the launcher itself, if one did. told:
+    whether a signal asked to end. relay: what went to stderr."""
 
     code: int
+    killed: signal.Signals | None
     told: bool
     relay: Relay
 
@@ -60,7 +64,24 @@ def run_command(command: Command, signals: Forwarding) -> Outcome:
     end_descendants()
     reader.join(GRACE_SECONDS)
     signals.launcher = None
-    return Outcome(code=code if code >= 0 else 128 - code, told=signals.told, relay=relay)
+    killed = signal.Signals(-code) if code < 0 else None
+    return Outcome(code=128 - code if killed else code, killed=killed, told=signals.told, relay=relay)
+
+
+def check_port(port: int) -> None:
+    """Raises EnvironmentProblem when the ranks could not meet at this port of this machine. Launchers tell it by a
+    traceback, or not at all."""
+    try:
+        with socket.socket() as listener:
+            # As torch does: what is left of connections that are closed is no hindrance, another listener is.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("", port))
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise EnvironmentProblem(
+            f"launcher.master_port={port}: the ranks cannot meet there ({why}); choose another port, or leave it out: a"
+            " free one is found"
+        ) from None
 
 
 def replace_process(command: Command) -> None:

@@ -48,7 +48,10 @@ def run_job(build: Callable[[bool], Command], run_dir: Path, *, max_restarts: in
 
 
 def _death(outcome: Outcome) -> str | None:
-    """Which signal killed a rank, as far as its launcher tells: torchrun by name, deepspeed by an exit code of -N."""
+    """Which signal killed the launcher itself, or a rank, as far as its launcher tells: torchrun by name, deepspeed by
+    an exit code of -N. Ranks that lose their launcher are told to stop, and save: but nobody wanted the run to end."""
+    if outcome.killed is not None:
+        return f"the launcher was killed by {outcome.killed.name}"
     if outcome.relay.death is None and 256 - signal.NSIG < outcome.code < 256:
         return f"a rank was killed by {signal.Signals(256 - outcome.code).name}"
     return outcome.relay.death

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 import pytest
 
-from configs.errors import EXIT_FAILED, EXIT_FINISHED
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED
 from launch.process import rank_processes
 from tests.harness import run_ranks
 from tests.parity import words
@@ -24,7 +27,7 @@ from trainer.checkpoint.manifest import read_manifest
 from trainer.status import read_status
 
 ROOT = Path(__file__).parent.parent
-STEPS, EVERY = 120, 20
+STEPS, EVERY = 60, 10
 SETTINGS = (
     f"checkpoint.every={EVERY}",
     "model.config.resid_pdrop=0.1",
@@ -53,11 +56,11 @@ def launch(cwd: Path, *more: str) -> subprocess.Popen[str]:
     return start(cwd, sys.executable, "-m", "launch", *more, "train.run_dir=run")
 
 
-def kill_a_rank(job: subprocess.Popen[str], run: Path, *, rank: int, after: int) -> None:
-    """SIGKILL, as soon as the checkpoint of step `after` is there."""
+def kill_a_rank(job: subprocess.Popen[str], run: Path, *, rank: int | None, after: int) -> None:
+    """SIGKILL, as soon as the checkpoint of step `after` is there. rank: None: their launcher."""
     wait_for(job, run / CHECKPOINTS / step_name(after))
     ranks = {int(process.environ()["RANK"]): process for process in rank_processes(psutil.Process(job.pid))}
-    ranks[rank].kill()
+    (ranks[rank] if rank is not None else psutil.Process(ranks[0].ppid())).kill()
 
 
 def wait_for(job: subprocess.Popen[str], path: Path) -> None:
@@ -77,9 +80,11 @@ def journal(run: Path) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
     return steps, {name: entry.sha256 for name, entry in files.items() if name.startswith("rank-")}
 
 
-def left_alone(layout: str, folder: Path) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
-    assert run_ranks(2, main, overrides(layout, f"train.run_dir={folder}")) == [EXIT_FINISHED] * 2
-    found = journal(folder)
+@functools.cache
+def left_alone(layout: str) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
+    with TemporaryDirectory() as folder:
+        assert run_ranks(2, main, overrides(layout, f"train.run_dir={folder}/alone")) == [EXIT_FINISHED] * 2
+        found = journal(Path(folder, "alone"))
     assert [step for step, *_ in found[0]] == list(range(1, STEPS + 1))
     return found
 
@@ -88,10 +93,13 @@ def left_alone(layout: str, folder: Path) -> tuple[list[tuple[Any, ...]], dict[s
     ("launcher", "layout", "rank", "death"),
     [
         ("torchrun", "fsdp", 1, "rank 1 was killed by SIGKILL"),
+        ("torchrun", "fsdp", None, "the launcher was killed by SIGKILL"),
         ("deepspeed", "zero2", 0, "a rank was killed by SIGKILL"),
     ],
 )
-def test_the_job_comes_back_after_a_kill(launcher: str, layout: str, rank: int, death: str, tmp_path: Path) -> None:
+def test_the_job_comes_back_after_a_kill(
+    launcher: str, layout: str, rank: int | None, death: str, tmp_path: Path
+) -> None:
     job = launch(tmp_path, f"launcher={launcher}", *overrides(layout))
     kill_a_rank(job, tmp_path / "run", rank=rank, after=2 * EVERY)
     _, told = job.communicate(timeout=180)
@@ -101,7 +109,7 @@ def test_the_job_comes_back_after_a_kill(launcher: str, layout: str, rank: int, 
     (line,) = restarts
     assert line.startswith(f"restart: {death}; starting again from step ")
     assert "(restart 1 of 3 from there)" in line
-    assert journal(tmp_path / "run") == left_alone(layout, tmp_path / "alone")
+    assert journal(tmp_path / "run") == left_alone(layout)
     assert read_status(tmp_path / "run")["state"] == "finished"
 
 
@@ -119,7 +127,7 @@ def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(tmp_path
     _, told = job.communicate(timeout=180)
     assert job.returncode == EXIT_FINISHED, told
     assert [path for path in run.parent.iterdir()] == [run]
-    assert journal(run) == left_alone("ddp", tmp_path / "alone")
+    assert journal(run) == left_alone("ddp")
 
 
 def driver(folder: Path, *, pause: float, cap: int) -> str:
@@ -157,3 +165,16 @@ def test_a_signal_between_two_starts_ends_at_once(tmp_path: Path) -> None:
     _, told = job.communicate(timeout=60)
     assert (job.returncode, told) == (128 + signal.SIGTERM, "")
     assert time.monotonic() - before < 20
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        job = launch(tmp_path, *overrides("ddp", f"launcher.master_port={port}", "cluster.gpus_per_node=2"))
+        _, told = job.communicate(timeout=60)
+    assert job.returncode == EXIT_BAD_CONFIG
+    assert told.startswith(f"launcher.master_port={port}: the ranks cannot meet there (Address already in use); ")
+    assert len(told.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

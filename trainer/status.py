@@ -93,10 +93,11 @@ class RunStatus:
 def report_death(folder: Path, reason: str) -> None:
     """Put on record how the run ended, for a rank that was killed and could not. For its launcher, when all are gone.
 
-    What the others wrote is that a connection was closed. Does nothing where no run has begun.
+    What the others wrote is that a connection was closed, or that they were told to stop. Does nothing where no run has
+    begun, or where it has reached its end.
     """
     content = read_status(folder)
-    if content:
+    if content and content.get("state") != FINISHED:
         content |= {"state": FAILED, "reason": reason, "exit_code": EXIT_FAILED, "retry": True}
         replace_text(folder / STATUS, json.dumps(content, indent=1) + "\n")
 
