@@ -18,6 +18,7 @@ class Attention(StrEnum):
 class DataSource(StrEnum):
     builtin = "builtin"
     files = "files"
+    chat = "chat"
     hub = "hub"
     synthetic = "synthetic"
 

@@ -57,19 +57,26 @@ class Model:
 @dataclass(kw_only=True, slots=True)
 class Data:
     source: DataSource = DataSource.builtin
-    """`builtin` (the Python standard library's source text), `files`, `hub` or `synthetic`."""
+    """`builtin` (the Python standard library's source text), `files`, `chat` (conversations), `hub` or `synthetic`."""
     seq_len: int = 256
     """Tokens per sequence."""
     tokenizer: str | None = None
     """`bytes`, a local folder or a hub id. Null: that of `model.path` if set, else `bytes`."""
     paths: list[str] = field(default_factory=list)
-    """`files`: files, folders or glob patterns of .txt, .md, .jsonl, .parquet."""
+    """`files`, `chat`: files, folders or glob patterns: of .txt, .md, .jsonl, .parquet; of .jsonl for `chat`."""
     validation_paths: list[str] = field(default_factory=list)
-    """`files`: the same for validation; empty: `validation_fraction` of the documents is held out."""
+    """`files`, `chat`: the same for validation; empty: `validation_fraction` of the documents is held out."""
     validation_fraction: float = 0.05
     """Part of the documents (chosen by a hash of their content) held out for validation."""
     text_key: str = "text"
     """Field of a jsonl line, parquet row or hub row that holds the text."""
+    messages_key: str = "messages"
+    """`chat`: field of a jsonl line that holds the list of messages, each with `role` and `content`."""
+    packing: bool = False
+    """`chat`: several whole conversations in one sample; false: one each, filled up with padding."""
+    document_mask: bool = False
+    """Attention stays inside a document or conversation, whose positions begin at 0 wherever it stands in a sample.
+    False: it sees what stands before in the same sample, as is usual in pretraining."""
     name: str | None = None
     """`hub`: the name of the data set, or a local folder that `datasets` can load."""
     subset: str | None = None

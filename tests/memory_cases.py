@@ -36,7 +36,11 @@ def measure(overrides: list[str]) -> Measured:
     shape = (plan.batch.micro_batch_size, plan.batch.seq_len)
     with join(plan, timeout_minutes=1) as runtime:
         tokens = [torch.randint(0, 100, shape) for _ in range(plan.batch.gradient_accumulation_steps)]
-        batches = [Batch(rows, rows) for rows in tokens]
+        # Two documents in each row, where they are to be kept apart.
+        positions = (
+            (torch.arange(shape[1]) % (shape[1] // 2)).repeat(shape[0], 1) if config.data.document_mask else None
+        )
+        batches = [Batch(rows, rows, positions) for rows in tokens]
         valid_tokens = torch.tensor(float(plan.batch.tokens), dtype=torch.float64)
         with StorageTracker() as tracker:
             engine = build_engine(config, plan, runtime)

@@ -222,7 +222,7 @@ def test_text_that_is_too_little(tmp_path: Path) -> None:
 def test_keys_of_another_source_are_refused(override: str, source: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(
-        PlanError, match=rf"^{key}=.*: is for data={source}, this is data=builtin; choose data={source}"
+        PlanError, match=rf"^{key}=.*: is for data={source}\b.*, this is data=builtin; choose data={source}"
     ):
         data_of(override)
 

@@ -55,6 +55,11 @@ CASES = {
         ["parallel=single", *GPT2, *SHORT, "model.attention=eager", "optimizer.implementation=foreach"],
     ),
     "single fp32, routed experts": (1, TORCH, ["parallel=single", *MIXTRAL, *LONG]),
+    "single bf16, documents kept apart": (
+        1,
+        TORCH,
+        ["parallel=single", *LLAMA, *LONG, *BF16, "data=builtin", "data.document_mask=true"],
+    ),
     "ddp fp32, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT]),
     "ddp autocast, accumulation": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE]),
     "fsdp fp32": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT]),
@@ -149,7 +154,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_predicted_peak_is_the_measured_peak(name: str, tmp_path: Path) -> None:
     ranks, tolerance, words = CASES[name]
-    overrides = [*words, "data=synthetic", f"data.cache_dir={tmp_path}"]
+    overrides = ["data=synthetic", *words, f"data.cache_dir={tmp_path}"]
     config = load_config(overrides)
     plan = make_plan(config, Machine(world_size=ranks, local_world_size=ranks))
     predicted = estimate(config, plan)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from configs.choices import Checkpointing, EngineName
 from configs.schema import Config
+from trainer.document_mask import check_document_mask
 from trainer.parallel.checkpointing import apply_checkpointing
 from trainer.parallel.compile import apply_compile
 from trainer.parallel.context import apply_context_parallel
@@ -46,6 +47,9 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
     stages: list[Stage] = []
     tensor: list[TensorParallel] = []
     modules = [model]
+    if config.data.document_mask:
+        check_document_mask(model.config)
+        log.info("document mask: attention stays inside each document")
     if plan.degree("cp") > 1:
         apply_context_parallel(model, mesh, method=config.parallel.context_method)
         log.info("context parallel: sequences over %d ranks by %s", plan.degree("cp"), config.parallel.context_method)

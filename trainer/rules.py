@@ -106,25 +106,40 @@ def _check_model(config: Config, device: str) -> Iterator[str]:
 
 def _check_data(config: Config) -> Iterator[str]:
     data = config.data
-    if data.source is DataSource.files and not data.paths:
-        yield "data.paths=[]: data=files needs at least one file, folder or pattern: data.paths=[corpus/]"
+    of_files = (DataSource.files, DataSource.chat)
+    if data.source in of_files and not data.paths:
+        yield f"data.paths=[]: data={data.source} needs at least one file, folder or pattern: data.paths=[corpus/]"
     if data.source is DataSource.hub and data.name is None:
         yield "data.name=null: data=hub needs the name of a data set, or a local folder of one"
     read_by = [
-        ("paths", data.paths, DataSource.files),
-        ("validation_paths", data.validation_paths, DataSource.files),
-        ("name", data.name, DataSource.hub),
-        ("subset", data.subset, DataSource.hub),
-        ("validation_split", data.validation_split, DataSource.hub),
+        ("paths", data.paths, of_files),
+        ("validation_paths", data.validation_paths, of_files),
+        ("packing", data.packing, (DataSource.chat,)),
+        ("name", data.name, (DataSource.hub,)),
+        ("subset", data.subset, (DataSource.hub,)),
+        ("validation_split", data.validation_split, (DataSource.hub,)),
     ]
-    for key, value, source in read_by:
-        if value and data.source is not source:
-            yield (
-                f"data.{key}={value}: is for data={source}, this is data={data.source};"
-                f" choose data={source}, or leave it out"
-            )
+    for key, value, sources in read_by:
+        if value and data.source not in sources:
+            names = " or ".join(f"data={source}" for source in sources)
+            yield f"data.{key}={value}: is for {names}, this is data={data.source}; choose {names}, or leave it out"
+    yield from _check_document_mask(config)
     if data.ignore_fraction and data.source is not DataSource.synthetic:
         yield f"data.ignore_fraction={data.ignore_fraction}: only data=synthetic makes ignored labels; set it to 0"
+
+
+def _check_document_mask(config: Config) -> Iterator[str]:
+    if not config.data.document_mask:
+        return
+    if config.data.source is DataSource.synthetic:
+        yield "data.document_mask=true: data=synthetic has no documents; choose other data, or set it to false"
+    if config.parallel.cp > 1:
+        yield (
+            f"data.document_mask=true: parallel.cp={config.parallel.cp} brings its own attention, which knows no"
+            " documents; use parallel.cp=1, or set it to false"
+        )
+    if config.model.attention is Attention.flash_attention_2:
+        yield "data.document_mask=true: flash_attention_2 takes no mask between documents; use model.attention=sdpa"
 
 
 def _check_parallel(config: Config) -> Iterator[str]:

@@ -63,6 +63,8 @@ def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict
         "data.source": str(config.data.source),
         "data.seq_len": config.data.seq_len,
         "data.shuffle": config.data.shuffle,
+        "data.packing": config.data.packing,
+        "data.document_mask": config.data.document_mask,
         "data.fingerprint": data.fingerprint,
         "optimizer.name": str(config.optimizer.name),
         "train.seed": config.train.seed,

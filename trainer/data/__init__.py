@@ -24,8 +24,9 @@ IGNORED = -100
 @dataclass(frozen=True, slots=True)
 class Batch:
     """input_ids: [micro_batch_size, seq_len] int64. labels: the same shape; labels[b, i] is the token that follows
-    input_ids[b, i] (already shifted), or IGNORED. position_ids: the same shape, where the rows do not start at
-    position 0 (a rank's slice of a longer sequence)."""
+    input_ids[b, i] (already shifted), or IGNORED. position_ids: the same shape, where they are not 0, 1, 2, ... in each
+    row: of a rank's slice of a longer sequence, and where every document has positions of its own, from which
+    transformers builds a mask that keeps them apart (`data.document_mask`)."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor

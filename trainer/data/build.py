@@ -2,12 +2,13 @@
 
 Read next: `documents` (files to text), `tokenizer` (text to ids), `cache` (ids to disk), `samples` (ids to
 windows), `positions` (which window when, on which rank), `loader` (windows to the loop); `stream` goes from a
-hub's data set to windows in one pass.
+hub's data set to windows in one pass, `chat` and `conversations` from messages to samples.
 """
 
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 from configs.choices import DataSource
 from configs.errors import DataError
@@ -15,12 +16,14 @@ from configs.schema import Config
 from trainer.data import DataSet
 from trainer.data.agreement import Agreement
 from trainer.data.cache import Corpus, TokenisedText, load_tokens
-from trainer.data.documents import builtin_files, content_hash, find_files
+from trainer.data.chat import SUFFIX as CHAT_SUFFIX
+from trainer.data.conversations import ConversationSamples, load_conversations
+from trainer.data.documents import SUFFIXES, builtin_files, content_hash, find_files
 from trainer.data.loader import OrderedSamples, RankData, build_loader
 from trainer.data.positions import Order, Share, key_of
 from trainer.data.samples import PackedSamples, SyntheticSamples, TokenArray
 from trainer.data.stream import Held, StreamedBatches, TextStream, hold_out, open_stream, take
-from trainer.data.tokenizer import Encoder, build_encoder
+from trainer.data.tokenizer import Encoder, build_encoder, tokenizer_key
 from trainer.plan import Plan
 
 
@@ -51,6 +54,8 @@ def _build(config: Config, plan: Plan, share: Share, vocab_size: int) -> RankDat
         return _synthetic(config, plan, share, encoder, vocab_size)
     if config.data.source is DataSource.hub:
         return _hub(config, plan, share, encoder)
+    if config.data.source is DataSource.chat:
+        return _chat(config, plan, share, encoder)
     return _files(config, plan, share, encoder)
 
 
@@ -60,8 +65,9 @@ def _files(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankDa
     corpus = _corpus(config)
     text = load_tokens(corpus, encoder, cache_dir=data.cache_dir)
     seq_len = plan.batch.seq_len
-    training = PackedSamples(tokens=text.training, seq_len=seq_len, padding=encoder.end)
-    validation = PackedSamples(tokens=text.validation, seq_len=seq_len, padding=encoder.end)
+    shape: dict[str, Any] = {"seq_len": seq_len, "padding": encoder.end, "separate": data.document_mask}
+    training = PackedSamples(tokens=text.training, **shape)
+    validation = PackedSamples(tokens=text.validation, **shape)
     _check_enough(config, text)
     order = Order(count=training.count, seed=config.train.seed, shuffle=data.shuffle)
     epochs = plan.steps * plan.batch.global_batch_size / training.count
@@ -88,14 +94,70 @@ def _files(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankDa
     )
 
 
+def _chat(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData:
+    """`chat`: conversations in the cache, one or several to a sample, in a shuffled order."""
+    data = config.data
+    corpus = _corpus(config)
+    chats = load_conversations(corpus, encoder, tokenizer_key=tokenizer_key(config), cache_dir=data.cache_dir)
+    shape: dict[str, Any] = {
+        "seq_len": plan.batch.seq_len,
+        "padding": encoder.end,
+        "packing": data.packing,
+        "separate": data.document_mask,
+    }
+    training = ConversationSamples(file=chats.training, **shape)
+    validation = ConversationSamples(file=chats.validation, **shape)
+    _check_conversations(config, training, validation)
+    order = Order(count=training.count, seed=config.train.seed, shuffle=data.shuffle)
+    left_out = chats.training.count - training.conversations
+    filled = training.tokens / (training.count * plan.batch.seq_len)
+    return RankData(
+        tokenizer=encoder.tokenizer,
+        micro_batches=lambda first_step: build_loader(
+            OrderedSamples(samples=training, order=order),
+            sampler=share.micro_batches(first_step),
+            num_workers=data.num_workers,
+            pin_memory=plan.device == "cuda",
+        ),
+        validation_samples=validation,
+        eval_samples=config.train.eval_samples,
+        share=share,
+        fingerprint=chats.digest,
+        text=(
+            f"chat: {', '.join(data.paths)}: {training.conversations:,} conversation(s) in {training.count:,} samples,"
+            f" {filled:.0%} of them filled ({plan.steps * plan.batch.global_batch_size / training.count:.2g} epochs in"
+            f" {plan.steps} steps)"
+            f"{f'; {left_out:,} left out, too long for data.seq_len={data.seq_len}' if left_out else ''};"
+            f" validation {validation.conversations:,} in {validation.count:,} samples; {_tokenizer(encoder)}"
+        ),
+    )
+
+
+def _check_conversations(config: Config, training: ConversationSamples, validation: ConversationSamples) -> None:
+    data, found = config.data, training.file.count
+    if not training.count:
+        raise DataError(
+            f"data.paths={data.paths}: {found} conversation(s) to train on, none of which reaches a turn of the"
+            f" assistant within data.seq_len={data.seq_len} tokens; give more, or a larger data.seq_len"
+        )
+    if config.train.eval_samples and not validation.count:
+        raise DataError(
+            f"data.paths={data.paths}: no conversation is left for validation (data.validation_fraction="
+            f"{data.validation_fraction}); give more or data.validation_paths, or set train.eval_samples=0"
+        )
+
+
 def _corpus(config: Config) -> Corpus:
     data = config.data
+    suffixes, key = SUFFIXES, data.text_key
+    if data.source is DataSource.chat:
+        suffixes, key = (CHAT_SUFFIX,), data.messages_key
     if data.source is DataSource.builtin:
         return Corpus(
             training=tuple(builtin_files()), validation=(), text_key=data.text_key, fraction=data.validation_fraction
         )
-    training = find_files(data.paths, key="data.paths")
-    validation = find_files(data.validation_paths, key="data.validation_paths")
+    training = find_files(data.paths, key="data.paths", suffixes=suffixes)
+    validation = find_files(data.validation_paths, key="data.validation_paths", suffixes=suffixes)
     # A file to validate on is never trained on, also where a folder or a pattern names it a second time.
     training = [path for path in training if path not in set(validation)]
     if not training:
@@ -105,7 +167,7 @@ def _corpus(config: Config) -> Corpus:
     return Corpus(
         training=tuple(training),
         validation=tuple(validation),
-        text_key=data.text_key,
+        text_key=key,
         fraction=data.validation_fraction,
     )
 
@@ -140,7 +202,8 @@ def _hub(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData
             f"data.name={data.name}: split {data.split} holds no text in {data.text_key}; choose another split"
         )
     held = _validation_of_stream(config, stream, encoder, seq_len=seq_len)
-    validation = PackedSamples(tokens=TokenArray(tokens=held.tokens), seq_len=seq_len, padding=encoder.end)
+    row = TokenArray(tokens=held.tokens)
+    validation = PackedSamples(tokens=row, seq_len=seq_len, padding=encoder.end, separate=data.document_mask)
     return RankData(
         tokenizer=encoder.tokenizer,
         micro_batches=lambda first_step: build_loader(

@@ -119,8 +119,8 @@ def _why_nothing(path: Path, matches: list[Path], suffixes: Sequence[str]) -> st
     if path.is_file():
         return f"is a {path.suffix or 'file without suffix'}; {supported}"
     if matches:
-        suffixes = Counter(match.suffix or "no suffix" for match in matches)
-        return f"holds only {', '.join(f'{n} x {suffix}' for suffix, n in suffixes.most_common(5))}; {supported}"
+        found = Counter(match.suffix or "no suffix" for match in matches)
+        return f"holds only {', '.join(f'{n} x {suffix}' for suffix, n in found.most_common(5))}; {supported}"
     if path.is_dir():
         return f"the folder holds no files; {supported}"
     return f"no such file or folder, and no pattern that matches one (relative to {Path.cwd()}); {supported}"

@@ -6,7 +6,8 @@ Documents stand one after the other in one long row of tokens, each ended by EOS
 
 Neighbouring windows share one token, so every token but the first is a label exactly once. The last window is
 filled up, with IGNORED labels. A window may span documents: attention sees across their border, and the EOS there
-is what tells them apart, as is usual in pretraining.
+is what tells them apart, as is usual in pretraining. With `data.document_mask` positions begin anew after each EOS,
+attention stays inside a document, and no document is asked for the first token of the next.
 """
 
 from __future__ import annotations
@@ -70,11 +71,13 @@ class TokenArray:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedSamples:
-    """Windows over a row of tokens. padding: the token that fills up the last window."""
+    """Windows over a row of tokens. padding: the token that fills up the last window, and that ends each document.
+    separate: keep documents apart."""
 
     tokens: TokenFile | TokenArray
     seq_len: int
     padding: int
+    separate: bool = False
 
     @property
     def count(self) -> int:
@@ -89,7 +92,7 @@ class PackedSamples:
             rows[row, : len(window)] = window
             lengths[row] = len(window) - 1
         ignored = np.arange(self.seq_len) >= lengths[:, None]
-        return make_batch(rows, ignored)
+        return make_batch(rows, ignored, end=self.padding if self.separate else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,9 +117,22 @@ class SyntheticSamples:
         return make_batch(rows, np.arange(self.seq_len) < prefix[:, None])
 
 
-def make_batch(rows: NDArray[np.int64], ignored: NDArray[np.bool_] | None = None) -> Batch:
-    """rows: [n, seq_len + 1]. ignored: [n, seq_len], True where a label takes no part in the loss."""
-    labels = np.array(rows[:, 1:])
+def make_batch(rows: NDArray[np.int64], ignored: NDArray[np.bool_] | None = None, *, end: int | None = None) -> Batch:
+    """rows: [n, seq_len + 1]. ignored: [n, seq_len], True where a label takes no part in the loss. end: the token that
+    ends a document, where documents are to be kept apart."""
+    inputs, labels = np.array(rows[:, :-1]), np.array(rows[:, 1:])
     if ignored is not None:
         labels[ignored] = IGNORED
-    return Batch(torch.from_numpy(np.array(rows[:, :-1])), torch.from_numpy(labels))
+    positions = None
+    if end is not None:
+        labels[inputs == end] = IGNORED
+        positions = torch.from_numpy(_positions(inputs, end))
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), positions)
+
+
+def _positions(inputs: NDArray[np.int64], end: int) -> NDArray[np.int64]:
+    """[n, seq_len]: each token's place in its document, as far as the row holds it."""
+    places = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)
+    begins = np.zeros_like(inputs)
+    begins[:, 1:] = np.where(inputs[:, :-1] == end, places[:, 1:], 0)
+    return places - np.maximum.accumulate(begins, axis=1)

@@ -178,7 +178,8 @@ class StreamedBatches(TorchIterableDataset[Batch | DataError]):
             for window in self._windows():
                 rows.append(window)
                 if len(rows) == self.share.batch.micro_batch_size:
-                    yield make_batch(np.stack(rows))
+                    end = self.encoder.end if self.stream.data.document_mask else None
+                    yield make_batch(np.stack(rows), end=end)
                     rows = []
         except DataError as error:
             yield error

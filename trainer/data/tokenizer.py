@@ -82,7 +82,7 @@ def build_encoder(config: Config, *, vocab_size: int | None) -> Encoder:
     vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
     if vocab_size is not None and vocabulary > vocab_size:
         raise DataError(
-            f"{_key(config)}={name}: has {vocabulary} token ids, but the model's vocabulary has {vocab_size};"
+            f"{tokenizer_key(config)}={name}: has {vocabulary} token ids, but the model's vocabulary has {vocab_size};"
             f" set model.config.vocab_size={vocabulary}, or choose a smaller tokenizer (data.tokenizer={BYTES} has 257)"
         )
     return Encoder(
@@ -94,7 +94,7 @@ def build_encoder(config: Config, *, vocab_size: int | None) -> Encoder:
     )
 
 
-def _key(config: Config) -> str:
+def tokenizer_key(config: Config) -> str:
     """Where the name of the tokenizer stands in the configuration."""
     return "model.path" if config.data.tokenizer is None and config.model.path is not None else "data.tokenizer"
 
@@ -106,9 +106,9 @@ def _load(config: Config, name: str) -> PreTrainedTokenizerBase:
     remedy = f"give a folder or hub id that holds one, or set data.tokenizer={BYTES}"
     path = Path(os.path.expanduser(name))
     if path.is_file():
-        raise DataError(f"{_key(config)}={name}: is a file; give the folder that holds tokenizer.json")
+        raise DataError(f"{tokenizer_key(config)}={name}: is a file; give the folder that holds tokenizer.json")
     if not path.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/")):
-        raise DataError(f"{_key(config)}={name}: no such folder; {remedy}")
+        raise DataError(f"{tokenizer_key(config)}={name}: no such folder; {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path) if path.is_dir() else name,
@@ -118,11 +118,13 @@ def _load(config: Config, name: str) -> PreTrainedTokenizerBase:
     # The library raises OSError, ValueError, KeyError, ImportError and bare Exception for broken or absent files.
     except Exception as error:
         raise DataError(
-            f"{_key(config)}={name}: no tokenizer could be loaded ({first_line(error)}); {remedy}"
+            f"{tokenizer_key(config)}={name}: no tokenizer could be loaded ({first_line(error)}); {remedy}"
         ) from None
     # Given a folder without tokenizer files, some versions of the library make a tokenizer that knows no text.
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
-        raise DataError(f"{_key(config)}={name}: no tokenizer could be loaded (no vocabulary is there); {remedy}")
+        raise DataError(
+            f"{tokenizer_key(config)}={name}: no tokenizer could be loaded (no vocabulary is there); {remedy}"
+        )
     return tokenizer
 
 
@@ -138,7 +140,7 @@ def _end_of_document(config: Config, name: str, tokenizer: PreTrainedTokenizerBa
         if isinstance(token, int):
             return token
     raise DataError(
-        f"{_key(config)}={name}: has no EOS, SEP or BOS token to end a document with; set eos_token in its"
+        f"{tokenizer_key(config)}={name}: has no EOS, SEP or BOS token to end a document with; set eos_token in its"
         f" tokenizer_config.json, or data.tokenizer={BYTES}"
     )
 

@@ -174,7 +174,8 @@ class DeepSpeedEngine:
             self.swap.close()
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        logits = self.engine(input_ids=batch.input_ids, use_cache=False).logits
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        logits = self.engine(input_ids=batch.input_ids, use_cache=False, **positions).logits
         return self.loss_fn(logits, batch.labels)
 
     def _speaks(self) -> bool:

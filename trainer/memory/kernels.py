@@ -28,8 +28,11 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def as_on_device(*, gpu: bool, exact_attention: bool) -> Iterator[None]:
-    """Let fake tensors take the paths that real ones take, and CPU ones those of a GPU if that is wanted."""
+def as_on_device(*, gpu: bool, exact_attention: bool, documents: bool = False) -> Iterator[None]:
+    """Let fake tensors take the paths that real ones take, and CPU ones those of a GPU if that is wanted.
+
+    documents: positions begin anew inside the rows, so that transformers builds a mask between documents.
+    """
     attention = F.scaled_dot_product_attention
 
     def scaled_dot_product_attention(query: torch.Tensor, *args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Any:
@@ -52,11 +55,21 @@ def as_on_device(*, gpu: bool, exact_attention: bool) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(moe, "_can_use_grouped_mm", can_use_grouped_mm))
-        # Hugging Face builds a mask of seq_len x seq_len for tensors whose values it cannot read. The trainer gives
-        # no mask and no packed positions, so that none is built on real tensors.
+        # Hugging Face builds a mask of seq_len x seq_len for tensors whose values it cannot read. On real tensors it
+        # builds one for packed positions only.
         stack.enter_context(patch.object(masking_utils, "is_tracing", lambda *_, **__: False))
-        stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None))
+        packed = _packed if documents else _not_packed
+        stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", packed))
         if gpu:
             stack.enter_context(patch.object(F, "scaled_dot_product_attention", scaled_dot_product_attention))
             stack.enter_context(patch.object(F, "dropout", dropout))
         yield
+
+
+def _not_packed(position_ids: torch.Tensor) -> None:
+    return None
+
+
+def _packed(position_ids: torch.Tensor) -> torch.Tensor:
+    """As transformers numbers the documents of each row, without its look at whether there are several."""
+    return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)

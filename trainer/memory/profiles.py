@@ -168,6 +168,7 @@ def _shape_fields(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size:
         "gpu": gpu is not None,
         "exact_attention": _exact_attention(plan, gpu),
         "chunked_loss": config.train.chunked_loss,
+        "documents": config.data.document_mask,
         "split_backward": plan.degree("pp") > 1 and SCHEDULES[schedule].splits_backward,
     }
 
@@ -258,7 +259,8 @@ class _Tracer:
             checkpointing=self.config.train.activation_checkpointing,
             gpu=fields["gpu"],
             exact_attention=fields["exact_attention"],
-            positions=self.plan.degree("cp") > 1,
+            positions=self.plan.degree("cp") > 1 or self.config.data.document_mask,
+            documents=self.config.data.document_mask,
             chunked_loss=fields["chunked_loss"],
             split_backward=fields["split_backward"],
         )

@@ -45,12 +45,12 @@ class CannotTrace(Exception):
 class Shape:
     """What a trace depends on besides the unit.
 
-    seq_len: tokens of a sequence that one rank has. positions: it is told which ones. storage, compute: dtypes of the
-    parameters and of autocast (None: no autocast). logits_dtype: what the root casts its output to (FSDP2's policy),
-    None where the loss gets the logits as they are. gpu: follow the rules by which CUDA chooses its attention and
-    dropout kernels, instead of the CPU's. exact_attention: without the flash kernel, calls that the memory-efficient
-    one refuses fall back to a kernel that keeps all scores. split_backward: the schedule computes gradients of inputs
-    and of weights apart.
+    seq_len: tokens of a sequence that one rank has. positions: it is told which ones; documents: of several documents.
+    storage, compute: dtypes of the parameters and of autocast (None: no autocast). logits_dtype: what the root casts
+    its output to (FSDP2's policy), None where the loss gets the logits as they are. gpu: follow the rules by which CUDA
+    chooses its attention and dropout kernels, instead of the CPU's. exact_attention: without the flash kernel, calls
+    that the memory-efficient one refuses fall back to a kernel that keeps all scores. split_backward: the schedule
+    computes gradients of inputs and of weights apart.
     """
 
     micro_batch_size: int
@@ -62,6 +62,7 @@ class Shape:
     gpu: bool
     exact_attention: bool = False
     positions: bool = False
+    documents: bool = False
     chunked_loss: bool = False
     split_backward: bool = False
 
@@ -93,7 +94,7 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
     for split in (False, True) if shape.split_backward and unit.stage and not unit.stage.is_first else (False,):
         tracker = StorageTracker()
         with (
-            as_on_device(gpu=shape.gpu, exact_attention=shape.exact_attention),
+            as_on_device(gpu=shape.gpu, exact_attention=shape.exact_attention, documents=shape.documents),
             mode,
             tracker,
             warnings.catch_warnings(),

@@ -1,0 +1,100 @@
+"""`data.document_mask`: a packed sample is its documents, under every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BloomConfig
+
+from configs.errors import ConfigError
+from configs.load import load_config
+from tests.cases import train
+from tests.harness import run_ranks
+from tests.parity import MODELS, distance, reference, words
+from tests.test_data_chat import numbered, write_chats
+from trainer.data import IGNORED
+from trainer.data.samples import make_batch
+from trainer.document_mask import check_document_mask
+from trainer.loss import cross_entropy_sum
+from trainer.model import build_hf_config, build_model, materialize
+from trainer.weights import build_weights
+
+END = 256
+DOCUMENTS = [[5, 9, 17, END], [END], [40, 41, 42, 43, 44, 45, END], [7, 3, 250]]
+LAYOUTS = {
+    "ddp": (2, ()),
+    "fsdp": (2, ()),
+    "tensor": (2, ("parallel.sequence_parallel=true",)),
+    "pipeline": (2, ()),
+    "zero2": (2, ()),
+}
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("packed")
+    file = write_chats(folder / "chats.jsonl", [numbered(number) for number in range(60)])
+    return (
+        "data=chat",
+        f"data.paths=[{file}]",
+        f"data.cache_dir={folder}/cache",
+        "data.seq_len=288",
+        "data.packing=true",
+        "data.ignore_fraction=0",
+        "train.gradient_accumulation_steps=2",
+    )
+
+
+def test_positions_begin_anew_and_borders_are_not_learnt() -> None:
+    row = [token for document in DOCUMENTS for token in document]
+    batch = make_batch(torch.tensor([row]).numpy(), end=END)
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5, 6, 0, 1]]
+    assert batch.labels.tolist() == [
+        [9, 17, END, IGNORED, IGNORED, 41, 42, 43, 44, 45, END, IGNORED, 3, 250],
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_packed_sample_is_its_documents(name: str, attention: str) -> None:
+    config = load_config([*MODELS[name], f"model.attention={attention}"])
+    model = build_model(config.model, build_hf_config(config.model))
+    weights = build_weights(config.model, model, seed=0)
+    materialize(model, weights, device=torch.device("cpu"), dtype=torch.float64)
+    model.eval()
+    row = torch.tensor([[token for document in DOCUMENTS for token in document]])
+    packed = make_batch(row.numpy(), end=END)
+    logits = model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False).logits
+    together = cross_entropy_sum(logits, packed.labels)
+    alone = sum(
+        cross_entropy_sum(
+            model(input_ids=torch.tensor([document]), use_cache=False).logits[:, :-1], torch.tensor([document[1:]])
+        )
+        for document in DOCUMENTS
+        if len(document) > 1
+    )
+    assert abs(together.item() / float(alone) - 1) < 1e-6
+    unmasked = cross_entropy_sum(model(input_ids=packed.input_ids, use_cache=False).logits, packed.labels)
+    assert abs(unmasked.item() / float(alone) - 1) > 1e-4, "the documents do not touch each other: nothing was tested"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_keeps_documents_apart_as_one_process_does(layout: str, chats: tuple[str, ...]) -> None:
+    world_size, keys = LAYOUTS[layout]
+    precision, tolerance = ("fp32", 1e-5) if layout.startswith("zero") else ("fp64", 1e-10)
+    expected = reference("llama", precision, 3, *chats, "data.document_mask=true")
+    mask = ("data.document_mask=true", *keys)
+    found = run_ranks(world_size, train, words("llama", layout, precision, 3, *chats, *mask))[0]
+    assert distance(found, expected).largest <= tolerance
+
+
+def test_the_mask_changes_what_is_trained(chats: tuple[str, ...]) -> None:
+    kept_apart = reference("llama", "fp64", 3, *chats, "data.document_mask=true")
+    assert distance(reference("llama", "fp64", 3, *chats), kept_apart).loss > 1e-4
+
+
+def test_an_architecture_that_cannot_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^data.document_mask=true: a bloom sees across the border"):
+        check_document_mask(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2))

@@ -1,0 +1,59 @@
+"""Start-up check of `data.document_mask`: does this architecture keep packed documents apart?
+
+The trainer gives every document positions of its own, 0 1 2 0 1 2 3 ..., and no mask: transformers reads the borders
+off the positions and builds the mask that its attention needs. Architectures that make their masks by themselves, or
+carry a state along the sequence, would train on, seeing across the borders. So a shrunk copy computes two documents
+in one row and alone: the logits must agree.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from configs.errors import ConfigError
+from trainer.parallel.tensor_check import shrink
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-5
+"""Of float64 logits. Some architectures compute norms in float32 whatever the model's dtype."""
+LENGTHS = (3, 5)
+
+
+def check_document_mask(config: PretrainedConfig) -> None:
+    """Raise ConfigError where attention crosses the border between packed documents. Computes on the CPU."""
+    try:
+        apart = _apart(config)
+    except Exception as error:  # a config in miniature may break any rule of its architecture
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.warning("data.document_mask not checked: a small %s does not run: %s", config.model_type, reason)
+        return
+    if apart > TOLERANCE:
+        raise ConfigError(
+            f"data.document_mask=true: a {config.model_type} sees across the border between packed documents whatever"
+            " their positions say; set it to false"
+        )
+
+
+@torch.no_grad()
+def _apart(config: PretrainedConfig) -> float:
+    """Largest difference of the logits between one row and two."""
+    attention = config._attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1234)
+        model = AutoModelForCausalLM.from_config(
+            shrink(config, 1),
+            dtype=torch.float64,
+            attn_implementation=attention if attention in ("sdpa", "eager") else None,
+        ).eval()
+        # Packed kernels for experts have no float64.
+        model.config._experts_implementation = "eager"
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, sum(LENGTHS)))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    alone = [model(input_ids=document, use_cache=False).logits for document in ids.split(LENGTHS, dim=1)]
+    return (packed - torch.cat(alone, dim=1)).abs().max().item()
