@@ -108,6 +108,8 @@ def test_the_furthest_rank_is_named_whichever_way_it_is_off(tmp_path: Path) -> N
         measured_allocated_bytes=predicted // 2,
         memory_ratio=(predicted // 2) / predicted,
         memory_rank=2,
+        predicted_bytes_by_rank=[predicted] * 3,
+        measured_bytes_by_rank=[predicted, predicted * 3 // 2, predicted // 2],
     )
     assert ranks[1:] == [Comparison(), Comparison()]
 

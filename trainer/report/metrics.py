@@ -104,6 +104,10 @@ class Comparison:
     """measured_allocated_bytes / predicted_allocated_bytes: above 1 the prediction was too low."""
     memory_rank: int | None = None
     """The rank whose ratio is furthest from 1: these numbers are its own."""
+    predicted_bytes_by_rank: list[int] | None = None
+    """predicted_allocated_bytes of every rank; null: not estimated."""
+    measured_bytes_by_rank: list[int] | None = None
+    """measured_allocated_bytes of every rank; null: not measured on all of them."""
     memory_note: str | None = None
     """Why numbers are missing: what is not estimated, or why nothing was measured."""
 

@@ -117,10 +117,11 @@ class MemoryCheck:
         if self._estimate is None:
             return Comparison(memory_note=self._note)
         predicted = [self._estimate.of_rank(self._plan, rank) for rank in range(len(everyone))]
+        by_rank = [rank.peak_allocated_bytes for rank in predicted]
         pairs = [(p, m, rank) for rank, (p, m) in enumerate(zip(predicted, everyone, strict=True)) if m is not None]
         if not pairs:
             note = TOO_SHORT if self._steps < STEPS else NOTHING_MEASURED
-            return _comparison(self._estimate.busiest, memory_note=note)
+            return _comparison(self._estimate.busiest, memory_note=note, predicted_bytes_by_rank=by_rank)
         # A ratio of 0.8 is as far off as one of 1.25.
         furthest = max(pairs, key=lambda pair: max(_ratio(*pair[:2]), 1 / _ratio(*pair[:2])))
         rank, measured, number = furthest
@@ -130,6 +131,8 @@ class MemoryCheck:
             measured_reserved_bytes=measured[1],
             memory_ratio=_ratio(rank, measured),
             memory_rank=number,
+            predicted_bytes_by_rank=by_rank,
+            measured_bytes_by_rank=[pair[1][0] for pair in pairs] if len(pairs) == len(everyone) else None,
         )
 
 
@@ -137,7 +140,7 @@ def _ratio(predicted: RankEstimate, measured: Measured) -> float:
     return measured[0] / predicted.peak_allocated_bytes
 
 
-def _comparison(rank: RankEstimate, **measured: int | float | str | None) -> Comparison:
+def _comparison(rank: RankEstimate, **measured: int | float | str | list[int] | None) -> Comparison:
     return Comparison(
         predicted_allocated_bytes=rank.peak_allocated_bytes,
         predicted_reserved_bytes=rank.peak_reserved_bytes,

@@ -1,0 +1,150 @@
+"""The runs of a comparison, planned together: their names, one global batch for all, one model and one data set.
+
+parallel=single,ddp train.steps=20   ->   single: parallel=single train.steps=20 ... train.run_dir=FOLDER/single
+                                          ddp: parallel=ddp train.steps=20 ... train.run_dir=FOLDER/ddp
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from math import lcm
+from pathlib import Path
+
+from configs.choices import ClusterKind
+from configs.errors import ConfigError, CookbookError, PlanError
+from configs.load import expand_sweep, from_yaml, load_config, quote_value
+from configs.schema import Config
+from trainer.comparison.runs import SAME, differences
+from trainer.machine import find_machine
+from trainer.plan import Plan, make_plan
+from trainer.report.folder import default_run_dir
+
+USUAL = ("train.export=false", "checkpoint.final=false")
+"""A comparison has no use for a model or a checkpoint of every run; said after these, other values win."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One run. words: its overrides, the run folder among them. config, plan: None where it is refused, for `reason`.
+    reason is also why a run failed that could not say so itself."""
+
+    name: str
+    words: tuple[str, ...]
+    config: Config | None = None
+    plan: Plan | None = None
+    reason: str | None = None
+
+
+def plan_points(overrides: Sequence[str], *, config_dir: str | None) -> tuple[Path, list[Point]]:
+    """The comparison's folder, and its runs in the order of the words.
+
+    All get the same train.global_batch_size: the smallest that each of them can make. Raises CookbookError where there
+    are not two runs, where they are not of one model and data, and where none can be planned.
+    """
+    runs = expand_sweep(overrides)
+    if len(runs) < 2:
+        raise ConfigError("compare: needs at least two runs: give a list, parallel=single,ddp, or a folder of runs")
+    places = list(dict.fromkeys(word for words in runs for word in words if word.startswith("train.run_dir=")))
+    if len(places) > 1:
+        raise ConfigError("train.run_dir: is the folder of the whole comparison; give one")
+    plain = [tuple(word for word in words if word not in places) for words in runs]
+    found = [
+        _plan(Point(name=name, words=(*USUAL, *words)), config_dir)
+        for name, words in zip(_names(plain), plain, strict=True)
+    ]
+    sizes = {point.plan.batch.global_batch_size: point.name for point in found if point.plan is not None}
+    if len(sizes) > 1:
+        found = _one_batch(found, sizes, config_dir)
+    configs = [point.config for point in found if point.config is not None]
+    if not configs:
+        raise PlanError(*dict.fromkeys(point.reason or "" for point in found))
+    _check_same(found, configs[0])
+    named = load_config(places, config_dir=config_dir).train.run_dir
+    folder = Path(named) if named is not None else _default(configs[0])
+    settled: list[Point] = []
+    for point in found:
+        words = (*point.words, f"train.run_dir={quote_value(str(folder / point.name))}")
+        config = load_config(words, config_dir=config_dir) if point.plan is not None else None
+        settled.append(replace(point, words=words, config=config))
+    return folder.expanduser(), settled
+
+
+def check_folder(point: Point, folder: Path) -> None:
+    """Raise PlanError where `folder`, that of the point, holds another run."""
+    try:
+        saved = from_yaml((folder / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, CookbookError):
+        return
+    if point.config is not None and (other := differences(point.config, saved)):
+        raise PlanError(
+            f"{folder}: holds a run without {', '.join(other)}; choose another train.run_dir, or delete that run"
+        )
+
+
+def _plan(point: Point, config_dir: str | None) -> Point:
+    config = load_config(point.words, config_dir=config_dir)
+    if config.cluster.kind is ClusterKind.slurm:
+        raise ConfigError(
+            "cluster.kind=slurm: compare runs one point after another on this machine; submit them with python -m"
+            " launch -m ... cluster.slurm.array=%4 train.run_dir=FOLDER, then python -m launch compare FOLDER"
+        )
+    try:
+        plan = make_plan(config, replace(find_machine(), world_size=None, local_world_size=None))
+    except PlanError as error:
+        return replace(point, config=None, plan=None, reason="; ".join(error.problems))
+    if plan.nodes > 1:
+        raise ConfigError(
+            f"cluster.nodes={plan.nodes}: compare starts its runs on this machine alone; set it to 1, or start them"
+            " node by node and compare their folders"
+        )
+    return replace(point, config=config, plan=plan)
+
+
+def _one_batch(points: Sequence[Point], sizes: dict[int, str], config_dir: str | None) -> list[Point]:
+    """The same points with one global batch. sizes: what each would have had, with the last point that would."""
+    had = ", ".join(f"{size} ({name})" for size, name in sizes.items())
+    if any(word.startswith("train.global_batch_size=") for point in points for word in point.words):
+        raise PlanError(f"train.global_batch_size: is {had}, and losses of different batches do not compare; give one")
+    size = lcm(*sizes)
+    print(f"train.global_batch_size={size} for all; each alone would have had {had}")
+    return [
+        _plan(replace(point, words=(*point.words, f"train.global_batch_size={size}")), config_dir)
+        if point.plan is not None
+        else point
+        for point in points
+    ]
+
+
+def _check_same(points: Sequence[Point], first: Config) -> None:
+    for point in points:
+        other = differences(point.config, first) if point.config is not None else []
+        found = next((word for word in other if word.startswith(SAME)), None)
+        if found is not None:
+            raise PlanError(
+                f"{found}: not so in every run ({point.name} has it); a comparison is of one model, one data set and as"
+                " many steps: give one value"
+            )
+
+
+def _names(runs: Sequence[Sequence[str]]) -> list[str]:
+    """What differs between the runs, as names of folders: of groups the option, of keys the last part and the value."""
+    shared = set(runs[0]).intersection(*runs)
+    names: list[str] = []
+    for words in runs:
+        parts: list[str] = []
+        for word in words:
+            key, _, value = word.partition("=")
+            if word not in shared:
+                parts.append(f"{key.rpartition('.')[2]}-{value}" if "." in key else value)
+        name = re.sub(r"[^\w.-]+", "_", "-".join(parts), flags=re.ASCII).strip("._") or "run"
+        taken = sum(other == name or other.startswith(f"{name}~") for other in names)
+        names.append(f"{name}~{taken + 1}" if taken else name)
+    return names
+
+
+def _default(config: Config) -> Path:
+    """runs/MODEL-compare-PRECISION/DATE-TIME"""
+    return default_run_dir(replace(config, parallel=replace(config.parallel, preset="compare")), datetime.now())

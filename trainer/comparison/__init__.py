@@ -1,0 +1,1 @@
+"""Several runs on one page: read from their folders (`runs`), drawn (`figures`), written (`page`)."""
