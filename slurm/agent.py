@@ -13,6 +13,7 @@ from pathlib import Path
 from configs.errors import CookbookError
 from slurm.job import Job, folder, read_job
 from slurm.words import Place, accelerate_words, deepspeed_words, torchrun_words
+from trainer.stopping import QUIET_STOP
 
 # What a surrounding job or a shell may have left: ranks that believed it would wait for a world that is not this one.
 FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -36,8 +37,13 @@ def launcher_words(job: Job, place: Place) -> list[str]:
 
 
 def node_environment(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
-    """The launcher's: without a foreign world, and with each rank's share of the CPUs that Slurm gives to this node."""
+    """The launcher's: without a foreign world, and with each rank's share of the CPUs that Slurm gives to this node.
+
+    Ranks that stop because they were told to end with 0: the supervisor reads status.json, and the job's log ends with
+    its line in place of every launcher's report of a failure.
+    """
     ours = {name: value for name, value in environment.items() if name not in FOREIGN}
+    ours[QUIET_STOP] = "1"
     if job.processes > 1:
         cpus = len(os.sched_getaffinity(0))
         ours.setdefault("OMP_NUM_THREADS", str(max(1, cpus // job.processes) if job.device == "cuda" else 1))

@@ -21,7 +21,8 @@ JOB, STATUS, MEMORY, JOB_IDS = "job.json", "status.json", "memory.json", "jobs.t
 class Job:
     """words: of `python -m trainer`. again: the same for a start after the first, which has a run to go on with.
     python: of the ranks. srun: further options. chain: an array of jobs, in which none requeues itself.
-    stuck_minutes: so long may a lost incarnation of this run hold the folder."""
+    stuck_minutes: so long may a lost incarnation of this run hold the folder. goes_on: what a person types to go on
+    with the run after its job has ended."""
 
     words: list[str]
     again: list[str]
@@ -37,6 +38,7 @@ class Job:
     max_requeues: int
     start_minutes: float
     stuck_minutes: float
+    goes_on: str
 
 
 @dataclass(kw_only=True, slots=True)

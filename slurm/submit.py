@@ -155,9 +155,10 @@ def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir
     if config.train.resume == "never":
         kept = [*(word for word in passed_on if not word.startswith("train.resume=")), "train.resume=auto"]
     slurm = config.cluster.slurm
+    again = [*search, *kept, settled]
     return Job(
         words=[*search, *passed_on, settled],
-        again=[*search, *kept, settled],
+        again=again,
         launcher=str(config.launcher.name),
         launcher_args=list(config.launcher.args),
         device=plan.device,
@@ -170,7 +171,15 @@ def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir
         max_requeues=slurm.max_requeues,
         start_minutes=slurm.start_minutes,
         stuck_minutes=config.train.timeout_minutes + 2,
+        goes_on=_goes_on(again, slurm.array),
     )
+
+
+def _goes_on(words: Sequence[str], array: str | None) -> str:
+    """The command for one run; a point of a sweep goes on alone."""
+    if array is not None and array.startswith("%"):
+        words = [*(word for word in words if not word.startswith("cluster.slurm.array=")), "cluster.slurm.array=null"]
+    return shlex.join(["python", "-m", "launch", *words])
 
 
 def script_text(config: Config) -> str:

@@ -31,7 +31,7 @@ from configs.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, CookbookErr
 from slurm.job import folder, read_job, read_job_status, read_memory, write_memory, write_status
 from slurm.words import hostfile
 from trainer.restarts import Attempts, Standing, Verdict, judge, stand
-from trainer.status import FINISHED, LOCK
+from trainer.status import FINISHED, LOCK, STOPPED
 from trainer.stopping import STOP_FILE
 
 POLL_SECONDS = 0.2
@@ -69,15 +69,19 @@ class Supervisor:
             before = stand(self._dir)
             code = self._start(before)
             after = stand(self._dir)
+            if after.status.get("state") == STOPPED and after.status != before.status:
+                code = EXIT_STOPPED  # srun's is 0: see `agent.node_environment`
             verdict = self._judge(code, before, after)
             if after.status.get("state") == FINISHED and after.status != before.status:
                 return self._leave(FINISHED, EXIT_FINISHED, verdict.reason)
             if self._told is not None:
                 return self._stop(self._told, after.step)
+            if code == EXIT_STOPPED:
+                return self._leave_stopped(str(after.status.get("reason")), after.step)
             if not verdict.restart:
                 word = after.status.get("exit_code") if after.status != before.status else None
                 code = word if isinstance(word, int) and code else code
-                return self._leave("stopped" if code == EXIT_STOPPED else "failed", code, verdict.reason)
+                return self._leave("failed", code, verdict.reason)
             self._say("restarting", verdict.reason, step=after.step)
             self._pause(PAUSE_SECONDS * (verdict.attempts.in_vain - 1))
 
@@ -129,7 +133,7 @@ class Supervisor:
         """The ranks have ended because the job was told to stop: go back to the queue, or end."""
         (self._dir / STOP_FILE).unlink(missing_ok=True)
         if why != "SIGUSR1":
-            return self._leave("stopped", EXIT_STOPPED, f"{why}; step {step} is saved")
+            return self._leave_stopped(why, step)
         memory = self._memory
         memory.stops_in_vain = memory.stops_in_vain + 1 if step <= memory.stopped_at else 0
         memory.stopped_at = max(step, memory.stopped_at)
@@ -157,7 +161,7 @@ class Supervisor:
             except (OSError, subprocess.TimeoutExpired) as error:
                 problem = str(error)
             if time.monotonic() > deadline:
-                return self._leave("stopped", EXIT_STOPPED, f"step {step} is saved; not requeued: {problem}")
+                return self._leave_stopped(f"not requeued: {problem}", step)
             time.sleep(2)
         time.sleep(CONTROLLER_SECONDS)  # until Slurm ends this process
         return EXIT_STOPPED
@@ -200,6 +204,10 @@ class Supervisor:
             requeues=self._restart_count(),
             step=step,
         )
+
+    def _leave_stopped(self, why: str, step: int) -> int:
+        place = f"step {step} is saved; goes on with" if step else "no step is saved yet; begins anew with"
+        return self._leave("stopped", EXIT_STOPPED, f"{why}; {place}: {self._job.goes_on}")
 
     def _leave(self, state: str, code: int, reason: str) -> int:
         self._say(state, reason, step=stand(self._dir).step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -222,7 +223,12 @@ def test_a_world_around_the_job_is_not_the_ranks_world() -> None:
     config = configured("launcher=deepspeed", "parallel=zero1")
     job = make_job(config, plan_job(config), [], config_dir=None, run_dir=Path("/x"))
     environment = node_environment(job, {"WORLD_SIZE": "64", "RANK": "3", "MASTER_ADDR": "evil", "HOME": "/root"})
-    assert environment == {"HOME": "/root", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    assert environment == {
+        "HOME": "/root",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "COOKBOOK_QUIET_STOP": "1",
+    }
 
 
 def test_containers_are_srun_s() -> None:
@@ -251,6 +257,11 @@ def test_a_sweep_as_one_array(slurm: Path) -> None:
     assert [read_job(slurm / f"sweep/{number}").words[-2] for number in range(5)] == [
         f"train.seed={n}" for n in range(5)
     ]
+    goes_on = shlex.split(read_job(slurm / "sweep/3").goes_on)
+    assert goes_on[:3] == ["python", "-m", "launch"]
+    config = load_config(goes_on[3:])
+    assert (config.cluster.slurm.array, config.train.seed) == (None, 3), "a point goes on alone"
+    assert config.train.run_dir == str(slurm / "sweep/3")
     assert (slurm / "sweep/3/slurm/jobs.txt").read_text() == "4711_3\n"
 
 

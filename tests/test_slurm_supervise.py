@@ -44,7 +44,7 @@ if int(step):
     (run / "{checkpoints}" / f"step-{{int(step):08d}}").mkdir(parents=True, exist_ok=True)
 word = dict(exit_code=int(code), reason="so it was told")
 note(state)
-sys.exit(1 if int(code) else 0)
+sys.exit(1 if int(code) and state != "stopped" else 0)
 """
 SCONTROL = """#!{python}
 import pathlib, sys
@@ -74,6 +74,7 @@ def job(**changed: object) -> Job:
         "max_requeues": 5,
         "start_minutes": 1.0,
         "stuck_minutes": 0.05,
+        "goes_on": "python -m launch again",
     }
     return Job(**{**base, **changed})  # type: ignore[arg-type]
 
@@ -234,7 +235,7 @@ def test_told_to_end_by_slurm(run_dir: Path) -> None:
         (run_dir / "STOP").touch()
         said, _ = running.communicate(timeout=60)
     assert running.returncode == EXIT_STOPPED
-    assert "slurm: stopped: SIGTERM; step 10 is saved" in said
+    assert said.endswith("slurm: stopped: SIGTERM; step 10 is saved; goes on with: python -m launch again\n")
     assert len(starts(run_dir)) == 1
 
 
@@ -243,9 +244,10 @@ def test_a_stop_file_of_a_person_ends_the_job(run_dir: Path) -> None:
     with running:
         wait_for_start(run_dir)
         (run_dir / "STOP").touch()
-        running.communicate(timeout=60)
+        said, _ = running.communicate(timeout=60)
     assert running.returncode == EXIT_STOPPED
     assert state(run_dir) == "stopped"
+    assert said.endswith("slurm: stopped: so it was told; step 10 is saved; goes on with: python -m launch again\n")
     assert not (run_dir.parent / "bin/requeued.txt").exists()
 
 

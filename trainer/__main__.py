@@ -18,10 +18,19 @@ import traceback
 from collections.abc import Sequence
 
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_FAILED, EXIT_FINISHED, CookbookError, OutOfMemory, RankProblem, RankStuck
+from configs.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    CookbookError,
+    OutOfMemory,
+    RankProblem,
+    RankStuck,
+)
 from configs.load import load_config
 from trainer.machine import find_machine
 from trainer.plan import make_plan
+from trainer.stopping import QUIET_STOP
 
 EXIT_INTERRUPTED = 130
 DOOR = Door(
@@ -42,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.show is not None:
             print(show(DOOR, arguments))
             return EXIT_FINISHED
-        return train(arguments)
+        code = train(arguments)
+        return EXIT_FINISHED if code == EXIT_STOPPED and os.environ.get(QUIET_STOP) else code
     except CookbookError as error:
         # All ranks of a node meet the same mistake. Some are met by one rank alone, and one that is stuck cannot speak.
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, (OutOfMemory, RankProblem, RankStuck)):

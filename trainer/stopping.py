@@ -4,8 +4,9 @@
     touch RUN_DIR/STOP             from anywhere that sees the folder
 
 Nothing happens in the handler but a note. At the next step boundary the ranks agree, save a checkpoint, and the
-process ends with exit code 75. A second SIGINT ends it at once: the system's own handler is back in place by then, so
-that works even where Python itself is stuck, and a save that it cuts off was never committed.
+process ends with exit code 75, or 0 where COOKBOOK_QUIET_STOP is set. A second SIGINT ends it at once: the system's own
+handler is back in place by then, so that works even where Python itself is stuck, and a save that it cuts off was never
+committed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from types import FrameType, TracebackType
 from typing import Self
 
 STOP_FILE = "STOP"
+QUIET_STOP = "COOKBOOK_QUIET_STOP"
+"""Variable that makes 0 of the exit code 75, for whoever reads status.json: launchers take any other code for a
+failure, end the other ranks, and fill the log with a report."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

@@ -37,7 +37,11 @@ def test_three_faults_in_one_job(cluster: Cluster, run_dir: Path, alone: Run) ->
     assert run.end() == "COMPLETED", run.log()
     same_run(run, alone)
     log = run.log()
-    assert "restarting: " in log
+    killed, _, rest = log.partition("slurm: restarting: ")
+    assert "Signal 9 (SIGKILL)" in killed, "a rank that was killed is reported"
+    told = rest.partition("running: start 2")[2].partition("slurm: requeued: ")[0]
+    assert "stopped    after step" in told
+    assert not [word for word in ("ChildFailedError", "Traceback", "srun: error") if word in told], told
     assert f"requeued: step {saved} is saved; back to the queue" in log
     assert run.status()["requeues"] == 1
     assert run.field("Restarts") == "1"
