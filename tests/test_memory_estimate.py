@@ -18,11 +18,13 @@ from configs.load import load_config
 from launch.estimate import main
 from tests.test_memory_measured import CASES
 from trainer.machine import Machine
+from trainer.memory import pipelined
 from trainer.memory.allocator import CudaAllocator
 from trainer.memory.estimate import Verdict, estimate, planned_machine
 from trainer.memory.gate import DoesNotFit, check_memory
 from trainer.memory.profiles import NotEstimated, get_profile
 from trainer.memory.suggest import _extrapolate, largest_micro_batch
+from trainer.parallel.pipeline_orders import rank_orders
 from trainer.plan import make_plan
 
 MIB = 2**20
@@ -266,3 +268,30 @@ def test_time_does_not_depend_on_the_number_of_gpus(cache: str) -> None:
         peaks.append(estimate(config, plan).busiest.peak_allocated_bytes)
         spent.append(time.process_time() - begun)
     assert peaks[0] == peaks[1] and max(spent) < 3
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"])
+def test_a_step_without_its_repetitions_needs_the_same(
+    schedule: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["model=tiny", "model.config.num_hidden_layers=8", "parallel=pipeline_fsdp", "parallel.pp=4", cache]
+    words += ["precision=bf16", "cluster=8xh100", "data.seq_len=64", f"parallel.pipeline.schedule={schedule}"]
+    config = load_config([*words, "train.micro_batch_size=1", "train.gradient_accumulation_steps=24"])
+    plan = make_plan(config, Machine(gpus=8))
+    short = [rank.peak_allocated_bytes for rank in estimate(config, plan).ranks]
+    played = pipelined.shortest_orders(schedule, pp=4, micro_batches=24, stages_per_rank=None)
+    # Three times the actions cost three times the seconds.
+    assert sum(map(len, played)) <= 0.7 * sum(map(len, rank_orders(schedule, pp=4, micro_batches=24)))
+    monkeypatch.setattr(pipelined, "shortest_orders", rank_orders)
+    assert short == pytest.approx([rank.peak_allocated_bytes for rank in estimate(config, plan).ranks], rel=2e-3)
+
+
+def test_ranks_that_do_the_same_are_replayed_once(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["model=tiny", "model.config.num_hidden_layers=8", "parallel=pipeline_fsdp", "parallel.pp=8", cache]
+    words += ["parallel.pipeline.schedule=gpipe", "train.gradient_accumulation_steps=16", "cluster=8xh100"]
+    config = load_config([*words, "cluster.nodes=4"])
+    replayed = []
+    replay = pipelined.replay_stages
+    monkeypatch.setattr(pipelined, "replay_stages", lambda *args, **given: replayed.append(1) or replay(*args, **given))
+    found = estimate(config, make_plan(config, Machine(gpus=8)))
+    assert [rank.kind for rank in found.ranks] == [f"pp{stage}" for stage in range(8)] and len(replayed) == 3

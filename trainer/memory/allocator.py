@@ -13,6 +13,7 @@ neighbours merge. Nothing returns to the driver before an allocation fails. Rese
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 
 ROUND = 512
 SMALL, LARGE, ALIGN = 2**20, 10 * 2**20, 2 * 2**20
@@ -20,15 +21,19 @@ SMALL_SEGMENT, LARGE_SEGMENT = 2 * 2**20, 20 * 2**20
 
 
 class Block:
-    """A piece of a segment, linked to its neighbours there."""
+    """A piece of a segment, linked to its neighbours there. pool: the free blocks of its stream and size."""
 
     __slots__ = ("after", "before", "free", "number", "pool", "size")
 
-    def __init__(self, number: int, size: int, pool: tuple[int, bool]) -> None:
+    def __init__(self, number: int, size: int, pool: Pool) -> None:
         self.number, self.size, self.pool = number, size, pool
         self.free = False
         self.before: Block | None = None
         self.after: Block | None = None
+
+
+Pool = list[tuple[int, int, Block]]
+"""Size, number, block: in ascending order."""
 
 
 class CudaAllocator:
@@ -37,18 +42,18 @@ class CudaAllocator:
     def __init__(self) -> None:
         self.allocated = self.reserved = 0
         self._count = 0
-        self._free: dict[tuple[int, bool], list[tuple[int, int, Block]]] = {}
+        self._pools: defaultdict[tuple[int, bool], Pool] = defaultdict(list)
 
     def malloc(self, size: int, stream: int = 0) -> Block:
         size = -(-max(size, 1) // ROUND) * ROUND
         small = size <= SMALL
-        pool = self._free.setdefault((stream, small), [])
-        index = bisect_left(pool, (size, 0))
+        pool = self._pools[stream, small]
+        index = bisect_left(pool, (size,))
         if index < len(pool):
             block = pool.pop(index)[2]
             block.free = False
         else:
-            block = self._segment(size, (stream, small))
+            block = self._segment(size, pool, small=small)
         remaining = block.size - size
         if (remaining >= ROUND) if small else (remaining > SMALL):
             self._split(block, size)
@@ -57,28 +62,24 @@ class CudaAllocator:
 
     def free(self, block: Block) -> None:
         self.allocated -= block.size
-        for neighbour, ahead in ((block.before, True), (block.after, False)):
-            if neighbour is not None and neighbour.free:
-                pool = self._free[neighbour.pool]
-                pool.pop(bisect_left(pool, (neighbour.size, neighbour.number)))
-                block.size += neighbour.size
-                if ahead:
-                    block.number = neighbour.number
-                    block.before = neighbour.before
-                    if block.before is not None:
-                        block.before.after = block
-                else:
-                    block.after = neighbour.after
-                    if block.after is not None:
-                        block.after.before = block
-        self._give(block)
-
-    def _give(self, block: Block) -> None:
+        pool, before, after = block.pool, block.before, block.after
+        if before is not None and before.free:
+            pool.pop(bisect_left(pool, (before.size, before.number)))
+            block.size += before.size
+            block.number, block.before = before.number, before.before
+            if block.before is not None:
+                block.before.after = block
+        if after is not None and after.free:
+            pool.pop(bisect_left(pool, (after.size, after.number)))
+            block.size += after.size
+            block.after = after.after
+            if block.after is not None:
+                block.after.before = block
         block.free = True
-        insort(self._free[block.pool], (block.size, block.number, block))
+        insort(pool, (block.size, block.number, block))
 
-    def _segment(self, size: int, pool: tuple[int, bool]) -> Block:
-        if pool[1]:
+    def _segment(self, size: int, pool: Pool, *, small: bool) -> Block:
+        if small:
             whole = SMALL_SEGMENT
         elif size < LARGE:
             whole = LARGE_SEGMENT
@@ -95,7 +96,8 @@ class CudaAllocator:
         if rest.after is not None:
             rest.after.before = rest
         block.after, block.size = rest, size
-        self._give(rest)
+        rest.free = True
+        insort(block.pool, (rest.size, rest.number, rest))
 
 
 class PlainAllocator:
@@ -110,7 +112,7 @@ class PlainAllocator:
 
     def malloc(self, size: int, stream: int = 0) -> Block:
         self.allocated += size
-        return Block(0, size, (stream, False))
+        return Block(0, size, [])
 
     def free(self, block: Block) -> None:
         self.allocated -= block.size

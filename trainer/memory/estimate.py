@@ -8,6 +8,7 @@ trainer, the launcher and the command `memory-estimate` call the same function.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
@@ -23,9 +24,9 @@ from trainer.memory.layouts.deepspeed import zero_layout
 from trainer.memory.layouts.replicated import Replicated
 from trainer.memory.layouts.sharded import FullySharded
 from trainer.memory.layouts.zero import model_size
-from trainer.memory.pipelined import replay_pipeline
+from trainer.memory.pipelined import PipelineRank
 from trainer.memory.profile import ModelProfile
-from trainer.memory.profiles import get_profile
+from trainer.memory.profiles import get_profile, stage_layers
 from trainer.memory.timeline import COMPONENTS, Moment, Timeline
 from trainer.plan import Plan
 
@@ -166,31 +167,50 @@ def estimate(
     gpu = plan.device == "cuda"
     context = int(config.estimate.context_gib * GIB) if gpu else 0
     nccl = int(config.estimate.nccl_gib * GIB) * communicators(plan) if gpu else 0
-    ranks = tuple(
-        _estimate_rank(config, plan, profile, device, stage, outside=context + nccl)
-        for stage in range(plan.degree("pp"))
-    )
+    outside = context + nccl
+    if plan.degree("pp") > 1:
+        ranks = _estimate_stages(config, plan, profile, device, outside=outside)
+    else:
+        ranks = (_estimate_whole(config, plan, profile, device, outside=outside),)
     return Estimate(ranks=ranks, device=device, context_bytes=context, nccl_bytes=nccl, profile=profile)
 
 
-def _estimate_rank(
-    config: Config, plan: Plan, profile: ModelProfile, device: Device, pp_rank: int, *, outside: int
-) -> RankEstimate:
-    """Ranks of one place in the pipeline hold the same. outside: bytes that torch's allocator does not know of."""
+def _estimate_whole(config: Config, plan: Plan, profile: ModelProfile, device: Device, *, outside: int) -> RankEstimate:
+    """Without a pipeline all ranks hold the same. outside: bytes that torch's allocator does not know of."""
+    timeline = _begin(plan, device)
+    module = profile.stage(range(len(profile.anatomy.layers)), stages=1, index=0)
+    setting = Setting(profile=module, plan=plan, timeline=timeline)
+    count = plan.batch.gradient_accumulation_steps
+    replay(module, _layout(config, setting), timeline, micro_batches=count, inputs=step_inputs(plan))
+    return _read(plan, timeline, setting, kind="all", outside=outside)
+
+
+def _estimate_stages(
+    config: Config, plan: Plan, profile: ModelProfile, device: Device, *, outside: int
+) -> tuple[RankEstimate, ...]:
+    """One for each place in the pipeline. Places that do the same are replayed once."""
+    ranges, known, ranks = stage_layers(config, plan, profile.outline), dict[Hashable, RankEstimate](), []
+    for pp_rank in range(plan.degree("pp")):
+        rank = PipelineRank(config, plan, profile, ranges, pp_rank)
+        if rank.work not in known:
+            timeline = _begin(plan, device)
+            setting = rank.replay(timeline)
+            known[rank.work] = _read(plan, timeline, setting, kind=f"pp{pp_rank}", outside=outside)
+        ranks.append(replace(known[rank.work], kind=f"pp{pp_rank}"))
+    return tuple(ranks)
+
+
+def _begin(plan: Plan, device: Device) -> Timeline:
     timeline = Timeline(gpu=plan.device == "cuda")
     if device.gpu is not None:
         for _ in range(CUBLAS_HANDLES):
             timeline.allocate("workspace", cublas_bytes(device.gpu))
-    if plan.degree("pp") > 1:
-        setting = replay_pipeline(config, plan, profile, timeline, pp_rank)
-    else:
-        module = profile.stage(range(len(profile.anatomy.layers)), stages=1, index=0)
-        setting = Setting(profile=module, plan=plan, timeline=timeline)
-        layout = _layout(config, setting)
-        count = plan.batch.gradient_accumulation_steps
-        replay(module, layout, timeline, micro_batches=count, inputs=step_inputs(plan))
+    return timeline
+
+
+def _read(plan: Plan, timeline: Timeline, setting: Setting, *, kind: str, outside: int) -> RankEstimate:
     return RankEstimate(
-        kind=f"pp{pp_rank}" if plan.degree("pp") > 1 else "all",
+        kind=kind,
         count=plan.world_size // plan.degree("pp"),
         components=dict(zip(COMPONENTS, timeline.peak.parts, strict=True)),
         peak_allocated_bytes=timeline.peak.total,

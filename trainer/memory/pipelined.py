@@ -7,7 +7,7 @@ of its forwards and backwards (`pipeline_orders`), how many buffers torch sets a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -16,91 +16,131 @@ from trainer.memory.compose import replay_stages
 from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, step_inputs
 from trainer.memory.layouts.sharded import update_together
 from trainer.memory.layouts.staged import Staged
-from trainer.memory.profile import ModelProfile, Profile
-from trainer.memory.profiles import stage_layers
+from trainer.memory.profile import ModelProfile, Profile, role
 from trainer.memory.timeline import Handle, Timeline
 from trainer.parallel.pipeline_orders import Action, rank_orders
-from trainer.parallel.pipeline_table import SCHEDULES, check_pipeline, default_stages_per_rank, stages_of_rank
-from trainer.parallel.pipeline_timeline import in_flight, receive_buffers
+from trainer.parallel.pipeline_table import SCHEDULES, default_stages_per_rank, stages_of_rank
+from trainer.parallel.pipeline_timeline import receive_buffers
 from trainer.plan import Plan
 
 
-def replay_pipeline(config: Config, plan: Plan, model: ModelProfile, timeline: Timeline, rank: int) -> Setting:
-    """Replay two steps of a pipeline rank on the timeline. The setting returned knows what lies in host memory."""
-    pipeline, pp, count = config.parallel.pipeline, plan.degree("pp"), plan.batch.gradient_accumulation_steps
-    schedule = pipeline.schedule
-    per_rank = pipeline.stages_per_rank or default_stages_per_rank(schedule)
-    ranges = stage_layers(config, plan, model.outline)
-    owned = stages_of_rank(schedule, pp=pp, rank=rank, stages_per_rank=per_rank)
-    exchanged = SCHEDULES[schedule].arrangement != "v"
-    settings: list[Setting] = []
-    modules: dict[int, tuple[Profile, Staged]] = {}
-    for stage in owned:
-        profile = model.stage(ranges[stage], stages=len(ranges), index=stage)
-        host = settings[0].host if settings else {}
-        settings.append(Setting(profile=profile, plan=plan, timeline=timeline, host=host))
-        modules[stage] = (profile, Staged(settings[-1], ahead=per_rank > 1, exchanged=exchanged))
-    place_batch(settings[0])
-    shape: dict[str, Any] = {"schedule": schedule, "pp": pp, "stages_per_rank": pipeline.stages_per_rank}
-    whole = rank_orders(**shape, micro_batches=count)[rank]
-    order = _shortest(**shape, micro_batches=count)[rank] if settings[0].gpu else whole
-    batch = plan.batch
-    hidden = batch.micro_batch_size * (batch.seq_len // plan.degree("cp")) * model.outline.hidden_size
-    buffers = receive_buffers(**shape, micro_batches=count)[rank]
-    neighbours = _Neighbours(
-        timeline,
-        owned=owned,
-        last=len(ranges) - 1,
-        size=hidden * WIDTHS[plan.param_dtype],
-        buffers=buffers,
-        keeps_sent=(1 if schedule == "1f1b" else count * len(ranges)) if not settings[0].gpu else 0,
-    )
-    neighbours.missing = neighbours.count_gradients(whole) - neighbours.count_gradients(order)
-    inputs = step_inputs(plan, first=0 in modules, last=len(ranges) - 1 in modules)
-    update = partial(update_together, [layout for _, layout in modules.values()])
-    replay_stages(modules, order, timeline, inputs=inputs, neighbours=neighbours, update=update)
-    return settings[0]
+class PipelineRank:
+    """What one pipeline rank holds and does. work: ranks of which it is equal need the same memory."""
+
+    def __init__(self, config: Config, plan: Plan, model: ModelProfile, ranges: Sequence[range], rank: int) -> None:
+        pipeline, pp, count = config.parallel.pipeline, plan.degree("pp"), plan.batch.gradient_accumulation_steps
+        self.plan, self.model, self.ranges, self.schedule = plan, model, ranges, pipeline.schedule
+        self.per_rank = pipeline.stages_per_rank or default_stages_per_rank(self.schedule)
+        self.owned = stages_of_rank(self.schedule, pp=pp, rank=rank, stages_per_rank=self.per_rank)
+        shape: dict[str, Any] = {"schedule": self.schedule, "pp": pp, "stages_per_rank": pipeline.stages_per_rank}
+        whole = rank_orders(**shape, micro_batches=count)[rank]
+        self.order = shortest_orders(**shape, micro_batches=count)[rank] if plan.device == "cuda" else whole
+        self.left_out = self._input_gradients(whole) - self._input_gradients(self.order)
+        self.buffers = receive_buffers(**shape, micro_batches=count)[rank]
+
+    @property
+    def work(self) -> Hashable:
+        place = {stage: index for index, stage in enumerate(self.owned)}
+        stages = [
+            (role(stages=len(self.ranges), index=stage), self._kinds(stage), stage + 1 in place) for stage in self.owned
+        ]
+        order = tuple((kind, place[stage], micro_batch) for kind, stage, micro_batch in self.order)
+        return tuple(stages), order, self.left_out, self.buffers
+
+    def replay(self, timeline: Timeline) -> Setting:
+        """Replay two steps on the timeline. The setting returned knows what lies in host memory."""
+        exchanged = SCHEDULES[self.schedule].arrangement != "v"
+        settings: list[Setting] = []
+        modules: dict[int, tuple[Profile, Staged]] = {}
+        for stage in self.owned:
+            profile = self.model.stage(self.ranges[stage], stages=len(self.ranges), index=stage)
+            host = settings[0].host if settings else {}
+            settings.append(Setting(profile=profile, plan=self.plan, timeline=timeline, host=host))
+            modules[stage] = (profile, Staged(settings[-1], ahead=self.per_rank > 1, exchanged=exchanged))
+        place_batch(settings[0])
+        replay_stages(
+            modules,
+            self.order,
+            timeline,
+            inputs=step_inputs(self.plan, first=0 in modules, last=len(self.ranges) - 1 in modules),
+            neighbours=_Neighbours(self, timeline, gpu=settings[0].gpu),
+            update=partial(update_together, [layout for _, layout in modules.values()]),
+        )
+        return settings[0]
+
+    def crosses(self, stage: int) -> bool:
+        """Whether a stage's input comes from another rank."""
+        return stage > 0 and stage - 1 not in self.owned
+
+    def _input_gradients(self, order: Sequence[Action]) -> int:
+        """How many gradients of inputs stay until the next step."""
+        return sum(action.kind == "I" and self.crosses(action.stage) for action in order)
+
+    def _kinds(self, stage: int) -> tuple[int, ...]:
+        layers = self.ranges[stage]
+        return self.model.anatomy.layers[layers.start : layers.stop]
 
 
 @cache
-def _shortest(schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None) -> list[list[Action]]:
-    """The orders of a step with as few micro-batches as let every rank hold as much at once as it will: those that
-    follow when the pipeline is full are no different."""
+def shortest_orders(
+    schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None
+) -> list[Sequence[Action]]:
+    """For each rank its order in a step with as few micro-batches as take it through all the states that a whole step
+    does. Those that follow when the pipeline is full are no different."""
     shape: dict[str, Any] = {"schedule": schedule, "pp": pp, "stages_per_rank": stages_per_rank}
-    wanted = in_flight(**shape, micro_batches=micro_batches)
+    orders: list[Sequence[Action]] = list(rank_orders(**shape, micro_batches=micro_batches))
+    wanted = {rank: _states(order) for rank, order in enumerate(orders)}
+    most = {rank: max(map(max, states)) for rank, states in wanted.items()}  # of one stage's micro-batches at once
     # Interleaved schedules go in rounds; a step must stay one of whole rounds.
     rounds = pp if SCHEDULES[schedule].arrangement == "loop" and micro_batches % pp == 0 else 1
-    for fewer in range(pp + rounds, micro_batches, rounds):
-        runs = not list(check_pipeline(**shape, micro_batches=fewer))
-        if runs and in_flight(**shape, micro_batches=fewer) == wanted:
-            return rank_orders(**shape, micro_batches=fewer)
-    return rank_orders(**shape, micro_batches=micro_batches)
+    for fewer in range(rounds, micro_batches, rounds):
+        asked = [rank for rank in wanted if most[rank] <= fewer]
+        if asked:
+            shorter = rank_orders(**shape, micro_batches=fewer)
+            for rank in asked:
+                if _states(shorter[rank]) == wanted[rank]:
+                    orders[rank] = shorter[rank]
+                    del wanted[rank]
+    return orders
+
+
+def _states(order: Sequence[Action]) -> set[tuple[int, ...]]:
+    """What a rank holds after each of its actions. For each of its stages: activations of how many micro-batches, how
+    many more as far as the gradients of the weights need them, and whether there are gradients."""
+    place = {stage: 3 * index for index, stage in enumerate(dict.fromkeys(action.stage for action in order))}
+    held, found = [0] * (3 * len(place)), set()
+    for kind, stage, _ in order:
+        at = place[stage]
+        if kind == "F":
+            held[at] += 1
+        elif kind == "W":
+            held[at + 1] -= 1
+        else:
+            held[at] -= 1
+            held[at + 1] += kind == "I"
+        if kind in "BW":
+            held[at + 2] = 1
+        found.add(tuple(held))
+    return found
 
 
 class _Neighbours:
     """Fulfils `compose.Neighbours`: hidden states and their gradients at the borders of this rank's stages.
 
-    buffers: those that torch sets aside for good. keeps_sent: how many of the tensors that have been sent stay. torch's
-    engine waits for its sends at the end of a step (1f1b: at the next one), and gloo keeps the tensors until then; NCCL
-    gives them back when they have left.
+    waiting: the buffers that torch sets aside for good. keeps_sent: how many of the tensors that have been sent stay.
+    torch's engine waits for its sends at the end of a step (1f1b: at the next one), and gloo keeps the tensors until
+    then; NCCL gives them back when they have left.
     """
 
-    def __init__(
-        self, timeline: Timeline, *, owned: Sequence[int], last: int, size: int, buffers: int, keeps_sent: int
-    ) -> None:
-        self.timeline, self.owned, self.last, self.size, self.keeps_sent = timeline, owned, last, size, keeps_sent
-        self.waiting = [timeline.allocate("buffers", size) for _ in range(buffers)]
+    def __init__(self, rank: PipelineRank, timeline: Timeline, *, gpu: bool) -> None:
+        batch, plan = rank.plan.batch, rank.plan
+        hidden = batch.micro_batch_size * (batch.seq_len // plan.degree("cp")) * rank.model.outline.hidden_size
+        all_sent = 1 if rank.schedule == "1f1b" else batch.gradient_accumulation_steps * len(rank.ranges)
+        self.rank, self.timeline, self.size = rank, timeline, hidden * WIDTHS[plan.param_dtype]
+        self.keeps_sent = 0 if gpu else all_sent
+        self.waiting = [timeline.allocate("buffers", self.size) for _ in range(rank.buffers)]
         self.sent: list[Handle | None] = []
         self.gradients: list[Handle | None] = []
-        self.missing = 0  # gradients of micro-batches that are left out of the replay
-
-    def count_gradients(self, order: Sequence[Action]) -> int:
-        """How many gradients of inputs stay until the next step."""
-        return sum(action.kind == "I" and self._crosses(action.stage) for action in order)
-
-    def _crosses(self, stage: int) -> bool:
-        """Whether a stage's input comes from another rank."""
-        return stage > 0 and stage - 1 not in self.owned
 
     def start_step(self) -> None:
         for handle in self.gradients:
@@ -108,20 +148,22 @@ class _Neighbours:
         self.gradients.clear()
 
     def after(self, action: Action) -> None:
-        kind, stage, _ = action
+        (kind, stage, _), owned = action, self.rank.owned
         if kind == "F":
-            if stage + 1 in self.owned:
+            if stage + 1 in owned:
                 # The next stage is here: the output takes the place of the buffer it would be received in.
                 self.timeline.free(self.waiting.pop())
-        elif kind in "BW" and stage < self.last:
-            if stage + 1 in self.owned:
+        elif kind in "BW" and stage < len(self.rank.ranges) - 1:
+            if stage + 1 in owned:
                 self.waiting.append(self.timeline.allocate("buffers", self.size))
             else:
                 self._keep()
-        if kind in "BI" and self._crosses(stage):
+        if kind in "BI" and self.rank.crosses(stage):
             if kind == "I":
-                # Stays in the buffer's `.grad`, which torch clears when the next step begins.
-                self.gradients.append(self.timeline.allocate("buffers", self.size))
+                # Stays in the buffer's `.grad`, which torch clears when the next step begins. Those of micro-batches
+                # that are not replayed would be there when the last ones that are come to their peak.
+                more = 0 if self.gradients else self.rank.left_out
+                self.gradients += [self.timeline.allocate("buffers", self.size) for _ in range(1 + more)]
             else:
                 self._keep()
 
@@ -133,4 +175,3 @@ class _Neighbours:
         for handle in self.sent:
             self.timeline.free(handle)
         self.sent.clear()
-        self.gradients += [self.timeline.allocate("buffers", self.size) for _ in range(self.missing)]

@@ -38,24 +38,25 @@ class Moment:
 
 
 class Timeline:
-    """Replays one rank's step. gpu: with the CUDA allocator's rounding and segments, or plain bytes."""
+    """Replays one rank's step. gpu: with the CUDA allocator's rounding and segments, or plain bytes. `peak` and `curve`
+    know of everything up to the last `sample`."""
 
     def __init__(self, *, gpu: bool) -> None:
         self._allocator = CudaAllocator() if gpu else PlainAllocator()
         self._parts = [0] * len(COMPONENTS)
         self._now = ("start", 0)
-        self.peak = Moment(0, "start", 0, tuple(self._parts))
-        self.peak_reserved = 0
+        self._high, self._high_parts = 0, tuple(self._parts)
+        self.peak = Moment(0, "start", 0, self._high_parts)
         self.curve: list[Moment] = []
-        self.sizes: dict[str, int] = {}
-        self._high: Moment | None = None
 
     @property
     def allocated(self) -> int:
         return self._allocator.allocated
 
-    def component(self, name: str) -> int:
-        return self._parts[_INDEX[name]]
+    @property
+    def peak_reserved(self) -> int:
+        """CUDA's segments stay; host memory is reserved as it is allocated."""
+        return self._allocator.reserved if isinstance(self._allocator, CudaAllocator) else self.peak.total
 
     def phase(self, name: str, step: int) -> None:
         self.sample()
@@ -63,26 +64,22 @@ class Timeline:
 
     def sample(self) -> None:
         """Add the highest moment since the last sample to the curve."""
-        if self._high is not None:
-            self.curve.append(self._high)
-        self._high = None
+        if self._high:
+            self.curve.append(Moment(self._now[1], self._now[0], self._high, self._high_parts))
+            if self._high > self.peak.total:
+                self.peak = self.curve[-1]
+        self._high = 0
 
     def allocate(self, component: str, size: int, stream: int = COMPUTE) -> Handle | None:
         """None for nothing at all."""
         if size <= 0:
             return None
-        allocator, index = self._allocator, _INDEX[component]
+        allocator, index, parts = self._allocator, _INDEX[component], self._parts
         block = allocator.malloc(size, stream)
         held = block.size
-        self._parts[index] += held
-        total = allocator.allocated
-        if self._high is None or total > self._high.total:
-            self._high = Moment(self._now[1], self._now[0], total, tuple(self._parts))
-            if total > self.peak.total:
-                self.peak = self._high
-                # At the highest moment nothing larger was reserved before: segments only grow.
-        if allocator.reserved > self.peak_reserved:
-            self.peak_reserved = allocator.reserved
+        parts[index] += held
+        if allocator.allocated > self._high:
+            self._high, self._high_parts = allocator.allocated, tuple(parts)
         return index, held, block
 
     def free(self, handle: Handle | None) -> None:
