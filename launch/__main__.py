@@ -19,7 +19,7 @@ from pathlib import Path
 
 from configs.choices import ClusterKind, LauncherName
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_FINISHED, CookbookError
+from configs.errors import EXIT_FINISHED, ConfigError, CookbookError
 from configs.load import expand_sweep, load_config
 from configs.schema import Config
 from launch.command import Command, Rendezvous, build_command
@@ -73,6 +73,7 @@ def sweep(arguments: Arguments) -> int:
     runs = expand_sweep(arguments.overrides)
     if is_array(runs[0], config_dir=arguments.config_dir):
         return launch_array(runs, config_dir=arguments.config_dir)
+    check_folders(runs)
     codes: list[int] = []
     for number, overrides in enumerate(runs, 1):
         print(f"\n== run {number} of {len(runs)}: {shlex.join(overrides)}", flush=True)
@@ -85,6 +86,17 @@ def sweep(arguments: Arguments) -> int:
             break
     print(f"\n== {codes.count(EXIT_FINISHED)} of {len(runs)} runs finished")
     return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
+
+
+def check_folders(runs: Sequence[Sequence[str]]) -> None:
+    """Raises ConfigError where two runs of a sweep would share a folder: the second would go on with the first."""
+    named = [word for words in runs for word in words if word.startswith("train.run_dir=")]
+    shared = next((word for word in named if named.count(word) > 1), None)
+    if shared is not None:
+        raise ConfigError(
+            f"{shared}: {named.count(shared)} runs of the sweep would share this folder; leave it out, and each gets"
+            " its own; on SLURM, cluster.slurm.array=%4 makes a folder for each in it"
+        )
 
 
 def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = False) -> tuple[int, bool]:

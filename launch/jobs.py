@@ -17,7 +17,7 @@ from configs.errors import EXIT_FINISHED, ConfigError
 from configs.load import load_config
 from configs.schema import Config
 from slurm.control import cancel, status_lines
-from slurm.submit import Point, check, command, script_text, submit, submit_sweep
+from slurm.submit import Point, check, check_sweep, command, script_text, submit, submit_sweep
 from trainer.machine import Machine
 from trainer.memory.gate import check_memory
 from trainer.plan import Plan, make_plan
@@ -61,15 +61,19 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
 def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> int:
     """Plan every point of a sweep and submit them as one array. Raises CookbookError before anything is submitted."""
     planned: list[Point] = []
-    for overrides in points:
+    for number, overrides in enumerate(points):
         config = load_config(overrides, config_dir=config_dir)
         plan = plan_job(config)
-        print(*check_memory(config, plan), sep="\n", end="")
+        memory = check_memory(config, plan)
+        if config.dry_run or memory:
+            shown = [plan.describe()] if config.dry_run else []
+            print(f"== point {number}: {shlex.join(overrides)}", *shown, *memory, "", sep="\n")
         planned.append(Point(config=config, plan=plan, overrides=overrides))
     first = planned[0].config
     sweep_dir = Path(first.train.run_dir or default_run_dir(first, datetime.now())).expanduser().absolute()
     if first.dry_run:
-        print(shlex.join(command(first, planned[0].plan, sweep_dir, points=len(planned))))
+        words = check_sweep(planned, sweep_dir)
+        print(shlex.join(words), "", script_text(first), sep="\n", end="")
         return EXIT_FINISHED
     job_id = submit_sweep(planned, config_dir=config_dir, sweep_dir=sweep_dir, root=Path.cwd())
     for number, overrides in enumerate(points):

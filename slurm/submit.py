@@ -74,6 +74,21 @@ def submit_sweep(points: Sequence[Point], *, config_dir: str | None, sweep_dir: 
 
     Raises CookbookError before anything is written, also where the points ask Slurm for different things.
     """
+    words = check_sweep(points, sweep_dir)
+    ask(points[0].config, words)
+    for number, point in enumerate(points):
+        run_dir = sweep_dir / str(number)
+        with writing(run_dir):
+            prepare(point.config, point.plan, point.overrides, config_dir=config_dir, run_dir=run_dir)
+            replace_text(folder(run_dir) / COMMAND, shlex.join(words) + "\n")
+    job_id = _submitted(points[0].config, words, root)
+    for number in range(len(points)):
+        _note(sweep_dir / str(number), f"{job_id}_{number}")
+    return job_id
+
+
+def check_sweep(points: Sequence[Point], sweep_dir: Path) -> list[str]:
+    """The sbatch command of the array. Raises CookbookError with what is wrong before Slurm is asked."""
     for number, point in enumerate(points):
         check(point.config, sweep_dir / str(number), sweep=True)
     commands = [command(point.config, point.plan, sweep_dir, points=len(points)) for point in points]
@@ -84,16 +99,7 @@ def submit_sweep(points: Sequence[Point], *, config_dir: str | None, sweep_dir: 
                 f"cluster.slurm.array={points[0].config.cluster.slurm.array}: point {number} asks Slurm for {other[0]},"
                 " which an array has in common; leave cluster.slurm.array out, and each point is a job"
             )
-    ask(points[0].config, commands[0])
-    for number, point in enumerate(points):
-        run_dir = sweep_dir / str(number)
-        with writing(run_dir):
-            prepare(point.config, point.plan, point.overrides, config_dir=config_dir, run_dir=run_dir)
-            replace_text(folder(run_dir) / COMMAND, shlex.join(commands[0]) + "\n")
-    job_id = _submitted(points[0].config, commands[0], root)
-    for number in range(len(points)):
-        _note(sweep_dir / str(number), f"{job_id}_{number}")
-    return job_id
+    return commands[0]
 
 
 def check(config: Config, run_dir: Path, *, sweep: bool = False) -> None:

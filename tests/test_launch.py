@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config
+from launch.__main__ import main
 from launch.command import Command, Rendezvous, build_command
 from trainer.machine import Machine
 from trainer.plan import make_plan
@@ -216,6 +217,15 @@ def test_a_mistake_is_told_by_one_rank_of_a_node(tmp_path: Path) -> None:
 def test_the_local_rank_that_deepspeed_appends_is_no_override(tmp_path: Path) -> None:
     done = door("dry_run=true", "--local_rank=0", cwd=tmp_path, module="trainer")
     assert done.returncode == 0
+
+
+def test_runs_of_a_sweep_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main(["-m", "train.seed=1,2", "parallel=ddp", f"train.run_dir={folder}", "dry_run=true"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"train.run_dir={folder}: 2 runs of the sweep would share this folder; leave it out")
+    assert not said.out
+    assert main(["-m", "parallel=ddp", f"train.run_dir={folder}1,{folder}2", "dry_run=true"]) == 0
 
 
 def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from slurm.agent import node_environment
 from slurm.control import living_job
 from slurm.job import read_job
 from slurm.options import check_options, limit_seconds, sbatch_words
-from slurm.submit import make_job
+from slurm.submit import make_job, script_text
 
 BASE = ("cluster=slurm", "cluster.device=cpu", "cluster.nodes=2", "cluster.gpus_per_node=4", "parallel=ddp")
 PROGRAM = """#!{python}
@@ -263,6 +263,18 @@ def test_a_sweep_as_one_array(slurm: Path) -> None:
     assert (config.cluster.slurm.array, config.train.seed) == (None, 3), "a point goes on alone"
     assert config.train.run_dir == str(slurm / "sweep/3")
     assert (slurm / "sweep/3/slurm/jobs.txt").read_text() == "4711_3\n"
+
+
+def test_a_dry_run_of_an_array_shows_it_all(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = [*BASE, "cluster.slurm.array=%3", "train.run_dir=sweep", "dry_run=true"]
+    assert launch_array([[*base, f"train.seed={seed}"] for seed in range(2)], config_dir=None) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("world      8 = 2 node(s) x 4 process(es) on cpu") == 2
+    assert "\nsbatch --job-name=" in shown
+    assert shown.endswith(script_text(configured()))
+    assert not given(slurm)
+    with pytest.raises(CookbookError, match=r"cluster\.slurm\.time=long: not understood by Slurm"):
+        launch_array([[*base, "cluster.slurm.time=long"]], config_dir=None)
 
 
 def test_points_that_need_different_jobs_are_no_array(slurm: Path) -> None:
