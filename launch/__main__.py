@@ -32,6 +32,7 @@ from trainer.machine import find_machine
 from trainer.memory.gate import check_memory
 from trainer.plan import Plan, make_plan
 from trainer.report.folder import default_run_dir, make_run_dir
+from trainer.status import check_idle
 
 DEFAULT_PORT = 29500  # between nodes, where a port that is free here says nothing about node 0
 DOOR = Door(
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sweep(arguments: Arguments) -> int:
     """One run after another; a failure does not stop the others, a signal does. Returns the first failure's code."""
     runs = expand_sweep(arguments.overrides)
-    if is_array(runs[0], config_dir=arguments.config_dir):
+    cluster = load_config(runs[0], config_dir=arguments.config_dir).cluster
+    if is_array(cluster):
         return launch_array(runs, config_dir=arguments.config_dir)
     check_folders(runs)
     codes: list[int] = []
@@ -84,7 +86,8 @@ def sweep(arguments: Arguments) -> int:
         codes.append(code)
         if told:
             break
-    print(f"\n== {codes.count(EXIT_FINISHED)} of {len(runs)} runs finished")
+    what = "jobs submitted" if cluster.kind is ClusterKind.slurm else "runs finished"
+    print(f"\n== {codes.count(EXIT_FINISHED)} of {len(runs)} {what}")
     return next((code for code in codes if code != EXIT_FINISHED), EXIT_FINISHED)
 
 
@@ -117,6 +120,8 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
         check_port(config.launcher.master_port)
     default = make_run_dir if starting else default_run_dir
     run_dir = Path(config.train.run_dir or default(config, datetime.now()))
+    if starting:
+        check_idle(run_dir.expanduser().absolute())
 
     commands = _commands(config, plan, overrides, config_dir=config_dir, run_dir=run_dir)
     if not starting:  # else rank 0 prints the plan

@@ -65,7 +65,10 @@ def run_command(command: Command, signals: Forwarding) -> Outcome:
     reader.join(GRACE_SECONDS)
     signals.launcher = None
     killed = signal.Signals(-code) if code < 0 else None
-    return Outcome(code=128 - code if killed else code, killed=killed, told=signals.told, relay=relay)
+    # torchrun ends with 1 whatever its ranks end with.
+    rank_code = relay.code or 0
+    code = 128 - code if killed else rank_code if code > 0 and rank_code > 0 else code
+    return Outcome(code=code, killed=killed, told=signals.told, relay=relay)
 
 
 def check_port(port: int) -> None:
@@ -158,7 +161,8 @@ class Relay:
     """Copies a launcher's stderr, without the repetitions of a failure.
 
     Held back: the tracebacks of all ranks but the first that fails, and the launcher's report about its children.
-    death: the rank that was killed by a signal, where that report names one; the others only know that it is gone.
+    code: the exit code of the first rank that failed, -N after signal N, where that report names it. death: that rank,
+    if it was killed by a signal; the others only know that it is gone.
     """
 
     RANK = re.compile(r"\[rank(\d+)\]: ?")
@@ -166,7 +170,7 @@ class Relay:
         r"torch/distributed/elastic/.*\] (failed \(exitcode|Sending process|Received \d+ death signal)"
         r"|\[launch\.py:\d+:sigkill_handler\]"
     )
-    DEATH = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)")
+    FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
     TRACEBACK = re.compile(r"Traceback \(most recent call last\):")
     LAUNCHER = re.compile(r'\s+File "[^"]*(torchrun|accelerate|deepspeed|torch/distributed/run\.py)"')
     KEPT_LINES = 20_000
@@ -178,6 +182,7 @@ class Relay:
         self._in_report = False
         self._undecided = ""
         self._held_back = False
+        self.code: int | None = None
         self.death: str | None = None
 
     def copy(self, lines: Iterable[str]) -> None:
@@ -199,9 +204,11 @@ class Relay:
         elif self._in_report or self.REPORT.search(line) or (before and self.LAUNCHER.match(line)):
             # The launcher has nothing else to say from here on.
             self._in_report, wanted = True, False
-            killed = self.DEATH.search(line)
-            if killed and self.death is None:
-                self.death = f"rank {killed[2]} was killed by {signal.Signals(int(killed[1])).name}"
+            failed = self.FAILED.search(line)
+            if failed and self.code is None:
+                self.code = int(failed[1])
+                if self.code < 0:
+                    self.death = f"rank {failed[2]} was killed by {signal.Signals(-self.code).name}"
         elif self.TRACEBACK.match(line):
             self._undecided = line
             return before

@@ -17,10 +17,11 @@ from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, EXIT_STOPPED
 from launch.command import Command
 from launch.process import Forwarding, Outcome, run_command
 from trainer.restarts import Attempts, Standing, judge, stand
-from trainer.status import report_death
+from trainer.status import RUNNING, read_status, report_death
 
 # For the system to take back ports and GPU memory.
 PAUSE_SECONDS = 2.0
+CUT_OFF = "ended by a signal before it had saved; the same command goes on from its newest checkpoint"
 
 
 def run_job(build: Callable[[bool], Command], run_dir: Path, *, max_restarts: int) -> tuple[int, bool]:
@@ -36,12 +37,15 @@ def run_job(build: Callable[[bool], Command], run_dir: Path, *, max_restarts: in
             before = stand(run_dir)
             outcome = run_command(build(again), signals)
             death = _death(outcome)
-            if death and not outcome.told:
+            if outcome.told:
+                _report_end(run_dir)
+            elif death:
                 report_death(run_dir, death)
             after = stand(run_dir)
             verdict = judge(outcome.code, before=before, after=after, attempts=attempts, max_restarts=max_restarts)
             if outcome.told or not verdict.restart:
-                return _end(outcome, before, after, verdict.reason, run_dir), outcome.told
+                reason = CUT_OFF if outcome.told and verdict.restart else verdict.reason
+                return _end(outcome, before, after, reason, run_dir), outcome.told
             _tell(f"restart: {verdict.reason}", outcome, run_dir)
             time.sleep(PAUSE_SECONDS)
             attempts, again = verdict.attempts, True
@@ -55,6 +59,12 @@ def _death(outcome: Outcome) -> str | None:
     if outcome.relay.death is None and 256 - signal.NSIG < outcome.code < 256:
         return f"a rank was killed by {signal.Signals(256 - outcome.code).name}"
     return outcome.relay.death
+
+
+def _report_end(run_dir: Path) -> None:
+    """Put on record that the ranks were ended by a signal too early to do so themselves."""
+    if read_status(run_dir).get("state") == RUNNING:
+        report_death(run_dir, CUT_OFF)
 
 
 def _end(outcome: Outcome, before: Standing, after: Standing, reason: str, run_dir: Path) -> int:

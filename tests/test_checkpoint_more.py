@@ -133,21 +133,22 @@ def test_tensorboard_shows_every_step_once(number: int, tmp_path: Path) -> None:
     assert len(events.Scalars("loss")) == RUN_STEPS
 
 
-def test_wandb_goes_on_with_the_run_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_offline_wandb_run_has_every_step_once(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = tmp_path / "run"
-    interrupted(run, "logging=wandb", number=signal.SIGTERM, after=6)
-    files = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 2
-    assert len({path.name for path in files}) == 1, "two runs"
-    logged = [step for path in files for step in steps_in(path)]
-    assert logged == list(range(1, RUN_STEPS + 1))
+    interrupted(run, "logging=wandb", number=number, after=6)
+    (file,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    (earlier,) = (run / "wandb" / "earlier").glob("offline-run-*/run-*.wandb")
+    assert earlier.name == file.name, "two runs"
+    assert steps_in(file) == list(range(1, RUN_STEPS + 1))
+    assert steps_in(file, "validation_loss") == [0, 4, 8, 12]
 
 
-def steps_in(path: Path) -> list[int]:
-    """Steps with a loss in an offline run's file."""
+def steps_in(path: Path, key: str = "loss") -> list[int]:
+    """Steps with such a value in an offline run's file."""
     from wandb.proto import wandb_internal_pb2 as messages
 
     steps = []
@@ -156,7 +157,7 @@ def steps_in(path: Path) -> list[int]:
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
             values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            if "loss" in values:
+            if key in values:
                 steps.append(int(json.loads(values["_step"])))
     return steps
 

@@ -24,7 +24,7 @@ from tests.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 from trainer.checkpoint.manifest import read_manifest
-from trainer.status import read_status
+from trainer.status import check_idle, read_status
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 60, 10
@@ -130,16 +130,35 @@ def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(tmp_path
     assert journal(run) == left_alone("ddp")
 
 
-def driver(folder: Path, *, pause: float, cap: int) -> str:
-    """A program that runs a job which always dies before its first checkpoint."""
+DYING = "import sys; print('started', flush=True); sys.exit(1)"
+# Says that it runs, as rank 0 does, and ends at the second interrupt.
+INTERRUPTED = """
+import json, pathlib, signal, sys, time
+note = pathlib.Path("interrupted")
+signal.signal(signal.SIGINT, lambda *_: sys.exit(1) if note.exists() else note.touch())
+pathlib.Path("status.json").write_text(json.dumps({"state": "running", "step": 3}))
+time.sleep(60)
+"""
+
+HOLDING = """
+import pathlib, time
+from trainer.status import lock
+lock(pathlib.Path("run").absolute())
+pathlib.Path("held").touch()
+time.sleep(60)
+"""
+
+
+def driver(folder: Path, *, pause: float, cap: int, child: str = DYING) -> str:
+    """A program that runs a job; by default one which always dies before its first checkpoint."""
     return f"""
 import sys
 from pathlib import Path
 from launch import supervise
 from launch.command import Command
 supervise.PAUSE_SECONDS = {pause}
-dying = Command(argv=(sys.executable, "-c", "import sys; print('started', flush=True); sys.exit(1)"), environment={{}})
-sys.exit(supervise.run_job(lambda again: dying, Path({str(folder)!r}), max_restarts={cap})[0])
+job = Command(argv=(sys.executable, "-c", {child!r}), environment={{}})
+sys.exit(supervise.run_job(lambda again: job, Path({str(folder)!r}), max_restarts={cap})[0])
 """
 
 
@@ -165,6 +184,41 @@ def test_a_signal_between_two_starts_ends_at_once(tmp_path: Path) -> None:
     _, told = job.communicate(timeout=60)
     assert (job.returncode, told) == (128 + signal.SIGTERM, "")
     assert time.monotonic() - before < 20
+
+
+def test_a_job_that_is_interrupted_twice_is_over(tmp_path: Path) -> None:
+    job = start(tmp_path, sys.executable, "-c", driver(tmp_path, pause=0.01, cap=3, child=INTERRUPTED))
+    wait_for(job, tmp_path / "status.json")
+    job.send_signal(signal.SIGINT)
+    wait_for(job, tmp_path / "interrupted")
+    job.send_signal(signal.SIGINT)
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == EXIT_FAILED
+    assert "starting again" not in told
+    assert "ended by a signal before it had saved; the same command goes on from its newest checkpoint" in told
+    status = read_status(tmp_path)
+    assert (status["state"], status["step"]) == ("failed", 3)
+    assert str(status["reason"]).startswith("ended by a signal")
+
+
+def test_a_second_launch_in_the_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """In a moment, and it must not take the first one's status for its own."""
+    run = tmp_path / "run"
+    run.mkdir()
+    holder = start(tmp_path, sys.executable, "-c", HOLDING)
+    try:
+        wait_for(holder, tmp_path / "held")
+        job = launch(tmp_path, *overrides("ddp"), "cluster.gpus_per_node=2")
+        _, told = job.communicate(timeout=60)
+        assert job.returncode == EXIT_BAD_CONFIG
+        (line,) = told.splitlines()
+        assert f"{run}: a run is going on in it (host " in line
+        assert f"pid {holder.pid}); wait for its end" in line
+        assert [path.name for path in run.iterdir()] == [".lock"]
+    finally:
+        holder.kill()
+        holder.communicate()
+    check_idle(run)
 
 
 def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path) -> None:

@@ -126,16 +126,34 @@ def lock(folder: Path) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        file.seek(0)
-        owner = file.readline().strip() or "another process"
+        problem = _taken(folder, file)
         file.close()
-        raise EnvironmentProblem(
-            f"train.run_dir={folder}: a run is going on in it ({owner}); wait for its end, or choose another folder"
-        ) from None
+        raise problem from None
     file.truncate(0)
     file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n{_launcher()}\n")
     file.flush()
     _held[folder] = file
+
+
+def check_idle(folder: Path) -> None:
+    """Raises EnvironmentProblem when a run is going on in the folder. For a launcher, whose ranks would need seconds to
+    find out, and could tell it only by an exit code."""
+    try:
+        with open(folder / LOCK) as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                raise _taken(folder, file) from None
+    except FileNotFoundError:
+        return
+
+
+def _taken(folder: Path, file: TextIO) -> EnvironmentProblem:
+    file.seek(0)
+    owner = file.readline().strip() or "another process"
+    return EnvironmentProblem(
+        f"train.run_dir={folder}: a run is going on in it ({owner}); wait for its end, or choose another folder"
+    )
 
 
 def restarted_in(folder: Path) -> bool:

@@ -86,7 +86,8 @@ def check_installed(tracker: str) -> None:
 def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str, after_step: int = 0) -> Tracker | None:
     """The tracker that the configuration names, started; None for `none`. For rank 0.
 
-    after_step: where the run goes on, if it does: Weights & Biases and TensorBoard then continue the run they have.
+    after_step: where the run goes on, if it does: Weights & Biases and TensorBoard then continue the run they have;
+    metrics.jsonl must have been cut there.
     Raises EnvironmentProblem when its client refuses to start.
     """
     name = config.logging.tracker
@@ -95,7 +96,7 @@ def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str, af
     record = {**yaml.safe_load(to_yaml(config)), "plan": _plain(plan)}
     try:
         if name == "wandb":
-            return _Wandb(config.logging, folder, record, config.logging.run_name or run_name)
+            return _Wandb(config.logging, folder, record, config.logging.run_name or run_name, after_step)
         return _FromAccelerate(config.logging, folder, record, config.logging.run_name or run_name, after_step)
     except Exception as error:  # each client has errors of its own
         line = " ".join(str(error).split())
@@ -112,7 +113,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
 
 
 class _Wandb:
-    def __init__(self, logging: Logging, folder: Path, record: dict[str, Any], run_name: str) -> None:
+    def __init__(self, logging: Logging, folder: Path, record: dict[str, Any], run_name: str, after_step: int) -> None:
         import wandb
 
         options: dict[str, Any] = {
@@ -128,6 +129,23 @@ class _Wandb:
             # Without it the client would ask for a key, and a job on a cluster would wait for an answer.
             options["mode"] = "offline"
         self.run = wandb.init(config=record, **options)
+        if after_step and self.run.offline:
+            self._tell_again(folder / "metrics.jsonl")
+
+    def _tell_again(self, metrics: Path) -> None:
+        """Offline each start has a file of its own. Killed, it lacks what the client had not flushed, and `wandb sync`
+        may put one start's history in place of another's. So this start's file gets all steps from the first one on, as
+        metrics.jsonl has them, and the files of earlier starts go where `wandb sync` does not look."""
+        ours = Path(self.run.dir).parent
+        aside = ours.parent / "earlier"
+        for path in ours.parent.glob(f"offline-run-*-{self.run.id}"):
+            if path.name != ours.name:
+                aside.mkdir(exist_ok=True)
+                path.rename(aside / path.name)
+        for line in metrics.read_text().splitlines():
+            values = json.loads(line)
+            step = values.pop("step")
+            self.log({key: value for key, value in values.items() if isinstance(value, Number)}, step)
 
     def log(self, values: Mapping[str, Number], step: int) -> None:
         self.run.log(dict(values), step=step)
