@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from pathlib import Path
+
+from PIL import Image
 
 from configs.load import load_config
 from launch.estimate import answer
 from tests.benchmarks import published as published_runs
+from tests.docs_comparison import check_comparison, check_profiled, comparison, profiled  # noqa: F401
 from tests.harness import run_ranks
 from tests.held import held
 from tests.memory_cases import measure
 from tests.rounding import STEPS, rounded
 from trainer.machine import Machine
 from trainer.memory.estimate import estimate
+from trainer.memory.plot import save_plot
 from trainer.memory.profiles import NotEstimated
 from trainer.memory.render import LABELS, Answer, render_table
 from trainer.memory.timeline import COMPONENTS
 from trainer.plan import make_plan
 
+DOCS = Path(__file__).parent.parent / "docs"
 GIB, MIB = 2**30, 2**20
 LAYOUTS = (
     "parallel=ddp",
@@ -141,6 +147,22 @@ def estimated(words: str) -> str:
 def check_estimated(words: str, text: str) -> None:
     assert text.startswith(f"```text\n$ memory-estimate {words}\n"), "another command"
     assert "peak allocated" in text
+
+
+def picture(name: str, words: str) -> str:
+    """The memory of a step, drawn into docs/NAME."""
+    file = DOCS / name
+    save_plot([answer(shlex.split(words))], str(file))
+    return f"![`memory-estimate {words} estimate.plot=docs/{name}`]({name})"
+
+
+def check_picture(name: str, words: str, text: str) -> None:
+    """The picture is of these words, and of the peak that is predicted for them today."""
+    assert text.endswith(f"]({name})")
+    with Image.open(DOCS / name) as image:
+        drawn = image.info["Description"]
+    peak = answer(shlex.split(words), compare=True).estimate.busiest.peak_allocated_bytes
+    assert drawn == f"{words}: {peak} bytes", "an old picture"
 
 
 def components() -> str:

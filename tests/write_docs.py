@@ -41,8 +41,9 @@ QUICK: dict[str, Callable[..., str]] = {
     },
     "matrix": matrix,
 }
-COSTLY = ("memory", "components", "estimated", "fits", "holding", "precisions", "predicted", "published")
+COSTLY = ("memory", "components", "estimated", "fits", "holding", "picture", "precisions", "predicted", "published")
 """Functions of docs_numbers, which imports what runs."""
+COSTLY += ("comparison", "profiled")  # of docs_comparison
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

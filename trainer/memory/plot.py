@@ -33,7 +33,7 @@ def save_plot(answers: Sequence[Answer], file: str) -> None:
     columns = _columns(answers)
     try:
         if path.suffix == ".png":
-            _save_png(columns, capacity, path)
+            _save_png(columns, capacity, path, description=_description(answers))
         else:
             path.write_text(_html(columns, capacity))
     except OSError as error:
@@ -47,7 +47,12 @@ def _columns(answers: Sequence[Answer]) -> list[Column]:
     return [(" ".join(one.overrides), tuple(one.estimate.busiest.components.values())) for one in answers]
 
 
-def _save_png(columns: list[Column], capacity: int | None, path: Path) -> None:
+def _description(answers: Sequence[Answer]) -> str:
+    """What a picture is of, written into the file: it can be held against today's numbers wherever it was put."""
+    return "; ".join(f"{' '.join(one.overrides)}: {one.estimate.busiest.peak_allocated_bytes} bytes" for one in answers)
+
+
+def _save_png(columns: list[Column], capacity: int | None, path: Path, *, description: str) -> None:
     try:
         figure_module: Any = import_module("matplotlib.figure")
     except ImportError:
@@ -67,7 +72,7 @@ def _save_png(columns: list[Column], capacity: int | None, path: Path) -> None:
     axes.set_xticks([at for at, _ in marks], [text for _, text in marks], rotation=30, ha="right")
     axes.set_ylabel("GiB allocated")
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Description": description})
 
 
 def _marks(columns: list[Column]) -> list[tuple[int, str]]:
