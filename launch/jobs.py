@@ -15,7 +15,7 @@ from pathlib import Path
 from configs.choices import ClusterKind
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.load import load_config
-from configs.schema import Config
+from configs.schema import Cluster, Config
 from slurm.control import cancel, status_lines
 from slurm.submit import Point, check, check_sweep, command, script_text, submit, submit_sweep
 from trainer.machine import Machine
@@ -84,9 +84,8 @@ def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> 
     return EXIT_FINISHED
 
 
-def is_array(overrides: Sequence[str], *, config_dir: str | None) -> bool:
-    """Whether a sweep with this first point goes to Slurm as one array."""
-    cluster = load_config(overrides, config_dir=config_dir).cluster
+def is_array(cluster: Cluster) -> bool:
+    """Whether a sweep whose first point has this cluster goes to Slurm as one array."""
     return cluster.kind is ClusterKind.slurm and cluster.slurm.array is not None
 
 

@@ -15,6 +15,7 @@ import pytest
 from configs.errors import CookbookError
 from configs.load import load_config
 from configs.schema import Config
+from launch.__main__ import main
 from launch.jobs import launch_array, launch_job, plan_job
 from slurm.agent import node_environment
 from slurm.control import living_job
@@ -275,6 +276,13 @@ def test_a_dry_run_of_an_array_shows_it_all(slurm: Path, capsys: pytest.CaptureF
     assert not given(slurm)
     with pytest.raises(CookbookError, match=r"cluster\.slurm\.time=long: not understood by Slurm"):
         launch_array([[*base, "cluster.slurm.time=long"]], config_dir=None)
+
+
+def test_a_sweep_without_an_array_is_a_job_for_each_point(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", *BASE, "train.seed=1,2"]) == 0
+    assert capsys.readouterr().out.endswith("\n== 2 of 2 jobs submitted\n")
+    submissions = [words for words in given(slurm) if "--test-only" not in words]
+    assert len({words[-2] for words in submissions}) == len(submissions) == 2, "a run folder for each"
 
 
 def test_points_that_need_different_jobs_are_no_array(slurm: Path) -> None:
