@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WORDS = "data=synthetic data.seq_len=64 train.steps=2 train.eval_samples=0"
+WORDS = "parallel=ddp data=synthetic data.seq_len=64 train.steps=2 train.eval_samples=0"
 # In the order of the page: the two commands at its head, blocks of bash, the first column of the doors.
 COMMAND = re.compile(
     r"^    (?P<first>bash \S+)|^```bash\n(?P<block>.*?)^```$|^\| `(?P<door>[^`|]* WORDS)` \|", re.MULTILINE | re.DOTALL
