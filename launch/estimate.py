@@ -55,21 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return turn_away(error)
 
 
-def answer(overrides: Sequence[str], *, config_dir: str | None = None, compare: bool = False) -> Answer:
-    """Estimate one configuration. compare: one of several, without suggestions, and where its degrees are fixed on as
-    many of the cluster's GPUs as they take. Raises CookbookError."""
-    config = load_config(overrides, config_dir=config_dir)
+def answer(
+    overrides: Sequence[str], *, config: Config | None = None, config_dir: str | None = None, compare: bool = False
+) -> Answer:
+    """Estimate one configuration. config: what the overrides say, where it is loaded already. compare: one of several,
+    without suggestions, and where its degrees are fixed on as many of the cluster's GPUs as they take. Raises
+    CookbookError."""
+    config = config or load_config(overrides, config_dir=config_dir)
     machine = planned_machine(config, find_machine({}))
     if compare:
         config = on_part_of_the_cluster(config, machine)
     plan = make_plan(config, machine)
     found = estimate(config, plan)
-    suggestions, largest = [], None
+    suggestions, largest = None, None
     if config.estimate.suggest and not compare:
         if found.fits:
             largest = largest_micro_batch(config, plan)
         else:
-            suggestions = suggest(config, plan, machine)
+            suggestions = suggest(config, plan, machine, found)
     return Answer(
         overrides=tuple(overrides),
         config=_plain(config),
@@ -93,14 +96,12 @@ def _answer_all(arguments: Arguments) -> int:
         config = load_config(arguments.overrides, config_dir=arguments.config_dir)
         if config.estimate.search:
             return search_layouts(arguments.overrides, config)
-        answers = [answer(arguments.overrides, config_dir=arguments.config_dir)]
+        answers = [answer(arguments.overrides, config=config)]
         refused: list[str] = []
-        first: Sequence[str] = arguments.overrides
     else:
         runs = expand_sweep(arguments.overrides)
         answers, refused = _answer_sweep(runs, arguments.config_dir)
-        first = runs[0]
-    config = load_config(first, config_dir=arguments.config_dir)
+        config = load_config(runs[0], config_dir=arguments.config_dir)
     if answers:
         print(_render(answers, config, sweep=arguments.sweep))
         if config.estimate.plot is not None:

@@ -14,7 +14,7 @@ from configs.choices import Gate
 from configs.errors import CookbookError
 from configs.schema import Config
 from trainer.machine import Machine
-from trainer.memory.estimate import GIB, Verdict, estimate
+from trainer.memory.estimate import GIB, Estimate, Verdict, estimate
 from trainer.memory.profiles import NotEstimated
 from trainer.memory.suggest import suggest
 from trainer.plan import Plan
@@ -44,16 +44,17 @@ def check_memory(config: Config, plan: Plan, *, driver: Path = Path("/proc/drive
     line += f", {device.name} has {device.capacity_bytes / GIB:.1f}: {found.verdict}"
     if found.verdict is not Verdict.does_not_fit:
         return [line]
-    lines = [line, *_advice(config, plan, driver)]
+    lines = [line, *_advice(config, plan, found, driver)]
     if config.estimate.gate is Gate.warn:
         return lines
     raise DoesNotFit(*lines, "estimate.gate=warn starts nevertheless")
 
 
-def _advice(config: Config, plan: Plan, driver: Path) -> Iterator[str]:
+def _advice(config: Config, plan: Plan, before: Estimate, driver: Path) -> Iterator[str]:
     pinned = replace(config.cluster, gpus_per_node=plan.gpus_per_node)
     machine = Machine(gpus=plan.gpus_per_node)
-    for suggestion in suggest(replace(config, cluster=pinned), plan, machine, found_gpu=_gpu_name(driver)):
+    pinned_config, gpu = replace(config, cluster=pinned), _gpu_name(driver)
+    for suggestion in suggest(pinned_config, plan, machine, before, found_gpu=gpu):
         size = suggestion.estimate.busiest.device_bytes / GIB
         yield f"  {size:.1f} GiB with {' '.join(suggestion.overrides)}   ({suggestion.why})"
 

@@ -8,7 +8,7 @@ A storage is a slot: a place in a list that each micro-batch has of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.memory.profile import Profile
@@ -159,14 +159,14 @@ class _Writer:
         outside the layers dies for every layer that the traced one stands for."""
         phase, section, number = birth
         if section == template:
-            places: Mapping[str, str] = {instance: section}
+            places = {instance: section}
         elif not section.isdigit():
             places = {section: section}
         elif template.isdigit():
             place = int(section) + int(instance) - int(template)
             places = {str(place): self.templates[place]} if 0 <= place < len(self.templates) else {}
         else:
-            places = dict.fromkeys(self.stands_for[section], section)
+            places = {place: section for place in self.stands_for[section]}
         found = [self._pop((phase, place), section, number, alike) for place, alike in places.items()]
         return [slot for slot in found if slot is not None]
 

@@ -30,18 +30,20 @@ LABELS = {
     "buffers": "communication, gathered and cast parameters",
     "workspace": "workspace (temporaries, cuBLAS)",
 }
+BESIDE = 6  # more kinds of ranks than this do not fit beside each other on a line
 TOTALS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "nvme_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One configuration's estimate with all that is told of it. largest_micro_batch: None where not looked for."""
+    """One configuration's estimate with all that is told of it. suggestions, largest_micro_batch: None where not looked
+    for."""
 
     overrides: tuple[str, ...]
     config: dict[str, object]
     plan: Plan
     estimate: Estimate
-    suggestions: Sequence[Suggestion] = ()
+    suggestions: Sequence[Suggestion] | None = None
     largest_micro_batch: int | None = None
 
 
@@ -72,7 +74,7 @@ def to_dict(answer: Answer) -> dict[str, object]:
                 "why": suggestion.why,
                 **{total: getattr(suggestion.estimate.busiest, total) for total in TOTALS[:3]},
             }
-            for suggestion in answer.suggestions
+            for suggestion in answer.suggestions or ()
         ],
     }
 
@@ -121,12 +123,17 @@ def render_csv(answers: Sequence[Answer]) -> str:
 
 def render_table(answer: Answer) -> str:
     """One configuration: components and totals of each kind of rank, the verdict, what to change."""
+    ranks = answer.estimate.ranks
+    table = _ranks_below_each_other(answer) if len(ranks) > BESIDE else _ranks_beside_each_other(answer)
+    return "\n".join([answer.plan.describe(), "", _text(table), "", *_verdict(answer)])
+
+
+def _ranks_beside_each_other(answer: Answer) -> Table:
     found = answer.estimate
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("GiB per GPU" if found.device.capacity_bytes is not None else "GiB per process")
     for rank in found.ranks:
-        busiest = " (busiest)" if rank is found.busiest and len(found.ranks) > 1 else ""
-        table.add_column(f"{rank.count} x {rank.kind}{busiest}", justify="right")
+        table.add_column(_named(rank, found), justify="right")
     for name in COMPONENTS:
         table.add_row(LABELS[name], *(_gib(rank.components[name]) for rank in found.ranks))
     table.add_section()
@@ -141,7 +148,26 @@ def render_table(answer: Answer) -> str:
         if any(getattr(rank, total) for rank in found.ranks):
             table.add_row(f"{label} per rank", *(_gib(getattr(rank, total)) for rank in found.ranks))
     table.add_row("peak in", *(f"{rank.peak_phase}, step {rank.peak_step}" for rank in found.ranks))
-    return "\n".join([answer.plan.describe(), "", _text(table), "", *_verdict(answer)])
+    return table
+
+
+def _ranks_below_each_other(answer: Answer) -> Table:
+    """For a long pipeline: a line for each kind of rank."""
+    found = answer.estimate
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    totals = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
+    totals |= {"host": "host_bytes"} if any(rank.host_bytes for rank in found.ranks) else {}
+    for name in ("GiB per GPU", *COMPONENTS, *totals, "peak in"):
+        table.add_column(name, justify="left" if name in ("GiB per GPU", "peak in") else "right")
+    for rank in found.ranks:
+        sizes = [*rank.components.values(), *(getattr(rank, total) for total in totals.values())]
+        table.add_row(_named(rank, found), *map(_gib, sizes), f"{rank.peak_phase}, step {rank.peak_step}")
+    return table
+
+
+def _named(rank: RankEstimate, found: Estimate) -> str:
+    busiest = " (busiest)" if rank is found.busiest and len(found.ranks) > 1 else ""
+    return f"{rank.count} x {rank.kind}{busiest}"
 
 
 def render_sweep(answers: Sequence[Answer]) -> str:
@@ -169,11 +195,11 @@ def _verdict(answer: Answer) -> list[str]:
     lines = [f"{found.verdict}: {named} leaves {_gib(margin)} GiB free{assumed}"]
     if found.verdict is Verdict.does_not_fit:
         lines = [f"{found.verdict}: {named} lacks {_gib(-margin)} GiB{assumed}"]
-        for suggestion in answer.suggestions:
+        for suggestion in answer.suggestions or ():
             size = _gib(suggestion.estimate.busiest.device_bytes)
             lines.append(f"  {size:>7} GiB with {' '.join(suggestion.overrides)}   ({suggestion.why})")
-        if not answer.suggestions:
-            lines.append("  nothing tried here makes it fit: use more GPUs, a smaller model or a shorter data.seq_len")
+        if answer.suggestions is not None and not answer.suggestions:
+            lines.append("  no change of this layout makes it fit: estimate.search=true ranks the others that do")
     if answer.largest_micro_batch is not None:
         lines.append(f"largest train.micro_batch_size that fits: {answer.largest_micro_batch}")
     return lines

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from configs.choices import Checkpointing, DType, EngineName, OffloadDevice
 from configs.errors import CookbookError
 from configs.schema import Config
 from trainer.machine import Machine
+from trainer.memory.bounds import states_bytes
 from trainer.memory.estimate import Estimate, estimate, with_micro_batch
 from trainer.memory.profile import ModelProfile, Trace
 from trainer.memory.profiles import get_profile
+from trainer.memory.timeline import COMPONENTS
 from trainer.plan import Plan, make_plan
 
 ENOUGH = 3  # single changes that are shown
@@ -33,29 +36,50 @@ class Suggestion:
     estimate: Estimate
 
 
-Change = tuple[str, dict[str, Any]]
+STATES = frozenset({"parameters", "gradients", "optimizer", "buffers", "workspace"})
+PASSING = frozenset({"activations", "loss", "buffers", "workspace"})
+ALL = frozenset(COMPONENTS)
+
+Change = tuple[str, dict[str, Any], frozenset[str]]
+"""What it does in words, the keys it sets, and the components that it may make smaller."""
 
 
-def suggest(config: Config, plan: Plan, machine: Machine, *, found_gpu: str | None = None) -> list[Suggestion]:
-    """The cheapest changes that make a plan fit that does not. Empty: nothing known here does."""
+def suggest(
+    config: Config, plan: Plan, machine: Machine, before: Estimate, *, found_gpu: str | None = None
+) -> list[Suggestion]:
+    """The cheapest changes that make a plan fit that does not. before: its estimate. Empty: nothing known here does.
+
+    What cannot help enough is not traced: where the components that a set of changes leaves as they are exceed the
+    device by themselves.
+    """
+    changes = list(_changes(config, plan))
     found: list[Suggestion] = []
-    together: dict[str, Any] = {}
-    words: list[str] = []
-    for why, keys in _changes(config, plan):
-        single = _try(config, machine, why, keys, found_gpu)
+    for why, keys, touched in changes:
+        single = None if _too_little(before, touched) else _try(config, machine, before, why, keys, found_gpu)
         if single is not None and single.estimate.fits:
             found.append(single)
             if len(found) == ENOUGH:
                 return found
-    if found:
-        return found
-    for why, keys in _changes(config, plan):
+    together: dict[str, Any] = {}
+    words, all_touched = [], frozenset[str]()
+    for why, keys, touched in changes if not found else ():
         together |= keys
+        all_touched |= touched
         words.append(why)
-        several = _try(config, machine, " + ".join(words), together, found_gpu)
+        several = None
+        if len(words) > 1 and not _too_little(before, all_touched):
+            several = _try(config, machine, before, " + ".join(words), together, found_gpu)
         if several is not None and several.estimate.fits:
             return [several]
-    return []
+    return found
+
+
+def _too_little(before: Estimate, touched: frozenset[str]) -> bool:
+    capacity, outside = before.device.capacity_bytes, before.context_bytes + before.nccl_bytes
+    if capacity is None:
+        return False
+    left = (sum(size for name, size in rank.components.items() if name not in touched) for rank in before.ranks)
+    return max(left) + outside > capacity
 
 
 def largest_micro_batch(config: Config, plan: Plan, *, found_gpu: str | None = None) -> int | None:
@@ -121,19 +145,19 @@ def _changes(config: Config, plan: Plan) -> Iterator[Change]:
     train, parallel, batch = config.train, config.parallel, plan.batch
     full = {"train.activation_checkpointing": Checkpointing.full}
     if plan.param_dtype is DType.float32:
-        yield "compute in bfloat16", {"precision.param_dtype": DType.bfloat16}
+        yield "compute in bfloat16", {"precision.param_dtype": DType.bfloat16}, ALL
     if plan.degree("tp") > 1 and not parallel.sequence_parallel:
-        yield "norms and residuals along the sequence", {"parallel.sequence_parallel": True}
+        yield "norms and residuals along the sequence", {"parallel.sequence_parallel": True}, PASSING
     if plan.degree("tp") == 1 and not train.chunked_loss:
-        yield "loss in slices", {"train.chunked_loss": True}
+        yield "loss in slices", {"train.chunked_loss": True}, frozenset({"loss", "buffers", "workspace"})
     if plan.world_size > 1:
         yield from _more_partitioning(plan)
     if train.activation_checkpointing is Checkpointing.none:
-        yield "recompute every second product", {"train.activation_checkpointing": Checkpointing.selective}
+        yield "recompute every second product", {"train.activation_checkpointing": Checkpointing.selective}, PASSING
     if batch.micro_batch_size > 1:
-        yield "smaller micro-batch, more accumulation", _smaller(batch.micro_batch_size, plan)
+        yield "smaller micro-batch, more accumulation", _smaller(batch.micro_batch_size, plan), PASSING
     if train.activation_checkpointing is not Checkpointing.full:
-        yield "recompute whole layers", full
+        yield "recompute whole layers", full, PASSING
     if plan.engine is EngineName.torch:
         yield from _more_division(config, plan)
     if parallel.offload.optimizer is OffloadDevice.none:
@@ -151,13 +175,13 @@ def _smaller(size: int, plan: Plan) -> dict[str, Any]:
 def _more_partitioning(plan: Plan) -> Iterator[Change]:
     if plan.engine is EngineName.deepspeed:
         for stage in range(plan.zero_stage + 1, 4):
-            yield f"ZeRO {stage}", {"parallel.zero_stage": stage}
+            yield f"ZeRO {stage}", {"parallel.zero_stage": stage}, ALL
     elif not plan.fully_sharded:
-        yield "shard states over all ranks (FSDP)", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}
+        yield "shard states over all ranks (FSDP)", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}, ALL
     elif plan.degree("dp_replicate") > 1:
-        yield "shard over all ranks instead of groups", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}
+        yield "shard over all ranks instead of groups", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}, STATES
     elif not plan.reshard_after_forward and plan.degree("pp") == 1:
-        yield "drop gathered parameters after the forward", {"parallel.reshard_after_forward": True}
+        yield "drop gathered parameters after the forward", {"parallel.reshard_after_forward": True}, STATES
 
 
 def _more_division(config: Config, plan: Plan) -> Iterator[Change]:
@@ -168,25 +192,27 @@ def _more_division(config: Config, plan: Plan) -> Iterator[Change]:
     for degree in sorted({2 * tp, plan.gpus_per_node}):
         if tp < degree <= plan.gpus_per_node:
             divided = {"parallel.tp": degree, "parallel.sequence_parallel": True}
-            yield f"matrices and activations over {degree} GPUs", divided
+            yield f"matrices and activations over {degree} GPUs", divided, ALL
     if plan.degree("pp") > 1:
-        yield "twice as many stages", {"parallel.pp": 2 * plan.degree("pp")}
+        yield "twice as many stages", {"parallel.pp": 2 * plan.degree("pp")}, ALL
 
 
 def _offload(plan: Plan) -> Iterator[Change]:
     cpu = OffloadDevice.cpu
     if plan.engine is EngineName.deepspeed:
-        yield "optimizer in host memory", {"parallel.offload.optimizer": cpu}
+        yield "optimizer in host memory", {"parallel.offload.optimizer": cpu}, STATES
         if plan.zero_stage == 3:
             both = {"parallel.offload.optimizer": cpu, "parallel.offload.parameters": cpu}
-            yield "optimizer and parameters in host memory", both
+            yield "optimizer and parameters in host memory", both, STATES
     elif plan.fully_sharded:
         both = {"parallel.offload.optimizer": cpu, "parallel.offload.parameters": cpu}
-        yield "parameters, gradients and optimizer in host memory", both
+        yield "parameters, gradients and optimizer in host memory", both, STATES
 
 
-def _try(config: Config, machine: Machine, why: str, keys: dict[str, Any], found_gpu: str | None) -> Suggestion | None:
-    """None where the change does not go with the rest of the configuration."""
+def _try(
+    config: Config, machine: Machine, before: Estimate, why: str, keys: dict[str, Any], found_gpu: str | None
+) -> Suggestion | None:
+    """None where the change does not go with the rest of the configuration, or leaves states that do not fit."""
     changed = deepcopy(config)
     for key, value in keys.items():
         section, *rest = key.split(".")
@@ -195,8 +221,20 @@ def _try(config: Config, machine: Machine, why: str, keys: dict[str, Any], found
             owner = getattr(owner, name)
         setattr(owner, rest[-1], value)
     try:
-        found = estimate(changed, make_plan(changed, machine), found_gpu=found_gpu)
+        plan = make_plan(changed, machine)
+        if _states(plan, before, config.parallel.tp or 1) > (before.device.capacity_bytes or inf):
+            return None
+        found = estimate(changed, plan, found_gpu=found_gpu)
     except CookbookError:
         return None
     words = tuple(f"{key}={'null' if value is None else str(value).lower()}" for key, value in keys.items())
     return Suggestion(overrides=words, why=why, estimate=found)
+
+
+def _states(plan: Plan, before: Estimate, tp: int) -> float:
+    """A bound from below that needs no trace; none for an optimizer with fewer than AdamW's two moments."""
+    outline = before.profile.outline
+    if outline.update.state < 2:
+        return 0.0
+    trained = sum(parameter.numel for parameter in outline.anatomy.parameters() if parameter.trainable)
+    return states_bytes(plan, trained * tp)
