@@ -398,5 +398,10 @@ class Config:
     launcher: Launcher = field(default_factory=Launcher)
     logging: Logging = field(default_factory=Logging)
     estimate: Estimate = field(default_factory=Estimate)
+    profile: bool = False
+    """Trace `profile_steps` with torch's profiler, and draw the memory of the first two steps against the prediction:
+    files in RUN_DIR/profile."""
+    profile_steps: list[int] = field(default_factory=lambda: [3, 4])
+    """Read by `profile`: the steps to trace, counted from 1. A step with its shapes is some MB for each rank."""
     dry_run: bool = False
     """`python -m launch` and `python -m trainer`: print plan and command, start nothing."""

@@ -109,7 +109,7 @@ def _record(folder: Path, points: Sequence[Point]) -> None:
 
 def _report(folder: Path) -> int:
     """Write the page of the runs in a folder. Returns 0 where all are through. Raises CookbookError."""
-    runs = _recorded(folder) or _found(folder)
+    runs = find_runs(folder)
     if not runs:
         raise ConfigError(
             f"{folder}: no run folder in it; give one that holds run folders, or runs to make: parallel=a,b"
@@ -122,6 +122,11 @@ def _report(folder: Path) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(*problems(runs, reference), f"page       {files[0]}, {files[1]}", sep="\n", flush=True)
     return EXIT_FINISHED if all(run.problem is None for run in runs) else EXIT_FAILED
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The runs of a comparison in its order, or those that a folder holds."""
+    return _recorded(folder) or _found(folder)
 
 
 def _recorded(folder: Path) -> list[Run]:

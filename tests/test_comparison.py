@@ -127,7 +127,14 @@ def test_damaged_and_failed_runs_are_told_and_another_seed_is_seen(
     status = json.loads((tmp_path / "tensor/status.json").read_text())
     status |= {"state": "failed", "step": 2, "reason": "rank 1: killed"}
     (tmp_path / "tensor/status.json").write_text(json.dumps(status))
-    words = ["parallel=single", *COMMON, "train.global_batch_size=4", "train.export=false", "train.seed=1"]
+    words = [
+        "parallel=single",
+        *COMMON,
+        "train.micro_batch_size=2",
+        "train.global_batch_size=4",
+        "train.export=false",
+        "train.seed=1",
+    ]
     assert run_ranks(1, train, [*words, f"train.run_dir={tmp_path}/other"]) == [0]
 
     assert main(["compare", str(tmp_path)]) == EXIT_FAILED

@@ -73,6 +73,9 @@ def train(arguments: Arguments) -> int:
         print(plan.describe())
         return EXIT_FINISHED
     tell_progress()
+    if config.profile:
+        # Kineto, which reads it as torch is loaded, otherwise writes a line whenever it starts and stops.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from trainer.loop import run
 
     return run(config, plan)

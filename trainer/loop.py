@@ -24,6 +24,7 @@ from trainer.optimizer import lr_at
 from trainer.plan import Plan
 from trainer.precision import export_dtype
 from trainer.preflight_ranks import preflight
+from trainer.profiling import Profiler
 from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepTimer
 from trainer.report.prediction import MemoryCheck, predict
@@ -60,6 +61,7 @@ def run(config: Config, plan: Plan) -> int:
             with (
                 memory_told(runtime.rank, lambda: keeper.step),
                 MemoryCheck(config, plan, runtime, predicted) as memory,
+                Profiler(config, plan, runtime, folder, predicted) as profiler,
                 closing(build_engine(config, plan, runtime)) as engine,
             ):
                 keeper.restore(engine)
@@ -75,7 +77,7 @@ def run(config: Config, plan: Plan) -> int:
                     memory=memory,
                 )
                 with reporter:
-                    told = train(engine, data, config, plan, runtime, reporter, keeper, begin)
+                    told = train(engine, data, config, plan, runtime, reporter, keeper, profiler, begin)
                     if told is not None:
                         reporter.stopped(told)
                         return status.stopped(told)
@@ -107,11 +109,12 @@ def train(
     runtime: Runtime,
     reporter: Reporter,
     keeper: Keeper,
+    profiler: Profiler,
     begin: Progress | None = None,
 ) -> str | None:
     """All steps from `begin` on, with validation before the first, after the last and every `train.eval_every` between
     them. Returns why the run was told to stop; None when it is through."""
-    timer = StepTimer(runtime.device)
+    timer = StepTimer(runtime.device, profiler.mark)
     keeper.report_to(reporter.checkpoint)
     first, samples = (begin.step, begin.samples) if begin else (0, 0)
     steps = data.steps(samples // plan.batch.global_batch_size)
@@ -119,11 +122,13 @@ def train(
     if evaluating and begin is None:
         reporter.validation(0, validate(engine, data, plan, runtime))
     for step in range(first, config.train.steps):
-        with timer.data():
-            batches = next(steps)
-        lr = lr_at(config, step)
-        result = train_step(engine, batches, plan, runtime, lr, timer)
-        reporter.step(step + 1, result, lr, timer.finish())
+        with profiler.step(step + 1):
+            with timer.data():
+                batches = next(steps)
+            lr = lr_at(config, step)
+            result = train_step(engine, batches, plan, runtime, lr, timer)
+            seconds = timer.finish()
+        reporter.step(step + 1, result, lr, seconds)
         check_finite(result, step + 1, config.train.non_finite)
         samples += plan.batch.global_batch_size
         last = step + 1 == config.train.steps

@@ -55,6 +55,7 @@ def check_config(config: Config, device: str) -> Iterator[str]:
     yield from check_gpu(config.cluster.gpu)
     yield from check_tracker(config.logging)
     yield from _check_measuring(config, device)
+    yield from _check_profile(config)
     if config.launcher.name is LauncherName.python and (config.cluster.gpus_per_node or 1) * config.cluster.nodes != 1:
         yield "launcher.name=python: starts one process only; use launcher=torchrun for more"
 
@@ -275,3 +276,12 @@ def _check_measuring(config: Config, device: str) -> Iterator[str]:
         yield f"estimate.measure=true: is for the CPU, this run is on {device}, whose allocator counts; set it to false"
     if config.train.compile:
         yield "estimate.measure=true: counts operator by operator, which train.compile=true fuses; set one to false"
+
+
+def _check_profile(config: Config) -> Iterator[str]:
+    steps, last = config.profile_steps, config.train.steps
+    if config.profile and (not steps or not all(1 <= step <= last for step in steps)):
+        yield (
+            f"profile_steps={steps}: must name steps of the run, which are 1 to {last} (train.steps); set"
+            f" profile_steps=[{last}], or more steps"
+        )

@@ -13,7 +13,7 @@ from trainer.comparison.runs import Run, incomparable
 from trainer.comparison.table import MIB
 from trainer.memory.plot import COLOURS
 
-STYLES = ("-", "--", "-.", ":")
+STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
 MEASURED, PREDICTED = COLOURS[0], "#cccccc"
 
 
@@ -41,7 +41,7 @@ def draw_losses(runs: Sequence[Run], reference: Run) -> bytes:
         if run is not reference and not incomparable(run, reference):
             common = sorted(run.losses.keys() & reference.losses.keys())
             apart = [abs(run.losses[step] - reference.losses[step]) / abs(reference.losses[step]) for step in common]
-            right.plot(common, apart, label=run.name, **{**look, "linewidth": 1.5})
+            right.plot(common, apart, MARKERS[number % len(MARKERS)], label=run.name, color=look["color"], alpha=0.7)
     left.set(title="training loss (points: validation)", xlabel="step", ylabel="cross-entropy per token")
     right.set(title=f"loss apart from {reference.name}", xlabel="step", ylabel="relative difference")
     # Zero, which a log scale has not: equal to the last bit.
@@ -49,7 +49,7 @@ def draw_losses(runs: Sequence[Run], reference: Run) -> bytes:
     right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
         axes.grid(alpha=0.3)
     return _png(figure)
 

@@ -22,8 +22,9 @@ from configs.load import from_yaml
 from configs.schema import Config
 from trainer.status import FINISHED, RUNNING, read_status
 
-# Where a run is kept and how its files are read: two runs that differ in these alone are the same training.
-PLACES = ("train.run_dir", "train.resume", "data.cache_dir", "data.num_workers", "logging.", "dry_run")
+# What a run leaves behind and where: two runs that differ in these alone are the same training.
+PLACES = ("train.run_dir", "train.resume", "train.export", "data.cache_dir", "data.num_workers", "checkpoint.")
+PLACES += ("logging.", "profile", "dry_run")
 SAME = ("model", "data", "train.steps")
 """Begin the keys that runs must share for their losses to be comparable."""
 
