@@ -217,6 +217,10 @@ class Relay:
         self._held_back = self._held_back or not wanted
         return line if wanted else ""
 
+    def told(self, text: str) -> bool:
+        """Whether this has come by in one line."""
+        return any(text in line for line in self._everything)
+
     def keep(self, path: Path) -> Path | None:
         """Add all of it to `path` if something was held back. Returns where it is; None if there is nothing more."""
         if not self._held_back:

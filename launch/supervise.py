@@ -79,6 +79,9 @@ def _end(outcome: Outcome, before: Standing, after: Standing, reason: str, run_d
 
 
 def _tell(line: str, outcome: Outcome, run_dir: Path) -> None:
+    why = str(read_status(run_dir).get("reason") or "")
+    if why and outcome.relay.told(why):
+        line = line.replace(why, "as told above", 1)
     kept = outcome.relay.keep(run_dir / "logs/errors.log")
     rest = f"; all that the ranks and the launcher wrote: {kept}" if kept else ""
     print(f"{line}{rest}", file=sys.stderr, flush=True)

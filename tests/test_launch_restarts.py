@@ -201,6 +201,18 @@ def test_a_job_that_is_interrupted_twice_is_over(tmp_path: Path) -> None:
     assert str(status["reason"]).startswith("ended by a signal")
 
 
+def test_what_a_rank_has_told_is_not_told_again(tmp_path: Path) -> None:
+    status = {"state": "failed", "reason": "no space for it", "exit_code": EXIT_FAILED, "retry": False}
+    child = "import json, pathlib, sys\nprint('no space for it', file=sys.stderr)\n"
+    child += f"pathlib.Path('status.json').write_text({json.dumps(status)!r})\nsys.exit(1)"
+    job = start(tmp_path, sys.executable, "-c", driver(tmp_path, pause=0.01, cap=3, child=child))
+    _, told = job.communicate(timeout=60)
+    assert told.splitlines() == [
+        "no space for it",
+        "the run failed: as told above; it would end the same way again (exit code 1)",
+    ]
+
+
 def test_a_second_launch_in_the_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:
     """In a moment, and it must not take the first one's status for its own."""
     run = tmp_path / "run"
