@@ -9,7 +9,7 @@ import pytest
 
 from tests.slurm.running import Cluster, Run
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 CANARY = "canary-7f3a9c21"
 
 
@@ -50,7 +50,7 @@ def test_status_and_cancel(cluster: Cluster, run_dir: Path) -> None:
     done = cluster.door("cancel", str(run_dir))
     assert done.stdout.startswith(f"job {run.job} is cancelled; the same `python -m launch`")
     assert run.end() == "CANCELLED"
-    run.wait(lambda: run.trained()["state"] == "stopped", "the ranks' last word", within=20)
+    run.wait(lambda: run.trained()["state"] == "stopped", "the ranks' last word")
     assert list((run_dir / "checkpoints").glob("step-*"))
     assert cluster.jobs() == ""
     assert cluster.door("cancel", str(run_dir)).stdout == f"job {run.job} is not in the queue any more\n"
@@ -70,7 +70,9 @@ def test_gpus_are_asked_for_and_given(cluster: Cluster, run_dir: Path) -> None:
             f"cluster.slurm.gpu_type={kind}",
         )
         assert run.end() == "COMPLETED", run.log()
-        assert sorted((run.folder / "seen").read_text().split("\n")) == ["", "n1 0,1", "n2 0,1"]
+        seen = (run.folder / "seen").read_text().split()
+        assert len({*seen[::2]}) == 2, "two nodes"
+        assert seen[1::2] == ["0,1", "0,1"]
 
 
 def test_setup_lines_run_and_secrets_stay_in_the_environment(cluster: Cluster, run_dir: Path) -> None:
@@ -100,7 +102,7 @@ def test_jobs_of_an_array_follow_each_other(cluster: Cluster, run_dir: Path, alo
     run = cluster.launch(run_dir, "cluster.slurm.array=1-3%1")
     run.reach(1)
     run.warn()
-    run.wait(lambda: cluster.jobs() == "", "the end of the array", within=150)
+    run.wait(lambda: cluster.jobs() == "", "the end of the array")
     assert run.losses() == alone.losses()
     assert run.model() == alone.model()
     logs = [(run_dir / f"logs/slurm-{run.job}_{number}.out").read_text() for number in (1, 2, 3)]
@@ -117,7 +119,7 @@ def test_a_sweep_is_an_array_with_a_folder_per_point(cluster: Cluster, run_dir: 
     array, _, number = (run_dir / "0/slurm/jobs.txt").read_text().strip().partition("_")
     assert number == "0"
     job = Run(cluster, run_dir, array)
-    job.wait(lambda: cluster.jobs() == "", "the end of the array", within=120)
+    job.wait(lambda: cluster.jobs() == "", "the end of the array")
     states = [json.loads((run_dir / f"{point}/status.json").read_text())["state"] for point in range(3)]
     assert states == ["finished", "failed", "finished"]
     rates = [(run_dir / f"{point}/config.yaml").read_text().split("lr: ")[1].split()[0] for point in range(3)]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.slurm.running import ROOT, TINY, Cluster, Run
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 BLOCK = re.compile(r"^```bash slurm\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -29,10 +29,11 @@ BLOCK = re.compile(r"^```bash slurm\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     ],
 )
 def test_refused_before_submission(words: list[str], problem: str, cluster: Cluster, run_dir: Path) -> None:
-    done = cluster.door(*TINY, f"train.run_dir={run_dir}", *words)
-    assert done.returncode == 2
-    assert done.stderr.startswith(problem)
-    assert done.stderr.count("\n") == 1
+    code, out, errors = cluster.within(*TINY, f"train.run_dir={run_dir}", *words)
+    assert code == 2
+    assert errors.startswith(problem)
+    assert errors.count("\n") == 1
+    assert not out
     assert not run_dir.exists()
     assert cluster.jobs() == ""
 
@@ -43,7 +44,7 @@ def test_a_folder_that_a_node_does_not_see(cluster: Cluster, run_dir: Path) -> N
     run_dir.mkdir()
     cluster.control("exec", "n2", "mount", "-t", "tmpfs", "tmpfs", str(run_dir))
     try:
-        run = cluster.launch(run_dir, "launcher.max_restarts=0")
+        run = cluster.launch(run_dir, "launcher.max_restarts=0", "cluster.slurm.sbatch_args=['--nodelist=n1,n2']")
         assert run.end() == "FAILED"
         line = f"n2: train.run_dir={run_dir}: cannot be read on this node (No such file or directory); choose a folder"
         assert line in run.log()
@@ -68,18 +69,22 @@ def test_the_page_s_commands(cluster: Cluster) -> None:
         assert done.returncode == 0, done.stderr
         said += done.stdout
     assert "submitted  array" in said
-    cluster.ask("scancel", "--user=root")
 
 
-def test_the_example_without_the_launcher(cluster: Cluster, run_dir: Path) -> None:
-    """It stops near the time limit, goes back to the queue, and finishes."""
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slurm_full)])
+def test_the_example_without_the_launcher(nodes: int, cluster: Cluster, run_dir: Path) -> None:
+    """It stops near the time limit without a word of failure, goes back to the queue, and finishes."""
     ours = ("cluster=slurm", "cluster.nodes=", "cluster.slurm")
     words = [word for word in TINY if not word.startswith(ours)]
-    options = ["--gpus-per-node=2", "--cpus-per-task=2", f"--chdir={cluster.tmp}", f"--output={run_dir}.out"]
+    run_dir = run_dir / str(nodes)
+    options = [f"--nodes={nodes}", "--gpus-per-node=2", "--cpus-per-task=2", f"--chdir={cluster.tmp}"]
+    options += [f"--output={run_dir}.out"]
+    run_dir.parent.mkdir(exist_ok=True)
     submitted = cluster.ask("sbatch", "--parsable", *options, str(ROOT / "slurm/example.sbatch"), str(run_dir), *words)
     job = Run(cluster, run_dir, submitted)
     job.reach(1)
     cluster.ask("scancel", "--batch", "--signal=USR1", submitted)
     assert job.end() == "COMPLETED", Path(f"{run_dir}.out").read_text()
+    assert "ChildFailedError" not in Path(f"{run_dir}.out").read_text()
     assert job.field("Restarts") == "1"
     assert [line["step"] for line in job.steps()] == list(range(1, 301))
