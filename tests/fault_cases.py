@@ -11,7 +11,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,19 +18,49 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import EXIT_FAILED, EXIT_STOPPED, CheckpointDamaged
+from configs.errors import CheckpointDamaged
 from tests import resuming
 from tests.harness import RankFailed, run_ranks
 from tests.parity import words
 from tests.resuming import Journal
 from trainer.checkpoint import catalog
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
-from trainer.checkpoint.manifest import check_contents, check_sizes, read_manifest
-from trainer.status import read_status
+from trainer.checkpoint.manifest import (
+    check_contents,
+    check_sizes,
+    read_manifest,
+)
 
 STEPS = 6
 SETTINGS = ("checkpoint.every=1", "checkpoint.keep_last=2", "model.config.resid_pdrop=0.1", "model.config.n_layer=1")
+FIRST_SAVE, DELETIONS = rf"{step_name(1)}\.partial", r"\.deleted|^os\.rename .*/step-"
+FLOAT32, BFLOAT16 = 1e-5, 2e-2
+# C13: layout, processes, what else changes -> how far the next loss may be off, or the line that refuses it.
+OTHERWISE: list[tuple[str, int, tuple[str, ...], float | str]] = [
+    ("single", 1, (), FLOAT32),
+    ("fsdp", 4, (), FLOAT32),
+    ("ddp", 2, ("train.gradient_accumulation_steps=2",), FLOAT32),
+    ("tensor", 2, (), FLOAT32),
+    ("zero2", 2, (), FLOAT32),
+    ("single", 1, ("precision=bf16",), BFLOAT16),
+    ("fsdp", 2, ("train.global_batch_size=4",), float("inf")),
+    ("fsdp", 2, ("train.global_batch_size=6",), "train.global_batch_size=6: "),
+    ("fsdp", 2, ("model.config.n_embd=32",), "model.n_embd=64, this run has model.n_embd=32"),
+    ("fsdp", 2, ("train.seed=5",), "train.seed=0, this run has train.seed=5"),
+    ("fsdp", 2, ("data.seq_len=16",), "data.seq_len=32, this run has data.seq_len=16"),
+    ("fsdp", 2, ("optimizer=sgd",), "optimizer.name=adamw, this run has optimizer.name=sgd"),
+]
 PROCESSES = {"single": 1, "fsdp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A run that is left alone. operations: of each rank, on files."""
+
+    journal: Journal
+    seconds: float
+    operations: list[list[str]]
+    folder: Path
 
 
 @dataclass
@@ -40,7 +69,7 @@ class Bench:
 
     folder: Path
     random: random.Random
-    _alone: dict[tuple[str, ...], tuple[Journal, float, list[list[str]]]] = field(default_factory=dict)
+    _alone: dict[tuple[str, ...], Alone] = field(default_factory=dict)
     _count: int = 0
 
     def place(self) -> Path:
@@ -50,14 +79,13 @@ class Bench:
         folder.mkdir()
         return folder
 
-    def alone(self, layout: str, *more: str) -> tuple[Journal, float, list[list[str]]]:
-        """Of a run that is left alone: its journal, the seconds it took, and each rank's operations on files."""
+    def alone(self, layout: str, *more: str) -> Alone:
         key = (layout, *more)
         if key not in self._alone:
-            before = time.monotonic()
-            ranks = run_ranks(PROCESSES[layout], resuming.list_file_operations, plain(layout, *more), str(self.place()))
-            journal, seconds = ranks[0][1], time.monotonic() - before
-            self._alone[key] = journal, seconds, [operations for operations, _ in ranks]
+            before, folder = time.monotonic(), self.place()
+            ranks = run_ranks(PROCESSES[layout], resuming.list_file_operations, plain(layout, *more), str(folder))
+            operations = [listed for listed, _ in ranks]
+            self._alone[key] = Alone(ranks[0][1], time.monotonic() - before, operations, folder)
         return self._alone[key]
 
 
@@ -74,7 +102,7 @@ def survive(bench: Bench, run: Path, layout: str, *more: str) -> int:
     journal = run_ranks(PROCESSES[layout], resuming.train_and_save, plain(layout, *more), str(run))[0]
     first = min(journal.lines, default=STEPS + 1)
     assert first == newest + 1, f"step {newest} was committed, the run went on with {first}"
-    alone = bench.alone(layout, *more)[0]
+    alone = bench.alone(layout, *more).journal
     assert journal.lines == {step: alone.lines[step] for step in journal.lines}, "another journal"
     assert all(path.name.startswith("step-") for path in (run / CHECKPOINTS).iterdir()), "leftovers"
     return first
@@ -88,18 +116,20 @@ def whole(checkpoint: Path) -> int:
     return manifest.step
 
 
-def killed_at_a_file_operation(bench: Bench, layout: str, *more: str) -> None:
-    """C1 (one rank), C2 (one of two), C11 (deletions are among the operations)."""
+def killed_at_a_file_operation(bench: Bench, layout: str, *more: str, among: str = "") -> None:
+    """C1 (one rank), C2 (one of two), C5. among: a pattern of operations, for C11 (deletions) and C12 (first save)."""
     run, rank = bench.place(), bench.random.randrange(PROCESSES[layout])
-    at = bench.random.randrange(len(bench.alone(layout, *more)[2][rank]))
+    operations = bench.alone(layout, *more).operations[rank]
+    at = bench.random.choice([number for number, line in enumerate(operations) if re.search(among, line)])
     with pytest.raises(RankFailed, match="died"):
         run_ranks(PROCESSES[layout], resuming.train_and_die, plain(layout, *more), str(run), rank, at)
-    survive(bench, run, layout, *more)
+    first = survive(bench, run, layout, *more)
+    assert first == 1 or among != FIRST_SAVE, f"no checkpoint was there, and the run began with step {first}"
 
 
 def killed_at_any_time(bench: Bench, layout: str, *more: str) -> None:
     """C3, C4: also before the first checkpoint (C12). A run that was faster than its killer has survived nothing."""
-    _, seconds, _ = bench.alone(layout, *more)
+    seconds = bench.alone(layout, *more).seconds
     for _ in range(20):
         run, rank = bench.place(), bench.random.randrange(PROCESSES[layout])
         delay = bench.random.uniform(0.1, 1.0) * seconds
@@ -113,7 +143,7 @@ def killed_at_any_time(bench: Bench, layout: str, *more: str) -> None:
 
 def flipped(bench: Bench) -> None:
     """C6: one bit of one file of a checkpoint."""
-    checkpoint = _checkpoint(bench)
+    checkpoint = saved(bench)
     path = bench.random.choice(sorted(path for path in checkpoint.rglob("*") if path.is_file()))
     offset, bit = bench.random.randrange(path.stat().st_size), 1 << bench.random.randrange(8)
     with open(path, "r+b") as file:
@@ -128,7 +158,7 @@ def flipped(bench: Bench) -> None:
 def damaged(bench: Bench) -> None:
     """C7: one file truncated, emptied, deleted, renamed, one too many, two swapped."""
     checkpoint = bench.place() / step_name(STEPS)
-    shutil.copytree(_checkpoint(bench), checkpoint)
+    shutil.copytree(saved(bench), checkpoint)
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
     path, other = bench.random.sample(files, 2)
     ways: list[Callable[[], object]] = [
@@ -151,14 +181,14 @@ def passed_over(bench: Bench) -> None:
     with open(path, "r+b") as file:
         _flip(file, bench.random.randrange(path.stat().st_size), 1)
     journal = run_ranks(1, resuming.train_and_save, plain("single"), str(run))[0]
-    assert journal.lines == {STEPS: bench.alone("single")[0].lines[STEPS]}
+    assert journal.lines == {STEPS: bench.alone("single").journal.lines[STEPS]}
     assert path.parent.with_name(f"{step_name(STEPS)}.damaged").is_dir()
 
 
 def replaced(bench: Bench) -> None:
     """C8: a checkpoint of a step that has one already; killed at a rename or a deletion in between."""
     checkpoint = bench.place() / CHECKPOINTS / step_name(STEPS)
-    shutil.copytree(_checkpoint(bench), checkpoint)
+    shutil.copytree(saved(bench), checkpoint)
     partial = catalog.partial_folder(checkpoint.parent, STEPS)
     shutil.copytree(checkpoint, partial)
     at = bench.random.randrange(10)
@@ -172,7 +202,7 @@ def replaced(bench: Bench) -> None:
 def full(bench: Bench) -> None:
     """C9: no room for a save. One line with the numbers; nothing half-written stays; the run goes on when there is."""
     run = bench.place()
-    size = max(path.stat().st_size for path in _checkpoint(bench).iterdir())
+    size = max(path.stat().st_size for path in saved(bench).iterdir())
     limit = bench.random.randrange(4096, size)
     with pytest.raises(RankFailed, match=r"checkpoint of step \d+: no space for it in .*: needs .* MiB, has .* MiB"):
         run_ranks(1, resuming.train_with_small_files, plain("single"), str(run), limit)
@@ -183,7 +213,7 @@ def full(bench: Bench) -> None:
 def unflushed(bench: Bench) -> None:
     """C10: the disk refuses to flush a file or a folder. Not committed; one line; the run goes on afterwards."""
     run = bench.place()
-    _, _, (operations,) = bench.alone("single")
+    (operations,) = bench.alone("single").operations
     at = bench.random.randrange(sum(operation.startswith("fsync") for operation in operations))
     try:
         run_ranks(1, resuming.train_with_failing_fsync, plain("single"), str(run), at)
@@ -195,7 +225,7 @@ def unflushed(bench: Bench) -> None:
 
 def ordered(bench: Bench) -> None:
     """C14, against a power cut: each file is flushed before the rename that commits it, its folder after."""
-    operations = bench.alone("single")[2][0]
+    operations = bench.alone("single").operations[0]
     commits = [number for number, line in enumerate(operations) if re.match(r"os\.rename .*\.partial$", line)]
     assert len(commits) == STEPS
     for begin, end in zip([0, *commits], commits, strict=False):
@@ -220,10 +250,31 @@ def again_and_again(bench: Bench, starts: int) -> None:
     assert descriptors <= 2, f"{descriptors} files more are open"
 
 
-def _checkpoint(bench: Bench) -> Path:
+def resumed_otherwise(bench: Bench) -> None:
+    """C13: under another layout, number of ranks, micro-batch or dtype: the same losses, to rounding. With another
+    model, seed, data or batch: one line with both values, and nothing in the folder is touched."""
+    still = ("model.config.resid_pdrop=0.0",)  # another layout draws other masks
+    run, alone = bench.place() / "run", bench.alone("fsdp", *still)
+    shutil.copytree(alone.folder, run)
+    shutil.rmtree(run / CHECKPOINTS / step_name(STEPS))
+    layout, processes, change, expected = bench.random.choice(OTHERWISE)
+    before = sorted(run.rglob("*"))
+    try:
+        journal = run_ranks(processes, resuming.train_and_save, plain(layout, *still, *change), str(run))[0]
+    except RankFailed as failure:
+        assert isinstance(expected, str), failure
+        assert expected in str(failure), failure
+        assert sorted(run.rglob("*")) == before, "a refused start has changed the folder"
+        return
+    assert isinstance(expected, float), f"{change}: was not refused"
+    assert list(journal.losses) == [STEPS]
+    ours, theirs = journal.losses[STEPS], alone.journal.losses[STEPS]
+    assert abs(ours - theirs) <= expected * abs(theirs), f"{layout} {change}: {ours}, alone {theirs}"
+
+
+def saved(bench: Bench) -> Path:
     """Of a run on two ranks that went to its end."""
-    bench.alone("fsdp")
-    return next(bench.folder.glob(f"*/{CHECKPOINTS}/{step_name(STEPS)}/rank-00001-000.safetensors")).parent
+    return bench.alone("fsdp").folder / CHECKPOINTS / step_name(STEPS)
 
 
 def _detected(checkpoint: Path, name: str) -> None:
@@ -241,43 +292,3 @@ def _flip(file, offset: int, bit: int) -> None:
     file.seek(offset)
     file.write(bytes([byte ^ bit]))
     file.flush()
-
-
-def told_to_stop(bench: Bench) -> None:
-    """P4: a signal, once or several times, to one rank. Exit code 75 on all, and the same command goes on."""
-    from tests import test_checkpoint_run as runs
-
-    place, rank = bench.place(), bench.random.randrange(2)
-    sent = signal.Signals[bench.random.choice(["SIGTERM", "SIGINT", "SIGUSR1"])]
-    times = 1 if sent == signal.SIGINT else bench.random.choice([1, 2, 10])
-    run, after = place / "run", bench.random.choice([3, 6, 9])
-    codes = run_ranks(2, runs.start, runs.overrides(run), rank, (sent,) * times, str(run), after)
-    assert codes == [EXIT_STOPPED] * 2, f"{sent.name} x {times} on rank {rank}: {codes}"
-    assert run_ranks(2, runs.start, runs.overrides(run)) == [0, 0]
-    alone = bench.folder / "alone"
-    if not alone.exists():
-        assert run_ranks(2, runs.start, runs.overrides(alone)) == [0, 0]
-    assert runs.told(run) == runs.told(alone)
-
-
-def failing(bench: Bench) -> None:
-    """P2: an exception on one rank. The status file names the rank and the error."""
-    run, rank = bench.place() / "run", bench.random.randrange(2)
-    where = bench.random.choice(["the loop", "the backward"])
-    with pytest.raises(RankFailed):
-        run_ranks(2, resuming.start_and_fail, _door("ddp", run), rank, where)
-    status = read_status(run)
-    assert (status["state"], status["exit_code"]) == ("failed", EXIT_FAILED)
-    assert str(status["reason"]) == f"rank {rank}: ZeroDivisionError: planted in {where}", status
-
-
-def not_finite(bench: Bench) -> None:
-    """P9: all ranks stop alike, and none starts again by itself."""
-    run = bench.place() / "run"
-    codes = run_ranks(2, resuming.door, _door("fsdp", run, "optimizer.lr=1e35", "train.steps=20"))
-    assert codes == [EXIT_FAILED] * 2
-    assert read_status(run)["retry"] is False
-
-
-def _door(layout: str, run: Path, *more: str) -> list[str]:
-    return [*plain(layout), "cluster=cpu", "logging.progress=off", f"train.run_dir={run}", *more]

@@ -15,19 +15,21 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests import fault_cases as cases
+from tests import fault_runs as runs
 from tests.fault_cases import Bench
 from tests.measured import conditions, write
 
 COMMAND = "python -m tests.faults"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Fault:
     """few, nightly: how often. together: the repetitions are one call, which is given their number."""
 
@@ -39,60 +41,46 @@ class Fault:
     together: bool = False
 
 
-def at_file_operation(layout: str, *more: str) -> Callable[[Bench], None]:
-    return lambda bench: cases.killed_at_a_file_operation(bench, layout, *more)
+def at_file_operation(layout: str, *more: str, among: str = "") -> Callable[[Bench], None]:
+    return lambda bench: cases.killed_at_a_file_operation(bench, layout, *more, among=among)
 
 
 def at_any_time(layout: str, *more: str) -> Callable[[Bench], None]:
     return lambda bench: cases.killed_at_any_time(bench, layout, *more)
 
 
-ASIDE = "checkpoint.async_save=true"
+OPERATION = "SIGKILL at an open, fsync, rename, mkdir or deletion of a save, one process"
 FAULTS = [
-    Fault(
-        name="C1",
-        what="SIGKILL at an open, fsync, rename, mkdir or deletion of a save, one process",
-        strike=at_file_operation("single"),
-        few=6,
-        nightly=150,
-    ),
-    Fault(name="C2", what="the same on one of two ranks, fsdp", strike=at_file_operation("fsdp"), few=4, nightly=100),
-    Fault(name="C3", what="SIGKILL of a rank at any time, fsdp", strike=at_any_time("fsdp"), few=4, nightly=50),
-    *(
-        Fault(name="C4", what=f"SIGKILL of a rank at any time, {zero}", strike=at_any_time(zero), few=1, nightly=30)
-        for zero in ("zero1", "zero2", "zero3")
-    ),
-    Fault(name="C5", what="C1 while saving aside", strike=at_file_operation("single", ASIDE), few=2, nightly=30),
-    Fault(name="C6", what="one bit flipped anywhere in a checkpoint", strike=cases.flipped, few=200, nightly=1000),
-    Fault(
-        name="C7",
-        what="a file truncated, emptied, deleted, renamed, one too many, two swapped",
-        strike=cases.damaged,
-        few=40,
-        nightly=200,
-    ),
-    Fault(
-        name="C6-7",
-        what="the newest checkpoint damaged, the run goes on from the one before",
-        strike=cases.passed_over,
-        few=1,
-        nightly=10,
-    ),
-    Fault(name="C8", what="SIGKILL while a checkpoint is replaced", strike=cases.replaced, few=5, nightly=30),
-    Fault(name="C9", what="no room for a checkpoint", strike=cases.full, few=2, nightly=20),
-    Fault(name="C10", what="fsync fails", strike=cases.unflushed, few=2, nightly=30),
-    Fault(name="C14", what="order of writes and flushes, against power cuts", strike=cases.ordered, few=1, nightly=1),
-    Fault(
-        name="C17",
-        what="starts in a row, one step each",
-        strike=cases.again_and_again,
-        few=20,
-        nightly=1000,
-        together=True,
-    ),
-    Fault(name="P2", what="an exception on one rank", strike=cases.failing, few=2, nightly=12),
-    Fault(name="P4", what="TERM, INT, USR1, once or often, to one rank", strike=cases.told_to_stop, few=2, nightly=96),
-    Fault(name="P9", what="a loss that is not finite", strike=cases.not_finite, few=1, nightly=6),
+    Fault("C1", OPERATION, at_file_operation("single"), 6, 150),
+    Fault("C2", "the same on one of two ranks, fsdp", at_file_operation("fsdp"), 4, 100),
+    Fault("C3", "SIGKILL of a rank at any time, fsdp", at_any_time("fsdp"), 4, 50),
+    Fault("C4", "SIGKILL of a rank at any time, zero1", at_any_time("zero1"), 1, 30),
+    Fault("C4", "SIGKILL of a rank at any time, zero2", at_any_time("zero2"), 1, 30),
+    Fault("C4", "SIGKILL of a rank at any time, zero3", at_any_time("zero3"), 1, 30),
+    Fault("C5", "C1 while saving aside", at_file_operation("single", "checkpoint.async_save=true"), 2, 30),
+    Fault("C6", "one bit flipped anywhere in a checkpoint", cases.flipped, 200, 1000),
+    Fault("C7", "a file truncated, emptied, deleted, renamed, one too many, two swapped", cases.damaged, 40, 200),
+    Fault("C6-7", "the newest checkpoint damaged, the run goes on from the one before", cases.passed_over, 1, 10),
+    Fault("C8", "SIGKILL while a checkpoint is replaced", cases.replaced, 5, 30),
+    Fault("C9", "no room for a checkpoint", cases.full, 2, 20),
+    Fault("C10", "fsync fails", cases.unflushed, 2, 30),
+    Fault("C11", "SIGKILL while an old one is deleted", at_file_operation("single", among=cases.DELETIONS), 3, 50),
+    Fault("C12", "SIGKILL before the first checkpoint", at_file_operation("single", among=cases.FIRST_SAVE), 2, 10),
+    Fault("C13", "another layout, batch or dtype; another model, seed or data", cases.resumed_otherwise, 4, 24),
+    Fault("C14", "order of writes and flushes, against power cuts", cases.ordered, 1, 1),
+    Fault("C15", "a second run in the folder; one whose owner is dead", runs.second_writer, 1, 4),
+    Fault("C16", "a pickle in the place of a file; a manifest that points elsewhere", runs.hostile, 3, 20),
+    Fault("C17", "starts in a row, one step each", cases.again_and_again, 20, 1000, together=True),
+    Fault("P1", "SIGKILL of a rank, of the launcher or of a loader process", runs.killed_process, 2, 60),
+    Fault("P2", "an exception on one rank", runs.failing, 2, 12),
+    Fault("P3", "a rank is stopped, or sleeps", runs.hung, 1, 12),
+    Fault("P4", "TERM, INT, USR1, once or often, to one rank", runs.told_to_stop, 2, 96),
+    Fault("P5", "TERM in a slow save, and KILL after the grace or within it", runs.told_while_saving, 2, 8),
+    Fault("P6", "a rank out of memory", runs.without_memory, 1, 3),
+    Fault("P7", "runs of two ranks started at once", runs.started_at_once, 3, 8, together=True),
+    Fault("P7", "the port is taken", runs.port_taken, 1, 3),
+    Fault("P8", "the wall clock jumps by hours", runs.clock_jumps, 1, 3),
+    Fault("P9", "a loss that is not finite: stop, or skip", runs.not_finite, 2, 6),
 ]
 
 
@@ -118,19 +106,40 @@ def count(fault: Fault, repetitions: int, bench: Bench) -> Count:
     return Count(fault=fault, total=repetitions, failures=tuple(failures), seconds=time.monotonic() - before)
 
 
-def table(counts: Sequence[Count], *, seed: int) -> str:
-    """Markdown: when, with what, on what, and of each kind how many were survived."""
-    minutes = sum(row.seconds for row in counts) / 60
-    lines = [
-        f"{conditions('torch', 'deepspeed', 'safetensors')}, gloo, seed {seed}, in {minutes:.0f} minutes.",
-        "",
-        "| | fault | survived |",
-        "| --- | --- | --- |",
-    ]
+def table(counts: Sequence[Count], *, seed: int, kept: Mapping[tuple[str, str], str] | None = None) -> str:
+    """Markdown: with what, on what, and of each kind how many were survived, and when that was tried.
+
+    kept: rows of an earlier run, by name and what, for the kinds that this one did not try.
+    """
+    rows = dict(kept or {})
     for row in counts:
         survived = row.total if not row.failures else 0 if row.fault.together else row.total - len(row.failures)
-        lines.append(f"| {row.fault.name} | {row.fault.what} | {survived} of {row.total} |")
-    return "\n".join(lines) + "\n"
+        rows[row.fault.name, row.fault.what] = (
+            f"| {row.fault.name} | {row.fault.what} | {survived} of {row.total} | {datetime.now(UTC):%Y-%m-%d} |"
+        )
+    order = [(fault.name, fault.what) for fault in FAULTS]
+    return "\n".join(
+        [
+            f"{conditions('torch', 'deepspeed', 'safetensors')}, gloo, seed {seed}.",
+            "",
+            "| | fault | survived | tried |",
+            "| --- | --- | --- | --- |",
+            *sorted(rows.values(), key=lambda line: _place(line, order)),
+            "",
+        ]
+    )
+
+
+def rows_of(page: Path) -> dict[tuple[str, str], str]:
+    """The page's rows of kinds that there are, by name and what."""
+    known = {(fault.name, fault.what) for fault in FAULTS}
+    cells = {tuple(line.split(" | ")[:2]): line for line in page.read_text().splitlines() if line.startswith("| ")}
+    return {key: line for (name, *what), line in cells.items() if (key := (name[2:], "".join(what))) in known}
+
+
+def _place(line: str, order: list[tuple[str, str]]) -> int:
+    name, what, *_ = line[2:].split(" | ")
+    return order.index((name, what)) if (name, what) in order else len(order)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--counts", choices=("one", "few", "nightly"), default="few", help="how many of each kind")
     parser.add_argument("--only", nargs="+", metavar="KIND", choices=sorted({fault.name for fault in FAULTS}))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="page with the markers")
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help="page with the markers; rows of kinds not tried stay"
+    )
     arguments = parser.parse_args(argv)
     counts: list[Count] = []
     with TemporaryDirectory() as folder:
@@ -160,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for failure in row.failures:
             print(f"{row.fault.name}: {failure}")
     if arguments.write:
-        write(arguments.write, COMMAND, text)
+        write(arguments.write, COMMAND, table(counts, seed=arguments.seed, kept=rows_of(arguments.write)))
     return 1 if any(row.failures for row in counts) else 0
 
 

@@ -13,7 +13,6 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -150,65 +149,26 @@ def resume_often(overrides: list[str], folder: str, starts: int) -> tuple[dict[i
     return lines, opened[-1] - opened[1]
 
 
-def door(words: list[str]) -> int:
-    """The exit code of the real door."""
-    from trainer.__main__ import main
-
-    return main(words)
-
-
-def start_and_exhaust(words: list[str], rank: int, more_bytes: int) -> int:
-    """The real door; one rank may take `more_bytes` of address space beyond what it has. Raises unless it ends well."""
-    if int(os.environ["RANK"]) == rank:
-        has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (has + more_bytes, resource.RLIM_INFINITY))
-    code = door(words)
-    assert code == 0, f"exit code {code}"
-    return code
-
-
-def start_and_fail(words: list[str], rank: int, where: str) -> int:
-    """The real door; one rank meets an exception in its third step. Raises unless the run ends with exit code 0."""
-    import trainer.loop
-
-    if int(os.environ["RANK"]) == rank:
-        calls, at, train_step = itertools.count(), 2, trainer.loop.train_step
-
-        def planted(engine: Engine, *rest: Any) -> Any:
-            if next(calls) == at:
-                if where == "the backward":
-                    parameter = next(engine.model.parameters())
-                    parameter.register_hook(lambda gradient: fail())
-                else:
-                    fail()
-            return train_step(engine, *rest)
-
-        def fail() -> None:
-            kind = torch.OutOfMemoryError if where == "an allocation" else ZeroDivisionError
-            raise kind(f"planted in {where}")
-
-        trainer.loop.train_step = planted
-    code = door(words)
-    assert code == 0, f"exit code {code}"
-    return code
-
-
 def kill_at(folder: str, at: int | None) -> list[str]:
     """Python tells of every open, mkdir, rename, remove and rmdir before it happens; fsync is told of here. Returns the
     list in which they are noted."""
     seen: list[str] = []
 
-    def note(event: str, path: object) -> None:
+    def note(event: str, path: object, below: object = -1) -> None:
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
+        elif isinstance(below, int) and below >= 0:  # a folder that is deleted names its files within itself
+            path = f"{os.readlink(f'/proc/self/fd/{below}')}/{path}"
         if str(path).startswith(folder):
             if len(seen) == at:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen.append(f"{event} {path}")
 
     def audit(event: str, arguments: tuple[object, ...]) -> None:
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+        if event in ("open", "os.mkdir", "os.rename"):
             note(event, arguments[0])
+        elif event in ("os.remove", "os.rmdir"):
+            note(event, *arguments[:2])
 
     fsync = os.fsync
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tests.doors import door
 from tests.harness import run_ranks
 from tests.measured import conditions, write
-from tests.resuming import door
 
 COMMAND = "python -m tests.save_cost"
 STEPS, EVERY = 12, 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs.errors import EXIT_FAILED
-from tests import resuming
+from tests import doors
 from tests.harness import RankFailed, run_ranks
 from tests.parity import words
 from trainer.exhausted import is_out_of_memory
@@ -22,7 +22,7 @@ def test_a_process_without_memory_says_so(tmp_path: Path) -> None:
     run = tmp_path / "run"
     large = ("model.config.vocab_size=400000", "train.eval_samples=0", "train.export=false", f"train.run_dir={run}")
     with pytest.raises(RankFailed, match=f"exit code {EXIT_FAILED}"):
-        run_ranks(1, resuming.start_and_exhaust, words("llama", "single", "fp32", 3, *large), 0, 600 * MIB)
+        run_ranks(1, doors.start_and_exhaust, words("llama", "single", "fp32", 3, *large), 0, 600 * MIB)
     status = read_status(run)
     assert (status["state"], status["exit_code"], status["retry"]) == ("failed", EXIT_FAILED, False)
     reason = str(status["reason"])
@@ -34,9 +34,7 @@ def test_a_process_without_memory_says_so(tmp_path: Path) -> None:
 def test_the_rank_without_memory_is_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(RankFailed):
-        run_ranks(
-            2, resuming.start_and_fail, words("llama", "ddp", "fp32", 5, f"train.run_dir={run}"), 1, "an allocation"
-        )
+        run_ranks(2, doors.start_and_fail, words("llama", "ddp", "fp32", 5, f"train.run_dir={run}"), 1, "an allocation")
     assert str(read_status(run)["reason"]).startswith(
         "rank 1: out of memory after 2 updates: planted in an allocation;"
     )

@@ -1,0 +1,92 @@
+"""What a rank does in a test of whole runs: goes through the real door, and meets a fault there."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.engine import Engine
+
+
+def door(words: list[str]) -> int:
+    """The exit code of the real door."""
+    from trainer.__main__ import main
+
+    return main(words)
+
+
+def start_and_exhaust(words: list[str], rank: int, more_bytes: int) -> int:
+    """The real door; one rank may take `more_bytes` of address space beyond what it has. Raises unless it ends well."""
+    if int(os.environ["RANK"]) == rank:
+        has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (has + more_bytes, resource.RLIM_INFINITY))
+    code = door(words)
+    assert code == 0, f"exit code {code}"
+    return code
+
+
+def start_and_fail(words: list[str], rank: int, where: str) -> int:
+    """The real door; one rank meets an exception in its third step. Raises unless the run ends with exit code 0."""
+    import trainer.loop
+
+    if int(os.environ["RANK"]) == rank:
+        calls, at, train_step = itertools.count(), 2, trainer.loop.train_step
+
+        def planted(engine: Engine, *rest: Any) -> Any:
+            if next(calls) == at:
+                if where == "the backward":
+                    parameter = next(engine.model.parameters())
+                    parameter.register_hook(lambda gradient: fail())
+                else:
+                    fail()
+            return train_step(engine, *rest)
+
+        def fail() -> None:
+            kind = torch.OutOfMemoryError if where == "an allocation" else ZeroDivisionError
+            raise kind(f"planted in {where}")
+
+        trainer.loop.train_step = planted
+    code = door(words)
+    assert code == 0, f"exit code {code}"
+    return code
+
+
+def start_with_slow_save(words: list[str], step: int, seconds: float, grace: float) -> int:
+    """The real door; the save of one step takes so long, gets SIGTERM as it begins, and SIGKILL after the grace."""
+    fsync, files = os.fsync, itertools.count()
+
+    def slow(descriptor: int) -> None:
+        fsync(descriptor)
+        if f"{step:08d}.partial" in os.readlink(f"/proc/self/fd/{descriptor}") and next(files) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            killer = threading.Timer(grace, os.kill, (os.getpid(), signal.SIGKILL))
+            killer.daemon = True
+            killer.start()
+            time.sleep(seconds)
+
+    os.fsync = slow
+    return door(words)
+
+
+def start_with_jumping_clock(words: list[str], seed: float) -> int:
+    """The real door, in a process whose wall clock is somewhere else at every look."""
+    draw, real = random.Random(seed), time.time
+    time.time = lambda: real() + draw.uniform(-1e5, 1e5)
+    return door(words)
+
+
+def export_if_it_can(checkpoint: str, target: str) -> None:
+    from trainer.checkpoint.__main__ import main
+
+    with contextlib.suppress(OSError, ValueError):
+        main(["export", checkpoint, target])
