@@ -155,7 +155,7 @@ def test_damaged_and_failed_runs_are_told_and_another_seed_is_seen(
         (["parallel=ddp"], "needs at least two runs"),
         (["model=tiny,tiny_gpt2"], "model=tiny_gpt2: not so in every run"),
         (["parallel=single,ddp", "train.steps=1,2"], "train.steps=2: not so in every run"),
-        (["train.global_batch_size=8,16"], "is 8 (8), 16 (16)"),
+        (["train.global_batch_size=8,16"], "is 8 (global_batch_size-8), 16 (global_batch_size-16)"),
         (["parallel=single,ddp", "cluster=slurm"], "cluster.kind=slurm: compare runs"),
         (["parallel=single,ddp", "cluster.nodes=2", "cluster.gpus_per_node=1"], "cluster.nodes=2"),
         (["parallel=zero1,zero2", "precision=fp64"], "DeepSpeed has no float64"),
@@ -166,7 +166,7 @@ def test_damaged_and_failed_runs_are_told_and_another_seed_is_seen(
 def test_what_cannot_be_compared_is_refused(words: list[str], problem: str, tmp_path: Path) -> None:
     with pytest.raises(CookbookError) as caught:
         plan_points(["cluster.device=cpu", *words], config_dir=None)
-    assert problem.removeprefix("is ") in str(caught.value)
+    assert problem in str(caught.value)
 
 
 def test_all_points_get_one_batch_that_each_can_make() -> None:
