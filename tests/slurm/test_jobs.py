@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from secrets import token_hex
 
 import pytest
 
 from tests.slurm.running import Cluster, Run
 
 pytestmark = pytest.mark.timeout(900)
-CANARY = "canary-7f3a9c21"
+# Not written here: a run keeps the difference of its working tree, which may be to this very file.
+CANARY = f"canary-{token_hex(8)}"
 
 
 def test_two_nodes_under_torchrun(alone: Run) -> None:
@@ -113,15 +115,15 @@ def test_jobs_of_an_array_follow_each_other(cluster: Cluster, run_dir: Path, alo
 
 def test_a_sweep_is_an_array_with_a_folder_per_point(cluster: Cluster, run_dir: Path) -> None:
     words = ["cluster=slurm", "cluster.device=cpu", "cluster.gpus_per_node=1", "parallel=single", "model=tiny_gpt2"]
-    more = ["data=synthetic", "train.steps=2", "optimizer.lr=1e-3,1e35,1e-4", f"train.run_dir={run_dir}"]
-    done = cluster.door("-m", *words, *more, "cluster.slurm.array=%2", "launcher=python", "launcher.max_restarts=0")
+    more = ["data=synthetic", "train.steps=2", "optimizer.lr=1e35,1e-4", f"train.run_dir={run_dir}"]
+    done = cluster.door("-m", *words, *more, "cluster.slurm.array=%1", "launcher=python", "launcher.max_restarts=0")
     assert done.returncode == 0, done.stderr
     array, _, number = (run_dir / "0/slurm/jobs.txt").read_text().strip().partition("_")
     assert number == "0"
     job = Run(cluster, run_dir, array)
     job.wait(lambda: cluster.jobs() == "", "the end of the array")
-    states = [json.loads((run_dir / f"{point}/status.json").read_text())["state"] for point in range(3)]
-    assert states == ["finished", "failed", "finished"]
-    rates = [(run_dir / f"{point}/config.yaml").read_text().split("lr: ")[1].split()[0] for point in range(3)]
-    assert [float(rate) for rate in rates] == [1e-3, 1e35, 1e-4]
-    assert all((run_dir / f"{point}/logs/slurm-{job.job}_{point}.out").exists() for point in range(3))
+    states = [json.loads((run_dir / f"{point}/status.json").read_text())["state"] for point in range(2)]
+    assert states == ["failed", "finished"]
+    rates = [(run_dir / f"{point}/config.yaml").read_text().split("lr: ")[1].split()[0] for point in range(2)]
+    assert [float(rate) for rate in rates] == [1e35, 1e-4]
+    assert all((run_dir / f"{point}/logs/slurm-{job.job}_{point}.out").exists() for point in range(2))
