@@ -41,6 +41,11 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+class TuningMethod(StrEnum):
+    full = "full"
+    lora = "lora"
+
+
 class OptimizerName(StrEnum):
     adamw = "adamw"
     sgd = "sgd"

@@ -30,6 +30,7 @@ from configs.choices import (
     OptimizerName,
     Progress,
     Schedule,
+    TuningMethod,
     Weights,
 )
 
@@ -173,6 +174,20 @@ class Precision:
     """Dynamic loss scale before the first step. A power of two."""
     loss_scale_window: int = 1000
     """Steps without overflow after which a dynamic loss scale doubles."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Tuning:
+    method: TuningMethod = TuningMethod.full
+    """`full`: every parameter is trained. `lora`: adapters beside the linear layers are, the model is frozen."""
+    rank: int = 16
+    """`lora`: rows of an adapter's first matrix, columns of its second."""
+    alpha: float = 32.0
+    """`lora`: what an adapter adds is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """`lora`: part of an adapter's inputs that is dropped in training."""
+    target_modules: list[str] = field(default_factory=list)
+    """`lora`: names of the linear layers that get one, or their last parts: [q_proj, v_proj]. Empty: all of them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -390,6 +405,7 @@ class Config:
     data: Data = field(default_factory=Data)
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
+    tuning: Tuning = field(default_factory=Tuning)
     optimizer: Optimizer = field(default_factory=Optimizer)
     scheduler: Scheduler = field(default_factory=Scheduler)
     train: Train = field(default_factory=Train)

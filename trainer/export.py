@@ -5,14 +5,19 @@ The engine hands over one whole parameter at a time; rank 0 holds at most one sh
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 SHARD_BYTES = 5 * 10**9
 
@@ -26,11 +31,15 @@ def export_model(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write parameters, config and tokenizer to `folder`, which appears whole or not at all.
+    """Write parameters, config and tokenizer to `folder`, which appears whole or not at all. Of a model with adapters
+    these alone, in peft's format.
 
     parameters: as `Engine.parameters()` gives them; every rank must call this, the ranks that get None write
     nothing. Raises FileExistsError if the folder exists.
     """
+    adapters = getattr(model, "peft_config", {})
+    if adapters:
+        return export_adapter(parameters, next(iter(adapters.values())), tokenizer, folder, dtype=dtype)
     if folder.exists():
         raise FileExistsError(folder)
     writer: ShardWriter | None = None
@@ -46,6 +55,36 @@ def export_model(
             model.generation_config.save_pretrained(writer.folder)
         tokenizer.save_pretrained(writer.folder)
         writer.folder.rename(folder)
+
+
+def export_adapter(
+    parameters: Iterable[tuple[str, torch.Tensor | None]],
+    adapters: LoraConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """As `export_model`, for the parameters of adapters alone. adapters: what peft writes into adapter_config.json."""
+    if folder.exists():
+        raise FileExistsError(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in parameters:
+        if tensor is not None:
+            # The files leave the adapter's own name out: whoever loads it may give it another.
+            tensors[f"base_model.model.{name.replace('.default.', '.')}"] = tensor.to(dtype).contiguous()
+    if not tensors:
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    written = copy.copy(adapters)
+    written.inference_mode = True
+    written.target_modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in tensors})
+    written.save_pretrained(str(partial))
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
 
 
 class ShardWriter:

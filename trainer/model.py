@@ -143,9 +143,12 @@ def materialize(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    frozen_dtype: torch.dtype | None = None,
     after_unit: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Give every parameter memory on `device` in `dtype` and its value from `weights`, unit by unit.
+
+    frozen_dtype: of those that are not trained; None: `dtype`.
 
     A parameter that is sharded already (a DTensor on meta) gets this rank's part of the value; the whole unit exists
     only while it is filled. after_unit: called with each filled unit before the next one is allocated; an engine that
@@ -163,7 +166,7 @@ def materialize(
             }
             if not targets:
                 continue
-            _fill_unit(name, unit, targets, weights, device=device, dtype=dtype)
+            _fill_unit(name, unit, targets, weights, device=device, dtype=dtype, frozen=frozen_dtype or dtype)
             for alias, owner in ties.items():
                 if owner.startswith(prefix) and owner[len(prefix) :] in targets:
                     _set_parameter(model, alias, model.get_parameter(owner))
@@ -182,6 +185,7 @@ def _fill_unit(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    frozen: torch.dtype,
 ) -> None:
     """Whole values into fresh tensors, then each target's share of them in its place."""
     # float32 first: a random value must not depend on the dtype it is stored in.
@@ -190,7 +194,7 @@ def _fill_unit(
         _set_parameter(unit, key, nn.Parameter(torch.empty(target.shape, dtype=wide, device=device)))
     weights.fill(name, unit, list(targets))
     for key, target in targets.items():
-        whole = unit.get_parameter(key).data.to(dtype)
+        whole = unit.get_parameter(key).data.to(dtype if target.requires_grad else frozen)
         if isinstance(target, DTensor):
             # Every rank computed the same whole value: cutting it needs no communication.
             share = cut(whole, target).clone()

@@ -29,6 +29,7 @@ from trainer.parallel.context_table import check_context
 from trainer.parallel.tensor_plans import check_tensor
 from trainer.ranges import check_ranges
 from trainer.report.trackers import check_tracker
+from trainer.tuning_rules import check_tuning
 
 DEEPSPEED_SPLITS = {
     "tp": (
@@ -51,6 +52,7 @@ def check_config(config: Config, device: str) -> Iterator[str]:
     yield from _check_parallel(config)
     yield from _check_splits(config)
     yield from _check_precision(config)
+    yield from check_tuning(config)
     yield from _check_optimizer(config)
     yield from check_gpu(config.cluster.gpu)
     yield from check_tracker(config.logging)

@@ -25,6 +25,16 @@ from configs.schema import Model
 log = logging.getLogger(__name__)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter (`trainer.tuning`) and not to the model."""
+    return "lora_" in name
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name in the model without adapters: peft puts a layer that has one one level down."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
 class Weights(Protocol):
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
         """Write the values of the parameters `keys` of `unit`; `name` is the unit's place in the model."""
@@ -58,7 +68,7 @@ class RandomWeights:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             # Children first: some models re-draw a child's weight in the parent (GPT-2's scaled c_proj).
             for module_name, module in reversed(list(unit.named_modules())):
-                torch.manual_seed(self._seed_of(f"{name}.{module_name}"))
+                torch.manual_seed(self._seed_of(plain_name(f"{name}.{module_name}")))
                 self.model._init_weights(module)
         for owner, leaf, parameter in filled:
             owner._parameters[leaf] = parameter
@@ -76,7 +86,8 @@ class SavedWeights:
         self.folder = folder
         self.files = _tensor_files(folder)
         self.prefix = f"{model.base_model_prefix}."
-        self.missing = [name for name, _ in model.named_parameters() if self._stored_name(name) is None]
+        names = [name for name, _ in model.named_parameters() if not is_adapter(name)]
+        self.missing = [name for name in names if self._stored_name(name) is None]
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
         for key in keys:
@@ -95,6 +106,7 @@ class SavedWeights:
 
     def _stored_name(self, name: str) -> str | None:
         """Files written from the bare base model (GPT-2 on the hub) leave its prefix out."""
+        name = plain_name(name)
         candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
         return next((candidate for candidate in candidates if candidate in self.files), None)
 
@@ -110,7 +122,7 @@ class LoadedWeights:
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
         for key in keys:
-            unit.get_parameter(key).copy_(self.values[f"{name}.{key}" if name else key])
+            unit.get_parameter(key).copy_(self.values[plain_name(f"{name}.{key}" if name else key)])
 
 
 def build_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Weights:

@@ -1,4 +1,5 @@
-"""A checkpoint as a Hugging Face folder: one tensor at a time, without a GPU, a process group or the rest of the ranks.
+"""A checkpoint as a Hugging Face folder (of adapters: peft's), one tensor at a time, without a GPU, a process group or
+the rest of the ranks.
 
 python -m trainer.checkpoint export RUN_DIR OUT                  the newest whole checkpoint of a run
 python -m trainer.checkpoint export RUN_DIR/checkpoints/step-00000100 OUT --dtype bfloat16
@@ -8,15 +9,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from configs.choices import TuningMethod
 from configs.errors import CheckpointDamaged, CheckpointMismatch, EnvironmentProblem
+from configs.schema import Tuning
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
 from trainer.checkpoint.manifest import (
     STATE,
@@ -28,7 +32,8 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.progress import read_progress
 from trainer.checkpoint.tensors import TensorReader
-from trainer.export import export_model
+from trainer.export import export_adapter, export_model
+from trainer.tuning import lora_config
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +47,15 @@ def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
     if target.exists():
         raise EnvironmentProblem(f"{target}: exists; choose another folder")
     folder, manifest = newest_whole(source)
-    model = _build_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
+    known = read_progress(folder / STATE).identity
+    tokenizer, parameters = AutoTokenizer.from_pretrained(folder / TOKENIZER), _parameters(folder, manifest)
     try:
-        export_model(_parameters(folder, manifest), model, tokenizer, target, dtype=dtype)
+        if known.get("tuning.method") == TuningMethod.lora:
+            fields = {key: known[f"tuning.{key}"] for key in ("rank", "alpha", "target_modules")}
+            adapters = lora_config(Tuning(method=TuningMethod.lora, **fields), known["tuning.base"][1])
+            export_adapter(parameters, adapters, tokenizer, target, dtype=dtype)
+        else:
+            export_model(parameters, _build_model(folder, known), tokenizer, target, dtype=dtype)
     except OSError as error:
         shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)
         raise EnvironmentProblem(f"{target}: cannot be written ({error.strerror or error})") from None
@@ -79,10 +89,9 @@ def _parameters(folder: Path, manifest: Manifest) -> Iterator[tuple[str, torch.T
     yield from ((key.removeprefix(prefix), saved.read(key)) for key in saved.names() if key.startswith(prefix))
 
 
-def _build_model(folder: Path) -> PreTrainedModel:
+def _build_model(folder: Path, known: Mapping[str, Any]) -> PreTrainedModel:
     """The model that was trained, without memory: the config is in the checkpoint. Its code is transformers' own."""
     prefix = "model."
-    known = read_progress(folder / STATE).identity
     fields = {key.removeprefix(prefix): value for key, value in known.items() if key.startswith(prefix)}
     kind = fields.pop("model_type", None)
     if kind not in CONFIG_MAPPING:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from configs.choices import TuningMethod
 from configs.errors import CheckpointDamaged, CheckpointMismatch
 from configs.schema import Config
 from trainer.data import DataSet
@@ -38,6 +39,7 @@ _REMEDY = {
     "data": "give the same data",
     "optimizer": "give the same optimizer",
     "train": "give the same value",
+    "tuning": "give the same value",
 }
 
 
@@ -68,6 +70,19 @@ def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict
         "data.fingerprint": data.fingerprint,
         "optimizer.name": str(config.optimizer.name),
         "train.seed": config.train.seed,
+        "tuning.method": str(config.tuning.method),
+        **(_adapters(config) if config.tuning.method is TuningMethod.lora else {}),
+    }
+
+
+def _adapters(config: Config) -> dict[str, Any]:
+    """What makes saved adapters those of this run: the model beneath them is not saved with them."""
+    tuning, model = config.tuning, config.model
+    return {
+        "tuning.rank": tuning.rank,
+        "tuning.alpha": tuning.alpha,
+        "tuning.target_modules": sorted(tuning.target_modules),
+        "tuning.base": [str(model.weights), model.path, model.revision],
     }
 
 

@@ -80,7 +80,7 @@ class Engine(Protocol):
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Every parameter under its Hugging Face name, whole, in the master dtype: on rank 0 a CPU tensor, elsewhere
         None. One at a time, so that no rank holds the whole model. A collective: every rank must exhaust it. Tied
-        weights come once, under the name of the input embedding."""
+        weights come once, under the name of the input embedding; of a frozen model with adapters only these."""
         ...
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:

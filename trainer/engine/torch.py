@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from configs.choices import OffloadDevice
+from configs.choices import OffloadDevice, TuningMethod
 from configs.schema import Config
 from trainer import gradients
 from trainer.checkpoint.tensors import TensorReader
@@ -32,6 +32,7 @@ from trainer.parallelize import parallelize
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
 from trainer.runtime import Runtime
+from trainer.tuning import AdapterWeights, apply_tuning
 from trainer.weights import build_weights
 
 
@@ -39,7 +40,7 @@ class TorchEngine:
     """Fulfils `trainer.engine.Engine` for every layout without DeepSpeed.
 
     model: on the meta device where a pipeline runs its stages in its place. named: this rank's parameters by name,
-    each once; the last stage's copy of a tied embedding is the first stage's to name.
+    each once, under adapters those alone; the last stage's copy of a tied embedding is the first stage's to name.
     """
 
     def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
@@ -49,11 +50,16 @@ class TorchEngine:
         self.loss_scale = build_loss_scale(config.precision)
         self.mesh = build_mesh(plan, runtime.device)
         self.model = build_model(config.model, build_hf_config(config.model))
+        apply_tuning(self.model, config.tuning, base=config.model.path)
+        self.whole = config.tuning.method is TuningMethod.full
         self.parts = parallelize(self.model, config, plan, self.mesh)
         self.modules = self.parts.modules
         for module in self.modules:
-            weights = build_weights(config.model, module, seed=config.train.seed)
-            materialize(module, weights, device=self._home(), dtype=torch_dtype(plan.master_dtype))
+            weights = AdapterWeights(build_weights(config.model, module, seed=config.train.seed), config.train.seed)
+            # What adapters leave frozen needs no precision beyond that of its use.
+            frozen = None if self.whole else torch_dtype(plan.param_dtype)
+            dtype = torch_dtype(plan.master_dtype)
+            materialize(module, weights, device=self._home(), dtype=dtype, frozen_dtype=frozen)
             module.train()
         self.ddp = None
         if not plan.fully_sharded and plan.degree("dp_replicate") > 1:
@@ -64,7 +70,8 @@ class TorchEngine:
         # Kept: after a forward that leaves FSDP's parameters gathered, the modules would name other tensors.
         everything = [(name, p) for module in self.modules for name, p in module.named_parameters()]
         self.copies = dict(self._tied_copies(everything))
-        self.named = {name: p for name, p in everything if self.copies.get(name) is not p}
+        kept = [(name, p) for name, p in everything if self.whole or p.requires_grad]
+        self.named = {name: p for name, p in kept if self.copies.get(name) is not p}
         self.optimizer = build_optimizer(param_groups(everything, config.optimizer.weight_decay), config.optimizer)
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:

@@ -149,10 +149,11 @@ def _key(config: Config, fields: Mapping[str, Any]) -> str:
 
 
 def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
-    parallel, optimizer = config.parallel, config.optimizer
+    parallel, optimizer, tuning = config.parallel, config.optimizer, config.tuning
     return {
         "pipeline": plan.degree("pp") > 1,
         "tensor": [plan.degree("tp"), parallel.sequence_parallel, parallel.tensor_plan],
+        "tuning": [str(tuning.method), tuning.rank, tuning.dropout > 0, sorted(tuning.target_modules)],
         "optimizer": [str(optimizer.name), str(optimizer.implementation), optimizer.beta1 > 0],
     }
 
@@ -204,8 +205,11 @@ class _Tracer:
     @cached_property
     def model(self) -> PreTrainedModel:
         from trainer.model import build_hf_config, build_model
+        from trainer.tuning import apply_tuning
 
-        return build_model(self.config.model, build_hf_config(self.config.model))
+        model = build_model(self.config.model, build_hf_config(self.config.model))
+        apply_tuning(model, self.config.tuning)
+        return model
 
     def _division(self) -> Division:
         from trainer.memory.units import Division

@@ -83,7 +83,7 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
     groups = groups_of(unit)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        _make_fake(unit.module, shape.storage)
+        _make_fake(unit.module, shape.storage, frozen=shape.compute or shape.storage)
         feed = _feed(unit, shape)
     unit.module.train()
     apply_checkpointing(unit.module, shape.checkpointing)
@@ -190,15 +190,15 @@ def _loss(unit: Unit, shape: Shape) -> Callable[[torch.Tensor, torch.Tensor], to
     return chunked_cross_entropy_sum if shape.chunked_loss else cross_entropy_sum
 
 
-def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Fake parameters in place of meta ones, this rank's part of each; one that two modules share stays one."""
+def _make_fake(model: nn.Module, dtype: torch.dtype, *, frozen: torch.dtype) -> None:
+    """Fake parameters in place of meta ones, this rank's part of each; a shared one stays one. frozen: their dtype."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                fake = made.get(id(parameter))
-                if fake is None:
-                    fake = nn.Parameter(torch.empty(local(parameter).shape, dtype=dtype), parameter.requires_grad)
+                if (fake := made.get(id(parameter))) is None:
+                    kind = dtype if parameter.requires_grad else frozen
+                    fake = nn.Parameter(torch.empty(local(parameter).shape, dtype=kind), parameter.requires_grad)
                     made[id(parameter)] = fake
                 module._parameters[name] = fake
 

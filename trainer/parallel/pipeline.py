@@ -154,6 +154,8 @@ class Pipeline:
         """Add the gradients of the two copies of each tied parameter, in both places. `forward_backward` calls it."""
         for name in self.stages[0].tied or self.stages[-1].tied:
             ends = [stage for stage in self.stages if stage.is_first or stage.is_last]
+            if not ends[0].module.get_parameter(name).requires_grad:
+                continue
             gradients = [_gradient(stage.module, name) for stage in ends]
             if len(gradients) == 2:
                 gradients[0].add_(gradients[1])

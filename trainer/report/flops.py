@@ -17,27 +17,36 @@ if TYPE_CHECKING:
     from trainer.plan import Plan
 
 
-def count_parameters(model: PreTrainedModel) -> int:
-    """Of the whole model, tied ones once, however they are spread over ranks."""
+def count_parameters(model: PreTrainedModel, *, frozen: bool = False) -> int:
+    """Of the whole model, tied ones once, however they are spread over ranks. frozen: only those not trained."""
     # What DeepSpeed leaves of a partitioned parameter is empty; it keeps the true size beside. A DTensor knows it.
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    parameters = (parameter for parameter in model.parameters() if not (frozen and parameter.requires_grad))
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
 
-def flops_per_token(config: PretrainedConfig, *, parameters: int, seq_len: int) -> float:
-    """FLOPs of forward and backward for one token: 6 N + 12 L H Q T.
+def model_flops_per_token(model: PreTrainedModel, *, seq_len: int) -> float:
+    """`flops_per_token` of a model as it is trained."""
+    parameters, frozen = count_parameters(model), count_parameters(model, frozen=True)
+    return flops_per_token(model.config, parameters=parameters, frozen=frozen, seq_len=seq_len)
+
+
+def flops_per_token(config: PretrainedConfig, *, parameters: int, seq_len: int, frozen: int = 0) -> float:
+    """FLOPs of forward and backward for one token: 6 N + 12 L H Q T, less 2 for each frozen parameter of N.
 
     N: parameters that take part in a matrix product, so without the input embedding (a table look-up), unless the
     output layer uses the same table (norms, biases and learned positions are let in: about 1 % in GPT-2, less in
-    larger models); L layers, H heads of size Q, T = seq_len. parameters: all of the model, tied ones once. For dense
-    decoders: of a mixture of experts it counts every expert.
+    larger models); L layers, H heads of size Q, T = seq_len. parameters: all of the model, tied ones once; frozen:
+    those not trained, whose own gradient is not computed. For dense decoders: of a mixture of experts it counts every
+    expert.
     """
     text = config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     embedding = 0 if getattr(text, "tie_word_embeddings", False) else text.vocab_size * text.hidden_size
-    return training_flops_per_token(
+    whole = training_flops_per_token(
         matrices=parameters - embedding, layers=text.num_hidden_layers, attention=heads * head_dim, seq_len=seq_len
     )
+    return whole - 2.0 * max(0, frozen - embedding)
 
 
 def training_flops_per_token(*, matrices: int, layers: int, attention: int, seq_len: int) -> float:

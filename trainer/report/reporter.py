@@ -29,7 +29,7 @@ from configs.schema import Config
 from trainer.checkpoint.files import replace_text
 from trainer.model import architecture
 from trainer.plan import Plan
-from trainer.report.flops import count_parameters, flops_per_token, mfu, peak_flops
+from trainer.report.flops import count_parameters, mfu, model_flops_per_token, peak_flops
 from trainer.report.folder import run_label, writing
 from trainer.report.measure import PeakMemory, StepSeconds, peak_memory
 from trainer.report.metrics import (
@@ -77,7 +77,7 @@ class Reporter:
     ) -> None:
         self._config, self._plan, self._runtime, self._folder, self._memory = config, plan, runtime, folder, memory
         parameters = count_parameters(model)
-        self._flops_per_token = flops_per_token(model.config, parameters=parameters, seq_len=plan.batch.seq_len)
+        self._flops_per_token = model_flops_per_token(model, seq_len=plan.batch.seq_len)
         gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
         self._peak_flops = peak_flops(config, plan, gpu)
         self._head = [

@@ -22,21 +22,23 @@ class Replicated:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.timeline = setting, setting.timeline
         self.ddp = setting.plan.degree("dp_replicate") > 1
-        width = WIDTHS[setting.plan.master_dtype]
+        width, anatomy = WIDTHS[setting.plan.master_dtype], setting.profile.anatomy
+        # Of the parameters that are trained; the others are only held.
         self.sizes = {
             (group, parameter.name): parameter.numel * width
-            for group, parameters in setting.profile.anatomy.all_groups()
+            for group, parameters in anatomy.all_groups()
             for parameter in parameters
+            if parameter.trainable
         }
-        self.matrices = [
-            parameter.numel * width for parameter in setting.profile.anatomy.parameters() if len(parameter.shape) > 1
-        ]
+        trained = [parameter for parameter in anatomy.parameters() if parameter.trainable]
+        self.matrices = [parameter.numel * width for parameter in trained if len(parameter.shape) > 1]
+        self.frozen = [p.numel * WIDTHS[setting.plan.param_dtype] for p in anatomy.parameters() if not p.trainable]
         self.gradients: dict[Key, Handle | None] = {}
         self.buckets: list[tuple[set[Key], Handle | None]] = []
         self.last = self.steady = False
 
     def start(self) -> None:
-        for size in self.sizes.values():
+        for size in (*self.sizes.values(), *self.frozen):
             self.timeline.allocate("parameters", size)
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
         if self.ddp:

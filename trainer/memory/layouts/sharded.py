@@ -41,6 +41,10 @@ class FullySharded:
         # Groups without parameters of their own gather nothing.
         self.groups = {name: parameters for name, parameters in anatomy.all_groups() if parameters}
         self.shards = {name: [self._shard(p) for p in parameters] for name, parameters in self.groups.items()}
+        # Frozen parameters are gathered as all others, and neither reduced nor updated.
+        self.trained = {
+            name: sum(self._shard(p) for p in parameters if p.trainable) for name, parameters in self.groups.items()
+        }
         self.whole: dict[str, list[Handle | None]] = {}
         self.pending: dict[str, Handle | None] = {}
         self.deferred: Handle | None = None
@@ -60,9 +64,9 @@ class FullySharded:
         return ceil(shape[0] / self.ranks) * prod(shape[1:])
 
     def start(self) -> None:
-        for shards in self.shards.values():
-            for shard in shards:
-                self._place("parameters", shard * self.master)
+        for parameters in self.groups.values():
+            for parameter in parameters:
+                self._place("parameters", self._shard(parameter) * (self.master if parameter.trainable else self.param))
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
         if not self.staged:
             place_batch(self.setting)
@@ -82,11 +86,10 @@ class FullySharded:
             return
         fresh = group not in self.whole
         self._gather(group)
-        # Only the next gathering of this forward frees the output of the last one.
+        # Only the next gathering of this forward frees the output of the last one, when its own copies are made.
         if fresh:
-            self.timeline.free(self.deferred)
-            self.deferred = None
             self._copy_out(group)
+            self.timeline.free(self.deferred)
             self.deferred = self.pending.pop(group, None)
 
     def after_forward(self, group: str) -> None:
@@ -138,6 +141,9 @@ class FullySharded:
     def end_backward(self) -> None:
         for group in ("root", "embedding"):
             self.after_backward(group)
+        # Gathered ahead for a backward that had no need of it: that of a frozen embedding.
+        for group in list(self.pending):
+            self.timeline.free(self.pending.pop(group))
         if not self.delayed:
             self._finish()
 
@@ -164,8 +170,10 @@ class FullySharded:
         for name in added.keys() & received.keys():
             self.timeline.free(received.pop(name))
         self._drop(group)
+        shard = self.trained[group]
+        if not shard:
+            return
         self.timeline.free(self.reducing)
-        shard = sum(self.shards[group])
         self.reducing = self.timeline.allocate("buffers", shard * self.ranks * self.reduce)
         for handle in (*received.values(), *added.values()):
             self.timeline.free(handle)
@@ -187,7 +195,7 @@ class FullySharded:
     def sizes(self, *, matrices: bool = False) -> list[int]:
         """Bytes of this rank's parameters in master_dtype."""
         members = [parameter for group in self.groups.values() for parameter in group]
-        return [self._shard(p) * self.master for p in members if len(p.shape) > 1 or not matrices]
+        return [self._shard(p) * self.master for p in members if p.trainable and (len(p.shape) > 1 or not matrices)]
 
     def clear(self) -> None:
         for handle in self.sharded.values():
@@ -201,7 +209,7 @@ class FullySharded:
         shard = sum(self.shards[group]) * self.param
         cast = None
         if self.param != self.master or (self.offloaded and self.setting.gpu):
-            cast = self.timeline.allocate("buffers", shard, GATHER)
+            cast = self.timeline.allocate("buffers", self.trained[group] * self.param, GATHER)
         self.pending[group] = self.timeline.allocate("buffers", shard * self.ranks, GATHER)
         self.timeline.free(cast)
 

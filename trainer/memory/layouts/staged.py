@@ -46,6 +46,6 @@ class Staged(FullySharded):
         if self.exchanged:
             # The other end's gradient of a tied embedding.
             for parameter in self.setting.profile.anatomy.parameters():
-                if parameter.summed == "ends":
+                if parameter.summed == "ends" and parameter.trainable:
                     other = self.timeline.allocate("workspace", self._shard(parameter) * self.master)
                     self.timeline.free(other)

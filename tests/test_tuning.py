@@ -1,0 +1,154 @@
+"""`tuning=lora`: the same adapters under every layout, the model left as it was, and files that peft reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs.errors import ConfigError, PlanError
+from configs.load import load_config
+from tests.cases import run_trainer, train
+from tests.harness import run_ranks
+from tests.parity import MODELS, Trained, distance, reference, words
+from trainer.checkpoint.export import export
+from trainer.machine import Machine
+from trainer.model import build_hf_config, build_model
+from trainer.plan import make_plan
+from trainer.tuning import apply_tuning
+
+STEPS = 5
+LORA = ("tuning=lora", "tuning.rank=4", "optimizer.lr=0.03", "train.gradient_accumulation_steps=2")
+LAYOUTS = {"ddp": 2, "fsdp": 2, "hsdp": 4, "fsdp_offload": 2, "pipeline": 2, "pipeline_fsdp": 4, "context": 2}
+# While B is small, Adam divides small gradients by small moments: rounding grows more than in full training.
+FLOAT64 = 1e-8
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_trains_the_adapters_of_one_process(layout: str, model: str) -> None:
+    if model == "gpt2" and layout not in ("fsdp", "pipeline"):
+        pytest.skip("tied embeddings, learned positions and Conv1D: where they are divided")
+    expected = reference(model, "fp64", STEPS, *LORA)
+    found = run_ranks(LAYOUTS[layout], train, words(model, layout, "fp64", STEPS, *LORA))[0]
+    assert distance(found, expected).largest <= FLOAT64
+    assert all(".lora_" in name for name in found.parameters)
+
+
+def test_adapters_begin_as_the_model_itself() -> None:
+    """Seen before the first update, B being zero: the loss is that of the model without adapters."""
+    adapted = reference("llama", "fp64", STEPS, *LORA)
+    full = run_ranks(1, train, words("llama", "single", "fp64", 2, "train.gradient_accumulation_steps=2"))[0]
+    assert adapted.losses[0] == pytest.approx(full.losses[0], rel=1e-12)
+
+
+def test_16_bit_trains_float32_adapters_beside_a_16_bit_model() -> None:
+    expected = reference("llama", "fp32", STEPS, *LORA)
+    for layout in ("single", "fsdp"):
+        found: Trained = run_ranks(1 if layout == "single" else 2, train, words("llama", layout, "bf16", STEPS, *LORA))[
+            0
+        ]
+        assert {value.dtype for value in found.parameters.values()} == {torch.float32}
+        assert max(abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)) <= 3e-2
+
+
+def test_a_run_resumes_and_its_adapter_is_peft_s(tmp_path: Path) -> None:
+    """Train a base, adapters beside it in two goes, and hold what peft makes of the files against the trainer's own."""
+    common = [
+        *MODELS["llama"],
+        "data.seq_len=32",
+        "train.global_batch_size=8",
+        "train.eval_samples=4",
+        "logging.progress=lines",
+        "precision=fp32",
+    ]
+    base = tmp_path / "base"
+    assert run_ranks(1, run_trainer, [*common, "train.steps=2", f"train.run_dir={base}"]) == [0]
+    lora = [
+        *common,
+        *LORA,
+        f"model.path={base}/model",
+        "model.weights=pretrained",
+        "data.tokenizer=bytes",
+        "checkpoint.every=2",
+        "scheduler=constant",
+    ]
+    lora = [word for word in lora if not word.startswith("model=")]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run_ranks(1, run_trainer, [*lora, "train.steps=4", f"train.run_dir={whole}"]) == [0]
+    assert run_ranks(2, run_trainer, [*lora, "train.steps=2", f"train.run_dir={halves}", "parallel=fsdp"]) == [0, 0]
+    (halves / "model").rename(tmp_path / "first")
+    assert run_ranks(1, run_trainer, [*lora, "train.steps=4", f"train.run_dir={halves}"]) == [0]
+    tensors, again = (load_file(run / "model" / "adapter_model.safetensors") for run in (whole, halves))
+    assert tensors.keys() == again.keys()
+    assert max((tensors[name] - again[name]).abs().max().item() for name in tensors) < 1e-4
+    out = tmp_path / "out"
+    export(whole, out, dtype=torch.float32)
+    assert all(
+        torch.equal(value, tensors[name]) for name, value in load_file(out / "adapter_model.safetensors").items()
+    )
+    described = json.loads((whole / "model" / "adapter_config.json").read_text())
+    assert (described["base_model_name_or_path"], described["r"]) == (f"{base}/model", 4)
+    assert AutoTokenizer.from_pretrained(whole / "model").vocab_size == 257
+    _check_loss_with_peft(base / "model", whole)
+
+
+def _check_loss_with_peft(base: Path, run: Path) -> None:
+    """The adapter, loaded by peft, moves the model; and every one of its tensors has arrived."""
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.randint(0, 250, (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = plain(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(plain, str(run / "model"))
+        assert (adapted(input_ids=ids).logits - before).abs().max() > 1e-4
+    tensors = load_file(run / "model" / "adapter_model.safetensors")
+    loaded = {name: p for name, p in adapted.named_parameters() if ".lora_" in name}
+    assert len(loaded) == len(tensors)
+    assert all(
+        torch.equal(loaded[name.replace(".weight", ".default.weight")], value) for name, value in tensors.items()
+    )
+
+
+@pytest.mark.parametrize("targets", ["[q_proj,v_proj]", "[]"])
+def test_target_modules_get_adapters(targets: str) -> None:
+    config = load_config(["model=tiny", "tuning=lora", f"tuning.target_modules={targets}"])
+    model = build_model(config.model, build_hf_config(config.model))
+    apply_tuning(model, config.tuning)
+    adapted = {
+        name.partition(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad
+    }
+    assert adapted == (
+        {"q_proj", "v_proj"}
+        if targets != "[]"
+        else {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    )
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("targets", ["nothing_proj", "embed_tokens", "lm_head"])
+def test_target_modules_that_cannot_are_refused(targets: str) -> None:
+    config = load_config(["model=tiny", "tuning=lora", f"tuning.target_modules=[{targets}]"])
+    model = build_model(config.model, build_hf_config(config.model))
+    with pytest.raises(ConfigError, match=rf"^tuning.target_modules=\['{targets}'\]"):
+        apply_tuning(model, config.tuning)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("parallel=zero2", r"^tuning=lora: trains adapters under engine torch; use parallel=fsdp"),
+        ("parallel=tensor", r"parallel.tp=2: cuts matrices that tuning=lora puts adapters beside"),
+        ("train.compile=true", r"^train.compile=true: compiles no layers with adapters"),
+        ("estimate.search=true", r"^estimate.search=true: its cost model is of full training"),
+        ("tuning.rank=0", r"^tuning.rank=0: must be 1 or more"),
+        ("tuning.dropout=1", r"^tuning.dropout=1.0: must be at least 0 and less than 1"),
+    ],
+)
+def test_what_adapters_cannot_is_refused(override: str, says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        make_plan(load_config(["tuning=lora", override]), Machine(gpus=2))

@@ -1,0 +1,112 @@
+"""LoRA: a frozen model, and beside its linear layers thin matrices that are trained in its place.
+
+    x ----> W (frozen) --------------------------> (+) ---> y = W x + alpha / rank * B A x
+      \\                                            /
+       +--> dropout --> A [rank, in] --> B [out, rank]        B begins at zero: step 1 starts from the model itself
+
+peft puts them in, on the meta device, before anything is divided: to every later pass an adapter is two more small
+matrices of its decoder layer. Nothing is merged; what is saved and exported is the adapter, in peft's format.
+Hu et al. 2021 (LoRA, arXiv:2106.09685), Dettmers et al. 2023 (arXiv:2305.14314, section 4: adapters on all linear
+layers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+from configs.choices import TuningMethod
+from configs.errors import ConfigError, EnvironmentProblem
+from configs.schema import Tuning
+from trainer.model import decoder_layers
+from trainer.weights import Weights, is_adapter
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+log = logging.getLogger(__name__)
+NAME = "default"  # peft's name of the only adapter
+ALL_LINEAR = "all-linear"
+
+
+def apply_tuning(model: PreTrainedModel, tuning: Tuning, *, base: str | None = None) -> None:
+    """Put the adapters that `tuning` asks for into a model on the meta device and freeze the rest, in place.
+
+    base: `model.path`. The model gets peft's attribute `peft_config`, from which the export knows that it has adapters.
+    Raises ConfigError for target modules that the model does not have, EnvironmentProblem without peft.
+    """
+    if tuning.method is TuningMethod.full:
+        return
+    adapters = lora_config(tuning, base)
+    from peft import inject_adapter_in_model
+
+    try:
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            # GPT-2's Conv1D: peft sets what it says it sets.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            inject_adapter_in_model(adapters, model, adapter_name=NAME)
+    except ValueError as error:
+        raise ConfigError(f"tuning.target_modules={tuning.target_modules}: {str(error).splitlines()[0]}") from None
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
+    log.info("LoRA: %s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
+    inside = {id(parameter) for layer in decoder_layers(model) for parameter in layer.parameters()}
+    for name, parameter in model.named_parameters():
+        if is_adapter(name) and (id(parameter) not in inside or "lora_embedding" in name):
+            module = name.partition(".lora_")[0]
+            raise ConfigError(
+                f"tuning.target_modules={tuning.target_modules}: {module} is no linear layer of the decoder; name such"
+                " layers only (q_proj, up_proj, ...), or leave it empty for all of them"
+            )
+
+
+class AdapterWeights:
+    """Fills the frozen model from `base` and the adapters by LoRA's recipe: A as a linear layer, B with zeros.
+
+    Each A draws from a generator seeded with the run's seed and its name: the same numbers under every layout.
+    """
+
+    def __init__(self, base: Weights, seed: int) -> None:
+        self.base, self.seed = base, seed
+
+    def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
+        plain = [key for key in keys if not is_adapter(key)]
+        if plain:
+            self.base.fill(name, unit, plain)
+        for key in keys:
+            if is_adapter(key):
+                self._fill_adapter(f"{name}.{key}", unit.get_parameter(key))
+
+    def _fill_adapter(self, name: str, parameter: nn.Parameter) -> None:
+        if ".lora_B." in name:
+            nn.init.zeros_(parameter)
+            return
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+
+
+def lora_config(tuning: Tuning, base: str | None) -> LoraConfig:
+    """peft's description of the adapters. base: `model.path`, which peft loads them upon. Raises EnvironmentProblem."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise EnvironmentProblem(
+            "tuning=lora: needs peft; pip install 'distributed-training-cookbook[tuning]'"
+        ) from None
+    targets: Any = list(tuning.target_modules) or ALL_LINEAR
+    return LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=tuning.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
