@@ -35,6 +35,24 @@ def start_and_exhaust(words: list[str], rank: int, more_bytes: int) -> int:
     return code
 
 
+def start_and_exhaust_in_training(words: list[str], rank: int, more_bytes: int) -> int:
+    """As `start_and_exhaust`, from the first step on: one rank of several, when they have met."""
+    import trainer.loop
+
+    train_step = trainer.loop.train_step
+
+    def limited(*arguments: Any) -> Any:
+        has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (has + more_bytes, resource.RLIM_INFINITY))
+        return train_step(*arguments)
+
+    if int(os.environ["RANK"]) == rank:
+        trainer.loop.train_step = limited
+    code = door(words)
+    assert code == 0, f"exit code {code}"
+    return code
+
+
 def start_and_fail(words: list[str], rank: int, where: str) -> int:
     """The real door; one rank meets an exception in its third step. Raises unless the run ends with exit code 0."""
     import trainer.loop

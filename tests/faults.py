@@ -144,7 +144,9 @@ def _place(line: str, order: list[tuple[str, str]]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--counts", choices=("one", "few", "nightly"), default="few", help="how many of each kind")
+    parser.add_argument(
+        "--counts", choices=("one", "few", "nightly"), default="few", help="how many of each kind (%(default)s)"
+    )
     parser.add_argument("--only", nargs="+", metavar="KIND", choices=sorted({fault.name for fault in FAULTS}))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -158,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             bench = Bench(Path(folder, fault.name + fault.what[-5:]), random.Random(f"{arguments.seed} {fault.what}"))
             bench.folder.mkdir()
-            number = 1 if arguments.counts == "one" else getattr(fault, arguments.counts)
+            once = arguments.counts == "one"
+            number = 1 if once and not fault.together else fault.few if once else getattr(fault, arguments.counts)
             counts.append(count(fault, number, bench))
             row = counts[-1]
             print(
