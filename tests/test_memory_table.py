@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config
-from tests.gpu.memory_table import BEGIN, END, Row, cases, main, render, write
+from tests.gpu.memory_table import BEGIN, END, FAKE_RANKS, Row, cases, main, measure_fake, render, write
 from trainer.machine import Machine
 from trainer.memory.estimate import Verdict
 from trainer.plan import make_plan
@@ -27,7 +27,18 @@ def test_a_real_run_fills_the_table_of_a_page(tmp_path: Path) -> None:
     assert "- allocated: median" in text and "- reserved" not in text
 
 
+@pytest.mark.parametrize(("rank", "world_size", "words"), FAKE_RANKS["cpu"])
+def test_a_rank_without_its_neighbours_needs_what_is_predicted(
+    rank: int, world_size: int, words: list[str], tmp_path: Path
+) -> None:
+    row = measure_fake(rank, world_size, words, tmp_path)
+    assert row.measured and row.error == pytest.approx(0, abs=0.05)
+
+
 def test_gpu_cases_are_plans() -> None:
+    for rank, world_size, words in FAKE_RANKS["cuda"]:
+        machine = Machine(gpus=world_size, world_size=world_size, local_world_size=world_size)
+        assert rank < make_plan(load_config(words), machine).world_size == world_size
     found = list(cases("cuda"))
     assert len(found) == len({tuple(words) for words in found}) > 100
     for words in found[::17]:  # passes through every choice; all of them would take a minute

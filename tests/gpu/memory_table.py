@@ -3,6 +3,7 @@
     python -m tests.gpu.memory_table --page docs/memory.md      on a machine with a GPU; an hour or so
     python -m tests.gpu.memory_table --device cpu               the same with a tiny model and counted tensors: minutes
 
+Ranks of larger worlds, whose neighbours do not exist (`fake_rank`), follow the runs of one process.
 A run that ends without a summary counts as out of memory; the table then says whether that was predicted.
 """
 
@@ -54,6 +55,34 @@ CPU_GRID = {
 }
 CPU_WORDS = ["cluster.device=cpu", "cluster.gpus_per_node=1", "data.seq_len=64", "estimate.measure=true"]
 
+LARGE = ["precision=bf16", "cluster.device=cuda", "data.seq_len=4096", "train.micro_batch_size=1"]
+LARGE += ["train.activation_checkpointing=full", "data=synthetic"]
+SMALL = ["model=tiny", "precision=bf16", "cluster.device=cpu", "data.seq_len=64", "train.micro_batch_size=1"]
+SMALL += ["data=synthetic", "model.config.num_attention_heads=8", "model.config.num_key_value_heads=8"]
+EIGHT = ["train.gradient_accumulation_steps=8"]
+DIVIDED = [
+    "parallel=3d",
+    "parallel.pp=8",
+    "parallel.tp=8",
+    "parallel.dp_replicate=1",
+    "parallel.sequence_parallel=true",
+]
+FAKE_RANKS: dict[str, list[tuple[int, int, list[str]]]] = {
+    "cuda": [
+        (0, 8, ["model=llama3_1_8b", "parallel=fsdp", *LARGE]),
+        (0, 8, ["model=llama3_1_8b", "parallel=tensor", "parallel.tp=8", "parallel.sequence_parallel=true", *LARGE]),
+        (0, 64, ["model=llama3_1_70b", "parallel=fsdp", *LARGE]),
+        *((rank, 64, ["model=llama3_1_70b", *DIVIDED, *EIGHT, *LARGE]) for rank in (0, 24, 63)),
+    ],
+    "cpu": [
+        (0, 8, [*SMALL, "parallel=fsdp"]),
+        (7, 8, [*SMALL, "parallel=tensor", "parallel.tp=8"]),
+        (3, 4, [*SMALL, "parallel=pipeline", "parallel.pp=4", *EIGHT]),
+        (5, 8, [*SMALL, "parallel=3d", "parallel.pp=4", "parallel.tp=2", "parallel.dp_replicate=1", *EIGHT]),
+    ],
+}
+"""Rank, world size and configuration of ranks whose neighbours do not exist (`fake_rank`)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -101,6 +130,30 @@ def measure(words: Sequence[str], folder: Path) -> Row:
         verdict=found.verdict,
         predicted=found.busiest.peak_allocated_bytes,
         predicted_reserved=found.busiest.peak_reserved_bytes,
+        measured=memory.get("measured_allocated_bytes"),
+        measured_reserved=memory.get("measured_reserved_bytes"),
+    )
+
+
+def measure_fake(rank: int, world_size: int, words: Sequence[str], folder: Path) -> Row:
+    """One rank of a world that is not there, in a process of its own."""
+    overrides = [*words, f"data.cache_dir={folder}/cache"]
+    command = [sys.executable, "-m", "tests.gpu.fake_rank", str(rank), str(world_size), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    config = load_config(overrides)
+    plan = make_plan(config, Machine(gpus=world_size, world_size=world_size, local_world_size=world_size))
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    found = estimate(config, plan, found_gpu=gpu)
+    if done.returncode and "out of memory" not in done.stderr:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    memory = {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    predicted = found.of_rank(plan, rank)
+    degrees = " ".join(f"{axis}={size}" for axis, size in plan.mesh if size > 1)
+    return Row(
+        case=f"{config.model.preset} {degrees}, rank {rank} of {world_size}",
+        verdict=found.verdict,
+        predicted=predicted.peak_allocated_bytes,
+        predicted_reserved=predicted.peak_reserved_bytes,
         measured=memory.get("measured_allocated_bytes"),
         measured_reserved=memory.get("measured_reserved_bytes"),
     )
@@ -167,6 +220,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.only in " ".join(words):
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(measure(words, Path(folder)))
+            print(_line(rows[-1]), file=sys.stderr, flush=True)
+    for rank, world_size, words in FAKE_RANKS[arguments.device]:
+        if arguments.only in " ".join(words):
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(measure_fake(rank, world_size, words, Path(folder)))
             print(_line(rows[-1]), file=sys.stderr, flush=True)
     table = render(rows)
     if arguments.page is None:

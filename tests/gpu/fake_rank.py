@@ -1,0 +1,86 @@
+"""One rank of a layout whose other ranks do not exist: the real engine on one device, with a fake process group.
+
+    python -m tests.gpu.fake_rank RANK WORLD_SIZE OVERRIDES      prints the peaks of two steps, in bytes, as JSON
+
+Collectives of the fake group return at once and leave their tensors as they are, so that values mean nothing; what is
+allocated when, and freed when, is what the rank of a real group does. On a GPU torch's allocator counts, on the CPU
+the tensors are counted one by one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from configs.load import load_config
+from trainer import gradients
+from trainer.data import Batch
+from trainer.engine import build_engine
+from trainer.machine import Machine
+from trainer.memory.compose import STEPS
+from trainer.memory.tracker import StorageTracker, balance
+from trainer.plan import make_plan
+from trainer.runtime import Runtime
+
+
+def measure(rank: int, world_size: int, overrides: Sequence[str]) -> dict[str, int | None]:
+    """Bytes: measured_allocated_bytes and, on a GPU, measured_reserved_bytes."""
+    config = load_config(overrides)
+    plan = make_plan(config, Machine(gpus=world_size, world_size=world_size, local_world_size=world_size))
+    device = torch.device("cuda:0" if plan.device == "cuda" else "cpu")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(world_size))
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    runtime = Runtime(rank=rank, local_rank=0, world_size=world_size, device=device)
+    shape = (plan.batch.micro_batch_size, plan.batch.seq_len)
+    count = plan.batch.gradient_accumulation_steps
+    with without_values(), StorageTracker() as tracker:
+        engine = build_engine(config, plan, runtime)
+        gc.collect()
+        tokens = [torch.randint(0, 100, shape, device=device) for _ in range(count)]
+        batches = [Batch(rows, rows.clone()) for rows in tokens]
+        valid_tokens = torch.tensor(float(plan.batch.tokens), dtype=torch.float64, device=device)
+        for _ in range(STEPS):
+            engine.forward_backward(batches, valid_tokens)
+            engine.step(1e-3)
+    if device.type == "cuda":
+        return {
+            "measured_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "measured_reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
+    peak = max(total for _, total in balance(tracker.events))
+    return {"measured_allocated_bytes": peak, "measured_reserved_bytes": None}
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Leave out what needs other ranks' values: the check that a tensor plan computes the same (`tensor_check`), and
+    the test whether gradients are finite, without which no update is made; their norm is computed all the same."""
+    norm = gradients.global_norm
+
+    def finite_norm(*arguments: Any, **named: Any) -> float:
+        norm(*arguments, **named)
+        return 1.0
+
+    def agreed(tensor: torch.Tensor, **_: object) -> None:
+        tensor.fill_(1)  # a pipeline's neighbour knows the shapes
+
+    with (
+        mock.patch("trainer.parallelize.self_check"),
+        mock.patch.object(gradients, "global_norm", finite_norm),
+        mock.patch.object(dist, "recv", agreed),
+    ):
+        yield
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])))
