@@ -155,11 +155,13 @@ def layouts() -> str:
 
 
 def _distances() -> dict[str, str]:
-    """Of each layout the largest measured distance in any of its cases: of the loss | of the parameters."""
+    """Of each layout, in its finest precision, the largest distance of any case: of the loss | of the parameters."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _table("parity.md", "layout")]
     found: dict[str, str] = {}
     for layout in {row[0] for row in rows}:
-        loss, _, parameters = zip(*([float(cell) for cell in row[5:]] for row in rows if row[0] == layout), strict=True)
+        mine = [row for row in rows if row[0] == layout]
+        finest = max(row[4] for row in mine)
+        loss, _, parameters = zip(*([float(cell) for cell in row[5:]] for row in mine if row[4] == finest), strict=True)
         found[layout] = f"{max(loss):.0e} | {max(parameters):.0e}"
     return found
 

@@ -57,6 +57,8 @@ def test_16_bit_trains_float32_adapters_beside_a_16_bit_model() -> None:
         assert max(abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)) <= 3e-2
 
 
+# peft 0.21 asks transformers under the old name.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_run_resumes_and_its_adapter_is_peft_s(tmp_path: Path) -> None:
     """Train a base, adapters beside it in two goes, and hold what peft makes of the files against the trainer's own."""
     common = [
@@ -65,7 +67,7 @@ def test_a_run_resumes_and_its_adapter_is_peft_s(tmp_path: Path) -> None:
         "train.global_batch_size=8",
         "train.eval_samples=4",
         "logging.progress=lines",
-        "precision=fp32",
+        "precision=fp64",
     ]
     base = tmp_path / "base"
     assert run_ranks(1, run_trainer, [*common, "train.steps=2", f"train.run_dir={base}"]) == [0]
@@ -79,14 +81,14 @@ def test_a_run_resumes_and_its_adapter_is_peft_s(tmp_path: Path) -> None:
         "scheduler=constant",
     ]
     lora = [word for word in lora if not word.startswith("model=")]
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole, half, rest = tmp_path / "whole", tmp_path / "half", tmp_path / "rest"
     assert run_ranks(1, run_trainer, [*lora, "train.steps=4", f"train.run_dir={whole}"]) == [0]
-    assert run_ranks(2, run_trainer, [*lora, "train.steps=2", f"train.run_dir={halves}", "parallel=fsdp"]) == [0, 0]
-    (halves / "model").rename(tmp_path / "first")
-    assert run_ranks(1, run_trainer, [*lora, "train.steps=4", f"train.run_dir={halves}"]) == [0]
-    tensors, again = (load_file(run / "model" / "adapter_model.safetensors") for run in (whole, halves))
+    assert run_ranks(2, run_trainer, [*lora, "train.steps=2", f"train.run_dir={half}", "parallel=fsdp"]) == [0, 0]
+    resume = [f"train.run_dir={rest}", f"train.resume={half}"]
+    assert run_ranks(1, run_trainer, [*lora, "train.steps=4", *resume]) == [0]
+    tensors, again = (load_file(run / "model" / "adapter_model.safetensors") for run in (whole, rest))
     assert tensors.keys() == again.keys()
-    assert max((tensors[name] - again[name]).abs().max().item() for name in tensors) < 1e-4
+    assert max((tensors[name] - again[name]).abs().max().item() for name in tensors) < 1e-8
     out = tmp_path / "out"
     export(whole, out, dtype=torch.float32)
     assert all(
@@ -94,7 +96,7 @@ def test_a_run_resumes_and_its_adapter_is_peft_s(tmp_path: Path) -> None:
     )
     described = json.loads((whole / "model" / "adapter_config.json").read_text())
     assert (described["base_model_name_or_path"], described["r"]) == (f"{base}/model", 4)
-    assert AutoTokenizer.from_pretrained(whole / "model").vocab_size == 257
+    assert len(AutoTokenizer.from_pretrained(whole / "model")) == 257
     _check_loss_with_peft(base / "model", whole)
 
 
