@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import configs
 from configs.load import load_config
-from launch.estimate import main
+from launch.estimate import answer, main
 from tests.test_memory_measured import CASES
 from trainer.machine import Machine
 from trainer.memory.allocator import CudaAllocator
@@ -72,6 +72,14 @@ def test_what_does_not_fit_comes_with_changes_that_do(cache: str, capsys: pytest
     again, changed = answer_json([*words, *suggestions[0]["overrides"]], capsys)
     assert again == 0
     assert changed["peak_reserved_bytes"] == suggestions[0]["peak_reserved_bytes"]
+
+
+def test_of_a_weaker_and_a_stronger_change_the_stronger_is_named(cache: str) -> None:
+    words = ["model=tiny", "parallel=ddp", "cluster=8xh100", "data.seq_len=1024", "train.micro_batch_size=16", cache]
+    room = ["cluster.gpu_memory_gib=0.08", "estimate.context_gib=0", "estimate.nccl_gib=0"]
+    (found,) = answer([*words, *room]).suggestions
+    assert "recompute whole layers" in found.why and "every second product" not in found.why
+    assert "train.activation_checkpointing=full" in found.overrides and found.estimate.fits
 
 
 def test_405b_on_16384_gpus_from_the_cache_takes_seconds(cache: str) -> None:

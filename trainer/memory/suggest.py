@@ -60,15 +60,16 @@ def suggest(
             found.append(single)
             if len(found) == ENOUGH:
                 return found
-    together: dict[str, Any] = {}
-    words, all_touched = [], frozenset[str]()
+    together: dict[str, dict[str, Any]] = {}
+    all_touched = frozenset[str]()
     for why, keys, touched in changes if not found else ():
-        together |= keys
+        # A stronger form of a change takes its place.
+        together = {earlier: its for earlier, its in together.items() if not its.keys() <= keys.keys()} | {why: keys}
         all_touched |= touched
-        words.append(why)
         several = None
-        if len(words) > 1 and not _too_little(before, all_touched):
-            several = _try(config, machine, before, " + ".join(words), together, found_gpu)
+        if len(together) > 1 and not _too_little(before, all_touched):
+            every = {key: value for its in together.values() for key, value in its.items()}
+            several = _try(config, machine, before, " + ".join(together), every, found_gpu)
         if several is not None and several.estimate.fits:
             return [several]
     return found
