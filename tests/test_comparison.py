@@ -58,9 +58,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(folder: Path) -> dict[str, list[str]]:
-    """The cells of the page's table behind the name of each run."""
-    lines = [line for line in (folder / MARKDOWN).read_text().splitlines() if line.startswith("| ")]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    """The cells of the page's first table behind the name of each run."""
+    table = (folder / MARKDOWN).read_text().partition("\n| ")[2].partition("\n\n")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     return {row[0]: row[1:] for row in cells}
 
 

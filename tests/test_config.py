@@ -27,6 +27,7 @@ MACHINES = {"cpu": Machine(), "8gpus": Machine(gpus=8)}
 COMPANIONS = {
     "cluster/slurm.yaml": ["cluster.gpus_per_node=8"],
     "data/files.yaml": ["data.paths=[corpus.txt]"],
+    "data/chat.yaml": ["data.paths=[chats.jsonl]"],
     "data/hub.yaml": ["data.name=some/name"],
     "launcher/python.yaml": ["parallel=single"],
     "parallel/zero3_nvme.yaml": ["parallel.offload.nvme_path=/nvme"],
