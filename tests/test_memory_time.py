@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from configs.load import load_config
 from trainer.machine import Machine
 from trainer.memory import pipelined
 from trainer.memory import suggest as suggesting
-from trainer.memory.estimate import estimate, planned_machine
+from trainer.memory.estimate import Estimate, estimate, planned_machine
 from trainer.parallel.pipeline_orders import rank_orders
 from trainer.plan import make_plan
 
@@ -72,3 +73,37 @@ def test_changes_that_cannot_help_are_not_traced(cache: str, monkeypatch: pytest
     assert not before.fits and suggesting.suggest(config, plan, machine, before) == []
     # Half of the model's gradients and copies alone are more than 3 GiB: what does not touch them is not asked for.
     assert all(args[0].parallel != config.parallel for args in asked)
+
+
+def test_of_a_pipeline_that_does_not_fit_one_place_is_asked(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["model=tiny", "model.config.num_hidden_layers=8", "parallel=pipeline", "parallel.pp=4", cache]
+    words += ["cluster=8xh100", "cluster.gpus_per_node=4", "estimate.context_gib=0", "estimate.nccl_gib=0"]
+    config = load_config([*words, "data.seq_len=64", "train.micro_batch_size=16", "cluster.gpu_memory_gib=0.12"])
+    machine = planned_machine(config, Machine())
+    plan = make_plan(config, machine)
+    before = estimate(config, plan)
+    asked = []
+
+    def ask(*args: Any, **given: Any) -> Estimate:
+        asked.append(estimate(*args, **given))
+        return asked[-1]
+
+    monkeypatch.setattr(suggesting, "estimate", ask)
+    assert not before.fits and suggesting.suggest(config, plan, machine, before)
+    refused = [found for found in asked if not found.fits]
+    assert refused and all(len(found.ranks) == 1 for found in refused)
+    assert any(len(found.ranks) == 4 for found in asked), "what is suggested was asked of every place"
+
+
+def test_the_largest_micro_batch_of_a_pipeline_fits_everywhere_and_one_more_does_not(cache: str) -> None:
+    words = ["model=tiny", "model.config.num_hidden_layers=8", "parallel=pipeline", "parallel.pp=4", cache]
+    words += ["cluster=8xh100", "cluster.gpus_per_node=4", "estimate.context_gib=0", "estimate.nccl_gib=0"]
+    words += ["data.seq_len=64", "cluster.gpu_memory_gib=0.3"]
+    config = load_config([*words, "train.micro_batch_size=1"])
+    size = suggesting.largest_micro_batch(config, make_plan(config, Machine(gpus=4)))
+    assert size is not None and size > 1
+    fits = []
+    for number in (size, size + 1):
+        config = load_config([*words, f"train.micro_batch_size={number}"])
+        fits.append(estimate(config, make_plan(config, Machine(gpus=4))).fits)
+    assert fits == [True, False]

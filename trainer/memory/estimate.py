@@ -8,7 +8,7 @@ trainer, the launcher and the command `memory-estimate` call the same function.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
@@ -96,6 +96,11 @@ class Estimate:
         return next((kind for kind in self.ranks if kind.kind == stage), self.ranks[0])
 
     @property
+    def busiest_place(self) -> int:
+        """In the pipeline; 0 without one."""
+        return int(self.busiest.kind.removeprefix("pp")) if self.busiest.kind.startswith("pp") else 0
+
+    @property
     def margin_bytes(self) -> int | None:
         """What the busiest rank leaves free; negative: what it lacks."""
         capacity = self.device.capacity_bytes
@@ -155,9 +160,15 @@ def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) 
 
 
 def estimate(
-    config: Config, plan: Plan, *, found_gpu: str | None = None, profile: ModelProfile | None = None
+    config: Config,
+    plan: Plan,
+    *,
+    found_gpu: str | None = None,
+    profile: ModelProfile | None = None,
+    places: Collection[int] | None = None,
 ) -> Estimate:
     """Predict the memory of the plan's ranks. found_gpu: see `planned_device`. profile: instead of the one on disk.
+    places: in a pipeline, only these of it, from 0; the answer has no others.
 
     Raises NotEstimated for a model whose code cannot be traced, and what building the model raises (ConfigError,
     DataError).
@@ -169,7 +180,8 @@ def estimate(
     nccl = int(config.estimate.nccl_gib * GIB) * communicators(plan) if gpu else 0
     outside = context + nccl
     if plan.degree("pp") > 1:
-        ranks = _estimate_stages(config, plan, profile, device, outside=outside)
+        everywhere = range(plan.degree("pp"))
+        ranks = _estimate_stages(config, plan, profile, device, places=places or everywhere, outside=outside)
     else:
         ranks = (_estimate_whole(config, plan, profile, device, outside=outside),)
     return Estimate(ranks=ranks, device=device, context_bytes=context, nccl_bytes=nccl, profile=profile)
@@ -186,11 +198,11 @@ def _estimate_whole(config: Config, plan: Plan, profile: ModelProfile, device: D
 
 
 def _estimate_stages(
-    config: Config, plan: Plan, profile: ModelProfile, device: Device, *, outside: int
+    config: Config, plan: Plan, profile: ModelProfile, device: Device, *, places: Collection[int], outside: int
 ) -> tuple[RankEstimate, ...]:
     """One for each place in the pipeline. Places that do the same are replayed once."""
     ranges, known, ranks = stage_layers(config, plan, profile.outline), dict[Hashable, RankEstimate](), []
-    for pp_rank in range(plan.degree("pp")):
+    for pp_rank in places:
         rank = PipelineRank(config, plan, profile, ranges, pp_rank)
         if rank.work not in known:
             timeline = _begin(plan, device)

@@ -6,7 +6,7 @@ single one is enough they are added up until one set is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import inf
@@ -89,24 +89,39 @@ def largest_micro_batch(config: Config, plan: Plan, *, found_gpu: str | None = N
     Storages are traced for two sizes; where they are the same ones, each grows linearly between and beyond.
     """
     first = estimate(config, plan, found_gpu=found_gpu)
-    here, other = plan.batch.micro_batch_size, plan.batch.micro_batch_size + 1
-    grown = get_profile(config, plan, first.device.gpu, micro_batch_size=other)
-
-    def fits(size: int) -> bool:
-        profile = _extrapolate(first.profile, grown, size - here)
-        assert profile is not None
-        return estimate(config, with_micro_batch(plan, size), found_gpu=found_gpu, profile=profile).fits
-
-    if _extrapolate(first.profile, grown, 1) is None or not first.fits or first.device.capacity_bytes is None:
+    if not first.fits or first.device.capacity_bytes is None:
         return None
-    low = high = here
-    while high < LARGEST and fits(high * 2):
-        low = high = high * 2
-    high = min(high * 2, LARGEST)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    here, gpu = plan.batch.micro_batch_size, first.device.gpu
+    # A single sequence may be computed in another way than several, and tells nothing about them.
+    for traced in (here, here + 1):
+        smaller = first.profile if traced == here else get_profile(config, plan, gpu, micro_batch_size=traced)
+        larger = get_profile(config, plan, gpu, micro_batch_size=traced + 1)
+        if _extrapolate(smaller, larger, 1) is not None:
+            break
+    else:
+        return None
+
+    def fits(size: int, places: Sequence[int] | None) -> bool:
+        profile = _extrapolate(smaller, larger, size - traced)
+        assert profile is not None
+        sized = with_micro_batch(plan, size)
+        return estimate(config, sized, found_gpu=found_gpu, profile=profile, places=places).fits
+
+    def largest(places: Sequence[int] | None) -> int:
+        low = high = here
+        while high < LARGEST and fits(high * 2, places):
+            low = high = high * 2
+        high = min(high * 2, LARGEST)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle, places) else (low, middle)
+        return low
+
+    if plan.degree("pp") == 1:
+        return largest(None)
+    found = largest([first.busiest_place])
+    # With another micro-batch another place of the pipeline may be the busiest.
+    return found if found == here or fits(found, None) else largest(None)
 
 
 def _extrapolate(first: ModelProfile, second: ModelProfile, steps: int) -> ModelProfile | None:
@@ -213,7 +228,8 @@ def _offload(plan: Plan) -> Iterator[Change]:
 def _try(
     config: Config, machine: Machine, before: Estimate, why: str, keys: dict[str, Any], found_gpu: str | None
 ) -> Suggestion | None:
-    """None where the change does not go with the rest of the configuration, or leaves states that do not fit."""
+    """None where the change does not go with the rest of the configuration, leaves states that do not fit, or is not
+    enough for what is the busiest place of the pipeline without it."""
     changed = deepcopy(config)
     for key, value in keys.items():
         section, *rest = key.split(".")
@@ -225,6 +241,10 @@ def _try(
         plan = make_plan(changed, machine)
         if _states(plan, before, config.parallel.tp or 1) > (before.device.capacity_bytes or inf):
             return None
+        if plan.degree("pp") > 1:
+            place = min(before.busiest_place, plan.degree("pp") - 1)
+            if not estimate(changed, plan, found_gpu=found_gpu, places=[place]).fits:
+                return None
         found = estimate(changed, plan, found_gpu=found_gpu)
     except CookbookError:
         return None
