@@ -226,7 +226,7 @@ def predicted() -> str:
     lines = _predicted_head()
     with tempfile.TemporaryDirectory() as folder:
         for name, (ranks, _, words) in CASES.items():
-            overrides = [*words, "data=synthetic", f"data.cache_dir={folder}"]
+            overrides = ["data=synthetic", *words, f"data.cache_dir={folder}"]
             config = load_config(overrides)
             plan = make_plan(config, Machine(world_size=ranks, local_world_size=ranks))
             expected = max(kind.peak_allocated_bytes for kind in estimate(config, plan).ranks)
