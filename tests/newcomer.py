@@ -4,7 +4,8 @@
     python -m tests.newcomer --tests       and `bash tests/run.sh`, which takes most of an hour
     python -m tests.newcomer --commands    prints them only
 
-It clones what is committed, and stops at the first command that fails. The WORDS of the doors are a short run's.
+It clones what is committed, and stops at the first command that fails. The WORDS of the doors are a short run's, of
+data parallel ranks where a launcher starts two.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WORDS = "parallel=ddp data=synthetic data.seq_len=64 train.steps=2 train.eval_samples=0"
+WORDS = "data=synthetic data.seq_len=64 train.steps=2 train.eval_samples=0"
 # In the order of the page: the two commands at its head, blocks of bash, the first column of the doors.
 COMMAND = re.compile(
     r"^    (?P<first>bash \S+)|^```bash\n(?P<block>.*?)^```$|^\| `(?P<door>[^`|]* WORDS)` \|", re.MULTILINE | re.DOTALL
@@ -32,7 +33,8 @@ def commands(page: str, *, tests: bool) -> Iterator[str]:
         if found["block"]:
             yield found["block"].strip()
         elif found["door"]:
-            yield found["door"].replace("WORDS", WORDS)
+            layout = "" if found["door"].startswith("python") else "parallel=ddp "
+            yield found["door"].replace("WORDS", layout + WORDS)
         elif tests or found["first"] != TESTS:
             yield found["first"]
 

@@ -203,6 +203,13 @@ def test_a_mistake_costs_one_line(module: str, words: list[str], problem: str, t
     assert not list(tmp_path.iterdir())
 
 
+def test_one_process_of_a_plan_of_two_is_turned_away(tmp_path: Path) -> None:
+    done = door("parallel=ddp", "data=synthetic", cwd=tmp_path, module="trainer")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("parallel=ddp: the plan has 2 processes, python -m trainer is one; start it with")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_mistake_is_told_by_one_rank_of_a_node(tmp_path: Path) -> None:
     ranks = [
         door(

@@ -24,6 +24,7 @@ from configs.errors import (
     EXIT_STOPPED,
     CookbookError,
     OutOfMemory,
+    PlanError,
     RankProblem,
     RankStuck,
 )
@@ -72,6 +73,11 @@ def train(arguments: Arguments) -> int:
     if config.dry_run:
         print(plan.describe())
         return EXIT_FINISHED
+    if plan.world_size > 1 and "RANK" not in os.environ:
+        raise PlanError(
+            f"parallel={config.parallel.preset}: the plan has {plan.world_size} processes, python -m trainer is one;"
+            " start it with python -m launch, or set cluster.gpus_per_node=1"
+        )
     tell_progress()
     if config.profile:
         # Kineto, which reads it as torch is loaded, otherwise writes a line whenever it starts and stops.
