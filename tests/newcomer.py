@@ -10,6 +10,7 @@ data parallel ranks where a launcher starts two.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -60,13 +61,17 @@ def walk(clone: Path, *, tests: bool) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    if "--commands" in argv:
+    parser = argparse.ArgumentParser(prog="python -m tests.newcomer", description="Walk the README from a fresh clone.")
+    parser.add_argument("--tests", action="store_true", help="the command that runs all tests too")
+    parser.add_argument("--commands", action="store_true", help="print the commands, run none")
+    words = parser.parse_args(argv)
+    if words.commands:
         print("\n".join(commands((ROOT / "README.md").read_text(), tests=True)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "distributed-training-cookbook"
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-        return walk(clone, tests="--tests" in argv)
+        return walk(clone, tests=words.tests)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ where a quick part is not what its function returns. docs/parity.md is written b
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import sys
@@ -97,10 +98,14 @@ def write(page: Path, *, quick: bool) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Write the pages that are named, or all."""
-    quick = "--quick" in argv
-    named = [Path(word).resolve() for word in argv if not word.startswith("--")]
-    for page in named or pages():
-        print(f"{page.name}: {'written' if write(page, quick=quick) else 'as it was'}", flush=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.write_docs", description="Make the made parts of pages anew."
+    )
+    parser.add_argument("--quick", action="store_true", help="only those that need no runs and no traces")
+    parser.add_argument("pages", nargs="*", type=Path, help="default: all")
+    words = parser.parse_args(argv)
+    for page in [page.resolve() for page in words.pages] or pages():
+        print(f"{page.name}: {'written' if write(page, quick=words.quick) else 'as it was'}", flush=True)
     return 0
 
 

@@ -8,12 +8,13 @@ hub's data set to windows in one pass, `chat` and `conversations` from messages 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from configs.choices import DataSource
 from configs.errors import DataError
 from configs.schema import Config
-from trainer.data import DataSet
+from trainer.data import Batch, DataSet
 from trainer.data.agreement import Agreement
 from trainer.data.cache import Corpus, TokenisedText, load_tokens
 from trainer.data.chat import SUFFIX as CHAT_SUFFIX
@@ -69,16 +70,10 @@ def _files(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankDa
     training = PackedSamples(tokens=text.training, **shape)
     validation = PackedSamples(tokens=text.validation, **shape)
     _check_enough(config, text)
-    order = Order(count=training.count, seed=config.train.seed, shuffle=data.shuffle)
     epochs = plan.steps * plan.batch.global_batch_size / training.count
     return RankData(
         tokenizer=encoder.tokenizer,
-        micro_batches=lambda first_step: build_loader(
-            OrderedSamples(samples=training, order=order),
-            sampler=share.micro_batches(first_step),
-            num_workers=data.num_workers,
-            pin_memory=plan.device == "cuda",
-        ),
+        micro_batches=_shuffled(config, plan, share, training),
         validation_samples=validation,
         eval_samples=config.train.eval_samples,
         share=share,
@@ -108,17 +103,11 @@ def _chat(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankDat
     training = ConversationSamples(file=chats.training, **shape)
     validation = ConversationSamples(file=chats.validation, **shape)
     _check_conversations(config, training, validation)
-    order = Order(count=training.count, seed=config.train.seed, shuffle=data.shuffle)
     left_out = chats.training.count - training.conversations
     filled = training.tokens / (training.count * plan.batch.seq_len)
     return RankData(
         tokenizer=encoder.tokenizer,
-        micro_batches=lambda first_step: build_loader(
-            OrderedSamples(samples=training, order=order),
-            sampler=share.micro_batches(first_step),
-            num_workers=data.num_workers,
-            pin_memory=plan.device == "cuda",
-        ),
+        micro_batches=_shuffled(config, plan, share, training),
         validation_samples=validation,
         eval_samples=config.train.eval_samples,
         share=share,
@@ -130,6 +119,19 @@ def _chat(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankDat
             f"{f'; {left_out:,} left out, too long for data.seq_len={data.seq_len}' if left_out else ''};"
             f" validation {validation.conversations:,} in {validation.count:,} samples; {_tokenizer(encoder)}"
         ),
+    )
+
+
+def _shuffled(
+    config: Config, plan: Plan, share: Share, samples: PackedSamples | ConversationSamples
+) -> Callable[[int], Iterable[Batch | DataError]]:
+    """The loader of a rank's micro-batches from a step on, each epoch in an order of its own."""
+    order = Order(count=samples.count, seed=config.train.seed, shuffle=config.data.shuffle)
+    return lambda first_step: build_loader(
+        OrderedSamples(samples=samples, order=order),
+        sampler=share.micro_batches(first_step),
+        num_workers=config.data.num_workers,
+        pin_memory=plan.device == "cuda",
     )
 
 

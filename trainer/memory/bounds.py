@@ -10,19 +10,19 @@ The planner drops by the first what cannot fit; where a model's code cannot be t
 
 from __future__ import annotations
 
-from configs.choices import DType, EngineName, OffloadDevice
+from configs.choices import EngineName, OffloadDevice
 from configs.schema import Config
+from trainer.memory.layouts.common import WIDTHS
 from trainer.plan import Plan
 from trainer.rules import config_fields
 
-WIDTH = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
 WORKSPACE_BYTES = 2**28
 
 
 def states_bytes(plan: Plan, parameters: int) -> float:
     """What a rank cannot do without on its GPU, whatever the batch. parameters: of the whole model."""
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
-    width, master = WIDTH[plan.param_dtype], WIDTH[plan.master_dtype]
+    width, master = WIDTHS[plan.param_dtype], WIDTHS[plan.master_dtype]
     on_gpu = plan.offload_optimizer is OffloadDevice.none
     if plan.engine is EngineName.deepspeed:
         shards = plan.degree("dp_shard")
@@ -47,5 +47,5 @@ def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
     activations = 2 * layers * tokens * (34 * hidden + 5 * heads * seq_len)
     logits = 4 * 4 * tokens * fields["vocab_size"]
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
-    buffers = held * (WIDTH[plan.param_dtype] + WIDTH[plan.master_dtype])
+    buffers = held * (WIDTHS[plan.param_dtype] + WIDTHS[plan.master_dtype])
     return states_bytes(plan, parameters) + buffers + activations + logits + WORKSPACE_BYTES

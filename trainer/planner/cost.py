@@ -22,7 +22,7 @@ from typing import Any
 from configs.choices import Checkpointing, ContextMethod, EngineName, OffloadDevice
 from configs.schema import Config
 from trainer.devices import GB_PER_SECOND, Gpu
-from trainer.memory.bounds import WIDTH
+from trainer.memory.layouts.common import WIDTHS
 from trainer.memory.profile import Anatomy
 from trainer.plan import Plan
 from trainer.planner.network import Network, build_network, group_of
@@ -124,7 +124,7 @@ class _Step:
         self.tokens = plan.batch.micro_batch_size * plan.batch.seq_len / cp
         self.layers = size.layers / self.pp
         self.held = size.parameters / (self.tp * self.pp)  # what data parallel shards or copies
-        self.width = WIDTH[plan.param_dtype]
+        self.width = WIDTHS[plan.param_dtype]
         self.bandwidth = gpu.memory_bandwidth * MEMORY_ACHIEVED
         self.micro_batches = plan.batch.gradient_accumulation_steps
         self.recompute = config.train.activation_checkpointing
@@ -188,7 +188,7 @@ class _Step:
     def _step_sharding(self, busy: float) -> float:
         """What the data-parallel ranks exchange in a step, as far as the computation does not hide it."""
         plan, network, times = self.plan, self.network, self.micro_batches
-        parameters, gradients = self.held * self.width, self.held * WIDTH[plan.reduce_dtype]
+        parameters, gradients = self.held * self.width, self.held * WIDTHS[plan.reduce_dtype]
         if plan.engine is EngineName.deepspeed:
             group = group_of(plan, "dp_shard")
             gather, scatter = network.gather(parameters, group), network.gather(gradients, group)
@@ -223,7 +223,7 @@ class _Step:
             fetched = 2 * self.micro_batches * own * self.width / min(speed, self.network.host)
         if plan.offload_optimizer is OffloadDevice.none:
             return own * ADAM_BYTES / self.bandwidth + fetched
-        moved = own * (WIDTH[plan.reduce_dtype] + self.width) / self.network.host
+        moved = own * (WIDTHS[plan.reduce_dtype] + self.width) / self.network.host
         computed = own * ADAM_BYTES / (HOST_MEMORY_GB_PER_SECOND * GB_PER_SECOND)
         swapped = own * 2 * 12 / disk if plan.offload_optimizer is OffloadDevice.nvme else 0.0
         return moved + computed + swapped + fetched
