@@ -162,11 +162,12 @@ def measure_at_rest(overrides: list[str], limits: list[float]) -> list[Measured]
     after the step's peak, which then holds a few buffers too many, on one rank and by chance. A prediction that is
     too low fails all three times.
     """
-    for _ in range(3):
+    tries = 1
+    while True:
         measured = run_ranks(len(limits), measure, overrides)
-        if all(rank.peak <= limit for rank, limit in zip(measured, limits, strict=True)):
-            break
-    return measured
+        if tries == 3 or all(rank.peak <= limit for rank, limit in zip(measured, limits, strict=True)):
+            return measured
+        tries += 1
 
 
 @pytest.mark.parametrize("name", CASES)
