@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from configs.load import load_config
 from trainer.machine import Machine
 from trainer.memory.estimate import planned_device
-from trainer.memory.profiles import get_profile
+from trainer.memory.profiles import get_anatomy
 from trainer.plan import make_plan
 from trainer.planner.cost import StepTime, dimensions, step_time
 from trainer.report.flops import training_flops_per_token
@@ -130,7 +130,7 @@ def predict(run: Published) -> tuple[StepTime, float]:
     plan = make_plan(config, Machine(gpus=8))
     gpu = planned_device(config, plan).gpu
     assert gpu is not None
-    anatomy = get_profile(alone, make_plan(alone, Machine(gpus=1)), gpu).anatomy
+    anatomy = get_anatomy(alone, make_plan(alone, Machine(gpus=1)))
     size = dimensions(config_fields(config), anatomy)
     time = step_time(config, plan, size, gpu)
     if run.tokens is not None:

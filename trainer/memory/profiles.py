@@ -23,6 +23,7 @@ from configs.schema import Config
 from trainer.devices import Gpu
 from trainer.memory.bounds import states_bytes, upper_bytes
 from trainer.memory.profile import (
+    Anatomy,
     ModelProfile,
     Outline,
     Part,
@@ -61,13 +62,7 @@ def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size
     Raises NotEstimated for a model that cannot be traced, and what building and dividing a model raise.
     """
     tracer = _Tracer(config, plan)
-    outline = _cached(
-        config,
-        _key(config, _outline_fields(config, plan)),
-        read=outline_from_json,
-        write=outline_to_json,
-        make=tracer.outline,
-    )
+    outline = _outline(config, plan, tracer)
     shape = _shape_fields(config, plan, gpu, micro_batch_size or plan.batch.micro_batch_size)
     parts: dict[str, Part] = {}
     layers, stages = outline.anatomy.layers, stage_layers(config, plan, outline)
@@ -83,6 +78,16 @@ def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size
                 make=partial(tracer.part, shape, layers, owned, stages=len(stages), index=index),
             )
     return ModelProfile(outline=outline, parts=parts)
+
+
+def get_anatomy(config: Config, plan: Plan) -> Anatomy:
+    """The parameters of the plan's pieces of the model, counted on its modules, without a trace."""
+    return _outline(config, plan, _Tracer(config, plan)).anatomy
+
+
+def _outline(config: Config, plan: Plan, tracer: _Tracer) -> Outline:
+    key = _key(config, _outline_fields(config, plan))
+    return _cached(config, key, read=outline_from_json, write=outline_to_json, make=tracer.outline)
 
 
 def stage_layers(config: Config, plan: Plan, outline: Outline) -> list[range]:
@@ -193,6 +198,9 @@ def _exact_attention(plan: Plan, gpu: Gpu | None) -> bool:
     return gpu is not None and (wide or gpu.bfloat16_flops is None)
 
 
+_models: dict[str, PreTrainedModel] = {}
+
+
 class _Tracer:
     """Builds the model when the first thing is asked of it, and once."""
 
@@ -204,12 +212,17 @@ class _Tracer:
 
     @cached_property
     def model(self) -> PreTrainedModel:
+        """Building one takes as long as a trace, and a search traces one model at many shapes: the last is kept."""
         from trainer.model import build_hf_config, build_model
         from trainer.tuning import apply_tuning
 
-        model = build_model(self.config.model, build_hf_config(self.config.model))
-        apply_tuning(model, self.config.tuning)
-        return model
+        key = _key(self.config, {"tuning": repr(self.config.tuning)})
+        if key not in _models:
+            model = build_model(self.config.model, build_hf_config(self.config.model))
+            apply_tuning(model, self.config.tuning)
+            _models.clear()
+            _models[key] = model
+        return _models[key]
 
     def _division(self) -> Division:
         from trainer.memory.units import Division

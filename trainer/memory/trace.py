@@ -90,6 +90,9 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
     if unit.stage is not None:
         unit.stage.border.dtype = shape.storage
     sections: dict[tuple[str, str], tuple[Step, ...]] = {}
+    # The collection after each trace need not go through all objects of torch and transformers, which takes as long as
+    # the trace itself: only through what is made from here on.
+    gc.freeze()
     # Schedules that split the backward of some micro-batches run it whole for others.
     for split in (False, True) if shape.split_backward and unit.stage and not unit.stage.is_first else (False,):
         tracker = StorageTracker()
@@ -117,6 +120,7 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
                 parameter.grad = None
             gc.collect()
         sections |= _sections(tracker, gradients, groups, len(unit.kinds))
+    gc.unfreeze()
     return Trace(templates=unit.kinds, sections=sections)
 
 

@@ -18,7 +18,7 @@ from configs.schema import Config
 from trainer.machine import Machine
 from trainer.memory.bounds import states_bytes
 from trainer.memory.estimate import Estimate, estimate, planned_device
-from trainer.memory.profiles import NotEstimated, get_profile
+from trainer.memory.profiles import NotEstimated, get_anatomy
 from trainer.plan import Plan, make_plan
 from trainer.planner.candidates import Candidate, candidates
 from trainer.planner.cost import Dimensions, StepTime, dimensions, step_time
@@ -203,4 +203,4 @@ def _dimensions(config: Config, machine: Machine) -> Dimensions:
     plain = Candidate("single", {"cluster.nodes": 1, "cluster.gpus_per_node": 1, "train.micro_batch_size": 1})
     alone = plain.apply(replace(config, train=replace(config.train, global_batch_size=1)))
     plan = make_plan(alone, machine)
-    return dimensions(fields, get_profile(alone, plan, planned_device(alone, plan).gpu).anatomy)
+    return dimensions(fields, get_anatomy(alone, plan))
