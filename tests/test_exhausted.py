@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from configs.errors import EXIT_FAILED
 from tests import doors
 from tests.harness import RankFailed, run_ranks
 from tests.parity import words
-from trainer.exhausted import is_out_of_memory
+from trainer.exhausted import is_out_of_memory, told_at_start
 from trainer.status import read_status
 
 MIB = 2**20
@@ -53,3 +56,36 @@ def test_the_rank_without_memory_is_named(tmp_path: Path) -> None:
 )
 def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize("limit", [300 * MIB, 700 * MIB])
+def test_a_process_that_cannot_load_its_libraries_says_so(limit: int, tmp_path: Path) -> None:
+    """The first limit is met by the linker, the second by Python, somewhere among the imports."""
+    words = ["data=synthetic", "parallel=single", "train.steps=2", f"train.run_dir={tmp_path / 'run'}"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "trainer", *words],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert ended.returncode == EXIT_FAILED
+    (line,) = ended.stderr.strip().splitlines()
+    assert line.startswith("rank 0: no memory, or no further thread, for the process itself, before it trained: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("Resource temporarily unavailable"), True),
+        (BlockingIOError(11, "Resource temporarily unavailable"), True),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), True),
+        (MemoryError(), True),
+        (ImportError("No module named 'torch'"), False),
+        (RuntimeError("Connection reset by peer"), False),
+    ],
+)
+def test_what_counts_as_no_room_for_the_process(error: Exception, expected: bool) -> None:
+    told = told_at_start(error, 3)
+    assert (told is not None and str(told).startswith("rank 3: ")) is expected

@@ -29,6 +29,7 @@ from configs.errors import (
     RankStuck,
 )
 from configs.load import load_config
+from trainer.exhausted import told_at_start
 from trainer.machine import find_machine
 from trainer.plan import make_plan
 from trainer.stopping import QUIET_STOP
@@ -61,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if (told := told_at_start(error, int(os.environ.get("RANK", "0")))) is not None:
+            turn_away(told)
+            return told.exit_code
         print(_with_rank(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         return EXIT_FAILED
 

@@ -1,19 +1,21 @@
 """Out of memory, told in one line: which rank, in which step, and what to do about it.
 
 torch raises its own error for a GPU, a plain RuntimeError for host memory, and Python a MemoryError; each comes with a
-traceback of the place that happened to ask for the last bytes, which is seldom the one that took the others.
+traceback of the place that happened to ask for the last bytes, which is seldom the one that took the others. A process
+that may not even load its libraries or start its threads meets others still. Needs no torch.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-import torch
 
 from configs.errors import OutOfMemory
 
 HOST_WORDS = ("can't allocate memory", "Cannot allocate memory")
+START_WORDS = ("can't start new thread", "Resource temporarily unavailable", "failed to map segment")
+"""Of Python's threads, of C++'s and gloo's, of the dynamic linker."""
 
 
 @contextmanager
@@ -24,15 +26,32 @@ def memory_told(rank: int, step: Callable[[], int]) -> Iterator[None]:
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OutOfMemory(
-            f"rank {rank}: out of memory after {step()} updates: {first_line.rstrip('.')}; memory-estimate with the"
+            f"rank {rank}: out of memory after {step()} updates: {_first_line(error)}; memory-estimate with the"
             " same words says what to change so that it fits (docs/when-it-fails.md)"
         ) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU or of the host."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in HOST_WORDS)
+
+
+def told_at_start(error: BaseException, rank: int) -> OutOfMemory | None:
+    """What to raise in place of an error outside `memory_told`; None where it is about something else."""
+    starved = isinstance(error, (RuntimeError, OSError, ImportError)) and any(
+        words in str(error) for words in START_WORDS
+    )
+    if not starved and not is_out_of_memory(error):
+        return None
+    return OutOfMemory(
+        f"rank {rank}: no memory, or no further thread, for the process itself, before it trained: "
+        f"{_first_line(error)}; raise what limits it (ulimit -v, ulimit -u, the memory of the job, memory and pids of the container)"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
