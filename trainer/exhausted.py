@@ -49,7 +49,8 @@ def told_at_start(error: BaseException, rank: int) -> OutOfMemory | None:
         return None
     return OutOfMemory(
         f"rank {rank}: no memory, or no further thread, for the process itself, before it trained: "
-        f"{_first_line(error)}; raise what limits it (ulimit -v, ulimit -u, the memory of the job, memory and pids of the container)"
+        f"{_first_line(error)}; raise what limits it (ulimit -v, ulimit -u, the memory of the job, memory and pids"
+        " of the container)"
     )
 
 
