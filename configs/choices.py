@@ -49,6 +49,7 @@ class TuningMethod(StrEnum):
 class OptimizerName(StrEnum):
     adamw = "adamw"
     sgd = "sgd"
+    adafactor = "adafactor"
 
 
 class Implementation(StrEnum):

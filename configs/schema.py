@@ -194,16 +194,17 @@ class Tuning:
 class Optimizer:
     name: OptimizerName = OptimizerName.adamw
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate; `adafactor`: a step, relative to the root mean square of the matrix that it changes."""
     beta1: float = 0.9
     """`adamw`: decay of the first moment; `sgd`: momentum."""
     beta2: float = 0.95
-    """`adamw`: decay of the second moment."""
+    """`adamw`: decay of the second moment; `adafactor` has its own, 1 - step**-0.8."""
     eps: float = 1e-8
+    """`adamw`: added to the second moment's root; `adafactor`: the least that this root may be."""
     weight_decay: float = 0.1
     """Applied to matrices and embeddings; never to norms and biases."""
     implementation: Implementation = Implementation.auto
-    """`auto`: fused where the device has it. `deepspeed_cpu`: DeepSpeed's own kernel for offload (needs g++)."""
+    """`auto`: adamw fused, sgd foreach, adafactor for_loop. `deepspeed_cpu`: DeepSpeed's, for offload (needs g++)."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -23,6 +23,7 @@ from trainer.memory.estimate import Verdict, estimate, planned_machine
 from trainer.memory.gate import DoesNotFit, check_memory
 from trainer.memory.profiles import NotEstimated, get_profile
 from trainer.memory.suggest import _extrapolate, largest_micro_batch
+from trainer.memory.update_cost import update_cost, updated
 from trainer.plan import make_plan
 
 MIB = 2**20
@@ -255,3 +256,12 @@ def test_ranks_of_a_pipeline_are_named(cache: str, capsys: pytest.CaptureFixture
     assert len({rank["peak_allocated_bytes"] for rank in ranks}) == 4
     assert main([*words, "parallel.pp=4", "precision=bf16"]) == 0
     assert f"2 x {found['busiest']} (busiest)" in capsys.readouterr().out
+
+
+def test_update_holds_a_matrix_and_the_one_before_it() -> None:
+    config = load_config(["optimizer=adafactor"])
+    cost, shapes = update_cost(config), [(512, 256), (128, 256), (256, 256)]
+    state, temporary = updated(config, shapes)
+    assert state == sum(4 * (rows + columns) for rows, columns in shapes)
+    assert temporary == pytest.approx(4 * 256 * (512 + 128), rel=0.02)
+    assert (cost.temporary_largest, cost.temporary_before) == pytest.approx((1, 1), rel=0.02)

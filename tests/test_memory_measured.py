@@ -41,6 +41,7 @@ SEQUENCE = ["parallel.sequence_parallel=true"]
 TWICE = ["train.gradient_accumulation_steps=2"]
 FOUR = ["train.gradient_accumulation_steps=4"]
 SIX = ["train.gradient_accumulation_steps=6"]
+ADAFACTOR = ["optimizer=adafactor"]
 FULL = ["train.activation_checkpointing=full"]
 SELECTIVE = ["train.activation_checkpointing=selective"]
 
@@ -49,6 +50,11 @@ CASES = {
     "single fp64 sgd foreach": (1, TORCH, ["parallel=single", *LLAMA, *SHORT, "precision=fp64", "optimizer=sgd"]),
     "single autocast, recompute": (1, TORCH, ["parallel=single", *QWEN3, *LONG, *BF16, *FULL, *TWICE]),
     "single, two kinds of layers": (1, TORCH, ["parallel=single", *GEMMA2, *LONG, *BF16, *SELECTIVE]),
+    "single fp32, adafactor": (
+        1,
+        TORCH,
+        ["parallel=single", "model=tiny", *SHORT, *ADAFACTOR, "model.config.vocab_size=4099"],
+    ),
     "single eager, foreach": (
         1,
         TORCH,
@@ -64,6 +70,7 @@ CASES = {
     "fsdp fp32, adapters": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT, "tuning=lora", "tuning.rank=4"]),
     "fsdp bf16, adapters, recompute": (2, TORCH, ["parallel=fsdp", *GPT2, *SHORT, *BF16, *FULL, "tuning=lora"]),
     "pipeline bf16, adapters, tied": (2, TORCH, ["parallel=pipeline", *QWEN3, *LONG, *BF16, *FOUR, "tuning=lora"]),
+    "ddp bf16, adafactor, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT, *BF16, *ADAFACTOR]),
     "ddp fp32, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT]),
     "ddp autocast, accumulation": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE]),
     "fsdp fp32": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT]),

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from configs.errors import PlanError
 from configs.load import load_config
+from trainer.machine import Machine
 from trainer.optimizer import build_optimizer, lr_at, param_groups
+from trainer.plan import make_plan
 
 
 def rates(*overrides: str) -> list[float]:
@@ -55,8 +58,11 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert [tuple(p.shape) for p in plain["params"]] == [(4,), (4,), (4,)] and plain["weight_decay"] == 0.0
 
 
-@pytest.mark.parametrize("implementation", ["auto", "fused", "foreach", "for_loop"])
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+IMPLEMENTATIONS = [(name, how) for name in ("adamw", "sgd") for how in ("auto", "fused", "foreach", "for_loop")]
+IMPLEMENTATIONS += [("adafactor", "auto"), ("adafactor", "foreach")]
+
+
+@pytest.mark.parametrize(("name", "implementation"), IMPLEMENTATIONS)
 def test_every_implementation_makes_the_same_update(name: str, implementation: str) -> None:
     results = []
     for choice in (implementation, "for_loop"):
@@ -69,3 +75,41 @@ def test_every_implementation_makes_the_same_update(name: str, implementation: s
         results.append(parameter.detach())
     assert not torch.equal(results[0], torch.arange(6.0).reshape(2, 3))
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_adafactor_is_that_of_its_paper() -> None:
+    """Shazeer and Stern 2018, algorithm 4, with the defaults of its section 9 (no first moment, relative steps)."""
+    config = load_config(["optimizer=adafactor"]).optimizer
+    torch.manual_seed(0)
+    found = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    expected, rows, columns = found.detach().clone(), torch.zeros(5, 1), torch.zeros(1, 3)
+    optimizer = build_optimizer(param_groups([("w", found)], config.weight_decay), config)
+    for step in range(1, 5):
+        gradient = torch.randn(5, 3, dtype=torch.float64)
+        found.grad = gradient.clone()
+        optimizer.step()
+        kept = 1 - step**-0.8
+        rows = kept * rows + (1 - kept) * gradient.square().sum(1, keepdim=True)
+        columns = kept * columns + (1 - kept) * gradient.square().sum(0, keepdim=True)
+        update = gradient / (rows @ columns / rows.sum()).sqrt()
+        update /= max(1.0, update.square().mean().sqrt().item())
+        expected -= min(0.01, step**-0.5) * max(1e-3, expected.square().mean().sqrt().item()) * update
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-12, atol=0)
+    kept_numbers = sum(tensor.numel() for kind, tensor in optimizer.state[found].items() if kind != "step")
+    assert kept_numbers == 5 + 3
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["parallel=fsdp"], "optimizer.name=adafactor: torch computes it on whole matrices only"),
+        (["parallel=pipeline"], "optimizer.name=adafactor: torch computes it on whole matrices only"),
+        (["parallel=zero1"], "optimizer.name=adafactor: needs the rows and columns of whole matrices"),
+        (["optimizer.implementation=fused"], "optimizer.implementation=fused: torch has no fused adafactor"),
+        (["optimizer.eps=1e-30"], "optimizer.eps=1e-30: adafactor squares it"),
+    ],
+)
+def test_adafactor_refuses(words: list[str], line: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(load_config(["optimizer=adafactor", *words]), Machine(world_size=2, local_world_size=2))
+    assert sum(problem.startswith(line) for problem in str(caught.value).splitlines()) == 1, caught.value

@@ -120,6 +120,12 @@ def test_option_equals_single_process(layout: str, keys: str) -> None:
     assert found.largest <= FLOAT64, found
 
 
+def test_adafactor_equals_single_process() -> None:
+    extra = ("optimizer=adafactor", "optimizer.lr=0.02", *ACCUMULATE)
+    found = measure(["ddp"], 2, model="gpt2", precision="fp64", steps=5, extra=extra)
+    assert found.largest <= FLOAT64, found
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("layout", ["single", "tensor_fsdp"])
 def test_compiled_layers_equal_plain_ones(layout: str, recompute: str) -> None:

@@ -171,7 +171,7 @@ def test_bounds_lie_on_both_sides_of_the_estimate(layout: str, small: tuple[list
     parameters = found.profile.anatomy.numel
     above = upper_bytes(config, plan, parameters)
     assert above is not None
-    assert 0 <= states_bytes(plan, parameters) <= found.busiest.peak_allocated_bytes <= above
+    assert 0 <= states_bytes(plan, parameters, config.optimizer) <= found.busiest.peak_allocated_bytes <= above
 
 
 def test_less_memory_leaves_less_choice(small: tuple[list[str], Search]) -> None:

@@ -16,6 +16,13 @@ from configs.choices import Implementation, OptimizerName, Schedule
 from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig
 
+AUTO = {
+    OptimizerName.adamw: Implementation.fused,
+    OptimizerName.sgd: Implementation.foreach,
+    OptimizerName.adafactor: Implementation.for_loop,
+}
+SMALLEST_SCALE = 1e-3  # Adafactor's epsilon 2: a parameter whose elements are all zero still moves
+
 
 def lr_at(config: Config, step: int) -> float:
     """Learning rate of update number `step` (from 0): linear warm-up to the peak, then the schedule.
@@ -58,11 +65,15 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
     """torch's optimizer over the groups.
 
     `auto` takes AdamW's fused kernel, which CPU and CUDA both have: one pass over memory instead of a dozen, and no
-    temporary copies of all parameters as `foreach` makes. torch has no fused SGD for sharded parameters.
+    temporary copies of all parameters as `foreach` makes. torch has no fused SGD for sharded parameters. Adafactor has
+    no fused kernel at all, and is chosen for its memory: one parameter after the other.
     """
     implementation = config.implementation
     if implementation is Implementation.auto:
-        implementation = Implementation.fused if config.name is OptimizerName.adamw else Implementation.foreach
+        implementation = AUTO[config.name]
+    if config.name is OptimizerName.adafactor:
+        foreach = implementation is Implementation.foreach
+        return torch.optim.Adafactor(groups, lr=config.lr, eps=(config.eps, SMALLEST_SCALE), foreach=foreach)
     kernel: dict[str, Any] = {
         "fused": implementation is Implementation.fused,
         "foreach": implementation is Implementation.foreach,

@@ -17,14 +17,13 @@ from configs.choices import (
     DataSource,
     DType,
     EngineName,
-    Implementation,
     LauncherName,
     OffloadDevice,
-    OptimizerName,
     Weights,
 )
 from configs.schema import Config, Offload
 from trainer.devices import check_gpu
+from trainer.optimizer_rules import check_optimizer
 from trainer.parallel.context_table import check_context
 from trainer.parallel.tensor_plans import check_tensor
 from trainer.ranges import check_ranges
@@ -53,7 +52,7 @@ def check_config(config: Config, device: str) -> Iterator[str]:
     yield from _check_splits(config)
     yield from _check_precision(config)
     yield from check_tuning(config)
-    yield from _check_optimizer(config)
+    yield from check_optimizer(config)
     yield from check_gpu(config.cluster.gpu)
     yield from check_tracker(config.logging)
     yield from _check_measuring(config, device)
@@ -248,27 +247,6 @@ def _check_precision(config: Config) -> Iterator[str]:
                 yield f"precision.{key}=float64: DeepSpeed has no float64; use precision=fp32, or engine torch"
         if precision.master_dtype is not DType.float32:
             yield f"precision.master_dtype={precision.master_dtype}: DeepSpeed's master weights are float32; use that"
-
-
-def _check_optimizer(config: Config) -> Iterator[str]:
-    optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
-    if optimizer.implementation is Implementation.deepspeed_cpu:
-        if config.parallel.offload.optimizer is OffloadDevice.none or config.parallel.engine is EngineName.torch:
-            yield (
-                "optimizer.implementation=deepspeed_cpu: is for an offloaded optimizer; use parallel=zero2_offload,"
-                " or auto"
-            )
-        if optimizer.name is not OptimizerName.adamw:
-            yield f"optimizer.implementation=deepspeed_cpu: has adamw only, not {optimizer.name}; use auto"
-    if optimizer.name is OptimizerName.sgd and optimizer.implementation is Implementation.fused:
-        degrees = (config.parallel.pp, config.parallel.dp_shard, config.parallel.cp, config.parallel.tp)
-        if config.parallel.engine is EngineName.torch and degrees != (1, 1, 1, 1):
-            yield "optimizer.implementation=fused: torch has no fused sgd for sharded parameters; use foreach or auto"
-    if scheduler.warmup_steps + scheduler.decay_steps > train.steps:
-        yield (
-            f"scheduler.warmup_steps={scheduler.warmup_steps}: with scheduler.decay_steps={scheduler.decay_steps} it is"
-            f" longer than train.steps={train.steps}; shorten it"
-        )
 
 
 def _check_measuring(config: Config, device: str) -> Iterator[str]:

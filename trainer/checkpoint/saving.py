@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # No space, quota used up, file larger than allowed.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Adafactor's states, and what a parameter has in place of them: matrices the first two, vectors the last.
+_FACTORED = {"row_var": "variance", "col_var": "variance", "variance": "row_var"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,9 +165,11 @@ def _check_complete(tensors: Iterable[str]) -> None:
     for key in tensors:
         kind, _, name = key.partition("/")
         names.setdefault(kind, set()).add(name)
-    for kind in names.keys() - {"model", "rng"}:
-        if names[kind] != names["model"]:
-            raise AssertionError(f"{kind} is there for {len(names[kind])} of {len(names['model'])} parameters")
+    kinds = names.keys() - {"model", "rng"}
+    for kind in kinds | (_FACTORED.keys() if kinds & _FACTORED.keys() else set()):
+        found = names.get(kind, set()) | names.get(_FACTORED.get(kind, kind), set())
+        if found != names["model"]:
+            raise AssertionError(f"{kind} is there for {len(found)} of {len(names['model'])} parameters")
 
 
 def _union(parts: Iterable[dict]) -> dict:

@@ -69,7 +69,7 @@ def save_state(
 
 
 def optimizer_steps(parameters: Named, optimizer: torch.optim.Optimizer) -> int:
-    """Updates that Adam has counted; 0 for an optimizer that counts none."""
+    """Updates that Adam or Adafactor has counted; 0 for an optimizer that counts none."""
     counted = (state["step"] for p in parameters.values() if "step" in (state := optimizer.state.get(p, {})))
     return int(next(counted, 0))
 
@@ -86,17 +86,38 @@ def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: Tenso
             continue
         state = optimizer.state[parameter]
         for kind in kinds:
-            state[kind] = torch.zeros_like(parameter)
+            shape = state_shape(kind, parameter.shape)
+            if shape is None:
+                continue
+            check_shape(saved, f"{kind}/{name}", shape)
+            state[kind] = torch.zeros_like(parameter) if shape == parameter.shape else parameter.new_zeros(shape)
             copy_share(state[kind], saved.read(f"{kind}/{name}"))
-        if isinstance(optimizer, torch.optim.AdamW):
+        if isinstance(optimizer, torch.optim.AdamW | torch.optim.Adafactor):
             # As torch makes it: the fused kernels read it where the parameter is.
-            fused = groups[id(parameter)]["fused"]
+            fused = groups[id(parameter)].get("fused", False)
             state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device if fused else "cpu")
 
 
 def saved_kinds(saved: TensorReader) -> list[str]:
-    """The optimizer's tensors that a checkpoint holds per parameter: exp_avg and exp_avg_sq, or momentum_buffer."""
+    """The optimizer's tensors that a checkpoint holds per parameter: exp_avg and exp_avg_sq, or momentum_buffer, or
+    Adafactor's, of which `state_shape` tells."""
     return sorted({key.partition("/")[0] for key in saved.names()} - {"model", "rng"})
+
+
+def state_shape(kind: str, shape: torch.Size) -> torch.Size | None:
+    """The shape of a parameter's optimizer tensor; None where it has none of that kind. Adafactor keeps the row and
+    column means of whatever has rows and columns, and of vectors the second moment itself."""
+    if kind not in ("row_var", "col_var", "variance"):
+        return shape
+    if (kind == "variance") is (len(shape) > 1):
+        return None
+    match kind:
+        case "row_var":
+            return torch.Size((*shape[:-1], 1))
+        case "col_var":
+            return torch.Size((*shape[:-2], 1, shape[-1]))
+        case _:
+            return shape
 
 
 def check_shape(saved: TensorReader, key: str, shape: torch.Size | tuple[int, ...]) -> None:
@@ -125,6 +146,6 @@ def copy_share(target: torch.Tensor, complete: torch.Tensor) -> None:
 
 
 def _states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors of a parameter's shape, in a fixed order."""
+    """The optimizer's tensors of a parameter, in a fixed order."""
     state = optimizer.state.get(parameter, {})
     return {kind: state[kind] for kind in sorted(state) if kind != "step" and isinstance(state[kind], torch.Tensor)}

@@ -1,6 +1,6 @@
 """Between what and what a rank's memory must lie, told from sizes alone, without the model's code. Torch-free.
 
-    below    parameters, gradients, master weights and two moments, as far as the layout leaves them on the GPU
+    below    parameters, gradients, master weights and moments, as far as the layout leaves them on the GPU
     above    that, all parameters and gradients once more as buffers, and the activations of a dense decoder that keeps
              every intermediate tensor in float32: twice s b h (34 + 5 a s / h) bytes per layer (Korthikanti et al.
              2022, arXiv:2205.05198, equation 1), four copies of the logits, and 256 MiB of workspace
@@ -10,8 +10,8 @@ The planner drops by the first what cannot fit; where a model's code cannot be t
 
 from __future__ import annotations
 
-from configs.choices import EngineName, OffloadDevice
-from configs.schema import Config
+from configs.choices import EngineName, OffloadDevice, OptimizerName
+from configs.schema import Config, Optimizer
 from trainer.memory.layouts.common import WIDTHS
 from trainer.plan import Plan
 from trainer.rules import config_fields
@@ -19,21 +19,22 @@ from trainer.rules import config_fields
 WORKSPACE_BYTES = 2**28
 
 
-def states_bytes(plan: Plan, parameters: int) -> float:
+def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer) -> float:
     """What a rank cannot do without on its GPU, whatever the batch. parameters: of the whole model."""
+    kept = 1 + _moments(optimizer)
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
     width, master = WIDTHS[plan.param_dtype], WIDTHS[plan.master_dtype]
     on_gpu = plan.offload_optimizer is OffloadDevice.none
     if plan.engine is EngineName.deepspeed:
         shards = plan.degree("dp_shard")
-        kept = 0.0 if plan.zero_stage == 3 else held * width
-        partitioned = 3 * master * on_gpu + (width if plan.zero_stage == 3 and on_gpu else 0)
-        return kept + held * partitioned / shards
+        whole = 0.0 if plan.zero_stage == 3 else held * width
+        partitioned = kept * master * on_gpu + (width if plan.zero_stage == 3 and on_gpu else 0)
+        return whole + held * partitioned / shards
     if not on_gpu:
         return 0.0
     gathered = 0 if plan.reshard_after_forward or plan.fsdp_size == 1 else held * width
     gradients = held * master / (plan.fsdp_size if plan.degree("pp") == 1 else 1)
-    return gathered + gradients + 3 * master * held / plan.fsdp_size
+    return gathered + gradients + kept * master * held / plan.fsdp_size
 
 
 def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
@@ -48,4 +49,15 @@ def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
     logits = 4 * 4 * tokens * fields["vocab_size"]
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
     buffers = held * (WIDTHS[plan.param_dtype] + WIDTHS[plan.master_dtype])
-    return states_bytes(plan, parameters) + buffers + activations + logits + WORKSPACE_BYTES
+    return states_bytes(plan, parameters, config.optimizer) + buffers + activations + logits + WORKSPACE_BYTES
+
+
+def _moments(optimizer: Optimizer) -> int:
+    """Numbers that the optimizer keeps per parameter, at least."""
+    match optimizer.name:
+        case OptimizerName.adamw:
+            return 2
+        case OptimizerName.sgd:
+            return int(optimizer.beta1 > 0)
+        case OptimizerName.adafactor:
+            return 0

@@ -9,6 +9,7 @@ from configs.choices import EngineName
 from configs.schema import Config
 from trainer.memory.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators, cublas_bytes
 from trainer.memory.layouts.common import WIDTHS
+from trainer.memory.profile import UpdateCost
 from trainer.memory.profiles import stage_layers
 from trainer.parallel.pipeline_timeline import in_flight, receive_buffers
 from trainer.plan import Plan
@@ -27,12 +28,7 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     if plan.degree("pp") > 1:
         yield from _pipeline(config, plan, found)
     yield from _states(plan, anatomy.numel, master, param)
-    update = found.profile.outline.update
-    yield (
-        f"optimizer {config.optimizer.name}, {config.optimizer.implementation}: states of {update.state:g} times the"
-        f" bytes it updates, from the end of step 1; temporaries {update.temporary_all:g} of all +"
-        f" {update.temporary_largest:g} of the largest; measured on small tensors with the trainer's own optimizer"
-    )
+    yield _optimizer(config, found.profile.outline.update)
     yield (
         f"activations, loss, backward: traced at micro_batch_size {plan.batch.micro_batch_size} x seq_len"
         f" {plan.batch.seq_len // plan.degree('cp')} by running the model's own code on fake tensors, and repeated for"
@@ -97,6 +93,21 @@ def _states(plan: Plan, numel: int, master: int, param: int) -> Iterator[str]:
         )
     else:
         yield f"parameters and gradients {master} B x P = {numel * master / GIB:.2f} GiB each, whole on every rank"
+
+
+def _optimizer(config: Config, update: UpdateCost) -> str:
+    states = f"states of {update.state:g} times the bytes it updates"
+    if update.factored:
+        states = (
+            f"states of {update.state_row:g} number(s) per row and {update.state_column:g} per column of every matrix,"
+            f" {update.state:g} per element of a vector"
+        )
+    before = f" + {update.temporary_before:g} of the one before it" if update.temporary_before else ""
+    return (
+        f"optimizer {config.optimizer.name}, {config.optimizer.implementation}: {states}, from the end of step 1;"
+        f" temporaries {update.temporary_all:.3g} of all + {update.temporary_largest:.3g} of the largest{before};"
+        " measured on small tensors with the trainer's own optimizer"
+    )
 
 
 def _kept(entry: tuple[object, ...]) -> int:

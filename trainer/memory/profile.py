@@ -112,14 +112,24 @@ class Trace:
 class UpdateCost:
     """What the optimizer does, measured on small tensors. Bytes per byte of the parameters it updates.
 
-    state: kept for good. state_constant: bytes per parameter tensor besides. temporary_all: beyond that during the
-    update, per byte of all parameters of a group; temporary_largest: per byte of its largest parameter.
+    state: kept for good, of a vector; state_matrix: of anything with rows and columns; there also state_row, in bytes
+    per byte of a column (one number for each row), and state_column, per byte of a row. state_constant: bytes per
+    parameter tensor besides. temporary_all: beyond that during the update, per byte of all parameters of a group;
+    temporary_largest: per byte of the one that is updated; temporary_before: per byte of the one before it.
     """
 
     state: float
+    state_matrix: float
+    state_row: float
+    state_column: float
     state_constant: int
     temporary_all: float
     temporary_largest: float
+    temporary_before: float
+
+    @property
+    def factored(self) -> bool:
+        return self.state_row > 0 or self.state_column > 0
 
 
 @dataclass(frozen=True, slots=True)

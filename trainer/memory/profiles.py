@@ -300,7 +300,7 @@ class _Tracer:
 
 def _between(config: Config, plan: Plan, parameters: int) -> str:
     """The bounds of `bounds`, in words."""
-    below, above = states_bytes(plan, parameters) / 2**30, upper_bytes(config, plan, parameters)
+    below, above = states_bytes(plan, parameters, config.optimizer) / 2**30, upper_bytes(config, plan, parameters)
     text = f"A GPU needs more than {below:,.2f} GiB, for the states of its {parameters:,} parameters"
     if above is None:
         return text

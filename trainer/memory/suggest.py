@@ -239,7 +239,7 @@ def _try(
         setattr(owner, rest[-1], value)
     try:
         plan = make_plan(changed, machine)
-        if _states(plan, before, config.parallel.tp or 1) > (before.device.capacity_bytes or inf):
+        if _states(changed, plan, before, config.parallel.tp or 1) > (before.device.capacity_bytes or inf):
             return None
         if plan.degree("pp") > 1:
             place = min(before.busiest_place, plan.degree("pp") - 1)
@@ -252,10 +252,8 @@ def _try(
     return Suggestion(overrides=words, why=why, estimate=found)
 
 
-def _states(plan: Plan, before: Estimate, tp: int) -> float:
-    """A bound from below that needs no trace; none for an optimizer with fewer than AdamW's two moments."""
-    outline = before.profile.outline
-    if outline.update.state < 2:
-        return 0.0
-    trained = sum(parameter.numel for parameter in outline.anatomy.parameters() if parameter.trainable)
-    return states_bytes(plan, trained * tp)
+def _states(config: Config, plan: Plan, before: Estimate, tp: int) -> float:
+    """A bound from below that needs no trace. tp: of the estimate before."""
+    anatomy = before.profile.outline.anatomy
+    trained = sum(parameter.numel for parameter in anatomy.parameters() if parameter.trainable)
+    return states_bytes(plan, trained * tp, config.optimizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from configs.schema import Config
@@ -9,24 +11,40 @@ from trainer.memory.profile import UpdateCost
 from trainer.memory.tracker import StorageTracker, balance
 from trainer.optimizer import build_optimizer
 
+SIDE, WIDTH = 256, 4  # of the square matrices, float32
+SIZE = SIDE * SIDE * WIDTH
+
 
 def update_cost(config: Config) -> UpdateCost:
-    """Run the trainer's optimizer on small tensors and see what it allocates."""
-    one, three = _updated(config, 1), _updated(config, 3)
-    size = 4096 * 4
-    temporary_all = (three[1] - one[1]) / (2 * size)
-    constant = one[0] % size
+    """Run the trainer's optimizer on small tensors and see what it allocates.
+
+    States: a matrix of R rows and C columns has matrix R C + row R + column C + constant, a vector of N has vector N +
+    constant. Doubling one side or both at a time tells them apart. Temporaries: from one, two and three of a size.
+    """
+    square, wide, tall, large = (
+        updated(config, [shape])[0]
+        for shape in ((SIDE, SIDE), (SIDE, 2 * SIDE), (2 * SIDE, SIDE), (2 * SIDE, 2 * SIDE))
+    )
+    vector = updated(config, [(SIDE,)])[0], updated(config, [(2 * SIDE,)])[0]
+    one, two, three = (updated(config, [(SIDE, SIDE)] * count)[1] / SIZE for count in (1, 2, 3))
+    matrix, side = (large - wide - tall + square) / SIZE, SIDE * WIDTH
+    temporary_all = max(0.0, three - two)
+    before = max(0.0, two - one - temporary_all)
     return UpdateCost(
-        state=(one[0] - constant) / size,
-        state_constant=constant,
+        state=(vector[1] - vector[0]) / side,
+        state_matrix=matrix,
+        state_row=(tall - square - matrix * SIZE) / side,
+        state_column=(wide - square - matrix * SIZE) / side,
+        state_constant=2 * vector[0] - vector[1],
         temporary_all=temporary_all,
-        temporary_largest=max(0.0, one[1] / size - temporary_all),
+        temporary_largest=max(0.0, one - temporary_all),
+        temporary_before=before,
     )
 
 
-def _updated(config: Config, tensors: int) -> tuple[int, int]:
-    """Bytes of state after two updates of `tensors` matrices of 4096 float32, and temporary bytes in the second."""
-    parameters = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(tensors)]
+def updated(config: Config, shapes: list[tuple[int, ...]]) -> tuple[int, int]:
+    """Bytes of state after two updates of float32 tensors of these shapes, and temporary bytes in the second."""
+    parameters = [torch.nn.Parameter(torch.ones(prod(shape)).reshape(shape)) for shape in shapes]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter.data)
     optimizer = build_optimizer([{"params": parameters}], config.optimizer)

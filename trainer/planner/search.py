@@ -105,7 +105,8 @@ def search(config: Config, machine: Machine) -> Search:
         gpu = gpu or planned_device(changed, plan).gpu
         if gpu is None:
             raise ConfigError("estimate.search=true: plans for GPUs; name them: cluster=8xh100, or cluster.gpu=...")
-        capacity, states = planned_device(changed, plan).capacity_bytes or inf, states_bytes(plan, size.parameters)
+        capacity = planned_device(changed, plan).capacity_bytes or inf
+        states = states_bytes(plan, size.parameters, config.optimizer)
         if states < capacity:
             time = step_time(changed, plan, size, gpu)
             timed.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from configs.choices import DType
 from trainer.memory.profile import Profile
@@ -62,9 +63,26 @@ def place_states(setting: Setting, sizes: Sequence[int]) -> None:
         setting.timeline.allocate("optimizer", update.state_constant)
 
 
+def place_factored_states(setting: Setting, shapes: Sequence[tuple[int, ...]], width: int) -> None:
+    """States of an optimizer that keeps rows and columns of whole matrices, one set for each parameter. width: bytes
+    of an element."""
+    update = setting.profile.update
+    for shape in shapes:
+        if len(shape) < 2:
+            place_states(setting, [prod(shape) * width])
+            continue
+        rows, columns = prod(shape[:-1]), prod((*shape[:-2], shape[-1]))
+        parts = ((update.state_matrix, prod(shape)), (update.state_row, rows), (update.state_column, columns))
+        for ratio, elements in parts:
+            setting.timeline.allocate("optimizer", round(ratio * elements * width))
+        setting.timeline.allocate("optimizer", update.state_constant)
+
+
 def update_temporaries(setting: Setting, sizes: Sequence[int]) -> None:
-    """What the update needs for a moment. sizes: bytes of the parameters it updates at once."""
+    """What the update needs for a moment. sizes: bytes of the parameters it updates at once, in its order."""
     update = setting.profile.update
     if sizes:
-        most = round(update.temporary_all * sum(sizes) + update.temporary_largest * max(sizes))
-        setting.timeline.free(setting.timeline.allocate("workspace", most))
+        pairs = zip(sizes, (0, *sizes), strict=False)
+        most = max(update.temporary_largest * size + update.temporary_before * before for size, before in pairs)
+        workspace = round(update.temporary_all * sum(sizes) + most)
+        setting.timeline.free(setting.timeline.allocate("workspace", workspace))

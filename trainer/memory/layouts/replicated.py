@@ -7,8 +7,16 @@ builds its buckets anew at the start of step 2, one after another; an old one is
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
-from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
+from trainer.memory.layouts.common import (
+    WIDTHS,
+    Setting,
+    place_batch,
+    place_factored_states,
+    place_states,
+    update_temporaries,
+)
 from trainer.memory.timeline import Handle
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
@@ -30,8 +38,9 @@ class Replicated:
             for parameter in parameters
             if parameter.trainable
         }
-        trained = [parameter for parameter in anatomy.parameters() if parameter.trainable]
-        self.matrices = [parameter.numel * width for parameter in trained if len(parameter.shape) > 1]
+        self.width = width
+        self.shapes = [parameter.shape for parameter in anatomy.parameters() if parameter.trainable]
+        self.matrices = [prod(shape) * width for shape in self.shapes if len(shape) > 1]
         self.frozen = [p.numel * WIDTHS[setting.plan.param_dtype] for p in anatomy.parameters() if not p.trainable]
         self.gradients: dict[Key, Handle | None] = {}
         self.buckets: list[tuple[set[Key], Handle | None]] = []
@@ -75,7 +84,9 @@ class Replicated:
     def end_backward(self) -> None: ...
 
     def update(self, step: int) -> None:
-        if step == 1:
+        if step == 1 and self.setting.profile.update.factored:
+            place_factored_states(self.setting, self.shapes, self.width)
+        elif step == 1:
             place_states(self.setting, list(self.sizes.values()))
         update_temporaries(self.setting, self.matrices)
         for handle in self.gradients.values():

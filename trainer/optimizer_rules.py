@@ -1,0 +1,58 @@
+"""What an optimizer cannot be combined with, and why. Torch-free; read by `rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.choices import EngineName, Implementation, OffloadDevice, OptimizerName
+from configs.schema import Config
+
+SMALLEST_EPS = 1e-18  # float32 and bfloat16 hold its square; below, a row without gradients becomes 0 * infinity
+
+
+def check_optimizer(config: Config) -> Iterator[str]:
+    """One line for each problem of `optimizer` and `scheduler`."""
+    optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
+    if optimizer.implementation is Implementation.deepspeed_cpu:
+        if config.parallel.offload.optimizer is OffloadDevice.none or config.parallel.engine is EngineName.torch:
+            yield (
+                "optimizer.implementation=deepspeed_cpu: is for an offloaded optimizer; use parallel=zero2_offload,"
+                " or auto"
+            )
+        if optimizer.name is not OptimizerName.adamw:
+            yield f"optimizer.implementation=deepspeed_cpu: has adamw only, not {optimizer.name}; use auto"
+    if optimizer.name is OptimizerName.sgd and optimizer.implementation is Implementation.fused and _sharded(config):
+        yield "optimizer.implementation=fused: torch has no fused sgd for sharded parameters; use foreach or auto"
+    if optimizer.name is OptimizerName.adafactor:
+        yield from _check_adafactor(config)
+    if scheduler.warmup_steps + scheduler.decay_steps > train.steps:
+        yield (
+            f"scheduler.warmup_steps={scheduler.warmup_steps}: with scheduler.decay_steps={scheduler.decay_steps} it is"
+            f" longer than train.steps={train.steps}; shorten it"
+        )
+
+
+def _check_adafactor(config: Config) -> Iterator[str]:
+    """It factors whole matrices: a DTensor's column means are norms over ranks, which torch cannot square in place."""
+    optimizer = config.optimizer
+    if optimizer.implementation is Implementation.fused:
+        yield "optimizer.implementation=fused: torch has no fused adafactor; use for_loop, foreach or auto"
+    if optimizer.eps < SMALLEST_EPS:
+        yield f"optimizer.eps={optimizer.eps}: adafactor squares it in float32; use {SMALLEST_EPS} or more"
+    if config.parallel.engine is EngineName.deepspeed:
+        yield (
+            "optimizer.name=adafactor: needs the rows and columns of whole matrices, and DeepSpeed's partitions are"
+            " flat; use parallel=ddp, or optimizer=adamw"
+        )
+    elif _sharded(config):
+        yield (
+            "optimizer.name=adafactor: torch computes it on whole matrices only, and pp, dp_shard, cp and tp make"
+            " sharded tensors of them; use parallel=ddp, or optimizer=adamw"
+        )
+
+
+def _sharded(config: Config) -> bool:
+    """Whether engine torch makes DTensors of the parameters."""
+    parallel = config.parallel
+    degrees = (parallel.pp, parallel.dp_shard, parallel.cp, parallel.tp)
+    return parallel.engine is EngineName.torch and degrees != (1, 1, 1, 1)
