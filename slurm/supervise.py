@@ -62,7 +62,7 @@ class Supervisor:
         if self._job.chain and given_up.get("state") == "failed":
             return self._leave("failed", EXIT_FAILED, str(given_up.get("reason")))
         if self._restart_count() > self._job.max_requeues:
-            return self._leave("failed", EXIT_FAILED, self._cap_reached())
+            return self._leave("failed", EXIT_FAILED, self._cap_reached(stand(self._dir).step))
         self._hosts = host_names(self._env["SLURM_JOB_NODELIST"])
         (folder(self._dir) / "hostfile").write_text(hostfile(self._hosts, self._job.processes))
         while True:
@@ -133,7 +133,8 @@ class Supervisor:
         """The ranks have ended because the job was told to stop: go back to the queue, or end."""
         (self._dir / STOP_FILE).unlink(missing_ok=True)
         if why != "SIGUSR1":
-            return self._leave_stopped(why, step)
+            # scancel, or a node that was lost: both look like this from here, and only Slurm knows which it was.
+            return self._leave_stopped(f"{why} from Slurm", step, unless="unless Slurm requeues the job itself, ")
         memory = self._memory
         memory.stops_in_vain = memory.stops_in_vain + 1 if step <= memory.stopped_at else 0
         memory.stopped_at = max(step, memory.stopped_at)
@@ -144,7 +145,7 @@ class Supervisor:
         if self._job.chain:
             return self._leave("stopped", EXIT_STOPPED, f"step {step} is saved; the next job of the array goes on")
         if self._restart_count() >= self._job.max_requeues:
-            return self._leave("failed", EXIT_FAILED, self._cap_reached())
+            return self._leave("failed", EXIT_FAILED, self._cap_reached(step))
         return self._requeue(step)
 
     def _requeue(self, step: int) -> int:
@@ -189,8 +190,9 @@ class Supervisor:
     def _restart_count(self) -> int:
         return int(self._env.get("SLURM_RESTART_COUNT", "0"))
 
-    def _cap_reached(self) -> str:
-        return f"the job was requeued {self._restart_count()} times (cluster.slurm.max_requeues)"
+    def _cap_reached(self, step: int) -> str:
+        count = f"the job was requeued {self._restart_count()} times"
+        return f"{count} (cluster.slurm.max_requeues={self._job.max_requeues}); {self._way_on(step)}"
 
     def _say(self, state: str, reason: str, *, step: int) -> None:
         print(f"slurm: {state}: {reason}", flush=True)
@@ -205,9 +207,12 @@ class Supervisor:
             step=step,
         )
 
-    def _leave_stopped(self, why: str, step: int) -> int:
-        place = f"step {step} is saved; goes on with" if step else "no step is saved yet; begins anew with"
-        return self._leave("stopped", EXIT_STOPPED, f"{why}; {place}: {self._job.goes_on}")
+    def _leave_stopped(self, why: str, step: int, *, unless: str = "") -> int:
+        return self._leave("stopped", EXIT_STOPPED, f"{why}; {self._way_on(step, unless=unless)}")
+
+    def _way_on(self, step: int, *, unless: str = "") -> str:
+        saved, verb = (f"step {step} is saved", "goes on") if step else ("no step is saved yet", "begins anew")
+        return f"{saved}; {unless}{verb} with: {self._job.goes_on}"
 
     def _leave(self, state: str, code: int, reason: str) -> int:
         self._say(state, reason, step=stand(self._dir).step)
