@@ -127,7 +127,9 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
     if not starting:  # else rank 0 prints the plan
         print(plan.describe(), end="\n\n")
     if plan.nodes > 1:
-        print("Run one line on each node, with the address of the first for NODE_0:")
+        hosts = f", and for HOSTFILE a file with a line `ADDRESS slots={plan.gpus_per_node}` for each node"
+        files = hosts if config.launcher.name is LauncherName.deepspeed else ""
+        print(f"Run one line on each node, with the address of the first for NODE_0{files}:")
     print(*(command.text() for command in commands), sep="\n", flush=True)
     if not starting:
         return EXIT_FINISHED, False

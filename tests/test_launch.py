@@ -176,11 +176,13 @@ def test_dry_run_prints_plan_and_command_and_makes_nothing(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_several_nodes_get_one_command_each_and_nothing_starts(tmp_path: Path) -> None:
-    done = door("parallel=ddp", "cluster.nodes=3", "cluster.device=cpu", cwd=tmp_path)
-    lines = [line for line in done.stdout.splitlines() if "torchrun" in line]
-    assert [f"--node-rank={rank} --master-addr=NODE_0" in line for rank, line in enumerate(lines)] == [True] * 3
+@pytest.mark.parametrize(("launcher", "word"), [("torchrun", "node-rank"), ("deepspeed", "node_rank")])
+def test_several_nodes_get_one_command_each_and_nothing_starts(launcher: str, word: str, tmp_path: Path) -> None:
+    done = door("parallel=ddp", "cluster.nodes=3", "cluster.device=cpu", f"launcher={launcher}", cwd=tmp_path)
+    told, *lines = done.stdout.splitlines()[-4:]
+    assert [f" --{word}={rank} " in line and "=NODE_0 " in line for rank, line in enumerate(lines)] == [True] * 3
     assert len({line.split("train.run_dir=")[1] for line in lines}) == 1
+    assert ("HOSTFILE a file with a line `ADDRESS slots=2` for each node" in told) == (launcher == "deepspeed")
     assert not list(tmp_path.iterdir())
 
 

@@ -232,7 +232,7 @@ def test_jobs_that_are_always_stopped_before_a_checkpoint_end(run_dir: Path) -> 
 
 
 def test_told_to_end_by_slurm(run_dir: Path) -> None:
-    """scancel, or a lost node, after which Slurm requeues the job: nothing is started, and what is said is true of both."""
+    """scancel, or a lost node, after which Slurm requeues the job: no start, and what is said is true of both."""
     running = start(run_dir, "75 stopped 10")
     with running:
         wait_for_start(run_dir)

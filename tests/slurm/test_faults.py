@@ -158,6 +158,24 @@ def test_a_real_time_limit(cluster: Cluster, run_dir: Path) -> None:
 
 
 @full
+def test_a_job_that_was_requeued_often_enough_ends(cluster: Cluster, run_dir: Path) -> None:
+    """Counted by Slurm itself, whoever asked for it: the supervisor, and then a person or a lost node."""
+    run = cluster.launch(run_dir, "cluster.slurm.max_requeues=1", "train.steps=100000", "checkpoint.every=0")
+    run.reach(1)
+    run.warn()
+    run.wait(lambda: run.status()["requeues"] == 1, "the job back from the queue")
+    saved = max(run.losses())
+    run.reach(saved + 1)
+    cluster.ask("scontrol", "requeue", run.job)
+    run.wait(lambda: run.status()["requeues"] == 2, "the cap")
+    assert run.end() == "FAILED"
+    last = run.log().splitlines()[-1]
+    assert last.startswith("slurm: failed: the job was requeued 2 times (cluster.slurm.max_requeues=1); step ")
+    assert " is saved; goes on with: python -m launch cluster=slurm " in last
+    assert run.status()["starts"] == 2, "the third start was turned away before any rank"
+
+
+@full
 def test_a_job_that_always_dies_ends(cluster: Cluster, run_dir: Path) -> None:
     """Killed at each start before any checkpoint: given up after launcher.max_restarts."""
     run = cluster.launch(run_dir, "checkpoint.every=0", "train.steps=100000", "launcher.max_restarts=1")
