@@ -44,6 +44,7 @@ class DType(StrEnum):
 class TuningMethod(StrEnum):
     full = "full"
     lora = "lora"
+    qlora = "qlora"
 
 
 class OptimizerName(StrEnum):

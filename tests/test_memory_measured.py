@@ -67,6 +67,12 @@ CASES = {
         ["parallel=single", *LLAMA, *LONG, *BF16, "data=builtin", "data.document_mask=true"],
     ),
     "ddp bf16, adapters": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE, "tuning=lora"]),
+    "single bf16, adapters beside 4 bits": (1, TORCH, ["parallel=single", *LLAMA, *LONG, *BF16, "tuning=qlora"]),
+    "ddp fp32, adapters beside 4 bits, recompute": (
+        2,
+        TORCH,
+        ["parallel=ddp", *QWEN3, *SHORT, *FULL, "tuning=qlora", "tuning.double_quantization=false"],
+    ),
     "fsdp fp32, adapters": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT, "tuning=lora", "tuning.rank=4"]),
     "fsdp bf16, adapters, recompute": (2, TORCH, ["parallel=fsdp", *GPT2, *SHORT, *BF16, *FULL, "tuning=lora"]),
     "pipeline bf16, adapters, tied": (2, TORCH, ["parallel=pipeline", *QWEN3, *LONG, *BF16, *FOUR, "tuning=lora"]),

@@ -27,6 +27,7 @@ from configs.choices import TuningMethod
 from configs.errors import ConfigError, EnvironmentProblem
 from configs.schema import Tuning
 from trainer.model import decoder_layers
+from trainer.quantized import replace_linears
 from trainer.weights import Weights, is_adapter
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def apply_tuning(model: PreTrainedModel, tuning: Tuning, *, base: str | None = N
     if tuning.method is TuningMethod.full:
         return
     adapters = lora_config(tuning, base)
+    if tuning.method is TuningMethod.qlora:
+        replace_linears(model, tuning)
     from peft import inject_adapter_in_model
 
     try:
@@ -99,7 +102,7 @@ def lora_config(tuning: Tuning, base: str | None) -> LoraConfig:
         from peft import LoraConfig
     except ImportError:
         raise EnvironmentProblem(
-            "tuning=lora: needs peft; pip install 'distributed-training-cookbook[tuning]'"
+            f"tuning={tuning.method}: needs peft; pip install 'distributed-training-cookbook[tuning]'"
         ) from None
     targets: Any = list(tuning.target_modules) or ALL_LINEAR
     return LoraConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from configs.choices import EngineName, TuningMethod
+from configs.choices import DType, EngineName, TuningMethod
 from configs.schema import Config
 
 
@@ -31,7 +31,22 @@ def check_tuning(config: Config) -> Iterator[str]:
             f"parallel.tp={parallel.tp}: cuts matrices that tuning={tuning.method} puts adapters beside, and has no"
             " plan for these; use parallel=fsdp or pipeline, or tuning=full"
         )
+    if tuning.method is TuningMethod.qlora:
+        yield from _check_quantized(config)
     if config.train.compile:
         yield "train.compile=true: compiles no layers with adapters; set it to false, or use tuning=full"
     if config.estimate.search:
         yield "estimate.search=true: its cost model is of full training; name a layout, or use tuning=full"
+
+
+def _check_quantized(config: Config) -> Iterator[str]:
+    """4-bit weights are packed bytes: nothing that cuts a parameter can cut them."""
+    parallel = config.parallel
+    divided = [key for key in ("dp_shard", "pp", "cp") if (getattr(parallel, key) or 2) > 1]
+    if parallel.engine is EngineName.torch and parallel.tp == 1 and divided:
+        yield (
+            f"parallel.{divided[0]}={getattr(parallel, divided[0])}: tuning=qlora keeps the whole model on each GPU, in"
+            " 4 bits; use parallel=single or ddp, or tuning=lora"
+        )
+    if DType.float64 in (config.precision.param_dtype, config.precision.master_dtype):
+        yield "precision=fp64: bitsandbytes unpacks 4-bit weights to 16 or 32 bits; use bf16, fp16 or fp32"

@@ -50,7 +50,7 @@ def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
     known = read_progress(folder / STATE).identity
     tokenizer, parameters = AutoTokenizer.from_pretrained(folder / TOKENIZER), _parameters(folder, manifest)
     try:
-        if known.get("tuning.method") == TuningMethod.lora:
+        if known.get("tuning.method", TuningMethod.full) != TuningMethod.full:
             fields = {key: known[f"tuning.{key}"] for key in ("rank", "alpha", "target_modules")}
             adapters = lora_config(Tuning(method=TuningMethod.lora, **fields), known["tuning.base"][1])
             export_adapter(parameters, adapters, tokenizer, target, dtype=dtype)

@@ -71,7 +71,7 @@ def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict
         "optimizer.name": str(config.optimizer.name),
         "train.seed": config.train.seed,
         "tuning.method": str(config.tuning.method),
-        **(_adapters(config) if config.tuning.method is TuningMethod.lora else {}),
+        **(_adapters(config) if config.tuning.method is not TuningMethod.full else {}),
     }
 
 
@@ -83,6 +83,7 @@ def _adapters(config: Config) -> dict[str, Any]:
         "tuning.alpha": tuning.alpha,
         "tuning.target_modules": sorted(tuning.target_modules),
         "tuning.base": [str(model.weights), model.path, model.revision],
+        **({"tuning.double_quantization": tuning.double_quantization} if tuning.method is TuningMethod.qlora else {}),
     }
 
 

@@ -37,12 +37,14 @@ WHOLE, FIRST, MIDDLE, LAST = "whole", "first", "middle", "last"
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """name: inside its group. shape: on one tensor-parallel rank. summed: over whom its gradient is summed once more
-    at the end of a step: "tp" ranks, the two "ends" of a pipeline that share it, or nobody."""
+    at the end of a step: "tp" ranks, the two "ends" of a pipeline that share it, or nobody. packed: bytes of the
+    tensors that hold it where it is quantized."""
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = True
     summed: str = ""
+    packed: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -253,4 +255,7 @@ def _groups(items: list[Any]) -> tuple[tuple[str, tuple[Parameter, ...]], ...]:
 
 
 def _parameters(items: list[dict[str, Any]]) -> tuple[Parameter, ...]:
-    return tuple(Parameter(item["name"], tuple(item["shape"]), item["trainable"], item["summed"]) for item in items)
+    return tuple(
+        Parameter(item["name"], tuple(item["shape"]), item["trainable"], item["summed"], tuple(item["packed"]))
+        for item in items
+    )

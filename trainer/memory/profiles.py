@@ -46,7 +46,15 @@ Made = TypeVar("Made")
 
 
 SOURCES = ("trace", "units", "update_cost", "kernels", "tracker", "profiles", "profile")
-SOURCES = (*(f"memory/{name}.py" for name in SOURCES), "model.py", "loss.py", "optimizer.py", "data/__init__.py")
+SOURCES = (
+    *(f"memory/{name}.py" for name in SOURCES),
+    "model.py",
+    "quantized.py",
+    "tuning.py",
+    "loss.py",
+    "optimizer.py",
+    "data/__init__.py",
+)
 PARALLEL = ("checkpointing", "collectives", "context", "fsdp", "pipeline_probe", "pipeline_split", "regions", "tensor")
 PARALLEL = (*PARALLEL, "tensor_plans", "vocabulary")
 SOURCES += tuple(f"parallel/{name}.py" for name in PARALLEL)
@@ -158,7 +166,13 @@ def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
     return {
         "pipeline": plan.degree("pp") > 1,
         "tensor": [plan.degree("tp"), parallel.sequence_parallel, parallel.tensor_plan],
-        "tuning": [str(tuning.method), tuning.rank, tuning.dropout > 0, sorted(tuning.target_modules)],
+        "tuning": [
+            str(tuning.method),
+            tuning.rank,
+            tuning.dropout > 0,
+            sorted(tuning.target_modules),
+            tuning.double_quantization,
+        ],
         "optimizer": [str(optimizer.name), str(optimizer.implementation), optimizer.beta1 > 0],
     }
 

@@ -33,6 +33,7 @@ from trainer.memory.units import Unit, groups_of
 from trainer.parallel.checkpointing import apply_checkpointing
 from trainer.parallel.fsdp import sharded_modules
 from trainer.parallel.vocabulary import chunked_cross_entropy_sum
+from trainer.quantized import is_quantized, packed_like
 
 Groups = dict[str, tuple[str, str]]
 
@@ -202,7 +203,11 @@ def _make_fake(model: nn.Module, dtype: torch.dtype, *, frozen: torch.dtype) -> 
             if parameter is not None:
                 if (fake := made.get(id(parameter))) is None:
                     kind = dtype if parameter.requires_grad else frozen
-                    fake = nn.Parameter(torch.empty(local(parameter).shape, dtype=kind), parameter.requires_grad)
+                    if is_quantized(module, name):
+                        fake = packed_like(module, kind)
+                    else:
+                        shape = local(parameter).shape
+                        fake = nn.Parameter(torch.empty(shape, dtype=kind), parameter.requires_grad)
                     made[id(parameter)] = fake
                 module._parameters[name] = fake
 

@@ -28,6 +28,7 @@ from trainer.parallel.context import apply_context_parallel
 from trainer.parallel.fsdp import sharded_modules
 from trainer.parallel.pipeline_split import Stage, split_model
 from trainer.parallel.tensor import TensorParallel, divide, tensor_plan
+from trainer.quantized import is_quantized, stored_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +169,10 @@ def describe(unit: Unit, kinds: Sequence[int]) -> Anatomy:
     for name, (group, leaf) in groups_of(unit).items():
         parameter = unit.module.get_parameter(name)
         summed = "tp" if name in partial else "ends" if name in ends else ""
-        described = Parameter(leaf, tuple(local(parameter).shape), parameter.requires_grad, summed)
+        owner, _, last = name.rpartition(".")
+        module = unit.module.get_submodule(owner)
+        packed = stored_bytes(module) if is_quantized(module, last) else ()
+        described = Parameter(leaf, tuple(local(parameter).shape), parameter.requires_grad, summed, packed)
         members.setdefault(group, []).append(described)
     return Anatomy(
         kinds=tuple(tuple(members[str(unit.kinds.index(kind))]) for kind in range(max(kinds) + 1))

@@ -6,12 +6,14 @@ count, nor does it help that the upper half of the attention matrix is masked. T
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from configs.schema import Config
 from trainer.devices import find_gpu
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from trainer.plan import Plan
@@ -19,9 +21,14 @@ if TYPE_CHECKING:
 
 def count_parameters(model: PreTrainedModel, *, frozen: bool = False) -> int:
     """Of the whole model, tied ones once, however they are spread over ranks. frozen: only those not trained."""
-    # What DeepSpeed leaves of a partitioned parameter is empty; it keeps the true size beside. A DTensor knows it.
-    parameters = (parameter for parameter in model.parameters() if not (frozen and parameter.requires_grad))
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    return sum(_numel(parameter) for parameter in model.parameters() if not (frozen and parameter.requires_grad))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """What DeepSpeed leaves of a partitioned parameter is empty, what bitsandbytes leaves of one in 4 bits is bytes;
+    both keep the true size beside. A DTensor knows it."""
+    packed = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_numel", parameter.numel()) if packed is None else prod(packed.shape)
 
 
 def model_flops_per_token(model: PreTrainedModel, *, seq_len: int) -> float:

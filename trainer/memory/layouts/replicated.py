@@ -41,7 +41,8 @@ class Replicated:
         self.width = width
         self.shapes = [parameter.shape for parameter in anatomy.parameters() if parameter.trainable]
         self.matrices = [prod(shape) * width for shape in self.shapes if len(shape) > 1]
-        self.frozen = [p.numel * WIDTHS[setting.plan.param_dtype] for p in anatomy.parameters() if not p.trainable]
+        frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
+        self.frozen = [size for p in frozen for size in p.packed or [p.numel * WIDTHS[setting.plan.param_dtype]]]
         self.gradients: dict[Key, Handle | None] = {}
         self.buckets: list[tuple[set[Key], Handle | None]] = []
         self.last = self.steady = False

@@ -1,0 +1,110 @@
+"""`tuning=qlora`: a base in four bits that is the same on every rank and at every start, and counted to the byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import ConfigError, PlanError
+from configs.load import load_config
+from tests.cases import run_trainer, train
+from tests.harness import run_ranks
+from tests.parity import MODELS, distance, reference, words
+from trainer.machine import Machine
+from trainer.model import build_hf_config, build_model, decoder_layers
+from trainer.plan import make_plan
+from trainer.quantized import is_quantized, quantize, stored_bytes
+from trainer.tuning import apply_tuning
+
+STEPS = 5
+QLORA = ("tuning=qlora", "tuning.rank=4", "train.gradient_accumulation_steps=2")
+FLOAT32 = 1e-5
+
+
+def test_ddp_trains_the_adapters_of_one_process() -> None:
+    # Adam divides the small gradients of a young adapter by small moments, and their rounding with them.
+    sgd = (*QLORA, "optimizer=sgd", "optimizer.lr=0.3")
+    expected = reference("llama", "fp32", STEPS, *sgd)
+    found = run_ranks(2, train, words("llama", "ddp", "fp32", STEPS, *sgd))[0]
+    assert distance(found, expected).largest <= FLOAT32
+    assert all(".lora_" in name for name in found.parameters)
+
+
+def test_four_bits_are_near_the_model_and_are_not_it() -> None:
+    """Before the first update the adapters add nothing: what is apart is the quantization."""
+    packed = reference("llama", "fp32", STEPS, *QLORA).losses[0]
+    whole = reference("llama", "fp32", STEPS, *(word.replace("qlora", "lora") for word in QLORA)).losses[0]
+    assert 1e-6 < abs(packed - whole) / whole < 2e-2
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_what_is_stored_is_what_was_counted(double: bool) -> None:
+    config = load_config(["model=tiny", "tuning=qlora", f"tuning.double_quantization={str(double).lower()}"])
+    model = build_model(config.model, build_hf_config(config.model))
+    apply_tuning(model, config.tuning)
+    unit = decoder_layers(model)[0]
+    layers = {name: module for name, module in unit.named_modules() if is_quantized(module, "weight")}
+    assert {name.split(".")[1] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    counted = {name: stored_bytes(module) for name, module in layers.items()}
+    values = {}
+    for name, module in layers.items():
+        values[name] = torch.randn(module.get_parameter("weight").shape)
+        module._parameters["weight"] = torch.nn.Parameter(values[name], requires_grad=False)
+    quantize(unit)
+    for name, module in layers.items():
+        weight = module.get_parameter("weight")
+        state = weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
+        scales = [state.state2.absmax, state.offset] if double else []
+        held = [weight, state.absmax, *scales, state.code, *([state.state2.code] if double else [])]
+        assert tuple(tensor.untyped_storage().nbytes() for tensor in held) == counted[name]
+        again = module(torch.eye(values[name].shape[1])).T
+        assert 0 < (again - values[name]).norm() / values[name].norm() < 0.12
+
+
+def test_a_run_goes_on_to_the_bit_whatever_was_validated(tmp_path: Path) -> None:
+    """The base is not in the checkpoint: it is quantized anew, from the same values, and validation leaves it alone."""
+    common = [*MODELS["llama"], *QLORA, "data.seq_len=32", "train.global_batch_size=8", "logging.progress=lines"]
+    common += ["precision=fp32", "checkpoint.every=2", "scheduler=constant", "train.steps=4"]
+    whole, half, rest = tmp_path / "whole", tmp_path / "half", tmp_path / "rest"
+    assert run_ranks(1, run_trainer, [*common, "train.eval_samples=0", f"train.run_dir={whole}"]) == [0]
+    validated = [*common, "train.eval_samples=4", "train.eval_every=1"]
+    assert run_ranks(1, run_trainer, [*validated, "train.steps=2", f"train.run_dir={half}"]) == [0]
+    resume = [f"train.run_dir={rest}", f"train.resume={half}"]
+    assert run_ranks(1, run_trainer, [*validated, *resume]) == [0]
+    tensors, again = (load_file(run / "model" / "adapter_model.safetensors") for run in (whole, rest))
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    saved = [name for file in (half / "checkpoints").rglob("*.safetensors") for name in load_file(file)]
+    assert saved
+    assert all(".lora_" in name or name.startswith("rng/") for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ("parallel=fsdp", "parallel.dp_shard=None"),
+        ("parallel=pipeline", "parallel.pp=2"),
+        ("parallel=tensor", "parallel.tp=2"),
+        ("parallel=zero2", "tuning=qlora"),
+        ("parallel=single precision=fp64", "precision=fp64"),
+        ("parallel=single train.compile=true", "train.compile=true"),
+    ],
+)
+def test_where_it_cannot_run_is_one_line(overrides: str, key: str) -> None:
+    config = load_config(["tuning=qlora", *overrides.split()])
+    with pytest.raises(PlanError) as caught:
+        make_plan(config, Machine(world_size=2, local_world_size=2))
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith(key)]
+    assert "use" in line or "set" in line
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    config = load_config(["model=tiny_gpt2", "tuning=qlora"])
+    model = build_model(config.model, build_hf_config(config.model))
+    with pytest.raises(
+        ConfigError, match=r"^tuning=qlora: the decoder layers of GPT2LMHeadModel have no torch.nn.Linear"
+    ):
+        apply_tuning(model, config.tuning)
