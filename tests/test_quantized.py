@@ -85,7 +85,7 @@ def test_a_run_goes_on_to_the_bit_whatever_was_validated(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        ("parallel=fsdp", "parallel.dp_shard=None"),
+        ("parallel=fsdp", "parallel.dp_shard=null"),
         ("parallel=pipeline", "parallel.pp=2"),
         ("parallel=tensor", "parallel.tp=2"),
         ("parallel=zero2", "tuning=qlora"),

@@ -1,8 +1,8 @@
 """QLoRA: the frozen model in four bits, taken out of them again for each use.
 
-    weight [out, in] ----> 64 values share a scale ----> 4-bit codes of NF4       0.5 bytes per value
-    scales               ----> 256 share one, in 8 bits (double quantization)     0.0159 bytes per value; 0.0625 without
-    forward, backward      the layer's whole matrix in 16 bit, for a moment
+    weight [out, in] ----> 64 values share a scale ----> 4-bit codes of NF4      0.5 bytes per value
+    scales           ----> 256 share a scale       ----> 8-bit codes             0.0159 bytes per value (else 0.0625)
+    each use         ----> the layer's whole matrix in precision.param_dtype, for a moment
 
 bitsandbytes does the arithmetic. The linear layers of the decoder are quantized, from what `model.weights` says and
 unit by unit, so that the model never exists whole in 16 bit. Embedding, norms and head stay as they are, and so do
@@ -12,7 +12,6 @@ Dettmers et al. 2023 (QLoRA, arXiv:2305.14314, section 3).
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -110,8 +109,6 @@ def _set_compute_dtype(layer: Any, dtype: torch.dtype) -> None:
 
 def _layer_class() -> type[Any]:
     """Raises EnvironmentProblem."""
-    # It tells of faster kernels that are not installed, once per process.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from bitsandbytes.nn.modules import Linear4bit
     except ImportError:

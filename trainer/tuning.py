@@ -98,6 +98,8 @@ class AdapterWeights:
 
 def lora_config(tuning: Tuning, base: str | None) -> LoraConfig:
     """peft's description of the adapters. base: `model.path`, which peft loads them upon. Raises EnvironmentProblem."""
+    # peft imports it where it is installed, and it tells every process of faster kernels that are not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from peft import LoraConfig
     except ImportError:

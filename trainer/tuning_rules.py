@@ -42,10 +42,11 @@ def check_tuning(config: Config) -> Iterator[str]:
 def _check_quantized(config: Config) -> Iterator[str]:
     """4-bit weights are packed bytes: nothing that cuts a parameter can cut them."""
     parallel = config.parallel
-    divided = [key for key in ("dp_shard", "pp", "cp") if (getattr(parallel, key) or 2) > 1]
+    degrees = {key: getattr(parallel, key) for key in ("dp_shard", "pp", "cp")}
+    divided = [f"parallel.{key}={value or 'null'}" for key, value in degrees.items() if value != 1]
     if parallel.engine is EngineName.torch and parallel.tp == 1 and divided:
         yield (
-            f"parallel.{divided[0]}={getattr(parallel, divided[0])}: tuning=qlora keeps the whole model on each GPU, in"
+            f"{divided[0]}: tuning=qlora keeps the whole model on each GPU, in"
             " 4 bits; use parallel=single or ddp, or tuning=lora"
         )
     if DType.float64 in (config.precision.param_dtype, config.precision.master_dtype):
