@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from configs.errors import CheckpointDamaged, CheckpointMismatch, CookbookError
 from configs.load import load_config
@@ -191,12 +193,48 @@ def test_which_checkpoints_stay() -> None:
     ],
 )
 def test_another_runs_checkpoint_is_one_line(change: str, problem: str, run: Path, runtime: Runtime) -> None:
-    before = sorted(path for path in run.rglob("*"))
+    before = contents(run)
     with pytest.raises(CheckpointMismatch) as caught:
         resume_step(runtime, run, change)
     assert caught.value.exit_code == 2
     assert any(problem in line for line in caught.value.problems), caught.value.problems
-    assert sorted(path for path in run.rglob("*")) == before
+    assert contents(run) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_tokenizer(folder: Path, vocabulary: list[str]) -> Path:
+    model = models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token=vocabulary[0])
+    words = Tokenizer(model)
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    named = {"unk_token": vocabulary[0], "eos_token": vocabulary[1]}
+    PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(folder)
+    return folder
+
+
+def test_another_tokenizer_of_that_size_or_another_text_is_one_line(runtime: Runtime, tmp_path: Path) -> None:
+    first = write_tokenizer(tmp_path / "first", ["[UNK]", "[EOS]", "one", "two", "three"])
+    second = write_tokenizer(tmp_path / "second", ["[UNK]", "[EOS]", "two", "one", "three"])
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("one two three " * 2000)
+    files = ["data=files", f"data.paths=[{text}]", "data.ignore_fraction=0", "train.eval_samples=0"]
+    files.append(f"data.cache_dir={tmp_path / 'cache'}")
+    own = [*files, f"data.tokenizer={first}"]
+    run_ranks(1, train_and_save, [*SETTINGS, "parallel=single", "launcher=python", *own, "train.steps=2"], str(run))
+    assert resume_step(runtime, run, *own) == OLD
+    before = contents(run)
+    with pytest.raises(CheckpointMismatch) as caught:
+        resume_step(runtime, run, *files, f"data.tokenizer={second}")
+    assert any("saved with tokenizer=" in line for line in caught.value.problems), caught.value.problems
+    text.write_text("three two one " * 2000)
+    with pytest.raises(CheckpointMismatch) as caught:
+        resume_step(runtime, run, *own)
+    (line,) = caught.value.problems
+    assert "saved with data.fingerprint=" in line
+    assert "give the same data" in line
+    assert contents(run) == before
 
 
 def rewrite(folder: Path, change: Callable[[Manifest], Manifest]) -> None:
@@ -212,10 +250,12 @@ def test_a_newer_format_is_refused(run: Path, runtime: Runtime) -> None:
         resume_step(runtime, run)
 
 
-def test_a_manifest_cannot_lead_out_of_its_folder(run: Path, runtime: Runtime, tmp_path: Path) -> None:
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_manifest_cannot_lead_out_of_its_folder(absolute: bool, run: Path, runtime: Runtime, tmp_path: Path) -> None:
     outside = tmp_path / "outside.safetensors"
     shutil.copy(rank_file(newest(run), 0), outside)
-    rewrite(newest(run), lambda m: replace(m, files={**m.files, "../../../outside.safetensors": m.files[STATE]}))
+    name = str(outside) if absolute else "../../../outside.safetensors"
+    rewrite(newest(run), lambda m: replace(m, files={**m.files, name: entry_of(outside)}))
     assert resume_step(runtime, run) == OLD
 
 
