@@ -84,7 +84,7 @@ def read_memory(run_dir: Path) -> Memory:
 
 
 def write_status(run_dir: Path, state: str, **more: object) -> None:
-    """state: running, restarting, requeued, finished, stopped or failed."""
+    """state: running, restarting, stopping, requeued, finished, stopped or failed."""
     content = {"state": state, **more, "time": datetime.now(UTC).isoformat(timespec="seconds")}
     replace_text(folder(run_dir) / STATUS, json.dumps(content, indent=1) + "\n")
 

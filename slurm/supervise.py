@@ -94,7 +94,7 @@ class Supervisor:
         write_memory(self._dir, self._memory)
         self._say("running", f"start {self._memory.starts} on {', '.join(self._hosts)}", step=before.step)
         step = subprocess.Popen(self._srun(), env=dict(self._env))
-        begun, deadline = False, time.monotonic() + 60 * self._job.start_minutes
+        begun, told, deadline = False, False, time.monotonic() + 60 * self._job.start_minutes
         while (code := step.poll()) is None:
             time.sleep(POLL_SECONDS)
             begun = begun or stand(self._dir).status != before.status
@@ -102,6 +102,10 @@ class Supervisor:
                 print(f"slurm: the ranks have not met after {self._job.start_minutes:g} minutes", flush=True)
                 step.terminate()
                 begun = True
+            if self._told is not None and not told:
+                # Before the ranks have ended: Slurm may kill this program too, KillWait seconds after its SIGTERM.
+                self._say("stopping", f"{self._told} from Slurm; the ranks save and end", step=stand(self._dir).step)
+                told = True
             if self._told is not None and not begun:
                 # There is nothing to save yet, and the time that is left would pass with starting.
                 step.terminate()

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
-from slurm.job import Job, folder, write_job
+from slurm.job import Job, folder, read_job_status, write_job
 from trainer.checkpoint.catalog import CHECKPOINTS, step_name
 from trainer.status import STATUS
 
@@ -126,11 +127,15 @@ def state(run_dir: Path) -> str:
     return json.loads((folder(run_dir) / "status.json").read_text())["state"]
 
 
-def wait_for_start(run_dir: Path, number: int = 1) -> None:
+def wait_for(come: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
-    while len(starts(run_dir)) < number or not (run_dir / STATUS).exists():
+    while not come():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def wait_for_start(run_dir: Path, number: int = 1) -> None:
+    wait_for(lambda: len(starts(run_dir)) >= number and (run_dir / STATUS).exists())
 
 
 def test_the_words_of_a_step(run_dir: Path) -> None:
@@ -237,6 +242,8 @@ def test_told_to_end_by_slurm(run_dir: Path) -> None:
     with running:
         wait_for_start(run_dir)
         running.send_signal(signal.SIGTERM)
+        # Known before the ranks have ended, who may take longer than Slurm lets this program live.
+        wait_for(lambda: read_job_status(run_dir)["state"] == "stopping")
         (run_dir / "STOP").touch()
         said, _ = running.communicate(timeout=60)
     assert running.returncode == EXIT_STOPPED
