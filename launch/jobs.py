@@ -17,7 +17,7 @@ from configs.errors import EXIT_FINISHED, ConfigError
 from configs.load import load_config
 from configs.schema import Cluster, Config
 from slurm.control import cancel, status_lines
-from slurm.submit import Point, check, check_sweep, command, script_text, submit, submit_sweep
+from slurm.submit import Point, beside_script, check, check_sweep, command, script_text, submit, submit_sweep
 from trainer.machine import Machine
 from trainer.memory.gate import check_memory
 from trainer.plan import Plan, make_plan
@@ -44,7 +44,7 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
     if config.dry_run:
         check(config, run_dir)
         print(plan.describe(), *memory, "", sep="\n")
-        print(shlex.join(command(config, plan, run_dir)), "", script_text(config), sep="\n", end="")
+        _show_script(config, command(config, plan, run_dir))
         return EXIT_FINISHED
     job_id = submit(config, plan, overrides, config_dir=config_dir, run_dir=run_dir, root=Path.cwd())
     folder, log = shlex.quote(str(run_dir)), run_dir / "logs" / f"slurm-{log_id(config, job_id)}.out"
@@ -73,7 +73,7 @@ def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> 
     sweep_dir = Path(first.train.run_dir or default_run_dir(first, datetime.now())).expanduser().absolute()
     if first.dry_run:
         words = check_sweep(planned, sweep_dir)
-        print(shlex.join(words), "", script_text(first), sep="\n", end="")
+        _show_script(first, words)
         return EXIT_FINISHED
     job_id = submit_sweep(planned, config_dir=config_dir, sweep_dir=sweep_dir, root=Path.cwd())
     for number, overrides in enumerate(points):
@@ -82,6 +82,12 @@ def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> 
     print(f"status     python -m launch status {shlex.quote(str(sweep_dir / '0'))}")
     print(f"cancel     scancel {job_id}", flush=True)
     return EXIT_FINISHED
+
+
+def _show_script(config: Config, words: Sequence[str]) -> None:
+    print(shlex.join(words), "", script_text(config), sep="\n", end="")
+    if lines := beside_script(config):
+        print("", *lines, sep="\n")
 
 
 def is_array(cluster: Cluster) -> bool:

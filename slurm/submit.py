@@ -194,6 +194,13 @@ def script_text(config: Config) -> str:
     return Path(script).expanduser().read_text() if script else (files("slurm") / "job.sbatch").read_text()
 
 
+def beside_script(config: Config) -> list[str]:
+    """What a job takes from the run folder besides: the lines that the script sources, the words that srun gets."""
+    setup, words = config.cluster.slurm.setup, srun_words(config)
+    lines = [f"slurm/setup.sh  {line}" for line in setup]
+    return [*lines, f"srun            {shlex.join(words)}"] if words else lines
+
+
 def _submitted(config: Config, words: Sequence[str], root: Path) -> str:
     # A federation adds the cluster's name.
     return _sbatch(config, [words[0], "--parsable", *words[1:]], root).split(";")[0]

@@ -185,6 +185,7 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nonexistent")
     words = [*BASE, "dry_run=true", "cluster.device=cuda", "cluster.gpu=A100-SXM4-40GB"]
+    words += ["cluster.slurm.setup=[module load cuda]", "cluster.slurm.container=/images/ours.sqsh"]
     assert launch_job(load_config(words), words, config_dir=None) == 0
     said = capsys.readouterr().out
     for part in (
@@ -192,6 +193,8 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, monkeypatch
         "memory ",
         "\nsbatch --job-name=",
         "#!/usr/bin/env bash",
+        "\nslurm/setup.sh  module load cuda\n",
+        "\nsrun            --container-image=/images/ours.sqsh\n",
     ):
         assert part in said
     assert not list(tmp_path.iterdir())
