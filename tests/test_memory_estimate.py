@@ -120,8 +120,11 @@ def test_sweep_is_a_table_and_csv(cache: str, capsys: pytest.CaptureFixture[str]
     picture = tmp_path / "sweep.html"
     words = ["-m", "parallel=ddp,zero2,fsdp", "model=gpt2", "precision=bf16", "cluster=8xh100", cache]
     assert main([*words, "train.micro_batch_size=1", f"estimate.plot={picture}"]) == 0
-    assert len(capsys.readouterr().out.strip().splitlines()) >= 4
+    common, _, *lines = capsys.readouterr().out.strip().splitlines()
+    assert common == f"all with model=gpt2 precision=bf16 cluster=8xh100 {cache} train.micro_batch_size=1"
+    assert [line.split("  ")[0] for line in lines] == ["parallel=ddp", "parallel=zero2", "parallel=fsdp"]
     assert "<svg" in picture.read_text()
+    assert "model=gpt2" not in picture.read_text()
     assert main([*words, "train.micro_batch_size=1", "estimate.format=csv"]) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert len(rows) == 3 and all(int(row["device_bytes"]) > 0 for row in rows)

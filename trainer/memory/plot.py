@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, EnvironmentProblem
-from trainer.memory.render import Answer
+from trainer.memory.render import Answer, own_words
 from trainer.memory.timeline import COMPONENTS
 
 GIB = 2**30
@@ -44,7 +44,10 @@ def _columns(answers: Sequence[Answer]) -> list[Column]:
     if len(answers) == 1:
         curve = answers[0].estimate.busiest.curve
         return [(f"{moment.phase}, step {moment.step}", moment.parts) for moment in curve]
-    return [(" ".join(one.overrides), tuple(one.estimate.busiest.components.values())) for one in answers]
+    labels = own_words(answers)
+    return [
+        (label, tuple(one.estimate.busiest.components.values())) for label, one in zip(labels, answers, strict=True)
+    ]
 
 
 def _description(answers: Sequence[Answer]) -> str:
@@ -71,7 +74,7 @@ def _save_png(columns: list[Column], capacity: int | None, path: Path, *, descri
     marks = _marks(columns)
     axes.set_xticks([at for at, _ in marks], [text for _, text in marks], rotation=30, ha="right")
     axes.set_ylabel("GiB allocated")
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, metadata={"Description": description})
 
 

@@ -171,18 +171,29 @@ def _named(rank: RankEstimate, found: Estimate) -> str:
 
 
 def render_sweep(answers: Sequence[Answer]) -> str:
-    """One line for each configuration of a sweep."""
+    """One line for each configuration of a sweep, by the words that are not those of all."""
+    common = [word for word in answers[0].overrides if all(word in one.overrides for one in answers)]
+    common = [word for word in common if not word.startswith("estimate.")]
+    labels = own_words(answers)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("overrides", "GPUs", "busiest", "allocated", "reserved", "device GiB", "peak in", "verdict"):
         numeric = name in ("GPUs", "allocated", "reserved", "device GiB")
         table.add_column(name, justify="right" if numeric else "left")
-    for answer in answers:
+    for answer, label in zip(answers, labels, strict=True):
         rank = answer.estimate.busiest
         sizes = (rank.peak_allocated_bytes, rank.peak_reserved_bytes, rank.device_bytes)
         phase = f"{rank.peak_phase}, step {rank.peak_step}"
-        shown = (" ".join(answer.overrides), f"{answer.plan.world_size:,}", rank.kind, *map(_gib, sizes), phase)
+        shown = (label, f"{answer.plan.world_size:,}", rank.kind, *map(_gib, sizes), phase)
         table.add_row(*shown, str(answer.estimate.verdict))
-    return _text(table)
+    return "\n".join([*([f"all with {' '.join(common)}"] if common else []), _text(table)])
+
+
+def own_words(answers: Sequence[Answer]) -> list[str]:
+    """Of each configuration the words that not all have: what tells it from the others."""
+    return [
+        " ".join(word for word in one.overrides if not all(word in other.overrides for other in answers))
+        for one in answers
+    ]
 
 
 def _verdict(answer: Answer) -> list[str]:
