@@ -24,9 +24,9 @@ from trainer.memory.estimate import estimate, on_part_of_the_cluster, planned_ma
 from trainer.memory.explain import explain
 from trainer.memory.gate import EXIT_DOES_NOT_FIT
 from trainer.memory.plot import save_plot
-from trainer.memory.profiles import NotEstimated
 from trainer.memory.render import Answer, render_csv, render_json, render_sweep, render_table
 from trainer.memory.suggest import largest_micro_batch, suggest
+from trainer.memory.tracing import NotEstimated
 from trainer.plan import make_plan
 from trainer.planner.render import render_search, render_search_json
 from trainer.planner.search import search

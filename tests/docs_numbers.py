@@ -21,9 +21,9 @@ from tests.rounding import STEPS, rounded
 from trainer.machine import Machine
 from trainer.memory.estimate import estimate
 from trainer.memory.plot import save_plot
-from trainer.memory.profiles import NotEstimated
 from trainer.memory.render import LABELS, Answer, render_table
 from trainer.memory.timeline import COMPONENTS
+from trainer.memory.tracing import NotEstimated
 from trainer.plan import make_plan
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from trainer.machine import Machine
 from trainer.memory.allocator import CudaAllocator
 from trainer.memory.estimate import Verdict, estimate, planned_machine
 from trainer.memory.gate import DoesNotFit, check_memory
-from trainer.memory.profiles import NotEstimated, get_profile
+from trainer.memory.profiles import get_profile
 from trainer.memory.suggest import _extrapolate, largest_micro_batch
+from trainer.memory.tracing import NotEstimated
 from trainer.memory.update_cost import update_cost, updated
 from trainer.plan import make_plan
 
@@ -164,6 +166,7 @@ def test_code_that_needs_values_is_refused_not_guessed(tmp_path: Path, monkeypat
     config = load_config(["model=tiny", "parallel=single", f"data.cache_dir={tmp_path}"])
     with pytest.raises(NotEstimated, match="not estimated") as refused:
         estimate(config, make_plan(config, Machine(gpus=1)))
+    assert gc.get_freeze_count() == 0, "a trace that fails leaves the collector as it was"
     (line,) = refused.value.problems
     # 16 bytes for each of 804,992 parameters; above, 8 more and what 8 sequences of 256 tokens take at the most.
     assert "more than 0.01 GiB, for the states of its 804,992 parameters, and less than 0.42 GiB" in line

@@ -56,9 +56,9 @@ def hosts() -> Iterator[list[str]]:
 def printed_lines(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     assert main(words) == 0
     out = capsys.readouterr().out
-    _, found, lines = out.partition("with the address of the first for NODE_0:\n")
+    _, found, rest = out.partition("Run one line on each node, with the address of the first for NODE_0")
     assert found, out
-    return lines.strip().splitlines()
+    return rest.strip().splitlines()[1:]
 
 
 @pytest.mark.timeout(300)

@@ -13,10 +13,11 @@ from configs.load import load_config
 from tests.harness import run_ranks
 from trainer.machine import Machine, find_machine
 from trainer.plan import make_plan
-from trainer.preflight_ranks import MARK, Rank, _compare, _count, _slowest, check_ranks, wanted
+from trainer.preflight_ranks import MARK, Rank, _compare, _count, _room, _slowest, check_ranks, wanted
 from trainer.runtime import join
 
 WORDS = ["cluster=cpu", "parallel=ddp", "cluster.gpus_per_node=2"]
+ROOM = ("optimizer=adamw", "optimizer=sgd", "optimizer=adafactor", "tuning=lora tuning.rank=1")
 RANK = Rank(host="n1", local_rank=0, versions={"torch": "2.13"}, gpu="H100", seconds=1.0, nvme=None)
 
 
@@ -73,6 +74,16 @@ def test_no_room_for_checkpoints(tmp_path: Path) -> None:
     assert line.startswith(f"train.run_dir={tmp_path}: ")
     assert "GiB are free, the checkpoints take" in line
     assert "(checkpoint.keep_last=1000000000," in line
+
+
+def test_the_room_is_that_of_what_is_saved(tmp_path: Path) -> None:
+    """float32 copies: of the parameters and of what the optimizer keeps, in each checkpoint; and the exported model."""
+    parameters, kept = 804_992, 1 + load_config([]).checkpoint.keep_last
+    needed = {words: _room(load_config(["model=tiny", *words.split()]), tmp_path)[0] for words in ROOM}
+    assert needed["optimizer=adamw"] == 4 * parameters * (3 * kept + 1)
+    assert needed["optimizer=sgd"] == 4 * parameters * (2 * kept + 1)
+    assert needed["optimizer=adafactor"] == 4 * parameters * (kept + 1)
+    assert needed["tuning=lora tuning.rank=1"] < needed["optimizer=adamw"] / 50
 
 
 def test_who_differs_is_named() -> None:

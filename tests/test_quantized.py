@@ -91,6 +91,7 @@ def test_a_run_goes_on_to_the_bit_whatever_was_validated(tmp_path: Path) -> None
         ("parallel=zero2", "tuning=qlora"),
         ("parallel=single precision=fp64", "precision=fp64"),
         ("parallel=single train.compile=true", "train.compile=true"),
+        ("tuning=lora tuning.double_quantization=false", "tuning.double_quantization=false"),
     ],
 )
 def test_where_it_cannot_run_is_one_line(overrides: str, key: str) -> None:

@@ -24,14 +24,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configs.choices import OffloadDevice, OptimizerName
+from configs.choices import OffloadDevice
 from configs.errors import EnvironmentProblem
 from configs.schema import Config
+from trainer.memory.bounds import moments
 from trainer.model import build_hf_config, build_model
 from trainer.plan import Plan
 from trainer.precision import torch_dtype
 from trainer.report.provenance import versions
 from trainer.runtime import Runtime
+from trainer.tuning import apply_tuning
 
 GIB = 2**30
 ALL_REDUCE_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
@@ -149,11 +151,13 @@ def _share(folder: Path, runtime: Runtime, everyone: list[Rank]) -> list[str]:
 def _room(config: Config, folder: Path) -> tuple[int, int]:
     """Bytes that checkpoints and the exported model take at most, and that are free."""
     model = build_model(config.model, build_hf_config(config.model))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    states = 2 if config.optimizer.name is OptimizerName.adamw else 1
+    apply_tuning(model, config.tuning)
+    # Adapters are saved without the model beneath them.
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     size = torch_dtype(config.precision.master_dtype).itemsize
     kept = config.checkpoint.keep_last + 1
-    return parameters * size * ((1 + states) * kept + config.train.export), shutil.disk_usage(folder).free
+    copies = (1 + moments(config.optimizer)) * kept + config.train.export
+    return parameters * size * copies, shutil.disk_usage(folder).free
 
 
 def _work_seconds(device: torch.device) -> float:

@@ -58,8 +58,6 @@ def apply_tuning(model: PreTrainedModel, tuning: Tuning, *, base: str | None = N
             inject_adapter_in_model(adapters, model, adapter_name=NAME)
     except ValueError as error:
         raise ConfigError(f"tuning.target_modules={tuning.target_modules}: {str(error).splitlines()[0]}") from None
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
-    log.info("LoRA: %s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
     inside = {id(parameter) for layer in decoder_layers(model) for parameter in layer.parameters()}
     for name, parameter in model.named_parameters():
         if is_adapter(name) and (id(parameter) not in inside or "lora_embedding" in name):
@@ -68,6 +66,12 @@ def apply_tuning(model: PreTrainedModel, tuning: Tuning, *, base: str | None = N
                 f"tuning.target_modules={tuning.target_modules}: {module} is no linear layer of the decoder; name such"
                 " layers only (q_proj, up_proj, ...), or leave it empty for all of them"
             )
+
+
+def tell_trained(model: PreTrainedModel) -> None:
+    """Log how much of a model with adapters, still whole and on the meta device, is trained."""
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
+    log.info("LoRA: %s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
 
 
 class AdapterWeights:

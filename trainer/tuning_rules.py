@@ -17,6 +17,11 @@ def check_tuning(config: Config) -> Iterator[str]:
         yield f"tuning.alpha={tuning.alpha}: must be greater than 0"
     if not 0 <= tuning.dropout < 1:
         yield f"tuning.dropout={tuning.dropout}: must be at least 0 and less than 1"
+    if tuning.method is not TuningMethod.qlora and not tuning.double_quantization:
+        yield (
+            f"tuning.double_quantization=false: is for 4-bit weights, this is tuning={tuning.method}; choose"
+            " tuning=qlora, or leave it out"
+        )
     if tuning.method is TuningMethod.full:
         if tuning.target_modules:
             yield (

@@ -33,7 +33,7 @@ from trainer.plan import Plan
 from trainer.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
 from trainer.quantized import quantize
 from trainer.runtime import Runtime
-from trainer.tuning import AdapterWeights, apply_tuning
+from trainer.tuning import AdapterWeights, apply_tuning, tell_trained
 from trainer.weights import build_weights
 
 
@@ -53,6 +53,8 @@ class TorchEngine:
         self.model = build_model(config.model, build_hf_config(config.model))
         apply_tuning(self.model, config.tuning, base=config.model.path)
         self.whole = config.tuning.method is TuningMethod.full
+        if not self.whole:
+            tell_trained(self.model)
         self.parts = parallelize(self.model, config, plan, self.mesh)
         self.modules = self.parts.modules
         for module in self.modules:

@@ -21,7 +21,7 @@ WORKSPACE_BYTES = 2**28
 
 def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer) -> float:
     """What a rank cannot do without on its GPU, whatever the batch. parameters: of the whole model."""
-    kept = 1 + _moments(optimizer)
+    kept = 1 + moments(optimizer)
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
     width, master = WIDTHS[plan.param_dtype], WIDTHS[plan.master_dtype]
     on_gpu = plan.offload_optimizer is OffloadDevice.none
@@ -52,7 +52,7 @@ def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
     return states_bytes(plan, parameters, config.optimizer) + buffers + activations + logits + WORKSPACE_BYTES
 
 
-def _moments(optimizer: Optimizer) -> int:
+def moments(optimizer: Optimizer) -> int:
     """Numbers that the optimizer keeps per parameter, at least."""
     match optimizer.name:
         case OptimizerName.adamw:

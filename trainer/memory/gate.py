@@ -15,8 +15,8 @@ from configs.errors import CookbookError
 from configs.schema import Config
 from trainer.machine import Machine
 from trainer.memory.estimate import GIB, Estimate, Verdict, estimate
-from trainer.memory.profiles import NotEstimated
 from trainer.memory.suggest import suggest
+from trainer.memory.tracing import NotEstimated
 from trainer.plan import Plan
 
 EXIT_DOES_NOT_FIT = 3

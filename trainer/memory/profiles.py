@@ -11,57 +11,38 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from configs.choices import Attention, DType, EngineName
-from configs.errors import CookbookError, PlanError
+from configs.choices import DType, EngineName
+from configs.errors import PlanError
 from configs.schema import Config
 from trainer.devices import Gpu
-from trainer.memory.bounds import states_bytes, upper_bytes
 from trainer.memory.profile import (
     Anatomy,
     ModelProfile,
     Outline,
     Part,
-    kept_layers,
     outline_from_json,
     outline_to_json,
     part_from_json,
     part_name,
     part_to_json,
 )
+from trainer.memory.tracing import Tracer
 from trainer.parallel.pipeline_table import SCHEDULES, default_stages_per_rank, split_layers
 from trainer.plan import Plan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from trainer.memory.units import Division
 
 Made = TypeVar("Made")
 
 
-SOURCES = ("trace", "units", "update_cost", "kernels", "tracker", "profiles", "profile")
-SOURCES = (
-    *(f"memory/{name}.py" for name in SOURCES),
-    "model.py",
-    "quantized.py",
-    "tuning.py",
-    "loss.py",
-    "optimizer.py",
-    "data/__init__.py",
-)
+MEMORY = ("trace", "tracing", "units", "update_cost", "kernels", "tracker", "profiles", "profile")
 PARALLEL = ("checkpointing", "collectives", "context", "fsdp", "pipeline_probe", "pipeline_split", "regions", "tensor")
 PARALLEL = (*PARALLEL, "tensor_plans", "vocabulary")
-SOURCES += tuple(f"parallel/{name}.py" for name in PARALLEL)
-
-
-class NotEstimated(CookbookError):
-    """The command cannot answer for this configuration, and says what it would have left out."""
+SOURCES = ("model.py", "quantized.py", "tuning.py", "loss.py", "optimizer.py", "data/__init__.py")
+SOURCES += (*(f"memory/{name}.py" for name in MEMORY), *(f"parallel/{name}.py" for name in PARALLEL))
 
 
 def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size: int | None = None) -> ModelProfile:
@@ -69,7 +50,7 @@ def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size
 
     Raises NotEstimated for a model that cannot be traced, and what building and dividing a model raise.
     """
-    tracer = _Tracer(config, plan)
+    tracer = _tracer(config, plan)
     outline = _outline(config, plan, tracer)
     shape = _shape_fields(config, plan, gpu, micro_batch_size or plan.batch.micro_batch_size)
     parts: dict[str, Part] = {}
@@ -90,10 +71,14 @@ def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size
 
 def get_anatomy(config: Config, plan: Plan) -> Anatomy:
     """The parameters of the plan's pieces of the model, counted on its modules, without a trace."""
-    return _outline(config, plan, _Tracer(config, plan)).anatomy
+    return _outline(config, plan, _tracer(config, plan)).anatomy
 
 
-def _outline(config: Config, plan: Plan, tracer: _Tracer) -> Outline:
+def _tracer(config: Config, plan: Plan) -> Tracer:
+    return Tracer(config, plan, _key(config, {"tuning": repr(config.tuning)}))
+
+
+def _outline(config: Config, plan: Plan, tracer: Tracer) -> Outline:
     key = _key(config, _outline_fields(config, plan))
     return _cached(config, key, read=outline_from_json, write=outline_to_json, make=tracer.outline)
 
@@ -210,112 +195,3 @@ def _exact_attention(plan: Plan, gpu: Gpu | None) -> bool:
     """Whether torch's attention must do without CUDA's flash kernel, which takes 16 bit only and needs Ampere."""
     wide = plan.param_dtype in (DType.float32, DType.float64)
     return gpu is not None and (wide or gpu.bfloat16_flops is None)
-
-
-_models: dict[str, PreTrainedModel] = {}
-
-
-class _Tracer:
-    """Builds the model when the first thing is asked of it, and once."""
-
-    def __init__(self, config: Config, plan: Plan) -> None:
-        if config.model.attention is Attention.flash_attention_2:
-            # The package runs on GPUs only. torch's flash kernel keeps the same tensors.
-            config = replace(config, model=replace(config.model, attention=Attention.sdpa))
-        self.config, self.plan = config, plan
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """Building one takes as long as a trace, and a search traces one model at many shapes: the last is kept."""
-        from trainer.model import build_hf_config, build_model
-        from trainer.tuning import apply_tuning
-
-        key = _key(self.config, {"tuning": repr(self.config.tuning)})
-        if key not in _models:
-            model = build_model(self.config.model, build_hf_config(self.config.model))
-            apply_tuning(model, self.config.tuning)
-            _models.clear()
-            _models[key] = model
-        return _models[key]
-
-    def _division(self) -> Division:
-        from trainer.memory.units import Division
-
-        parallel = self.config.parallel
-        return Division(
-            tp=self.plan.degree("tp"),
-            cp=self.plan.degree("cp"),
-            sequence_parallel=parallel.sequence_parallel,
-            tensor_plan=parallel.tensor_plan,
-            context_method=parallel.context_method,
-        )
-
-    def outline(self) -> Outline:
-        from trainer.memory.units import build_unit, describe, fake_ranks, layer_buffers, layer_kinds
-        from trainer.memory.update_cost import update_cost
-        from trainer.parallel.pipeline_probe import count_costs, examine
-
-        kinds = layer_kinds(self.model)
-        layer_costs, head_cost, hidden_size = [], 0.0, 0
-        if self.plan.degree("pp") > 1:
-            found = examine(self.model)
-            layer_costs, head_cost = count_costs(self.model, found)
-            hidden_size = found.hidden_size
-        division = replace(self._division(), cp=1)
-        with fake_ranks(division) as mesh:
-            unit = build_unit(self.model, [kinds.index(kind) for kind in dict.fromkeys(kinds)], division, mesh)
-            anatomy, per_layer = describe(unit, kinds), layer_buffers(unit)
-        return Outline(
-            anatomy=replace(anatomy, buffers_bytes=anatomy.buffers_bytes + len(kinds) * per_layer),
-            layer_costs=tuple(layer_costs),
-            head_cost=head_cost,
-            hidden_size=hidden_size,
-            layer_buffers_bytes=per_layer,
-            update=update_cost(self.config),
-        )
-
-    def part(self, fields: Mapping[str, Any], kinds: tuple[int, ...], owned: range, *, stages: int, index: int) -> Part:
-        from trainer.memory.trace import CannotTrace, Shape, trace_unit
-        from trainer.memory.units import build_unit, describe, fake_ranks
-        from trainer.precision import torch_dtype
-
-        storage, compute, logits = (None if dtype is None else torch_dtype(dtype) for dtype in fields["dtypes"])
-        assert storage is not None
-        shape = Shape(
-            micro_batch_size=fields["micro_batch_size"],
-            seq_len=fields["seq_len"],
-            storage=storage,
-            compute=compute,
-            logits_dtype=logits,
-            checkpointing=self.config.train.activation_checkpointing,
-            gpu=fields["gpu"],
-            exact_attention=fields["exact_attention"],
-            positions=self.plan.degree("cp") > 1 or self.config.data.document_mask,
-            documents=self.config.data.document_mask,
-            chunked_loss=fields["chunked_loss"],
-            split_backward=fields["split_backward"],
-        )
-        division = self._division()
-        layers = [owned[place] for place in kept_layers(kinds[owned.start : owned.stop])]
-        with fake_ranks(division) as mesh:
-            unit = build_unit(self.model, layers, division, mesh, first=index == 0, last=index == stages - 1)
-            anatomy = describe(unit, kinds)
-            try:
-                trace = trace_unit(unit, shape)
-            except CannotTrace as error:
-                name, numel = type(self.model).__name__, self.model.num_parameters()
-                raise NotEstimated(
-                    f"model={self.config.model.preset}: the code of {name} does not run without values"
-                    f" ({error}), so its activations cannot be counted: not estimated."
-                    f" {_between(self.config, self.plan, numel)}; measure a run with a small train.micro_batch_size"
-                ) from None
-        return Part(groups=anatomy.groups, buffers_bytes=anatomy.buffers_bytes, trace=trace)
-
-
-def _between(config: Config, plan: Plan, parameters: int) -> str:
-    """The bounds of `bounds`, in words."""
-    below, above = states_bytes(plan, parameters, config.optimizer) / 2**30, upper_bytes(config, plan, parameters)
-    text = f"A GPU needs more than {below:,.2f} GiB, for the states of its {parameters:,} parameters"
-    if above is None:
-        return text
-    return f"{text}, and less than {above / 2**30:,.2f} GiB if it is a dense decoder that keeps all in float32"

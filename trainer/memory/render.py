@@ -172,14 +172,12 @@ def _named(rank: RankEstimate, found: Estimate) -> str:
 
 def render_sweep(answers: Sequence[Answer]) -> str:
     """One line for each configuration of a sweep, by the words that are not those of all."""
-    common = [word for word in answers[0].overrides if all(word in one.overrides for one in answers)]
-    common = [word for word in common if not word.startswith("estimate.")]
-    labels = own_words(answers)
+    common = [word for word in common_words(answers) if not word.startswith("estimate.")]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("overrides", "GPUs", "busiest", "allocated", "reserved", "device GiB", "peak in", "verdict"):
         numeric = name in ("GPUs", "allocated", "reserved", "device GiB")
         table.add_column(name, justify="right" if numeric else "left")
-    for answer, label in zip(answers, labels, strict=True):
+    for answer, label in zip(answers, own_words(answers), strict=True):
         rank = answer.estimate.busiest
         sizes = (rank.peak_allocated_bytes, rank.peak_reserved_bytes, rank.device_bytes)
         phase = f"{rank.peak_phase}, step {rank.peak_step}"
@@ -188,12 +186,16 @@ def render_sweep(answers: Sequence[Answer]) -> str:
     return "\n".join([*([f"all with {' '.join(common)}"] if common else []), _text(table)])
 
 
+def common_words(answers: Sequence[Answer]) -> list[str]:
+    """Words that all configurations of a sweep have; none if it is of one."""
+    first, *others = answers
+    return [word for word in first.overrides if all(word in one.overrides for one in others)] if others else []
+
+
 def own_words(answers: Sequence[Answer]) -> list[str]:
     """Of each configuration the words that not all have: what tells it from the others."""
-    return [
-        " ".join(word for word in one.overrides if not all(word in other.overrides for other in answers))
-        for one in answers
-    ]
+    common = common_words(answers)
+    return [" ".join(word for word in one.overrides if word not in common) for one in answers]
 
 
 def _verdict(answer: Answer) -> list[str]:

@@ -13,7 +13,7 @@ import gc
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,13 +91,11 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
     if unit.stage is not None:
         unit.stage.border.dtype = shape.storage
     sections: dict[tuple[str, str], tuple[Step, ...]] = {}
-    # The collection after each trace need not go through all objects of torch and transformers, which takes as long as
-    # the trace itself: only through what is made from here on.
-    gc.freeze()
     # Schedules that split the backward of some micro-batches run it whole for others.
     for split in (False, True) if shape.split_backward and unit.stage and not unit.stage.is_first else (False,):
         tracker = StorageTracker()
         with (
+            _collecting_what_is_new(),
             as_on_device(gpu=shape.gpu, exact_attention=shape.exact_attention, documents=shape.documents),
             mode,
             tracker,
@@ -121,8 +119,17 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
                 parameter.grad = None
             gc.collect()
         sections |= _sections(tracker, gradients, groups, len(unit.kinds))
-    gc.unfreeze()
     return Trace(templates=unit.kinds, sections=sections)
+
+
+@contextmanager
+def _collecting_what_is_new() -> Iterator[None]:
+    """A collection in here leaves out the objects of torch and transformers: with them it takes as long as a trace."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _feed(unit: Unit, shape: Shape) -> Feed:

@@ -18,7 +18,8 @@ from configs.schema import Config
 from trainer.machine import Machine
 from trainer.memory.bounds import states_bytes
 from trainer.memory.estimate import Estimate, estimate, planned_device
-from trainer.memory.profiles import NotEstimated, get_anatomy
+from trainer.memory.profiles import get_anatomy
+from trainer.memory.tracing import NotEstimated
 from trainer.plan import Plan, make_plan
 from trainer.planner.candidates import Candidate, candidates
 from trainer.planner.cost import Dimensions, StepTime, dimensions, step_time

@@ -23,6 +23,8 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "flash-attn",
+    "peft",
+    "bitsandbytes",
     "hydra-core",
     "omegaconf",
     "numpy",
