@@ -19,7 +19,7 @@ def check_tuning(config: Config) -> Iterator[str]:
         yield f"tuning.dropout={tuning.dropout}: must be at least 0 and less than 1"
     if tuning.method is not TuningMethod.qlora and not tuning.double_quantization:
         yield (
-            f"tuning.double_quantization=false: is for 4-bit weights, this is tuning={tuning.method}; choose"
+            f"tuning.double_quantization=false: is for 4-bit weights, this is tuning={tuning.method}; set"
             " tuning=qlora, or leave it out"
         )
     if tuning.method is TuningMethod.full:
