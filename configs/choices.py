@@ -51,6 +51,7 @@ class OptimizerName(StrEnum):
     adamw = "adamw"
     sgd = "sgd"
     adafactor = "adafactor"
+    adamw_8bit = "adamw_8bit"
 
 
 class Implementation(StrEnum):

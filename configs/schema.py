@@ -199,11 +199,11 @@ class Optimizer:
     lr: float = 3e-4
     """Peak learning rate; `adafactor`: a step, relative to the root mean square of the matrix that it changes."""
     beta1: float = 0.9
-    """`adamw`: decay of the first moment; `sgd`: momentum."""
+    """`adamw`, `adamw_8bit`: decay of the first moment; `sgd`: momentum."""
     beta2: float = 0.95
-    """`adamw`: decay of the second moment; `adafactor` has its own, 1 - step**-0.8."""
+    """`adamw`, `adamw_8bit`: decay of the second moment; `adafactor` has its own, 1 - step**-0.8."""
     eps: float = 1e-8
-    """`adamw`: added to the second moment's root; `adafactor`: the least that this root may be."""
+    """`adamw`, `adamw_8bit`: added to the second moment's root; `adafactor`: the least that this root may be."""
     weight_decay: float = 0.1
     """Applied to matrices and embeddings; never to norms and biases."""
     implementation: Implementation = Implementation.auto

@@ -109,18 +109,22 @@ def test_another_number_of_processes(row: str, single_precision: tuple[Path, Jou
     assert max(found.values()) <= FLOAT32, found
 
 
-def test_factored_states_go_on_exactly(tmp_path: Path) -> None:
-    """Adafactor's rows, columns and vectors, on more processes and on fewer."""
-    extra = ["optimizer=adafactor", "optimizer.lr=0.02"]
+@pytest.mark.parametrize(
+    ("words", "precision", "limit"),
+    [("optimizer=adafactor optimizer.lr=0.02", "fp64", FLOAT64), ("optimizer=adamw_8bit", "fp32", FLOAT32)],
+)
+def test_states_of_other_shapes_go_on_exactly(words: str, precision: str, limit: float, tmp_path: Path) -> None:
+    """Adafactor's rows, columns and vectors, codes and scales of 8-bit AdamW, on more processes and on fewer."""
+    extra = words.split()
     layouts = {"single": 1, "ddp": 2}
     for layout, processes in layouts.items():
-        run_ranks(processes, train_until_saved, [*overrides(layout, "fp64"), *extra], str(tmp_path / layout))
-    never_saved = [*overrides("single", "fp64"), *extra, "checkpoint.every=0"]
+        run_ranks(processes, train_until_saved, [*overrides(layout, precision), *extra], str(tmp_path / layout))
+    never_saved = [*overrides("single", precision), *extra, "checkpoint.every=0"]
     whole = run_ranks(1, train_and_save, never_saved, f"{tmp_path} uninterrupted")[0]
     folders = [str(tmp_path / layout) for layout in layouts]
     for layout, processes in layouts.items():
-        words = [*overrides(layout, "fp64"), *extra]
-        journals = run_ranks(processes, resume_each, words, folders, STEPS - SAVED)[0]
-        assert max(apart(journal, whole) for journal in journals) <= FLOAT64
+        both = [*overrides(layout, precision), *extra]
+        journals = run_ranks(processes, resume_each, both, folders, STEPS - SAVED)[0]
+        assert max(apart(journal, whole) for journal in journals) <= limit
         if layout == "single":
             assert all(journals[0].lines[step] == whole.lines[step] for step in journals[0].lines), "not the same bits"

@@ -42,6 +42,7 @@ TWICE = ["train.gradient_accumulation_steps=2"]
 FOUR = ["train.gradient_accumulation_steps=4"]
 SIX = ["train.gradient_accumulation_steps=6"]
 ADAFACTOR = ["optimizer=adafactor"]
+EIGHT_BITS = ["optimizer=adamw_8bit"]
 FULL = ["train.activation_checkpointing=full"]
 SELECTIVE = ["train.activation_checkpointing=selective"]
 
@@ -77,6 +78,7 @@ CASES = {
     "fsdp bf16, adapters, recompute": (2, TORCH, ["parallel=fsdp", *GPT2, *SHORT, *BF16, *FULL, "tuning=lora"]),
     "pipeline bf16, adapters, tied": (2, TORCH, ["parallel=pipeline", *QWEN3, *LONG, *BF16, *FOUR, "tuning=lora"]),
     "ddp bf16, adafactor, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT, *BF16, *ADAFACTOR]),
+    "ddp autocast, 8-bit states, tied": (2, TORCH, ["parallel=ddp", *GPT2, *LONG, *BF16, *EIGHT_BITS]),
     "ddp fp32, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT]),
     "ddp autocast, accumulation": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE]),
     "fsdp fp32": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT]),

@@ -13,6 +13,7 @@ from configs.errors import PlanError
 from configs.load import load_config
 from trainer.machine import Machine
 from trainer.optimizer import build_optimizer, lr_at, param_groups
+from trainer.optimizer_8bit import CONSTANT, embeddings, state_bytes
 from trainer.plan import make_plan
 
 
@@ -99,6 +100,47 @@ def test_adafactor_is_that_of_its_paper() -> None:
     assert kept_numbers == 5 + 3
 
 
+def test_eight_bits_are_close_and_small_tensors_and_embeddings_exact() -> None:
+    moved = {}
+    for name in ("adamw", "adamw_8bit"):
+        config = load_config([f"optimizer={name}"]).optimizer
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(90, 100), nn.Linear(100, 90), nn.LayerNorm(90))
+        groups = param_groups(model.named_parameters(), config.weight_decay)
+        optimizer = build_optimizer(groups, config, embeddings=embeddings([model]))
+        before = {key: p.detach().clone() for key, p in model.named_parameters()}
+        for _ in range(20):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        moved[name] = {key: p.detach() - before[key] for key, p in model.named_parameters()}
+        held = {key: optimizer.state[p] for key, p in model.named_parameters()}
+    for key, change in moved["adamw_8bit"].items():
+        expected = moved["adamw"][key]
+        tensors = [value for kind, value in held[key].items() if kind not in ("step", *CONSTANT)]
+        size = state_bytes(change.numel(), embedding=key == "0.weight")
+        assert tuple(tensor.nbytes for tensor in tensors) == size
+        if key == "1.weight":
+            assert {tensor.dtype for tensor in tensors} == {torch.uint8, torch.float32}
+            assert 0 < (change - expected).norm() / expected.norm() < 0.05
+        else:
+            torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["parallel=fsdp"], "optimizer.name=adamw_8bit: blocks of 256 values share a scale"),
+        (["parallel=zero2"], "optimizer.name=adamw_8bit: blocks of 256 values share a scale"),
+        (["parallel=tensor"], "optimizer.name=adamw_8bit: blocks of 256 values share a scale"),
+        (["optimizer.implementation=foreach"], "optimizer.implementation=foreach: adamw_8bit has bitsandbytes'"),
+        (["precision=fp64"], "precision=fp64: optimizer=adamw_8bit computes in float32"),
+    ],
+)
+def test_eight_bits_refuse(words: list[str], line: str) -> None:
+    assert_refused(["optimizer=adamw_8bit", *words], line)
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -110,6 +152,10 @@ def test_adafactor_is_that_of_its_paper() -> None:
     ],
 )
 def test_adafactor_refuses(words: list[str], line: str) -> None:
+    assert_refused(["optimizer=adafactor", *words], line)
+
+
+def assert_refused(words: list[str], line: str) -> None:
     with pytest.raises(PlanError) as caught:
-        make_plan(load_config(["optimizer=adafactor", *words]), Machine(world_size=2, local_world_size=2))
+        make_plan(load_config(words), Machine(world_size=2, local_world_size=2))
     assert sum(problem.startswith(line) for problem in str(caught.value).splitlines()) == 1, caught.value

@@ -15,11 +15,13 @@ import torch
 from configs.choices import Implementation, OptimizerName, Schedule
 from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig
+from trainer.optimizer_8bit import build_adamw_8bit
 
 AUTO = {
     OptimizerName.adamw: Implementation.fused,
     OptimizerName.sgd: Implementation.foreach,
     OptimizerName.adafactor: Implementation.for_loop,
+    OptimizerName.adamw_8bit: Implementation.fused,
 }
 SMALLEST_SCALE = 1e-3  # Adafactor's epsilon 2: a parameter whose elements are all zero still moves
 
@@ -61,13 +63,17 @@ def param_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], weight_de
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's optimizer over the groups.
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimizerConfig, *, embeddings: Iterable[torch.nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """torch's optimizer over the groups, or bitsandbytes' for 8-bit states, which `embeddings` do not get.
 
     `auto` takes AdamW's fused kernel, which CPU and CUDA both have: one pass over memory instead of a dozen, and no
     temporary copies of all parameters as `foreach` makes. torch has no fused SGD for sharded parameters. Adafactor has
     no fused kernel at all, and is chosen for its memory: one parameter after the other.
     """
+    if config.name is OptimizerName.adamw_8bit:
+        return build_adamw_8bit(groups, config, embeddings)
     implementation = config.implementation
     if implementation is Implementation.auto:
         implementation = AUTO[config.name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from configs.choices import EngineName, Implementation, OffloadDevice, OptimizerName
+from configs.choices import DType, EngineName, Implementation, OffloadDevice, OptimizerName
 from configs.schema import Config
 
 SMALLEST_EPS = 1e-18  # float32 and bfloat16 hold its square; below, a row without gradients becomes 0 * infinity
@@ -25,6 +25,8 @@ def check_optimizer(config: Config) -> Iterator[str]:
         yield "optimizer.implementation=fused: torch has no fused sgd for sharded parameters; use foreach or auto"
     if optimizer.name is OptimizerName.adafactor:
         yield from _check_adafactor(config)
+    if optimizer.name is OptimizerName.adamw_8bit:
+        yield from _check_8bit(config)
     if scheduler.warmup_steps + scheduler.decay_steps > train.steps:
         yield (
             f"scheduler.warmup_steps={scheduler.warmup_steps}: with scheduler.decay_steps={scheduler.decay_steps} it is"
@@ -48,6 +50,21 @@ def _check_adafactor(config: Config) -> Iterator[str]:
         yield (
             "optimizer.name=adafactor: torch computes it on whole matrices only, and pp, dp_shard, cp and tp make"
             " sharded tensors of them; use parallel=ddp, or optimizer=adamw"
+        )
+
+
+def _check_8bit(config: Config) -> Iterator[str]:
+    """Blocks are counted from a tensor's first value: cut tensors have other blocks, and each layout would train on
+    its own rounding."""
+    implementation = config.optimizer.implementation
+    if implementation not in (Implementation.auto, Implementation.fused):
+        yield f"optimizer.implementation={implementation}: adamw_8bit has bitsandbytes' fused kernel only; use auto"
+    if DType.float64 in (config.precision.param_dtype, config.precision.master_dtype):
+        yield "precision=fp64: optimizer=adamw_8bit computes in float32; use optimizer=adamw, or precision=fp32"
+    if config.parallel.engine is EngineName.deepspeed or _sharded(config):
+        yield (
+            "optimizer.name=adamw_8bit: blocks of 256 values share a scale, and what cuts tensors cuts blocks, so that"
+            " each layout would train otherwise; use parallel=single or ddp, or optimizer=adamw"
         )
 
 

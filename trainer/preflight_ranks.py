@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configs.choices import OffloadDevice
+from configs.choices import OffloadDevice, OptimizerName
 from configs.errors import EnvironmentProblem
 from configs.schema import Config
 from trainer.memory.bounds import moments
 from trainer.model import build_hf_config, build_model
+from trainer.optimizer_8bit import embeddings, state_bytes
 from trainer.plan import Plan
 from trainer.precision import torch_dtype
 from trainer.report.provenance import versions
@@ -153,11 +154,14 @@ def _room(config: Config, folder: Path) -> tuple[int, int]:
     model = build_model(config.model, build_hf_config(config.model))
     apply_tuning(model, config.tuning)
     # Adapters are saved without the model beneath them.
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    size = torch_dtype(config.precision.master_dtype).itemsize
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = sum(p.numel() for p in trained) * torch_dtype(config.precision.master_dtype).itemsize
+    states = int(weights * moments(config.optimizer))
+    if config.optimizer.name is OptimizerName.adamw_8bit:
+        wide = {id(parameter) for parameter in embeddings([model])}
+        states = sum(sum(state_bytes(p.numel(), embedding=id(p) in wide)) for p in trained)
     kept = config.checkpoint.keep_last + 1
-    copies = (1 + moments(config.optimizer)) * kept + config.train.export
-    return parameters * size * copies, shutil.disk_usage(folder).free
+    return (weights + states) * kept + weights * config.train.export, shutil.disk_usage(folder).free
 
 
 def _work_seconds(device: torch.device) -> float:

@@ -27,6 +27,7 @@ from trainer.checkpoint.files import sync, write_synced
 from trainer.checkpoint.manifest import STATE, TOKENIZER, FileEntry, Manifest, entry_of, write_manifest
 from trainer.checkpoint.progress import Progress, to_json
 from trainer.checkpoint.tensors import RankWriter
+from trainer.optimizer_8bit import SCALES
 from trainer.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -165,7 +166,9 @@ def _check_complete(tensors: Iterable[str]) -> None:
     for key in tensors:
         kind, _, name = key.partition("/")
         names.setdefault(kind, set()).add(name)
-    kinds = names.keys() - {"model", "rng"}
+    if len({frozenset(names.get(kind, ())) for kind in SCALES}) > 1:
+        raise AssertionError(f"{' and '.join(SCALES)} are there for different parameters")
+    kinds = names.keys() - {"model", "rng", *SCALES}
     for kind in kinds | (_FACTORED.keys() if kinds & _FACTORED.keys() else set()):
         found = names.get(kind, set()) | names.get(_FACTORED.get(kind, kind), set())
         if found != names["model"]:

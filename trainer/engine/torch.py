@@ -23,6 +23,7 @@ from trainer.loss import cross_entropy_sum
 from trainer.mesh import build_mesh
 from trainer.model import build_hf_config, build_model, materialize
 from trainer.optimizer import build_optimizer, param_groups, set_lr
+from trainer.optimizer_8bit import embeddings
 from trainer.parallel.context import slice_of
 from trainer.parallel.ddp import apply_ddp
 from trainer.parallel.fsdp import set_last_micro_batch
@@ -76,7 +77,8 @@ class TorchEngine:
         self.copies = dict(self._tied_copies(everything))
         kept = [(name, p) for name, p in everything if self.whole or p.requires_grad]
         self.named = {name: p for name, p in kept if self.copies.get(name) is not p}
-        self.optimizer = build_optimizer(param_groups(everything, config.optimizer.weight_decay), config.optimizer)
+        groups = param_groups(everything, config.optimizer.weight_decay)
+        self.optimizer = build_optimizer(groups, config.optimizer, embeddings=embeddings(self.modules))
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         micro_batches = [self._own_slice(batch) for batch in micro_batches]

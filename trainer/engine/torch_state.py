@@ -7,6 +7,7 @@ each rank holds a piece.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from configs.errors import CheckpointMismatch
 from trainer.checkpoint.tensors import Dealer, TensorReader
+from trainer.optimizer_8bit import CONSTANT
 from trainer.pieces import cut, join
 
 Named = Mapping[str, torch.Tensor]
@@ -85,22 +87,21 @@ def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: Tenso
         if not kinds:
             continue
         state = optimizer.state[parameter]
-        for kind in kinds:
-            shape = state_shape(kind, parameter.shape)
-            if shape is None:
-                continue
-            check_shape(saved, f"{kind}/{name}", shape)
-            state[kind] = torch.zeros_like(parameter) if shape == parameter.shape else parameter.new_zeros(shape)
-            copy_share(state[kind], saved.read(f"{kind}/{name}"))
+        state |= _empty_states(optimizer, parameter, kinds)
+        for kind, tensor in _states(optimizer, parameter).items():
+            check_shape(saved, f"{kind}/{name}", tensor.shape)
+            copy_share(tensor, saved.read(f"{kind}/{name}"))
         if isinstance(optimizer, torch.optim.AdamW | torch.optim.Adafactor):
             # As torch makes it: the fused kernels read it where the parameter is.
             fused = groups[id(parameter)].get("fused", False)
             state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device if fused else "cpu")
+        elif "step" in state:
+            state["step"] = steps
 
 
 def saved_kinds(saved: TensorReader) -> list[str]:
     """The optimizer's tensors that a checkpoint holds per parameter: exp_avg and exp_avg_sq, or momentum_buffer, or
-    Adafactor's, of which `state_shape` tells."""
+    Adafactor's, of which `state_shape` tells, or those of 8-bit AdamW, which makes them itself."""
     return sorted({key.partition("/")[0] for key in saved.names()} - {"model", "rng"})
 
 
@@ -145,7 +146,20 @@ def copy_share(target: torch.Tensor, complete: torch.Tensor) -> None:
     target.to_local().copy_(share)
 
 
+def _empty_states(optimizer: Any, parameter: torch.Tensor, kinds: list[str]) -> dict[str, Any]:
+    """Tensors for what a checkpoint holds of these kinds."""
+    if hasattr(optimizer, "empty_states"):
+        return optimizer.empty_states(parameter)
+    shapes = {kind: state_shape(kind, parameter.shape) for kind in kinds}
+    return {
+        kind: torch.zeros_like(parameter) if shape == parameter.shape else parameter.new_zeros(shape)
+        for kind, shape in shapes.items()
+        if shape is not None
+    }
+
+
 def _states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors of a parameter, in a fixed order."""
+    """The optimizer's tensors of a parameter, in a fixed order, without those that never change."""
     state = optimizer.state.get(parameter, {})
-    return {kind: state[kind] for kind in sorted(state) if kind != "step" and isinstance(state[kind], torch.Tensor)}
+    kinds = sorted(state.keys() - {"step", *CONSTANT})
+    return {kind: state[kind] for kind in kinds if isinstance(state[kind], torch.Tensor)}

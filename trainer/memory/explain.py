@@ -11,6 +11,7 @@ from trainer.memory.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators
 from trainer.memory.layouts.common import WIDTHS
 from trainer.memory.profile import UpdateCost
 from trainer.memory.profiles import stage_layers
+from trainer.optimizer_8bit import BLOCK, SMALLEST
 from trainer.parallel.pipeline_timeline import in_flight, receive_buffers
 from trainer.plan import Plan
 
@@ -101,6 +102,11 @@ def _optimizer(config: Config, update: UpdateCost) -> str:
         states = (
             f"states of {update.state_row:g} number(s) per row and {update.state_column:g} per column of every matrix,"
             f" {update.state:g} per element of a vector"
+        )
+    if update.eight_bits:
+        states = (
+            f"states of 2 x (1 + 4 / {BLOCK}) bytes per value, and 8 of embeddings and of tensors with fewer than"
+            f" {SMALLEST:,} values"
         )
     before = f" + {update.temporary_before:g} of the one before it" if update.temporary_before else ""
     return (

@@ -38,13 +38,14 @@ WHOLE, FIRST, MIDDLE, LAST = "whole", "first", "middle", "last"
 class Parameter:
     """name: inside its group. shape: on one tensor-parallel rank. summed: over whom its gradient is summed once more
     at the end of a step: "tp" ranks, the two "ends" of a pipeline that share it, or nobody. packed: bytes of the
-    tensors that hold it where it is quantized."""
+    tensors that hold it where it is quantized. embedding: whether it is a table that tokens or positions look up."""
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = True
     summed: str = ""
     packed: tuple[int, ...] = ()
+    embedding: bool = False
 
     @property
     def numel(self) -> int:
@@ -118,6 +119,7 @@ class UpdateCost:
     per byte of a column (one number for each row), and state_column, per byte of a row. state_constant: bytes per
     parameter tensor besides. temporary_all: beyond that during the update, per byte of all parameters of a group;
     temporary_largest: per byte of the one that is updated; temporary_before: per byte of the one before it.
+    eight_bits: states are those of `optimizer_8bit.state_bytes`, which the ratios do not tell.
     """
 
     state: float
@@ -128,6 +130,7 @@ class UpdateCost:
     temporary_all: float
     temporary_largest: float
     temporary_before: float
+    eight_bits: bool = False
 
     @property
     def factored(self) -> bool:
@@ -256,6 +259,5 @@ def _groups(items: list[Any]) -> tuple[tuple[str, tuple[Parameter, ...]], ...]:
 
 def _parameters(items: list[dict[str, Any]]) -> tuple[Parameter, ...]:
     return tuple(
-        Parameter(item["name"], tuple(item["shape"]), item["trainable"], item["summed"], tuple(item["packed"]))
-        for item in items
+        Parameter(**{**item, "shape": tuple(item["shape"]), "packed": tuple(item["packed"])}) for item in items
     )

@@ -24,6 +24,7 @@ from configs.choices import ContextMethod
 from trainer.gradients import local
 from trainer.memory.profile import Anatomy, Parameter
 from trainer.model import decoder_layers, held_layers
+from trainer.optimizer_8bit import embeddings
 from trainer.parallel.context import apply_context_parallel
 from trainer.parallel.fsdp import sharded_modules
 from trainer.parallel.pipeline_split import Stage, split_model
@@ -165,6 +166,7 @@ def describe(unit: Unit, kinds: Sequence[int]) -> Anatomy:
     """The unit's parameters in groups. kinds: of all layers of the model. Only the buffers outside its layers."""
     partial = set(unit.tensor.partial if unit.tensor else ())
     ends = set(unit.stage.tied if unit.stage else ())
+    tables = {id(parameter) for parameter in embeddings([unit.module])}
     members: dict[str, list[Parameter]] = {"root": []}
     for name, (group, leaf) in groups_of(unit).items():
         parameter = unit.module.get_parameter(name)
@@ -172,7 +174,8 @@ def describe(unit: Unit, kinds: Sequence[int]) -> Anatomy:
         owner, _, last = name.rpartition(".")
         module = unit.module.get_submodule(owner)
         packed = stored_bytes(module) if is_quantized(module, last) else ()
-        described = Parameter(leaf, tuple(local(parameter).shape), parameter.requires_grad, summed, packed)
+        shape, table = tuple(local(parameter).shape), id(parameter) in tables
+        described = Parameter(leaf, shape, parameter.requires_grad, summed, packed, table)
         members.setdefault(group, []).append(described)
     return Anatomy(
         kinds=tuple(tuple(members[str(unit.kinds.index(kind))]) for kind in range(max(kinds) + 1))

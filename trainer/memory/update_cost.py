@@ -6,6 +6,7 @@ from math import prod
 
 import torch
 
+from configs.choices import OptimizerName
 from configs.schema import Config
 from trainer.memory.profile import UpdateCost
 from trainer.memory.tracker import StorageTracker, balance
@@ -39,6 +40,7 @@ def update_cost(config: Config) -> UpdateCost:
         temporary_all=temporary_all,
         temporary_largest=max(0.0, one - temporary_all),
         temporary_before=before,
+        eight_bits=config.optimizer.name is OptimizerName.adamw_8bit,
     )
 
 

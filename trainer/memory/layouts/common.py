@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 from configs.choices import DType
-from trainer.memory.profile import Profile
+from trainer.memory.profile import Parameter, Profile
 from trainer.memory.timeline import Timeline
+from trainer.optimizer_8bit import state_bytes
 from trainer.plan import Plan
 
 WIDTHS = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
@@ -61,6 +62,13 @@ def place_states(setting: Setting, sizes: Sequence[int]) -> None:
             setting.timeline.allocate("optimizer", size)
         setting.timeline.allocate("optimizer", round(size * (update.state - whole)))
         setting.timeline.allocate("optimizer", update.state_constant)
+
+
+def place_8bit_states(setting: Setting, parameters: Sequence[Parameter]) -> None:
+    """States of 8-bit AdamW. The tables that say what codes mean are there from the start, once for all."""
+    for parameter in parameters:
+        for size in state_bytes(parameter.numel, embedding=parameter.embedding):
+            setting.timeline.allocate("optimizer", size)
 
 
 def place_factored_states(setting: Setting, shapes: Sequence[tuple[int, ...]], width: int) -> None:

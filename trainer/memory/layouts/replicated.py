@@ -13,12 +13,14 @@ from math import prod
 from trainer.memory.layouts.common import (
     WIDTHS,
     Setting,
+    place_8bit_states,
     place_batch,
     place_factored_states,
     place_states,
     update_temporaries,
 )
 from trainer.memory.timeline import Handle
+from trainer.optimizer_8bit import TABLES_BYTES
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
@@ -40,7 +42,8 @@ class Replicated:
             if parameter.trainable
         }
         self.width = width
-        self.shapes = [parameter.shape for parameter in anatomy.parameters() if parameter.trainable]
+        self.trained = [parameter for parameter in anatomy.parameters() if parameter.trainable]
+        self.shapes = [parameter.shape for parameter in self.trained]
         self.matrices = [prod(shape) * width for shape in self.shapes if len(shape) > 1]
         frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
         self.frozen = [size for p in frozen for size in p.packed or [p.numel * WIDTHS[setting.plan.param_dtype]]]
@@ -54,6 +57,8 @@ class Replicated:
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
         if self.ddp:
             self.buckets = self._make_buckets(self.sizes)
+        if self.setting.profile.update.eight_bits:
+            self.timeline.allocate("optimizer", TABLES_BYTES)
         place_batch(self.setting)
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
@@ -86,6 +91,8 @@ class Replicated:
     def update(self, step: int) -> None:
         if step == 1 and self.setting.profile.update.factored:
             place_factored_states(self.setting, self.shapes, self.width)
+        elif step == 1 and self.setting.profile.update.eight_bits:
+            place_8bit_states(self.setting, self.trained)
         elif step == 1:
             place_states(self.setting, list(self.sizes.values()))
         update_temporaries(self.setting, self.matrices)
