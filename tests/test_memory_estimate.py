@@ -264,6 +264,18 @@ def test_ranks_of_a_pipeline_are_named(cache: str, capsys: pytest.CaptureFixture
     assert f"2 x {found['busiest']} (busiest)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"])
+def test_places_left_out_are_not_the_busiest(schedule: str, cache: str) -> None:
+    words = ["model=llama3_2_1b", "cluster=8xh100", "precision=bf16", cache, "parallel=pipeline", "parallel.pp=8"]
+    words += ["train.gradient_accumulation_steps=16", f"parallel.pipeline.schedule={schedule}"]
+    config = load_config(words)
+    plan = make_plan(config, Machine(gpus=8))
+    every, some = estimate(config, plan), estimate(config, plan, heaviest=True)
+    assert len(every.ranks) == 8 and (len(some.ranks) < 8 or "zero_bubble" in schedule)
+    assert all(rank in every.ranks for rank in some.ranks)
+    assert some.busiest == every.busiest
+
+
 def test_update_holds_a_matrix_and_the_one_before_it() -> None:
     config = load_config(["optimizer=adafactor"])
     cost, shapes = update_cost(config), [(512, 256), (128, 256), (256, 256)]

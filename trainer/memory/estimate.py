@@ -8,7 +8,7 @@ trainer, the launcher and the command `memory-estimate` call the same function.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
@@ -166,9 +166,11 @@ def estimate(
     found_gpu: str | None = None,
     profile: ModelProfile | None = None,
     places: Collection[int] | None = None,
+    heaviest: bool = False,
 ) -> Estimate:
     """Predict the memory of the plan's ranks. found_gpu: see `planned_device`. profile: instead of the one on disk.
-    places: in a pipeline, only these of it, from 0; the answer has no others.
+    places: in a pipeline, only these of it, from 0; the answer has no others. heaviest: only those that no other holds
+    at least as much as.
 
     Raises NotEstimated for a model whose code cannot be traced, and what building the model raises (ConfigError,
     DataError).
@@ -180,8 +182,12 @@ def estimate(
     nccl = int(config.estimate.nccl_gib * GIB) * communicators(plan) if gpu else 0
     outside = context + nccl
     if plan.degree("pp") > 1:
-        everywhere = range(plan.degree("pp"))
-        ranks = _estimate_stages(config, plan, profile, device, places=places or everywhere, outside=outside)
+        ranges = stage_layers(config, plan, profile.outline)
+        places = places or range(plan.degree("pp"))
+        stages = {place: PipelineRank(config, plan, profile, ranges, place) for place in places}
+        if heaviest:
+            stages = {place: rank for place, rank in stages.items() if not _exceeded(place, stages)}
+        ranks = _estimate_stages(plan, stages, device, outside=outside)
     else:
         ranks = (_estimate_whole(config, plan, profile, device, outside=outside),)
     return Estimate(ranks=ranks, device=device, context_bytes=context, nccl_bytes=nccl, profile=profile)
@@ -197,13 +203,19 @@ def _estimate_whole(config: Config, plan: Plan, profile: ModelProfile, device: D
     return _read(plan, timeline, setting, kind="all", outside=outside)
 
 
+def _exceeded(place: int, ranks: Mapping[int, PipelineRank]) -> bool:
+    """Whether another rank holds all that this one does; of two that hold the same, the first stays."""
+    rank = ranks[place]
+    others = ((number, other) for number, other in ranks.items() if number != place and other.contains(rank))
+    return any(number < place or not rank.contains(other) for number, other in others)
+
+
 def _estimate_stages(
-    config: Config, plan: Plan, profile: ModelProfile, device: Device, *, places: Collection[int], outside: int
+    plan: Plan, stages: Mapping[int, PipelineRank], device: Device, *, outside: int
 ) -> tuple[RankEstimate, ...]:
     """One for each place in the pipeline. Places that do the same are replayed once."""
-    ranges, known, ranks = stage_layers(config, plan, profile.outline), dict[Hashable, RankEstimate](), []
-    for pp_rank in places:
-        rank = PipelineRank(config, plan, profile, ranges, pp_rank)
+    known, ranks = dict[Hashable, RankEstimate](), []
+    for pp_rank, rank in stages.items():
         if rank.work not in known:
             timeline = _begin(plan, device)
             setting = rank.replay(timeline)

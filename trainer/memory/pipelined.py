@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import cache, partial
+from operator import ge
 from typing import Any
 
 from configs.schema import Config
@@ -41,11 +42,15 @@ class PipelineRank:
     @property
     def work(self) -> Hashable:
         place = {stage: index for index, stage in enumerate(self.owned)}
-        stages = [
-            (role(stages=len(self.ranges), index=stage), self._kinds(stage), stage + 1 in place) for stage in self.owned
-        ]
         order = tuple((kind, place[stage], micro_batch) for kind, stage, micro_batch in self.order)
-        return tuple(stages), order, self.left_out, self.buffers
+        return self._stages(), order, self.left_out, self.buffers
+
+    def contains(self, other: PipelineRank) -> bool:
+        """Whether this rank holds, at one moment or another, all that the other ever holds at once."""
+        if self._stages() != other._stages() or self.left_out < other.left_out or self.buffers < other.buffers:
+            return False
+        mine = _states(self.order)
+        return all(any(all(map(ge, held, state)) for held in mine) for state in _states(other.order) - mine)
 
     def replay(self, timeline: Timeline) -> Setting:
         """Replay two steps on the timeline. The setting returned knows what lies in host memory."""
@@ -75,6 +80,13 @@ class PipelineRank:
     def _input_gradients(self, order: Sequence[Action]) -> int:
         """How many gradients of inputs stay until the next step."""
         return sum(action.kind == "I" and self.crosses(action.stage) for action in order)
+
+    def _stages(self) -> tuple[tuple[str, tuple[int, ...], bool], ...]:
+        """Of each stage: its role, its layers' kinds, and whether the next one is here too."""
+        return tuple(
+            (role(stages=len(self.ranges), index=stage), self._kinds(stage), stage + 1 in self.owned)
+            for stage in self.owned
+        )
 
     def _kinds(self, stage: int) -> tuple[int, ...]:
         layers = self.ranges[stage]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,15 +135,21 @@ def _key(config: Config, fields: Mapping[str, Any]) -> str:
     """fields: with what the model itself, the versions and the sources are, all that the cached value depends on."""
     model = config.model
     local = Path(model.path or "").expanduser() / "config.json"
-    root = Path(__file__).parents[1]
     described = {
         "model": [model.path, model.revision, str(model.attention), model.architecture, model.config],
         "local": local.read_text() if model.path and local.is_file() else None,
-        "versions": [version("torch"), version("transformers")],
-        "source": hashlib.sha256(b"".join((root / name).read_bytes() for name in SOURCES)).hexdigest(),
+        **_surroundings(),
         **fields,
     }
     return json.dumps(described, sort_keys=True, default=str)
+
+
+@cache
+def _surroundings() -> dict[str, Any]:
+    """What stays the same while the process lives."""
+    root = Path(__file__).parents[1]
+    sources = b"".join((root / name).read_bytes() for name in SOURCES)
+    return {"versions": [version("torch"), version("transformers")], "source": hashlib.sha256(sources).hexdigest()}
 
 
 def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:

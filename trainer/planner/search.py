@@ -146,7 +146,7 @@ class _Questions:
 
     def _estimate(self, one: _Timed) -> Found | None:
         try:
-            predicted = estimate(one.config, one.plan)
+            predicted = estimate(one.config, one.plan, heaviest=True)
         except NotEstimated:
             return None
         more = predicted.busiest.device_bytes - one.states
