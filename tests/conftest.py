@@ -1,4 +1,8 @@
-"""`pytest --write-docs` writes docs/parity.md from what this session's tests measured, and what is quoted from it."""
+"""`pytest --write-docs` writes docs/parity.md from what this session's tests measured, and what is quoted from it.
+
+Rows that were not measured in this session stay. To be rid of those of tests that are no more, delete the page and run
+all tests.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import ROWS, render_table
+from tests.parity import ROWS, read_rows, render_table
 from tests.write_docs import pages, write
 
 PARITY_PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
@@ -30,6 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.getoption("--write-docs") and exitstatus == 0 and ROWS:
-        PARITY_PAGE.write_text(render_table(ROWS))
+        earlier = read_rows(PARITY_PAGE.read_text()) if PARITY_PAGE.exists() else []
+        PARITY_PAGE.write_text(render_table([*ROWS, *earlier]))
         for page in pages():
             write(page, quick=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import fnmatch
 import itertools
 import re
 import shlex
@@ -17,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from configs.choices import EngineName, LauncherName, OffloadDevice
+from configs.choices import EngineName, LauncherName, OffloadDevice, TuningMethod
 from configs.errors import CookbookError
 from configs.load import group_options, load_config
 from configs.schema import Config
@@ -42,14 +43,18 @@ def drawing(file: str, number: str = "0") -> str:
     return _fenced(textwrap.dedent(drawn.strip("\n")))
 
 
-def difference(preset: str, other: str = "single") -> str:
-    """What one layout's configuration has that the other's has not."""
-    before, after = (_flat(load_config([f"parallel={name}"])) for name in (other, preset))
+def difference(choice: str, other: str = "") -> str:
+    """What one configuration has that the other has not. Each: a layout, or words. other: else `single`, or none."""
+    before, after = (
+        name if "=" in name or not name else f"parallel={name}"
+        for name in (other or ("" if "=" in choice else "single"), choice)
+    )
+    values, others = (_flat(load_config(shlex.split(words))) for words in (after, before))
     lines = []
-    for key, value in after.items():
-        if value != before[key] and key != "parallel.preset":
-            lines += [f"- {key}={_word(before[key])}", f"+ {key}={_word(value)}"]
-    return _fenced("\n".join([f"  parallel={other}  ->  parallel={preset}", *lines]), "diff")
+    for key, value in values.items():
+        if value != others[key] and key != "parallel.preset":
+            lines += [f"- {key}={_word(others[key])}", f"+ {key}={_word(value)}"]
+    return _fenced("\n".join([f"  {before or 'the defaults'}  ->  {after}", *lines]), "diff")
 
 
 def ranks(words: str) -> str:
@@ -116,18 +121,29 @@ def bubbles(pp: str) -> str:
 
 
 def parity(*layouts: str) -> str:
-    """The measured rows of these layouts, out of docs/parity.md."""
-    head = [line for line in (ROOT / "docs" / "parity.md").read_text().splitlines() if line.startswith("|")][:2]
-    rows = [line for line in _table("parity.md", "layout") if line.split("|")[1].strip() in layouts]
-    missing = set(layouts) - {line.split("|")[1].strip() for line in rows}
+    """The measured rows of these layouts, out of docs/parity.md; of `tuning=...`, those of its adapters."""
+    adapters = layouts[0].startswith("tuning=")
+    head, rows = _table("parity.md", "adapters under" if adapters else "layout")
+    found = [line for line in rows if {*line.split("|")[1 + adapters].split()} & {*layouts}]
+    missing = [name for name in layouts if not any(name in line.split() for line in found)]
     assert not missing, f"docs/parity.md has no rows of {missing}"
-    return "\n".join([*head, *rows])
+    return "\n".join([*head, *found])
+
+
+def measured(*patterns: str) -> str:
+    """The cases with such names (`*`: anything), out of the table of docs/what-fills-memory.md."""
+    head, rows = _table("what-fills-memory.md", "case")
+    names = {line.split("|")[1].strip(): line for line in rows}
+    for pattern in patterns:
+        assert fnmatch.filter(names, pattern), f"docs/what-fills-memory.md has no case {pattern}"
+    found = [line for name, line in names.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    return "\n".join([*head, *found])
 
 
 def predictions() -> str:
     """Predicted against measured memory in a sentence, out of docs/what-fills-memory.md."""
     apart = {}
-    for line in _table("what-fills-memory.md", "case"):
+    for line in _table("what-fills-memory.md", "case")[1]:
         name, *_, share = (cell.strip() for cell in line.split("|")[1:-1])
         apart[name] = float(share.rstrip("%"))
     close = sum(share <= 0.1 for share in apart.values())
@@ -135,11 +151,12 @@ def predictions() -> str:
     return f"{len(apart)} cases: {close} within 0.1 %; the worst ({worst}) {apart[worst]} % apart."
 
 
-def _table(page: str, title: str) -> list[str]:
-    """The rows of the table in a page of docs/ whose first column has this title."""
+def _table(page: str, title: str) -> tuple[list[str], list[str]]:
+    """Head and rows of the table in a page of docs/ whose first column has this title."""
     lines = (ROOT / "docs" / page).read_text().splitlines()
     begin = next(number for number, line in enumerate(lines) if line.startswith(f"| {title} |"))
-    return list(itertools.takewhile(lambda line: line.startswith("|"), lines[begin + 2 :]))
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[begin + 2 :]))
+    return lines[begin : begin + 2], rows
 
 
 def layouts() -> str:
@@ -156,7 +173,7 @@ def layouts() -> str:
 
 def _distances() -> dict[str, str]:
     """Of each layout, in its finest precision, the largest distance of any case: of the loss | of the parameters."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _table("parity.md", "layout")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _table("parity.md", "layout")[1]]
     found: dict[str, str] = {}
     for layout in {row[0] for row in rows}:
         mine = [row for row in rows if row[0] == layout]
@@ -189,13 +206,16 @@ def _rank_row(config: Config, plan: Plan, rank: int) -> dict[str, str]:
     share = place["dp_shard"] * plan.degree("cp") + place["cp"]
     parted = _part(share, plan.fsdp_size)
     offload, nowhere = config.parallel.offload, OffloadDevice.none
+    adapters = config.tuning.method is not TuningMethod.full
     partitioned = plan.zero_stage if plan.engine is EngineName.deepspeed else 3 if plan.fsdp_size > 1 else 0
     for least, what, where in (
         (3, "parameters", offload.parameters),
         (2, "gradients", nowhere),
         (1, "optimizer states", offload.optimizer),
     ):
-        row[what] = (parted if partitioned >= least else "all") + (f" ({where})" if where is not nowhere else "")
+        held = parted if partitioned >= least else "all"
+        of = " of the adapters" if adapters and what != "parameters" else ""
+        row[what] = held + of + (f" ({where})" if where is not nowhere else "")
     return row
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from configs.errors import ConfigError, PlanError
 from configs.load import load_config
-from tests.cases import run_trainer, train
+from tests.cases import run_trainer
 from tests.harness import run_ranks
-from tests.parity import MODELS, distance, reference, words
+from tests.parity import MODELS, measure, reference
 from trainer.machine import Machine
 from trainer.model import build_hf_config, build_model, decoder_layers
 from trainer.plan import make_plan
@@ -27,10 +27,9 @@ FLOAT32 = 1e-5
 def test_ddp_trains_the_adapters_of_one_process() -> None:
     # Adam divides the small gradients of a young adapter by small moments, and their rounding with them.
     sgd = (*QLORA, "optimizer=sgd", "optimizer.lr=0.3")
-    expected = reference("llama", "fp32", STEPS, *sgd)
-    found = run_ranks(2, train, words("llama", "ddp", "fp32", STEPS, *sgd))[0]
-    assert distance(found, expected).largest <= FLOAT32
-    assert all(".lora_" in name for name in found.parameters)
+    found = measure(["ddp"], 2, model="llama", precision="fp32", steps=STEPS, extra=sgd)
+    assert found.largest <= FLOAT32
+    assert all(".lora_" in name for name in reference("llama", "fp32", STEPS, *sgd).parameters)
 
 
 def test_four_bits_are_near_the_model_and_are_not_it() -> None:

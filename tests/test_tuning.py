@@ -15,7 +15,7 @@ from configs.errors import ConfigError, PlanError
 from configs.load import load_config
 from tests.cases import run_trainer, train
 from tests.harness import run_ranks
-from tests.parity import MODELS, Trained, distance, reference, words
+from tests.parity import MODELS, Trained, measure, reference, words
 from trainer.checkpoint.export import export
 from trainer.machine import Machine
 from trainer.model import build_hf_config, build_model
@@ -34,10 +34,9 @@ FLOAT64 = 1e-8
 def test_layout_trains_the_adapters_of_one_process(layout: str, model: str) -> None:
     if model == "gpt2" and layout not in ("fsdp", "pipeline"):
         pytest.skip("tied embeddings, learned positions and Conv1D: where they are divided")
-    expected = reference(model, "fp64", STEPS, *LORA)
-    found = run_ranks(LAYOUTS[layout], train, words(model, layout, "fp64", STEPS, *LORA))[0]
-    assert distance(found, expected).largest <= FLOAT64
-    assert all(".lora_" in name for name in found.parameters)
+    found = measure([layout], LAYOUTS[layout], model=model, precision="fp64", steps=STEPS, extra=LORA)
+    assert found.largest <= FLOAT64
+    assert all(".lora_" in name for name in reference(model, "fp64", STEPS, *LORA).parameters)
 
 
 def test_adapters_begin_as_the_model_itself() -> None:

@@ -33,6 +33,7 @@ QUICK: dict[str, Callable[..., str]] = {
             docs_blocks.difference,
             docs_blocks.drawing,
             docs_blocks.layouts,
+            docs_blocks.measured,
             docs_blocks.parity,
             docs_blocks.predictions,
             docs_blocks.ranks,
@@ -106,6 +107,9 @@ def main(argv: Sequence[str]) -> int:
     words = parser.parse_args(argv)
     for page in [page.resolve() for page in words.pages] or pages():
         print(f"{page.name}: {'written' if write(page, quick=words.quick) else 'as it was'}", flush=True)
+    if not words.quick:
+        for page in pages():  # which quote the tables of what-fills-memory.md
+            write(page, quick=True)
     return 0
 
 
