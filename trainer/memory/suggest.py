@@ -105,7 +105,7 @@ def largest_micro_batch(config: Config, plan: Plan, *, found_gpu: str | None = N
         profile = _extrapolate(smaller, larger, size - traced)
         assert profile is not None
         sized = with_micro_batch(plan, size)
-        return estimate(config, sized, found_gpu=found_gpu, profile=profile, places=places).fits
+        return estimate(config, sized, found_gpu=found_gpu, profile=profile, places=places, heaviest=True).fits
 
     def largest(places: Sequence[int] | None) -> int:
         low = high = here
@@ -245,7 +245,7 @@ def _try(
             place = min(before.busiest_place, plan.degree("pp") - 1)
             if not estimate(changed, plan, found_gpu=found_gpu, places=[place]).fits:
                 return None
-        found = estimate(changed, plan, found_gpu=found_gpu)
+        found = estimate(changed, plan, found_gpu=found_gpu, heaviest=True)
     except CookbookError:
         return None
     words = tuple(f"{key}={'null' if value is None else str(value).lower()}" for key, value in keys.items())
