@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from configs.choices import EngineName, LauncherName, OffloadDevice, TuningMethod
+from configs.choices import DType, EngineName, LauncherName, OffloadDevice, TuningMethod
 from configs.errors import CookbookError
 from configs.load import group_options, load_config
 from configs.schema import Config
@@ -52,7 +52,7 @@ def difference(choice: str, other: str = "") -> str:
     values, others = (_flat(load_config(shlex.split(words))) for words in (after, before))
     lines = []
     for key, value in values.items():
-        if value != others[key] and key != "parallel.preset":
+        if value != others[key] and not key.endswith(".preset"):
             lines += [f"- {key}={_word(others[key])}", f"+ {key}={_word(value)}"]
     return _fenced("\n".join([f"  {before or 'the defaults'}  ->  {after}", *lines]), "diff")
 
@@ -120,24 +120,37 @@ def bubbles(pp: str) -> str:
     return "\n".join(lines)
 
 
-def parity(*layouts: str) -> str:
-    """The measured rows of these layouts, out of docs/parity.md; of `tuning=...`, those of its adapters."""
-    adapters = layouts[0].startswith("tuning=")
+def parity(*words: str) -> str:
+    """The measured rows of these layouts or with these keys, out of docs/parity.md."""
+    adapters = words[0].startswith("tuning=")
     head, rows = _table("parity.md", "adapters under" if adapters else "layout")
-    found = [line for line in rows if {*line.split("|")[1 + adapters].split()} & {*layouts}]
-    missing = [name for name in layouts if not any(name in line.split() for line in found)]
+    found = [line for line in rows if {*" ".join(line.split("|")[1:3]).split()} & {*words}]
+    missing = [word for word in words if not any(word in line.split() for line in found)]
     assert not missing, f"docs/parity.md has no rows of {missing}"
     return "\n".join([*head, *found])
 
 
 def measured(*patterns: str) -> str:
-    """The cases with such names (`*`: anything), out of the table of docs/what-fills-memory.md."""
+    """The cases with such names (`*`: anything; `-` before: not those), out of docs/what-fills-memory.md."""
     head, rows = _table("what-fills-memory.md", "case")
-    names = {line.split("|")[1].strip(): line for line in rows}
-    for pattern in patterns:
-        assert fnmatch.filter(names, pattern), f"docs/what-fills-memory.md has no case {pattern}"
-    found = [line for name, line in names.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    return "\n".join([*head, *found])
+    cases = {line.split("|")[1].strip(): line for line in rows}
+    matched = {pattern: {*fnmatch.filter(cases, pattern.removeprefix("-"))} for pattern in patterns}
+    assert all(matched.values()), f"docs/what-fills-memory.md has no case for one of {patterns}"
+    wanted = set().union(*(names for pattern, names in matched.items() if not pattern.startswith("-")))
+    wanted = wanted.difference(*(names for pattern, names in matched.items() if pattern.startswith("-")))
+    return "\n".join([*head, *(line for name, line in cases.items() if name in wanted)])
+
+
+def dtypes() -> str:
+    """What each precision sets."""
+    titles = ("`param_dtype` (compute)", "`reduce_dtype` (gradients between ranks)", "`master_dtype` (optimizer)")
+    lines = [f"| `precision=` | {' | '.join(titles)} | loss scale |", "| --- | --- | --- | --- | --- |"]
+    for name in group_options()["precision"]:
+        precision = load_config([f"precision={name}"]).precision
+        compute = f"{precision.param_dtype}{', matrix products in TF32' if precision.tf32 else ''}"
+        scale = "dynamic" if precision.param_dtype is DType.float16 and precision.loss_scale is None else ""
+        lines.append(f"| `{name}` | {compute} | {precision.reduce_dtype} | {precision.master_dtype} | {scale} |")
+    return "\n".join(lines)
 
 
 def predictions() -> str:

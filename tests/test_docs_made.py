@@ -7,12 +7,14 @@ add up; `python -m tests.write_docs` makes them anew.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from configs.load import group_options
 from tests import docs_numbers
+from tests.docs_messages import MARKED, messages, phrases, said
 from tests.test_docs import BLOCK, LINK, ROOT
 from tests.write_docs import COSTLY, MADE, QUICK, Part, make, pages, parts
 
@@ -45,6 +47,29 @@ def test_costly_parts_have_their_form(part: Part) -> None:
         assert part.text == docs_numbers.components()
     else:
         getattr(docs_numbers, f"check_{part.name}")(*part.arguments, part.text)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in pages() if MARKED.search(page.read_text())], ids=lambda page: page.stem
+)
+def test_quoted_messages_are_those_of_the_code(page: Path) -> None:
+    for message in messages(page):
+        assert phrases(message), f"{page.name}: {message}: nothing in it could be compared"
+        assert not [phrase for phrase in phrases(message) if phrase not in said()], message
+
+
+def test_a_message_of_other_words_is_found() -> None:
+    assert all(phrase in said() for phrase in phrases("FILE: expected 12 bytes, found 10"))
+    assert not all(phrase in said() for phrase in phrases("FILE: expected 12 bytes, but found 10"))
+
+
+def test_each_chapter_leads_to_the_next() -> None:
+    contents = (ROOT / "README.md").read_text().split("## The cookbook")[1].split("\n## ")[0]
+    order = re.findall(r"^\| \[[^]]*\]\(docs/([^)]*)\)", contents, re.MULTILINE)
+    assert len(order) > 20
+    for page, following in pairwise(order):
+        last = (ROOT / "docs" / page).read_text().rstrip().splitlines()[-1]
+        assert last.startswith("Next: ") and LINK.findall(last) == [following], page
 
 
 def test_what_stage_2_and_stage_3_partition() -> None:

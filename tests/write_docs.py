@@ -32,6 +32,7 @@ QUICK: dict[str, Callable[..., str]] = {
             docs_blocks.commands,
             docs_blocks.difference,
             docs_blocks.drawing,
+            docs_blocks.dtypes,
             docs_blocks.layouts,
             docs_blocks.measured,
             docs_blocks.parity,
