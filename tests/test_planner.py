@@ -58,6 +58,7 @@ def timed(*words: str) -> StepTime:
         (["parallel=zero1"], ["parallel=zero2"]),
         (["parallel=zero3"], ["parallel=zero3_offload"]),
         (["cluster.nodes=2", "parallel=fsdp"], ["parallel=fsdp"]),
+        (["parallel=fsdp", "optimizer=sgd"], ["parallel=fsdp"]),
         (
             ["cluster.nodes=8", "parallel=fsdp", "cluster.network_gb_per_second=50"],
             ["cluster.nodes=8", "parallel=fsdp", "cluster.network_gb_per_second=2"],

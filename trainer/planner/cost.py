@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.choices import Checkpointing, ContextMethod, EngineName, OffloadDevice
-from configs.schema import Config
+from configs.schema import Config, Optimizer
 from trainer.devices import GB_PER_SECOND, Gpu
+from trainer.memory.bounds import moments
 from trainer.memory.layouts.common import WIDTHS
 from trainer.memory.profile import Anatomy
 from trainer.plan import Plan
@@ -38,8 +39,8 @@ LOGIT_BYTES = 30.0
 """Read and written per logit by cast, softmax, loss and their gradients."""
 HIDDEN, EXPOSED = 0.8, 0.05
 """Communication hides behind this part of the computation beside it, and this part of it shows nevertheless."""
-ADAM_BYTES = 30.0
-"""Per parameter: master weight and two moments read and written, gradient read, copy written."""
+UPDATE_BYTES, MOMENT_BYTES = 14.0, 8.0
+"""Per parameter: master weight read and written, gradient read, copy written; and each moment read and written."""
 SELECTIVE = 0.5
 """Of the forward's matrix products are computed again: every second one. All around them is."""
 HOST_MEMORY_GB_PER_SECOND = 20.0
@@ -217,16 +218,22 @@ class _Step:
         """Optimizer states of this rank's share, read and written where they are."""
         plan, disk = self.plan, self.config.cluster.nvme_gb_per_second * GB_PER_SECOND
         own = self.held / (plan.degree("dp_shard") if plan.engine is EngineName.deepspeed else plan.fsdp_size)
-        fetched = 0.0
+        kept, fetched = moments(self.config.optimizer), 0.0
+        touched = own * update_bytes(self.config.optimizer)
         if plan.offload_parameters is not OffloadDevice.none:
             speed = disk if plan.offload_parameters is OffloadDevice.nvme else self.network.host
             fetched = 2 * self.micro_batches * own * self.width / min(speed, self.network.host)
         if plan.offload_optimizer is OffloadDevice.none:
-            return own * ADAM_BYTES / self.bandwidth + fetched
+            return touched / self.bandwidth + fetched
         moved = own * (WIDTHS[plan.reduce_dtype] + self.width) / self.network.host
-        computed = own * ADAM_BYTES / (HOST_MEMORY_GB_PER_SECOND * GB_PER_SECOND)
-        swapped = own * 2 * 12 / disk if plan.offload_optimizer is OffloadDevice.nvme else 0.0
+        computed = touched / (HOST_MEMORY_GB_PER_SECOND * GB_PER_SECOND)
+        swapped = own * 2 * 4 * (1 + kept) / disk if plan.offload_optimizer is OffloadDevice.nvme else 0.0
         return moved + computed + swapped + fetched
+
+
+def update_bytes(optimizer: Optimizer) -> float:
+    """Per parameter that is updated."""
+    return UPDATE_BYTES + moments(optimizer) * MOMENT_BYTES
 
 
 def _exposed(communication: float, computation: float) -> float:

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.planner.cost import (
-    ADAM_BYTES,
     EXPOSED,
     HIDDEN,
     HOST_MEMORY_GB_PER_SECOND,
     MEMORY_ACHIEVED,
     StepTime,
+    update_bytes,
 )
 from trainer.planner.network import ACHIEVED, ASSUMED_NETWORK_GB_PER_SECOND
 from trainer.planner.search import Found, Search
@@ -148,7 +148,7 @@ def _assumptions(search: Search) -> str:
         f"\nassumed: {gpu}; matrix products at {config.estimate.efficiency:.0%} of its peak (estimate.efficiency);"
         f" memory at {MEMORY_ACHIEVED:.0%}, links and network at {ACHIEVED:.0%} of their bandwidth; {between:g} GB/s"
         f" per GPU between nodes (cluster.network_gb_per_second); collectives hide behind {HIDDEN:.0%} of the"
-        f" computation beside them and show at least {EXPOSED:.0%}; {ADAM_BYTES:.0f} bytes moved per updated parameter;"
+        f" computation beside them and show at least {EXPOSED:.0%}; {update_bytes(config.optimizer):.0f} bytes moved per updated parameter;"
         f" {config.cluster.host_gb_per_second:g} GB/s to host memory (cluster.host_gb_per_second), updates there at"
         f" {HOST_MEMORY_GB_PER_SECOND:g} GB/s. Predictions rank layouts; measure the first two."
     )
