@@ -15,6 +15,7 @@ import pytest
 from configs.load import group_options
 from tests import docs_numbers
 from tests.docs_messages import MARKED, messages, phrases, said
+from tests.parity import read_rows, render_table
 from tests.test_docs import BLOCK, LINK, ROOT
 from tests.write_docs import COSTLY, MADE, QUICK, Part, make, pages, parts
 
@@ -99,6 +100,17 @@ def test_each_chapter_leads_to_the_next() -> None:
     for page, following in pairwise(order):
         last = (ROOT / "docs" / page).read_text().rstrip().splitlines()[-1]
         assert last.startswith("Next: ") and LINK.findall(last) == [following], page
+
+
+def test_the_parity_page_is_as_it_is_written() -> None:
+    """All but the numbers and the versions."""
+    page = (ROOT / "docs" / "parity.md").read_text()
+    rows = read_rows(page)
+    assert len(rows) > 150
+    written = render_table(rows)
+    assert [line for line in page.splitlines() if not line.startswith("Last written")] == [
+        line for line in written.splitlines() if not line.startswith("Last written")
+    ]
 
 
 def test_what_stage_2_and_stage_3_partition() -> None:
