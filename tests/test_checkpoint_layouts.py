@@ -110,13 +110,20 @@ def test_another_number_of_processes(row: str, single_precision: tuple[Path, Jou
 
 
 @pytest.mark.parametrize(
-    ("words", "precision", "limit"),
-    [("optimizer=adafactor optimizer.lr=0.02", "fp64", FLOAT64), ("optimizer=adamw_8bit", "fp32", FLOAT32)],
+    ("words", "precision", "limit", "others"),
+    [
+        ("optimizer=adafactor optimizer.lr=0.02", "fp64", FLOAT64, ["ddp"]),
+        ("optimizer=adamw_8bit", "fp32", FLOAT32, ["ddp"]),
+        ("tuning=lora optimizer.lr=0.003", "fp32", 10 * FLOAT32, ["fsdp", "zero1", "zero2", "zero3"]),
+    ],
 )
-def test_states_of_other_shapes_go_on_exactly(words: str, precision: str, limit: float, tmp_path: Path) -> None:
-    """Adafactor's rows, columns and vectors, codes and scales of 8-bit AdamW, on more processes and on fewer."""
+def test_other_states_go_on_exactly(
+    words: str, precision: str, limit: float, others: list[str], tmp_path: Path
+) -> None:
+    """Adafactor's rows, columns and vectors, codes and scales of 8-bit AdamW, adapters alone, on more processes and on
+    fewer."""
     extra = words.split()
-    layouts = {"single": 1, "ddp": 2}
+    layouts = {"single": 1, **dict.fromkeys(others, 2)}
     for layout, processes in layouts.items():
         run_ranks(processes, train_until_saved, [*overrides(layout, precision), *extra], str(tmp_path / layout))
     never_saved = [*overrides("single", precision), *extra, "checkpoint.every=0"]

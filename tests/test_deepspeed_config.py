@@ -17,8 +17,10 @@ from trainer.engine.deepspeed_config import ModelSize, deepspeed_config
 from trainer.machine import Machine
 from trainer.plan import make_plan
 
-TINY = ModelSize(parameters=900_001, largest=33_280, largest_vector=128, widest_module=2)
-LLAMA_8B = ModelSize(parameters=8_030_261_248, largest=525_336_576, largest_vector=4096, widest_module=1)
+TINY = ModelSize(parameters=900_001, trained=900_001, largest=33_280, largest_vector=128, widest_module=2)
+LLAMA_8B = ModelSize(
+    parameters=8_030_261_248, trained=8_030_261_248, largest=525_336_576, largest_vector=4096, widest_module=1
+)
 LAYOUTS = sorted(file.stem for file in (Path(configs.__file__).parent / "parallel").glob("zero*.yaml"))
 
 

@@ -29,8 +29,8 @@ def check_tuning(config: Config) -> Iterator[str]:
                 " tuning=lora, or leave it out"
             )
         return
-    if parallel.engine is EngineName.deepspeed:
-        yield f"tuning={tuning.method}: trains adapters under engine torch; use parallel=fsdp, which shards as ZeRO 3"
+    if parallel.engine is EngineName.deepspeed and tuning.method is TuningMethod.qlora:
+        yield "tuning=qlora: DeepSpeed casts and flattens parameters, and 4-bit ones cannot be; use parallel=ddp"
     if parallel.tp > 1:
         yield (
             f"parallel.tp={parallel.tp}: cuts matrices that tuning={tuning.method} puts adapters beside, and has no"

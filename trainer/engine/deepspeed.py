@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from configs.choices import Implementation, OffloadDevice
+from configs.choices import Implementation, OffloadDevice, TuningMethod
 from configs.schema import Config
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data import Batch
@@ -54,6 +54,7 @@ from trainer.plan import Plan
 from trainer.precision import apply_tf32, build_loss_scale, torch_dtype
 from trainer.preflight import check_deepspeed
 from trainer.runtime import Runtime
+from trainer.tuning import AdapterWeights, apply_tuning, tell_trained
 from trainer.weights import build_weights
 
 
@@ -83,8 +84,12 @@ class DeepSpeedEngine:
         plan = self.plan
         self.mesh = build_mesh(plan, self.runtime.device)
         self.model = build_model(config.model, build_hf_config(config.model))
+        apply_tuning(self.model, config.tuning, base=config.model.path)
+        if config.tuning.method is not TuningMethod.full:
+            tell_trained(self.model)
         parts = parallelize(self.model, config, plan, self.mesh)
-        weights = build_weights(config.model, self.model, seed=config.train.seed)
+        seed = config.train.seed
+        weights = AdapterWeights(build_weights(config.model, self.model, seed=seed), seed)
         swap_folder = str(self.swap.path) if self.swap else None
         settings = deepspeed_config(config, plan, model_size(self.model), swap_folder=swap_folder)
         materialize(
@@ -144,7 +149,7 @@ class DeepSpeedEngine:
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in deepspeed_state.trained(self.model):
             whole = safe_get_full_fp32_param(parameter)
             assert whole is not None, f"{name} is not trained"
             if name in self.cuts:

@@ -5,11 +5,11 @@ turned off) or that decides about memory (buckets, buffers and windows of up to 
 stated is irrelevant to both. The memory estimator reads the same dictionary.
 
     P elements in the model, W ranks            bucket and window sizes, in elements
-    reduce_bucket_size, allgather_bucket_size   5 * 10**8, never more than P
+    reduce_bucket_size, allgather_bucket_size   5 * 10**8, never more than are trained: P, or adapters alone
     stage3_prefetch_bucket_size                 5 * 10**7, never more than the window
     stage3_max_live_parameters, ..._distance    10**9, never more than the window
     window                                      P / 4, at least the largest parameter
-    sub_group_size (one step of the optimizer)  10**8, never more than P / W / 4
+    sub_group_size (one step of the optimizer)  10**8, never more than a quarter of what is trained, over W
 
 The caps are DeepSpeed's own defaults, except sub_group_size. The fractions make a small model behave as a large
 one does: with the bare defaults ZeRO 3 holds any model of less than 10**9 parameters whole on every rank.
@@ -36,11 +36,12 @@ WIDTHS = {DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSize:
-    """Numbers of elements. parameters: all of them, tied ones once. largest: the largest parameter (an embedding,
-    as a rule). largest_vector: the largest parameter with one dimension (a norm or a bias). widest_module: how many
-    parameters one module owns at the most (2 where there are biases)."""
+    """Numbers of elements. parameters: all of them, tied ones once; trained: of those that are trained. largest: the
+    largest parameter (an embedding, as a rule). largest_vector: the largest parameter with one dimension (a norm or a
+    bias). widest_module: how many parameters one module owns at the most (2 where there are biases)."""
 
     parameters: int
+    trained: int
     largest: int
     largest_vector: int
     widest_module: int
@@ -53,6 +54,7 @@ def model_size(model: nn.Module) -> ModelSize:
     parameters = [p.to_local() if hasattr(p, "to_local") else p for p in everything]
     return ModelSize(
         parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p, whole in zip(parameters, everything, strict=True) if whole.requires_grad),
         largest=max(p.numel() for p in parameters),
         largest_vector=max((p.numel() for p in parameters if p.ndim < 2), default=0),
         widest_module=max(len(module._parameters) for module in model.modules()),
@@ -102,15 +104,15 @@ def _precision(config: Config, plan: Plan) -> dict[str, Any]:
 
 
 def _zero(config: Config, plan: Plan, size: ModelSize, swap_folder: str | None) -> dict[str, Any]:
-    everything = _even(size.parameters)
+    bucket = min(5 * 10**8, _even(size.trained))
     settings: dict[str, Any] = {
         "stage": plan.zero_stage,
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "allgather_partitions": True,
         "overlap_comm": plan.zero_stage == 3,
-        "reduce_bucket_size": min(5 * 10**8, everything),
-        "allgather_bucket_size": min(5 * 10**8, everything),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
     if plan.zero_stage == 3:
         settings |= _stage3(plan, size)
@@ -130,7 +132,7 @@ def _zero(config: Config, plan: Plan, size: ModelSize, swap_folder: str | None) 
 def _stage3(plan: Plan, size: ModelSize) -> dict[str, Any]:
     window = max(size.parameters // 4, size.largest)
     on_disk = plan.offload_parameters is OffloadDevice.nvme
-    share = ceil(size.parameters / plan.degree("dp_shard") / 4)
+    share = ceil(size.trained / plan.degree("dp_shard") / 4)
     return {
         # Parameters on disk are read when they are needed, not ahead: DeepSpeed remembers the order of reading ahead
         # from one pass to the next, a validation pass disturbs it, and then it runs out of buffers.

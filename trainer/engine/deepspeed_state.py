@@ -22,13 +22,18 @@ from trainer.pieces import join
 Cuts = Mapping[str, Cut]
 
 
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What has a state: all parameters, or adapters alone."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 def save_state(model: nn.Module, zero: Any, cuts: Cuts) -> Iterator[tuple[str, torch.Tensor | None]]:
     """As `Engine.state`. zero: `engine.optimizer` of any stage. cuts: of the divided parameters, by name."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     dealer, rank, kinds = Dealer(range(dist.get_world_size())), dist.get_rank(), _kinds(zero)
     _link_states(zero)
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         for kind in ("model", *kinds):
             is_model = kind == "model"
             complete = (
@@ -49,11 +54,11 @@ def optimizer_steps(zero: Any) -> int:
 @torch.no_grad()
 def load_state(model: nn.Module, zero: Any, saved: TensorReader, cuts: Cuts, *, stage: int, steps: int) -> None:
     """Write this rank's share of every tensor into master weights and optimizer, then refresh what is computed with."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         shape = cuts[name].shape if name in cuts else getattr(parameter, "ds_shape", parameter.shape)
         check_shape(saved, f"model/{name}", shape)
     if stage == 3:
-        _load_partitions(dict(model.named_parameters()), zero, saved, steps)
+        _load_partitions(dict(trained(model)), zero, saved, steps)
     else:
         _load_rows(model, zero, saved, cuts, steps)
 
@@ -68,7 +73,7 @@ def _load_rows(model: nn.Module, zero: Any, saved: TensorReader, cuts: Cuts, ste
     for row in zero.fp32_groups_flat_partition if is_bf16 else zero.single_partition_of_fp32_groups:
         zero.optimizer.state[row] = _fresh_state(zero.optimizer, row, kinds, steps)
     _link_states(zero)
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         safe_set_full_fp32_param(parameter, _part(saved, f"model/{name}", cuts.get(name), parameter))
         for kind in kinds:
             safe_set_full_optimizer_state(parameter, _part(saved, f"{kind}/{name}", cuts.get(name), parameter), kind)

@@ -12,13 +12,14 @@ GPU has an optimizer of its own: see `zero1`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from math import ceil
 from typing import Any
 
 from configs.choices import OffloadDevice
 from trainer.engine.deepspeed_config import ModelSize
 from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
-from trainer.memory.profile import Anatomy
+from trainer.memory.profile import Anatomy, Parameter
 from trainer.memory.timeline import Handle
 
 ALIGNMENT = 2  # elements per rank, to which a flat group is padded
@@ -31,6 +32,7 @@ def model_size(anatomy: Anatomy) -> ModelSize:
     parameters = list(anatomy.parameters())
     return ModelSize(
         parameters=anatomy.numel,
+        trained=sum(p.numel for p in trained(anatomy)),
         largest=max(p.numel for p in parameters),
         largest_vector=max((p.numel for p in parameters if len(p.shape) < 2), default=0),
         widest_module=2,
@@ -55,7 +57,7 @@ class ZeroStage12:
         self.compact = self.param != self.master
         self.whole_width = self.master if self.stage == 1 else self.param
         self.groups = flat_groups(anatomy, self.ranks)
-        self.largest = max(p.numel for p in anatomy.parameters())
+        self.largest = max(p.numel for p in trained(anatomy))
         self.touched = touched_elements(anatomy, self.groups, self.ranks)
         self.numel = {(group, p.name): p.numel for group, members in anatomy.all_groups() for p in members}
         self.whole: dict[tuple[str, str], Handle | None] = {}
@@ -71,6 +73,7 @@ class ZeroStage12:
         # While a group is flattened it exists twice; where that does not fit DeepSpeed goes through host memory.
         for elements in self.groups:
             self.timeline.allocate("parameters", elements * self.param)
+        place_frozen(self.setting)
         share = sum(self.groups) // self.ranks
         self._place("optimizer", share * self.master)
         if self.offloaded:
@@ -203,10 +206,22 @@ class ZeroStage12:
         self.bucket = None
 
 
+def trained(anatomy: Anatomy) -> Iterator[Parameter]:
+    """All parameters, or adapters alone: what is flattened, reduced and updated."""
+    return (parameter for parameter in anatomy.parameters() if parameter.trainable)
+
+
+def place_frozen(setting: Setting) -> None:
+    """Parameters that are only held: whole, each a tensor of its own."""
+    for parameter in setting.profile.anatomy.parameters():
+        if not parameter.trainable:
+            setting.timeline.allocate("parameters", parameter.numel * WIDTHS[setting.plan.param_dtype])
+
+
 def flat_groups(anatomy: Anatomy, ranks: int) -> list[int]:
     """Elements of the flat groups, padding included: matrices, then vectors."""
     align = ALIGNMENT * ranks
-    flat = [sum(p.numel for p in anatomy.parameters() if (len(p.shape) > 1) is matrix) for matrix in (True, False)]
+    flat = [sum(p.numel for p in trained(anatomy) if (len(p.shape) > 1) is matrix) for matrix in (True, False)]
     return [ceil(numel / align) * align for numel in flat if numel]
 
 
@@ -215,7 +230,7 @@ def touched_elements(anatomy: Anatomy, groups: list[int], ranks: int) -> int:
     touched: Counter[int] = Counter()
     for matrix, elements in zip((True, False), groups, strict=False):
         share, begin = elements // ranks, 0
-        for parameter in anatomy.parameters():
+        for parameter in trained(anatomy):
             if (len(parameter.shape) > 1) is matrix:
                 end = begin + parameter.numel
                 for rank in range(begin // share, (end - 1) // share + 1):

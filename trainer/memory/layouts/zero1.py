@@ -7,7 +7,7 @@ Reads the flat groups of `zero`; source: deepspeed/runtime/bf16_optimizer.py.
 from __future__ import annotations
 
 from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
-from trainer.memory.layouts.zero import ALLREDUCE_ELEMENTS, flat_groups
+from trainer.memory.layouts.zero import ALLREDUCE_ELEMENTS, flat_groups, place_frozen
 from trainer.memory.timeline import Handle
 
 
@@ -27,6 +27,7 @@ class Bfloat16ZeroStage1:
         # While a group is flattened it exists twice; where that does not fit DeepSpeed goes through host memory.
         for elements in self.groups:
             self.timeline.allocate("parameters", elements * self.param)
+        place_frozen(self.setting)
         for elements in self.groups:
             self.timeline.allocate("optimizer", elements // self.ranks * self.master)
             self.timeline.allocate("gradients", elements * self.master)

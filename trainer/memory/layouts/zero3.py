@@ -20,6 +20,7 @@ from typing import Any
 
 from configs.choices import OffloadDevice
 from trainer.memory.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
+from trainer.memory.layouts.zero import trained
 from trainer.memory.profile import Anatomy, Parameter
 from trainer.memory.timeline import GATHER, Handle
 
@@ -32,7 +33,7 @@ def sub_groups(anatomy: Anatomy, ranks: int, size: int) -> list[tuple[int, int]]
     groups: list[tuple[int, int]] = []
     for matrix in (True, False):
         share = whole = 0
-        for parameter in anatomy.parameters():
+        for parameter in trained(anatomy):
             if (len(parameter.shape) > 1) is matrix:
                 share += ceil(parameter.numel / ranks)
                 whole += parameter.numel
@@ -61,7 +62,8 @@ class ZeroStage3:
         self.ahead = zero["stage3_prefetch_bucket_size"]
         self.groups = dict(setting.profile.anatomy.all_groups())
         self.numel = {(group, p.name): p.numel for group, members in self.groups.items() for p in members}
-        self.shards = [ceil(p.numel / self.ranks) for p in setting.profile.anatomy.parameters()]
+        self.frozen = sum(ceil(p.numel / self.ranks) for p in setting.profile.anatomy.parameters() if not p.trainable)
+        self.shards = [ceil(p.numel / self.ranks) for p in trained(setting.profile.anatomy)]
         self.sub_groups = sub_groups(setting.profile.anatomy, self.ranks, zero["sub_group_size"])
         self.swapped = zero.get("offload_param", {})
         self.swap_buffers = zero.get("offload_optimizer", {}).get("buffer_count", 0)
@@ -86,7 +88,7 @@ class ZeroStage3:
 
     def start(self) -> None:
         elements = sum(self.shards)
-        self._place("parameters", elements * self.param, self.parameters)
+        self._place("parameters", (elements + self.frozen) * self.param, self.parameters)
         for what in ("gradients", "optimizer"):
             self._place(what, elements * self.master, self.optimizer if what == "optimizer" else self._gradients())
         if self.optimizer is not OffloadDevice.none:
