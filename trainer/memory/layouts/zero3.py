@@ -165,6 +165,10 @@ class ZeroStage3:
         elif step == 1:
             self._place("optimizer states", int(sum(sizes) * self.setting.profile.update.state), self.optimizer)
 
+    def _next(self, group: str) -> str:
+        """The layer after a layer, which in either direction is as large; of other groups none."""
+        return group if group.isdigit() and len(self.setting.profile.anatomy.layers) > 1 else ""
+
     def _gather(self, group: str) -> None:
         members = self.groups.get(group, ())
         if group in self.whole or not members:
@@ -176,7 +180,9 @@ class ZeroStage3:
             self.persistent.add(group)
         large = self._large(group)
         # Modules are gathered one by one; what is alive at once is the one that computes and what is fetched ahead.
-        most = min(sum(p.numel for p in large), max((p.numel for p in large), default=0) + self.ahead)
+        # That may reach into the group that comes next.
+        both = sum(p.numel for p in (*large, *self._large(self._next(group))))
+        most = min(both, max((p.numel for p in large), default=0) + self.ahead)
         self.whole[group] = [self.timeline.allocate("buffers", most * self.param, GATHER)]
 
     def _drop(self, group: str) -> None:
