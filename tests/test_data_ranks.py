@@ -16,9 +16,11 @@ from configs.load import load_config
 from tests.data_cases import data_of, rows_of, step_rows, words, write_corpus, write_jsonl
 from tests.harness import run_ranks
 from trainer.data.build import build_data
+from trainer.data.loader import next_item
 from trainer.machine import find_machine
 from trainer.plan import make_plan
 from trainer.runtime import join
+from trainer.status import RunStatus, read_status
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,45 @@ def send_from_elsewhere(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
         os._exit(0)
     os.waitpid(sender, 0)
+
+
+class Broken:
+    """A loader that fails. with_processes: whether its items come from loader processes."""
+
+    def __init__(self, error: Exception, *, with_processes: bool) -> None:
+        self.error, self._workers = error, [1] * with_processes
+
+    def __iter__(self) -> Broken:
+        return self
+
+    def __next__(self) -> None:
+        raise self.error
+
+
+def test_a_loader_process_that_dies_while_it_hands_over_is_named() -> None:
+    reset = ConnectionResetError(104, "Connection reset by peer")
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker died"):
+        next_item(Broken(reset, with_processes=True))
+    for error, with_processes in ((reset, False), (EOFError("Caught EOFError in DataLoader worker process 0."), True)):
+        with pytest.raises(type(error)) as caught:
+            next_item(Broken(error, with_processes=with_processes))
+        assert caught.value is error
+
+
+def test_the_record_of_a_failure_is_not_cut_off_by_a_loader_s_death(tmp_path: Path) -> None:
+    class Failure(Exception):
+        def __str__(self) -> str:
+            os.kill(os.getpid(), signal.SIGCHLD)
+            return "first of all"
+
+    def handler(_number: int, _frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        with pytest.raises(Failure), RunStatus(tmp_path, 0):
+            raise Failure
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    status = read_status(tmp_path)
+    assert (status["state"], status["reason"]) == ("failed", "rank 0: Failure: first of all")

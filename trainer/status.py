@@ -11,9 +11,11 @@ Exit codes alone do not carry this: a launcher turns a worker's 75 into its own 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -65,6 +67,7 @@ class RunStatus:
             self._write(FINISHED, None, EXIT_FINISHED)
 
     def _fail(self, error: BaseException) -> None:
+        _ignore_loaders()
         text = (str(error).strip().splitlines() or [""])[0]
         code = error.exit_code if isinstance(error, CookbookError) else EXIT_FAILED
         reason = text if isinstance(error, CookbookError) else f"rank {self._rank}: {type(error).__name__}: {text}"
@@ -88,6 +91,14 @@ class RunStatus:
             "pid": os.getpid(),
         }
         replace_text(self._folder / STATUS, json.dumps(content, indent=1) + "\n")
+
+
+def _ignore_loaders() -> None:
+    """torch raises the death of a loader process from a signal handler, wherever this process then is. Not while it
+    puts on record why it fails."""
+    for _ in range(2):  # it may come while it is turned off
+        with contextlib.suppress(RuntimeError, ValueError):  # ValueError: another thread than the main one
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def report_death(folder: Path, reason: str) -> None:

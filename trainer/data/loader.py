@@ -65,7 +65,7 @@ class RankData:
         while True:
             step = []
             for _ in range(self.share.batch.gradient_accumulation_steps):
-                batch = next(micro_batches)
+                batch = next_item(micro_batches)
                 if isinstance(batch, DataError):
                     # A stream can break off for one rank alone, which must then say so itself.
                     raise RankProblem(*batch.problems)
@@ -89,6 +89,18 @@ class RankData:
 
     def describe(self) -> str:
         return self.text
+
+
+def next_item(items: Iterator[Any]) -> Any:
+    """The next one. Raises RuntimeError, as torch does elsewhere, where a loader process died while it handed one over:
+    the broken connection that is seen here says nothing of it."""
+    try:
+        return next(items)
+    except (ConnectionError, EOFError) as error:
+        # What a living loader process raised itself begins with "Caught".
+        if not getattr(items, "_workers", None) or str(error).startswith("Caught"):
+            raise
+        raise RuntimeError("DataLoader worker died while it handed over a batch: killed, or out of memory") from error
 
 
 def build_loader(
