@@ -71,7 +71,7 @@ def apply_tuning(model: PreTrainedModel, tuning: Tuning, *, base: str | None = N
 def tell_trained(model: PreTrainedModel) -> None:
     """Log how much of a model with adapters, still whole and on the meta device, is trained."""
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
-    log.info("LoRA: %s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
+    log.info("adapters: %s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
 
 
 class AdapterWeights:
