@@ -42,8 +42,9 @@ GPU_GRID = {
     "precision": ["precision=bf16", "precision=fp32"],
     "recompute": ["train.activation_checkpointing=none", "train.activation_checkpointing=full"],
     "batch": ["train.micro_batch_size=1", "train.micro_batch_size=8"],
-    "optimizer": ["optimizer=adamw", "optimizer=sgd"],
+    "optimizer": ["optimizer=adamw", "optimizer=sgd", "optimizer=adafactor", "optimizer=adamw_8bit"],
 }
+UNDIVIDED = {"optimizer=adafactor", "optimizer=adamw_8bit"}  # run where tensors are whole
 GPU_WORDS = ["cluster.device=cuda", "cluster.gpus_per_node=1", "data.seq_len=1024"]
 CPU_GRID = {
     "model": ["model=tiny"],
@@ -108,7 +109,8 @@ class Row:
 def cases(device: str) -> Iterator[list[str]]:
     grid, common = (GPU_GRID, GPU_WORDS) if device == "cuda" else (CPU_GRID, CPU_WORDS)
     for choice in itertools.product(*grid.values()):
-        yield [*choice, *common]
+        if UNDIVIDED.isdisjoint(choice) or "parallel=single" in choice:
+            yield [*choice, *common]
 
 
 def measure(words: Sequence[str], folder: Path) -> Row:
