@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from configs.choices import Checkpointing
+from configs.choices import Checkpointing, TuningMethod
 from configs.errors import CookbookError
-from configs.schema import Model
+from configs.schema import Model, Tuning
 from trainer import gradients
 from trainer.data import IGNORED
 from trainer.loss import cross_entropy_sum
@@ -27,9 +27,11 @@ from trainer.parallel import collectives, tensor_check, vocabulary
 from trainer.parallel.checkpointing import apply_checkpointing
 from trainer.parallel.collectives import Ranks
 from trainer.parallel.tensor import TensorParallel, apply_tensor_parallel, tensor_plan
+from trainer.tuning import AdapterWeights, apply_tuning
 from trainer.weights import RandomWeights
 
 STEPS, ACCUMULATION, ROWS, SEQ_LEN, CLIP, LR = 4, 2, 2, 16, 0.5, 1e-2
+ADAPTERS, ADAPTERS_LR = Tuning(method=TuningMethod.lora, rank=4, alpha=16), 0.4
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 64,
@@ -68,11 +70,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """bug: one planted on purpose, a name of BUGS. seeds: what each rank's dropout starts from, repeated over them."""
+    """bug: one planted on purpose, a name of BUGS. seeds: what each rank's dropout starts from, repeated over them.
+    adapters: they alone are trained."""
 
     model: str
     sequence_parallel: bool = False
     recompute: bool = False
+    adapters: bool = False
     bug: str = "none"
     seeds: tuple[int, ...] = (0,)
 
@@ -112,14 +116,21 @@ def build(model: str) -> PreTrainedModel:
 
 def _train(case: Case, mesh: DeviceMesh) -> Trained:
     model, tensor = build(case.model), None
+    if case.adapters:
+        apply_tuning(model, replace(ADAPTERS, dropout=0.1 if case.model == "gpt2_dropout" else 0.0))
     if mesh["tp"].size() > 1:
         tensor = apply_tensor_parallel(model, tensor_plan(model), mesh["tp"], sequence_parallel=case.sequence_parallel)
     if case.recompute:
         apply_checkpointing(model, Checkpointing.full)
-    materialize(model, RandomWeights(model, seed=0), device=torch.device("cpu"), dtype=torch.float64)
+    weights = AdapterWeights(RandomWeights(model, seed=0), seed=0)
+    materialize(model, weights, device=torch.device("cpu"), dtype=torch.float64)
     model.train()
+    trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     torch.manual_seed(case.seeds[dist.get_rank() % len(case.seeds)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=True)
+    parameters = dict.fromkeys(trained.values())
+    # Adam would divide the small gradients of a young adapter by small moments, and their rounding with them.
+    sgd = torch.optim.SGD(parameters, ADAPTERS_LR)
+    optimizer = sgd if case.adapters else torch.optim.AdamW(parameters, LR, foreach=True)
     result = Trained(stored=sum(gradients.local(p).numel() for p in model.parameters()))
     batches = list(_batches(model.config.vocab_size))
     tokens = sum(int((labels != IGNORED).sum()) for _, labels in batches)
@@ -135,7 +146,7 @@ def _train(case: Case, mesh: DeviceMesh) -> Trained:
             optimizer.zero_grad()
             result.losses.append(loss)
             result.grad_norms.append(norm)
-    result.parameters = {name: _whole(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    result.parameters = {name: _whole(p) for name, p in trained.items()}
     return result
 
 
@@ -233,7 +244,9 @@ def _counted() -> Iterator[Counter[str]]:
         yield counts
 
 
-def checked(model: str, user_plan: dict[str, str], sequence_parallel: bool) -> tuple[str, list[str]]:
+def checked(
+    model: str, user_plan: dict[str, str], sequence_parallel: bool, tuning: Tuning | None = None
+) -> tuple[str, list[str]]:
     """What the start-up check says of the plan, and its warnings."""
     mesh = world()
     warnings: list[str] = []
@@ -243,10 +256,16 @@ def checked(model: str, user_plan: dict[str, str], sequence_parallel: bool) -> t
     plain = build(model)
     try:
         plan = tensor_plan(plain, user_plan)
-        tensor_check.self_check(plain.config, plan, mesh["tp"], sequence_parallel=sequence_parallel)
+        tensor_check.self_check(plain.config, plan, mesh["tp"], sequence_parallel=sequence_parallel, tuning=tuning)
     except CookbookError as error:
         return str(error), warnings
     return "", warnings
+
+
+def checked_without_sums(model: str) -> str:
+    """What the start-up check says if the gradients of adapters beside matrices cut into columns are not summed."""
+    with patch.object(TensorParallel, "reduce_partial_gradients", BUGS["never summed"](None)):
+        return checked(model, {}, sequence_parallel=False, tuning=ADAPTERS)[0]
 
 
 def ties(model_name: str) -> dict[str, str]:

@@ -114,7 +114,7 @@ def test_another_number_of_processes(row: str, single_precision: tuple[Path, Jou
     [
         ("optimizer=adafactor optimizer.lr=0.02", "fp64", FLOAT64, ["ddp"]),
         ("optimizer=adamw_8bit", "fp32", FLOAT32, ["ddp"]),
-        ("tuning=lora optimizer.lr=0.003", "fp32", 10 * FLOAT32, ["fsdp", "zero2", "zero3"]),
+        ("tuning=lora optimizer.lr=0.003", "fp32", 10 * FLOAT32, ["fsdp", "tensor", "zero2", "zero3"]),
     ],
 )
 def test_other_states_go_on_exactly(

@@ -80,6 +80,18 @@ CASES = {
     "zero2 fp32, adapters": (2, DEEPSPEED, ["parallel=zero2", *LLAMA, *SHORT, "tuning=lora"]),
     "zero3 bf16, adapters, recompute": (2, DEEPSPEED, ["parallel=zero3", *QWEN3, *LONG, *BF16, *FULL, "tuning=lora"]),
     "pipeline bf16, adapters, tied": (2, TORCH, ["parallel=pipeline", *QWEN3, *LONG, *BF16, *FOUR, "tuning=lora"]),
+    "tensor bf16, adapters": (2, TORCH, ["parallel=tensor", *LLAMA, *LONG, *BF16, *TWICE, "tuning=lora"]),
+    "tensor sequence fp32, adapters, copied": (
+        4,
+        TORCH,
+        ["parallel=tensor", "parallel.tp=4", *QWEN3, *SHORT, *SEQUENCE, "tuning=lora", "tuning.dropout=0.1"],
+    ),
+    "tensor_fsdp bf16, adapters, tied": (
+        4,
+        TORCH,
+        ["parallel=tensor_fsdp", *GPT2, *LONG, *BF16, *FULL, "tuning=lora"],
+    ),
+    "zero2_tensor bf16, adapters": (4, DEEPSPEED, ["parallel=zero2_tensor", *LLAMA, *SHORT, *BF16, "tuning=lora"]),
     "ddp bf16, adafactor, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT, *BF16, *ADAFACTOR]),
     "ddp autocast, 8-bit states, tied": (2, TORCH, ["parallel=ddp", *GPT2, *LONG, *BF16, *EIGHT_BITS]),
     "ddp fp32, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT]),

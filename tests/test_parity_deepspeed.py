@@ -57,6 +57,7 @@ ON_DISK: dict[str, tuple[str, ...]] = {
     "optimizer and parameters": (),
     "optimizer": ("parallel.offload.parameters=none",),
     "parameters, full recompute": ("parallel.offload.optimizer=cpu", "train.activation_checkpointing=full"),
+    "frozen parameters and adapters": ("tuning=lora", "tuning.rank=64"),
 }
 
 
@@ -105,10 +106,12 @@ def test_nvme_equals_single_process(what: str, tmp_path: Path) -> None:
     keys = (*ON_DISK[what], f"parallel.offload.nvme_path={tmp_path}")
     run = words("llama", "zero3_nvme", "fp32", 5, *WIDE, *keys)
     build_or_skip(run)
-    expected = reference("llama", "fp32", 5, *WIDE)
+    adapters = ON_DISK[what] if "tuning=lora" in keys else ()
+    expected = reference("llama", "fp32", 5, *WIDE, *adapters)
     results: list[tuple[Trained, dict[str, int], list[str]]] = run_ranks(2, train_validating, run)
     found = distance(results[0][0], expected)
-    assert found.largest <= FLOAT32, found
+    # The limit of test_tuning: while B is small, Adam divides small gradients by small moments.
+    assert found.largest <= (1e-4 if adapters else FLOAT32), found
     ROWS.append(Row("zero3_nvme", " ".join([*ON_DISK[what], *WIDE]), 2, "llama", "fp32", found))
     files = results[0][1]
     for kind in ("optimizer", "float32params"):

@@ -6,6 +6,7 @@ Whole presets, with the engine around them, are the business of test_parity; her
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from tests.harness import run_ranks
 from tests.tensor_cases import LLAMA, MODELS, Case, Trained
 from trainer.machine import Machine
 from trainer.model import tied_names
+from trainer.parallel import tensor_adapters
 from trainer.parallel.tensor import tensor_plan
 from trainer.parallel.tensor_plans import PLANS, STYLES, check_plan, check_tensor, match, share_of, split_style
 from trainer.plan import make_plan
 from trainer.runtime import dropout_stream
+from trainer.tuning import apply_tuning
 
 EXACT = 1e-10
 ON_FOUR = ["llama", "llama_tied_odd_vocabulary", "llama_one_kv_head", "llama_two_kv_heads", "qwen3", "gpt2"]
@@ -28,10 +31,11 @@ FOLDS_SEQUENCES = {"opt"}
 
 
 @functools.cache
-def reference(model: str) -> Trained:
-    trained = run_ranks(1, tensor_cases.train, [Case(model)])[0][0]
-    assert trained.losses[-1] < trained.losses[0] - 0.5, f"the reference did not train: {trained.losses}"
-    assert max(trained.grad_norms) > tensor_cases.CLIP, "clipping was never active"
+def reference(model: str, *, adapters: bool = False) -> Trained:
+    trained = run_ranks(1, tensor_cases.train, [Case(model, adapters=adapters)])[0][0]
+    learned = 0.05 if adapters else 0.5
+    assert trained.losses[-1] < trained.losses[0] - learned, f"the reference did not train: {trained.losses}"
+    assert adapters or max(trained.grad_norms) > tensor_cases.CLIP, "clipping was never active"
     return trained
 
 
@@ -66,6 +70,16 @@ def test_four_ranks_equal_one_process(model: str) -> None:
             assert distance(found, reference(model)) <= EXACT
 
 
+@pytest.mark.parametrize("model", [*ON_FOUR, "gemma3", "gptj", "opt", "phi3"])
+def test_adapters_of_two_and_four_ranks_equal_those_of_one(model: str) -> None:
+    expected = reference(model, adapters=True)
+    assert expected.parameters and all(".lora_" in name for name in expected.parameters)
+    for ranks in (2, 4) if model in ON_FOUR else (2,):
+        cases = [replace(case, adapters=True) for case in modes(model)]
+        for found in run_ranks(ranks, tensor_cases.train, cases)[-1]:
+            assert distance(found, expected) <= EXACT
+
+
 @pytest.mark.parametrize("model", ["qwen3", "gpt2"])
 def test_recompute_changes_nothing(model: str) -> None:
     cases = [Case(model, sequence_parallel=sequence, recompute=True) for sequence in (False, True)]
@@ -74,17 +88,25 @@ def test_recompute_changes_nothing(model: str) -> None:
 
 
 @pytest.mark.parametrize("bug", sorted(tensor_cases.BUGS.keys() - {"none"}))
-@pytest.mark.parametrize(("model", "sequence"), [("qwen3", False), ("gpt2", True)])
-def test_a_planted_bug_shows(model: str, sequence: bool, bug: str) -> None:
-    found = run_ranks(2, tensor_cases.train, [Case(model, sequence_parallel=sequence, bug=bug)])[0][0]
-    assert distance(found, reference(model)) > 1e-4
+@pytest.mark.parametrize(
+    ("model", "sequence", "adapters"), [("qwen3", False, False), ("gpt2", True, False), ("llama", False, True)]
+)
+def test_a_planted_bug_shows(model: str, sequence: bool, adapters: bool, bug: str) -> None:
+    case = Case(model, sequence_parallel=sequence, bug=bug, adapters=adapters)
+    found = run_ranks(2, tensor_cases.train, [case])[0][0]
+    assert distance(found, reference(model, adapters=adapters)) > 1e-4
 
 
 @pytest.mark.parametrize(("seeds", "alike"), [((5,), True), ((5, 6), False)])
-def test_dropout_of_one_seed_keeps_the_ranks_alike(seeds: tuple[int, ...], alike: bool) -> None:
+@pytest.mark.parametrize(
+    ("adapters", "name"),
+    [(False, "transformer.ln_f.weight"), (True, "transformer.h.0.mlp.c_proj.lora_B.default.weight")],
+)
+def test_dropout_of_one_seed_keeps_the_ranks_alike(
+    adapters: bool, name: str, seeds: tuple[int, ...], alike: bool
+) -> None:
     """With the second pair the ranks drop differently, and what each holds whole moves apart."""
-    first, second = run_ranks(2, tensor_cases.train, [Case("gpt2_dropout", seeds=seeds)])
-    name = "transformer.ln_f.weight"
+    first, second = run_ranks(2, tensor_cases.train, [Case("gpt2_dropout", seeds=seeds, adapters=adapters)])
     assert torch.equal(first[0].parameters[name], second[0].parameters[name]) is alike
 
 
@@ -156,6 +178,13 @@ def test_start_up_check_accepts_a_right_plan(model: str) -> None:
         assert run_ranks(2, tensor_cases.checked, model, {}, sequence) == [("", [])] * 2
 
 
+@pytest.mark.parametrize("model", ["llama_two_kv_heads", "gpt2"])
+def test_start_up_check_sees_adapters(model: str) -> None:
+    assert run_ranks(2, tensor_cases.checked, model, {}, True, tensor_cases.ADAPTERS) == [("", [])] * 2
+    message = run_ranks(2, tensor_cases.checked_without_sums, model)[0]
+    assert "wrong gradient of" in message and "lora_A" in message
+
+
 def test_start_up_check_refuses_to_divide_folded_sequences() -> None:
     message, _ = run_ranks(2, tensor_cases.checked, "opt", {}, True)[0]
     assert "have no sequence dimension to divide; set parallel.sequence_parallel=false" in message
@@ -171,6 +200,42 @@ def test_start_up_check_refuses_to_divide_folded_sequences() -> None:
 )
 def test_sizes_that_do_not_divide_are_refused(fields: dict[str, object], told: str) -> None:
     assert told in run_ranks(2, tensor_cases.refused, fields)[0]
+
+
+def test_adapters_of_experts_are_refused() -> None:
+    model = tensor_cases.build("mixtral")
+    apply_tuning(model, tensor_cases.ADAPTERS)
+    with pytest.raises(ConfigError, match=r"^tuning\.target_modules: model\.layers\.0\.mlp\.gate would get adapters"):
+        tensor_plan(model)
+    model = tensor_cases.build("mixtral")
+    apply_tuning(model, replace(tensor_cases.ADAPTERS, target_modules=["q_proj"]))
+    assert tensor_plan(model)["model.layers.*.self_attn.q_proj"] == "colwise"
+
+
+def test_styles_of_adapters() -> None:
+    plan = {"layers.*.up": "colwise", "layers.*.down": "rowwise", "layers.*.latent": "mla_kv_a_proj"}
+    layers = ("up", "down", "latent", "router")
+    parts = (
+        "",
+        ".base_layer",
+        ".lora_A.default",
+        ".lora_A.default.weight",
+        ".lora_B.default",
+        ".lora_B.default.weight",
+    )
+    names = [f"layers.0.{layer}{part}" for layer in layers for part in parts]
+    assert tensor_adapters.styles_of(plan, [*names, "layers.1.up"]) == {
+        "layers.0.up.base_layer": "colwise",
+        "layers.0.up.lora_A.default": "adapter_before_columns",
+        "layers.0.up.lora_B.default": "colwise",
+        "layers.0.down.base_layer": "rowwise",
+        "layers.0.down.lora_A.default": "rowwise",
+        "layers.0.down.lora_B.default": "adapter_after_rows",
+        "layers.0.latent": "mla_kv_a_proj",
+        "layers.0.router.lora_A.default": "replicate",
+        "layers.0.router.lora_B.default": "replicate",
+        "layers.1.up": "colwise",
+    }
 
 
 def test_rules() -> None:

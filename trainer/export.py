@@ -39,7 +39,7 @@ def export_model(
     """
     adapters = getattr(model, "peft_config", {})
     if adapters:
-        return export_adapter(parameters, next(iter(adapters.values())), tokenizer, folder, dtype=dtype)
+        return _export_adapter(parameters, next(iter(adapters.values())), tokenizer, folder, dtype=dtype)
     if folder.exists():
         raise FileExistsError(folder)
     writer: ShardWriter | None = None
@@ -57,7 +57,7 @@ def export_model(
         writer.folder.rename(folder)
 
 
-def export_adapter(
+def _export_adapter(
     parameters: Iterable[tuple[str, torch.Tensor | None]],
     adapters: LoraConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,7 +65,7 @@ def export_adapter(
     *,
     dtype: torch.dtype,
 ) -> None:
-    """As `export_model`, for the parameters of adapters alone. adapters: what peft writes into adapter_config.json."""
+    """adapters: what peft writes into adapter_config.json, with what it found in the model to put them beside."""
     if folder.exists():
         raise FileExistsError(folder)
     tensors: dict[str, torch.Tensor] = {}
@@ -81,7 +81,8 @@ def export_adapter(
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     written = copy.copy(adapters)
     written.inference_mode = True
-    written.target_modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in tensors})
+    written.target_modules = sorted(adapters.target_modules or ())
+    written.target_parameters = sorted(adapters.target_parameters or ()) or None
     written.save_pretrained(str(partial))
     tokenizer.save_pretrained(partial)
     partial.rename(folder)

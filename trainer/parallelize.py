@@ -102,5 +102,5 @@ def _divide(
     sequence = config.parallel.sequence_parallel
     table = tensor_plan(model, config.parallel.tensor_plan)
     divided = [apply_tensor_parallel(module, table, mesh["tp"], sequence_parallel=sequence) for module in modules]
-    self_check(model.config, table, mesh["tp"], sequence_parallel=sequence)
+    self_check(model.config, table, mesh["tp"], sequence_parallel=sequence, tuning=config.tuning)
     return divided

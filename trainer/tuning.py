@@ -46,18 +46,10 @@ def apply_tuning(model: PreTrainedModel, tuning: Tuning, *, base: str | None = N
     """
     if tuning.method is TuningMethod.full:
         return
-    adapters = lora_config(tuning, base)
     if tuning.method is TuningMethod.qlora:
         replace_linears(model, tuning)
-    from peft import inject_adapter_in_model
-
-    try:
-        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-            # GPT-2's Conv1D: peft sets what it says it sets.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-            inject_adapter_in_model(adapters, model, adapter_name=NAME)
-    except ValueError as error:
-        raise ConfigError(f"tuning.target_modules={tuning.target_modules}: {str(error).splitlines()[0]}") from None
+    with init_empty_weights(include_buffers=False):
+        insert_adapters(model, tuning, base=base)
     inside = {id(parameter) for layer in decoder_layers(model) for parameter in layer.parameters()}
     for name, parameter in model.named_parameters():
         if is_adapter(name) and (id(parameter) not in inside or "lora_embedding" in name):
@@ -66,6 +58,22 @@ def apply_tuning(model: PreTrainedModel, tuning: Tuning, *, base: str | None = N
                 f"tuning.target_modules={tuning.target_modules}: {module} is no linear layer of the decoder; name such"
                 " layers only (q_proj, up_proj, ...), or leave it empty for all of them"
             )
+
+
+def insert_adapters(model: PreTrainedModel, tuning: Tuning, *, base: str | None = None) -> None:
+    """The part of `apply_tuning` that is peft's, on any device. Raises as it does."""
+    adapters = lora_config(tuning, base)
+    from peft import inject_adapter_in_model
+
+    try:
+        with warnings.catch_warnings():
+            # GPT-2's Conv1D: peft sets what it says it sets.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            # Experts stored as one parameter: it looks for them among the modules.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            inject_adapter_in_model(adapters, model, adapter_name=NAME)
+    except ValueError as error:
+        raise ConfigError(f"tuning.target_modules={tuning.target_modules}: {str(error).splitlines()[0]}") from None
 
 
 def tell_trained(model: PreTrainedModel) -> None:

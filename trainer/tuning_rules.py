@@ -31,11 +31,6 @@ def check_tuning(config: Config) -> Iterator[str]:
         return
     if parallel.engine is EngineName.deepspeed and tuning.method is TuningMethod.qlora:
         yield "tuning=qlora: DeepSpeed casts and flattens parameters, and 4-bit ones cannot be; use parallel=ddp"
-    if parallel.tp > 1:
-        yield (
-            f"parallel.tp={parallel.tp}: cuts matrices that tuning={tuning.method} puts adapters beside, and has no"
-            " plan for these; use parallel=fsdp or pipeline, or tuning=full"
-        )
     if tuning.method is TuningMethod.qlora:
         yield from _check_quantized(config)
     if config.train.compile:
@@ -47,9 +42,9 @@ def check_tuning(config: Config) -> Iterator[str]:
 def _check_quantized(config: Config) -> Iterator[str]:
     """4-bit weights are packed bytes: nothing that cuts a parameter can cut them."""
     parallel = config.parallel
-    degrees = {key: getattr(parallel, key) for key in ("dp_shard", "pp", "cp")}
+    degrees = {key: getattr(parallel, key) for key in ("dp_shard", "tp", "pp", "cp")}
     divided = [f"parallel.{key}={value or 'null'}" for key, value in degrees.items() if value != 1]
-    if parallel.engine is EngineName.torch and parallel.tp == 1 and divided:
+    if parallel.engine is EngineName.torch and divided:
         yield (
             f"{divided[0]}: tuning=qlora keeps the whole model on each GPU, in"
             " 4 bits; use parallel=single or ddp, or tuning=lora"

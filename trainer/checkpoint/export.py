@@ -32,8 +32,8 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.progress import read_progress
 from trainer.checkpoint.tensors import TensorReader
-from trainer.export import export_adapter, export_model
-from trainer.tuning import lora_config
+from trainer.export import export_model
+from trainer.tuning import apply_tuning
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,12 @@ def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
     folder, manifest = newest_whole(source)
     known = read_progress(folder / STATE).identity
     tokenizer, parameters = AutoTokenizer.from_pretrained(folder / TOKENIZER), _parameters(folder, manifest)
+    model = _build_model(folder, known)
     try:
         if known.get("tuning.method", TuningMethod.full) != TuningMethod.full:
             fields = {key: known[f"tuning.{key}"] for key in ("rank", "alpha", "target_modules")}
-            adapters = lora_config(Tuning(method=TuningMethod.lora, **fields), known["tuning.base"][1])
-            export_adapter(parameters, adapters, tokenizer, target, dtype=dtype)
-        else:
-            export_model(parameters, _build_model(folder, known), tokenizer, target, dtype=dtype)
+            apply_tuning(model, Tuning(method=TuningMethod.lora, **fields), base=known["tuning.base"][1])
+        export_model(parameters, model, tokenizer, target, dtype=dtype)
     except OSError as error:
         shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)
         raise EnvironmentProblem(f"{target}: cannot be written ({error.strerror or error})") from None

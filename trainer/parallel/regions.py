@@ -30,11 +30,11 @@ from transformers.pytorch_utils import Conv1D
 
 from configs.errors import ConfigError
 from trainer.parallel.collectives import Ranks
-from trainer.parallel.tensor_plans import STYLES, split_style
+from trainer.parallel.tensor_plans import ADAPTERS, STYLES, split_style
 
 Forward = Callable[..., Any]
 Kind = Literal["nothing", "norm", "divided", "whole"]
-DIVIDED = {"colwise", "packed_colwise", "rowwise", "replicated_with_grad_allreduce", "divide"}
+DIVIDED = {"colwise", "packed_colwise", "rowwise", "replicated_with_grad_allreduce", "divide"} | ADAPTERS
 """Styles of a region that is divided throughout."""
 
 
@@ -98,7 +98,11 @@ def wire_module(module: nn.Module, name: str, wiring: Wiring, *, entered: bool, 
         module.forward = _row_forward(module, leave)
         if style == "rowwise_split_input":
             module.forward = _edges(module.forward, lambda x: ranks.split(x, dim=-1))
-    elif style == "replicated_with_grad_allreduce":
+    elif (
+        style == "replicated_with_grad_allreduce"
+        or (style == "adapter_before_columns" and entered)
+        or (style == "adapter_after_rows" and sequence)
+    ):
         wiring.partial.update(f"{name}.{leaf}" for leaf in _own(module))
     elif style == "moe_tp_experts":
         module.forward = _experts_forward(module.forward, ranks)

@@ -41,6 +41,7 @@ from trainer.model import decoder_layers, held_layers
 from trainer.parallel import vocabulary
 from trainer.parallel.collectives import Ranks
 from trainer.parallel.regions import Wiring, run_on_local_parts, wire_layer, wire_module
+from trainer.parallel.tensor_adapters import check_adapters, styles_of
 from trainer.parallel.tensor_plans import (
     PLANS,
     STYLES,
@@ -50,6 +51,7 @@ from trainer.parallel.tensor_plans import (
     share_of,
     split_style,
 )
+from trainer.weights import plain_name
 
 log = logging.getLogger(__name__)
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -86,11 +88,12 @@ class TensorParallel:
 def tensor_plan(model: PreTrainedModel, user_plan: Mapping[str, str] | None = None) -> dict[str, str]:
     """The plan of a whole model: transformers' or ours for its architecture, `user_plan` laid over it.
 
-    Raises ConfigError for an architecture without a plan, and for entries of the user that say nothing.
+    Raises ConfigError for an architecture without a plan, for entries of the user that say nothing, and for adapters
+    that cannot be cut.
     """
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
+    names = [plain_name(name) for name in _names(model)]
     user_plan = dict(user_plan or {})
-    problems = list(check_plan(user_plan, KEY))
+    problems = [*check_adapters(model), *check_plan(user_plan, KEY)]
     problems += [
         f"{KEY}.{pattern}={style}: {type(model).__name__} has nothing of this name; its modules are printed by"
         " print(model), a layer's number is written *"
@@ -144,10 +147,9 @@ def divide(
     config, size = model.config.get_text_config(), tp_mesh.size()
     if problems := list(check_tensor(config.to_dict(), size, sequence_parallel and size > 1, size)):
         raise PlanError(*problems)
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
     wiring = Wiring(
         ranks=Ranks(tp_mesh.get_group()),
-        styles=match(plan, names),
+        styles=styles_of(plan, _names(model)),
         sequence_parallel=sequence_parallel,
         rope_dim=getattr(config, "qk_rope_head_dim", None),
     )
@@ -157,7 +159,13 @@ def divide(
     _wire(model, wiring)
     divided_logits = any(split_style(style)[0] == "vocabulary" for style in plan.values())
     loss = vocabulary.cross_entropy_sum(wiring.ranks, config.vocab_size) if divided_logits else cross_entropy_sum
-    return TensorParallel(mesh=tp_mesh, partial=tuple(sorted(wiring.partial)), loss=loss)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return TensorParallel(mesh=tp_mesh, partial=tuple(sorted(wiring.partial & trained)), loss=loss)
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Of all modules and parameters."""
+    return [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
 
 
 def _divide_attributes(model: nn.Module, wiring: Wiring) -> None:
@@ -187,19 +195,22 @@ def _copy_key_value_heads(model: nn.Module, wiring: Wiring) -> None:
             continue
         for leaf in ("k_proj", "v_proj"):
             projection = getattr(attention, leaf, None)
-            if not isinstance(projection, nn.Linear) or wiring.style(f"{name}.{leaf}") != "colwise":
-                continue
-            heads = projection.out_features // head_dim
-            if heads % size == 0:
-                continue
-            if size % heads:
-                raise PlanError(f"parallel.tp={size}: {name} has {heads} key-value heads; use a divisor or a multiple")
-            copies = size // heads
-            head = wiring.ranks.rank // copies
-            for own, _ in projection.named_parameters():
-                wiring.slices[f"{name}.{leaf}.{own}"] = slice(head * head_dim, (head + 1) * head_dim)
-                wiring.partial.add(f"{name}.{leaf}.{own}")
-            attention.num_key_value_groups = groups // copies  # pyright: ignore[reportArgumentType]
+            for full, matrix in projection.named_modules(prefix=f"{name}.{leaf}") if projection else ():
+                if not isinstance(matrix, nn.Linear) or wiring.style(full) != "colwise":
+                    continue
+                heads = matrix.out_features // head_dim
+                if heads % size == 0:
+                    continue
+                if size % heads:
+                    raise PlanError(
+                        f"parallel.tp={size}: {name} has {heads} key-value heads; use a divisor or a multiple"
+                    )
+                copies = size // heads
+                head = wiring.ranks.rank // copies
+                for own, _ in matrix.named_parameters():
+                    wiring.slices[f"{full}.{own}"] = slice(head * head_dim, (head + 1) * head_dim)
+                    wiring.partial.add(f"{full}.{own}")
+                attention.num_key_value_groups = groups // copies  # pyright: ignore[reportArgumentType]
 
 
 def _distribute(model: nn.Module, wiring: Wiring, mesh: DeviceMesh) -> None:

@@ -19,9 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from configs.choices import TuningMethod
 from configs.errors import ConfigError
+from configs.schema import Tuning
 from trainer.loss import cross_entropy_sum
 from trainer.parallel.tensor import divide
+from trainer.tuning import insert_adapters
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5
@@ -31,9 +34,16 @@ SEED = 1234
 
 
 def self_check(
-    config: PretrainedConfig, plan: Mapping[str, str], tp_mesh: DeviceMesh, *, sequence_parallel: bool
+    config: PretrainedConfig,
+    plan: Mapping[str, str],
+    tp_mesh: DeviceMesh,
+    *,
+    sequence_parallel: bool,
+    tuning: Tuning | None = None,
 ) -> None:
     """Raise ConfigError, on all tensor-parallel ranks, if the plan changes what the model computes. A collective.
+
+    tuning: adapters that the model has; in the copy everything is trained, the model beneath them too.
 
     For a plan that `apply_tensor_parallel` has accepted for the model itself: here sizes are others. An architecture
     whose shrunk copy cannot be computed at all is left unchecked, with a warning.
@@ -42,7 +52,7 @@ def self_check(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
         try:
-            plain, ids = _plain_model(config, tp_mesh)
+            plain, ids = _plain_model(config, tp_mesh, tuning)
             divided = copy.deepcopy(plain)
             tensor_parallel = divide(divided, plan, tp_mesh, sequence_parallel=sequence_parallel)
             labels = ids.roll(-1, dims=1)
@@ -92,7 +102,9 @@ def _loss_and_gradients(model: PreTrainedModel, ids: torch.Tensor, labels: torch
     return total.detach()
 
 
-def _plain_model(config: PretrainedConfig, tp_mesh: DeviceMesh) -> tuple[PreTrainedModel, torch.Tensor]:
+def _plain_model(
+    config: PretrainedConfig, tp_mesh: DeviceMesh, tuning: Tuning | None
+) -> tuple[PreTrainedModel, torch.Tensor]:
     """A shrunk model with random values everywhere (a bias of zero would hide its errors), and token ids for it."""
     size = tp_mesh.size()
     small = shrink(config, size)
@@ -103,9 +115,11 @@ def _plain_model(config: PretrainedConfig, tp_mesh: DeviceMesh) -> tuple[PreTrai
     # Packed kernels for experts have no float64.
     model.config._experts_implementation = "eager"
     model.tie_weights()
+    if tuning and tuning.method is not TuningMethod.full:
+        insert_adapters(model, tuning)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
     ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 4 * size))
     return model.eval().to(tp_mesh.device_type), ids.to(tp_mesh.device_type)
 

@@ -45,11 +45,16 @@ STYLES: dict[str, Style] = {
     "moe_identity_expert": Style(cut="none", about="an expert that returns its input, counted once"),
     "mla_kv_a_proj": Style(cut="none", about="latent attention's first projection, whole on every rank"),
     "replicated_with_grad_allreduce": Style(cut="none", about="whole on every rank, used on this rank's heads"),
+    "adapter_before_columns": Style(cut="none", about="whole on every rank, before a colwise part of an adapter"),
+    "adapter_after_rows": Style(cut="none", about="whole on every rank, after the sum of an adapter's rowwise part"),
     "divide": Style(cut="none", about="a module's integer attributes (:name,name) are divided by tp"),
     "local_params": Style(cut="none", about="holds parameters with entries of their own"),
     "replicate": Style(cut="none", about="whole on every rank"),
 }
-"""Hugging Face's words, and two of ours: `vocabulary` and `divide`."""
+"""Hugging Face's words, and ours: `vocabulary`, `divide` and ADAPTERS."""
+
+ADAPTERS = {"adapter_before_columns", "adapter_after_rows"}
+"""Follow from the plan of the layer (`tensor_adapters`); no plan says them."""
 
 ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
 
@@ -122,10 +127,11 @@ def split_style(style: str) -> tuple[str, str]:
 
 def check_plan(plan: Mapping[str, str], key: str) -> Iterator[str]:
     """One line for each style that does not exist. key: where the plan comes from, for the message."""
+    known = sorted(STYLES.keys() - ADAPTERS)
     for pattern, style in plan.items():
         name, argument = split_style(style)
-        if name not in STYLES:
-            yield f"{key}.{pattern}={style}: there is no such style; use one of {', '.join(sorted(STYLES))}"
+        if name not in known:
+            yield f"{key}.{pattern}={style}: there is no such style; use one of {', '.join(known)}"
         elif name.startswith("packed"):
             if not re.fullmatch(r"|[1-9]\d*", argument):
                 yield f"{key}.{pattern}={style}: takes the number of packed matrices; use {name}:3"
