@@ -144,6 +144,27 @@ def test_explained_and_drawn(cache: str, capsys: pytest.CaptureFixture[str], tmp
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (
+            "parallel=zero3 tuning=lora tuning.rank=1",
+            ["T = 9,344 of them", "F = 804,992", "2 B x F / 8", "4 B x T / 8"],
+        ),
+        ("parallel=zero1 tuning=lora tuning.rank=1", ["2 B x F = 0.00", "parameters 2 B x T;"]),
+        ("parallel=fsdp tuning=qlora", ["Q = 557,056 in 4 bits: codes 0.5 B x Q / 8", "scales, whole on every rank"]),
+        ("parallel=ddp tuning=lora", ["2 B x F = 0.00", "gradients 4 B x T ="]),
+    ],
+)
+def test_what_is_frozen_is_explained_apart(
+    words: str, said: list[str], cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["model=tiny", "precision=bf16", "cluster=8xl4", cache, "estimate.explain=true"]
+    assert main([*common, *words.split()]) == 0
+    out = capsys.readouterr().out
+    assert all(each in out for each in said), out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (["cluster.gpu=H900"], "H100-SXM"),
         (["model.config.hiden_size=3"], "hiden_size"),
         (["cluster.gpu_memory_gib=0"], "cluster.gpu_memory_gib"),
@@ -170,6 +191,11 @@ def test_code_that_needs_values_is_refused_not_guessed(tmp_path: Path, monkeypat
     (line,) = refused.value.problems
     # 16 bytes for each of 804,992 parameters; above, 8 more and what 8 sequences of 256 tokens take at the most.
     assert "more than 0.01 GiB, for the states of its 804,992 parameters, and less than 0.42 GiB" in line
+    config = load_config(["model=llama3_2_1b", "precision=bf16", "tuning=lora", f"data.cache_dir={tmp_path}"])
+    with pytest.raises(NotEstimated, match=r"of its 11,272,192 parameters that are trained, and 2\.30 GiB") as refused:
+        estimate(config, make_plan(config, Machine(gpus=1)))
+    # 2 bytes for each of 1,235,814,400 parameters, and 16 for each of those.
+    assert "more than 2.47 GiB" in str(refused.value)
 
 
 def test_what_goes_to_disk_and_what_waits_in_host_memory(cache: str) -> None:

@@ -74,6 +74,16 @@ CASES = {
         TORCH,
         ["parallel=ddp", *QWEN3, *SHORT, *FULL, "tuning=qlora", "tuning.double_quantization=false"],
     ),
+    "fsdp bf16, adapters beside 4 bits": (
+        3,
+        TORCH,
+        ["parallel=fsdp", *LLAMA, *LONG, *BF16, *TWICE, "tuning=qlora"],
+    ),
+    "pipeline_fsdp fp32, adapters beside 4 bits": (
+        4,
+        TORCH,
+        ["parallel=pipeline_fsdp", *LLAMA, *SHORT, *FOUR, "tuning=qlora", "tuning.double_quantization=false"],
+    ),
     "fsdp fp32, adapters": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT, "tuning=lora", "tuning.rank=4"]),
     "fsdp bf16, adapters, recompute": (2, TORCH, ["parallel=fsdp", *GPT2, *SHORT, *BF16, *FULL, "tuning=lora"]),
     "zero1 bf16, adapters": (2, DEEPSPEED, ["parallel=zero1", *LLAMA, *SHORT, *BF16, *TWICE, "tuning=lora"]),

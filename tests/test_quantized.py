@@ -16,18 +16,23 @@ from tests.parity import MODELS, measure, reference
 from trainer.machine import Machine
 from trainer.model import build_hf_config, build_model, decoder_layers
 from trainer.plan import make_plan
-from trainer.quantized import is_quantized, quantize, stored_bytes
+from trainer.quantized import is_quantized, stored_bytes
 from trainer.tuning import apply_tuning
 
 STEPS = 5
 QLORA = ("tuning=qlora", "tuning.rank=4", "train.gradient_accumulation_steps=2")
+LAYOUTS = {
+    **{"ddp": 2, "fsdp": 2, "fsdp train.activation_checkpointing=full": 2, "hsdp": 4, "fsdp_offload": 2},
+    **{"fsdp parallel.reshard_after_forward=false": 2, "pipeline": 2, "pipeline_fsdp": 4, "context": 2},
+}
 FLOAT32 = 1e-5
 
 
-def test_ddp_trains_the_adapters_of_one_process() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_trains_the_adapters_of_one_process(layout: str) -> None:
     # Adam divides the small gradients of a young adapter by small moments, and their rounding with them.
     sgd = (*QLORA, "optimizer=sgd", "optimizer.lr=0.3")
-    found = measure(["ddp"], 2, model="llama", precision="fp32", steps=STEPS, extra=sgd)
+    found = measure(layout.split(), LAYOUTS[layout], model="llama", precision="fp32", steps=STEPS, extra=sgd)
     assert found.largest <= FLOAT32
     assert all(".lora_" in name for name in reference("llama", "fp32", STEPS, *sgd).parameters)
 
@@ -51,11 +56,9 @@ def test_what_is_stored_is_what_was_counted(double: bool) -> None:
     values = {}
     for name, module in layers.items():
         values[name] = torch.randn(module.get_parameter("weight").shape)
-        module._parameters["weight"] = torch.nn.Parameter(values[name], requires_grad=False)
-    quantize(unit)
+        module._parameters["weight"] = torch.nn.Parameter(module.pack(values[name]), requires_grad=False)
     for name, module in layers.items():
-        weight = module.get_parameter("weight")
-        state = weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
+        weight, state = module.get_parameter("weight"), module.quant_state
         scales = [state.state2.absmax, state.offset] if double else []
         held = [weight, state.absmax, *scales, state.code, *([state.state2.code] if double else [])]
         assert tuple(tensor.untyped_storage().nbytes() for tensor in held) == counted[name]
@@ -81,11 +84,25 @@ def test_a_run_goes_on_to_the_bit_whatever_was_validated(tmp_path: Path) -> None
     assert all(".lora_" in name or name.startswith("rng/") for name in saved)
 
 
+def test_a_run_goes_on_under_another_layout(tmp_path: Path) -> None:
+    common = [*MODELS["llama"], *QLORA, "data.seq_len=32", "train.global_batch_size=8", "logging.progress=lines"]
+    common += ["precision=fp32", "checkpoint.every=2", "scheduler=constant", "optimizer=sgd", "optimizer.lr=0.3"]
+    layouts = {"single": 1, "fsdp": 2, "pipeline": 2}
+    found = []
+    for before, after in (("single", "single"), ("single", "fsdp"), ("fsdp", "pipeline"), ("pipeline", "single")):
+        half, rest = tmp_path / f"{before} {after} half", tmp_path / f"{before} {after}"
+        first = [*common, f"parallel={before}", "train.steps=2", f"train.run_dir={half}"]
+        assert set(run_ranks(layouts[before], run_trainer, first)) == {0}
+        second = [*common, f"parallel={after}", "train.steps=4", f"train.run_dir={rest}", f"train.resume={half}"]
+        assert set(run_ranks(layouts[after], run_trainer, second)) == {0}
+        found.append(load_file(rest / "model" / "adapter_model.safetensors"))
+    for name, value in found[0].items():
+        assert all((other[name] - value).abs().max() <= FLOAT32 * value.abs().max() for other in found[1:]), name
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        ("parallel=fsdp", "parallel.dp_shard=null"),
-        ("parallel=pipeline", "parallel.pp=2"),
         ("parallel=tensor", "parallel.tp=2"),
         ("parallel=zero2", "tuning=qlora"),
         ("parallel=single precision=fp64", "precision=fp64"),

@@ -187,14 +187,19 @@ def _fill_unit(
     dtype: torch.dtype,
     frozen: torch.dtype,
 ) -> None:
-    """Whole values into fresh tensors, then each target's share of them in its place."""
+    """Whole values into fresh tensors, then each target's share of them in its place. Targets of integers are the codes
+    of `quantized.Linear4bit`."""
     # float32 first: a random value must not depend on the dtype it is stored in.
     wide = torch.promote_types(dtype, torch.float32)
+    codes = {key: _owner(unit, key) for key, target in targets.items() if not target.is_floating_point()}
     for key, target in targets.items():
-        _set_parameter(unit, key, nn.Parameter(torch.empty(target.shape, dtype=wide, device=device)))
+        shape = (codes[key].out_features, codes[key].in_features) if key in codes else target.shape
+        _set_parameter(unit, key, nn.Parameter(torch.empty(shape, dtype=wide, device=device)))
     weights.fill(name, unit, list(targets))
     for key, target in targets.items():
         whole = unit.get_parameter(key).data.to(dtype if target.requires_grad else frozen)
+        if key in codes:
+            whole = codes[key].pack(whole)
         if isinstance(target, DTensor):
             # Every rank computed the same whole value: cutting it needs no communication.
             share = cut(whole, target).clone()
@@ -219,8 +224,12 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner)._parameters[leaf] = parameter
+    _owner(module, name)._parameters[name.rpartition(".")[2]] = parameter
+
+
+def _owner(module: nn.Module, name: str) -> Any:
+    """The module that holds the parameter of this name."""
+    return module.get_submodule(name.rpartition(".")[0])
 
 
 def _one_line(error: Exception) -> str:

@@ -22,6 +22,7 @@ from trainer.parallel.pipeline_split import Stage, split_model
 from trainer.parallel.tensor import TensorParallel, apply_tensor_parallel, tensor_plan
 from trainer.parallel.tensor_check import self_check
 from trainer.plan import Plan
+from trainer.quantized import expect_codes
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
 
     Stages first: every later pass then works on what this rank will hold. Tensor parallel before compile and recompute,
     so that its collectives are inside both; recompute around the compiled layer, whose call it repeats. Sharding last:
-    what it wraps must be the layer as it will run, and it cuts what tensor parallel has left. DDP and DeepSpeed take
+    what it wraps must be the layer as it will run, and it cuts what tensor parallel has left; 4-bit layers get the
+    shape of their codes before, and after the stages, for which whole layers are probed. DDP and DeepSpeed take
     the model after its parameters are filled, because they copy them into their buckets.
     """
     stages: list[Stage] = []
@@ -64,6 +66,8 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
             config.parallel.pipeline.schedule,
             100 * plan.bubble,
         )
+    for module in modules:
+        expect_codes(module)
     if plan.degree("tp") > 1:
         tensor = _divide(model, modules, config, mesh)
     if config.train.compile:

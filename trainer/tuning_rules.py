@@ -30,7 +30,7 @@ def check_tuning(config: Config) -> Iterator[str]:
             )
         return
     if parallel.engine is EngineName.deepspeed and tuning.method is TuningMethod.qlora:
-        yield "tuning=qlora: DeepSpeed casts and flattens parameters, and 4-bit ones cannot be; use parallel=ddp"
+        yield "tuning=qlora: DeepSpeed casts and flattens parameters, and 4-bit ones cannot be; use parallel=fsdp"
     if tuning.method is TuningMethod.qlora:
         yield from _check_quantized(config)
     if config.train.compile:
@@ -40,14 +40,11 @@ def check_tuning(config: Config) -> Iterator[str]:
 
 
 def _check_quantized(config: Config) -> Iterator[str]:
-    """4-bit weights are packed bytes: nothing that cuts a parameter can cut them."""
-    parallel = config.parallel
-    degrees = {key: getattr(parallel, key) for key in ("dp_shard", "tp", "pp", "cp")}
-    divided = [f"parallel.{key}={value or 'null'}" for key, value in degrees.items() if value != 1]
-    if parallel.engine is EngineName.torch and divided:
+    """4-bit weights are packed bytes: what computes on a part of a matrix cannot unpack its part."""
+    if config.parallel.engine is EngineName.torch and config.parallel.tp > 1:
         yield (
-            f"{divided[0]}: tuning=qlora keeps the whole model on each GPU, in"
-            " 4 bits; use parallel=single or ddp, or tuning=lora"
+            f"parallel.tp={config.parallel.tp}: cuts matrices that tuning=qlora keeps packed, with scales across the"
+            " cuts; use parallel=fsdp or pipeline, or tuning=lora"
         )
     if DType.float64 in (config.precision.param_dtype, config.precision.master_dtype):
         yield "precision=fp64: bitsandbytes unpacks 4-bit weights to 16 or 32 bits; use bf16, fp16 or fp32"

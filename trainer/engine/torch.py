@@ -32,7 +32,6 @@ from trainer.parallel.vocabulary import chunked_cross_entropy_sum
 from trainer.parallelize import parallelize
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
-from trainer.quantized import quantize
 from trainer.runtime import Runtime
 from trainer.tuning import AdapterWeights, apply_tuning, tell_trained
 from trainer.weights import build_weights
@@ -63,8 +62,7 @@ class TorchEngine:
             # What adapters leave frozen needs no precision beyond that of its use.
             frozen = None if self.whole else torch_dtype(plan.param_dtype)
             dtype = torch_dtype(plan.master_dtype)
-            packs = quantize if config.tuning.method is TuningMethod.qlora else None
-            materialize(module, weights, device=self._home(), dtype=dtype, frozen_dtype=frozen, after_unit=packs)
+            materialize(module, weights, device=self._home(), dtype=dtype, frozen_dtype=frozen)
             module.train()
         self.ddp = None
         if not plan.fully_sharded and plan.degree("dp_replicate") > 1:

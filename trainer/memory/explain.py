@@ -9,7 +9,7 @@ from configs.choices import EngineName
 from configs.schema import Config
 from trainer.memory.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators, cublas_bytes
 from trainer.memory.layouts.common import WIDTHS
-from trainer.memory.profile import UpdateCost
+from trainer.memory.profile import Anatomy, UpdateCost
 from trainer.memory.profiles import stage_layers
 from trainer.optimizer_8bit import BLOCK, SMALLEST
 from trainer.parallel.pipeline_timeline import in_flight, receive_buffers
@@ -28,7 +28,10 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     yield f"P = {anatomy.numel:,} parameters of {anatomy.name}{share}, counted on the built model; tied ones count once"
     if plan.degree("pp") > 1:
         yield from _pipeline(config, plan, found)
-    yield from _states(plan, anatomy.numel, master, param)
+    trained = sum(parameter.numel for parameter in anatomy.parameters() if parameter.trainable)
+    if trained < anatomy.numel:
+        yield from _frozen(plan, anatomy, trained, param)
+    yield from _states(plan, "P" if trained == anatomy.numel else "T", trained, master, param)
     yield _optimizer(config, found.profile.outline.update)
     yield (
         f"activations, loss, backward: traced at micro_batch_size {plan.batch.micro_batch_size} x seq_len"
@@ -77,23 +80,43 @@ def _pipeline(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     yield "gradients stay whole and parameters gathered until a step's last backward"
 
 
-def _states(plan: Plan, numel: int, master: int, param: int) -> Iterator[str]:
+def _frozen(plan: Plan, anatomy: Anatomy, trained: int, param: int) -> Iterator[str]:
+    """What adapters leave as it is."""
+    codes = [parameter for parameter in anatomy.parameters() if parameter.packed]
+    packed = sum(parameter.numel for parameter in codes)
+    frozen = anatomy.numel - trained - packed
+    ranks = plan.degree("dp_shard") if plan.engine is EngineName.deepspeed and plan.zero_stage == 3 else 1
+    ranks = plan.fsdp_size if plan.engine is EngineName.torch else ranks
+    divided = f" / {ranks}" if ranks > 1 else ""
+    yield f"T = {trained:,} of them are trained, the adapters: gradients and optimizer states are of these alone"
+    yield f"F = {frozen:,} stay as they are: {param} B x F{divided} = {param * frozen / ranks / GIB:.2f} GiB"
+    if packed:
+        scales = sum(size for parameter in codes for size in parameter.packed[1:])
+        yield (
+            f"Q = {packed:,} in 4 bits: codes 0.5 B x Q{divided} = {packed / 2 / ranks / GIB:.2f} GiB, and"
+            f" {scales / GIB:.2f} GiB of scales, whole on every rank"
+        )
+
+
+def _states(plan: Plan, which: str, numel: int, master: int, param: int) -> Iterator[str]:
+    """which: the letter for the number of parameters that have states."""
     shard = plan.fsdp_size
     if plan.engine is EngineName.deepspeed:
         parts = [
-            f"parameters {param} B x P" + (f" / {shard}" if plan.zero_stage == 3 else ""),
-            f"gradients {master} B x P" + (f" / {shard}" if plan.zero_stage > 1 else ""),
-            f"master weights {master} B x P / {shard}",
+            f"parameters {param} B x {which}" + (f" / {shard}" if plan.zero_stage == 3 else ""),
+            f"gradients {master} B x {which}" + (f" / {shard}" if plan.zero_stage > 1 else ""),
+            f"master weights {master} B x {which} / {shard}",
         ]
         yield "; ".join(parts) + ": DeepSpeed's partitions, padded, with the buckets of its generated configuration"
     elif plan.fully_sharded:
         size = f" = {numel * master / shard / GIB:.2f} GiB each" if plan.degree("pp") == 1 else ", of its own stages"
         yield (
-            f"parameters and gradients {master} B x P / {shard}{size} (ceil(rows / {shard}) rows of every parameter);"
-            f" gathered copies {param} B, reduced in {WIDTHS[plan.reduce_dtype]} B"
+            f"parameters and gradients {master} B x {which} / {shard}{size} (ceil(rows / {shard}) rows of every"
+            f" parameter); gathered copies {param} B, reduced in {WIDTHS[plan.reduce_dtype]} B"
         )
     else:
-        yield f"parameters and gradients {master} B x P = {numel * master / GIB:.2f} GiB each, whole on every rank"
+        size = f"{numel * master / GIB:.2f} GiB"
+        yield f"parameters and gradients {master} B x {which} = {size} each, whole on every rank"
 
 
 def _optimizer(config: Config, update: UpdateCost) -> str:

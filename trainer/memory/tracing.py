@@ -14,6 +14,7 @@ from configs.choices import Attention
 from configs.errors import CookbookError
 from configs.schema import Config
 from trainer.memory.bounds import states_bytes, upper_bytes
+from trainer.memory.layouts.common import WIDTHS
 from trainer.memory.profile import Outline, Part, kept_layers
 from trainer.plan import Plan
 
@@ -117,19 +118,31 @@ class Tracer:
             try:
                 trace = trace_unit(unit, shape)
             except CannotTrace as error:
-                name, numel = type(self.model).__name__, self.model.num_parameters()
+                name, between = type(self.model).__name__, _between(self.config, self.plan, self.model)
                 raise NotEstimated(
-                    f"model={self.config.model.preset}: the code of {name} does not run without values"
-                    f" ({error}), so its activations cannot be counted: not estimated."
-                    f" {_between(self.config, self.plan, numel)}; measure a run with a small train.micro_batch_size"
+                    f"model={self.config.model.preset}: the code of {name} does not run without values ({error}), so"
+                    f" its activations cannot be counted: not estimated. {between}; measure a run with a small"
+                    " train.micro_batch_size"
                 ) from None
         return Part(groups=anatomy.groups, buffers_bytes=anatomy.buffers_bytes, trace=trace)
 
 
-def _between(config: Config, plan: Plan, parameters: int) -> str:
+def _between(config: Config, plan: Plan, model: PreTrainedModel) -> str:
     """The bounds of `bounds`, in words."""
-    below, above = states_bytes(plan, parameters, config.optimizer) / 2**30, upper_bytes(config, plan, parameters)
-    text = f"A GPU needs more than {below:,.2f} GiB, for the states of its {parameters:,} parameters"
+    from trainer.quantized import is_quantized, stored_bytes
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = 0
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if not parameter.requires_grad:
+            whole = parameter.numel() * WIDTHS[plan.param_dtype]
+            frozen += sum(stored_bytes(module)) if is_quantized(module, leaf) else whole
+    below = states_bytes(plan, trained, config.optimizer, frozen=frozen) / 2**30
+    above = upper_bytes(config, plan, sum(p.numel() for p in model.parameters()))
+    beside = f" that are trained, and {frozen / 2**30:,.2f} GiB that are not" if frozen else ""
+    text = f"A GPU needs more than {below:,.2f} GiB, for the states of its {trained:,} parameters{beside}"
     if above is None:
         return text
     return f"{text}, and less than {above / 2**30:,.2f} GiB if it is a dense decoder that keeps all in float32"

@@ -40,7 +40,7 @@ class FullySharded:
         )
         # Groups without parameters of their own gather nothing.
         self.groups = {name: parameters for name, parameters in anatomy.all_groups() if parameters}
-        self.shards = {name: [self._shard(p) for p in parameters] for name, parameters in self.groups.items()}
+        self.shards = {name: [self._gathered(p) for p in parameters] for name, parameters in self.groups.items()}
         # Frozen parameters are gathered as all others, and neither reduced nor updated.
         self.trained = {
             name: sum(self._shard(p) for p in parameters if p.trainable) for name, parameters in self.groups.items()
@@ -63,10 +63,18 @@ class FullySharded:
         shape = parameter.shape or (1,)
         return ceil(shape[0] / self.ranks) * prod(shape[1:])
 
+    def _gathered(self, parameter: Parameter) -> int:
+        """Bytes that a rank gives to a gathering: its part in param_dtype, or of the codes, two in a byte."""
+        shard = self._shard(parameter)
+        return shard // 2 if parameter.packed else shard * self.param
+
     def start(self) -> None:
         for parameters in self.groups.values():
             for parameter in parameters:
-                self._place("parameters", self._shard(parameter) * (self.master if parameter.trainable else self.param))
+                kept = self._shard(parameter) * self.master if parameter.trainable else self._gathered(parameter)
+                self._place("parameters", kept)
+                for scales in parameter.packed[1:]:
+                    self.timeline.allocate("parameters", scales)
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
         if not self.staged:
             place_batch(self.setting)
@@ -206,7 +214,7 @@ class FullySharded:
         """Start the all-gather: its output is one flat tensor."""
         if group in self.whole or group in self.pending or self.ranks == 1:
             return
-        shard = sum(self.shards[group]) * self.param
+        shard = sum(self.shards[group])
         cast = None
         if self.param != self.master or (self.offloaded and self.setting.gpu):
             cast = self.timeline.allocate("buffers", self.trained[group] * self.param, GATHER)
@@ -220,9 +228,9 @@ class FullySharded:
         for shard in self.shards[group]:
             previous, cast = cast, None
             if self.ranks == 1 and self.param != self.master:
-                cast = self.timeline.allocate("buffers", shard * self.param, COMPUTE)
+                cast = self.timeline.allocate("buffers", shard, COMPUTE)
             self.timeline.free(previous)
-            copies.append(self.timeline.allocate("buffers", shard * self.ranks * self.param, COMPUTE))
+            copies.append(self.timeline.allocate("buffers", shard * self.ranks, COMPUTE))
         self.timeline.free(cast)
         self.whole[group] = copies
 
