@@ -65,6 +65,22 @@ def test_a_run_that_counts_its_tensors_tells_how_far_off_the_prediction_was(
     assert tracked(tmp_path / "run/tensorboard/mine", "memory_ratio") == [(3, pytest.approx(found["memory_ratio"]))]
 
 
+@pytest.mark.parametrize(("steps", "measured"), [(3, False), (9, True)])
+def test_updates_are_counted_not_steps(steps: int, measured: bool, tmp_path: Path) -> None:
+    """A loss scale of 2**20 overflows, and comes down by half each time: the states appear late, or never."""
+    scale = ["precision=fp16", "precision.loss_scale_init=1048576", "estimate.measure=true", f"train.steps={steps}"]
+    ((code, shown),) = run_ranks(1, run, words(tmp_path, "parallel=single", *scale))
+    assert code == EXIT_FINISHED, shown
+    found = summary(tmp_path)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["skipped_steps"] > 1
+    assert (found["memory_ratio"] is not None) is measured
+    assert (
+        found["memory_ratio"] == pytest.approx(1, abs=0.05)
+        if measured
+        else found["memory_note"] == prediction.TOO_SHORT
+    )
+
+
 def tracked(folder: Path, name: str) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

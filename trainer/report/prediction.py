@@ -1,13 +1,14 @@
-"""Predicted against measured: every run compares the memory estimate with what its own first two steps took.
+"""Predicted against measured: every run compares the memory estimate with what its own first two updates took.
 
     predicted = predict(config, plan)                       on rank 0, before it joins the process group
     with MemoryCheck(config, plan, runtime, predicted) as memory:
-        build the engine; for each step: memory.step_done()
+        build the engine; for each step: memory.step_done(updated=...)
         memory.compare()                                    the rank that is furthest from its prediction
 
-Two steps, because optimizer states appear at the end of the first. On GPUs torch's allocator has the peak. A CPU
-process has no such counter, and its resident set holds Python and the libraries as well: there nothing is measured
-unless `estimate.measure=true` counts every tensor, with the tracker that the estimator is built on.
+Two, because optimizer states appear at the end of the first; a step whose update is left out, as float16's often are
+until the loss scale has come down, brings none. On GPUs torch's allocator has the peak. A CPU process has no such
+counter, and its resident set holds Python and the libraries as well: there nothing is measured unless
+`estimate.measure=true` counts every tensor, with the tracker that the estimator is built on.
 
 The estimate never costs a run: whatever goes wrong in it becomes the note that stands in place of the numbers.
 """
@@ -33,7 +34,7 @@ from trainer.report.terminal import size
 from trainer.runtime import Runtime, local_rank
 
 NOTHING_MEASURED = "a CPU process has no counter of its tensors; estimate.measure=true counts them"
-TOO_SHORT = f"fewer than {STEPS} steps do not reach the predicted peak"
+TOO_SHORT = f"fewer than {STEPS} steps with an update do not reach the predicted peak"
 
 
 Measured = tuple[int, int | None]
@@ -73,7 +74,7 @@ class MemoryCheck:
         self._estimate, self._note = predicted.estimate, predicted.note
         self._peak: _Peak | None = None
         self._counting = ExitStack()
-        self._steps = 0
+        self._updates = 0
         self._measured: Measured | None = None
 
     def __enter__(self) -> MemoryCheck:
@@ -99,11 +100,11 @@ class MemoryCheck:
             " predicted"
         )
 
-    def step_done(self) -> None:
-        """A training step of this process is done. Nothing later is measured: checkpoints and the export gather what
-        a step does not."""
-        self._steps += 1
-        if self._steps == STEPS:
+    def step_done(self, *, updated: bool) -> None:
+        """A training step of this process is done. After the second update nothing is measured: checkpoints and the
+        export gather what a step does not."""
+        self._updates += updated
+        if updated and self._updates == STEPS:
             memory = peak_memory(self._runtime.device)
             if memory.allocated_bytes is not None:
                 self._measured = memory.allocated_bytes, memory.reserved_bytes
@@ -120,7 +121,7 @@ class MemoryCheck:
         by_rank = [rank.peak_allocated_bytes for rank in predicted]
         pairs = [(p, m, rank) for rank, (p, m) in enumerate(zip(predicted, everyone, strict=True)) if m is not None]
         if not pairs:
-            note = TOO_SHORT if self._steps < STEPS else NOTHING_MEASURED
+            note = TOO_SHORT if self._updates < STEPS else NOTHING_MEASURED
             return _comparison(self._estimate.busiest, memory_note=note, predicted_bytes_by_rank=by_rank)
         # A ratio of 0.8 is as far off as one of 1.25.
         furthest = max(pairs, key=lambda pair: max(_ratio(*pair[:2]), 1 / _ratio(*pair[:2])))

@@ -126,17 +126,18 @@ class Reporter:
     def step(self, step: int, result: StepResult, lr: float, seconds: StepSeconds) -> None:
         """A step is done. step: from 1. seconds: this rank's. A collective on the steps that log."""
         report = result.report
+        updated = report is not None and report.updated
         self._step_seconds.append(seconds.step)
         self._unlogged.append(seconds)
         self.totals.add_step(
             loss=result.loss,
             tokens=self._plan.batch.tokens,
             valid_tokens=result.valid_tokens,
-            updated=report is not None and report.updated,
+            updated=updated,
         )
         self._ended = time.perf_counter()
         if self._memory:
-            self._memory.step_done()
+            self._memory.step_done(updated=updated)
         if self._terminal:
             self._terminal.advance(step)
         if step != 1 and step != self._plan.steps and step % self._config.logging.every:
