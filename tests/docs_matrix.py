@@ -17,13 +17,15 @@ from trainer.plan import make_plan
 
 Change = Callable[[Config], None]
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
+OPTIMIZERS = ("adamw", "sgd", "adafactor", "adamw_8bit")
 
 
 def matrix() -> str:
-    """One table for precision and engine, one for offload and recompute, and the reasons of both."""
+    """Tables for precision and engine, offload and recompute, optimizer and tuning; below them the reasons."""
     loaded = {name: load_config([f"parallel={name}"]) for name in group_options()["parallel"]}
     reasons: dict[str, int] = {}
-    tables = [_table(loaded, columns, reasons) for columns in (_precisions() | _engines(), _offloads() | _options())]
+    groups = (_precisions() | _engines(), _offloads() | _options(), _optimizers() | _tunings())
+    tables = [_table(loaded, columns, reasons) for columns in groups]
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n\n".join([*tables, "\n".join(notes)])
 
@@ -92,3 +94,21 @@ def _options() -> dict[str, Change]:
         "compile": lambda config: setattr(config.train, "compile", True),
         "chunked loss": lambda config: setattr(config.train, "chunked_loss", True),
     }
+
+
+def _optimizers() -> dict[str, Change]:
+    loaded = {name: load_config([f"optimizer={name}"]).optimizer for name in OPTIMIZERS}
+
+    def setting(name: str) -> Change:
+        return lambda config: setattr(config, "optimizer", loaded[name])
+
+    return {f"`{name}`": setting(name) for name in OPTIMIZERS}
+
+
+def _tunings() -> dict[str, Change]:
+    loaded = {name: load_config([f"tuning={name}"]).tuning for name in ("lora", "qlora")}
+
+    def setting(name: str) -> Change:
+        return lambda config: setattr(config, "tuning", loaded[name])
+
+    return {f"tuning `{name}`": setting(name) for name in loaded}
