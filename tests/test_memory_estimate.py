@@ -87,6 +87,19 @@ def test_of_a_weaker_and_a_stronger_change_the_stronger_is_named(cache: str) -> 
     assert "train.activation_checkpointing=full" in found.overrides and found.estimate.fits
 
 
+def test_a_change_that_is_refused_does_not_keep_later_ones_away(cache: str) -> None:
+    """Of matrices in 4 bits none can be divided; offload, which comes after, needs the sharding that came before."""
+    words = ["model=llama3_2_1b", "tuning=qlora", "tuning.rank=1024", "parallel=ddp", "precision=bf16", cache]
+    words += ["cluster=8xl4", "cluster.gpus_per_node=2", "data.seq_len=512", "train.micro_batch_size=1"]
+    suggestions = answer([*words, "cluster.gpu_memory_gib=5"]).suggestions
+    assert suggestions
+    found = suggestions[0]
+    assert {"parallel.dp_shard=null", "parallel.offload.parameters=cpu"} <= set(found.overrides)
+    assert not any(word.startswith("parallel.tp=") for word in found.overrides)
+    assert answer([*words, "cluster.gpu_memory_gib=5", *found.overrides]).estimate.fits
+    assert answer([*words, "cluster.gpu_memory_gib=2"]).suggestions == []
+
+
 def test_405b_on_16384_gpus_from_the_cache_takes_seconds(cache: str) -> None:
     words = [*BIG, "parallel=fsdp", "cluster=8xh100", "cluster.nodes=2048", cache, "estimate.suggest=false"]
     words.append("train.activation_checkpointing=full")

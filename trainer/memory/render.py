@@ -212,7 +212,9 @@ def _verdict(answer: Answer) -> list[str]:
             size = _gib(suggestion.estimate.busiest.device_bytes)
             lines.append(f"  {size:>7} GiB with {' '.join(suggestion.overrides)}   ({suggestion.why})")
         if answer.suggestions is not None and not answer.suggestions:
-            lines.append("  no change of this layout makes it fit: estimate.search=true ranks the others that do")
+            frozen = not all(parameter.trainable for parameter in found.profile.anatomy.parameters())
+            others = "try parallel=pipeline_fsdp" if frozen else "estimate.search=true ranks the others that do"
+            lines.append(f"  no change of this layout makes it fit: {others}")
     if answer.largest_micro_batch is not None:
         lines.append(f"largest train.micro_batch_size that fits: {answer.largest_micro_batch}")
     return lines

@@ -64,11 +64,15 @@ def suggest(
     all_touched = frozenset[str]()
     for why, keys, touched in changes if not found else ():
         # A stronger form of a change takes its place.
-        together = {earlier: its for earlier, its in together.items() if not its.keys() <= keys.keys()} | {why: keys}
+        stronger = {earlier: its for earlier, its in together.items() if not its.keys() <= keys.keys()} | {why: keys}
+        every = {key: value for its in stronger.values() for key, value in its.items()}
+        if not _allowed(config, machine, every):
+            # With it every set that follows would be refused too.
+            continue
+        together = stronger
         all_touched |= touched
         several = None
         if len(together) > 1 and not _too_little(before, all_touched):
-            every = {key: value for its in together.values() for key, value in its.items()}
             several = _try(config, machine, before, " + ".join(together), every, found_gpu)
         if several is not None and several.estimate.fits:
             return [several]
@@ -220,7 +224,8 @@ def _offload(plan: Plan) -> Iterator[Change]:
         if plan.zero_stage == 3:
             both = {"parallel.offload.optimizer": cpu, "parallel.offload.parameters": cpu}
             yield "optimizer and parameters in host memory", both, STATES
-    elif plan.fully_sharded:
+    elif plan.world_size > 1:
+        # Only beside sharding: on its own it is refused where every rank holds the whole model.
         both = {"parallel.offload.optimizer": cpu, "parallel.offload.parameters": cpu}
         yield "parameters, gradients and optimizer in host memory", both, STATES
 
@@ -230,13 +235,7 @@ def _try(
 ) -> Suggestion | None:
     """None where the change does not go with the rest of the configuration, leaves states that do not fit, or is not
     enough for what is the busiest place of the pipeline without it."""
-    changed = deepcopy(config)
-    for key, value in keys.items():
-        section, *rest = key.split(".")
-        owner = getattr(changed, section)
-        for name in rest[:-1]:
-            owner = getattr(owner, name)
-        setattr(owner, rest[-1], value)
+    changed = _changed(config, keys)
     try:
         plan = make_plan(changed, machine)
         if _states(changed, plan, before, config.parallel.tp or 1) > (before.device.capacity_bytes or inf):
@@ -250,6 +249,26 @@ def _try(
         return None
     words = tuple(f"{key}={'null' if value is None else str(value).lower()}" for key, value in keys.items())
     return Suggestion(overrides=words, why=why, estimate=found)
+
+
+def _allowed(config: Config, machine: Machine, keys: dict[str, Any]) -> bool:
+    """Whether there is a plan with these changes."""
+    try:
+        make_plan(_changed(config, keys), machine)
+    except CookbookError:
+        return False
+    return True
+
+
+def _changed(config: Config, keys: dict[str, Any]) -> Config:
+    changed = deepcopy(config)
+    for key, value in keys.items():
+        section, *rest = key.split(".")
+        owner = getattr(changed, section)
+        for name in rest[:-1]:
+            owner = getattr(owner, name)
+        setattr(owner, rest[-1], value)
+    return changed
 
 
 def _states(config: Config, plan: Plan, before: Estimate, tp: int) -> float:
