@@ -188,29 +188,31 @@ def _divide_attributes(model: nn.Module, wiring: Wiring) -> None:
 def _copy_key_value_heads(model: nn.Module, wiring: Wiring) -> None:
     """Fewer key-value heads than ranks: every rank keeps the whole matrix and computes the one head that its query
     heads need. Ranks that share a head each see a part of its gradient."""
-    size = wiring.ranks.size
     for name, attention in model.named_modules():
         groups, head_dim = getattr(attention, "num_key_value_groups", None), getattr(attention, "head_dim", None)
         if not isinstance(groups, int) or not isinstance(head_dim, int):
             continue
         for leaf in ("k_proj", "v_proj"):
             projection = getattr(attention, leaf, None)
+            # An adapter's second matrix has the projection's columns too.
             for full, matrix in projection.named_modules(prefix=f"{name}.{leaf}") if projection else ():
-                if not isinstance(matrix, nn.Linear) or wiring.style(full) != "colwise":
-                    continue
-                heads = matrix.out_features // head_dim
-                if heads % size == 0:
-                    continue
-                if size % heads:
-                    raise PlanError(
-                        f"parallel.tp={size}: {name} has {heads} key-value heads; use a divisor or a multiple"
-                    )
-                copies = size // heads
-                head = wiring.ranks.rank // copies
-                for own, _ in matrix.named_parameters():
-                    wiring.slices[f"{full}.{own}"] = slice(head * head_dim, (head + 1) * head_dim)
-                    wiring.partial.add(f"{full}.{own}")
-                attention.num_key_value_groups = groups // copies  # pyright: ignore[reportArgumentType]
+                if isinstance(matrix, nn.Linear) and wiring.style(full) == "colwise":
+                    copies = _copies(full, matrix, head_dim, wiring)
+                    attention.num_key_value_groups = groups // copies  # pyright: ignore[reportArgumentType]
+
+
+def _copies(name: str, projection: nn.Linear, head_dim: int, wiring: Wiring) -> int:
+    """On how many ranks each head of this projection is computed. More than one: it stays whole, in slices."""
+    heads, size = projection.out_features // head_dim, wiring.ranks.size
+    if heads % size == 0:
+        return 1
+    if size % heads:
+        raise PlanError(f"parallel.tp={size}: {name} has {heads} key-value heads; use a divisor or a multiple")
+    head = wiring.ranks.rank * heads // size
+    for leaf, _ in projection.named_parameters():
+        wiring.slices[f"{name}.{leaf}"] = slice(head * head_dim, (head + 1) * head_dim)
+        wiring.partial.add(f"{name}.{leaf}")
+    return size // heads
 
 
 def _distribute(model: nn.Module, wiring: Wiring, mesh: DeviceMesh) -> None:
