@@ -196,18 +196,22 @@ CASES = {
 
 
 def measure_at_rest(overrides: list[str], limits: list[float]) -> list[Measured]:
-    """What each rank measures; once more, up to three times, where one is above its limit in bytes.
+    """The least that each rank measures; once more, up to four times, while one is above its limit in bytes.
 
-    A thread of gloo lets go of the buffers of a collective when it next gets a core. On a busy machine that can be
-    after the step's peak, which then holds a few buffers too many, on one rank and by chance. A prediction that is
-    too low fails all three times.
+    A thread of gloo lets go of the buffers of a collective when it next gets a core. That can be after the step's
+    peak, which then holds a few buffers too many, on one rank and by chance: never too few. So a rank's least is
+    its measurement, and a prediction that is too low fails every time.
     """
-    tries = 1
-    while True:
-        measured = run_ranks(len(limits), measure, overrides)
-        if tries == 3 or all(rank.peak <= limit for rank, limit in zip(measured, limits, strict=True)):
-            return measured
-        tries += 1
+    least: list[Measured] = []
+    for _ in range(4):
+        again = run_ranks(len(limits), measure, overrides)
+        least = [
+            Measured(peak=min(a.peak, b.peak), after=min(a.after, b.after))
+            for a, b in zip(least or again, again, strict=True)
+        ]
+        if all(rank.peak <= limit for rank, limit in zip(least, limits, strict=True)):
+            break
+    return least
 
 
 @pytest.mark.parametrize("name", CASES)
