@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 from configs.choices import Checkpointing, EngineName, OffloadDevice
 from configs.errors import PlanError
@@ -16,15 +17,17 @@ from tests.docs_blocks import GPUS
 from trainer.plan import make_plan
 
 Change = Callable[[Config], None]
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
-OPTIMIZERS = ("adamw", "sgd", "adafactor", "adamw_8bit")
 
 
 def matrix() -> str:
     """Tables for precision and engine, offload and recompute, optimizer and tuning; below them the reasons."""
     loaded = {name: load_config([f"parallel={name}"]) for name in group_options()["parallel"]}
     reasons: dict[str, int] = {}
-    groups = (_precisions() | _engines(), _offloads() | _options(), _optimizers() | _tunings())
+    groups = (
+        _options_of("precision") | _engines(),
+        _offloads() | _train_options(),
+        _options_of("optimizer") | _options_of("tuning", "tuning "),
+    )
     tables = [_table(loaded, columns, reasons) for columns in groups]
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n\n".join([*tables, "\n".join(notes)])
@@ -53,13 +56,14 @@ def _cell(config: Config, change: Change, reasons: dict[str, int]) -> str:
     return "yes"
 
 
-def _precisions() -> dict[str, Change]:
-    loaded = {name: load_config([f"precision={name}"]).precision for name in PRECISIONS}
+def _options_of(group: str, label: str = "") -> dict[str, Change]:
+    """A column for every option of a group of the configuration."""
 
-    def setting(name: str) -> Change:
-        return lambda config: setattr(config, "precision", loaded[name])
+    def setting(section: Any) -> Change:
+        return lambda config: setattr(config, group, section)
 
-    return {f"`{name}`": setting(name) for name in PRECISIONS}
+    loaded = {name: getattr(load_config([f"{group}={name}"]), group) for name in group_options()[group]}
+    return {f"{label}`{name}`": setting(section) for name, section in loaded.items()}
 
 
 def _engines() -> dict[str, Change]:
@@ -84,7 +88,7 @@ def _offloads() -> dict[str, Change]:
     }
 
 
-def _options() -> dict[str, Change]:
+def _train_options() -> dict[str, Change]:
     def recompute(kind: Checkpointing) -> Change:
         return lambda config: setattr(config.train, "activation_checkpointing", kind)
 
@@ -94,21 +98,3 @@ def _options() -> dict[str, Change]:
         "compile": lambda config: setattr(config.train, "compile", True),
         "chunked loss": lambda config: setattr(config.train, "chunked_loss", True),
     }
-
-
-def _optimizers() -> dict[str, Change]:
-    loaded = {name: load_config([f"optimizer={name}"]).optimizer for name in OPTIMIZERS}
-
-    def setting(name: str) -> Change:
-        return lambda config: setattr(config, "optimizer", loaded[name])
-
-    return {f"`{name}`": setting(name) for name in OPTIMIZERS}
-
-
-def _tunings() -> dict[str, Change]:
-    loaded = {name: load_config([f"tuning={name}"]).tuning for name in ("lora", "qlora")}
-
-    def setting(name: str) -> Change:
-        return lambda config: setattr(config, "tuning", loaded[name])
-
-    return {f"tuning `{name}`": setting(name) for name in loaded}

@@ -76,6 +76,13 @@ class Plan:
         return self.degree("dp_shard") * self.degree("cp")
 
     @property
+    def parameter_shards(self) -> int:
+        """Ranks, beside those of `tp` and `pp`, that a parameter is divided over between its uses."""
+        if self.engine is EngineName.torch:
+            return self.fsdp_size
+        return self.degree("dp_shard") if self.zero_stage == 3 else 1
+
+    @property
     def same_data(self) -> int:
         """Ranks that read the same sequences: those of one pipeline, context and tensor-parallel group."""
         return self.world_size // self.data_parallel_size

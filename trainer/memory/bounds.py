@@ -22,10 +22,12 @@ WORKSPACE_BYTES = 2**28
 def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer, *, frozen: int = 0) -> float:
     """What a rank cannot do without on its GPU, whatever the batch. parameters: of the whole model that are trained.
     frozen: bytes of the others, whole."""
-    shards = plan.fsdp_size if plan.engine is EngineName.torch else plan.degree("dp_shard") ** (plan.zero_stage == 3)
-    if frozen and plan.offload_parameters is OffloadDevice.none:
-        trained = states_bytes(plan, parameters, optimizer)
-        return trained + frozen / (plan.degree("tp") * plan.degree("pp") * shards)
+    ranks = plan.degree("tp") * plan.degree("pp") * plan.parameter_shards
+    only_held = frozen / ranks if plan.offload_parameters is OffloadDevice.none else 0.0
+    return only_held + _trained_bytes(plan, parameters, optimizer)
+
+
+def _trained_bytes(plan: Plan, parameters: int, optimizer: Optimizer) -> float:
     kept = 1 + moments(optimizer)
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
     width, master = WIDTHS[plan.param_dtype], WIDTHS[plan.master_dtype]

@@ -85,8 +85,7 @@ def _frozen(plan: Plan, anatomy: Anatomy, trained: int, param: int) -> Iterator[
     codes = [parameter for parameter in anatomy.parameters() if parameter.packed]
     packed = sum(parameter.numel for parameter in codes)
     frozen = anatomy.numel - trained - packed
-    ranks = plan.degree("dp_shard") if plan.engine is EngineName.deepspeed and plan.zero_stage == 3 else 1
-    ranks = plan.fsdp_size if plan.engine is EngineName.torch else ranks
+    ranks = plan.parameter_shards
     divided = f" / {ranks}" if ranks > 1 else ""
     yield f"T = {trained:,} of them are trained, the adapters: gradients and optimizer states are of these alone"
     yield f"F = {frozen:,} stay as they are: {param} B x F{divided} = {param * frozen / ranks / GIB:.2f} GiB"

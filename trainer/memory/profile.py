@@ -89,6 +89,12 @@ class Anatomy:
     def numel(self) -> int:
         return sum(parameter.numel for parameter in self.parameters())
 
+    def frozen_tensors(self, width: int) -> Iterator[int]:
+        """Bytes of each tensor that is only held, `width` per value where it is not packed into other tensors."""
+        for parameter in self.parameters():
+            if not parameter.trainable:
+                yield from parameter.packed or (parameter.numel * width,)
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:

@@ -18,6 +18,7 @@ from configs.schema import Config
 from trainer.machine import Machine
 from trainer.memory.bounds import states_bytes
 from trainer.memory.estimate import Estimate, estimate, with_micro_batch
+from trainer.memory.layouts.common import WIDTHS
 from trainer.memory.profile import ModelProfile, Trace
 from trainer.memory.profiles import get_profile
 from trainer.memory.timeline import COMPONENTS
@@ -275,4 +276,5 @@ def _states(config: Config, plan: Plan, before: Estimate, tp: int) -> float:
     """A bound from below that needs no trace. tp: of the estimate before."""
     anatomy = before.profile.outline.anatomy
     trained = sum(parameter.numel for parameter in anatomy.parameters() if parameter.trainable)
-    return states_bytes(plan, trained * tp, config.optimizer)
+    frozen = sum(anatomy.frozen_tensors(WIDTHS[plan.param_dtype]))
+    return states_bytes(plan, trained * tp, config.optimizer, frozen=frozen * tp)

@@ -45,8 +45,7 @@ class Replicated:
         self.trained = [parameter for parameter in anatomy.parameters() if parameter.trainable]
         self.shapes = [parameter.shape for parameter in self.trained]
         self.matrices = [prod(shape) * width for shape in self.shapes if len(shape) > 1]
-        frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
-        self.frozen = [size for p in frozen for size in p.packed or [p.numel * WIDTHS[setting.plan.param_dtype]]]
+        self.frozen = list(anatomy.frozen_tensors(WIDTHS[setting.plan.param_dtype]))
         self.gradients: dict[Key, Handle | None] = {}
         self.buckets: list[tuple[set[Key], Handle | None]] = []
         self.last = False

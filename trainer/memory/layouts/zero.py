@@ -213,9 +213,8 @@ def trained(anatomy: Anatomy) -> Iterator[Parameter]:
 
 def place_frozen(setting: Setting) -> None:
     """Parameters that are only held: whole, each a tensor of its own."""
-    for parameter in setting.profile.anatomy.parameters():
-        if not parameter.trainable:
-            setting.timeline.allocate("parameters", parameter.numel * WIDTHS[setting.plan.param_dtype])
+    for size in setting.profile.anatomy.frozen_tensors(WIDTHS[setting.plan.param_dtype]):
+        setting.timeline.allocate("parameters", size)
 
 
 def flat_groups(anatomy: Anatomy, ranks: int) -> list[int]:
