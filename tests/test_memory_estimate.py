@@ -46,8 +46,10 @@ def answer_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_fits_and_names_the_largest_micro_batch(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("chunked", ["true", "false"])
+def test_fits_and_names_the_largest_micro_batch(chunked: str, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model=llama3_1_8b", "parallel=fsdp", "precision=bf16", "cluster=8xh100", "data.seq_len=2048", cache]
+    words.append(f"train.chunked_loss={chunked}")
     code, found = answer_json([*words, "train.micro_batch_size=1"], capsys)
     assert code == 0 and found["fits"] is True and found["suggestions"] == []
     largest = found["largest_micro_batch"]

@@ -17,6 +17,7 @@ TORCH, DEEPSPEED = 0.05, 0.10
 SCALARS = 4096  # bytes of counters, losses and norms that no account lists
 
 LLAMA = ["model=tiny", "model.config.vocab_size=307"]
+MANY_WORDS = ["model=tiny", "model.config.vocab_size=49157"]  # logits beyond `vocabulary.WIDE_ELEMENTS`
 GPT2 = ["model=tiny_gpt2", "model.config.n_embd=96", "model.config.resid_pdrop=0.1"]
 QWEN3 = ["model=tiny_qwen3", "model.config.num_hidden_layers=6"]
 GEMMA2 = [
@@ -67,6 +68,12 @@ CASES = {
         TORCH,
         ["parallel=single", *LLAMA, *LONG, *BF16, "data=builtin", "data.document_mask=true"],
     ),
+    "single bf16, loss in slices": (
+        1,
+        TORCH,
+        ["parallel=single", *MANY_WORDS, *LONG, *BF16, "train.chunked_loss=true", "data.seq_len=512"],
+    ),
+    "tensor fp32, loss in slices": (2, TORCH, ["parallel=tensor", *MANY_WORDS, *LONG, "data.seq_len=512"]),
     "ddp bf16, adapters": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE, "tuning=lora"]),
     "single bf16, adapters beside 4 bits": (1, TORCH, ["parallel=single", *LLAMA, *LONG, *BF16, "tuning=qlora"]),
     "ddp fp32, adapters beside 4 bits, recompute": (

@@ -89,7 +89,7 @@ class _CrossEntropy(torch.autograd.Function):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         # exp_sum and the label's logit, in one collective.
         sums = torch.empty((2, *labels.shape), dtype=wide, device=logits.device)
-        for rows in _slices(logits):
+        for rows in slices(logits):
             sums[0, rows] = (logits[rows].to(wide) - largest[rows, None]).exp_().sum(-1)
         labelled = logits.gather(1, column[:, None]).squeeze(1).to(wide) - largest
         sums[1] = torch.where(here, labelled, 0)
@@ -104,13 +104,14 @@ class _CrossEntropy(torch.autograd.Function):
         logits, log_total, column, here, valid = ctx.saved_tensors
         result = torch.empty_like(logits)
         weight = gradients[0] * valid
-        for rows in _slices(logits):
+        for rows in slices(logits):
             softmax = (logits[rows].to(log_total.dtype) - log_total[rows, None]).exp_()
             softmax.scatter_add_(1, column[rows, None], -here[rows, None].to(softmax.dtype))
             result[rows] = softmax.mul_(weight[rows, None])
         return result, None, None, None
 
 
-def _slices(logits: torch.Tensor) -> Iterator[slice]:
+def slices(logits: torch.Tensor) -> Iterator[slice]:
+    """Rows of logits [tokens, words] that are widened together."""
     step = max(1, WIDE_ELEMENTS // logits.shape[-1])
     return (slice(first, first + step) for first in range(0, logits.shape[0], step))
