@@ -32,6 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="takes a minute or more: pytest --slurm-full"))
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An override: a folder of the module's own, in which what one test has traced is there for the next."""
+    return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.getoption("--write-docs") and exitstatus == 0 and ROWS:
         earlier = read_rows(PARITY_PAGE.read_text()) if PARITY_PAGE.exists() else []

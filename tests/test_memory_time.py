@@ -16,11 +16,6 @@ from trainer.parallel.pipeline_orders import rank_orders
 from trainer.plan import make_plan
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
-
-
 def test_time_does_not_depend_on_the_number_of_gpus(cache: str) -> None:
     words = ["model=llama3_1_405b", "parallel=3d", "parallel.tp=8", "parallel.pp=16", "precision=bf16", cache]
     words += ["train.gradient_accumulation_steps=64", "cluster=8xh100", "parallel.sequence_parallel=true"]
