@@ -114,16 +114,15 @@ def table(counts: Sequence[Count], *, seed: int, kept: Mapping[tuple[str, str], 
     rows = dict(kept or {})
     for row in counts:
         survived = row.total if not row.failures else 0 if row.fault.together else row.total - len(row.failures)
-        rows[row.fault.name, row.fault.what] = (
-            f"| {row.fault.name} | {row.fault.what} | {survived} of {row.total} | {datetime.now(UTC):%Y-%m-%d} |"
-        )
+        cells = (row.fault.name, row.fault.what, f"{survived} of {row.total}", seed, f"{datetime.now(UTC):%Y-%m-%d}")
+        rows[row.fault.name, row.fault.what] = f"| {' | '.join(map(str, cells))} |"
     order = [(fault.name, fault.what) for fault in FAULTS]
     return "\n".join(
         [
-            f"{conditions('torch', 'deepspeed', 'safetensors')}, gloo, seed {seed}.",
+            f"{conditions('torch', 'deepspeed', 'safetensors')}, gloo.",
             "",
-            "| | fault | survived | tried |",
-            "| --- | --- | --- | --- |",
+            "| | fault | survived | seed | tried |",
+            "| --- | --- | --- | --- | --- |",
             *sorted(rows.values(), key=lambda line: _place(line, order)),
             "",
         ]
