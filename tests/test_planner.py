@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,18 @@ BASE = ["model=llama3_1_8b", "cluster=8xh100", "precision=bf16", "data.seq_len=4
 SMALL = ["model=tiny", "cluster=8xh100", "precision=bf16", "data.seq_len=128", "train.global_batch_size=64"]
 
 
-def timed(*words: str) -> StepTime:
+# The same beside 42 million of adapters, and with its layers' matrices in 4 bits.
+LORA = replace(
+    SIZE, parameters=SIZE.parameters + 41_943_040, matrices=SIZE.matrices + 41_943_040, frozen=SIZE.parameters
+)
+QLORA = replace(LORA, packed=6_979_321_856, packed_bytes=3_600_000_000)
+
+
+def timed(*words: str, size: Dimensions = SIZE) -> StepTime:
     config = load_config([*BASE, "train.micro_batch_size=1", *words])
     gpu = find_gpu("H100-SXM")
     assert gpu is not None
-    return step_time(config, make_plan(config, Machine(gpus=8)), SIZE, gpu)
+    return step_time(config, make_plan(config, Machine(gpus=8)), size, gpu)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +104,32 @@ def test_time_is_the_sum_of_its_terms_and_mfu_its_share_of_the_peak() -> None:
     assert found.mfu == pytest.approx(found.tokens_per_second_per_gpu * flops / 989.4e12)
 
 
+def test_frozen_parameters_cost_no_gradient_of_their_own() -> None:
+    full, lora = timed("parallel=fsdp"), timed("parallel=fsdp", size=LORA)
+    attention = 2 * SIZE.layers * SIZE.attention * 4096
+    left = 3 * (2 * LORA.matrices + attention) - 2 * SIZE.matrices
+    share = left / (3 * (2 * SIZE.matrices + attention))
+    assert lora.seconds["matrix products"] / full.seconds["matrix products"] == pytest.approx(share)
+    assert lora.seconds["update"] / full.seconds["update"] == pytest.approx(LORA.trained / SIZE.parameters)
+    flops = 4 * SIZE.matrices + 6 * LORA.trained + 12 * SIZE.layers * SIZE.attention * 4096
+    assert lora.mfu == pytest.approx(lora.tokens_per_second_per_gpu * flops / 989.4e12)
+    # What is reduced shrinks to the adapters; what is gathered does not.
+    exchanged = {size.frozen: timed("parallel=ddp", size=size).seconds["sharding, gradients"] for size in (SIZE, LORA)}
+    assert exchanged[LORA.frozen] / exchanged[0] < 0.01
+    whole, sharded = timed("parallel=zero3", size=LORA), timed("parallel=zero1", size=LORA)
+    assert whole.seconds["sharding, gradients"] > 10 * sharded.seconds["sharding, gradients"]
+
+
+@pytest.mark.parametrize(("recompute", "times"), [("none", 2), ("selective", 2.5), ("full", 3)])
+def test_four_bit_weights_are_unpacked_at_each_use(recompute: str, times: float) -> None:
+    words = ("parallel=fsdp", f"train.activation_checkpointing={recompute}")
+    lora, qlora = timed(*words, size=LORA), timed(*words, size=QLORA)
+    moved = QLORA.packed_bytes + 2 * QLORA.packed
+    assert qlora.seconds["unpacking"] == pytest.approx(128 * times * moved / (0.8 * 3.35e12))
+    assert "unpacking" not in lora.seconds
+    assert qlora.seconds["sharding, gradients"] < lora.seconds["sharding, gradients"]
+
+
 def test_group_lies_within_the_node_first() -> None:
     config = load_config([*BASE, "cluster.nodes=4", "parallel=3d_zero1", "parallel.tp=4", "parallel.pp=2"])
     plan = make_plan(config, Machine(gpus=8))
@@ -135,8 +169,10 @@ def test_every_candidate_is_what_its_words_select() -> None:
     assert tried > 20
 
 
-def test_best_fit_and_stand_in_order(small: tuple[list[str], Search]) -> None:
-    words, found = small
+@pytest.mark.parametrize("tuning", ["full", "lora", "qlora"])
+def test_best_fit_and_stand_in_order(tuning: str, small: tuple[list[str], Search]) -> None:
+    words = [*small[0], f"tuning={tuning}"]
+    found = search(load_config(words), Machine(gpus=8))
     assert len(found.best) == 5
     times = [one.time.total for one in found.best]
     assert times == sorted(times)
@@ -165,14 +201,19 @@ def test_best_fit_and_stand_in_order(small: tuple[list[str], Search]) -> None:
         "zero3_offload",
     ],
 )
-def test_bounds_lie_on_both_sides_of_the_estimate(layout: str, small: tuple[list[str], Search]) -> None:
-    config = load_config([*small[0], "train.micro_batch_size=1", *f"parallel={layout}".split()])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_bounds_lie_on_both_sides_of_the_estimate(layout: str, tuning: str, small: tuple[list[str], Search]) -> None:
+    words = ["train.micro_batch_size=1", *f"parallel={layout}".split(), f"tuning={tuning}"]
+    config = load_config([*small[0], *words])
     plan = make_plan(config, Machine(gpus=8))
     found = estimate(config, plan)
-    parameters = found.profile.anatomy.numel
-    above = upper_bytes(config, plan, parameters)
+    anatomy = found.profile.anatomy
+    above = upper_bytes(config, plan, anatomy.numel)
     assert above is not None
-    assert 0 <= states_bytes(plan, parameters, config.optimizer) <= found.busiest.peak_allocated_bytes <= above
+    frozen = sum(anatomy.frozen_tensors(2))
+    trained = sum(parameter.numel for parameter in anatomy.parameters() if parameter.trainable)
+    below = states_bytes(plan, trained, config.optimizer, frozen=frozen)
+    assert 0 <= below <= found.busiest.peak_allocated_bytes <= above
 
 
 def test_less_memory_leaves_less_choice(small: tuple[list[str], Search]) -> None:

@@ -185,7 +185,6 @@ def test_target_modules_that_cannot_are_refused(targets: str) -> None:
     ("override", "says"),
     [
         ("train.compile=true", r"^train.compile=true: compiles no layers with adapters"),
-        ("estimate.search=true", r"^estimate.search=true: its cost model is of full training"),
         ("tuning.rank=0", r"^tuning.rank=0: must be 1 or more"),
         ("tuning.dropout=1", r"^tuning.dropout=1.0: must be at least 0 and less than 1"),
     ],

@@ -35,8 +35,6 @@ def check_tuning(config: Config) -> Iterator[str]:
         yield from _check_quantized(config)
     if config.train.compile:
         yield "train.compile=true: compiles no layers with adapters; set it to false, or use tuning=full"
-    if config.estimate.search:
-        yield "estimate.search=true: its cost model is of full training; name a layout, or use tuning=full"
 
 
 def _check_quantized(config: Config) -> Iterator[str]:

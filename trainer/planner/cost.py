@@ -2,6 +2,7 @@
 
     matrix products        FLOPs / (peak * estimate.efficiency), at least the time to read the weights from memory
     around them            norms, residuals, rotations, activation functions: bytes read and written / bandwidth
+    unpacking              4-bit weights read, and written as they are multiplied, at each use
     recompute              what activation checkpointing computes a second time
     tensor parallel        four sums of the hidden states per layer and micro-batch; nothing hides them
     context parallel       keys and values, or heads, exchanged around attention
@@ -50,7 +51,8 @@ HOST_MEMORY_GB_PER_SECOND = 20.0
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dimensions:
     """Sizes of a decoder. attention: heads * head_dim; key_value: the same of keys. matrices: parameters that take
-    part in a matrix product (all but a look-up table)."""
+    part in a matrix product (all but a look-up table). frozen: parameters that are not trained; packed: those of them
+    that are held in `packed_bytes` of other tensors."""
 
     parameters: int
     matrices: int
@@ -59,6 +61,22 @@ class Dimensions:
     attention: int
     key_value: int
     vocabulary: int
+    frozen: int = 0
+    packed: int = 0
+    packed_bytes: int = 0
+
+    @property
+    def trained(self) -> int:
+        return self.parameters - self.frozen
+
+    @property
+    def frozen_matrices(self) -> int:
+        """Frozen parameters whose own gradient is a matrix product that is left out."""
+        return max(0, self.frozen - (self.parameters - self.matrices))
+
+    def frozen_bytes(self, width: int) -> int:
+        """width: bytes of a value that is not packed."""
+        return (self.frozen - self.packed) * width + self.packed_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +104,8 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy) -> Dimensions:
     head_dim = int(fields.get("head_dim") or hidden // heads)
     vocabulary = int(fields["vocab_size"])
     tied = "head" not in dict(anatomy.groups)
+    frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
+    packed = [parameter for parameter in frozen if parameter.packed]
     return Dimensions(
         parameters=anatomy.numel,
         matrices=anatomy.numel - (0 if tied else vocabulary * hidden),
@@ -94,6 +114,9 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy) -> Dimensions:
         attention=heads * head_dim,
         key_value=int(fields.get("num_key_value_heads") or heads) * head_dim,
         vocabulary=vocabulary,
+        frozen=sum(parameter.numel for parameter in frozen),
+        packed=sum(parameter.numel for parameter in packed),
+        packed_bytes=sum(sum(parameter.packed) for parameter in packed),
     )
 
 
@@ -101,7 +124,11 @@ def step_time(config: Config, plan: Plan, size: Dimensions, gpu: Gpu) -> StepTim
     """Predict the seconds of one optimizer step. The pipeline's stages are taken to be even."""
     seconds = _Step(config, plan, size, gpu).terms()
     flops = training_flops_per_token(
-        matrices=size.matrices, layers=size.layers, attention=size.attention, seq_len=plan.batch.seq_len
+        matrices=size.matrices,
+        layers=size.layers,
+        attention=size.attention,
+        seq_len=plan.batch.seq_len,
+        frozen=size.frozen_matrices,
     )
     return StepTime(
         seconds={name: value for name, value in seconds.items() if value},
@@ -124,20 +151,24 @@ class _Step:
         self.tp, self.pp, cp = plan.degree("tp"), plan.degree("pp"), plan.degree("cp")
         self.tokens = plan.batch.micro_batch_size * plan.batch.seq_len / cp
         self.layers = size.layers / self.pp
-        self.held = size.parameters / (self.tp * self.pp)  # what data parallel shards or copies
         self.width = WIDTHS[plan.param_dtype]
+        # What data parallel shards or copies: bytes as they are gathered, and the parameters that are trained.
+        self.held = (size.trained * self.width + size.frozen_bytes(self.width)) / (self.tp * self.pp)
+        self.trained = size.trained / (self.tp * self.pp)
         self.bandwidth = gpu.memory_bandwidth * MEMORY_ACHIEVED
         self.micro_batches = plan.batch.gradient_accumulation_steps
         self.recompute = config.train.activation_checkpointing
 
     def terms(self) -> dict[str, float]:
         products, around, times = self._products(), self._around(), self.micro_batches
-        again = self._recompute(products, around)
+        again, unpacking = self._recompute(products, around), self._unpacking()
         tensor, context = self._tensor(), self._context()
-        busy = 3 * (products + around) + again + tensor + context
+        every = products + max(products, 2 * products - self._left_out())
+        busy = every + 3 * around + unpacking + again + tensor + context
         return {
-            "matrix products": 3 * products * times,
+            "matrix products": every * times,
             "around them": 3 * around * times,
+            "unpacking": unpacking * times,
             "recompute": again * times,
             "tensor parallel": tensor * times,
             "context parallel": context * times,
@@ -150,9 +181,21 @@ class _Step:
     def _products(self) -> float:
         """Forward of the matrix products. torch's attention skips the masked half."""
         attention = 2.0 * self.size.layers * self.size.attention * self.plan.batch.seq_len
-        flops = (2.0 * self.size.matrices + attention) * self.tokens / (self.tp * self.pp)
+        return max(self._multiplying(2.0 * self.size.matrices + attention), self.held / self.bandwidth)
+
+    def _left_out(self) -> float:
+        """Of the backward: the gradients of frozen matrices themselves."""
+        return self._multiplying(2.0 * self.size.frozen_matrices)
+
+    def _multiplying(self, flops_per_token: float) -> float:
         peak = _peak(self.config, self.plan, self.gpu) * self.config.estimate.efficiency
-        return max(flops / peak, self.held * self.width / self.bandwidth)
+        return flops_per_token * self.tokens / (self.tp * self.pp) / peak
+
+    def _unpacking(self) -> float:
+        """In the forward, in the backward, and in what is computed again."""
+        again = {Checkpointing.none: 0.0, Checkpointing.selective: SELECTIVE, Checkpointing.full: 1.0}[self.recompute]
+        moved = (self.size.packed_bytes + self.size.packed * self.width) / (self.tp * self.pp)
+        return (2 + again) * moved / self.bandwidth
 
     def _around(self) -> float:
         """Forward of everything else; a third of the loss, which is here for forward and backward."""
@@ -189,19 +232,19 @@ class _Step:
     def _step_sharding(self, busy: float) -> float:
         """What the data-parallel ranks exchange in a step, as far as the computation does not hide it."""
         plan, network, times = self.plan, self.network, self.micro_batches
-        parameters, gradients = self.held * self.width, self.held * WIDTHS[plan.reduce_dtype]
+        gradients = self.trained * WIDTHS[plan.reduce_dtype]
         if plan.engine is EngineName.deepspeed:
             group = group_of(plan, "dp_shard")
-            gather, scatter = network.gather(parameters, group), network.gather(gradients, group)
+            scatter = network.gather(gradients, group)
             if plan.zero_stage == 3:
-                return times * _exposed(2 * gather + scatter, busy)
+                return times * _exposed(2 * network.gather(self.held, group) + scatter, busy)
             # Stages 1 and 2 wait for their collectives: nothing runs beside them.
-            return (times if plan.zero_stage == 2 else 1) * scatter + gather
+            return (times if plan.zero_stage == 2 else 1) * scatter + network.gather(self.trained * self.width, group)
         copies = network.all_reduce(gradients / plan.fsdp_size, group_of(plan, "dp_replicate"))
         if plan.fsdp_size == 1:
             return _exposed(copies, 2 / 3 * busy)
         group = group_of(plan, "dp_shard", "cp")
-        gather, scatter = network.gather(parameters, group), network.gather(gradients, group)
+        gather, scatter = network.gather(self.held, group), network.gather(gradients, group)
         if self.pp > 1:
             gathers = 2 * times if plan.reshard_after_forward else 1
             return _exposed(gathers * gather + scatter + copies, times * busy)
@@ -217,12 +260,13 @@ class _Step:
     def _step_update(self) -> float:
         """Optimizer states of this rank's share, read and written where they are."""
         plan, disk = self.plan, self.config.cluster.nvme_gb_per_second * GB_PER_SECOND
-        own = self.held / (plan.degree("dp_shard") if plan.engine is EngineName.deepspeed else plan.fsdp_size)
+        shards = plan.degree("dp_shard") if plan.engine is EngineName.deepspeed else plan.fsdp_size
+        own = self.trained / shards
         kept, fetched = moments(self.config.optimizer), 0.0
         touched = own * update_bytes(self.config.optimizer)
         if plan.offload_parameters is not OffloadDevice.none:
             speed = disk if plan.offload_parameters is OffloadDevice.nvme else self.network.host
-            fetched = 2 * self.micro_batches * own * self.width / min(speed, self.network.host)
+            fetched = 2 * self.micro_batches * self.held / shards / min(speed, self.network.host)
         if plan.offload_optimizer is OffloadDevice.none:
             return touched / self.bandwidth + fetched
         moved = own * (WIDTHS[plan.reduce_dtype] + self.width) / self.network.host

@@ -18,6 +18,7 @@ from configs.schema import Config
 from trainer.machine import Machine
 from trainer.memory.bounds import states_bytes
 from trainer.memory.estimate import Estimate, estimate, planned_device
+from trainer.memory.layouts.common import WIDTHS
 from trainer.memory.profiles import get_anatomy
 from trainer.memory.tracing import NotEstimated
 from trainer.plan import Plan, make_plan
@@ -107,7 +108,8 @@ def search(config: Config, machine: Machine) -> Search:
         if gpu is None:
             raise ConfigError("estimate.search=true: plans for GPUs; name them: cluster=8xh100, or cluster.gpu=...")
         capacity = planned_device(changed, plan).capacity_bytes or inf
-        states = states_bytes(plan, size.parameters, config.optimizer)
+        frozen = size.frozen_bytes(WIDTHS[plan.param_dtype])
+        states = states_bytes(plan, size.trained, config.optimizer, frozen=frozen)
         if states < capacity:
             time = step_time(changed, plan, size, gpu)
             timed.append(

@@ -50,15 +50,18 @@ def flops_per_token(config: PretrainedConfig, *, parameters: int, seq_len: int, 
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     embedding = 0 if getattr(text, "tie_word_embeddings", False) else text.vocab_size * text.hidden_size
-    whole = training_flops_per_token(
-        matrices=parameters - embedding, layers=text.num_hidden_layers, attention=heads * head_dim, seq_len=seq_len
+    return training_flops_per_token(
+        matrices=parameters - embedding,
+        layers=text.num_hidden_layers,
+        attention=heads * head_dim,
+        seq_len=seq_len,
+        frozen=max(0, frozen - embedding),
     )
-    return whole - 2.0 * max(0, frozen - embedding)
 
 
-def training_flops_per_token(*, matrices: int, layers: int, attention: int, seq_len: int) -> float:
-    """`flops_per_token` from the numbers alone. matrices: N; attention: H * Q."""
-    return 6.0 * matrices + 12.0 * layers * attention * seq_len
+def training_flops_per_token(*, matrices: int, layers: int, attention: int, seq_len: int, frozen: int = 0) -> float:
+    """`flops_per_token` from the numbers alone. matrices: N; attention: H * Q; frozen: of N."""
+    return 6.0 * matrices - 2.0 * frozen + 12.0 * layers * attention * seq_len
 
 
 def mfu(tokens_per_second: float, *, flops_per_token: float, world_size: int, peak_flops: float) -> float:
