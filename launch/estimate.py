@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.choices import EstimateFormat
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, CookbookError, PlanError
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, ConfigError, CookbookError, PlanError
 from configs.load import expand_sweep, load_config
 from configs.schema import Config
 from trainer.machine import find_machine
@@ -106,8 +106,10 @@ def _answer_all(arguments: Arguments) -> int:
         refused: list[str] = []
     else:
         runs = expand_sweep(arguments.overrides)
-        answers, refused = _answer_sweep(runs, arguments.config_dir)
         config = load_config(runs[0], config_dir=arguments.config_dir)
+        if config.estimate.search:
+            raise ConfigError("estimate.search=true: ranks the layouts of one configuration; leave out -m")
+        answers, refused = _answer_sweep(runs, arguments.config_dir)
     if answers:
         print(_render(answers, config, sweep=arguments.sweep))
         if config.estimate.plot is not None:

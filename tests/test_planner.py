@@ -258,6 +258,21 @@ def test_what_cannot_be_searched(words: Sequence[str], says: str) -> None:
         search(load_config([*SMALL, *words]), Machine(gpus=8))
 
 
+def test_a_sweep_of_searches_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", *SMALL, "tuning=full,lora", "estimate.search=true"]) == 2
+    assert "estimate.search=true: ranks the layouts of one configuration" in capsys.readouterr().err
+
+
+def test_what_stays_gathered_in_one_layout_is_not_held_against_another(small: tuple[list[str], Search]) -> None:
+    """Of 4-bit weights FSDP holds an eighth; kept gathered it holds all, which must not speak for the first."""
+    words = [*small[0], "tuning=qlora", "model.config.num_hidden_layers=64", "model.config.hidden_size=2048"]
+    words += ["model.config.intermediate_size=4096", "cluster.gpu_memory_gib=2"]
+    found = search(load_config(words), Machine(gpus=8))
+    layouts = [one.candidate.layout for one in found.best]
+    assert ("parallel=fsdp", "parallel.dp_shard=8") in layouts
+    assert not any("parallel.reshard_after_forward=false" in layout for layout in layouts)
+
+
 def test_recompute_is_only_bought_where_it_is_needed(small: tuple[list[str], Search]) -> None:
     assert small[1].best[0].candidate.keys["train.activation_checkpointing"] is Checkpointing.none
 

@@ -22,9 +22,16 @@ WORKSPACE_BYTES = 2**28
 def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer, *, frozen: int = 0) -> float:
     """What a rank cannot do without on its GPU, whatever the batch. parameters: of the whole model that are trained.
     frozen: bytes of the others, whole."""
-    ranks = plan.degree("tp") * plan.degree("pp") * plan.parameter_shards
-    only_held = frozen / ranks if plan.offload_parameters is OffloadDevice.none else 0.0
+    only_held = 0.0
+    if plan.offload_parameters is OffloadDevice.none:
+        held = frozen / (plan.degree("tp") * plan.degree("pp"))
+        only_held = held / plan.parameter_shards + held * _stay_gathered(plan)
     return only_held + _trained_bytes(plan, parameters, optimizer)
+
+
+def _stay_gathered(plan: Plan) -> bool:
+    """Whether FSDP2 keeps all parameters of a stage beside its own shards until the backward is done."""
+    return plan.engine is EngineName.torch and plan.fsdp_size > 1 and not plan.reshard_after_forward
 
 
 def _trained_bytes(plan: Plan, parameters: int, optimizer: Optimizer) -> float:
@@ -39,7 +46,7 @@ def _trained_bytes(plan: Plan, parameters: int, optimizer: Optimizer) -> float:
         return whole + held * partitioned / shards
     if not on_gpu:
         return 0.0
-    gathered = 0 if plan.reshard_after_forward or plan.fsdp_size == 1 else held * width
+    gathered = held * width * _stay_gathered(plan)
     gradients = held * master / (plan.fsdp_size if plan.degree("pp") == 1 else 1)
     return gathered + gradients + kept * master * held / plan.fsdp_size
 

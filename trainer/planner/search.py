@@ -29,6 +29,7 @@ from trainer.rules import config_fields
 SHOWN = 5
 ALIKE = 0.8
 """Of what one layout needs beyond its states, another with the same pieces needs at least this part."""
+GROWING = ("activations", "loss", "workspace")
 RECOMPUTE = (Checkpointing.full, Checkpointing.selective, Checkpointing.none)
 TOKENS_PER_STEP = 2**22
 """What a step takes where the command does not say it: 4 Mi tokens, usual for models of 8B to 70B."""
@@ -119,13 +120,21 @@ def search(config: Config, machine: Machine) -> Search:
     return _fitting(config, timed)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Beyond:
+    """Bytes of a rank beside its states. growing: with the micro-batch."""
+
+    fixed: float
+    growing: float
+
+
 class _Questions:
     """The estimates, and what they teach: beyond its states a rank needs much the same under every layout that computes
     the same pieces, so one estimate answers for many shapes."""
 
     def __init__(self, timed: Sequence[_Timed]) -> None:
         self.answers: dict[tuple[str, ...], Found | None] = {}
-        self.beyond: dict[tuple[object, ...], dict[int, float]] = defaultdict(dict)
+        self.beyond: dict[tuple[object, ...], dict[int, _Beyond]] = defaultdict(dict)
         self.smallest: dict[tuple[object, ...], _Timed] = {}
         for one in sorted(timed, key=lambda each: -each.size):
             self.smallest[one.candidate.layout, one.recompute] = one
@@ -134,7 +143,8 @@ class _Questions:
         """Its estimate, if it fits. Not asked where something smaller of its kind is known to be too large."""
         if one.pieces not in self.beyond:
             self.ask(self.smallest[one.candidate.layout, one.recompute])
-        needs = [more * one.size / size for size, more in self.beyond[one.pieces].items() if size <= one.size]
+        known = self.beyond[one.pieces].items()
+        needs = [more.fixed + more.growing * one.size / size for size, more in known if size <= one.size]
         if one.states + ALIKE * max(needs, default=0.0) > one.capacity:
             return None
         found = self.ask(one)
@@ -151,9 +161,10 @@ class _Questions:
             predicted = estimate(one.config, one.plan, heaviest=True)
         except NotEstimated:
             return None
-        more = predicted.busiest.device_bytes - one.states
+        growing = sum(predicted.busiest.components[name] for name in GROWING)
+        more = _Beyond(fixed=predicted.busiest.device_bytes - one.states - growing, growing=growing)
         known = self.beyond[one.pieces]
-        known[one.size] = min(more, known.get(one.size, more))
+        known[one.size] = min(more, known.get(one.size, more), key=lambda each: each.fixed + each.growing)
         return Found(candidate=one.candidate, plan=one.plan, time=one.time, estimate=predicted)
 
 
