@@ -1,35 +1,35 @@
 """`pytest --write-docs` writes docs/parity.md from what this session's tests measured, and what is quoted from it.
 
 Rows that were not measured in this session stay. To be rid of those of tests that are no more, delete the page and run
-all tests.
+all tests with --nightly.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.parity import ROWS, read_rows, render_table
-from tests.write_docs import pages, write
+from tests import kernels
 
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(kernels.folder()))
+pytest_plugins = ["tests.selection", "tests.shared", "tests.spent"]
+if find_spec("xdist"):
+    pytest_plugins.append("tests.lanes")
 PARITY_PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slurm-full", action="store_true", help="run the slow faults of tests/slurm too")
     parser.addoption("--write-docs", action="store_true", help="write docs/parity.md from this session's results")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slurm_full: a minute or more on a real Slurm; runs with --slurm-full")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slurm-full"):
-        for item in items:
-            if item.get_closest_marker("slurm_full"):
-                item.add_marker(pytest.mark.skip(reason="takes a minute or more: pytest --slurm-full"))
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(RowsOfLanes(), "rows-of-lanes")
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,36 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """What a lane's test has measured goes to the session that started the lane."""
+    report = yield
+    if call.when == "call" and hasattr(item.config, "workerinput"):
+        from tests.parity import ROWS  # and torch, which the session that starts the lanes does without
+
+        report.user_properties += [("row", [*row.cells, *row.distance.numbers]) for row in ROWS]
+        ROWS.clear()
+    return report
+
+
+class RowsOfLanes:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, cells in report.user_properties:
+            if name == "row" and report.when == "call":
+                from tests.parity import ROWS, Distance, Row
+
+                assert isinstance(cells, list)
+                layout, keys, processes, model, precision, *numbers = cells
+                ROWS.append(Row(layout, keys, processes, model, precision, Distance(*numbers)))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if session.config.getoption("--write-docs") and exitstatus == 0 and ROWS:
+    if not session.config.getoption("--write-docs") or exitstatus != 0 or hasattr(session.config, "workerinput"):
+        return
+    from tests.parity import ROWS, read_rows, render_table
+    from tests.write_docs import pages, write
+
+    if ROWS:
         earlier = read_rows(PARITY_PAGE.read_text()) if PARITY_PAGE.exists() else []
         PARITY_PAGE.write_text(render_table([*ROWS, *earlier]))
         for page in pages():

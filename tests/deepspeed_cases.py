@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from configs.errors import EnvironmentProblem
 from configs.load import load_config
@@ -18,6 +19,7 @@ from configs.schema import Config
 from tests import cases
 from tests.cases import Trained
 from tests.harness import run_ranks
+from tests.kernels import mark_complete
 from trainer import preflight
 from trainer.data.build import build_data
 from trainer.engine import Engine, StepReport, build_engine
@@ -176,12 +178,17 @@ def build_kernels(overrides: list[str]) -> None:
     plan = make_plan(config, find_machine())
     import_deepspeed("cpu")
     load_kernels(needed_kernels(config, plan), local_rank=0)
+    mark_complete()
 
 
 def build_or_skip(run: list[str]) -> None:
-    """In the test itself: compile the kernels the run needs (minutes, once), or skip where there is no compiler."""
+    """In the test itself: compile the kernels the run needs (minutes, once for a set of versions), or skip where there
+    is no compiler."""
     found = run_ranks(1, problems_of_machine, run, {})[0]
     lacking = [problem for problem in found if "compiled at first use" in problem]
     if lacking:
         pytest.skip("; ".join(lacking))
-    run_ranks(1, build_kernels, run, timeout=1800)
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "compiling.lock"):
+        run_ranks(1, build_kernels, run, timeout=1800)

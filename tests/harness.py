@@ -27,8 +27,10 @@ PRELOADED = [
     "transformers",
     "accelerate",
     "trainer.engine.torch",
+    "pytest",
     "tests.cases",
     "tests.preload_deepspeed",
+    "tests.preload_models",
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)

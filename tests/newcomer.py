@@ -1,7 +1,7 @@
 """A newcomer's path: a fresh clone, a fresh environment, the README from top to bottom, every command as printed.
 
     python -m tests.newcomer               all but the tests
-    python -m tests.newcomer --tests       and `bash tests/run.sh`, which takes most of an hour
+    python -m tests.newcomer --tests       and `bash tests/run.sh`, which takes half an hour
     python -m tests.newcomer --commands    prints them only
 
 It clones what is committed, and stops at the first command that fails. The WORDS of the doors are a short run's, of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import platform
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ import torch
 
 from tests.cases import Trained, train
 from tests.harness import run_ranks
+from tests.shared import once
 
 # Small, and awkward on purpose: ragged valid tokens, accumulation, active clipping, a vocabulary that does not divide.
 COMMON = [
@@ -52,7 +52,11 @@ class Distance:
 
     @property
     def largest(self) -> float:
-        return max(self.loss, self.grad_norm, self.parameters)
+        return max(self.numbers)
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        return self.loss, self.grad_norm, self.parameters
 
 
 @dataclass(frozen=True, order=True)
@@ -70,11 +74,15 @@ class Row:
     def adapters(self) -> bool:
         return "tuning=" in self.keys
 
+    @property
+    def cells(self) -> tuple[str, str, int, str, str]:
+        return self.layout, self.keys, self.processes, self.model, self.precision
+
 
 ROWS: list[Row] = []
 
 
-@functools.cache
+@once
 def reference(model: str, precision: str, steps: int, *extra: str) -> Trained:
     """The single process on the same global batch. Fails if it did not train: equal numbers would then mean little."""
     trained = run_ranks(1, train, words(model, "single", precision, steps, *extra))[0]

@@ -6,10 +6,12 @@ import math
 
 import pytest
 
+from tests.cases import Trained
 from tests.harness import run_ranks
 from tests.mutations import BUGS, train_with
 from tests.parity import distance, reference, words
-from tests.test_parity import FLOAT64
+from tests.shared import once
+from tests.test_parity import FLOAT64, TORCH
 
 # bug -> (layout, processes, model)
 PLANTED: dict[str, tuple[str, int, str]] = {
@@ -28,12 +30,19 @@ def test_every_bug_is_planted() -> None:
     assert BUGS.keys() - {"none"} == PLANTED.keys()
 
 
+def test_what_sees_a_bug_runs_with_every_change() -> None:
+    assert all(model in TORCH[layout][1] for layout, _, model in PLANTED.values())
+
+
+@once
+def trained(layout: str, processes: int, model: str, bug: str) -> Trained:
+    return run_ranks(processes, train_with, bug, words(model, layout, "fp64", STEPS, *EXTRA))[0]
+
+
 @pytest.mark.parametrize("bug", PLANTED)
 def test_parity_sees_the_bug(bug: str) -> None:
-    layout, processes, model = PLANTED[bug]
+    model = PLANTED[bug][2]
     expected = reference(model, "fp64", STEPS, *EXTRA)
-    overrides = words(model, layout, "fp64", STEPS, *EXTRA)
-    healthy = run_ranks(processes, train_with, "none", overrides)[0]
-    assert distance(healthy, expected).largest <= FLOAT64
-    broken = distance(run_ranks(processes, train_with, bug, overrides)[0], expected)
+    assert distance(trained(*PLANTED[bug], "none"), expected).largest <= FLOAT64
+    broken = distance(trained(*PLANTED[bug], bug), expected)
     assert math.isnan(broken.largest) or broken.largest > 1e4 * FLOAT64, broken

@@ -3,40 +3,50 @@
 In float64, where each real bug shows (a skipped all-reduce, a mean of means, a lost micro-batch) and rounding does
 not; and once more in float32. Ragged valid tokens, active clipping and a vocabulary that does not divide are in all
 of them. The layouts are the files of configs/parallel: a new one fails here until it has a row.
+
+With every change each layout, and each pair of axes that a plan allows, is trained with the models that it may treat
+differently. What only repeats that for another model, size or precision is nightly.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
 
 import pytest
 
 import configs
+from configs.load import load_config
 from tests.cases import train, train_compiled
 from tests.harness import run_ranks
 from tests.parity import MODELS, distance, measure, reference, words
+from tests.selection import rows
+from trainer.machine import Machine
+from trainer.plan import make_plan
 
 FLOAT64 = 1e-10
 FLOAT32 = 1e-5
-STEPS = 10
+STEPS = 6
+nightly = pytest.mark.nightly
 ACCUMULATE = ("train.gradient_accumulation_steps=2",)
 
-# preset -> (processes, further keys). DeepSpeed's rows stand in test_parity_deepspeed.
+# preset -> (processes, models of every change; the others are nightly). DeepSpeed's rows: test_parity_deepspeed. Each
+# axis meets llama and a tied embedding (gpt2, qwen3); cut matrices also norms on heads (qwen3) and Conv1D (gpt2);
+# divided sequences also learned positions (gpt2).
 TORCH: dict[str, tuple[int, tuple[str, ...]]] = {
-    "ddp": (2, ()),
-    "fsdp": (2, ()),
-    "fsdp_offload": (2, ()),
-    "hsdp": (4, ()),
-    "tensor": (2, ()),
-    "tensor_data": (4, ()),
-    "tensor_fsdp": (4, ()),
-    "pipeline": (2, ()),
-    "pipeline_data": (4, ()),
-    "pipeline_fsdp": (4, ()),
-    "3d": (8, ()),
-    "3d_zero1": (8, ()),
-    "context": (2, ()),
+    "ddp": (2, ("llama",)),
+    "fsdp": (2, ("llama", "gpt2")),
+    "fsdp_offload": (2, ("qwen3",)),
+    "hsdp": (4, ("gpt2",)),
+    "tensor": (2, ("llama", "qwen3", "gpt2")),
+    "tensor_data": (4, ("gpt2",)),
+    "tensor_fsdp": (4, ("qwen3",)),
+    "pipeline": (2, ("llama", "gpt2")),
+    "pipeline_data": (4, ("qwen3",)),
+    "pipeline_fsdp": (4, ("llama",)),
+    "3d": (8, ("gpt2",)),
+    "3d_zero1": (8, ("llama",)),
+    "context": (2, ("llama", "gpt2")),
 }
 VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "ddp on 4": ("ddp", 4, ()),
@@ -64,6 +74,8 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "context on 4, with a pipeline": ("context", 4, ("parallel.pp=2",)),
     "context on 4, sharded over data as well": ("context", 4, ("parallel.dp_shard=2",)),
 }
+# Other sizes of an axis, and what a later variant has in it as well.
+REPEATED = {"ddp on 4", "fsdp on 4", "tensor_fsdp, sequence parallel", "pipeline, recompute"}
 SCHEDULES = ["gpipe", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"]
 KEYS: dict[str, tuple[str, ...]] = {
     "no accumulation": (),
@@ -74,31 +86,56 @@ KEYS: dict[str, tuple[str, ...]] = {
     "no clipping": ("train.clip_grad_norm=0",),
     "loss in slices": ("train.chunked_loss=true",),
 }
+# Where a key meets code of the layout's own: the ends of accumulation, hooks of recompute, divided heads and logits,
+# norms of shards. Every key has a row.
+MEETS = {
+    *(("ddp", "no accumulation"), ("ddp", "selective recompute"), ("fsdp", "full recompute"), ("fsdp", "sgd")),
+    *(("fsdp", "no clipping"), ("tensor", "full recompute"), ("tensor", "eager attention"), ("tensor", "no clipping")),
+    *(("tensor", "loss in slices"), ("fsdp", "loss in slices")),
+}
 
 
 def test_every_layout_has_a_row() -> None:
     files = {file.stem for file in (Path(configs.__file__).parent / "parallel").glob("*.yaml")}
     deepspeed = {name for name in files if name.startswith("zero")}
     assert files - deepspeed - {"single"} == TORCH.keys()
+    assert all(models for _, models in TORCH.values()), "a layout has nightly rows only"
+    assert {key for _, key in MEETS} == KEYS.keys()
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", TORCH)
+def test_every_pair_of_axes_has_a_row() -> None:
+    """With every change, each two axes that a plan can have together."""
+    axes = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
+    often = [(layout, processes, ()) for layout, (processes, _) in TORCH.items()]
+    often += [row for name, row in VARIANTS.items() if name not in REPEATED]
+    found: set[tuple[str, str]] = set()
+    for layout, processes, keys in often:
+        overrides = words("llama", layout, "fp64", STEPS, *ACCUMULATE, *keys)
+        plan = make_plan(load_config(overrides), Machine(world_size=processes, local_world_size=processes))
+        found |= set(combinations([axis for axis in axes if plan.degree(axis) > 1], 2))
+    # Copies of a model whose sequences are divided: cp counts as sharding, so that hsdp with cp is the same code.
+    assert found == set(combinations(axes, 2)) - {("dp_replicate", "cp")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "model"), rows(product(TORCH, MODELS), lambda layout, model: model in TORCH[layout][1])
+)
 def test_layout_equals_single_process(layout: str, model: str) -> None:
-    processes, keys = TORCH[layout]
-    found = measure([layout, *keys], processes, model=model, precision="fp64", steps=STEPS, extra=ACCUMULATE)
+    found = measure([layout], TORCH[layout][0], model=model, precision="fp64", steps=STEPS, extra=ACCUMULATE)
     assert found.largest <= FLOAT64, found
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", rows(zip(VARIANTS), lambda variant: variant not in REPEATED))
 def test_variant_equals_single_process(variant: str) -> None:
     layout, processes, keys = VARIANTS[variant]
     found = measure([layout, *keys], processes, model="llama", precision="fp64", steps=STEPS, extra=ACCUMULATE)
     assert found.largest <= FLOAT64, found
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+# Tied embeddings under every schedule: test_pipeline_parallel.
+@pytest.mark.parametrize(
+    ("schedule", "model"), rows(product(SCHEDULES, ("llama", "gpt2")), lambda _, model: model == "llama")
+)
 def test_schedule_equals_single_process(schedule: str, model: str) -> None:
     keys = [f"parallel.pipeline.schedule={schedule}"]
     micro_batches = ("train.gradient_accumulation_steps=4",)
@@ -106,15 +143,13 @@ def test_schedule_equals_single_process(schedule: str, model: str) -> None:
     assert found.largest <= FLOAT64, found
 
 
-@pytest.mark.parametrize("layout", TORCH)
+@pytest.mark.parametrize("layout", rows(zip(TORCH), lambda layout: layout in ("fsdp", "tensor", "pipeline", "context")))
 def test_float32_stays_within_rounding(layout: str) -> None:
-    processes, keys = TORCH[layout]
-    found = measure([layout, *keys], processes, model="llama", precision="fp32", steps=STEPS, extra=ACCUMULATE)
+    found = measure([layout], TORCH[layout][0], model="llama", precision="fp32", steps=STEPS, extra=ACCUMULATE)
     assert max(found.loss, found.grad_norm) <= FLOAT32, found
 
 
-@pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tensor"])
+@pytest.mark.parametrize(("layout", "keys"), rows(product(("ddp", "fsdp", "tensor"), KEYS), lambda *row: row in MEETS))
 def test_option_equals_single_process(layout: str, keys: str) -> None:
     found = measure([layout], 2, model="llama", precision="fp64", steps=5, extra=KEYS[keys])
     assert found.largest <= FLOAT64, found
@@ -159,8 +194,17 @@ def test_recompute_changes_nothing(mode: str) -> None:
 NARROW = {"single": 1, "ddp": 2, "fsdp": 2, "tensor": 2, "pipeline": 2, "context": 2, "3d": 8, "3d_zero1": 8}
 
 
-@pytest.mark.parametrize("layout", NARROW)
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 5e-3), ("fp16", 2e-3)])
+# 3d has in it what the pairs have.
+NARROW_OFTEN = {"bf16": ("single", "fsdp", "tensor", "pipeline", "context", "3d"), "fp16": ("fsdp", "tensor")}
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "layout"),
+    rows(
+        ((*precision, layout) for precision in (("bf16", 5e-3), ("fp16", 2e-3)) for layout in NARROW),
+        lambda precision, _, layout: layout in NARROW_OFTEN[precision],
+    ),
+)
 def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str) -> None:
     expected = reference("llama", "fp32", STEPS)
     # A scale that float16 gradients of this model never overflow: a skipped step would set the runs apart.
@@ -174,7 +218,7 @@ def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str
     assert max(abs(a - b) / b for a, b in norms) <= 0.1
 
 
-@pytest.mark.parametrize("layout", ["single", "ddp", "fsdp", "3d"])
+@pytest.mark.parametrize("layout", ["single", pytest.param("ddp", marks=nightly), "fsdp", "3d"])
 def test_fp16_overflow_halves_the_scale_and_skips(layout: str) -> None:
     keys = ("precision.loss_scale_init=16777216", "precision.loss_scale_window=4", "train.clip_grad_norm=1.0")
     ranks = run_ranks(NARROW[layout], train, words("llama", layout, "fp16", 14, *keys))

@@ -5,7 +5,6 @@ Whole presets, with the engine around them, are the business of test_parity; her
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,7 @@ from configs.errors import ConfigError
 from configs.load import load_config
 from tests import tensor_cases
 from tests.harness import run_ranks
+from tests.shared import once
 from tests.tensor_cases import LLAMA, MODELS, Case, Trained
 from trainer.machine import Machine
 from trainer.model import tied_names
@@ -30,7 +30,7 @@ ON_FOUR = ["llama", "llama_tied_odd_vocabulary", "llama_one_kv_head", "llama_two
 FOLDS_SEQUENCES = {"opt"}
 
 
-@functools.cache
+@once
 def reference(model: str, *, adapters: bool = False) -> Trained:
     trained = run_ranks(1, tensor_cases.train, [Case(model, adapters=adapters)])[0][0]
     learned = 0.05 if adapters else 0.5

@@ -12,7 +12,7 @@ import pytest
 from tests.slurm.running import Cluster, Run, same_run
 
 pytestmark = pytest.mark.timeout(1200)
-full = pytest.mark.slurm_full
+full = pytest.mark.nightly
 
 
 @pytest.fixture

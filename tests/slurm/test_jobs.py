@@ -28,7 +28,7 @@ def test_two_nodes_under_torchrun(alone: Run) -> None:
         assert "preflight  4 ranks on 2 node(s) agree" in log
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("accelerate", marks=pytest.mark.slurm_full)])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("accelerate", marks=pytest.mark.nightly)])
 def test_two_nodes_under_other_launchers(launcher: str, cluster: Cluster, alone: Run) -> None:
     run = cluster.launch(cluster.tmp / launcher, f"launcher={launcher}")
     assert run.end() == "COMPLETED", run.log()
@@ -98,7 +98,7 @@ def test_setup_lines_run_and_secrets_stay_in_the_environment(cluster: Cluster, r
     assert CANARY not in done.stdout + done.stderr
 
 
-@pytest.mark.slurm_full
+@pytest.mark.nightly
 def test_jobs_of_an_array_follow_each_other(cluster: Cluster, run_dir: Path, alone: Run) -> None:
     """The first is told to stop near its limit, the second finishes, the third finds nothing to do."""
     run = cluster.launch(run_dir, "cluster.slurm.array=1-3%1")

@@ -71,7 +71,7 @@ def test_the_page_s_commands(cluster: Cluster) -> None:
     assert "submitted  array" in said
 
 
-@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slurm_full)])
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_the_example_without_the_launcher(nodes: int, cluster: Cluster, run_dir: Path) -> None:
     """It stops near the time limit without a word of failure, goes back to the queue, and finishes."""
     ours = ("cluster=slurm", "cluster.nodes=", "cluster.slurm")

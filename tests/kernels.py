@@ -1,0 +1,55 @@
+"""DeepSpeed's compiled kernels: once for a set of versions, wherever the checkout and its environment are.
+
+torch compiles them again for every environment, because the headers' folder is part of the command: eight minutes of
+a processor. Here they are kept by what they depend on, and one that was finished is loaded as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+COMPLETE = "complete"
+
+
+def folder() -> Path:
+    """Of these versions, on this kind of processor: the kernels are compiled for the one at hand."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        flags = next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    names = [f"{name}-{version(name)}" for name in ("torch", "deepspeed")]
+    names += [f"python-{platform.python_version()}", hashlib.sha256(flags.encode()).hexdigest()[:8]]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "distributed-training-cookbook" / "kernels" / "_".join(names)
+
+
+def load_complete_ones() -> None:
+    """From now on this process, and all that are forked from it, take a finished kernel without asking ninja."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from torch.utils import cpp_extension
+
+    compile_and_load = OpBuilder.jit_load
+
+    def jit_load(self: Any, verbose: bool = True) -> Any:
+        built = Path(os.environ["TORCH_EXTENSIONS_DIR"], self.name)
+        if not (built / COMPLETE).exists():
+            return compile_and_load(self, verbose)
+        module = cpp_extension._import_module_from_library(self.name, str(built), True)
+        OpBuilder._loaded_ops[self.name] = module
+        return module
+
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        OpBuilder.jit_load = jit_load
+
+
+def mark_complete() -> None:
+    """What is compiled by now. Call while nothing else compiles there."""
+    for built in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/*.so"):
+        if built.stem == built.parent.name:
+            (built.parent / COMPLETE).touch()

@@ -1,0 +1,16 @@
+"""Imported once by the harness's fork server: what each rank else imports to read a configuration or build a model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from configs.load import load_config
+
+for model in ("gpt2", "llama", "qwen3"):
+    import_module(f"transformers.models.{model}.modeling_{model}")
+for module in ("generation.utils", "processing_utils", "convert_slow_tokenizer", "tokenization_utils_tokenizers"):
+    import_module(f"transformers.{module}")
+for module in ("checkpoint.keeper", "data.build", "loop"):
+    import_module(f"trainer.{module}")
+# Hydra looks for its plugins once per process.
+load_config(["model=tiny"])
