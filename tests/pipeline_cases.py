@@ -223,7 +223,7 @@ def _engine_stages(pipeline: Pipeline) -> list[Any]:
 def _buffers(pipeline: Pipeline) -> int:
     """Tensors that torch's engine has set aside for what neighbours send."""
     rows = [row for stage in _engine_stages(pipeline) for row in (stage.args_recv_info, stage.grad_recv_info)]
-    return sum(info.buffer is not None for row in rows for infos in row.values() for info in infos)
+    return sum(getattr(info, "buffer", None) is not None for row in rows for infos in row.values() for info in infos)
 
 
 def _recording(method: Callable[..., Any], kind: str, stage: int, actions: list[Action]) -> Callable[..., Any]:

@@ -181,6 +181,15 @@ def test_gate_refuses_warns_or_looks_away(cache: str, tmp_path: Path) -> None:
     assert check_memory(load_config([*words, "estimate.gate=off"]), plan, driver=tmp_path) == []
 
 
+def test_a_gate_that_could_not_estimate_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that lacks what the estimator reads: the run may start, and its reader knows that nobody looked."""
+    monkeypatch.delattr("transformers.integrations.moe._can_use_grouped_mm")
+    words = ["model=tiny", "parallel=single", "cluster.device=cuda", f"data.cache_dir={tmp_path}"]
+    config = load_config(words)
+    (line,) = check_memory(config, make_plan(config, Machine(gpus=1)), driver=tmp_path)
+    assert line.startswith("memory     not estimated, so nothing says whether this fits: AttributeError: ")
+
+
 def test_cached_answer_needs_no_torch(cache: str) -> None:
     words = ["model=tiny", "parallel=fsdp", "cluster=8xh100", "estimate.suggest=false", cache]
     assert main(words) == 0

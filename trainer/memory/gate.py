@@ -1,6 +1,6 @@
 """Before anything starts: does the plan fit the GPUs that are here? `estimate.gate` says what follows.
 
-A layout that is not estimated, and a GPU that the table does not know, never stop a run: they are told.
+What is not estimated, and a GPU that the table does not know, never stop a run: one line says so.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from configs.schema import Config
 from trainer.machine import Machine
 from trainer.memory.estimate import GIB, Estimate, Verdict, estimate
 from trainer.memory.suggest import suggest
-from trainer.memory.tracing import NotEstimated
+from trainer.memory.tracing import NotEstimated, why_not
 from trainer.plan import Plan
 
 EXIT_DOES_NOT_FIT = 3
+UNCHECKED = "memory     not estimated, so nothing says whether this fits"
 
 
 class DoesNotFit(CookbookError):
@@ -34,8 +35,11 @@ def check_memory(config: Config, plan: Plan, *, driver: Path = Path("/proc/drive
         return []
     try:
         found = estimate(config, plan, found_gpu=_gpu_name(driver))
-    except NotEstimated as error:
-        return [f"memory not estimated: {problem}" for problem in error.problems]
+    except Exception as error:
+        if isinstance(error, CookbookError) and not isinstance(error, NotEstimated):
+            raise  # a mistake in the words
+        # A defect of the estimator must not end a run that has nothing to do with it.
+        return [f"{UNCHECKED}: {why_not(error)}"]
     size, device = found.busiest.device_bytes / GIB, found.device
     known = not device.assumed or config.cluster.gpu_memory_gib is not None
     line = f"memory     {size:.1f} GiB per GPU predicted"

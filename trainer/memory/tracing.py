@@ -28,6 +28,13 @@ class NotEstimated(CookbookError):
     """The command cannot answer for this configuration, and says what it would have left out."""
 
 
+def why_not(error: Exception) -> str:
+    """Why there is no estimate, in one line: a refusal's own words, or a defect's name."""
+    if isinstance(error, CookbookError):
+        return "; ".join(error.problems)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 _models: dict[str, PreTrainedModel] = {}
 
 

@@ -22,10 +22,10 @@ from types import TracebackType
 
 import torch
 
-from configs.errors import CookbookError
 from configs.schema import Config
 from trainer.memory.compose import STEPS
 from trainer.memory.estimate import Estimate, RankEstimate, estimate
+from trainer.memory.tracing import why_not
 from trainer.memory.tracker import Born, Died, Event, StorageTracker
 from trainer.plan import Plan
 from trainer.report.measure import peak_memory
@@ -59,11 +59,9 @@ def predict(config: Config, plan: Plan) -> Prediction:
         # A run draws the same random numbers whether its estimate was traced just now or read from disk.
         with torch.random.fork_rng(devices=[]):
             return Prediction(estimate=estimate(config, plan, found_gpu=found))
-    except CookbookError as error:
-        return Prediction(note=f"not estimated: {'; '.join(error.problems)}")
     except Exception as error:
         # A defect of the estimator must not end a run that has nothing to do with it.
-        return Prediction(note=f"not estimated: {type(error).__name__}: {' '.join(str(error).split())}")
+        return Prediction(note=f"not estimated: {why_not(error)}")
 
 
 class MemoryCheck:
