@@ -333,7 +333,8 @@ class Cluster:
     gpus_per_node: int | None = None
     """Processes per node. Null: what the launcher started; else this machine's GPUs; else CPU processes."""
     gpu: str | None = None
-    """Name of a known GPU (`trainer/devices.py`), for its memory and peak FLOP/s. Null: the one that is found."""
+    """A known GPU (`trainer/devices.py`) by a usual name, for its memory and peak FLOP/s: h100, a100-80gb, rtx4090.
+    Null: the one that is found."""
     gpu_memory_gib: float | None = None
     """Memory of the GPU that an estimate is compared with; null: that of `gpu`."""
     network_gb_per_second: float | None = None

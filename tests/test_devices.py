@@ -35,6 +35,17 @@ GIB = 2**30
         ("AMD Instinct MI300X", "MI300X"),
         ("AMD Instinct MI300X VF", "MI300X"),
         ("h100-sxm", "H100-SXM"),
+        # As people write them.
+        ("h100", "H100-SXM"),
+        ("H100_SXM5 80GB", "H100-SXM"),
+        ("h100-pcie", "H100-PCIe"),
+        ("a100-80gb", "A100-SXM-80GB"),
+        ("A100 40G", "A100-SXM-40GB"),
+        ("V100-32GB", "V100-SXM-32GB"),
+        ("H200-SXM", "H200"),
+        ("rtx4090", "RTX-4090"),
+        ("4090", "RTX-4090"),
+        ("mi300x", "MI300X"),
     ],
 )
 def test_finds_a_gpu_by_either_name(torch_name: str, name: str) -> None:
@@ -55,7 +66,11 @@ def test_finds_a_gpu_by_either_name(torch_name: str, name: str) -> None:
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 3090 Ti",
-        "H100",
+        "A100",
+        "a10g",
+        "gh200",
+        "80gb",
+        "sxm",
         "",
     ],
 )
@@ -87,6 +102,8 @@ def test_names_are_distinct_and_each_torch_name_has_one_row() -> None:
 def test_an_unknown_gpu_is_one_line_that_lists_the_known_ones() -> None:
     assert list(check_gpu(None)) == []
     assert list(check_gpu("b200")) == []
+    (problem,) = check_gpu("a100")
+    assert problem == "cluster.gpu=a100: there are several; choose A100-SXM-40GB or A100-SXM-80GB"
     (problem,) = check_gpu("H9000")
     assert problem.startswith("cluster.gpu=H9000: not in the table of known GPUs; use A100-SXM-40GB, ")
     assert "MI300X" in problem

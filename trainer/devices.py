@@ -123,15 +123,56 @@ GPUS: tuple[Gpu, ...] = (
 )
 
 
+# How people write parts of these names, beside the parts of `Gpu.name` itself.
+_ALIASES = {
+    "H100-SXM": "80gb hbm3",
+    "H100-PCIe": "80gb",
+    "H200": "sxm 141gb",
+    "B200": "sxm 180gb 192gb",
+    "L40S": "48gb",
+    "L4": "24gb",
+    "A10": "24gb",
+    "RTX-4090": "geforce 24gb",
+    "RTX-3090": "geforce 24gb",
+    "MI300X": "192gb oam",
+}
+
+
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU that torch calls `name`, or that this table does; None for one that is not listed."""
+    """The GPU that torch calls `name`, or that this table does, or that people do: h100, a100_80gb, "RTX 4090". None
+    for one that is not listed, and for a name that several sizes share."""
     for gpu in GPUS:
         if gpu.name.lower() == name.lower() or re.fullmatch(gpu.torch_name, name):
             return gpu
-    return None
+    meant = _meant(name)
+    return meant[0] if len(meant) == 1 else None
+
+
+def _meant(name: str) -> list[Gpu]:
+    """Every GPU that has all parts of a name, the model's among them; of one size the SXM form goes before PCIe."""
+    parts = _parts(name)
+    found = [gpu for gpu in GPUS if parts and parts <= _parts(f"{gpu.name} {_ALIASES.get(gpu.name, '')}")]
+    found = [gpu for gpu in found if _model(gpu) in parts]
+    return [gpu for gpu in found if "SXM" in gpu.name] or found
+
+
+def _model(gpu: Gpu) -> str:
+    return gpu.name.lower().removeprefix("rtx-").partition("-")[0]
+
+
+def _parts(name: str) -> set[str]:
+    """Words of a name: sxm4 is sxm, 80g is 80gb, rtx4090 is rtx 4090."""
+    text = re.sub(r"sxm\d", "sxm", re.sub(r"rtx(?=\d)", "rtx ", name.lower()))
+    text = re.sub(r"(\d+) ?gi?b?(?![a-z0-9])", r"\1gb", text)
+    return set(re.findall(r"[a-z0-9]+", text))
 
 
 def check_gpu(name: str | None) -> Iterator[str]:
     """What is wrong with `cluster.gpu`, in one line."""
-    if name is not None and find_gpu(name) is None:
+    if name is None or find_gpu(name) is not None:
+        return
+    meant = _meant(name)
+    if meant:
+        yield f"cluster.gpu={name}: there are several; choose {' or '.join(gpu.name for gpu in meant)}"
+    else:
         yield f"cluster.gpu={name}: not in the table of known GPUs; use {', '.join(gpu.name for gpu in GPUS)}, or null"
