@@ -2,20 +2,24 @@
 
     python -m launch [key=value ...] [--config-dir DIR] [--help | --cfg job | --info] [-m]
 
-The flags are Hydra's, the words mean what they mean to Hydra; the ranks of a job use them too, and must not run
+The flags are Hydra's, the overrides mean what they mean to Hydra; the ranks of a job use them too, and must not run
 `@hydra.main`: it makes folders per rank. Nothing here imports torch, so that every answer is instant.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from configs import foreign
 from configs.errors import ConfigError, CookbookError
 from configs.load import chosen_options, group_options, load_config, to_yaml
+
+LONGEST_LINE = 4000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +81,10 @@ def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
     if door.sweeps:
         parser.add_argument("-m", "--multirun", dest="sweep", action="store_true")
     parser.add_argument("overrides", nargs="*")
+    known = {word: foreign.answer(word[2:].partition("=")[0]) for word in argv if word.startswith("--")}
+    if any(known.values()):
+        lines = (f"{word}: no such flag; here it is {key}, without dashes" for word, key in known.items() if key)
+        raise ConfigError(*lines)
     found = parser.parse_intermixed_args(argv)
     return Arguments(
         overrides=tuple(found.overrides),
@@ -101,8 +109,23 @@ def show(door: Door, arguments: Arguments) -> str:
     return "\n".join(f"{group:<11}{option or '-'}" for group, option in sorted(chosen.items()))
 
 
+def say(text: str) -> None:
+    """Print what was asked for. A reader that has seen enough, such as `head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def turn_away(error: CookbookError) -> int:
     """Print what the user can mend, one line each, without a traceback. Returns the exit code."""
-    for problem in error.problems:
-        print(problem, file=sys.stderr)
+    for line in dict.fromkeys(one_line(problem) for problem in error.problems):
+        print(line, file=sys.stderr)
     return error.exit_code
+
+
+def one_line(problem: str) -> str:
+    """A problem as one line of a terminal, whatever characters a value in it holds."""
+    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in problem)
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[: LONGEST_LINE // 2]} ... {shown[-LONGEST_LINE // 2 :]}"

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
-from configs.overrides import unknown_key, value_rule
+from configs.files import broken_yaml
+from configs.keys import value_rule
+from configs.overrides import unknown_key, unreadable_value
 
 
 def explain(
@@ -19,7 +21,7 @@ def explain(
 ) -> str:
     """One line for an error met while composing `overrides`. groups: the options of each group."""
     if isinstance(error, yaml.MarkedYAMLError):
-        return _broken_yaml(error)
+        return broken_yaml(error)
     text = re.sub(r"\s+", " ", f"{error} {error.__cause__ or ''}")
     word = str(getattr(error, "override", "")) or _search(r"Ambiguous value for argument '(.*?)' 1\.", text)
     if word:
@@ -40,16 +42,6 @@ def explain(
     return f"{where}{key}: {message}" if key else f"{where}{message}"
 
 
-def unreadable_value(word: str) -> str:
-    """For an override that Hydra's grammar refuses, or takes for the choices of a sweep where one value is wanted."""
-    word = word.lstrip("+")
-    key, _, value = word.partition("=")
-    if "," in value and not value.startswith(("[", "{", "(")):
-        return f"{word}: one value expected; for a list write {key}=[{value}], for several runs add -m"
-    example = '["a=b", "c d"]' if value.startswith("[") else '"..."'
-    return f"{word}: the value cannot be read; close its brackets, or quote it: '{key}={example}'"
-
-
 def _value(key: str, text: str, overrides: Sequence[str]) -> str:
     """The value that was refused: as it was typed, else as the error quotes it."""
     typed = {word.partition("=")[0]: word.partition("=")[2] for word in overrides}
@@ -57,12 +49,6 @@ def _value(key: str, text: str, overrides: Sequence[str]) -> str:
         return typed[key]
     quoted = _search(r"[Vv]alue:? '(.*?)'", text) or "..."
     return "null" if quoted == "None" or "not Optional" in text else quoted
-
-
-def _broken_yaml(error: yaml.MarkedYAMLError) -> str:
-    mark = error.problem_mark or error.context_mark
-    place = f"{mark.name}, line {mark.line + 1}" if mark else "YAML"
-    return f"{place}: not valid YAML: {error.problem}"
 
 
 def _search(pattern: str, text: str) -> str:

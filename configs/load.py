@@ -4,32 +4,38 @@
 
 is composed from left to right: the defaults of `schema.py`, the group files that `config.yaml` names (here
 with `model/gpt2.yaml` and `parallel/zero2.yaml` chosen), the experiment if one is given, the single keys.
-The same overrides give the same `Config` on every rank: nothing in the YAML asks for the time, the
-environment or Hydra's state.
+The same overrides give the same `Config` on every rank: nothing in the YAML asks for the time. Before the
+`Config` is returned every number lies in its range, so that whoever derives from it need not ask again.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Generator, Sequence
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs import files as user_files
 from configs.errors import ConfigError
-from configs.explain import explain, unreadable_value
-from configs.overrides import check_overrides, is_open
+from configs.explain import explain
+from configs.interpolation import Resolved, on_record, remember
+from configs.keys import broken_rule, is_open, plain_kind, schema_keys
+from configs.overrides import as_typed, check_overrides, interval, quote_value, unreadable_value
+from configs.ranges import check_ranges
 from configs.schema import Config
 
 HYDRA_VERSION_BASE = "1.3"
@@ -65,42 +71,77 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _choices(parser: OverridesParser, word: str) -> list[str]:
-    """The words that one word of a sweep stands for: itself, unless it lists several values."""
-    key, equals, _ = word.partition("=")
+    """The overrides that one of a sweep stands for: itself, unless it lists several values."""
+    key, equals, text = word.partition("=")
     if not equals:
         return [word]
     try:
         override = parser.parse_overrides([word])[0]
-        return (
-            [f"{key}={value}" for value in override.sweep_string_iterator()] if override.is_sweep_override() else [word]
-        )
-    except HydraException:
+        if not override.is_sweep_override():
+            return [word]
+        value = override.value()
+        if isinstance(value, IntervalSweep):
+            raise ConfigError(interval(word))
+        values = list(override.sweep_string_iterator())
+    except (HydraException, ValueError, RecursionError):
         raise ConfigError(unreadable_value(word)) from None
+    if key in schema_keys() and plain_kind(key) is str and isinstance(value, ChoiceSweep) and value.simple_form:
+        # A text keeps its characters: 1e5 is not 100000.0, unless a comma stands inside of quotes.
+        typed = [each.strip() for each in text.split(",")]
+        values = typed if len(typed) == len(values) else values
+    return [f"{key}={each}" for each in values]
 
 
 def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, dict[str, str]]:
-    search = [f"hydra.searchpath=[file://{folder}]" for folder in _user_folder(config_dir)]
+    folders = _user_folder(config_dir)
     groups = group_options(config_dir)
     problems = check_overrides(overrides, groups)
     if problems:
         raise ConfigError(*problems)
+    quoted = [quote_value(f"{user_files.SCHEME}://{folder}") for folder in folders]
     try:
         with _hydra():
             # Hydra asks for a + where a key is new; in the open dictionaries of the schema none is needed.
-            words = [f"++{word}" if is_open(word.partition("=")[0]) else word for word in overrides]
-            composed = compose("config", overrides=[*words, *search], return_hydra_config=True)
+            words = [f"++{word}" if is_open(word.partition("=")[0]) else as_typed(word) for word in overrides]
+            words += [f"hydra.searchpath=[{each}]" for each in quoted]
+            composed = compose("config", overrides=words, return_hydra_config=True)
             choices = cast(dict[str, str], OmegaConf.to_container(composed.hydra.runtime.choices))
-            ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-            return to_config(ours), {group: option for group, option in choices.items() if "/" not in group}
+            tree = OmegaConf.to_container(OmegaConf.masked_copy(composed, [f.name for f in dataclasses.fields(Config)]))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(explain(error, overrides=overrides, groups=groups)) from None
+    except RecursionError:
+        raise ConfigError(_endless(folders, overrides)) from None
+    chosen = {group: option for group, option in choices.items() if "/" not in group}
+    _check_names(chosen, folders)
+    config = to_config(cast(dict[str, Any], tree))
+    problems = list(check_ranges(config))
+    if problems:
+        raise ConfigError(*problems)
+    return config, chosen
+
+
+def _endless(folders: Sequence[Path], overrides: Sequence[str]) -> str:
+    """For a recursion that only a file of the user can begin, or brackets in an override."""
+    named = [file for folder in folders for word in overrides for file in folder.glob(f"{word.replace('=', '/')}.yaml")]
+    where = f"{named[0]}" if named else " ".join(overrides)
+    return f"{where}: a defaults list leads back to a file that names it; take that entry out"
+
+
+def _check_names(chosen: Mapping[str, str], folders: Sequence[Path]) -> None:
+    """Raises ConfigError for a file of the user that is hidden by one of ours."""
+    ours = Path(str(files("configs")))
+    for folder in folders:
+        for group, option in chosen.items():
+            file = f"{group}/{option}.yaml"
+            if (folder / file).exists() and (ours / file).exists():
+                raise ConfigError(f"{folder / file}: {group}={option} is an option of this package; rename the file")
 
 
 @contextmanager
 def _hydra() -> Generator[None, None, None]:
     """Hydra's global state with our package as the primary source and our schema known, put back at the end."""
     GlobalHydra.instance().clear()
-    ConfigStore.instance().store(name="schema", node=Config)
+    _introduce()
     try:
         with initialize_config_module("configs", version_base=HYDRA_VERSION_BASE):
             yield
@@ -108,43 +149,72 @@ def _hydra() -> Generator[None, None, None]:
         GlobalHydra.instance().clear()
 
 
+@cache
+def _introduce() -> None:
+    """Make our schema and the folders of users known to Hydra, which keeps both."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    user_files.register()
+
+
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(Config)
+
+
 def _user_folder(config_dir: str | None) -> list[Path]:
     if config_dir is None:
         return []
     folder = Path(config_dir).expanduser().resolve()
-    if not folder.is_dir():
+    if not config_dir or not folder.is_dir():
         raise ConfigError(f"--config-dir={config_dir}: no such folder; give one that holds group folders")
     return [folder]
 
 
-def to_config(composed: DictConfig) -> Config:
-    """Check a composed tree against the schema once more and make it plain dataclasses.
+def to_config(tree: Mapping[str, Any], *, tolerant: bool = False) -> Config:
+    """Resolve a tree, check it against the schema and make it plain dataclasses. tolerant: an interpolation that cannot
+    be resolved stays as it is. Raises ConfigError with every problem."""
+    resolved = Resolved(tree)
+    problems = [f"{key}={text}: {reason}" for key, text, reason in resolved.problems]
+    failed = {key for key, _, _ in resolved.problems}
+    if tolerant:
+        problems = []
+    for key in schema_keys().keys() - failed:
+        value = _look_up(resolved.values, key)
+        if value is not ABSENT and (problem := broken_rule(key, value)) is not None:
+            problems.append(f"{key}={value}: {problem}")
+    if problems:
+        raise ConfigError(*problems)
+    try:
+        checked = OmegaConf.merge(_schema(), OmegaConf.create(on_record(resolved.values)))
+        config = cast(Config, OmegaConf.to_object(checked))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    remember(config, resolved.sources)
+    return config
 
-    A YAML file may add keys that Hydra accepts in the open parts of a tree and that would then be silently ignored.
-    The second merge refuses them.
-    """
-    plain = OmegaConf.to_container(composed, resolve=True)
-    checked = OmegaConf.merge(OmegaConf.structured(Config), plain)
-    return cast(Config, OmegaConf.to_object(checked))
+
+ABSENT = object()
 
 
-def quote_value(text: str) -> str:
-    """A text as an override's value, whatever characters it holds."""
-    if re.fullmatch(r"[A-Za-z0-9_.-]*/[A-Za-z0-9_./-]*", text):
-        return text
-    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
-    escaped = re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped)
-    return f"'{escaped}'"
+def _look_up(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        if not isinstance(tree, dict) or name not in tree:
+            return ABSENT
+        tree = cast(dict[str, Any], tree)[name]
+    return tree
+
+
+def record(config: Config) -> dict[str, Any]:
+    """The configuration as it is written down and shown: texts that the environment gave as `${oc.env:NAME}`."""
+    return on_record(dataclasses.asdict(config))
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, in the schema's order. `from_yaml` gives back an equal Config."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The configuration as YAML, in the schema's order. `from_yaml` gives back an equal Config."""
+    return OmegaConf.to_yaml(OmegaConf.create(record(config)))
 
 
-def from_yaml(text: str) -> Config:
-    """Read what `to_yaml` wrote. Raises ConfigError on unknown keys and wrong types."""
-    try:
-        return to_config(cast(DictConfig, OmegaConf.create(yaml.safe_load(text))))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(explain(error)) from None
+def from_yaml(text: str, *, where: str = "config.yaml") -> Config:
+    """Read what `to_yaml` wrote; a text of an environment that is not here stays as it is written. Raises ConfigError
+    on unknown keys and wrong types."""
+    return to_config(user_files.read_tree(text, where=where, package=""), tolerant=True)

@@ -1,51 +1,51 @@
-"""The words typed on a command line, checked one by one before Hydra sees them.
+"""The overrides of a command line, checked one by one before Hydra composes them.
 
 Hydra takes an unknown key with `+`, an unknown experiment without a word, and answers the rest with a page about its
-search path. Here every word is looked up in the schema and in the groups' folders, and each problem is one line:
-key, value, what is allowed. Values are checked while the configuration is composed (`load`), against the same types.
+search path. Here every override is looked up in the schema and in the groups' folders, its value is held against the
+key's type, and each problem is one line: key, value, what is allowed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from enum import StrEnum
-from functools import cache
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString
+from hydra.errors import HydraException
+
+from configs import foreign
+from configs.keys import PRESET_KEY, broken_rule, is_open, plain_kind, schema_keys
 from configs.schema import Config
 
-# Dictionaries of the schema whose keys are not ours to list: any key may be added to them.
-OPEN_KEYS = ("model.config", "logging.options")
-PRESET_KEY = "model.architecture"
-
-
-@cache
-def schema_keys() -> dict[str, Any]:
-    """Every key of the schema in its order, with its type: {"model.preset": str, ...}."""
-    return dict(_walk(Config, ""))
-
-
-def _walk(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    hints = get_type_hints(section)
-    for field in dataclasses.fields(section):
-        kind = hints[field.name]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            yield from _walk(kind, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", kind
-
-
-def is_open(key: str) -> bool:
-    """Whether `key` is, or lies inside, a dictionary that takes any key."""
-    return any(key == name or key.startswith(f"{name}.") for name in OPEN_KEYS)
+QUOTE_NUMBERS = "each must be a text; put quotes around what reads as a number, as true or as null: [\"1e5\",'0123']"
 
 
 def check_overrides(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """One line for each word that cannot be meant. groups: the options of each group, by its name."""
+    """One line for each override that cannot be meant. groups: the options of each group, by its name."""
     return [problem for word in words if (problem := _check_word(word, groups)) is not None]
+
+
+def as_typed(word: str) -> str:
+    """The same override; a text key whose value reads as a number, as true or as a date keeps its characters."""
+    key, _, text = word.partition("=")
+    if key not in schema_keys() or plain_kind(key) is not str:
+        return word
+    value = _parse(word).value()
+    # null is none of them: it leaves the key out.
+    return f"{key}={quote_value(text.strip())}" if isinstance(value, (bool, int, float)) else word
+
+
+def quote_value(text: str) -> str:
+    """A text as an override's value, whatever characters it holds."""
+    if re.fullmatch(r"[A-Za-z0-9_.-]*/[A-Za-z0-9_./-]*", text):
+        return text
+    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
+    escaped = re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped)
+    return f"'{escaped}'"
 
 
 def _check_word(word: str, groups: Mapping[str, Sequence[str]]) -> str | None:
@@ -57,7 +57,7 @@ def _check_word(word: str, groups: Mapping[str, Sequence[str]]) -> str | None:
     if key in groups:
         return _check_option(key, value, groups[key])
     if key in schema_keys() or is_open(key):
-        return None
+        return _check_value(key, word)
     return f"{word}: {unknown_key(key, groups)}"
 
 
@@ -65,6 +65,55 @@ def _check_option(group: str, value: str, options: Sequence[str]) -> str | None:
     if value in options or (group == "experiment" and value == "null"):
         return None
     return f"{group}={value}: no such option; choose {', '.join(options)}"
+
+
+def _check_value(key: str, word: str) -> str | None:
+    try:
+        override = _parse(word)
+    # Thousands of digits, and brackets a thousand deep, are more than int() and the parser take.
+    except (HydraException, ValueError, RecursionError):
+        return unreadable_value(word)
+    if override.is_sweep_override():
+        return interval(word) if isinstance(override.value(), IntervalSweep) else unreadable_value(word)
+    if key not in schema_keys():
+        return None
+    kind, value = plain_kind(key), cast(Any, override.value())
+    if kind is str and isinstance(value, (bool, int, float)):
+        value = word.partition("=")[2]
+    elif get_args(kind)[-1:] == (str,) and not _all_texts(override):
+        return f"{word}: {QUOTE_NUMBERS}"
+    problem = broken_rule(key, value)
+    return f"{word}: {problem}" if problem else None
+
+
+def _all_texts(override: Override) -> bool:
+    """Whether each element of a list or dictionary is a text as it was typed."""
+    values = override._value  # pyright: ignore[reportPrivateUsage]  # .value() has dropped the quotes
+    elements = list(values.values()) if isinstance(values, dict) else values if isinstance(values, list) else []
+    return all(isinstance(each, (str, QuotedString, list, dict)) for each in elements)
+
+
+def _parse(word: str) -> Override:
+    return OverridesParser.create().parse_override(word)
+
+
+def unreadable_value(word: str) -> str:
+    """For an override that Hydra's grammar refuses, or takes for the choices of a sweep where one value is wanted."""
+    word = word.lstrip("+")
+    key, _, value = word.partition("=")
+    if "," in value and not value.startswith(("[", "{", "(")):
+        return f"{word}: one value expected; for a list write {key}=[{value}], for several runs add -m"
+    example = '["a=b", "c d"]' if value.startswith("[") else '"..."'
+    return f"{word}: the value cannot be read; close its brackets, or quote it: '{key}={example}'"
+
+
+def interval(word: str) -> str:
+    """For a range without steps, which one of Hydra's other sweepers would search."""
+    key = word.partition("=")[0]
+    return (
+        f"{word}: an interval needs a sweeper that searches it, Optuna's or Ax', and a sweep (-m) here runs every"
+        f" value: list them, {key}=1,2,3, or write range(1,10,3)"
+    )
 
 
 def unknown_key(key: str, groups: Mapping[str, Sequence[str]]) -> str:
@@ -77,10 +126,13 @@ def unknown_key(key: str, groups: Mapping[str, Sequence[str]]) -> str:
         return f"is a section; set one of {', '.join(inside)}"
     section, _, name = key.rpartition(".")
     siblings = [other for other in schema_keys() if other.rpartition(".")[0] == section]
+    known = foreign.answer(key)
+    if known is not None:
+        return f"no such key; here it is {known}"
     guess = _closest(key, name, siblings, groups)
     hint = f"; did you mean {guess}?" if guess else ""
     if section and siblings:
-        return f"no such key{hint} {section} has {', '.join(other.rpartition('.')[2] for other in siblings)}"
+        return f"no such key{hint or ';'} {section} has {', '.join(other.rpartition('.')[2] for other in siblings)}"
     return f"no such key{hint or '; the sections are ' + ', '.join(f.name for f in dataclasses.fields(Config))}"
 
 
@@ -90,22 +142,3 @@ def _closest(key: str, name: str, siblings: Sequence[str], groups: Mapping[str, 
     same_name = [other for other in schema_keys() if other.rpartition(".")[2] == name]
     anywhere = get_close_matches(key, [*schema_keys(), *groups], n=1, cutoff=0.8)
     return next(iter([*nearby, *same_name, *anywhere]), None)
-
-
-def value_rule(key: str) -> str | None:
-    """What a value of this key must be, in words, from its type in the schema. None if the key is unknown."""
-    kind = schema_keys().get(key)
-    if kind is None:
-        return None
-    choices = get_args(kind) if get_origin(kind) is UnionType else (kind,)
-    rule = _describe(next(choice for choice in choices if choice is not NoneType))
-    return f"{rule} or null" if NoneType in choices else rule
-
-
-def _describe(kind: Any) -> str:
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        return f"choose {', '.join(kind)}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    if kind in words:
-        return f"must be {words[kind]}"
-    return "must be a list: [a,b]" if get_origin(kind) is list else "must be a dictionary: {a: 1, b: 2}"

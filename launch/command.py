@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.choices import LauncherName
-from configs.load import quote_value
+from configs.overrides import quote_value
 from configs.schema import Config
 from slurm.words import Place, accelerate_words, deepspeed_words, torchrun_words
 from trainer.plan import Plan

@@ -8,16 +8,14 @@ The overrides are the trainer's. Exit code: 0 fits, 3 does not fit, 2 a mistake 
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from configs.choices import EstimateFormat
-from configs.door import Arguments, Door, parse_arguments, show, turn_away
+from configs.door import Arguments, Door, one_line, parse_arguments, say, show, turn_away
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, ConfigError, CookbookError, PlanError
-from configs.load import expand_sweep, load_config
+from configs.load import expand_sweep, load_config, record
 from configs.schema import Config
 from trainer.machine import find_machine
 from trainer.memory.estimate import estimate, on_part_of_the_cluster, planned_machine
@@ -52,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)
         if arguments.show is not None:
-            print(show(DOOR, arguments))
+            say(show(DOOR, arguments))
             return EXIT_FINISHED
         return _answer_all(arguments)
     except CookbookError as error:
@@ -81,7 +79,7 @@ def answer(
             suggestions = suggest(config, plan, machine, found)
     return Answer(
         overrides=tuple(overrides),
-        config=_plain(config),
+        config=record(config),
         plan=plan,
         estimate=found,
         suggestions=suggestions,
@@ -93,7 +91,7 @@ def search_layouts(overrides: Sequence[str], config: Config) -> int:
     """Rank the cluster's layouts instead of estimating one. Returns the exit code. Raises CookbookError."""
     found = search(config, planned_machine(config, find_machine({})))
     as_json = config.estimate.format is EstimateFormat.json
-    print(render_search_json(found, overrides) if as_json else render_search(found, overrides))
+    say(render_search_json(found, overrides) if as_json else render_search(found, overrides))
     return EXIT_FINISHED if found.best else EXIT_DOES_NOT_FIT
 
 
@@ -111,11 +109,11 @@ def _answer_all(arguments: Arguments) -> int:
             raise ConfigError("estimate.search=true: ranks the layouts of one configuration; leave out -m")
         answers, refused = _answer_sweep(runs, arguments.config_dir)
     if answers:
-        print(_render(answers, config, sweep=arguments.sweep))
+        say(_render(answers, config, sweep=arguments.sweep))
         if config.estimate.plot is not None:
             save_plot(answers, config.estimate.plot)
     for line in refused:
-        print(line, file=sys.stderr)
+        print(one_line(line), file=sys.stderr)
     if not all(one.estimate.fits for one in answers):
         return EXIT_DOES_NOT_FIT
     return EXIT_BAD_CONFIG if refused else EXIT_FINISHED
@@ -128,7 +126,7 @@ def _answer_sweep(runs: Sequence[Sequence[str]], config_dir: str | None) -> tupl
     for run in runs:
         try:
             answers.append(answer(run, config_dir=config_dir, compare=True))
-        except (NotEstimated, PlanError) as error:
+        except (ConfigError, NotEstimated, PlanError) as error:
             refused += [f"{' '.join(run)}: {problem}" for problem in error.problems]
     return answers, refused
 
@@ -145,10 +143,6 @@ def _render(answers: list[Answer], config: Config, *, sweep: bool) -> str:
             text = render_table(answers[0])
             explained = config.estimate.explain
             return text + explain(config, answers[0].plan, answers[0].estimate) if explained else text
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
 
 
 if __name__ == "__main__":

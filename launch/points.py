@@ -15,7 +15,8 @@ from pathlib import Path
 
 from configs.choices import ClusterKind
 from configs.errors import ConfigError, CookbookError, PlanError
-from configs.load import expand_sweep, from_yaml, load_config, quote_value
+from configs.load import expand_sweep, from_yaml, load_config
+from configs.overrides import quote_value
 from configs.schema import Config
 from trainer.comparison.runs import SAME, differences
 from trainer.machine import find_machine

@@ -77,7 +77,7 @@ def check_options(config: Config, *, sweep: bool = False) -> Iterator[str]:
     if slurm.array is not None and slurm.array.startswith("%") != sweep:
         what = "a sweep is submitted as %4, four points at a time" if sweep else "one run takes 1-8%1; %4 is for -m"
         yield f"cluster.slurm.array={slurm.array}: {what}"
-    yield from _check_numbers(config)
+    yield from _check_signal(config)
     for key, words in (("sbatch_args", slurm.sbatch_args), ("srun_args", slurm.srun_args)):
         for word in words:
             name = word.partition("=")[0].removeprefix("--")
@@ -88,13 +88,8 @@ def check_options(config: Config, *, sweep: bool = False) -> Iterator[str]:
     yield from _check_files(config)
 
 
-def _check_numbers(config: Config) -> Iterator[str]:
+def _check_signal(config: Config) -> Iterator[str]:
     slurm = config.cluster.slurm
-    least = {"cpus_per_node": 1, "signal_seconds": 1, "max_requeues": 0, "start_minutes": 0.01}
-    for key, lowest in least.items():
-        value = getattr(slurm, key)
-        if value is not None and not value >= lowest:
-            yield f"cluster.slurm.{key}={value}: must be {lowest:g} or more"
     seconds = limit_seconds(slurm.time)
     if seconds is not None and 2 * slurm.signal_seconds > seconds:
         yield (

@@ -16,7 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from configs.errors import ConfigError, EnvironmentProblem, RunFinished
-from configs.load import quote_value, to_yaml
+from configs.load import to_yaml
+from configs.overrides import quote_value
 from configs.schema import Config
 from slurm.control import living_job
 from slurm.job import JOB_IDS, MEMORY, STATUS, Job, folder, write_job

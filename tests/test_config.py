@@ -13,8 +13,9 @@ import yaml
 
 import configs
 from configs.errors import ConfigError
-from configs.load import chosen_options, expand_sweep, from_yaml, group_options, load_config, quote_value, to_yaml
-from configs.overrides import schema_keys
+from configs.keys import schema_keys
+from configs.load import chosen_options, expand_sweep, from_yaml, group_options, load_config, to_yaml
+from configs.overrides import quote_value
 from trainer.machine import Machine
 from trainer.plan import make_plan
 
@@ -231,9 +232,9 @@ def test_a_quoted_value_comes_back_as_it_was(text: str) -> None:
 
 
 def test_yaml_that_was_not_written_here_is_checked() -> None:
-    with pytest.raises(ConfigError, match=r"^train\.steps=abc: must be a whole number$"):
+    with pytest.raises(ConfigError, match=r"^config.yaml: train\.steps=abc: must be a whole number$"):
         from_yaml("train: {steps: abc}")
-    with pytest.raises(ConfigError, match=r"^train\.step: no such key; did you mean train\.steps\?"):
+    with pytest.raises(ConfigError, match=r"^config.yaml: train\.step: no such key; did you mean train\.steps\?"):
         from_yaml("train: {step: 3}")
 
 

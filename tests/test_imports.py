@@ -86,11 +86,11 @@ def test_arrows_never_turn_back(module: str) -> None:
     assert ours <= MAY_IMPORT[module.partition(".")[0]]
 
 
-def test_hydra_is_imported_by_the_loader_alone() -> None:
+def test_hydra_is_imported_by_the_loader_and_its_readers_alone() -> None:
     users = [
         name for name in MODULES if any(used.partition(".")[0] == "hydra" for used in imports(name, at_import=False))
     ]
-    assert users == ["configs.load"]
+    assert users == ["configs.files", "configs.load", "configs.overrides"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -159,3 +159,10 @@ def assert_refused(words: list[str], line: str) -> None:
     with pytest.raises(PlanError) as caught:
         make_plan(load_config(words), Machine(world_size=2, local_world_size=2))
     assert sum(problem.startswith(line) for problem in str(caught.value).splitlines()) == 1, caught.value
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw_8bit"])
+@pytest.mark.parametrize("layout", ["fsdp", "tensor parallel.tp=1", "hsdp parallel.dp_shard=1"])
+def test_a_layout_of_which_one_process_is_left_shards_nothing(name: str, layout: str) -> None:
+    words = [f"optimizer={name}", *f"parallel={layout}".split(), "cluster.gpus_per_node=1"]
+    assert not make_plan(load_config(words), Machine()).fully_sharded

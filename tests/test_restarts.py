@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, PlanError
-from configs.load import load_config
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
 from tests.harness import run_ranks
 from tests.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, step_name
-from trainer.machine import Machine
-from trainer.plan import make_plan
 from trainer.restarts import Attempts, Standing, Verdict, judge, stand
 from trainer.status import STATUS, read_status
 
@@ -105,9 +102,3 @@ def test_a_run_says_whether_starting_again_can_help(tmp_path: Path) -> None:
     assert run_ranks(1, main, diverging) == [EXIT_FAILED]
     status = read_status(tmp_path)
     assert (status["state"], status["retry"]) == ("failed", False)
-
-
-def test_a_negative_cap_is_refused() -> None:
-    config = load_config(["launcher.max_restarts=-1"])
-    with pytest.raises(PlanError, match=r"launcher\.max_restarts=-1: must be 0 or more"):
-        make_plan(config, Machine())

@@ -129,8 +129,6 @@ def test_jobs_of_a_chain_do_not_requeue() -> None:
         ("sbatch_args=['--time=5']", "cluster.slurm.sbatch_args=[--time=5]: use cluster.slurm.time"),
         ("sbatch_args=['--wrap=id']", "cluster.slurm.sbatch_args=[--wrap=id]: use cluster.slurm.script"),
         ("script=nowhere.sh", "cluster.slurm.script=nowhere.sh: no such file"),
-        ("max_requeues=-1", "cluster.slurm.max_requeues=-1: must be 0 or more"),
-        ("cpus_per_node=0", "cluster.slurm.cpus_per_node=0: must be 1 or more"),
     ],
 )
 def test_what_slurm_would_not_understand(word: str, problem: str) -> None:

@@ -16,18 +16,21 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from datetime import datetime
 
-from configs.door import Arguments, Door, parse_arguments, show, turn_away
+from configs.door import Arguments, Door, parse_arguments, say, show, turn_away
 from configs.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
     EXIT_STOPPED,
+    ConfigError,
     CookbookError,
     OutOfMemory,
     PlanError,
     RankProblem,
     RankStuck,
 )
+from configs.interpolation import settle_clock
 from configs.load import load_config
 from trainer.exhausted import told_at_start
 from trainer.machine import find_machine
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)
         if arguments.show is not None:
-            print(show(DOOR, arguments))
+            say(show(DOOR, arguments))
             return EXIT_FINISHED
         code = train(arguments)
         return EXIT_FINISHED if code == EXIT_STOPPED and os.environ.get(QUIET_STOP) else code
@@ -72,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: Arguments) -> int:
     """Compose, plan, and run the loop. Raises CookbookError on what the user can mend."""
-    config = load_config(arguments.overrides, config_dir=arguments.config_dir)
+    config = load_config(_settled(arguments.overrides), config_dir=arguments.config_dir)
     plan = make_plan(config, find_machine())
     if config.dry_run:
-        print(plan.describe())
+        say(plan.describe())
         return EXIT_FINISHED
     if plan.world_size > 1 and "RANK" not in os.environ:
         raise PlanError(
@@ -89,6 +92,16 @@ def train(arguments: Arguments) -> int:
     from trainer.loop import run
 
     return run(config, plan)
+
+
+def _settled(words: Sequence[str]) -> list[str]:
+    """The overrides with the time in them. Raises ConfigError where each of several ranks would read its own clock."""
+    settled = settle_clock(words, datetime.now())
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and (timed := [word for word, other in zip(words, settled, strict=True) if word != other]):
+        rule = "each rank would read its own clock; start with python -m launch, which reads it once"
+        raise ConfigError(*(f"{word}: {rule}" for word in timed))
+    return settled
 
 
 def tell_progress() -> None:

@@ -12,9 +12,11 @@ from configs.choices import Device
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """gpus: visible CUDA devices. world_size, local_world_size: of the launcher that started us; None outside a job."""
+    """gpus: visible CUDA devices. cores: CPU cores that this process may use; None where the ranks run elsewhere.
+    world_size, local_world_size: of the launcher that started us; None outside a job."""
 
     gpus: int = 0
+    cores: int | None = None
     world_size: int | None = None
     local_world_size: int | None = None
 
@@ -32,7 +34,12 @@ def find_machine(environment: Mapping[str, str] = os.environ, *, driver: Path = 
     world = _integer(environment.get("WORLD_SIZE"))
     # The deepspeed launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
     local = _integer(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE"))
-    return Machine(gpus=_count_gpus(environment, driver), world_size=world, local_world_size=local)
+    return Machine(
+        gpus=_count_gpus(environment, driver),
+        cores=len(os.sched_getaffinity(0)),
+        world_size=world,
+        local_world_size=local,
+    )
 
 
 def _count_gpus(environment: Mapping[str, str], driver: Path) -> int:

@@ -45,7 +45,7 @@ def state_bytes(numel: int, *, embedding: bool) -> tuple[int, ...]:
 
 
 def build_adamw_8bit(
-    groups: list[dict[str, Any]], config: OptimizerConfig, wide: Iterable[nn.Parameter]
+    groups: list[dict[str, Any]], optimizer: OptimizerConfig, wide: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW8bit over the groups. wide: parameters whose moments stay in 32 bits whatever their size.
 
@@ -84,5 +84,5 @@ def build_adamw_8bit(
             members = [p for p in group["params"] if (id(p) in kept) is (bits == 32)]
             if members:
                 split.append({**group, "params": members, "optim_bits": bits})
-    betas = (config.beta1, config.beta2)
-    return GroupedAdamW8bit(split, lr=config.lr, betas=betas, eps=config.eps, min_8bit_size=SMALLEST)
+    betas = (optimizer.beta1, optimizer.beta2)
+    return GroupedAdamW8bit(split, lr=optimizer.lr, betas=betas, eps=optimizer.eps, min_8bit_size=SMALLEST)

@@ -10,8 +10,9 @@ from configs.schema import Config
 SMALLEST_EPS = 1e-18  # float32 and bfloat16 hold its square; below, a row without gradients becomes 0 * infinity
 
 
-def check_optimizer(config: Config) -> Iterator[str]:
-    """One line for each problem of `optimizer` and `scheduler`."""
+def check_optimizer(config: Config, *, sharded: bool) -> Iterator[str]:
+    """One line for each problem of `optimizer` and `scheduler`. sharded: whether engine torch makes DTensors of the
+    parameters."""
     optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
     if optimizer.implementation is Implementation.deepspeed_cpu:
         if config.parallel.offload.optimizer is OffloadDevice.none or config.parallel.engine is EngineName.torch:
@@ -21,12 +22,12 @@ def check_optimizer(config: Config) -> Iterator[str]:
             )
         if optimizer.name is not OptimizerName.adamw:
             yield f"optimizer.implementation=deepspeed_cpu: has adamw only, not {optimizer.name}; use auto"
-    if optimizer.name is OptimizerName.sgd and optimizer.implementation is Implementation.fused and _sharded(config):
+    if optimizer.name is OptimizerName.sgd and optimizer.implementation is Implementation.fused and sharded:
         yield "optimizer.implementation=fused: torch has no fused sgd for sharded parameters; use foreach or auto"
     if optimizer.name is OptimizerName.adafactor:
-        yield from _check_adafactor(config)
+        yield from _check_adafactor(config, sharded=sharded)
     if optimizer.name is OptimizerName.adamw_8bit:
-        yield from _check_8bit(config)
+        yield from _check_8bit(config, sharded=sharded)
     if scheduler.warmup_steps + scheduler.decay_steps > train.steps:
         yield (
             f"scheduler.warmup_steps={scheduler.warmup_steps}: with scheduler.decay_steps={scheduler.decay_steps} it is"
@@ -34,7 +35,7 @@ def check_optimizer(config: Config) -> Iterator[str]:
         )
 
 
-def _check_adafactor(config: Config) -> Iterator[str]:
+def _check_adafactor(config: Config, *, sharded: bool) -> Iterator[str]:
     """It factors whole matrices: a DTensor's column means are norms over ranks, which torch cannot square in place."""
     optimizer = config.optimizer
     if optimizer.implementation is Implementation.fused:
@@ -46,14 +47,14 @@ def _check_adafactor(config: Config) -> Iterator[str]:
             "optimizer.name=adafactor: needs the rows and columns of whole matrices, and DeepSpeed's partitions are"
             " flat; use parallel=ddp, or optimizer=adamw"
         )
-    elif _sharded(config):
+    elif sharded:
         yield (
             "optimizer.name=adafactor: torch computes it on whole matrices only, and pp, dp_shard, cp and tp make"
             " sharded tensors of them; use parallel=ddp, or optimizer=adamw"
         )
 
 
-def _check_8bit(config: Config) -> Iterator[str]:
+def _check_8bit(config: Config, *, sharded: bool) -> Iterator[str]:
     """Blocks are counted from a tensor's first value: cut tensors have other blocks, and each layout would train on
     its own rounding."""
     implementation = config.optimizer.implementation
@@ -61,15 +62,8 @@ def _check_8bit(config: Config) -> Iterator[str]:
         yield f"optimizer.implementation={implementation}: adamw_8bit has bitsandbytes' fused kernel only; use auto"
     if DType.float64 in (config.precision.param_dtype, config.precision.master_dtype):
         yield "precision=fp64: optimizer=adamw_8bit computes in float32; use optimizer=adamw, or precision=fp32"
-    if config.parallel.engine is EngineName.deepspeed or _sharded(config):
+    if config.parallel.engine is EngineName.deepspeed or sharded:
         yield (
             "optimizer.name=adamw_8bit: blocks of 256 values share a scale, and what cuts tensors cuts blocks, so that"
             " each layout would train otherwise; use parallel=single or ddp, or optimizer=adamw"
         )
-
-
-def _sharded(config: Config) -> bool:
-    """Whether engine torch makes DTensors of the parameters."""
-    parallel = config.parallel
-    degrees = (parallel.pp, parallel.dp_shard, parallel.cp, parallel.tp)
-    return parallel.engine is EngineName.torch and degrees != (1, 1, 1, 1)

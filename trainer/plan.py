@@ -1,4 +1,4 @@
-"""Config in, Plan out: every check and every derived number of a run, without torch and before any process starts.
+"""Config in, Plan out: every rule and every derived number of a run, without torch and before any process starts.
 
 The plan is what the launcher, the estimator and the trainer agree on: world size, mesh, batch, dtypes, and
 what is partitioned and offloaded. Nothing downstream derives these again.
@@ -91,7 +91,7 @@ class Plan:
     def fully_sharded(self) -> bool:
         """Engine torch: whether FSDP2 holds the parameters. Every layout but single and plain data parallel goes that
         way, with a degree of 1 where nothing is sharded: one path for dtypes, gradients and the optimizer."""
-        return any(self.degree(axis) > 1 for axis in ("pp", "dp_shard", "cp", "tp"))
+        return is_sharded(self.mesh)
 
     def describe(self) -> str:
         """The plan in words, with the batch arithmetic spelled out: printed before step 1 and by `dry_run`."""
@@ -136,9 +136,10 @@ class Plan:
 
 def make_plan(config: Config, machine: Machine) -> Plan:
     """Derive the plan. Raises PlanError with every problem at once, each naming key, value, rule and remedy."""
-    problems = list(check_config(config, machine.device(config.cluster.device)))
+    problems: list[str] = []
     gpus_per_node = _processes_per_node(config, machine, problems)
     mesh = _mesh(config, config.cluster.nodes * gpus_per_node, problems)
+    problems = [*check_config(config, machine.device(config.cluster.device), sharded=is_sharded(mesh)), *problems]
     data_parallel_size = prod(size for axis, size in mesh if axis in ("dp_replicate", "dp_shard"))
     # A pipeline with fewer micro-batches than this waits for more than a third of the time.
     usual = 2 * config.parallel.pp if config.parallel.pp > 1 else 1
@@ -167,6 +168,11 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     )
 
 
+def is_sharded(mesh: tuple[tuple[str, int], ...]) -> bool:
+    """Whether an axis divides the parameters, or the ranks that hold them, on the mesh that there is."""
+    return any(size > 1 for axis, size in mesh if axis != "dp_replicate")
+
+
 def _processes_per_node(config: Config, machine: Machine, problems: list[str]) -> int:
     """cluster.gpus_per_node, or what the launcher started, or what the layout needs, or what the machine has."""
     nodes, asked = config.cluster.nodes, config.cluster.gpus_per_node
@@ -181,6 +187,11 @@ def _processes_per_node(config: Config, machine: Machine, problems: list[str]) -
             )
         return asked or max(1, machine.world_size // nodes)
     if asked is not None:
+        if machine.device(config.cluster.device) == "cpu" and machine.cores and asked > _most_processes(machine.cores):
+            problems.append(
+                f"cluster.gpus_per_node={asked}: each is a process of its own, and this machine has {machine.cores}"
+                f" CPU cores; use {_most_processes(machine.cores)} or fewer"
+            )
         return asked
     if config.launcher.name is LauncherName.python:
         return 1
@@ -189,6 +200,11 @@ def _processes_per_node(config: Config, machine: Machine, problems: list[str]) -
     if machine.device(config.cluster.device) == "cuda":
         return machine.gpus
     return max(CPU_PROCESSES, fixed)
+
+
+def _most_processes(cores: int) -> int:
+    """Ranks on the CPU share cores in tests and demonstrations, but each takes its half GiB for the libraries."""
+    return max(32, 4 * cores)
 
 
 def _mesh(config: Config, world_size: int, problems: list[str]) -> tuple[tuple[str, int], ...]:
@@ -239,8 +255,7 @@ def _check_pipeline(config: Config, batch: Batch) -> Iterator[str]:
 def _check_offload(config: Config, mesh: tuple[tuple[str, int], ...]) -> Iterator[str]:
     """Engine torch offloads through FSDP2, which plain copies of the model do not pass through."""
     offloaded = config.parallel.offload.parameters
-    split = any(size > 1 for axis, size in mesh if axis != "dp_replicate")
-    if config.parallel.engine is EngineName.torch and offloaded is OffloadDevice.cpu and not split:
+    if config.parallel.engine is EngineName.torch and offloaded is OffloadDevice.cpu and not is_sharded(mesh):
         yield (
             f"parallel.offload.parameters={offloaded}: engine torch offloads what is sharded, and here every process"
             " holds the whole model; use parallel=fsdp_offload with two or more processes, or parallel=zero3_offload"

@@ -26,7 +26,6 @@ from trainer.devices import check_gpu
 from trainer.optimizer_rules import check_optimizer
 from trainer.parallel.context_table import check_context
 from trainer.parallel.tensor_plans import check_tensor
-from trainer.ranges import check_ranges
 from trainer.report.trackers import check_tracker
 from trainer.tuning_rules import check_tuning
 
@@ -43,20 +42,21 @@ DEEPSPEED_SPLITS = {
 }
 
 
-def check_config(config: Config, device: str) -> Iterator[str]:
-    """All problems of a config, in the order of its sections. device: "cpu" or "cuda"."""
-    yield from check_ranges(config)
+def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]:
+    """All problems of a config whose numbers lie in their ranges, in the order of its sections. device: "cpu" or
+    "cuda". sharded: whether the plan's mesh divides the parameters."""
     yield from _check_model(config, device)
     yield from _check_data(config)
     yield from _check_parallel(config)
     yield from _check_splits(config)
     yield from _check_precision(config)
     yield from check_tuning(config)
-    yield from check_optimizer(config)
+    yield from check_optimizer(config, sharded=sharded and config.parallel.engine is EngineName.torch)
     yield from check_gpu(config.cluster.gpu)
     yield from check_tracker(config.logging)
     yield from _check_measuring(config, device)
     yield from _check_profile(config)
+    yield from _check_run_dir(config.train.run_dir)
     if config.launcher.name is LauncherName.python and (config.cluster.gpus_per_node or 1) * config.cluster.nodes != 1:
         yield "launcher.name=python: starts one process only; use launcher=torchrun for more"
 
@@ -265,3 +265,17 @@ def _check_profile(config: Config) -> Iterator[str]:
             f"profile_steps={steps}: must name steps of the run, which are 1 to {last} (train.steps); set"
             f" profile_steps=[{last}], or more steps"
         )
+
+
+def _check_run_dir(run_dir: str | None) -> Iterator[str]:
+    """Files of a run, and what is deleted among them, need a folder of their own."""
+    if run_dir is None:
+        return
+    try:
+        folder = Path(run_dir).expanduser().resolve()
+        shared = {Path("/"): "the root", Path.home().resolve(): "the home folder", Path.cwd(): "the current folder"}
+    except (OSError, RuntimeError) as error:
+        yield f"train.run_dir={run_dir}: cannot be found ({error}); choose another folder"
+        return
+    if folder in shared:
+        yield f"train.run_dir={run_dir}: is {shared[folder]}; a run needs a folder of its own, such as runs/NAME"

@@ -11,12 +11,6 @@ from configs.schema import Config
 def check_tuning(config: Config) -> Iterator[str]:
     """All problems of the group `tuning`, and of other groups beside it."""
     tuning, parallel = config.tuning, config.parallel
-    if tuning.rank < 1:
-        yield f"tuning.rank={tuning.rank}: must be 1 or more"
-    if not tuning.alpha > 0:
-        yield f"tuning.alpha={tuning.alpha}: must be greater than 0"
-    if not 0 <= tuning.dropout < 1:
-        yield f"tuning.dropout={tuning.dropout}: must be at least 0 and less than 1"
     if tuning.method is not TuningMethod.qlora and not tuning.double_quantization:
         yield (
             f"tuning.double_quantization=false: is for 4-bit weights, this is tuning={tuning.method}; set"

@@ -49,7 +49,8 @@ def run_label(config: Config) -> str:
     """MODEL-LAYOUT-PRECISION, in letters, digits, dots, dashes and underscores."""
     model = Path(config.model.path).name if config.model.path else config.model.preset
     parts = (model, config.parallel.preset, config.precision.preset)
-    return "-".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII) or "_" for part in parts)
+    # A name of a folder has 255 bytes at most.
+    return "-".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII)[:60] or "_" for part in parts)
 
 
 def default_run_dir(config: Config, now: datetime) -> Path:
