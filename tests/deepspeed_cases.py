@@ -177,6 +177,7 @@ def build_kernels(overrides: list[str]) -> None:
     config = load_config(overrides)
     plan = make_plan(config, find_machine())
     import_deepspeed("cpu")
+    os.environ.setdefault("CXX", str(Path(__file__).with_name("fast-g++")))
     load_kernels(needed_kernels(config, plan), local_rank=0)
     mark_complete()
 

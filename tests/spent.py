@@ -1,5 +1,9 @@
 """Pytest plugin: what the tests took, by the clock and by the processors, and where it went.
 
+    python -m tests.spent FILE                                  the table of CONTRIBUTING.md, of a session's file
+    python -m tests.spent FILE --write                          and put it there
+    python -m tests.spent FILE --files                          one line for each file of tests, dearest first
+
 `--spent FILE` writes one JSON line per test: nodeid, lane (the xdist worker), start, wall, cpu and outcome. With it, or
 with several workers, the session ends with the budget: one line for each kind of test in KINDS.
 
@@ -9,11 +13,13 @@ leaves to daemons is not in it: a Slurm job's ranks are children of slurmd.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -48,6 +54,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "units": ("configuration, plans, models, optimizers, imports, packaging", ("*",)),
 }
 BUDGET_MINUTES = 30
+PAGE = Path(__file__).parent.parent / ".github" / "CONTRIBUTING.md"
+COMMAND = "python -m tests.spent"
 
 
 def kind_of(nodeid: str) -> str:
@@ -162,3 +170,48 @@ def _cpu_seconds(pid: int) -> float:
         return 0.0
     # User, system, and both of the children it has waited for: fields 14 to 17 of proc_pid_stat(5).
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def by_kind(rows: list[dict[str, Any]]) -> str:
+    """Markdown: which tests prove what, and what each kind costs."""
+    lines = [
+        "| kind | files below `tests/` | what it proves | tests | clock | processors |",
+        "| --- " * 3 + "| ---: " * 3 + "|",
+    ]
+    for kind, (what, files) in KINDS.items():
+        mine = [row for row in rows if kind_of(row["nodeid"]) == kind]
+        wall, cpu = (sum(row[name] for row in mine) / 60 for name in ("wall", "cpu"))
+        named = ", ".join(f"`{file}`" for file in files) if files != ("*",) else "all others"
+        lines.append(f"| {kind} | {named} | {what} | {len(mine)} | {wall:.1f} min | {cpu:.1f} min |")
+    return "\n".join([*lines, ""])
+
+
+def by_file(rows: list[dict[str, Any]]) -> str:
+    tests, wall, cpu = Counter[str](), Counter[str](), Counter[str]()
+    for row in rows:
+        file = row["nodeid"].partition("::")[0]
+        tests[file] += 1
+        wall[file] += row["wall"]
+        cpu[file] += row["cpu"]
+    return "\n".join(
+        f"{cpu[file]:7.0f} s of processors {wall[file]:7.0f} s {tests[file]:5} {file}" for file, _ in cpu.most_common()
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog=COMMAND, description="What a session of tests took.")
+    parser.add_argument("file", type=Path, help="of pytest --spent")
+    parser.add_argument("--files", action="store_true", help="one line for each file")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
+    arguments = parser.parse_args(argv)
+    rows = [json.loads(line) for line in arguments.file.read_text().splitlines()]
+    print(by_file(rows) if arguments.files else by_kind(rows))
+    if arguments.write:
+        from tests.measured import conditions, write
+
+        write(PAGE, COMMAND, f"{conditions('torch', 'pytest')}, three lanes.\n\n{by_kind(rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

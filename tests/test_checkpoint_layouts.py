@@ -1,20 +1,26 @@
 """A checkpoint saved under any layout goes on under any other: the resharding matrix.
 
-Every layout trains three steps and saves. Every layout then goes on from each of these checkpoints, its own included,
-with a freshly built engine and on its own number of processes. Losses and gradient norms of the next steps are those
-of the single process that was never interrupted. A tied embedding, accumulation, clipping and a vocabulary that does
-not divide are in all of them.
+Every layout trains three steps and saves. Every layout then goes on from such checkpoints, its own included, with a
+freshly built engine and on its own number of processes. With every change it goes on from its own, from one process's
+and from its neighbour's, so that each layout is written and read across a border; all pairs are nightly.
+
+Losses and gradient norms of the next steps are those of the single process that was never interrupted. A tied
+embedding, accumulation, clipping and a vocabulary that does not divide are in all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.harness import run_ranks
 from tests.parity import words
 from tests.resuming import Journal, resume_each, train_and_save
+from tests.selection import rows
 
 SAVED, STEPS = 3, 6
 # layout -> processes
@@ -43,9 +49,22 @@ def train_until_saved(words: list[str], folder: str) -> Journal:
     return train_and_save(words, folder, upto=SAVED)
 
 
-def go_on_from_each(layout: str, processes: int, precision: str, folder: Path, whole: Journal) -> dict[str, float]:
+def some_or_all(layouts: Iterable[str]) -> list[Any]:
+    """(layout, whether it goes on from all others) for each layout. All are nightly."""
+    return rows(product(layouts, (False, True)), lambda _, every: not every)
+
+
+def neighbour(layout: str, layouts: Iterable[str], away: int = 1) -> str:
+    names = list(layouts)
+    at = names.index(layout) if layout in names else [*TORCH, *ZERO].index(layout)
+    return names[(at + away) % len(names)]
+
+
+def go_on_from_each(
+    layout: str, processes: int, precision: str, sources: Collection[str], folder: Path, whole: Journal
+) -> dict[str, float]:
     """Checkpoint's layout -> largest relative difference of the next losses and gradient norms."""
-    sources = sorted(path.name for path in folder.iterdir())
+    sources = sorted(sources)
     journals = run_ranks(
         processes,
         resume_each,
@@ -76,36 +95,36 @@ def single_precision(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Jo
     return folder, save_all({**TORCH, **ZERO}, "fp32", folder)
 
 
-@pytest.mark.parametrize("layout", TORCH)
-def test_torch_layouts_go_on_from_each_other(layout: str, exact: tuple[Path, Journal]) -> None:
-    found = go_on_from_each(layout, TORCH[layout], "fp64", *exact)
-    assert len(found) == len(TORCH)
+@pytest.mark.parametrize(("layout", "every"), some_or_all(TORCH))
+def test_torch_layouts_go_on_from_each_other(layout: str, every: bool, exact: tuple[Path, Journal]) -> None:
+    sources = {*TORCH} if every else {layout, "single", neighbour(layout, TORCH)}
+    found = go_on_from_each(layout, TORCH[layout], "fp64", sources, *exact)
     assert max(found.values()) <= FLOAT64, found
 
 
-@pytest.mark.parametrize("layout", ZERO)
-def test_zero_goes_on_from_every_layout(layout: str, single_precision: tuple[Path, Journal]) -> None:
-    found = go_on_from_each(layout, ZERO[layout], "fp32", *single_precision)
-    assert len(found) == len(TORCH) + len(ZERO)
+@pytest.mark.parametrize(("layout", "every"), some_or_all(ZERO))
+def test_zero_goes_on_from_every_layout(layout: str, every: bool, single_precision: tuple[Path, Journal]) -> None:
+    sources = {*TORCH, *ZERO} if every else {layout, neighbour(layout, ZERO), neighbour(layout, TORCH, -1)}
+    found = go_on_from_each(layout, ZERO[layout], "fp32", sources, *single_precision)
     assert max(found.values()) <= FLOAT32, found
 
 
-@pytest.mark.parametrize("layout", TORCH)
-def test_every_layout_goes_on_from_zero(layout: str, single_precision: tuple[Path, Journal], tmp_path: Path) -> None:
-    folder, whole = single_precision
-    for source in ZERO:
-        (tmp_path / source).symlink_to(folder / source)
-    found = go_on_from_each(layout, TORCH[layout], "fp32", tmp_path, whole)
+@pytest.mark.parametrize(("layout", "every"), some_or_all(TORCH))
+def test_every_layout_goes_on_from_zero(layout: str, every: bool, single_precision: tuple[Path, Journal]) -> None:
+    sources = {*ZERO} if every else {neighbour(layout, ZERO)}
+    found = go_on_from_each(layout, TORCH[layout], "fp32", sources, *single_precision)
     assert max(found.values()) <= FLOAT32, found
+
+
+def test_every_layout_is_written_and_read_across_a_border() -> None:
+    assert {neighbour(layout, TORCH) for layout in TORCH} == TORCH.keys()
+    assert {neighbour(layout, ZERO) for layout in TORCH} == {neighbour(layout, ZERO) for layout in ZERO} == ZERO.keys()
 
 
 @pytest.mark.parametrize("row", ODD)
-def test_another_number_of_processes(row: str, single_precision: tuple[Path, Journal], tmp_path: Path) -> None:
+def test_another_number_of_processes(row: str, single_precision: tuple[Path, Journal]) -> None:
     layout, processes = ODD[row]
-    folder, whole = single_precision
-    for source in ("single", "fsdp", "zero3"):
-        (tmp_path / source).symlink_to(folder / source)
-    found = go_on_from_each(layout, processes, "fp32", tmp_path, whole)
+    found = go_on_from_each(layout, processes, "fp32", {"single", "fsdp", "zero3"}, *single_precision)
     assert max(found.values()) <= FLOAT32, found
 
 

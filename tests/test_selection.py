@@ -14,7 +14,7 @@ from tests import nightly, shared
 from tests.lanes import DIVIDED, LONG, SLURM, WAITING, in_order, unit_of
 from tests.selection import QUICK_FILES, is_quick
 from tests.shared import once
-from tests.spent import KINDS, budget, cpu_seconds, kind_of
+from tests.spent import COMMAND, KINDS, PAGE, budget, cpu_seconds, kind_of, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,3 +108,25 @@ def test_a_change_that_is_not_committed_is_another_commit(tmp_path: Path, monkey
         (tmp_path / "file").write_text(text)
         names.append(nightly.commit())
     assert len(set(names)) == 3 and "+" not in names[0]
+
+
+def test_a_session_becomes_the_table_of_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert PAGE.read_text().count(f"<!-- measured: {COMMAND} -->") == 1
+    file = tmp_path / "spent.jsonl"
+    row = {"nodeid": "tests/slurm/test_jobs.py::test_a", "lane": "gw0", "wall": 90.0, "cpu": 30.0, "outcome": "passed"}
+    file.write_text(f"{json.dumps(row)}\n")
+    assert main([str(file)]) == 0
+    head, _, slurm, *others = capsys.readouterr().out.strip().splitlines()
+    assert head.startswith("| kind | files") and len(others) == len(KINDS) - 1
+    assert slurm.startswith("| slurm | `slurm/*` | ") and slurm.endswith(" | 1 | 1.5 min | 0.5 min |")
+    assert main([str(file), "--files"]) == 0
+    assert capsys.readouterr().out.split() == [
+        "30",
+        "s",
+        "of",
+        "processors",
+        "90",
+        "s",
+        "1",
+        "tests/slurm/test_jobs.py",
+    ]
