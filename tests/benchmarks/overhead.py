@@ -23,7 +23,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -96,6 +95,9 @@ def by_hand(config: Config, plan: Plan, runtime: Runtime) -> Contender:
     """The shortest loop that does the same arithmetic: forward, loss, backward, clip, update."""
     model = _model(config, plan, runtime)
     called = model
+    if config.train.compile:
+        for layer in decoder_layers(model):
+            layer.compile()
     if plan.fully_sharded:
         policy = MixedPrecisionPolicy(torch_dtype(plan.param_dtype), torch_dtype(plan.reduce_dtype))
         for layer in decoder_layers(model):
@@ -170,6 +172,7 @@ def by_transformers(config: Config, plan: Plan, runtime: Runtime) -> Contender:
                 max_grad_norm=config.train.clip_grad_norm,
                 bf16=str(plan.param_dtype) == "bfloat16",
                 fsdp=plan.fully_sharded,  # pyright: ignore[reportArgumentType]
+                torch_compile=config.train.compile,
                 use_cpu=plan.device == "cpu",
                 save_strategy="no",
                 report_to=[],
@@ -191,7 +194,7 @@ def _model(config: Config, plan: Plan, runtime: Runtime):
 
 
 def _batches(config: Config, plan: Plan, runtime: Runtime):
-    data = build_data(config, plan, data_rank=plan.data_rank(dist.get_rank()), vocab_size=_vocabulary(config))
+    data = build_data(config, plan, data_rank=plan.data_rank(runtime.rank), vocab_size=_vocabulary(config))
     return data.steps()
 
 

@@ -1,7 +1,5 @@
 """One rank of a layout whose other ranks do not exist: the real engine on one device, with a fake process group.
 
-    python -m tests.gpu.fake_rank RANK WORLD_SIZE OVERRIDES      prints the peaks of two steps, in bytes, as JSON
-
 Collectives of the fake group return at once and leave their tensors as they are, so that values mean nothing; what is
 allocated when, and freed when, is what the rank of a real group does. On a GPU torch's allocator counts, on the CPU
 the tensors are counted one by one.
@@ -10,9 +8,7 @@ the tensors are counted one by one.
 from __future__ import annotations
 
 import gc
-import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -80,7 +76,3 @@ def without_values() -> Iterator[None]:
         mock.patch.object(dist, "recv", agreed),
     ):
         yield
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])))

@@ -1,0 +1,53 @@
+"""One case in a process of its own: its output goes to a log, its result to a file, whatever happens.
+
+Imports no torch, for `tests.gpu.all` names `begin`, and does not want it either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+LEVEL = "TESTS_GPU_PRELOAD"
+LEVELS = ("all", "without deepspeed", "nothing")
+
+
+def begin(text: str, file: str, log: str) -> None:
+    """text: the task, as JSON. Writes {status, numbers, note}: a failed comparison, an error and a lack of memory are
+    results."""
+    os.setsid()  # so that what this child starts can be ended with it
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    task = json.loads(text)
+    started = time.monotonic()
+    result: dict[str, Any] = {"status": "failed", "numbers": {}, "note": None}
+    try:
+        module = import_module("tests.gpu.run")
+        numbers = module.predict(task) if task["predicts"] else module.CALLS[task["case"]["call"]](task)
+        result["note"] = numbers.pop("failed", None)
+        result.update(status="failed" if result["note"] else "passed", numbers=numbers)
+    except BaseException as error:
+        traceback.print_exc()
+        result.update(_of(error))
+    result["child_seconds"] = round(time.monotonic() - started, 2)
+    part = Path(f"{file}.part")
+    part.write_text(json.dumps(result))
+    part.replace(file)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Libraries' own clean-up at the end of a process (communicators, compilers) can take seconds, and hang.
+    os._exit(0)
+
+
+def _of(error: BaseException) -> dict[str, Any]:
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if "OutOfMemory" in kind or "out of memory" in text:
+        return {"status": "out of memory", "note": text[:300]}
+    return {"note": f"{kind}: {text[:600]}"}
