@@ -2,3 +2,10 @@
 
 `command` builds the words of each launcher, `process` runs them, `__main__` is the door.
 """
+
+import sys
+from pathlib import Path
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and Path(sys.path[0]).resolve() != Path(__file__).parents[1]:
+    # `python -m` searches the working directory first, where a folder `configs` or a file `trainer.py` may lie.
+    del sys.path[0]

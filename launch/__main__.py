@@ -23,7 +23,7 @@ from configs.errors import EXIT_FINISHED, ConfigError, CookbookError
 from configs.interpolation import settle_clock
 from configs.load import expand_sweep, load_config
 from configs.schema import Config
-from launch.command import Command, Rendezvous, build_command
+from launch.command import HOST, Command, Rendezvous, build_command
 from launch.compare import compare
 from launch.jobs import CONTROLS, control, is_array, launch_array, launch_job
 from launch.process import check_port, replace_process
@@ -164,7 +164,7 @@ def _commands(
     """One command for each node."""
     port, address = config.launcher.master_port, "NODE_0"
     if plan.nodes == 1:
-        port, address = port or free_port(), "127.0.0.1"
+        port, address = port or free_port(), HOST
     meetings = [Rendezvous(address=address, port=port or DEFAULT_PORT, node_rank=rank) for rank in range(plan.nodes)]
     return [
         build_command(config, plan, overrides, run_dir=run_dir, rendezvous=meeting, config_dir=config_dir)

@@ -1,6 +1,6 @@
 """The command that starts a plan's ranks: pure functions from a plan to the words of each launcher.
 
-    torchrun --standalone --nproc-per-node=2 -m trainer experiment=demo
+    torchrun --rdzv-backend=loopback --nproc-per-node=2 -m trainer experiment=demo
     deepspeed --num_gpus=2 --master_port=29500 ... --module trainer experiment=demo
     accelerate launch --multi_gpu --num_processes=2 ... --module trainer experiment=demo
     python -m trainer experiment=demo
@@ -17,6 +17,8 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from configs.choices import LauncherName
@@ -25,12 +27,15 @@ from configs.schema import Config
 from slurm.words import Place, accelerate_words, deepspeed_words, torchrun_words
 from trainer.plan import Plan
 
+HOST = "127.0.0.1"  # where the ranks of one node meet
+LOOPBACK = "loopback"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendezvous:
     """Where the ranks meet: address and port of node 0. node_rank: the node that this command is for."""
 
-    address: str = "127.0.0.1"
+    address: str = HOST
     port: int
     node_rank: int = 0
 
@@ -87,25 +92,33 @@ def _launcher_words(config: Config, plan: Plan, rendezvous: Rendezvous, *, visib
         case LauncherName.python:
             return [sys.executable, *args, "-m"]
         case LauncherName.torchrun:
-            standalone = plan.nodes == 1 and config.launcher.master_port is None
-            return [program("torchrun"), *_torchrun(plan, rendezvous, standalone=standalone), *args, "-m"]
+            return [program("torchrun"), *_torchrun(plan, rendezvous, config.launcher.master_port), *args, "-m"]
         case LauncherName.deepspeed:
             # The ranks read LOCAL_RANK; an appended --local_rank would say the same twice. The log is the launcher's
             # own: how it starts and kills each process.
             quiet = ["--log_level=critical", "--no_local_rank"]
             return [program("deepspeed"), *_deepspeed(plan, rendezvous, visible), *quiet, *args, "--module"]
         case LauncherName.accelerate:
-            return [program("accelerate"), "launch", *_accelerate(plan, rendezvous), *args, "--module"]
+            words = _accelerate(plan, rendezvous, config.launcher.master_port)
+            return [program("accelerate"), "launch", *words, *args, "--module"]
 
 
-def _torchrun(plan: Plan, rendezvous: Rendezvous, *, standalone: bool) -> list[str]:
-    """standalone: torchrun finds a free port itself, and keeps it from the moment it is found."""
+def _torchrun(plan: Plan, rendezvous: Rendezvous, port: int | None) -> list[str]:
+    """port: that the user has chosen; None: the rendezvous finds one and keeps it from the moment it is found."""
     processes = f"--nproc-per-node={plan.gpus_per_node}"
-    if standalone:
-        return ["--standalone", processes]
     if plan.nodes > 1:
         return torchrun_words(_place(plan, rendezvous))
+    if loopback_known():
+        chosen = [f"--rdzv-conf=port={port}"] if port is not None else []
+        return [f"--rdzv-backend={LOOPBACK}", *chosen, processes]
     return [f"--master-addr={rendezvous.address}", f"--master-port={rendezvous.port}", processes]
+
+
+@cache
+def loopback_known() -> bool:
+    """Whether torchrun finds `trainer.rendezvous`. It is named in the metadata of the installed package; where an older
+    version was installed, torch's static rendezvous does the same, but listens on every interface."""
+    return bool(entry_points(group="torchrun.handlers", name=LOOPBACK))
 
 
 def _deepspeed(plan: Plan, rendezvous: Rendezvous, visible: str) -> list[str]:
@@ -118,11 +131,14 @@ def _deepspeed(plan: Plan, rendezvous: Rendezvous, visible: str) -> list[str]:
     return [f"--num_gpus={plan.gpus_per_node}", port]
 
 
-def _accelerate(plan: Plan, rendezvous: Rendezvous) -> list[str]:
+def _accelerate(plan: Plan, rendezvous: Rendezvous, port: int | None) -> list[str]:
     """Every value stated: what is left out is taken from the user's accelerate config file, or warned about."""
     # --multi_gpu is its name for starting ranks with torch, on CPUs too; its --cpu wants MPI.
     kind = ["--multi_gpu"] if plan.world_size > 1 else ["--cpu"] if plan.device == "cpu" else []
+    # The port of the loopback rendezvous is its own; this one is only looked at, and must be free.
     alone = [f"--num_processes={plan.world_size}", "--num_machines=1", f"--main_process_port={rendezvous.port}"]
+    if plan.world_size > 1 and loopback_known():
+        alone += [f"--rdzv_backend={LOOPBACK}", *([f"--rdzv_conf=port={port}"] if port is not None else [])]
     world = accelerate_words(_place(plan, rendezvous)) if plan.nodes > 1 else alone
     return [*kind, *world, "--mixed_precision=no", "--dynamo_backend=no"]
 

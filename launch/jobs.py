@@ -28,6 +28,9 @@ CONTROLS = ("status", "cancel")
 
 def control(words: Sequence[str]) -> int:
     """`status RUN_DIR` or `cancel RUN_DIR`. Raises CookbookError where there is no such job, or no Slurm."""
+    if words[1:] in (["-h"], ["--help"]):
+        print(f"python -m launch {words[0]} RUN_DIR")
+        return EXIT_FINISHED
     if len(words) != 2:
         raise ConfigError(f"python -m launch {words[0]}: give the run folder, and nothing else")
     run_dir = Path(words[1]).expanduser().absolute()

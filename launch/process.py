@@ -26,7 +26,9 @@ from typing import Any, Self, TextIO
 import psutil
 
 from configs.errors import EnvironmentProblem
-from launch.command import Command
+from launch.command import HOST, Command
+from trainer.lifeline import LAUNCHER
+from trainer.world import for_children
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 GRACE_SECONDS = 10.0
@@ -49,7 +51,7 @@ def run_command(command: Command, signals: Forwarding) -> Outcome:
     _adopt_orphans()
     child = subprocess.Popen(
         command.argv,
-        env={**os.environ, **command.environment},
+        env={**for_children(os.environ), **command.environment, LAUNCHER: str(os.getpid())},
         stderr=subprocess.PIPE,
         process_group=0,
     )
@@ -78,7 +80,7 @@ def check_port(port: int) -> None:
         with socket.socket() as listener:
             # As torch does: what is left of connections that are closed is no hindrance, another listener is.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("", port))
+            listener.bind((HOST, port))
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise EnvironmentProblem(
@@ -90,7 +92,7 @@ def check_port(port: int) -> None:
 def replace_process(command: Command) -> None:
     """Become the command: for one plain process, whose debugger needs the terminal. Does not return."""
     sys.stdout.flush()
-    os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment})
+    os.execvpe(command.argv[0], command.argv, {**for_children(os.environ), **command.environment})
 
 
 class Forwarding:

@@ -18,3 +18,10 @@ No text that a user typed is put into a script: options travel as arguments, eve
     RUN_DIR/slurm/status.json    how the job stands; RUN_DIR/status.json says how the training does
     RUN_DIR/logs/slurm-ID.out    all that the job prints
 """
+
+import sys
+from pathlib import Path
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and Path(sys.path[0]).resolve() != Path(__file__).parents[1]:
+    # `python -m` searches the working directory first, where a folder `configs` or a file `trainer.py` may lie.
+    del sys.path[0]

@@ -14,9 +14,7 @@ from configs.errors import CookbookError
 from slurm.job import Job, folder, read_job
 from slurm.words import Place, accelerate_words, deepspeed_words, torchrun_words
 from trainer.stopping import QUIET_STOP
-
-# What a surrounding job or a shell may have left: ranks that believed it would wait for a world that is not this one.
-FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+from trainer.world import for_children
 
 
 def launcher_words(job: Job, place: Place) -> list[str]:
@@ -42,7 +40,7 @@ def node_environment(job: Job, environment: Mapping[str, str]) -> dict[str, str]
     Ranks that stop because they were told to end with 0: the supervisor reads status.json, and the job's log ends with
     its line in place of every launcher's report of a failure.
     """
-    ours = {name: value for name, value in environment.items() if name not in FOREIGN}
+    ours = for_children(environment)
     ours[QUIET_STOP] = "1"
     if job.processes > 1:
         cpus = len(os.sched_getaffinity(0))

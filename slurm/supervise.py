@@ -33,6 +33,7 @@ from slurm.words import hostfile
 from trainer.restarts import Attempts, Standing, Verdict, judge, stand
 from trainer.status import FINISHED, LOCK, STOPPED
 from trainer.stopping import STOP_FILE
+from trainer.world import for_children
 
 POLL_SECONDS = 0.2
 PAUSE_SECONDS = 5.0  # a lost node or a full disk may need a moment; times the starts in vain
@@ -93,7 +94,7 @@ class Supervisor:
         self._memory.starts += 1
         write_memory(self._dir, self._memory)
         self._say("running", f"start {self._memory.starts} on {', '.join(self._hosts)}", step=before.step)
-        step = subprocess.Popen(self._srun(), env=dict(self._env))
+        step = subprocess.Popen(self._srun(), env=for_children(self._env))
         begun, told, deadline = False, False, time.monotonic() + 60 * self._job.start_minutes
         while (code := step.poll()) is None:
             time.sleep(POLL_SECONDS)

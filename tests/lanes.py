@@ -20,6 +20,7 @@ SLURM = "tests/slurm/"  # one cluster for all of them
 WAITING = (
     SLURM,
     "tests/test_launch_restarts.py",
+    "tests/test_lifetimes.py",
     "tests/test_watchdog.py",
     "tests/test_nodes.py",
     "tests/test_launch_process.py",

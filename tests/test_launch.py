@@ -46,12 +46,12 @@ def launchers_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "launcher=torchrun parallel=ddp",
             Machine(),
-            "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m trainer",
+            "OMP_NUM_THREADS=1 torchrun --rdzv-backend=loopback --nproc-per-node=2 -m trainer",
         ),
         (
             "launcher=torchrun parallel=ddp launcher.master_port=7000",
             Machine(gpus=8),
-            "OMP_NUM_THREADS=8 torchrun --master-addr=127.0.0.1 --master-port=4242 --nproc-per-node=8 -m trainer",
+            "OMP_NUM_THREADS=8 torchrun --rdzv-backend=loopback --rdzv-conf=port=7000 --nproc-per-node=8 -m trainer",
         ),
         (
             "launcher=torchrun parallel=zero3 cluster.nodes=2",
@@ -75,7 +75,8 @@ def launchers_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
             "launcher=accelerate parallel=ddp",
             Machine(),
             "OMP_NUM_THREADS=1 accelerate launch --multi_gpu --num_processes=2 --num_machines=1"
-            " --main_process_port=4242 --mixed_precision=no --dynamo_backend=no --module trainer",
+            " --main_process_port=4242 --rdzv_backend=loopback --mixed_precision=no --dynamo_backend=no"
+            " --module trainer",
         ),
         (
             "launcher=accelerate parallel=ddp cluster.nodes=2",
@@ -88,7 +89,7 @@ def launchers_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             """launcher=torchrun 'launcher.args=["--max-restarts=2",-v]'""",
             Machine(),
-            "torchrun --standalone --nproc-per-node=1 --max-restarts=2 -v -m trainer",
+            "torchrun --rdzv-backend=loopback --nproc-per-node=1 --max-restarts=2 -v -m trainer",
         ),
     ],
 )
@@ -170,9 +171,8 @@ def test_dry_run_prints_plan_and_command_and_makes_nothing(tmp_path: Path) -> No
     assert done.returncode == 0
     assert done.stdout.startswith("world      2 = 1 node(s) x 2 process(es) on cpu")
     last = done.stdout.splitlines()[-1]
-    assert (
-        "torchrun --standalone --nproc-per-node=2 -m trainer experiment=demo cluster.device=cpu train.run_dir=" in last
-    )
+    start = "torchrun --rdzv-backend=loopback --nproc-per-node=2 -m trainer"
+    assert f"{start} experiment=demo cluster.device=cpu train.run_dir=" in last
     assert not list(tmp_path.iterdir())
 
 
@@ -212,11 +212,12 @@ def test_one_process_of_a_plan_of_two_is_turned_away(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+WORLD = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 def test_a_mistake_is_told_by_one_rank_of_a_node(tmp_path: Path) -> None:
     ranks = [
-        door(
-            "train.steps=0", "parallel=ddp", cwd=tmp_path, module="trainer", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2"
-        )
+        door("train.steps=0", "parallel=ddp", cwd=tmp_path, module="trainer", RANK=rank, **WORLD, LOCAL_RANK=rank)
         for rank in ("0", "1")
     ]
     assert [rank.returncode for rank in ranks] == [2, 2]

@@ -115,7 +115,7 @@ def test_the_job_comes_back_after_a_kill(
 
 def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(tmp_path: Path) -> None:
     """No run folder is named, and one that is taken is to be refused: after a restart that means the other runs'."""
-    torchrun = ("torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m", "trainer")
+    torchrun = ("torchrun", "--rdzv-backend=loopback", "--nproc-per-node=2", "--max-restarts=2", "-m", "trainer")
     job = start(tmp_path, *torchrun, *overrides("ddp", "train.resume=never"))
     deadline = time.monotonic() + 120
     while not (found := list(tmp_path.glob(f"runs/*/*/{CHECKPOINTS}/{step_name(EVERY)}"))):

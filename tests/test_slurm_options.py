@@ -221,6 +221,9 @@ def test_a_run_that_cannot_be_a_job(word: str, problem: str, slurm: Path) -> Non
     assert not given(slurm)
 
 
+ROOT = Path(__file__).parent.parent
+
+
 def test_a_world_around_the_job_is_not_the_ranks_world() -> None:
     config = configured("launcher=deepspeed", "parallel=zero1")
     job = make_job(config, plan_job(config), [], config_dir=None, run_dir=Path("/x"))
@@ -230,6 +233,8 @@ def test_a_world_around_the_job_is_not_the_ranks_world() -> None:
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "COOKBOOK_QUIET_STOP": "1",
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": str(ROOT),
     }
 
 

@@ -15,7 +15,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 
 from configs.door import Arguments, Door, parse_arguments, say, show, turn_away
@@ -33,9 +34,11 @@ from configs.errors import (
 from configs.interpolation import settle_clock
 from configs.load import load_config
 from trainer.exhausted import told_at_start
+from trainer.lifeline import watch
 from trainer.machine import find_machine
 from trainer.plan import make_plan
 from trainer.stopping import QUIET_STOP
+from trainer.world import accelerate_note, check_world, speaks_for_node
 
 EXIT_INTERRUPTED = 130
 DOOR = Door(
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FINISHED if code == EXIT_STOPPED and os.environ.get(QUIET_STOP) else code
     except CookbookError as error:
         # All ranks of a node meet the same mistake. Some are met by one rank alone, and one that is stuck cannot speak.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, (OutOfMemory, RankProblem, RankStuck)):
+        if speaks_for_node() or isinstance(error, (OutOfMemory, RankProblem, RankStuck)):
             turn_away(error)
         return error.exit_code
     except KeyboardInterrupt:
@@ -76,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(arguments: Arguments) -> int:
     """Compose, plan, and run the loop. Raises CookbookError on what the user can mend."""
     config = load_config(_settled(arguments.overrides), config_dir=arguments.config_dir)
+    check_world()
     plan = make_plan(config, find_machine())
     if config.dry_run:
         say(plan.describe())
@@ -85,13 +89,16 @@ def train(arguments: Arguments) -> int:
             f"parallel={config.parallel.preset}: the plan has {plan.world_size} processes, python -m trainer is one;"
             " start it with python -m launch, or set cluster.gpus_per_node=1"
         )
-    tell_progress()
+    watch()
     if config.profile:
         # Kineto, which reads it as torch is loaded, otherwise writes a line whenever it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from trainer.loop import run
+    with progress_told():
+        if (note := accelerate_note()) is not None:
+            logging.getLogger("trainer").info(note)
+        from trainer.loop import run
 
-    return run(config, plan)
+        return run(config, plan)
 
 
 def _settled(words: Sequence[str]) -> list[str]:
@@ -104,14 +111,21 @@ def _settled(words: Sequence[str]) -> list[str]:
     return settled
 
 
-def tell_progress() -> None:
+@contextmanager
+def progress_told() -> Generator[None]:
     """Show what the passes and the data say while a run is prepared: rank 0's words, and every rank's warnings."""
     log = logging.getLogger("trainer")
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+    if log.handlers:
+        yield
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _with_rank(text: str) -> str:

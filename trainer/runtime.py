@@ -14,10 +14,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, PrefixStore, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
-from configs.errors import CookbookError, EnvironmentProblem, RankProblem
+from configs.errors import CookbookError, EnvironmentProblem, RankProblem, TrainingFailed
 from trainer.plan import Plan
+from trainer.rendezvous import HOST, SOCKET_VARIABLES, local_store, stay_on_this_machine
+from trainer.world import VARIABLES
 
 T = TypeVar("T")
 
@@ -93,25 +95,66 @@ def local_rank() -> int:
 def join(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
     """Enter the process group of the plan's world and leave it at the end.
 
-    Raises RankProblem when the device is missing. A collective that waits longer than the timeout raises.
+    The environment is left as it was found. Raises RankProblem when the device is missing. A collective that waits
+    longer than the timeout raises.
     """
     rank = int(os.environ.get("RANK", "0"))
     device = _device(plan)
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        where: dict[str, Any] = _restarted(timeout)
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None, **where)
-    else:
-        # DeepSpeed reads these when it is imported into a process that no launcher started.
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    with _environment_kept():
+        launched = "RANK" in os.environ
+        if not launched:
+            # DeepSpeed reads these when it is imported into a process that no launcher started.
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        if plan.nodes == 1:
+            stay_on_this_machine()
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            device_id=device if launched and device.type == "cuda" else None,
+            **_meeting(plan, rank, timeout),
+        )
+        try:
+            yield Runtime(rank=rank, local_rank=local_rank(), world_size=plan.world_size, device=device)
+            # Without it a rank that is done first tears down the store that the others still use.
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Put the variables of the world back at the end: the next run in this process has a world of its own."""
+    names = (*VARIABLES, *SOCKET_VARIABLES)
+    before = {name: os.environ[name] for name in names if name in os.environ}
     try:
-        yield Runtime(rank=rank, local_rank=local_rank(), world_size=plan.world_size, device=device)
-        # Without it a rank that is done first tears down the store that the others still use.
-        dist.barrier()
+        yield
     finally:
-        dist.destroy_process_group()
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _meeting(plan: Plan, rank: int, timeout: timedelta) -> dict[str, Any]:
+    """Where the ranks meet: nowhere, if there is one; else in the launcher's store, or in one that rank 0 opens.
+
+    Raises TrainingFailed when rank 0 cannot open it: another port may do, so that the run may be started again.
+    """
+    if plan.world_size == 1:
+        return {"store": HashStore(), "rank": 0, "world_size": 1}
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    agents_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if plan.nodes > 1 or agents_store or address not in (HOST, "localhost"):
+        return _restarted(timeout)
+    try:
+        # All ranks name their store: torch puts the keys of one that it makes itself under a prefix.
+        store = local_store(int(port), timeout) if rank == 0 else TCPStore(HOST, int(port), timeout=timeout)
+    except OSError as error:
+        raise TrainingFailed(
+            f"MASTER_PORT={port}: the ranks cannot meet there ({error.strerror}); choose another port"
+        ) from None
+    return {"store": store, "rank": rank, "world_size": plan.world_size}
 
 
 def _restarted(timeout: timedelta) -> dict[str, Any]:

@@ -59,12 +59,15 @@ class RunStatus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._fail(error)
-        elif self._rank == 0 and self._stopped is not None:
-            self._write(STOPPED, self._stopped, EXIT_STOPPED)
-        elif self._rank == 0:
-            self._write(FINISHED, None, EXIT_FINISHED)
+        try:
+            if error is not None:
+                self._fail(error)
+            elif self._rank == 0 and self._stopped is not None:
+                self._write(STOPPED, self._stopped, EXIT_STOPPED)
+            elif self._rank == 0:
+                self._write(FINISHED, None, EXIT_FINISHED)
+        finally:
+            unlock(self._folder)
 
     def _fail(self, error: BaseException) -> None:
         _ignore_loaders()
@@ -126,7 +129,7 @@ _held: dict[Path, TextIO] = {}
 
 
 def lock(folder: Path) -> None:
-    """Make the folder this process's own until it ends, however it ends.
+    """Make the folder this process's own until `unlock`, or until it ends, however it ends.
 
     Raises EnvironmentProblem naming the process that holds it. The lock is the kernel's (fcntl): it dies with its
     process, also by SIGKILL, and is not inherited by loader processes that outlive it for a moment.
@@ -144,6 +147,12 @@ def lock(folder: Path) -> None:
     file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n{_launcher()}\n")
     file.flush()
     _held[folder] = file
+
+
+def unlock(folder: Path) -> None:
+    """Give the folder back: the process that has run in it may live on."""
+    if (file := _held.pop(folder, None)) is not None:
+        file.close()
 
 
 def check_idle(folder: Path) -> None:

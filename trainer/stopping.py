@@ -2,6 +2,7 @@
 
     SIGTERM, SIGINT, SIGUSR1       what schedulers and people send; one rank that gets it is enough
     touch RUN_DIR/STOP             from anywhere that sees the folder
+    its launcher is gone           see `lifeline`, which sends SIGTERM
 
 Nothing happens in the handler but a note. At the next step boundary the ranks agree, save a checkpoint, and the
 process ends with exit code 75, or 0 where COOKBOOK_QUIET_STOP is set. A second SIGINT ends it at once: the system's own
@@ -11,11 +12,14 @@ committed.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
+
+from trainer.lifeline import lost
 
 STOP_FILE = "STOP"
 QUIET_STOP = "COOKBOOK_QUIET_STOP"
@@ -42,7 +46,7 @@ class StopRequests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._obeyed:
+        if self._obeyed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # A launcher that sees the first rank leave sends SIGTERM to the others, which are on their way out too.
             return
         for number, handler in self._before.items():
@@ -61,6 +65,6 @@ class StopRequests:
             self._file.unlink(missing_ok=True)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._signal = self._signal or signal.Signals(number).name
+        self._signal = self._signal or lost() or signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)

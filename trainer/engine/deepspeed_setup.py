@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.utils import cpp_extension
 
 from configs.choices import Implementation, OffloadDevice
@@ -47,10 +48,27 @@ def import_deepspeed(device: str) -> ModuleType:
         # calls, and fail where there is no compiler. Nothing but this table decides about it.
         ops: Any = deepspeed.ops
         ops.__compatible_ops__ = {}
+    _forget_earlier_run()
     its_log = logging.getLogger("DeepSpeed")
     its_log.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     its_log.addFilter(_is_news)
     return deepspeed
+
+
+def _forget_earlier_run() -> None:
+    """DeepSpeed keeps its process groups in variables of its modules: those of an earlier run in this process are gone
+    with that run's world."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    its_comm: Any = comm
+    world = its_comm.cdb and groups._WORLD_GROUP
+    if world is None or world in distributed_c10d._world.pg_map:
+        return
+    its_comm.cdb = None
+    for name, value in list(vars(groups).items()):
+        if name.endswith(("_GROUP", "_GROUP_RANKS")) or name in ("mpu", "mesh_device"):
+            setattr(groups, name, {} if isinstance(value, dict) else None)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -1,0 +1,55 @@
+"""`cookbook`: every door under one command, from any folder.
+
+    cookbook train WORDS          as python -m trainer
+    cookbook launch WORDS         as python -m launch
+
+`python -m` searches the working directory first: a file `trainer.py` or a folder `launch` there is run instead of this
+project. A console command does not, and neither do the processes that it starts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from configs.door import say, turn_away
+from configs.errors import EXIT_FINISHED, ConfigError
+
+# The module whose `main` answers; the words that it gets before the user's; what it does.
+COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "train": ("trainer.__main__", (), "train in this process"),
+    "launch": ("launch.__main__", (), "start the ranks of a run on this machine, or submit it to SLURM"),
+    "estimate": ("launch.estimate", (), "predict the memory of a run; the same as memory-estimate"),
+    "compare": ("launch.__main__", ("compare",), "run several layouts and write one page about them"),
+    "checkpoint": ("trainer.checkpoint.__main__", (), "list, verify, export, convert checkpoints"),
+    "status": ("launch.__main__", ("status",), "how a submitted run stands"),
+    "cancel": ("launch.__main__", ("cancel",), "cancel a submitted run"),
+}
+USAGE = "\n".join(
+    [
+        "cookbook COMMAND ...",
+        "",
+        *(f"  {name:<11}{purpose}" for name, (_, _, purpose) in COMMANDS.items()),
+        "",
+        "cookbook COMMAND --help says more.",
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Go through the door that the first word names. Returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        say(USAGE)
+        return EXIT_FINISHED
+    if words[0] not in COMMANDS:
+        return turn_away(
+            ConfigError(f"cookbook {words[0]}: no such command; there are {', '.join(COMMANDS)}; see cookbook --help")
+        )
+    module, before, _ = COMMANDS[words[0]]
+    return import_module(module).main([*before, *words[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Whole runs on one node, which then lose their launcher: where they listen, what they import, and how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.process import rank_processes
+from tests.harness import free_port
+from tests.parity import words
+from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_of
+from trainer.status import check_idle, read_status
+
+BIN = Path(sys.executable).parent
+LOCAL = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+ENDLESS = (
+    "checkpoint.every=5",
+    "logging.progress=off",
+    "train.eval_samples=0",
+    "train.export=false",
+    "cluster.device=cpu",
+    "train.run_dir=run",
+)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A run that has lost a process. listening: (address, command line) of each socket while it was running."""
+
+    run: Path
+    victim: int
+    listening: list[tuple[str, str]]
+    left: list[psutil.Process]
+    told: str
+
+
+@contextmanager
+def started(folder: Path, *argv: str | Path) -> Iterator[subprocess.Popen[str]]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PATH": f"{BIN}{os.pathsep}{environment['PATH']}", "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(argv, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    tree: list[psutil.Process] = []
+    try:
+        yield job
+    finally:
+        tree += psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
+        for process in tree:
+            process.kill()
+        job.kill()
+        with job:
+            pass
+
+
+def lose(folder: Path, number: signal.Signals, *argv: str | Path) -> Lost:
+    """Start a run, wait for its first checkpoint, send the signal to the process that was started."""
+    run = folder / "run"
+    with started(folder, *argv) as job:
+        deadline = time.monotonic() + 200
+        while not committed(run / CHECKPOINTS):
+            assert job.poll() is None, job.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        tree = psutil.Process(job.pid).children(recursive=True)
+        listening = [
+            (connection.laddr.ip, " ".join(process.cmdline()[:6]))
+            for process in (psutil.Process(job.pid), *tree)
+            for connection in process.net_connections()
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert len(rank_processes(psutil.Process(job.pid))) == 2
+        job.send_signal(number)
+        job.wait(60)
+        left = psutil.wait_procs(tree, timeout=100)[1]
+        for process in left:
+            process.kill()
+        return Lost(run=run, victim=job.pid, listening=listening, left=left, told=job.communicate()[1])
+
+
+# From a folder of somebody who has a `configs`, a `trainer.py` and a `launch.py` of their own.
+@pytest.fixture(scope="module", params=[("torchrun", "ddp"), ("deepspeed", "pipeline")], ids=["ddp", "pipeline"])
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lost:
+    launcher, layout = request.param
+    folder = tmp_path_factory.mktemp(layout)
+    (folder / "configs").mkdir()
+    for name in ("configs/__init__.py", "trainer.py", "launch.py", "torch.py"):
+        (folder / name).write_text("raise SystemExit('the working directory was imported')\n")
+    door = (BIN / "cookbook", "launch", f"launcher={launcher}", "cluster.gpus_per_node=2")
+    settings = words("gpt2", layout, "fp32", 100_000, *ENDLESS)
+    return lose(folder, signal.SIGKILL, *door, *settings)
+
+
+def test_ranks_end_with_launch_and_have_saved(launched: Lost) -> None:
+    assert not launched.left
+    status = read_status(launched.run)
+    assert status["state"] == "stopped"
+    assert str(status["reason"]).endswith(f": its launcher (pid {launched.victim}) is gone")  # of the first to notice
+    assert step_of(committed(launched.run / CHECKPOINTS)[-1]) == status["step"]
+    check_idle(launched.run)
+
+
+def test_a_run_on_one_node_is_reached_from_this_machine_only(launched: Lost) -> None:
+    assert len(launched.listening) >= 3  # the store, and each rank
+    assert {address for address, _ in launched.listening} <= LOCAL, launched.listening
+
+
+def test_ranks_of_torchrun_notice_that_it_is_gone(tmp_path: Path) -> None:
+    """USR1 asks a run to stop. torchrun does not know it, and ends."""
+    door = ("torchrun", f"--master-port={free_port()}", "--nproc-per-node=2", "-m", "trainer")
+    lost = lose(tmp_path, signal.SIGUSR1, *door, *words("gpt2", "ddp", "fp32", 100_000, *ENDLESS))
+    assert not lost.left
+    status = read_status(lost.run)
+    assert status["state"] == "stopped"
+    assert str(status["reason"]).endswith(f": its launcher (pid {lost.victim}) is gone")
+    assert f"rank 0: its launcher (pid {lost.victim}) is gone; the run saves and ends" in lost.told
