@@ -14,10 +14,10 @@ import pytest
 
 # Configuration, plans, refusals, estimates: whole files that start no ranks, or few.
 QUICK_FILES = (
-    *("test_config", "test_config_values", "test_fuzz", "test_imports", "test_devices", "test_launch"),
-    *("test_restarts", "test_model", "test_optimizer"),
+    *("test_config", "test_config_values", "test_fuzz", "test_imports", "test_devices", "test_restarts"),
+    *("test_model", "test_optimizer", "test_selection"),
     *("test_preflight", "test_pipeline_table", "test_pipeline_split", "test_slurm_options", "test_deepspeed_config"),
-    *("test_data_positions", "test_data_files", "test_data_build", "test_memory_estimate", "test_docs_made"),
+    *("test_data_positions", "test_data_files", "test_data_build", "test_memory_estimate"),
     *("test_report_metrics", "test_report_folder", "test_report_measure", "test_report_reporter"),
 )
 # One row per axis against one process, and one planted bug.
@@ -28,7 +28,6 @@ QUICK_TESTS = (
     "tests/test_parity.py::test_layout_equals_single_process[[]context-llama]",
     "tests/test_parity_deepspeed.py::test_layout_equals_single_process[[]zero[23]-llama]",
     "tests/test_mutations.py::test_parity_sees_the_bug[[]local_norm]",
-    "tests/test_checkpoint_damage.py::*",
 )
 
 

@@ -11,16 +11,22 @@ from tests.cases import train
 from tests.deepspeed_cases import WIDE, build_or_skip, spoil_and_drop, train_float16
 from tests.harness import run_ranks
 from tests.parity import reference, words
+from tests.selection import rows
 
 ACCUMULATE = "train.gradient_accumulation_steps=2"
 FLOAT32 = ["zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload", "zero1_tensor", "zero2_tensor"]
 # Over tensor parallel: groups of two ranks, two of them, so that both kinds of collective are there.
 PROCESSES = {"zero1_tensor": 4, "zero2_tensor": 4}
 # In 16 bit other buffers hold the gradient than in float32.
+OFTEN_NARROW = {"bf16": ("zero1", "zero2", "zero3", "zero1_tensor"), "fp16": ("zero1", "zero3_offload", "zero2_tensor")}
 REFUSALS = [(layout, "fp32") for layout in FLOAT32] + [(layout, "bf16") for layout in FLOAT32 if layout != "zero2"]
 
 
-@pytest.mark.parametrize(("layout", "precision"), REFUSALS)
+# In float32 every layout; in 16 bits stage 1 to 3 have an optimizer of another class each.
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    rows(REFUSALS, lambda layout, precision: precision == "fp32" or layout in ("zero1", "zero3", "zero2_offload")),
+)
 def test_bad_gradient_is_refused_and_dropped_without_a_trace(layout: str, precision: str) -> None:
     run = words("llama", layout, precision, 6, ACCUMULATE)
     ranks = run_ranks(PROCESSES.get(layout, 2), spoil_and_drop, run, 2, 4)
@@ -38,13 +44,18 @@ def test_bad_gradient_is_refused_and_dropped_on_disk(tmp_path: Path) -> None:
     assert all(rank.refused and rank.same for rank in ranks)
 
 
-@pytest.mark.parametrize("layout", FLOAT32)
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 5e-3), ("fp16", 2e-3)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "layout"),
+    rows(
+        ((*precision, layout) for precision in (("bf16", 5e-3), ("fp16", 2e-3)) for layout in FLOAT32),
+        lambda precision, _, layout: layout in OFTEN_NARROW[precision],
+    ),
+)
 def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str) -> None:
-    expected = reference("llama", "fp32", 10, ACCUMULATE)
+    expected = reference("llama", "fp32", 6, ACCUMULATE)
     # A scale that float16 gradients of this model never overflow: a skipped step would set the runs apart.
     keys = (ACCUMULATE, "precision.loss_scale_init=1024")
-    found = run_ranks(PROCESSES.get(layout, 2), train_float16, words("llama", layout, precision, 10, *keys))[0]
+    found = run_ranks(PROCESSES.get(layout, 2), train_float16, words("llama", layout, precision, 6, *keys))[0]
     assert all(found.updated)
     assert found.losses != expected.losses, "nothing was computed in 16 bit"
     assert max(abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)) <= tolerance
@@ -52,7 +63,13 @@ def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str
     assert max(abs(a - b) / b for a, b in norms) <= 0.05
 
 
-@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero2_offload", "zero3_offload", "zero1_tensor", "zero2_tensor"])
+@pytest.mark.parametrize(
+    "layout",
+    rows(
+        zip(("zero1", "zero2", "zero2_offload", "zero3_offload", "zero1_tensor", "zero2_tensor"), strict=True),
+        lambda layout: layout not in ("zero2", "zero2_tensor"),
+    ),
+)
 def test_fp16_overflow_halves_the_scale_and_skips(layout: str) -> None:
     keys = ("precision.loss_scale_init=16777216", "precision.loss_scale_window=2", "train.clip_grad_norm=1.0")
     ranks = run_ranks(PROCESSES.get(layout, 2), train_float16, words("llama", layout, "fp16", 14, ACCUMULATE, *keys))
