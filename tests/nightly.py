@@ -52,7 +52,7 @@ def run_tests(passed: Path, words: Sequence[str], lanes: int) -> int:
     spent, names = passed.with_suffix(".jsonl"), passed.with_suffix(".left")
     names.write_text("\n".join(left))
     try:
-        options = ("-n", str(lanes), "--nightly", "--spent", str(spent), "--override-ini=timeout=600")
+        options = ("-n", str(lanes), "--nightly", f"--spent={spent}", "--override-ini=timeout=600")
         return _pytest(*options, *words, f"@{names}").returncode
     finally:
         with passed.open("a") as out:

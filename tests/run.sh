@@ -23,7 +23,7 @@ trap 'rm -f "$report"' EXIT
 { time pyright; } >"$report" 2>&1 &
 types=$!
 failed=0
-pytest -n "${LANES:-3}" --spent .pytest_cache/spent.jsonl "$@" || failed=$?
+pytest -n "${LANES:-3}" --spent=.pytest_cache/spent.jsonl "$@" || failed=$?
 wait "$types" || failed=1
 printf 'types: '
 cat "$report"

@@ -75,8 +75,8 @@ def test_loader_processes_leave_signals_to_the_trainer(files: list[str]) -> None
     started = time.monotonic()
     for worker in workers:
         worker.terminate()
-        worker.join(timeout=10)
-    assert time.monotonic() - started < 5
+        worker.join(timeout=30)
+    assert time.monotonic() - started < 20
     assert not any(worker.is_alive() for worker in workers)
 
 

@@ -83,7 +83,7 @@ def test_the_nightly_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
         rows: Iterator[dict[str, str]] = (
             {"nodeid": f"t.py::{name}", "outcome": outcome} for name, outcome in next(outcomes).items()
         )
-        spent = Path(words[words.index("--spent") + 1])
+        spent = next(Path(word.partition("=")[2]) for word in words if word.startswith("--spent="))
         spent.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         return subprocess.CompletedProcess(words, len(asked) == 1, "")
 
