@@ -23,6 +23,12 @@ class DataSource(StrEnum):
     synthetic = "synthetic"
 
 
+class Bos(StrEnum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class EngineName(StrEnum):
     torch = "torch"
     deepspeed = "deepspeed"

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.choices import (
     Attention,
+    Bos,
     Checkpointing,
     ClusterKind,
     ContextMethod,
@@ -63,6 +64,11 @@ class Data:
     """Tokens per sequence."""
     tokenizer: str | None = None
     """`bytes`, a local folder or a hub id. Null: that of `model.path` if set, else `bytes`."""
+    bos: Bos = Bos.auto
+    """BOS before each document: `auto` (where the tokenizer puts it before a text), `always` or `never`. The template
+    decides for `chat`."""
+    control_tokens: bool = False
+    """Text that spells a control token (`</s>`, `<|im_end|>`) becomes that token. False: it stays text."""
     paths: list[str] = field(default_factory=list)
     """`files`, `chat`: files, folders or glob patterns: of .txt, .md, .jsonl, .parquet; of .jsonl for `chat`."""
     validation_paths: list[str] = field(default_factory=list)

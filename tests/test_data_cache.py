@@ -112,7 +112,7 @@ def test_tokens_are_reused_until_something_changes(tmp_path: Path, encoder: Enco
 
 def test_another_tokenizer_has_tokens_of_its_own(tmp_path: Path, encoder: Encoder) -> None:
     save_bpe(tmp_path / "bpe", eos_token="</s>")
-    other = build_encoder(load_config([f"data.tokenizer={tmp_path / 'bpe'}"]), vocab_size=None)
+    other = build_encoder(load_config([f"data.tokenizer={tmp_path / 'bpe'}", "data.bos=never"]), vocab_size=None)
     file = write_jsonl(tmp_path / "a.jsonl", map(words, range(50)))
     text, others = (load_tokens(corpus_of(file), e, cache_dir=str(tmp_path / "cache")) for e in (encoder, other))
     assert text.training.path != others.training.path
@@ -162,10 +162,13 @@ def test_damaged_entries_are_named(tmp_path: Path, encoder: Encoder) -> None:
     corpus = corpus_of(write_jsonl(tmp_path / "a.jsonl", ["a", "b"]), fraction=0)
     text = load_tokens(corpus, encoder, cache_dir=str(tmp_path / "cache"))
     folder = Path(text.training.path).parent
+    meta = (folder / "meta.json").read_text()
     damage: list[tuple[Callable[[], object], str]] = [
         (lambda: os.truncate(text.training.path, 3), r"train\.bin holds 3 bytes, not 8"),
         (lambda: os.remove(text.training.path), r"train\.bin holds 0 bytes, not 8"),
         (lambda: os.truncate(folder / "meta.json", 3), r"meta\.json: Unterminated string"),
+        (lambda: (folder / "meta.json").write_text("[]"), r"meta\.json: .*must be a mapping"),
+        (lambda: (folder / "meta.json").write_text(meta.replace("uint16", "str17x")), r"meta\.json: "),
     ]
     for damaging, found in damage:
         damaging()

@@ -12,7 +12,8 @@ from configs.errors import DataError
 from configs.load import load_config
 from tests.data_cases import corpus_of, documents_of, words
 from trainer.data.cache import load_tokens
-from trainer.data.documents import PIECE_BYTES, builtin_files, find_files, read_pieces
+from trainer.data.documents import PIECE_BYTES, builtin_files, read_pieces
+from trainer.data.paths import find_files
 from trainer.data.tokenizer import Encoder, build_encoder
 
 

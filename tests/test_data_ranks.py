@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
 import multiprocessing
 import os
+import re
 import signal
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
-from configs.errors import DataError
+import trainer.data.build
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, DataError, RankProblem
 from configs.load import load_config
 from tests.data_cases import data_of, rows_of, step_rows, words, write_corpus, write_jsonl
+from tests.doors import door
 from tests.harness import run_ranks
+from trainer.checkpoint.__main__ import main as checkpoint_main
 from trainer.data.build import build_data
 from trainer.data.loader import next_item
 from trainer.machine import find_machine
@@ -128,3 +137,85 @@ def test_the_record_of_a_failure_is_not_cut_off_by_a_loader_s_death(tmp_path: Pa
         signal.signal(signal.SIGCHLD, before)
     status = read_status(tmp_path)
     assert (status["state"], status["reason"]) == ("failed", "rank 0: Failure: first of all")
+
+
+# Loader processes and the machine
+
+
+def enter_little_shared_memory(size: str) -> bool:
+    """Give this process a /dev/shm of its own. False where the machine does not permit it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(0x10000000 | 0x00020000):  # CLONE_NEWUSER | CLONE_NEWNS
+        return False
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    return libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode()) == 0
+
+
+def train_in_little_shared_memory(run_dir: str) -> list[str] | None:
+    """What the door says at once; what a rank says whose memory fills up later, and when nothing at all is left."""
+    if not enter_little_shared_memory("64k"):
+        return None
+    said = io.StringIO()
+    words = ["data=synthetic", "data.num_workers=2", "train.steps=1", f"train.run_dir={run_dir}", "cluster.device=cpu"]
+    with contextlib.redirect_stderr(said):
+        assert door(words) == EXIT_BAD_CONFIG
+    trainer.data.build.check_workers = lambda *_: None
+    for size, left in ((2048, None), (16, 0)):
+        data = data_of("data=synthetic", "data.num_workers=2", f"data.seq_len={size}", "train.micro_batch_size=4")
+        if left is not None:
+            Path("/dev/shm/full").write_bytes(bytes(os.statvfs("/dev/shm").f_bavail * 4096))
+        try:
+            next(data.steps())
+        except RankProblem as error:
+            print(*error.problems, sep="\n", file=said)
+    return [line for line in said.getvalue().splitlines() if line.startswith("data.")]
+
+
+def test_too_little_shared_memory_is_said_at_once(tmp_path: Path) -> None:
+    (said,) = run_ranks(1, train_in_little_shared_memory, str(tmp_path / "run"), timeout=240)
+    if said is None:
+        pytest.skip("this machine does not let a process have a /dev/shm of its own")
+    before, during, full = said
+    assert re.match(
+        r"data\.num_workers=2: the batches of 2 loader process\(es\) take .* and /dev/shm has 64 KiB", before
+    )
+    for line in (during, full):
+        assert line.startswith("data.num_workers: /dev/shm has no room for what a loader process hands over (")
+        assert line.endswith("make it larger (docker run --shm-size=1g, or --ipc=host), or set data.num_workers=0")
+
+
+def test_more_loader_processes_than_the_machine_carries() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        with pytest.raises(DataError) as caught:
+            data_of("data=synthetic", "data.num_workers=100")
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert caught.value.problems == (
+        "data.num_workers=100: 100 loader processes for 1 rank(s) on a machine with 1 CPU(s); set data.num_workers=8 or"
+        " less",
+    )
+
+
+def train_without_a_tokenizer(folder: str) -> list[list[str]]:
+    """A model folder of a config alone, synthetic data: trained, saved, exported from the checkpoint."""
+    words = [f"model.path={folder}", "data=synthetic", "data.seq_len=16", "train.steps=1", "cluster.device=cpu"]
+    assert door([*words, f"train.run_dir={folder}/run", "checkpoint.every=1", "train.eval_samples=0"]) == EXIT_FINISHED
+    assert checkpoint_main(["export", f"{folder}/run", f"{folder}/out"]) == EXIT_FINISHED
+    return [sorted(path.name for path in Path(folder, place).iterdir()) for place in ("run/model", "out")]
+
+
+def test_synthetic_data_needs_no_tokenizer(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    LlamaConfig(vocab_size=50, num_key_value_heads=2, **sizes).save_pretrained(tmp_path)
+    ((run, out),) = run_ranks(1, train_without_a_tokenizer, str(tmp_path), timeout=240)
+    assert run == out == ["config.json", "generation_config.json", "model.safetensors"]

@@ -170,3 +170,12 @@ for overrides in (["data.tokenizer=no/such"], ["data=hub", "data.name=no/such"])
     tokenizer, data_set = finished.stdout.splitlines()
     assert tokenizer.startswith("data.tokenizer=no/such: no tokenizer could be loaded (")
     assert data_set.startswith("data.name=no/such: split train cannot be opened (")
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_a_tokenizer_s_folder_is_refused_at_once(tmp_path: Path) -> None:
+    save_bpe(tmp_path, eos_token="</s>")
+    (tmp_path / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=rf"^data\.tokenizer={tmp_path}: {tmp_path}/tokenizer.json is a pipe, which"):
+        encoder_of(f"data.tokenizer={tmp_path}")

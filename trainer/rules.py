@@ -13,6 +13,7 @@ from typing import Any
 
 from configs.choices import (
     Attention,
+    Bos,
     Checkpointing,
     DataSource,
     DType,
@@ -113,7 +114,10 @@ def _check_data(config: Config) -> Iterator[str]:
         yield f"data.paths=[]: data={data.source} needs at least one file, folder or pattern: data.paths=[corpus/]"
     if data.source is DataSource.hub and data.name is None:
         yield "data.name=null: data=hub needs the name of a data set, or a local folder of one"
+    of_documents = (DataSource.builtin, DataSource.files, DataSource.hub)
     read_by = [
+        ("bos", data.bos if data.bos is not Bos.auto else None, of_documents),
+        ("control_tokens", data.control_tokens, (*of_documents, DataSource.chat)),
         ("paths", data.paths, of_files),
         ("validation_paths", data.validation_paths, of_files),
         ("packing", data.packing, (DataSource.chat,)),

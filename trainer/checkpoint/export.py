@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from configs.choices import TuningMethod
@@ -32,6 +32,7 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.progress import read_progress
 from trainer.checkpoint.tensors import TensorReader
+from trainer.data.tokenizer import no_tokenizer
 from trainer.export import export_model
 from trainer.tuning import apply_tuning
 
@@ -48,7 +49,7 @@ def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
         raise EnvironmentProblem(f"{target}: exists; choose another folder")
     folder, manifest = newest_whole(source)
     known = read_progress(folder / STATE).identity
-    tokenizer, parameters = AutoTokenizer.from_pretrained(folder / TOKENIZER), _parameters(folder, manifest)
+    tokenizer, parameters = _tokenizer(folder / TOKENIZER), _parameters(folder, manifest)
     model = _build_model(folder, known)
     try:
         if known.get("tuning.method", TuningMethod.full) != TuningMethod.full:
@@ -59,6 +60,10 @@ def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
         shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)
         raise EnvironmentProblem(f"{target}: cannot be written ({error.strerror or error})") from None
     return folder
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder) if folder.is_dir() and any(folder.iterdir()) else no_tokenizer()
 
 
 def newest_whole(source: Path) -> tuple[Path, Manifest]:

@@ -1,8 +1,8 @@
 """From configuration to data: which source, which tokenizer, which samples for this rank.
 
-Read next: `documents` (files to text), `tokenizer` (text to ids), `cache` (ids to disk), `samples` (ids to
-windows), `positions` (which window when, on which rank), `loader` (windows to the loop); `stream` goes from a
-hub's data set to windows in one pass, `chat` and `conversations` from messages to samples.
+Read next: `paths` and `documents` (files to text), `tokenizer` and `encoding` (text to ids), `cache` (ids to disk),
+`samples` (ids to windows), `positions` (which window when, on which rank), `loader` (windows to the loop). `stream` is
+for a data set on the hub: windows in one pass. `chat` and `conversations` go from messages to samples.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from trainer.data.agreement import Agreement
 from trainer.data.cache import Corpus, TokenisedText, load_tokens
 from trainer.data.chat import SUFFIX as CHAT_SUFFIX
 from trainer.data.conversations import ConversationSamples, load_conversations
-from trainer.data.documents import SUFFIXES, builtin_files, content_hash, find_files
+from trainer.data.documents import builtin_files, content_hash
 from trainer.data.loader import OrderedSamples, RankData, build_loader
+from trainer.data.paths import SUFFIXES, find_files
 from trainer.data.positions import Order, Share, key_of
 from trainer.data.samples import PackedSamples, SyntheticSamples, TokenArray
 from trainer.data.stream import Held, StreamedBatches, TextStream, hold_out, open_stream, take
-from trainer.data.tokenizer import Encoder, build_encoder, tokenizer_key
+from trainer.data.tokenizer import Encoder, build_encoder, tokenizer_key, tokenizer_to_export
+from trainer.data.workers import check_workers
 from trainer.plan import Plan
 
 
@@ -49,11 +51,12 @@ def build_data(config: Config, plan: Plan, *, data_rank: int, vocab_size: int, l
 
 
 def _build(config: Config, plan: Plan, share: Share, vocab_size: int) -> RankData:
-    synthetic = config.data.source is DataSource.synthetic
-    encoder = build_encoder(config, vocab_size=None if synthetic else vocab_size)
-    if synthetic:
-        return _synthetic(config, plan, share, encoder, vocab_size)
-    if config.data.source is DataSource.hub:
+    hub = config.data.source is DataSource.hub
+    check_workers(min(1, config.data.num_workers) if hub else config.data.num_workers, plan)
+    if config.data.source is DataSource.synthetic:
+        return _synthetic(config, plan, share, vocab_size)
+    encoder = build_encoder(config, vocab_size=vocab_size)
+    if hub:
         return _hub(config, plan, share, encoder)
     if config.data.source is DataSource.chat:
         return _chat(config, plan, share, encoder)
@@ -225,7 +228,9 @@ def _hub(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData
         validation_samples=validation,
         eval_samples=config.train.eval_samples,
         share=share,
-        fingerprint=f"{content_hash(first)} {content_hash(str(held.tokens.tolist()))}",
+        fingerprint=" ".join(
+            [str(content_hash(first)), str(content_hash(str(held.tokens.tolist()))), *map(str, encoder.begin)]
+        ),
         text=(
             f"hub: {data.name}{f'/{data.subset}' if data.subset else ''}, split {data.split}, streamed; the run reads"
             f" {plan.batch.tokens * plan.steps:,} tokens; validation {len(held.tokens):,} tokens in"
@@ -252,8 +257,8 @@ def _validation_of_stream(config: Config, stream: TextStream, encoder: Encoder, 
     return held
 
 
-def _synthetic(config: Config, plan: Plan, share: Share, encoder: Encoder, vocab_size: int) -> RankData:
-    """`synthetic`: no text at all; the tokenizer is there to be exported with the model."""
+def _synthetic(config: Config, plan: Plan, share: Share, vocab_size: int) -> RankData:
+    """`synthetic`: no text at all; a tokenizer is there only to be exported with the model."""
     data, seed = config.data, config.train.seed
 
     def samples(purpose: int, count: int | None) -> SyntheticSamples:
@@ -266,7 +271,7 @@ def _synthetic(config: Config, plan: Plan, share: Share, encoder: Encoder, vocab
         )
 
     return RankData(
-        tokenizer=encoder.tokenizer,
+        tokenizer=tokenizer_to_export(config),
         micro_batches=lambda first_step: build_loader(
             OrderedSamples(samples=samples(0, None), order=None),
             sampler=share.micro_batches(first_step),
@@ -291,4 +296,5 @@ def _source(config: Config) -> str:
 
 
 def _tokenizer(encoder: Encoder) -> str:
-    return f"tokenizer {encoder.name} ({encoder.vocabulary:,} tokens)"
+    begin = f"; documents begin with {encoder.tokenizer.decode(list(encoder.begin))}" if encoder.begin else ""
+    return f"tokenizer {encoder.name} ({encoder.vocabulary:,} tokens){begin}"

@@ -18,24 +18,24 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.documents import content_hash, read_pieces
-from trainer.data.entries import META, cached, check_files, damaged, token_dtype
+from configs.errors import DataError
+from trainer.data.documents import Piece, content_hash, read_pieces
+from trainer.data.encoding import encode_documents
+from trainer.data.entries import META, cached, check_files, token_dtype
+from trainer.data.paths import first_line
 from trainer.data.samples import TokenFile
-from trainer.data.tokenizer import Encoder, first_line
+from trainer.data.tokenizer import Encoder
 
 FORMAT = 1
-BULK_CHARACTERS = 2**20
 PROGRESS_SECONDS = 30
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,10 @@ class Corpus:
 
 
 def _identity(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"data.paths: {path} cannot be read ({error.strerror or first_line(error)})") from None
     return str(path), status.st_size, status.st_mtime_ns
 
 
@@ -106,10 +109,7 @@ def load_tokens(corpus: Corpus, encoder: Encoder, *, cache_dir: str) -> Tokenise
 
 def _open(folder: Path) -> TokenisedText:
     """Map a whole entry."""
-    try:
-        counts = Counts(**json.loads((folder / META).read_text()))
-    except (ValueError, TypeError) as error:
-        raise damaged(folder, f"{META}: {first_line(error)}") from None
+    counts = Counts(**json.loads((folder / META).read_text()))
     width = np.dtype(counts.dtype).itemsize
     files = {"train.bin": counts.training_tokens, "validation.bin": counts.validation_tokens}
     check_files(folder, {name: tokens * width for name, tokens in files.items()})
@@ -137,10 +137,10 @@ def _tokenise(corpus: Corpus, encoder: Encoder, folder: Path, threshold: int) ->
     dtype = token_dtype(encoder.vocabulary)
     documents, skipped, lowest, highest = 0, 0, 2**64, -1
     with (
-        _Row(folder / "train.bin", dtype, encoder.end) as training,
-        _Row(folder / "validation.bin", dtype, encoder.end) as validation,
+        _Row(folder / "train.bin", dtype, encoder) as training,
+        _Row(folder / "validation.bin", dtype, encoder) as validation,
     ):
-        for origin, text, ids in encode_in_bulk(_pieces(corpus), encoder):
+        for origin, text, ids in encode_documents(_pieces(corpus), encoder):
             if not text:
                 skipped += 1
                 continue
@@ -166,10 +166,11 @@ def _tokenise(corpus: Corpus, encoder: Encoder, folder: Path, threshold: int) ->
     )
 
 
-def _pieces(corpus: Corpus) -> Iterator[tuple[_Origin, str]]:
+def _pieces(corpus: Corpus) -> Iterator[tuple[_Origin, Piece]]:
     """All text of the corpus in pieces. Says now and then how far it is."""
     files = [(False, path) for path in corpus.training] + [(True, path) for path in corpus.validation]
-    total = sum(path.stat().st_size for _, path in files)
+    sizes = {path: _identity(path)[1] for _, path in files}
+    total = sum(sizes[path] for _, path in files)
     log.info("tokenising %d file(s), %.1f MiB; later runs find the tokens in the cache", len(files), total / 2**20)
     done, said = 0, time.monotonic()
     for number, (for_validation, path) in enumerate(files):
@@ -177,32 +178,37 @@ def _pieces(corpus: Corpus) -> Iterator[tuple[_Origin, str]]:
             said = time.monotonic()
             log.info("tokenised %d of %d file(s), %.0f %% of the bytes", number, len(files), 100 * done / total)
         for piece in read_pieces(path, text_key=corpus.text_key):
-            yield _Origin(for_validation, piece.last), piece.text
-        done += path.stat().st_size
+            yield _Origin(for_validation, piece.last), piece
+        done += sizes[path]
 
 
 class _Row:
-    """A file that tokens are appended to, with EOS after each document."""
+    """A file that tokens are appended to, begun and ended as the encoder says for each document."""
 
-    def __init__(self, path: Path, dtype: str, end: int) -> None:
+    def __init__(self, path: Path, dtype: str, encoder: Encoder) -> None:
         self._file = path.open("wb")
         self._dtype = np.dtype(dtype)
-        self._end = np.array([end], np.int64)
+        self._begin, self._end = np.array(encoder.begin, np.int64), np.array([encoder.end], np.int64)
         self._hash = hashlib.sha256()
         self._open_document = False
         self.tokens = 0
 
     def add(self, ids: NDArray[np.int64]) -> None:
-        data = ids.astype(self._dtype).tobytes()
-        self._file.write(data)
-        self._hash.update(data)
+        if not self._open_document:
+            self._write(self._begin)
         self._open_document = True
-        self.tokens += len(ids)
+        self._write(ids)
 
     def end_document(self) -> None:
         if self._open_document:
-            self.add(self._end)
+            self._write(self._end)
             self._open_document = False
+
+    def _write(self, ids: NDArray[np.int64]) -> None:
+        data = ids.astype(self._dtype).tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self.tokens += len(ids)
 
     def digest(self) -> str:
         return self._hash.hexdigest()
@@ -215,24 +221,3 @@ class _Row:
         # The rename that commits the entry must not reach the disk before the tokens do.
         os.fsync(self._file.fileno())
         self._file.close()
-
-
-def encode_in_bulk(
-    texts: Iterable[tuple[T, str]], encoder: Encoder, *, characters: int = BULK_CHARACTERS
-) -> Iterator[tuple[T, str, NDArray[np.int64]]]:
-    """Each text with its token ids, in order. Many texts at once keep the tokenizer's threads busy."""
-    bulk: list[tuple[T, str]] = []
-    waiting = 0
-    for tag, text in texts:
-        bulk.append((tag, text))
-        waiting += len(text)
-        if waiting >= characters:
-            yield from _encode(bulk, encoder)
-            bulk, waiting = [], 0
-    yield from _encode(bulk, encoder)
-
-
-def _encode(bulk: list[tuple[T, str]], encoder: Encoder) -> Iterator[tuple[T, str, NDArray[np.int64]]]:
-    if bulk:
-        for (tag, text), ids in zip(bulk, encoder.encode([text for _, text in bulk]), strict=True):
-            yield tag, text, ids

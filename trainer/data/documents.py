@@ -1,4 +1,4 @@
-"""Files in, documents out: which files a configuration names, and the text that stands in them.
+"""Files in, documents out: the text that stands in the files of a configuration (which files: `paths`).
 
     .txt .md     one document per file
     .jsonl       one document per line, in the field `data.text_key`
@@ -13,20 +13,16 @@ Everything else that is not clean text stops the run with the place where it sta
 from __future__ import annotations
 
 import codecs
-import glob
 import hashlib
 import json
-import os
 import sysconfig
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.errors import DataError
-from trainer.data.tokenizer import first_line
+from trainer.data.paths import first_line
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 PIECE_BYTES = 16 * 2**10
 BUILTIN_BYTES = 8 * 2**20
 # Of the standard library: tables and test cases, which are not prose or program, and what is not part of it.
@@ -73,57 +69,6 @@ def builtin_files() -> list[Path]:
     if not chosen:
         raise DataError(f"data.source=builtin: this Python keeps no source text in {root}; use data=files")
     return chosen
-
-
-def find_files(entries: Iterable[str], *, key: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """The files that paths, folders (searched recursively) and glob patterns name, each once.
-
-    Folders and patterns pass over other suffixes and hidden files; a file that is named itself must be supported.
-    Raises DataError with every entry that yields nothing. key: where the entries stand in the configuration.
-    """
-    found: dict[Path, None] = {}
-    problems = []
-    for entry in entries:
-        path = Path(os.path.expanduser(entry))
-        try:
-            matches = _matches(path)
-        except OSError as error:
-            problems.append(f"{key}={entry}: cannot be looked up ({error.strerror or first_line(error)}); name another")
-            continue
-        usable = [match for match in matches if match.suffix.lower() in suffixes]
-        if not usable:
-            problems.append(f"{key}={entry}: {_why_nothing(path, matches, suffixes)}")
-        found.update(dict.fromkeys(match.resolve() for match in usable))
-    if problems:
-        raise DataError(*problems)
-    return list(found)
-
-
-def _matches(path: Path) -> list[Path]:
-    """The file itself, the files in the folder, or those that the pattern matches, in folders it matches too."""
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return _inside(path)
-    matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
-    return [file for match in matches for file in (_inside(match) if match.is_dir() else [match])]
-
-
-def _inside(folder: Path) -> list[Path]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-
-
-def _why_nothing(path: Path, matches: list[Path], suffixes: Sequence[str]) -> str:
-    supported = f"supported are {', '.join(suffixes)}"
-    if path.is_file():
-        return f"is a {path.suffix or 'file without suffix'}; {supported}"
-    if matches:
-        found = Counter(match.suffix or "no suffix" for match in matches)
-        return f"holds only {', '.join(f'{n} x {suffix}' for suffix, n in found.most_common(5))}; {supported}"
-    if path.is_dir():
-        return f"the folder holds no files; {supported}"
-    return f"no such file or folder, and no pattern that matches one (relative to {Path.cwd()}); {supported}"
 
 
 def read_pieces(path: Path, *, text_key: str) -> Iterator[Piece]:
@@ -229,11 +174,10 @@ def check_characters(text: str, *, what: str) -> None:
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[Piece]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             if text_key not in names:
                 raise DataError(
@@ -243,7 +187,10 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Piece]:
             for batch in file.iter_batches(batch_size=256, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     yield Piece(text_of({text_key: text}, text_key, where=str(path)), last=True)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (DataError, OSError):
+        raise
+    # The library raises its own errors, and for some damage those of Python: of values, memory, characters.
+    except Exception as error:
         raise DataError(
             f"data.paths: {path} is not a sound parquet file ({first_line(error)}); write it again"
         ) from None

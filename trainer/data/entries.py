@@ -20,7 +20,7 @@ import filelock
 import numpy as np
 
 from configs.errors import DataError
-from trainer.data.tokenizer import first_line
+from trainer.data.paths import first_line
 
 META = "meta.json"
 
@@ -30,7 +30,9 @@ T = TypeVar("T")
 def cached(cache_dir: str, key: str, *, build: Callable[[Path], None], read: Callable[[Path], T]) -> T:
     """What `read` makes of the entry's folder; `build` fills an empty one if no process has done it before.
 
-    build: must write META last. Raises DataError for a cache folder that cannot be written.
+    build: must write META last.
+    read: an error over a value that it reads means that the entry is damaged.
+    Raises DataError for a damaged entry, and for a cache folder that cannot be written.
     """
     folder = Path(os.path.expanduser(cache_dir)) / key
     try:
@@ -39,7 +41,10 @@ def cached(cache_dir: str, key: str, *, build: Callable[[Path], None], read: Cal
             with filelock.FileLock(folder.with_suffix(".lock")):
                 if not (folder / META).exists():
                     _fill(folder, build)
-        return read(folder)
+        try:
+            return read(folder)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise damaged(folder, f"{META}: {first_line(error)}") from None
     except OSError as error:
         raise DataError(
             f"data.cache_dir={cache_dir}: cannot keep the tokenised text there ({error.strerror or first_line(error)});"

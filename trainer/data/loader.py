@@ -24,6 +24,7 @@ from configs.errors import DataError, RankProblem
 from trainer.data import IGNORED, Batch
 from trainer.data.positions import Order, Share, permute
 from trainer.data.samples import Samples
+from trainer.data.workers import no_room, share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,11 @@ class RankData:
 
     def steps(self, first_step: int = 0) -> Iterator[list[Batch]]:
         with signals_held_back():
-            micro_batches = iter(self.micro_batches(first_step))
+            try:
+                micro_batches = iter(self.micro_batches(first_step))
+            except OSError as error:
+                # Its queues, too, need room in shared memory.
+                raise RankProblem(*no_room(error).problems) from None
         while True:
             step = []
             for _ in range(self.share.batch.gradient_accumulation_steps):
@@ -96,6 +101,10 @@ def next_item(items: Iterator[Any]) -> Any:
     the broken connection that is seen here says nothing of it."""
     try:
         return next(items)
+    except RuntimeError as error:
+        if "Bus error" not in str(error):
+            raise
+        raise RankProblem(*no_room(error).problems) from None
     except (ConnectionError, EOFError) as error:
         # What a living loader process raised itself begins with "Caught".
         if not getattr(items, "_workers", None) or str(error).startswith("Caught"):
@@ -115,7 +124,7 @@ def build_loader(
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=share if num_workers else _as_it_is,
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_parent if num_workers else None,
         # Otherwise the loader would draw a number from the generator that the model's dropout uses.

@@ -25,11 +25,13 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from configs.errors import DataError
 from configs.schema import Data
 from trainer.data import Batch
-from trainer.data.cache import both_sides, encode_in_bulk
-from trainer.data.documents import content_hash, text_of
+from trainer.data.cache import both_sides
+from trainer.data.documents import Piece, content_hash, text_of
+from trainer.data.encoding import encode_documents
+from trainer.data.paths import files_inside, first_line, why_not_readable
 from trainer.data.positions import Share, key_of, permute
 from trainer.data.samples import make_batch
-from trainer.data.tokenizer import Encoder, first_line
+from trainer.data.tokenizer import Encoder
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -48,6 +50,9 @@ def open_stream(data: Data, *, split: str) -> IterableDataset:
         raise DataError(
             f"data.revision={data.revision}: data.name={data.name} is a local folder, without revisions; set it to null"
         )
+    _check_folder(data.name, local)
+    # What fails is raised as well, and then said in one line.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return datasets.load_dataset(
             str(local) if local.exists() else data.name,
@@ -62,6 +67,17 @@ def open_stream(data: Data, *, split: str) -> IterableDataset:
             f"data.name={data.name}: split {split}{f' of subset {data.subset}' if data.subset else ''} cannot be"
             f" opened ({first_line(error)}); check data.name, data.subset, the split, and the network"
         ) from None
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    """Raise DataError for what the library would wait for, or pass over."""
+    try:
+        files = files_inside(folder) if folder.is_dir() else []
+        problems = [f"data.name={name}: {why}" for file in files if (why := why_not_readable(file))]
+    except OSError as error:
+        raise DataError(f"data.name={name}: cannot be looked up ({error.strerror}: {error.filename})") from None
+    if problems:
+        raise DataError(*problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +160,7 @@ def hold_out(stream: TextStream, encoder: Encoder, *, fraction: float, tokens: i
 
 
 def take(texts: Iterable[str], encoder: Encoder, *, tokens: int) -> NDArray[np.int64]:
-    """The first `tokens` tokens of these texts, EOS after each."""
+    """The first `tokens` tokens of these texts, each begun and ended as a document."""
     rows, missing = [np.empty(0, np.int64)], tokens
     arriving = _tokens(texts, encoder)
     while missing > 0 and (row := next(arriving, None)) is not None:
@@ -154,8 +170,9 @@ def take(texts: Iterable[str], encoder: Encoder, *, tokens: int) -> NDArray[np.i
 
 
 def _tokens(texts: Iterable[str], encoder: Encoder) -> Iterator[NDArray[np.int64]]:
-    for _, _, ids in encode_in_bulk(((None, text) for text in texts), encoder, characters=BULK_CHARACTERS):
-        yield np.append(ids, encoder.end)
+    documents = ((None, Piece(text, last=True)) for text in texts)
+    for _, _, ids in encode_documents(documents, encoder, characters=BULK_CHARACTERS):
+        yield np.concatenate([np.array(encoder.begin, np.int64), ids, [encoder.end]])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,8 @@
 """Text to token ids: any Hugging Face tokenizer, or `bytes`, which needs no training and no download.
 
+A document is tokenised as the tokenizer would tokenise it by itself: it begins with the tokens that the tokenizer puts
+before a text (BOS, for many), and a control token that it spells is text (`plain_text`). Its pieces: `encoding`.
+
 `bytes` gives each byte of the UTF-8 text the id of its value, and <|endoftext|> the id 256. It is a real
 `PreTrainedTokenizerFast`: exported beside a model, `AutoTokenizer` loads it again. Training data takes a
 shortcut past it (the bytes of a string are its ids), which a test holds equal to what the tokenizer says.
@@ -9,17 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
+from configs.choices import Bos, DataSource
 from configs.errors import DataError
 from configs.schema import Config
+from trainer.data.paths import first_line, why_not_readable
+from trainer.data.plain_text import Encoded, PlainText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,31 +35,46 @@ if TYPE_CHECKING:
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoder:
-    """A tokenizer as the data pipeline uses it. name: as the user gave it. vocabulary: highest id + 1.
-    end: the id that ends a document. fingerprint: equal for tokenizers that encode equally."""
+    """A tokenizer as the data pipeline uses it.
+
+    name: as the user gave it.
+    vocabulary: highest id + 1.
+    begin, end: the ids that begin a document, and the one that ends it.
+    fingerprint: equal for tokenizers that encode equally.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     name: str
     vocabulary: int
     end: int
     fingerprint: str
+    plain: PlainText
+    begin: tuple[int, ...] = ()
+
+    @property
+    def borders_matter(self) -> bool:
+        """Whether the tokens of a text differ from those of its pieces."""
+        return self.name != BYTES
+
+    @property
+    def places(self) -> bool:
+        """Whether `encode_with_places` can tell where tokens begin, and there is a reason to ask."""
+        return self.borders_matter and self.plain.places
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """The ids of each text, without any special token added."""
         if self.name == BYTES:
             return [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
-        # verbose: a document may be longer than the model's context; it is cut into samples later.
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return [np.asarray(ids, np.int64) for ids in encoded["input_ids"]]
+        return [encoded.ids for encoded in self.plain.encode(texts)]
+
+    def encode_with_places(self, texts: Sequence[str], *, places: bool) -> list[Encoded]:
+        """The same, and where each token begins. places: false where nobody needs to know."""
+        return self.plain.encode(texts, places=places)
 
 
 def build_byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -71,13 +94,49 @@ def build_byte_tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
+class NoTokenizer:
+    """Stands where a tokenizer is saved, for a model that has none."""
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> tuple[str, ...]:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return ()
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+def no_tokenizer() -> PreTrainedTokenizerBase:
+    """For data that is no text: it passes through no tokenizer, and the trainer only saves what it is given here."""
+    return cast("PreTrainedTokenizerBase", NoTokenizer())
+
+
+def tokenizer_to_export(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with the model although the data passes through none. A model that brings none is
+    saved without one. Raises DataError for a `data.tokenizer` that cannot be loaded."""
+    name = _name(config)
+    if name == BYTES:
+        return build_byte_tokenizer()
+    try:
+        return _load(config, name)
+    except DataError as error:
+        if config.data.tokenizer is not None:
+            raise
+        log.info("%s; none is needed, and the model is saved without one", error.problems[0].partition("; ")[0])
+        return no_tokenizer()
+
+
+def _name(config: Config) -> str:
+    return config.data.tokenizer or config.model.path or BYTES
+
+
 def build_encoder(config: Config, *, vocab_size: int | None) -> Encoder:
     """The tokenizer of `data.tokenizer`, else that of `model.path`, else `bytes`.
 
-    vocab_size: of the model; None if the data never passes through the tokenizer. Raises DataError if the
-    tokenizer cannot be loaded, has more tokens than the model, or has none that could end a document.
+    vocab_size: of the model; None if it does not matter. Raises DataError if the
+    tokenizer cannot be loaded, has more tokens than the model, has none that could end a document, or cannot begin one
+    as `data.bos` asks for.
     """
-    name = config.data.tokenizer or config.model.path or BYTES
+    name = _name(config)
     tokenizer = build_byte_tokenizer() if name == BYTES else _load(config, name)
     vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
     if vocab_size is not None and vocabulary > vocab_size:
@@ -85,12 +144,25 @@ def build_encoder(config: Config, *, vocab_size: int | None) -> Encoder:
             f"{tokenizer_key(config)}={name}: has {vocabulary} token ids, but the model's vocabulary has {vocab_size};"
             f" set model.config.vocab_size={vocabulary}, or choose a smaller tokenizer (data.tokenizer={BYTES} has 257)"
         )
+    what = f"{tokenizer_key(config)}={name}"
+    end = _end_of_document(config, name, tokenizer)
+    of_documents = config.data.source in (DataSource.builtin, DataSource.files, DataSource.hub)
+    begin = _begin_of_document(config, what, tokenizer) if of_documents else ()
+    if config.data.document_mask and end in begin:
+        raise DataError(
+            f"data.document_mask=true: {what} begins documents with the token that ends them, {end}, so their borders"
+            " cannot be seen; set data.bos=never"
+        )
+    _check_control_tokens(config, what, tokenizer)
+    plain = PlainText(tokenizer, control_tokens=config.data.control_tokens, name=what)
     return Encoder(
         tokenizer=tokenizer,
         name=name,
         vocabulary=vocabulary,
-        end=_end_of_document(config, name, tokenizer),
-        fingerprint=BYTES if name == BYTES else _fingerprint(tokenizer),
+        begin=begin,
+        end=end,
+        fingerprint=BYTES if name == BYTES else _fingerprint(tokenizer, begin, config.data.control_tokens),
+        plain=plain,
     )
 
 
@@ -109,6 +181,8 @@ def _load(config: Config, name: str) -> PreTrainedTokenizerBase:
         raise DataError(f"{tokenizer_key(config)}={name}: is a file; give the folder that holds tokenizer.json")
     if not path.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith("/")):
         raise DataError(f"{tokenizer_key(config)}={name}: no such folder; {remedy}")
+    if problems := list(_unreadable(path)):
+        raise DataError(*(f"{tokenizer_key(config)}={name}: {problem}" for problem in problems))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path) if path.is_dir() else name,
@@ -128,10 +202,15 @@ def _load(config: Config, name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def first_line(error: Exception) -> str:
-    """What a library's exception says, short enough for one line."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text.rstrip(".:;, ")[:300]
+def _unreadable(folder: Path) -> Iterator[str]:
+    """What is wrong with the files of a folder that a tokenizer could be read from."""
+    try:
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        for file in files:
+            if file.suffix in (".jinja", ".json", ".model", ".txt") and not file.is_dir():
+                yield from filter(None, [why_not_readable(file)])
+    except OSError as error:
+        yield f"cannot be looked up ({error.strerror}: {error.filename})"
 
 
 def _end_of_document(config: Config, name: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -145,7 +224,42 @@ def _end_of_document(config: Config, name: str, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def _begin_of_document(config: Config, what: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts before a text, if `data.bos` says no other."""
+    if config.data.bos is Bos.never:
+        return ()
+    begin = _put_before_a_text(tokenizer)
+    if begin or (config.data.bos is Bos.auto and begin is not None):
+        return begin
+    if config.data.bos is Bos.auto:
+        raise DataError(f"{what}: does not show how it begins a text; set data.bos=always, or data.bos=never")
+    if not isinstance(tokenizer.bos_token_id, int):
+        raise DataError(
+            f"data.bos=always: {what} has no BOS token; set bos_token in its tokenizer_config.json, or data.bos=auto"
+        )
+    return (tokenizer.bos_token_id,)
+
+
+def _put_before_a_text(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...] | None:
+    """None: not to be seen."""
+    for text in ("a", "1", "the"):
+        bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole: list[int] = tokenizer(text)["input_ids"]
+        for place in range(len(whole) - len(bare) + 1) if bare else ():
+            if whole[place : place + len(bare)] == bare:
+                return tuple(whole[:place])
+    return None
+
+
+def _check_control_tokens(config: Config, what: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if config.data.control_tokens and getattr(tokenizer, "split_special_tokens", False):
+        raise DataError(
+            f"data.control_tokens=true: {what} reads every text as text (split_special_tokens in its"
+            " tokenizer_config.json); leave it out, or give another tokenizer"
+        )
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase, begin: tuple[int, ...], control_tokens: bool) -> str:
     """The whole of a fast tokenizer; of a slow one, which cannot be written out, its class, vocabulary and options."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -154,4 +268,6 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         for key, value in sorted(tokenizer.init_kwargs.items())
         if isinstance(value, str | int | float | bool) and key != "name_or_path"
     }
-    return hashlib.sha256(f"{type(tokenizer).__name__}{json.dumps(options)}{content}".encode()).hexdigest()
+    # Whole documents, and text as text.
+    rules = json.dumps([2, begin, control_tokens, tokenizers.__version__, str(tokenizer.special_tokens_map)])
+    return hashlib.sha256(f"{type(tokenizer).__name__}{json.dumps(options)}{content}{rules}".encode()).hexdigest()
