@@ -14,8 +14,10 @@ import pytest
 from configs.errors import DataError, PlanError
 from tests.data_cases import data_of, rows_of_all_ranks
 from trainer.data import IGNORED, Batch
-from trainer.data.chat import ChatEncoder, Conversation, read_conversations
+from trainer.data.chat import ChatEncoder
 from trainer.data.conversations import pack
+from trainer.data.messages import Conversation, read_conversations
+from trainer.data.plain_text import PlainText
 from trainer.data.tokenizer import Encoder, build_byte_tokenizer
 
 TURN = {"system": "Be brief.", "user": "Say é中 please", "assistant": "é中 é"}
@@ -54,11 +56,12 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["data=chat", f"data.paths=[{file}]", f"data.cache_dir={folder}/cache", "data.seq_len=400"]
 
 
-def encoder_of(template: str) -> ChatEncoder:
+def encoder_of(template: str | None) -> ChatEncoder:
     """The bytes of the text under another template than its own."""
     tokenizer = build_byte_tokenizer()
     tokenizer.chat_template = template
-    encoder = Encoder(tokenizer=tokenizer, name="folder", vocabulary=257, end=256, fingerprint="")
+    plain = PlainText(tokenizer, control_tokens=False, name="folder")
+    encoder = Encoder(tokenizer=tokenizer, name="folder", vocabulary=257, end=256, fingerprint="", plain=plain)
     return ChatEncoder(encoder, key="data.tokenizer")
 
 
@@ -72,7 +75,6 @@ def trained_text(chat: ChatEncoder, *roles: str) -> list[str]:
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_only_the_assistant_s_turns_are_trained_on(template: str) -> None:
     chat = encoder_of(template)
-    assert chat.marked is (template == MARKED)
     roles = ("system", "user", "assistant", "user", "assistant", "user")
     assert trained_text(chat, *roles) == ["é中 é</>", "é中 é</>"]
 
@@ -100,9 +102,8 @@ def test_a_template_that_refuses_is_quoted() -> None:
 
 
 def test_a_tokenizer_without_a_template_is_told() -> None:
-    encoder = Encoder(tokenizer=build_byte_tokenizer(), name="folder", vocabulary=257, end=256, fingerprint="")
-    with pytest.raises(DataError, match=r"^model.path=folder: has no chat template .* or set data.tokenizer=bytes"):
-        ChatEncoder(encoder, key="model.path")
+    with pytest.raises(DataError, match=r"^data.tokenizer=folder: has no chat template .* or set data.tokenizer=bytes"):
+        encoder_of(None)
 
 
 @pytest.mark.parametrize(

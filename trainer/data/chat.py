@@ -8,27 +8,28 @@
 Where the template marks the assistant's part with {% generation %}, that is it. Elsewhere it is what the text of the
 first k messages and the assistant's header lacks of the text of the first k + 1. That holds only if each of these
 texts begins the whole one; a template that renders a message differently when others follow is told, not guessed at.
+A message that spells a control token spells text (`plain_text`). Which fields of a row count: `messages`.
 Loss on the assistant's turns alone: Ouyang et al. 2022 (InstructGPT).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from trainer.data.documents import check_characters, read_rows
-from trainer.data.tokenizer import BYTES, Encoder, first_line
+from trainer.data.messages import NEEDS_TEMPLATE, REASONING, Conversation, Message
+from trainer.data.paths import first_line
+from trainer.data.plain_text import GUARD
+from trainer.data.tokenizer import BYTES, Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES = ("system", "user", "assistant", "tool")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SUFFIX = ".jsonl"
 CHATML = (
@@ -39,15 +40,7 @@ CHATML = (
 )
 """The template of the tokenizer `bytes`, which has none of its own; its marks are plain text, byte by byte."""
 
-Message = dict[str, str]
 Span = tuple[int, int]
-
-
-class Conversation(NamedTuple):
-    """where: FILE:LINE."""
-
-    messages: list[Message]
-    where: str
 
 
 class Tokens(NamedTuple):
@@ -58,78 +51,128 @@ class Tokens(NamedTuple):
 
 
 class ChatEncoder:
-    """Conversations to tokens by the template of `encoder`'s tokenizer. key: where its name stands in the config."""
+    """Conversations to tokens by the template of `encoder`'s tokenizer. key: where its name stands in the config.
+    spelled: how many conversations had text that spells a control token."""
 
     def __init__(self, encoder: Encoder, *, key: str) -> None:
         """Raises DataError for a tokenizer without a chat template, or that cannot tell where its tokens are from."""
         self.tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
+        self.plain = encoder.plain
         self.name = f"{key}={encoder.name}"
+        self.spelled = 0
         if encoder.name == BYTES:
             self.tokenizer.chat_template = CHATML
         try:
-            self.template = self.tokenizer.get_chat_template()
+            # Some tokenizers have another one for rows with tools.
+            self.templates = (self.tokenizer.get_chat_template(), self.tokenizer.get_chat_template(tools=[]))
         except ValueError as error:
             raise DataError(
                 f"{self.name}: has no chat template ({first_line(error)}); give the tokenizer of a chat model, put a"
                 f" chat_template.jinja into its folder, or set data.tokenizer={BYTES}"
             ) from None
+        if not all(isinstance(template, str) for template in self.templates):
+            raise DataError(f"{self.name}: its chat_template is no text; mend its tokenizer_config.json")
         if not self.tokenizer.is_fast:
             raise DataError(
                 f"{self.name}: cannot tell which text a token is from; give a tokenizer with a tokenizer.json"
             )
-        self.marked = GENERATION.search(self.template) is not None
+
+    def template(self, conversation: Conversation) -> str:
+        return self.templates["tools" in conversation.options]
 
     def encode(self, conversation: Conversation) -> Tokens:
         """Raises DataError, with file and line, where the template refuses the conversation or hides a turn."""
+        self._check_known(conversation)
+        marked = GENERATION.search(self.template(conversation)) is not None
         from jinja2 import TemplateError
 
         try:
-            text, spans = self._marked(conversation) if self.marked else self._by_prefixes(conversation)
-        except (TemplateError, TypeError, ValueError) as error:
+            guarded = self._guarded(conversation)
+            text, spans = self._marked(guarded) if marked else self._by_prefixes(guarded)
+        except DataError:
+            raise
+        except TemplateError as error:
             raise DataError(
                 f"data.paths: {conversation.where}: the chat template of {self.name} refuses the messages"
                 f" ({first_line(error)}); mend or remove the line"
             ) from None
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        trained = np.zeros(len(offsets), np.bool_)
+        # A template is a program: it can fail in any way.
+        except Exception as error:
+            raise DataError(
+                f"data.paths: {conversation.where}: the chat template of {self.name} fails on the messages"
+                f" ({type(error).__name__}: {first_line(error)}); mend or remove the line"
+            ) from None
+        encoded = self.plain.encode_rendered(text)
+        assert encoded.starts is not None
+        self.spelled += GUARD in text
+        trained = np.zeros(len(encoded.ids), np.bool_)
         for start, end in spans:
-            trained |= (offsets[:, 0] >= start) & (offsets[:, 0] < end)
+            trained |= (encoded.starts >= start) & (encoded.starts < end)
         if not trained.any():
             raise DataError(
                 f"data.paths: {conversation.where}: the chat template of {self.name} leaves nothing of the assistant's"
                 " turns; mend or remove the line"
             )
-        return Tokens(np.asarray(encoded["input_ids"], np.int64), trained)
+        return Tokens(encoded.ids, trained)
+
+    def _check_known(self, conversation: Conversation) -> None:
+        """Raise DataError for a field that the template has no word of, and would drop."""
+        template = self.template(conversation)
+        given = dict.fromkeys(conversation.options)
+        given |= dict.fromkeys(key for message in conversation.messages for key in NEEDS_TEMPLATE if message.get(key))
+        for field in given:
+            names = REASONING if field in REASONING and _reasoning_has_one_name() else (field,)
+            if not any(re.search(rf"\b{re.escape(name)}\b", template) for name in names):
+                raise DataError(
+                    f'data.paths: {conversation.where}: the chat template of {self.name} has no word of "{field}" and'
+                    " would drop it; give a tokenizer whose template writes it, or take the field out"
+                )
+
+    def _guarded(self, conversation: Conversation) -> Conversation:
+        """As the template gets it: without fields that are null, on which many stumble, and with control tokens that
+        are spelled out kept from being found."""
+        messages = [{key: value for key, value in m.items() if value is not None} for m in conversation.messages]
+        options = self.plain.guarded(dict(conversation.options))
+        return Conversation(self.plain.guarded(messages), conversation.where, options)
 
     def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """By the template's own marks. The tokenizer's `return_assistant_tokens_mask` reads the same ones, but where a
         turn ends in a blank that some tokenizers count to no token it marks all that follows too."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        options: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
+        options: dict[str, Any] = {**self.tokenizer.special_tokens_map, **conversation.options}
         rendered: Any = render_jinja_template(
             conversations=[conversation.messages],
-            chat_template=self.template,
+            chat_template=self.template(conversation),
             return_assistant_tokens_mask=True,
             **options,
         )
         (text,), (spans,) = rendered
-        return text, spans
+        places = [place for place, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if all(map(conversation.trained, places)):
+            return text, spans
+        if len(spans) != len(places):
+            raise DataError(
+                f"data.paths: {conversation.where}: the chat template of {self.name} marks {len(spans)} part(s) of"
+                f' {len(places)} turn(s) of the assistant, so which of them have "weight": 0 cannot be seen; take the'
+                " weights out, or {% generation %} out of the template"
+            )
+        return text, [span for span, place in zip(spans, places, strict=True) if conversation.trained(place)]
 
     def _by_prefixes(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        messages = conversation.messages
-        whole = self._render(messages)
+        messages, options = conversation.messages, conversation.options
+        whole = self._render(messages, options)
         spans = []
-        for place, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        for place in filter(conversation.trained, range(len(messages))):
             if place == 0:
                 raise DataError(
                     f"data.paths: {conversation.where}: begins with the assistant, whose header cannot be told from its"
                     f" words without {{% generation %}} in the chat template of {self.name}; begin with another role"
                 )
-            before, after = self._render(messages[:place], prompt=True), self._render(messages[: place + 1])
+            before, after = (
+                self._render(messages[:place], options, prompt=True),
+                self._render(messages[: place + 1], options),
+            )
             if not (after.startswith(before) and whole.startswith(after)):
                 raise DataError(
                     f"data.paths: {conversation.where}: the chat template of {self.name} renders message {place + 1}"
@@ -139,45 +182,14 @@ class ChatEncoder:
             spans.append((len(before), len(after)))
         return whole, spans
 
-    def _render(self, messages: list[Message], *, prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    def _render(self, messages: list[Message], options: Mapping[str, Any], *, prompt: bool = False) -> str:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options)
         assert isinstance(text, str)
         return text
 
 
-def read_conversations(path: Path, *, key: str) -> Iterator[Conversation]:
-    """The conversations of a .jsonl file. key: `data.messages_key`. Raises DataError with file and line."""
-    example = f'{{"{key}": [{{"role": "user", "content": ...}}, ...]}}'
-    try:
-        for number, row in read_rows(path, example=example):
-            yield Conversation(_messages(row, key, where=f"{path}:{number}"), f"{path}:{number}")
-    except OSError as error:
-        raise DataError(f"data.paths: {path} cannot be read ({error.strerror or first_line(error)})") from None
+def _reasoning_has_one_name() -> bool:
+    """Whether this transformers gives a template what was thought under each of the names that are in use."""
+    from transformers.utils import chat_template_utils
 
-
-def _messages(row: dict[str, Any], key: str, *, where: str) -> list[Message]:
-    if key not in row:
-        raise DataError(
-            f"data.messages_key={key}: {where} has no such field; it has {', '.join(map(repr, row)) or 'none'}"
-        )
-    messages = row[key]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(
-            f"data.messages_key={key}: {where} holds no list of messages there; write"
-            ' [{"role": "user", "content": ...}, ...]'
-        )
-    for place, message in enumerate(messages, start=1):
-        _check_message(message, what=f"data.paths: {where}: message {place}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"data.paths: {where}: no assistant turn, so nothing to train on; mend or remove the line")
-    return messages
-
-
-def _check_message(message: object, *, what: str) -> None:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise DataError(f'{what} is not an object with "role" and "content"; mend or remove the line')
-    if message["role"] not in ROLES:
-        raise DataError(f"{what} has the role {message['role']!r}; use one of {', '.join(ROLES)}")
-    if not isinstance(message["content"], str):
-        raise DataError(f"{what} holds {type(message['content']).__name__} as its content, not text; write text")
-    check_characters(message["content"], what=what)
+    return hasattr(chat_template_utils, "_alias_reasoning_fields")

@@ -27,15 +27,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from trainer.data import IGNORED, Batch
 from trainer.data.cache import PROGRESS_SECONDS, Corpus, both_sides
-from trainer.data.chat import ChatEncoder, Conversation, read_conversations
+from trainer.data.chat import ChatEncoder
 from trainer.data.documents import content_hash
-from trainer.data.entries import META, cached, check_files, damaged, token_dtype
+from trainer.data.entries import META, cached, check_files, token_dtype
+from trainer.data.messages import Conversation, read_conversations
 from trainer.data.samples import TokenFile
-from trainer.data.tokenizer import Encoder, first_line
+from trainer.data.tokenizer import Encoder
 
 SIDES = ("train", "validation")
 
@@ -78,16 +80,13 @@ def load_conversations(corpus: Corpus, encoder: Encoder, *, tokenizer_key: str, 
     tokenizer_key: where the tokenizer's name stands in the config. Raises DataError for rows that cannot be used.
     """
     chat = ChatEncoder(encoder, key=tokenizer_key)
-    identity = f"chat 1 {corpus.key(encoder)} {chat.template}"
+    identity = f"chat 2 {transformers.__version__} {corpus.key(encoder)} {chat.templates}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     return cached(cache_dir, key, build=lambda folder: _build(corpus, encoder, chat, folder), read=_open)
 
 
 def _open(folder: Path) -> Conversations:
-    try:
-        meta = _Meta(**json.loads((folder / META).read_text()))
-    except (ValueError, TypeError) as error:
-        raise damaged(folder, f"{META}: {first_line(error)}") from None
+    meta = _Meta(**json.loads((folder / META).read_text()))
     sides = []
     for side, tokens, count in zip(SIDES, meta.tokens, meta.conversations, strict=True):
         files = {
@@ -111,7 +110,7 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, folder: Path) ->
         threshold = both_sides(threshold, min(hashes, default=0), max(hashes, default=0))
     dtype, digest = token_dtype(encoder.vocabulary), hashlib.sha256()
     tokens, conversations = [0, 0], [0, 0]
-    said = time.monotonic()
+    said, unused = time.monotonic(), dict[str, None]()
     with ExitStack() as stack:
         files = [
             {
@@ -121,6 +120,7 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, folder: Path) ->
             for side in SIDES
         ]
         for conversation, for_validation in _all(corpus):
+            unused |= dict.fromkeys(conversation.unused)
             ids, trained = chat.encode(conversation)
             side = int(for_validation or _hash(conversation) < threshold)
             written = {
@@ -136,6 +136,14 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, folder: Path) ->
             if time.monotonic() - said > PROGRESS_SECONDS:
                 said = time.monotonic()
                 log.info("tokenised %d conversations", sum(conversations))
+    if unused:
+        log.info("fields of the rows that play no part: %s", ", ".join(unused))
+    if chat.spelled:
+        log.info(
+            "%d conversation(s) spell control tokens of the tokenizer, which stay text; data.control_tokens=true makes"
+            " tokens of them",
+            chat.spelled,
+        )
     meta = _Meta(
         dtype=dtype,
         tokens=(tokens[0], tokens[1]),
@@ -155,7 +163,7 @@ def _all(corpus: Corpus) -> Iterator[tuple[Conversation, bool]]:
 
 def _hash(conversation: Conversation) -> int:
     """Of the conversation itself: copies of it fall on the same side of the split."""
-    return content_hash(json.dumps([[m["role"], m["content"]] for m in conversation.messages]))
+    return content_hash(json.dumps([[m["role"], m.get("content")] for m in conversation.messages]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
