@@ -19,9 +19,10 @@ from configs.errors import PlanError
 from configs.schema import Config
 from trainer.batch import Batch, make_batch
 from trainer.machine import Machine
+from trainer.model_fields import config_fields, sizes
 from trainer.parallel.pipeline_table import check_pipeline
 from trainer.parallel.pipeline_timeline import bubble_fraction
-from trainer.rules import check_config, config_fields
+from trainer.rules import check_config
 
 CPU_PROCESSES = 2  # what a layout that is open to any world size gets on a machine without GPUs
 
@@ -239,13 +240,13 @@ def _reshard(config: Config) -> bool:
 
 
 def _check_pipeline(config: Config, batch: Batch) -> Iterator[str]:
-    fields, pipeline = config_fields(config), config.parallel.pipeline
+    pipeline = config.parallel.pipeline
     return check_pipeline(
         pp=config.parallel.pp,
         schedule=pipeline.schedule,
         micro_batches=batch.gradient_accumulation_steps,
         stages_per_rank=pipeline.stages_per_rank,
-        num_layers=fields.get("num_hidden_layers") or fields.get("n_layer"),
+        num_layers=sizes(config_fields(config)).layers,
         split=pipeline.split,
         checkpointing=str(config.train.activation_checkpointing),
         compile=config.train.compile,

@@ -6,10 +6,8 @@ need the machine the job runs on (libraries, disks) in `preflight`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from configs.choices import (
     Attention,
@@ -24,10 +22,12 @@ from configs.choices import (
 )
 from configs.schema import Config, Offload
 from trainer.devices import check_gpu
+from trainer.model_fields import config_fields, sizes
 from trainer.optimizer_rules import check_optimizer
 from trainer.parallel.context_table import check_context
 from trainer.parallel.tensor_plans import check_tensor
 from trainer.report.trackers import check_tracker
+from trainer.router_loss import check_router
 from trainer.tuning_rules import check_tuning
 
 DEEPSPEED_SPLITS = {
@@ -52,6 +52,7 @@ def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]
     yield from _check_splits(config)
     yield from _check_precision(config)
     yield from check_tuning(config)
+    yield from check_router(config)
     yield from check_optimizer(config, sharded=sharded and config.parallel.engine is EngineName.torch)
     yield from check_gpu(config.cluster.gpu)
     yield from check_tracker(config.logging)
@@ -60,21 +61,6 @@ def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]
     yield from _check_run_dir(config.train.run_dir)
     if config.launcher.name is LauncherName.python and (config.cluster.gpus_per_node or 1) * config.cluster.nodes != 1:
         yield "launcher.name=python: starts one process only; use launcher=torchrun for more"
-
-
-def config_fields(config: Config) -> dict[str, Any]:
-    """Fields of the Hugging Face config as far as they are known here: preset or local folder, then overrides.
-
-    A hub id is not looked up: planning needs no network.
-    """
-    fields: dict[str, Any] = dict(config.model.architecture)
-    if config.model.path is not None:
-        file = Path(config.model.path).expanduser() / "config.json"
-        try:
-            fields = json.loads(file.read_text()) if file.is_file() else {}
-        except (OSError, ValueError):
-            fields = {}
-    return {**fields, **config.model.config}
 
 
 def _check_model(config: Config, device: str) -> Iterator[str]:
@@ -91,8 +77,8 @@ def _check_model(config: Config, device: str) -> Iterator[str]:
             "model.trust_remote_code=true: needs model.revision=COMMIT, so that the code that runs is the code you"
             " have read"
         )
-    positions = next((fields[k] for k in ("n_positions", "max_position_embeddings") if fields.get(k)), None)
-    if isinstance(positions, int) and config.data.seq_len > positions:
+    positions = sizes(fields).positions
+    if positions is not None and config.data.seq_len > positions:
         yield (
             f"data.seq_len={config.data.seq_len}: the model has {positions} positions;"
             f" use {positions} or less, or set model.config.max_position_embeddings"

@@ -57,8 +57,9 @@ class Engine(Protocol):
 
         The loss is the sum of the cross-entropy over valid tokens, divided by `valid_tokens` (a scalar on the
         device): their number in the whole step, over all micro-batches and data-parallel ranks. Never a mean of
-        means, which would weigh tokens differently in each layout. Returns this rank's share of that loss (a float32
-        or float64 scalar on the device, detached); the sum over all ranks is the loss of the step.
+        means, which would weigh tokens differently in each layout. `trainer.router_loss`
+        may add a term to it. Returns this rank's share of that loss (a float32 or float64 scalar on the device,
+        detached); the sum over all ranks is the loss of the step.
         """
         ...
 

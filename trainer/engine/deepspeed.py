@@ -53,6 +53,7 @@ from trainer.pieces import join
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, build_loss_scale, torch_dtype
 from trainer.preflight import check_deepspeed
+from trainer.router_loss import build_router_loss
 from trainer.runtime import Runtime
 from trainer.tuning import AdapterWeights, apply_tuning, tell_trained
 from trainer.weights import build_weights
@@ -87,6 +88,7 @@ class DeepSpeedEngine:
         apply_tuning(self.model, config.tuning, base=config.model.path)
         if config.tuning.method is not TuningMethod.full:
             tell_trained(self.model)
+        build_router_loss(self.model, config, plan)
         parts = parallelize(self.model, config, plan, self.mesh)
         seed = config.train.seed
         weights = AdapterWeights(build_weights(config.model, self.model, seed=seed), seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -32,6 +33,7 @@ from trainer.parallel.vocabulary import chunked_cross_entropy_sum
 from trainer.parallelize import parallelize
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
+from trainer.router_loss import build_router_loss
 from trainer.runtime import Runtime
 from trainer.tuning import AdapterWeights, apply_tuning, tell_trained
 from trainer.weights import build_weights
@@ -55,6 +57,7 @@ class TorchEngine:
         self.whole = config.tuning.method is TuningMethod.full
         if not self.whole:
             tell_trained(self.model)
+        self.router_loss = build_router_loss(self.model, config, plan)
         self.parts = parallelize(self.model, config, plan, self.mesh)
         self.modules = self.parts.modules
         for module in self.modules:
@@ -117,7 +120,7 @@ class TorchEngine:
             loss = self.pipeline.evaluate(batch, loss_fn=self.loss_fn)
             return loss if self._speaks() and self.mesh["pp"].get_local_rank() == 0 else torch.zeros_like(loss)
         self.model.eval()
-        loss = self._loss(self.model, batch)
+        loss = self.loss_fn(self._forward(self.model, batch).logits, batch.labels)
         self.model.train()
         return loss if self._speaks() else torch.zeros_like(loss)
 
@@ -169,17 +172,22 @@ class TorchEngine:
         total = torch.zeros((), device=valid_tokens.device, dtype=torch.float64)
         for number, batch in enumerate(micro_batches, start=1):
             with self._synchronise(last=number == len(micro_batches)):
-                loss = self._loss(self.ddp or self.model, batch) / valid_tokens
+                output = self._forward(self.ddp or self.model, batch)
+                loss = self.loss_fn(output.logits, batch.labels) / valid_tokens
+                if self.router_loss is not None:
+                    # Every micro-batch of every rank counts the same.
+                    count = len(micro_batches) * self.plan.data_parallel_size
+                    loss = loss + self.router_loss.of(output) / count
+                del output
                 (loss * factor).backward()
             total += loss.detach()
         return total
 
-    def _loss(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def _forward(self, module: torch.nn.Module, batch: Batch) -> Any:
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
         # FSDP2 casts by its own policy; autocast on top would cast again.
         with nullcontext() if self.plan.fully_sharded else autocast(self.plan):
-            logits = module(input_ids=batch.input_ids, use_cache=False, **positions).logits
-        return self.loss_fn(logits, batch.labels)
+            return module(input_ids=batch.input_ids, use_cache=False, **positions)
 
     def _synchronise(self, *, last: bool) -> AbstractContextManager[None]:
         """Only the last micro-batch's backward may average over replicas; `no_sync` must cover the forward too."""

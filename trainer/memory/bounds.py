@@ -13,8 +13,8 @@ from __future__ import annotations
 from configs.choices import EngineName, OffloadDevice, OptimizerName
 from configs.schema import Config, Optimizer
 from trainer.memory.layouts.common import WIDTHS
+from trainer.model_fields import config_fields, sizes
 from trainer.plan import Plan
-from trainer.rules import config_fields
 
 WORKSPACE_BYTES = 2**28
 
@@ -53,14 +53,12 @@ def _trained_bytes(plan: Plan, parameters: int, optimizer: Optimizer) -> float:
 
 def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
     """What a rank should never exceed, under the assumption above; None where the config does not tell the sizes."""
-    fields = config_fields(config)
-    hidden, layers = fields.get("hidden_size") or fields.get("n_embd"), fields.get("num_hidden_layers")
-    layers, heads = layers or fields.get("n_layer"), fields.get("num_attention_heads") or fields.get("n_head")
-    if not (hidden and layers and heads and fields.get("vocab_size")):
+    known = sizes(config_fields(config))
+    if not (known.hidden and known.layers and known.heads and known.vocabulary):
         return None
     tokens, seq_len = plan.batch.micro_batch_size * plan.batch.seq_len, plan.batch.seq_len
-    activations = 2 * layers * tokens * (34 * hidden + 5 * heads * seq_len)
-    logits = 4 * 4 * tokens * fields["vocab_size"]
+    activations = 2 * known.layers * tokens * (34 * known.hidden + 5 * known.heads * seq_len)
+    logits = 4 * 4 * tokens * known.vocabulary
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
     buffers = held * (WIDTHS[plan.param_dtype] + WIDTHS[plan.master_dtype])
     return states_bytes(plan, parameters, config.optimizer) + buffers + activations + logits + WORKSPACE_BYTES

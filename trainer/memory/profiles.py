@@ -41,7 +41,16 @@ Made = TypeVar("Made")
 MEMORY = ("trace", "tracing", "units", "update_cost", "kernels", "tracker", "profiles", "profile")
 PARALLEL = ("checkpointing", "collectives", "context", "fsdp", "pipeline_probe", "pipeline_split", "regions", "tensor")
 PARALLEL = (*PARALLEL, "tensor_adapters", "tensor_plans", "vocabulary")
-SOURCES = ("model.py", "quantized.py", "tuning.py", "loss.py", "optimizer.py", "optimizer_8bit.py", "data/__init__.py")
+SOURCES = (
+    "model.py",
+    "model_fields.py",
+    "quantized.py",
+    "tuning.py",
+    "loss.py",
+    "optimizer.py",
+    "optimizer_8bit.py",
+    "data/__init__.py",
+)
 SOURCES += (*(f"memory/{name}.py" for name in MEMORY), *(f"parallel/{name}.py" for name in PARALLEL))
 
 

@@ -100,7 +100,13 @@ class Tracer:
         from trainer.memory.trace import CannotTrace, Shape, trace_unit
         from trainer.memory.units import build_unit, describe, fake_ranks
         from trainer.precision import torch_dtype
+        from trainer.router_loss import FLAG, router_coefficient
 
+        if router_coefficient(self.model) is not None:
+            raise NotEstimated(
+                f"{FLAG}=true: the balancing loss keeps a table of routes for each layer, which a trace of a few layers"
+                f" cannot count: not estimated; set {FLAG}=false for all the rest, which does not depend on it"
+            )
         storage, compute, logits = (None if dtype is None else torch_dtype(dtype) for dtype in fields["dtypes"])
         assert storage is not None
         shape = Shape(

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trainer.model_fields import sizes
+
 Side = Literal["output", "input", "vocabulary", "none"]
 
 
@@ -182,8 +184,8 @@ def check_tensor(fields: Mapping[str, Any], tp: int, sequence_parallel: bool, se
                 " set it to false"
             )
         return
-    heads = _first(fields, "num_attention_heads", "n_head", "num_heads", "n_heads")
-    kv_heads = _first(fields, "num_key_value_heads", "num_kv_heads")
+    known = sizes(fields)
+    heads, kv_heads = known.heads, known.key_value_heads
     if heads and heads % tp:
         yield f"parallel.tp={tp}: does not divide the {heads} attention heads; use {_divisors(heads)}"
     elif kv_heads and kv_heads % tp and tp % kv_heads:
@@ -194,7 +196,7 @@ def check_tensor(fields: Mapping[str, Any], tp: int, sequence_parallel: bool, se
     width = _first(fields, "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
     if width and width % tp:
         yield f"parallel.tp={tp}: does not divide the MLP's {width} features; use {_divisors(width)}"
-    vocabulary = _first(fields, "vocab_size")
+    vocabulary = known.vocabulary
     if vocabulary and (tp - 1) * -(-vocabulary // tp) >= vocabulary:
         yield f"parallel.tp={tp}: leaves a rank without any of the {vocabulary} words; use a smaller parallel.tp"
     if sequence_parallel and seq_len % tp:

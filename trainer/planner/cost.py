@@ -26,6 +26,7 @@ from trainer.devices import GB_PER_SECOND, Gpu
 from trainer.memory.bounds import moments
 from trainer.memory.layouts.common import WIDTHS
 from trainer.memory.profile import Anatomy
+from trainer.model_fields import sizes
 from trainer.plan import Plan
 from trainer.planner.network import Network, build_network, group_of
 from trainer.report.flops import training_flops_per_token
@@ -98,11 +99,10 @@ class StepTime:
 
 
 def dimensions(fields: Mapping[str, Any], anatomy: Anatomy) -> Dimensions:
-    """Sizes from the Hugging Face config's fields (GPT-2 has its own names) and the counted parameters."""
-    hidden = int(fields.get("hidden_size") or fields["n_embd"])
-    heads = int(fields.get("num_attention_heads") or fields.get("n_head") or 1)
+    """Sizes from the Hugging Face config's fields, which tell width and vocabulary, and the counted parameters."""
+    known = sizes(fields)
+    hidden, heads, vocabulary = known.hidden or 1, known.heads or 1, known.vocabulary or 1
     head_dim = int(fields.get("head_dim") or hidden // heads)
-    vocabulary = int(fields["vocab_size"])
     tied = "head" not in dict(anatomy.groups)
     frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
     packed = [parameter for parameter in frozen if parameter.packed]
@@ -112,7 +112,7 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy) -> Dimensions:
         layers=len(anatomy.layers),
         hidden=hidden,
         attention=heads * head_dim,
-        key_value=int(fields.get("num_key_value_heads") or heads) * head_dim,
+        key_value=(known.key_value_heads or heads) * head_dim,
         vocabulary=vocabulary,
         frozen=sum(parameter.numel for parameter in frozen),
         packed=sum(parameter.numel for parameter in packed),

@@ -21,10 +21,10 @@ from trainer.memory.estimate import Estimate, estimate, planned_device
 from trainer.memory.layouts.common import WIDTHS
 from trainer.memory.profiles import get_anatomy
 from trainer.memory.tracing import NotEstimated
+from trainer.model_fields import config_fields, sizes
 from trainer.plan import Plan, make_plan
 from trainer.planner.candidates import Candidate, candidates
 from trainer.planner.cost import Dimensions, StepTime, dimensions, step_time
-from trainer.rules import config_fields
 
 SHOWN = 5
 ALIKE = 0.8
@@ -210,7 +210,7 @@ def _with_global_batch(config: Config, world_size: int) -> Config:
 def _dimensions(config: Config, machine: Machine) -> Dimensions:
     """The model's sizes, counted from its own modules."""
     fields = config_fields(config)
-    if not (fields.get("hidden_size") or fields.get("n_embd")) or "vocab_size" not in fields:
+    if not (sizes(fields).hidden and sizes(fields).vocabulary):
         raise ConfigError(
             f"model={config.model.preset}: estimate.search=true needs hidden_size and vocab_size from the model's"
             " config; give a preset, a local folder, or model.config.hidden_size and model.config.vocab_size"
