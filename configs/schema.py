@@ -194,7 +194,8 @@ class Tuning:
     dropout: float = 0.0
     """Adapters: part of an adapter's inputs that is dropped in training."""
     target_modules: list[str] = field(default_factory=list)
-    """Adapters: names of the linear layers that get one, or their last parts: [q_proj, v_proj]. Empty: all of them."""
+    """Adapters: names of what gets one, or their last parts: linear layers [q_proj, v_proj], or stacked experts
+    [experts.down_proj]; each must match. Empty: all linear layers of the decoder layers but routers."""
     double_quantization: bool = True
     """`qlora`: the scales of the 4-bit weights in 8 bits too; false: in float32, 0.05 bytes more per value."""
 

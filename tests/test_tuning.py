@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from configs.errors import ConfigError, PlanError
 from configs.load import load_config
@@ -21,7 +23,7 @@ from trainer.checkpoint.export import export
 from trainer.machine import Machine
 from trainer.model import build_hf_config, build_model
 from trainer.plan import make_plan
-from trainer.tuning import apply_tuning
+from trainer.tuning import apply_tuning, tell_trained
 
 STEPS = 5
 LORA = ("tuning=lora", "tuning.rank=4", "optimizer.lr=0.03", "train.gradient_accumulation_steps=2")
@@ -142,13 +144,25 @@ def _check_loss_with_peft(base: Path, run: Path) -> None:
     )
 
 
-# peft 0.21 asks transformers under the old name, and says that it found no modules of the experts' names.
+# Routed experts as transformers stores them, and linear layers that peft takes for those of transformers 4.
+SPARSE = {
+    "mixtral": ["model.config.num_local_experts=4", "tuning.target_modules=[q_proj,gate_up_proj,down_proj]"],
+    "deepseek_v3": ["model.config.n_routed_experts=4", "model.config.num_experts_per_tok=2", "model.config.n_group=1"],
+}
+SPARSE["deepseek_v3"] += [
+    "model.config.topk_group=1",
+    "model.config.num_key_value_heads=4",
+    "model.config.first_k_dense_replace=1",
+]
+
+
+# peft 0.21 asks transformers under the old name.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
-def test_adapters_of_experts_are_peft_s(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", SPARSE)
+def test_adapters_of_experts_are_peft_s(kind: str, tmp_path: Path) -> None:
     """Experts are one parameter for all of them, beside which peft puts adapters of another kind."""
-    sparse = ["model.config.model_type=mixtral", "model.config.num_local_experts=4", "data.seq_len=32"]
-    words = ["model=tiny", *sparse, "tuning=lora", "train.steps=2", f"train.run_dir={tmp_path / 'run'}"]
+    sparse = [f"model.config.model_type={kind}", *SPARSE[kind], "data.seq_len=32", "model.config.num_hidden_layers=2"]
+    words = ["model=tiny", "tuning=lora", *sparse, "train.steps=2", f"train.run_dir={tmp_path / 'run'}"]
     assert run_ranks(1, run_trainer, [*words, "train.global_batch_size=2", "logging.progress=lines"]) == [0]
     export(tmp_path / "run", tmp_path / "again", dtype=torch.float32)
     for folder in (tmp_path / "run" / "model", tmp_path / "again"):
@@ -163,15 +177,53 @@ def test_adapters_of_experts_are_peft_s(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("targets", ["[q_proj,v_proj]", "[]"])
-def test_target_modules_get_adapters(targets: str) -> None:
-    config = load_config(["model=tiny", "tuning=lora", f"tuning.target_modules={targets}"])
+FAMILIES = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts", "qwen3_moe": "num_experts"}
+FAMILIES |= {"gpt_oss": "num_local_experts", "deepseek_v3": "n_routed_experts"}
+
+
+def adapted(*words: str) -> PreTrainedModel:
+    config = load_config(["model=tiny", "tuning=lora", "tuning.rank=4", *words])
     model = build_model(config.model, build_hf_config(config.model))
     apply_tuning(model, config.tuning)
-    adapted = {
-        name.partition(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad
+    return model
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_empty_targets_mean_the_same_in_every_family(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Every linear layer of the decoder layers at the asked rank; no router, no gate, no stacked experts; the log says
+    which is which."""
+    model = adapted(f"model.config.model_type={kind}", f"model.config.{FAMILIES[kind]}=4")
+    layers = dict(model.model.layers.named_modules())
+    linears = {name for name, module in layers.items() if isinstance(module, nn.Linear) and "lora_" not in name}
+    have = {name.removesuffix(".base_layer") for name in linears if name.endswith(".base_layer")}
+    assert {name for name in linears - have if not name.endswith(".base_layer")} <= {
+        f"{layer}.mlp.shared_expert_gate" for layer in range(len(model.model.layers))
     }
-    assert adapted == (
+    assert {p.shape[0] for name, p in model.named_parameters() if ".lora_A." in name} == {4}
+    assert not any("experts.lora" in name or "gate.lora" in name for name, _ in model.named_parameters())
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        tell_trained(model)
+    trained, frozen, _ = (record.message for record in caplog.records if record.name == "trainer.tuning")
+    assert trained.startswith("adapters: rank 4 for self_attn.q")
+    assert frozen.startswith("adapters: frozen without one are model.embed_tokens, ")
+    assert "mlp.experts.gate_up_proj" in frozen
+
+
+def test_named_experts_get_adapters_beside_linear_layers() -> None:
+    model = adapted("model.config.model_type=mixtral", "tuning.target_modules=[q_proj,experts.down_proj]")
+    names = {
+        name.partition(".lora_")[0].partition("layers.")[2][2:]
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    assert names == {"self_attn.q_proj", "mlp.experts"}
+
+
+@pytest.mark.parametrize("targets", ["[q_proj,v_proj]", "[]"])
+def test_target_modules_get_adapters(targets: str) -> None:
+    model = adapted(f"tuning.target_modules={targets}")
+    found = {name.partition(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert found == (
         {"q_proj", "v_proj"}
         if targets != "[]"
         else {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -179,12 +231,20 @@ def test_target_modules_get_adapters(targets: str) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("targets", ["nothing_proj", "embed_tokens", "lm_head"])
-def test_target_modules_that_cannot_are_refused(targets: str) -> None:
-    config = load_config(["model=tiny", "tuning=lora", f"tuning.target_modules=[{targets}]"])
-    model = build_model(config.model, build_hf_config(config.model))
-    with pytest.raises(ConfigError, match=rf"^tuning.target_modules=\['{targets}'\]"):
-        apply_tuning(model, config.tuning)
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        ("nothing_proj", "nothing_proj matches nothing of LlamaForCausalLM; it has linear layers self_attn.q_proj, "),
+        ("embed_tokens", "embed_tokens is no linear layer of the decoder of LlamaForCausalLM; it has linear layers "),
+        ("q_proj,nosuch,lm_head", "nosuch matches nothing of "),
+    ],
+)
+def test_each_entry_must_match(targets: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        adapted(f"tuning.target_modules=[{targets}]")
+    listed = f"tuning.target_modules={targets.split(',')}: "
+    assert refused.value.problems[0].startswith(listed + says)
+    assert len(refused.value.problems) == sum(name != "q_proj" for name in targets.split(","))
 
 
 @pytest.mark.parametrize(

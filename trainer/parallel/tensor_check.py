@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from configs.choices import TuningMethod
 from configs.errors import ConfigError
 from configs.schema import Tuning
+from trainer.adapter_targets import find_targets
 from trainer.loss import cross_entropy_sum
 from trainer.parallel.tensor import divide
 from trainer.tuning import insert_adapters
@@ -120,7 +121,7 @@ def _plain_model(
     model.config._experts_implementation = "eager"
     model.tie_weights()
     if tuning and tuning.method is not TuningMethod.full:
-        insert_adapters(model, tuning)
+        insert_adapters(model, tuning, find_targets(model, tuning.target_modules, strict=False))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
