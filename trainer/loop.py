@@ -19,7 +19,7 @@ from trainer.data.build import build_data
 from trainer.engine import Engine, build_engine
 from trainer.exhausted import memory_told
 from trainer.export import export_model
-from trainer.model import build_hf_config
+from trainer.model import build_hf_config, text_config
 from trainer.optimizer import lr_at
 from trainer.plan import Plan
 from trainer.precision import export_dtype
@@ -51,7 +51,7 @@ def run(config: Config, plan: Plan) -> int:
         ):
             hf_config = runtime.agree(lambda: build_hf_config(config.model))
             preflight(config, plan, runtime, folder)
-            data = _build_data(config, plan, runtime, vocab_size=hf_config.vocab_size)
+            data = _build_data(config, plan, runtime, vocab_size=text_config(hf_config).vocab_size)
             same = identity(config, hf_config, data)
             keeper = Keeper(config, plan, runtime, folder, identity=same, tokenizer=data.tokenizer, stop=stop)
             status.follow(lambda: keeper.step)

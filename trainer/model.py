@@ -10,7 +10,7 @@ Reads the config and `weights`. Next: `parallelize`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from configs.choices import Attention
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, CookbookError, DataError
 from configs.schema import Model
+from trainer.model_fields import check_experts, check_sizes, merged, text_fields, text_part
 from trainer.pieces import cut
 from trainer.weights import Weights
 
@@ -34,15 +35,33 @@ def build_hf_config(model: Model) -> PretrainedConfig:
     plain, fields = _from_path(model, model.path) if model.path is not None else _from_preset(model)
     overrides = {key: value for key, value in model.config.items() if key != "model_type"}
     _check_fields(plain, overrides)
-    fields = {**fields, **overrides}
+    part = text_part(plain.to_dict())
+    fields = merged(fields, _in_place(plain, overrides, part))
+    if problems := [*check_sizes(text_fields(fields), model)]:
+        raise ConfigError(*problems)
+    _cut_layer_types(text_fields(overrides), fields.get(part or "", fields))
+    try:
+        built = type(plain)(**fields)
+    except Exception as error:  # each architecture validates in its own way
+        raise ConfigError(f"model.config={model.config or fields}: {_one_line(error)}") from None
+    if problems := [*check_experts(text_config(built).to_dict(), model)]:
+        raise ConfigError(*problems)
+    return built
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The language model's own config: of a composite one, a part. Raises ConfigError where there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise ConfigError(f"model: a {config.model_type} is no causal language model: {_one_line(error)}") from None
+
+
+def _cut_layer_types(overrides: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """A list with an entry per layer, stored by some architectures: the first layers keep theirs."""
     layers, kinds = fields.get("num_hidden_layers"), fields.get("layer_types")
     if "num_hidden_layers" in overrides and "layer_types" not in overrides and kinds:
-        # A list with an entry per layer, stored by some architectures: the first layers keep theirs.
         fields["layer_types"] = kinds[:layers]
-    try:
-        return type(plain)(**fields)
-    except Exception as error:  # each architecture validates in its own way
-        raise ConfigError(f"model.config={overrides or fields}: {_one_line(error)}") from None
 
 
 def _from_path(model: Model, path: str) -> tuple[PretrainedConfig, dict[str, Any]]:
@@ -50,7 +69,7 @@ def _from_path(model: Model, path: str) -> tuple[PretrainedConfig, dict[str, Any
         options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         plain = AutoConfig.from_pretrained(path, **options)
         return plain, PretrainedConfig.get_config_dict(path, **options)[0]
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a file that holds no config, or one that its class refuses, fails in any way
         raise DataError(f"model.path={path}: {_one_line(error)}") from None
 
 
@@ -59,15 +78,30 @@ def _from_preset(model: Model) -> tuple[PretrainedConfig, dict[str, Any]]:
     fields["model_type"] = model.config.get("model_type", fields.get("model_type"))
     try:
         plain = AutoConfig.for_model(str(fields["model_type"]))
-    except ValueError as error:
+    except Exception as error:
         raise ConfigError(f"model.config.model_type={fields['model_type']}: {_one_line(error)}") from None
-    _check_fields(plain, {key: value for key, value in model.architecture.items() if key != "model_type"})
-    return plain, fields
+    preset = {key: value for key, value in model.architecture.items() if key != "model_type"}
+    _check_fields(plain, preset)
+    return plain, {"model_type": fields["model_type"], **_in_place(plain, preset, text_part(plain.to_dict()))}
 
 
-def _check_fields(config: PretrainedConfig, overrides: dict[str, object]) -> None:
+def _in_place(plain: PretrainedConfig, fields: dict[str, Any], part: str | None) -> dict[str, Any]:
+    """The fields as the config has them: a composite config keeps those of its language model in a part."""
+    if part is None:
+        return fields
+    moved = {name: value for name, value in fields.items() if name not in _known_fields(plain)}
+    kept = {name: value for name, value in fields.items() if name not in moved}
+    return {**kept, part: {**(kept.get(part) or {}), **moved}} if moved else kept
+
+
+def _known_fields(config: PretrainedConfig) -> set[str]:
+    return {*config.to_dict(), *config.attribute_map, "pad_token_id", "bos_token_id", "eos_token_id", "dtype"}
+
+
+def _check_fields(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
     """Refuse a misspelt field: Hugging Face would store any name and no layer would read it."""
-    known = {*config.to_dict(), *config.attribute_map, "pad_token_id", "bos_token_id", "eos_token_id", "dtype"}
+    part = text_part(config.to_dict())
+    known = _known_fields(config) | (_known_fields(getattr(config, part)) if part is not None else set())
     unknown = [name for name in overrides if name not in known]
     if unknown:
         raise ConfigError(
@@ -88,8 +122,12 @@ def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
             built = AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=model.trust_remote_code
             )
-    except (ValueError, ImportError, TypeError) as error:
-        raise ConfigError(f"model={model.preset}, model.attention={model.attention}: {_one_line(error)}") from None
+    except CookbookError:
+        raise
+    except Exception as error:  # the constructor of any architecture, on values that nobody has tried
+        named = f"model={model.preset}" if model.path is None else f"model.path={model.path}"
+        given = f", model.config={model.config}" if model.config else ""
+        raise ConfigError(f"{named}{given}, model.attention={model.attention}: {_one_line(error)}") from None
     # FSDP2 puts a class of its own in the model's place; what is exported must name the architecture.
     built.config.architectures = [type(built).__name__]
     built.tie_weights()

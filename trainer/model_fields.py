@@ -7,12 +7,12 @@ reads images or sound as well, keeps the sizes of its language model in a config
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Config
+from configs.schema import Config, Model
 
 TEXT_PARTS = ("text_config", "decoder", "generator", "thinker_config", "llm_config")
 """Where transformers' `get_text_config` looks, and remote code."""
@@ -87,4 +87,45 @@ def sizes(fields: Mapping[str, Any]) -> Sizes:
     """The sizes of the language model that these fields tell."""
     text = text_fields(fields)
     found = {size: next((text[name] for name in names if text.get(name)), None) for size, names in NAMES.items()}
-    return Sizes(**{size: value if isinstance(value, int) else None for size, value in found.items()})
+    return Sizes(**{size: value if isinstance(value, int) and value > 0 else None for size, value in found.items()})
+
+
+COUNTS = ("hidden", "layers", "heads", "key_value_heads", "vocabulary")
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", "head_dim")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def check_sizes(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
+    """One line for each size that no model can have. fields: of the language model, as far as known."""
+    known = [name for names in (*(NAMES[count] for count in COUNTS), WIDTHS) for name in names]
+    for name in known:
+        # Some configs have a list with an entry for each layer.
+        value = fields.get(name)
+        if value is None or isinstance(value, list):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            yield f"{_said(name, fields, model)}: must be a whole number"
+        elif value < 1:
+            yield f"{_said(name, fields, model)}: must be 1 or more"
+    told = sizes(fields)
+    if told.heads and told.key_value_heads and told.heads % told.key_value_heads:
+        name = next(name for name in NAMES["key_value_heads"] if fields.get(name))
+        said, heads = _said(name, fields, model), told.heads
+        yield f"{said}: must divide the {heads} attention heads; use a divisor of {heads}"
+    yield from check_experts(fields, model)
+
+
+def check_experts(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
+    """As `check_sizes`, of routed experts: their numbers have defaults that only the config's class knows."""
+    experts = next((fields[name] for name in EXPERTS if isinstance(fields.get(name), int)), None)
+    name = "num_experts_per_tok"
+    if experts and isinstance(fields.get(name), int) and fields[name] > experts:
+        yield f"{_said(name, fields, model)}: a token cannot go to more than the {experts} experts that there are"
+
+
+def _said(name: str, fields: Mapping[str, Any], model: Model) -> str:
+    """A field, as it would be typed, with its value; of a folder's config, with the folder."""
+    source = (
+        "model.config." if model.path is None or name in text_fields(model.config) else f"model.path={model.path}: "
+    )
+    return f"{source}{name}={fields[name]}"

@@ -22,7 +22,7 @@ from configs.choices import (
 )
 from configs.schema import Config, Offload
 from trainer.devices import check_gpu
-from trainer.model_fields import config_fields, sizes
+from trainer.model_fields import check_sizes, config_fields, sizes
 from trainer.optimizer_rules import check_optimizer
 from trainer.parallel.context_table import check_context
 from trainer.parallel.tensor_plans import check_tensor
@@ -65,6 +65,7 @@ def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]
 
 def _check_model(config: Config, device: str) -> Iterator[str]:
     model, fields = config.model, config_fields(config)
+    yield from check_sizes(fields, model)
     if model.path is None and "model_type" not in fields:
         yield (
             "model.path=null: give a preset (model=tiny), a folder or hub id (model.path=...), or"
