@@ -137,7 +137,11 @@ def test_files_that_transformers_alone_can_read(tmp_path: Path, caplog: pytest.L
     [
         (["model.config.num_hiden_layers=2"], "model.config.num_hiden_layers=2: LlamaConfig has no such field"),
         (["model.config.model_type=lama"], "model.config.model_type=lama: "),
-        (["model.config.num_attention_heads=3"], "model.config="),
+        (
+            ["model.config.num_attention_heads=3"],
+            "model.config.num_key_value_heads=2: must divide the 3 attention heads",
+        ),
+        (["model.config.hidden_size=130"], "model.config="),
         (["model.attention=flash_attention_2"], "model.attention=flash_attention_2"),
     ],
 )

@@ -77,8 +77,8 @@ def _nothing(
     model: PreTrainedModel, entries: Sequence[str], entry: str, linears: Sequence[str], stacks: Sequence[str]
 ) -> str:
     elsewhere = any(name == entry or name.endswith(f".{entry}") for name, _ in model.named_modules())
-    why = "is no linear layer of the decoder" if elsewhere else "matches nothing"
-    return f"tuning.target_modules={list(entries)}: {entry} {why} of {type(model).__name__}{_there_is(linears, stacks)}"
+    why = "is no linear layer of the decoder of" if elsewhere else "matches nothing of"
+    return f"tuning.target_modules={list(entries)}: {entry} {why} {type(model).__name__}{_there_is(linears, stacks)}"
 
 
 def _there_is(linears: Sequence[str], stacks: Sequence[str]) -> str:
