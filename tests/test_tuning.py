@@ -192,7 +192,11 @@ def adapted(*words: str) -> PreTrainedModel:
 def test_empty_targets_mean_the_same_in_every_family(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Every linear layer of the decoder layers at the asked rank; no router, no gate, no stacked experts; the log says
     which is which."""
-    model = adapted(f"model.config.model_type={kind}", f"model.config.{FAMILIES[kind]}=4")
+    model = adapted(
+        f"model.config.model_type={kind}",
+        f"model.config.{FAMILIES[kind]}=4",
+        "model.config.num_experts_per_tok=2",
+    )
     layers = dict(model.model.layers.named_modules())
     linears = {name for name, module in layers.items() if isinstance(module, nn.Linear) and "lora_" not in name}
     have = {name.removesuffix(".base_layer") for name in linears if name.endswith(".base_layer")}
