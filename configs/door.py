@@ -9,7 +9,6 @@ The flags are Hydra's, the overrides mean what they mean to Hydra; the ranks of 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,15 +106,6 @@ def show(door: Door, arguments: Arguments) -> str:
         return to_yaml(load_config(arguments.overrides, config_dir=arguments.config_dir)).rstrip()
     chosen = chosen_options(arguments.overrides, config_dir=arguments.config_dir)
     return "\n".join(f"{group:<11}{option or '-'}" for group, option in sorted(chosen.items()))
-
-
-def say(text: str) -> None:
-    """Print what was asked for. A reader that has seen enough, such as `head`, is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes once more at its end, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def turn_away(error: CookbookError) -> int:

@@ -6,7 +6,8 @@ CookbookError
 |-- TrainingFailed  the run: a loss or gradient that is not finite; the exit code is `EXIT_FAILED`
 |   |-- RankStuck          a rank that does not move any more, named by one that waited for it
 |   |-- OutOfMemory        a rank whose GPU or host has no room for what it needs
-|   |-- CheckpointFailed   a checkpoint that could not be written: no space, no permission
+|   |-- OutputFailed       a file of the run that could not be written: no space, no inodes, no permission
+|   |-- CheckpointFailed   a checkpoint that could not be written, likewise
 |   `-- CheckpointDamaged  a checkpoint whose files are not what was written
 |-- CheckpointMismatch     a checkpoint of another model, tokenizer, data or format
 |-- DataError       the input: a missing, empty or broken file, a tokenizer that does not fit the model
@@ -52,6 +53,10 @@ class TrainingFailed(CookbookError):
     """The run itself went wrong, under a configuration that is fine."""
 
     exit_code = EXIT_FAILED
+
+
+class OutputFailed(TrainingFailed):
+    """Metrics, summary, profile or the finished model could not be written. Starting again would end the same way."""
 
 
 class CheckpointFailed(TrainingFailed):

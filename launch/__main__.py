@@ -18,10 +18,11 @@ from datetime import datetime
 from pathlib import Path
 
 from configs.choices import ClusterKind, LauncherName
-from configs.door import Arguments, Door, parse_arguments, say, show, turn_away
+from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import EXIT_FINISHED, ConfigError, CookbookError
 from configs.interpolation import settle_clock
 from configs.load import expand_sweep, load_config
+from configs.output import delivered, guard_output
 from configs.schema import Config
 from launch.command import HOST, Command, Rendezvous, build_command
 from launch.compare import compare
@@ -53,6 +54,7 @@ DOOR = Door(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the words say. Returns the exit code of the job, or of the first that failed in a sweep."""
+    guard_output()
     # Read once: ranks, restarts and the runs of a comparison get the same time.
     words = settle_clock(sys.argv[1:] if argv is None else argv, datetime.now())
     try:
@@ -62,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return compare(words[1:], launch=launch)
         arguments = parse_arguments(DOOR, words)
         if arguments.show is not None:
-            say(show(DOOR, arguments))
-            return EXIT_FINISHED
+            print(show(DOOR, arguments))
+            return delivered(EXIT_FINISHED)
         if not arguments.sweep:
             return launch(arguments.overrides, config_dir=arguments.config_dir)[0]
         return sweep(arguments)

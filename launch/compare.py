@@ -25,7 +25,7 @@ from trainer.comparison.figures import check_installed
 from trainer.comparison.page import write_page
 from trainer.comparison.runs import Run, find_reference, read_run
 from trainer.comparison.table import TITLES, problems, table
-from trainer.report.folder import writing
+from trainer.disks import writing
 from trainer.status import FINISHED, read_status
 
 RECORD = "compare.json"

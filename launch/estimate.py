@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from configs.choices import EstimateFormat
-from configs.door import Arguments, Door, one_line, parse_arguments, say, show, turn_away
+from configs.door import Arguments, Door, one_line, parse_arguments, show, turn_away
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, ConfigError, CookbookError, PlanError
 from configs.load import expand_sweep, load_config, record
+from configs.output import delivered, guard_output
 from configs.schema import Config
 from trainer.machine import find_machine
 from trainer.memory.estimate import estimate, on_part_of_the_cluster, planned_machine
@@ -47,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Millions of small tuples are made and freed by count; collections among them find nothing and take a sixth of the
     # time. What leaves cycles, a trace, collects them itself.
     gc.disable()
+    guard_output()
     try:
         arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)
         if arguments.show is not None:
-            say(show(DOOR, arguments))
-            return EXIT_FINISHED
-        return _answer_all(arguments)
+            print(show(DOOR, arguments))
+            return delivered(EXIT_FINISHED)
+        return delivered(_answer_all(arguments))
     except CookbookError as error:
         return turn_away(error)
     finally:
@@ -91,7 +93,7 @@ def search_layouts(overrides: Sequence[str], config: Config) -> int:
     """Rank the cluster's layouts instead of estimating one. Returns the exit code. Raises CookbookError."""
     found = search(config, planned_machine(config, find_machine({})))
     as_json = config.estimate.format is EstimateFormat.json
-    say(render_search_json(found, overrides) if as_json else render_search(found, overrides))
+    print(render_search_json(found, overrides) if as_json else render_search(found, overrides))
     return EXIT_FINISHED if found.best else EXIT_DOES_NOT_FIT
 
 
@@ -109,7 +111,7 @@ def _answer_all(arguments: Arguments) -> int:
             raise ConfigError("estimate.search=true: ranks the layouts of one configuration; leave out -m")
         answers, refused = _answer_sweep(runs, arguments.config_dir)
     if answers:
-        say(_render(answers, config, sweep=arguments.sweep))
+        print(_render(answers, config, sweep=arguments.sweep))
         if config.estimate.plot is not None:
             save_plot(answers, config.estimate.plot)
     for line in refused:

@@ -22,7 +22,7 @@ class Job:
     """words: of `python -m trainer`. again: the same for a start after the first, which has a run to go on with.
     python: of the ranks. srun: further options. chain: an array of jobs, in which none requeues itself.
     stuck_minutes: so long may a lost incarnation of this run hold the folder. goes_on: what a person types to go on
-    with the run after its job has ended."""
+    with the run after its job has ended. steps: that are to be trained, all in all."""
 
     words: list[str]
     again: list[str]
@@ -39,6 +39,7 @@ class Job:
     start_minutes: float
     stuck_minutes: float
     goes_on: str
+    steps: int = 0
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from configs.errors import ConfigError, EnvironmentProblem, RunFinished
+from configs.errors import ConfigError, EnvironmentProblem
 from configs.load import to_yaml
 from configs.overrides import quote_value
 from configs.schema import Config
@@ -23,9 +23,9 @@ from slurm.control import living_job
 from slurm.job import JOB_IDS, MEMORY, STATUS, Job, folder, write_job
 from slurm.options import check_options, is_chain, output_pattern, sbatch_words, show, srun_words
 from trainer.checkpoint.files import replace_text
+from trainer.disks import writing
 from trainer.plan import Plan
-from trainer.report.folder import writing
-from trainer.status import FINISHED, read_status
+from trainer.status import check_unfinished
 
 COMMAND = "sbatch.txt"
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
@@ -108,9 +108,7 @@ def check(config: Config, run_dir: Path, *, sweep: bool = False) -> None:
     problems = [*check_options(config, sweep=sweep), *_check_folder(run_dir)]
     if problems:
         raise ConfigError(*problems)
-    status = read_status(run_dir)
-    if status.get("state") == FINISHED:
-        raise RunFinished(f"train.run_dir={run_dir}: this run is finished, at step {status.get('step')}")
+    check_unfinished(config, run_dir)
     if shutil.which("sbatch") is None and not config.dry_run:
         raise EnvironmentProblem(
             "cluster.kind=slurm: there is no sbatch on PATH; run this on a login node, or choose cluster=local"
@@ -179,6 +177,7 @@ def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir
         start_minutes=slurm.start_minutes,
         stuck_minutes=config.train.timeout_minutes + 2,
         goes_on=_goes_on(again, slurm.array),
+        steps=config.train.steps,
     )
 
 

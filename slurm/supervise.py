@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 
 from configs.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, CookbookError
+from configs.output import guard_output
 from slurm.job import folder, read_job, read_job_status, read_memory, write_memory, write_status
 from slurm.words import hostfile
 from trainer.restarts import Attempts, Standing, Verdict, judge, stand
@@ -57,7 +58,7 @@ class Supervisor:
         (self._dir / STOP_FILE).unlink(missing_ok=True)  # of an earlier start, which was killed before it obeyed
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGTERM, self._note)
-        if stand(self._dir).status.get("state") == FINISHED:
+        if self._is_through(stand(self._dir).status):
             return self._leave(FINISHED, EXIT_FINISHED, "the run is finished")
         given_up = read_job_status(self._dir)
         if self._job.chain and given_up.get("state") == "failed":
@@ -85,6 +86,11 @@ class Supervisor:
                 return self._leave("failed", code, verdict.reason)
             self._say("restarting", verdict.reason, step=after.step)
             self._pause(PAUSE_SECONDS * (verdict.attempts.in_vain - 1))
+
+    def _is_through(self, status: Mapping[str, object]) -> bool:
+        """Whether the run is finished, and not submitted again with more steps (`trainer.status.check_unfinished`)."""
+        step = status.get("step")
+        return status.get("state") == FINISHED and not (isinstance(step, int) and step < self._job.steps)
 
     def _start(self, before: Standing) -> int:
         """One srun, to its end. Returns its exit code, which says little: see `judge`."""
@@ -257,6 +263,7 @@ def free_port() -> int:
 
 def main(argv: Sequence[str]) -> int:
     """argv: the run folder."""
+    guard_output()
     try:
         return Supervisor(Path(argv[0])).run()
     except CookbookError as error:

@@ -14,8 +14,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from configs.errors import CheckpointDamaged, CheckpointMismatch, CookbookError
+from configs.errors import CheckpointDamaged, CheckpointMismatch, CookbookError, EnvironmentProblem
 from configs.load import load_config
+from tests.disks import closed_to_all
 from tests.harness import run_ranks
 from tests.parity import words
 from tests.reports import lone_runtime
@@ -174,6 +175,34 @@ def test_leftovers_of_a_kill_are_removed_and_a_replaced_one_comes_back(run: Path
     assert sorted(path.name for path in folder.iterdir()) == [step_name(OLD), step_name(NEW)]
 
 
+@pytest.mark.parametrize("name", [MANIFEST, STATE, "rank-00001-000.safetensors", ".", ".."])
+def test_what_cannot_be_read_is_no_damage(
+    name: str, run: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is set aside, and no older checkpoint is taken in its place."""
+    before = sorted(path.name for path in (run / CHECKPOINTS).iterdir())
+    with closed_to_all(newest(run) / name):
+        with pytest.raises(EnvironmentProblem, match=r"cannot be (read|written) \(Permission denied\); ") as caught:
+            resume_step(runtime, run)
+        assert main(["verify", str(run)]) == 2
+    assert len(caught.value.problems) == 1
+    assert capsys.readouterr().err.startswith(f"{(newest(run) / name).resolve()}")
+    assert sorted(path.name for path in (run / CHECKPOINTS).iterdir()) == before
+    assert resume_step(runtime, run) == NEW
+
+
+@pytest.mark.parametrize("wrong", ["name", "state"])
+def test_another_step_in_the_name_or_the_state_is_damage(wrong: str, run: Path, runtime: Runtime) -> None:
+    if wrong == "name":
+        newest(run).rename(newest(run).with_name(step_name(9)))
+    else:
+        state = newest(run) / STATE
+        state.write_text(state.read_text().replace(f'"step": {NEW}', '"step": 9'))
+        rewrite(newest(run), lambda m: replace(m, files={**m.files, STATE: entry_of(state)}))
+    assert main(["verify", str(run)]) == 1
+    assert resume_step(runtime, run) == OLD
+
+
 def test_which_checkpoints_stay() -> None:
     paths = [Path(step_name(step)) for step in (10, 20, 30, 40, 50)]
     assert catalog.surplus(paths, keep_last=2, keep_every=0) == paths[:3]
@@ -305,3 +334,5 @@ def test_export_takes_the_newest_whole_checkpoint(
     assert capsys.readouterr().err == f"{tmp_path / 'out'}: exists; choose another folder\n"
     assert main(["verify", str(newest(run))]) == 1
     assert "expected SHA-256" in capsys.readouterr().err
+    assert main(["verify", str(run)]) == 1
+    assert "its newest checkpoint is damaged; the newest whole one is " in capsys.readouterr().err

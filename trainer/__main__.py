@@ -19,7 +19,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
-from configs.door import Arguments, Door, parse_arguments, say, show, turn_away
+from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -33,6 +33,8 @@ from configs.errors import (
 )
 from configs.interpolation import settle_clock
 from configs.load import load_config
+from configs.output import delivered, guard_output
+from trainer.disks import told_anywhere
 from trainer.exhausted import told_at_start
 from trainer.lifeline import watch
 from trainer.machine import find_machine
@@ -54,11 +56,12 @@ DOOR = Door(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the words say. Returns the exit code; a mistake of the user is told once per node, in plain lines."""
+    guard_output()
     try:
         arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)
         if arguments.show is not None:
-            say(show(DOOR, arguments))
-            return EXIT_FINISHED
+            print(show(DOOR, arguments))
+            return delivered(EXIT_FINISHED)
         code = train(arguments)
         return EXIT_FINISHED if code == EXIT_STOPPED and os.environ.get(QUIET_STOP) else code
     except CookbookError as error:
@@ -69,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
-        if (told := told_at_start(error, int(os.environ.get("RANK", "0")))) is not None:
+        rank = int(os.environ.get("RANK", "0"))
+        if (told := told_at_start(error, rank) or told_anywhere(error, rank)) is not None:
             turn_away(told)
             return told.exit_code
         print(_with_rank(traceback.format_exc()), end="", file=sys.stderr, flush=True)
@@ -82,8 +86,8 @@ def train(arguments: Arguments) -> int:
     check_world()
     plan = make_plan(config, find_machine())
     if config.dry_run:
-        say(plan.describe())
-        return EXIT_FINISHED
+        print(plan.describe())
+        return delivered(EXIT_FINISHED)
     if plan.world_size > 1 and "RANK" not in os.environ:
         raise PlanError(
             f"parallel={config.parallel.preset}: the plan has {plan.world_size} processes, python -m trainer is one;"

@@ -5,17 +5,19 @@ join the process group -> run folder -> data -> engine, restored -> steps, valid
 
 from __future__ import annotations
 
+import shutil
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from configs.errors import EXIT_FINISHED
+from configs.errors import EXIT_FINISHED, OutputFailed
 from configs.schema import Config
 from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.progress import Progress, identity
 from trainer.data import DataSet
 from trainer.data.build import build_data
+from trainer.disks import written
 from trainer.engine import Engine, build_engine
 from trainer.exhausted import memory_told
 from trainer.export import export_model
@@ -44,8 +46,10 @@ def run(config: Config, plan: Plan) -> int:
     predicted = predict(config, plan)
     with join(plan, timeout_minutes=config.train.timeout_minutes) as runtime:
         folder = open_run_folder(config, plan, runtime)
+        status = RunStatus(folder, runtime.rank)
+        runtime.agree(status.begin)
         with (
-            RunStatus(folder, runtime.rank) as status,
+            status,
             StopRequests(folder if runtime.is_main else None) as stop,
             Watchdog(folder, runtime, timeout_minutes=config.train.timeout_minutes),
         ):
@@ -82,7 +86,7 @@ def run(config: Config, plan: Plan) -> int:
                         reporter.stopped(told)
                         return status.stopped(told)
                     if config.train.export:
-                        _export(engine, data, plan, folder / "model")
+                        runtime.agree(lambda: _export(engine, data, plan, folder / "model"))
                         reporter.exported(folder / "model")
     return EXIT_FINISHED
 
@@ -95,10 +99,18 @@ def _build_data(config: Config, plan: Plan, runtime: Runtime, *, vocab_size: int
 
 
 def _export(engine: Engine, data: DataSet, plan: Plan, target: Path) -> None:
-    # There already: an earlier start of this run was killed between the export and its last words.
-    if not target.exists():
-        dtype = export_dtype(plan.param_dtype)
-        export_model(watched(engine.parameters(), "the export"), engine.model, data.tokenizer, target, dtype=dtype)
+    """A collective. Raises OutputFailed on the rank whose disk fails."""
+    if target.exists():
+        return  # an earlier start of this run was killed between the export and its last words
+    parameters = watched(engine.parameters(), "the export")
+    try:
+        with written("the finished model", target):
+            export_model(parameters, engine.model, data.tokenizer, target, dtype=export_dtype(plan.param_dtype))
+    except OutputFailed:
+        shutil.rmtree(target.with_name(f"{target.name}.partial"), ignore_errors=True)
+        for _ in parameters:  # the other ranks count on this one in the collectives that gather the rest
+            pass
+        raise
 
 
 def train(

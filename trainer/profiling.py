@@ -23,11 +23,11 @@ import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
 from configs.schema import Config
+from trainer.disks import writing, written
 from trainer.memory.compose import STEPS
 from trainer.memory.estimate import RankEstimate
 from trainer.memory.tracker import StorageTracker
 from trainer.plan import Plan
-from trainer.report.folder import writing
 from trainer.report.memory_curve import Curve, Recorder, from_snapshot, save_curves
 from trainer.report.prediction import Prediction
 from trainer.runtime import Runtime
@@ -150,7 +150,7 @@ class Profiler:
         # Steps that do not follow one another make several files.
         names = (f"trace-rank{self._runtime.rank}{'' if n == 1 else f'-{n}'}.json.gz" for n in count(1))
         name = next(name for name in names if not (self._folder / name).exists())
-        with writing(self._folder):
+        with written("the profile", self._folder):
             tracing.export_chrome_trace(str(self._folder / name))
         self._traces.append(name)
 
@@ -159,7 +159,7 @@ class Profiler:
             return
         self._history = False
         try:
-            with writing(self._folder):
+            with written("the profile", self._folder):
                 file = self._folder / f"snapshot-rank{self._runtime.rank}.pickle"
                 torch.cuda.memory._dump_snapshot(str(file))
         finally:
@@ -176,7 +176,7 @@ class Profiler:
             if stage not in fullest or _peak(curve) > _peak(curves[fullest[stage]]):
                 fullest[stage] = rank
         ranks = {rank: (self._estimate(rank), curves[rank]) for rank in fullest.values()}
-        with writing(self._folder):
+        with written("the profile", self._folder):
             self._kept = [path.name for path in save_curves(self._folder, ranks)]
 
     def _measured(self) -> Curve:

@@ -56,7 +56,7 @@ class Verdict:
 def stand(run_dir: Path) -> Standing:
     """Look into a run folder, which need not exist yet."""
     checkpoints = committed(run_dir / CHECKPOINTS)
-    return Standing(step=step_of(checkpoints[-1]) if checkpoints else 0, status=read_status(run_dir))
+    return Standing(step=(step_of(checkpoints[-1]) or 0) if checkpoints else 0, status=read_status(run_dir))
 
 
 def judge(code: int, *, before: Standing, after: Standing, attempts: Attempts, max_restarts: int) -> Verdict:

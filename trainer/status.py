@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -23,8 +24,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
-from configs.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, CookbookError, EnvironmentProblem, RankStuck
-from trainer.checkpoint.files import replace_text
+from configs.choices import Schedule
+from configs.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    CookbookError,
+    EnvironmentProblem,
+    PlanError,
+    RankStuck,
+    RunFinished,
+)
+from configs.schema import Config
+from trainer.checkpoint.files import overwrite_text, replace_text
+from trainer.disks import readable, reason, told_anywhere, writing
+
+log = logging.getLogger(__name__)
 
 STATUS = "status.json"
 LOCK = ".lock"
@@ -34,7 +49,7 @@ FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
 
 
 class RunStatus:
-    """Context of a run, on every rank: writes the status at its begin and at its end, also when it breaks off."""
+    """Context of a run, on every rank: writes the status at its end, also when it breaks off. `begin` comes before."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank = folder, rank
@@ -50,10 +65,14 @@ class RunStatus:
         self._stopped = reason
         return EXIT_STOPPED
 
+    def begin(self) -> None:
+        """The run is on. Raises EnvironmentProblem, on rank 0 alone, where the folder cannot be written."""
+        with writing(self._folder):
+            if self._rank == 0:
+                (self._folder / _FIRST_FAILURE).unlink(missing_ok=True)
+                self._write(RUNNING, None, None)
+
     def __enter__(self) -> Self:
-        if self._rank == 0:
-            (self._folder / _FIRST_FAILURE).unlink(missing_ok=True)
-            self._write(RUNNING, None, None)
         return self
 
     def __exit__(
@@ -66,21 +85,27 @@ class RunStatus:
                 self._write(STOPPED, self._stopped, EXIT_STOPPED)
             elif self._rank == 0:
                 self._write(FINISHED, None, EXIT_FINISHED)
+        except OSError as refusal:
+            # How the run ended does not depend on whether that can be written down.
+            log.warning("%s: cannot be written (%s)", self._folder / STATUS, reason(refusal, self._folder))
         finally:
             unlock(self._folder)
 
     def _fail(self, error: BaseException) -> None:
         _ignore_loaders()
+        error = told_anywhere(error, self._rank) or error
         text = (str(error).strip().splitlines() or [""])[0]
         code = error.exit_code if isinstance(error, CookbookError) else EXIT_FAILED
-        reason = text if isinstance(error, CookbookError) else f"rank {self._rank}: {type(error).__name__}: {text}"
+        why = text if isinstance(error, CookbookError) else f"rank {self._rank}: {type(error).__name__}: {text}"
         try:
             open(self._folder / _FIRST_FAILURE, "x").close()
-            retry = isinstance(error, RankStuck) or not isinstance(error, CookbookError)
-            self._write(FAILED, reason, code, retry=retry)
-        except OSError:
-            # Another rank was first, or the disk is full: the error itself is told by the one who catches it.
-            pass
+        except FileExistsError:
+            return  # another rank was first
+        except OSError:  # a disk without inodes left: whoever comes first is not known
+            if read_status(self._folder).get("state") == FAILED:
+                return
+        retry = isinstance(error, RankStuck) or not isinstance(error, CookbookError)
+        self._write(FAILED, why, code, retry=retry)
 
     def _write(self, state: str, reason: str | None, exit_code: int | None, *, retry: bool = True) -> None:
         content = {
@@ -93,7 +118,17 @@ class RunStatus:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        replace_text(self._folder / STATUS, json.dumps(content, indent=1) + "\n")
+        _put(self._folder, content)
+
+
+def _put(folder: Path, content: dict[str, object]) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    try:
+        replace_text(folder / STATUS, text)
+    except OSError:
+        if not (folder / STATUS).exists():
+            raise
+        overwrite_text(folder / STATUS, text)
 
 
 def _ignore_loaders() -> None:
@@ -113,7 +148,7 @@ def report_death(folder: Path, reason: str) -> None:
     content = read_status(folder)
     if content and content.get("state") != FINISHED:
         content |= {"state": FAILED, "reason": reason, "exit_code": EXIT_FAILED, "retry": True}
-        replace_text(folder / STATUS, json.dumps(content, indent=1) + "\n")
+        _put(folder, content)
 
 
 def read_status(folder: Path) -> dict[str, object]:
@@ -123,6 +158,30 @@ def read_status(folder: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def check_unfinished(config: Config, folder: Path) -> None:
+    """Raises RunFinished where the folder's run is through and no further steps are asked for, and PlanError where they
+    are but cannot follow: the learning rate has been brought to its end, which more steps would move.
+
+    Under a constant schedule each step is the same however many follow, so the run goes on.
+    """
+    status = read_status(folder)
+    step = status.get("step")
+    if status.get("state") != FINISHED:
+        return
+    if not isinstance(step, int) or config.train.steps <= step:
+        raise RunFinished(
+            f"train.run_dir={folder}: this run is finished, at step {step}; to train on, give more train.steps with"
+            f" scheduler=constant, or begin a new run with train.resume={folder}, another train.run_dir and more"
+            " train.steps"
+        )
+    if config.scheduler.name is not Schedule.constant:
+        raise PlanError(
+            f"train.steps={config.train.steps}: the run in {folder} is finished, at step {step}, and"
+            f" scheduler={config.scheduler.name} has brought the learning rate to its end there; begin a new run with"
+            f" train.resume={folder} and another train.run_dir, or give scheduler=constant to go on in this one"
+        )
 
 
 _held: dict[Path, TextIO] = {}
@@ -158,14 +217,11 @@ def unlock(folder: Path) -> None:
 def check_idle(folder: Path) -> None:
     """Raises EnvironmentProblem when a run is going on in the folder. For a launcher, whose ranks would need seconds to
     find out, and could tell it only by an exit code."""
-    try:
-        with open(folder / LOCK) as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                raise _taken(folder, file) from None
-    except FileNotFoundError:
-        return
+    with readable(folder / LOCK), contextlib.suppress(FileNotFoundError), open(folder / LOCK) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            raise _taken(folder, file) from None
 
 
 def _taken(folder: Path, file: TextIO) -> EnvironmentProblem:

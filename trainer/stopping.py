@@ -1,6 +1,7 @@
 """Being told to stop: by a signal, or by a file named STOP in the run folder.
 
     SIGTERM, SIGINT, SIGUSR1       what schedulers and people send; one rank that gets it is enough
+    SIGHUP                         the terminal was closed; under nohup it stays ignored
     touch RUN_DIR/STOP             from anywhere that sees the folder
     its launcher is gone           see `lifeline`, which sends SIGTERM
 
@@ -25,7 +26,7 @@ STOP_FILE = "STOP"
 QUIET_STOP = "COOKBOOK_QUIET_STOP"
 """Variable that makes 0 of the exit code 75, for whoever reads status.json: launchers take any other code for a
 failure, end the other ranks, and fill the log with a report."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequests:
@@ -40,7 +41,9 @@ class StopRequests:
     def __enter__(self) -> Self:
         # Python runs handlers in the main thread only, and lets no other one install them.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            ours = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
+            self._before = {number: signal.signal(number, self._note) for number in ours}
         return self
 
     def __exit__(

@@ -26,6 +26,7 @@ from types import FrameType, TracebackType
 from typing import Self, TypeVar
 
 from configs.errors import EXIT_FAILED, CookbookError, RankStuck
+from trainer.disks import writing
 from trainer.runtime import Runtime
 
 T = TypeVar("T")
@@ -83,11 +84,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         """A collective: no rank may hear a call of an earlier start of the run."""
-        if self._runtime.is_main:
-            self._folder.mkdir(exist_ok=True)
-            for old in (self._folder / CALL, *self._folder.glob("*-rank-*")):
-                old.unlink(missing_ok=True)
-        self._runtime.sum(0.0)
+        self._runtime.agree(self._clear)
         at("start")
         self._thread.start()
         return self
@@ -101,6 +98,13 @@ class Watchdog:
         self._call()
         self._answer(trace)
         raise RankStuck(self._verdict()) from None
+
+    def _clear(self) -> None:
+        if self._runtime.is_main:
+            with writing(self._folder.parent):
+                self._folder.mkdir(exist_ok=True)
+                for old in (self._folder / CALL, *self._folder.glob("*-rank-*")):
+                    old.unlink(missing_ok=True)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._pause):

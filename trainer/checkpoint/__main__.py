@@ -13,12 +13,14 @@ from pathlib import Path
 
 from configs.door import turn_away
 from configs.errors import EXIT_FINISHED, CookbookError
+from configs.output import delivered, guard_output
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the words say. Returns the exit code: 0, 1 for a damaged checkpoint, 2 for a mistake in the words."""
+    """Do what the words say. Returns the exit code: 0, 1 for a damaged checkpoint (of a run: its newest one), 2 for a
+    mistake in the words, or a folder that cannot be read or written."""
     parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description="Use the checkpoints of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
     source = "folder of a run (its newest whole checkpoint is taken) or of one checkpoint"
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     verify_words = commands.add_parser("verify", help="compare every file with its size and SHA-256")
     verify_words.add_argument("source", type=Path, help=source)
+    guard_output()
     words = parser.parse_args(argv)
 
     # Seconds of imports, which `--help` and a misspelt word need not wait for.
@@ -42,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = export(words.source.absolute(), words.target.absolute(), dtype=getattr(torch, words.dtype))
             print(f"{words.target}: the model of {folder} in {words.dtype}")
         else:
-            folder, manifest = newest_whole(words.source.absolute())
+            folder, manifest = newest_whole(words.source.absolute(), newest=True)
             print(
                 f"{folder}: step {manifest.step}, {len(manifest.files)} files, {manifest.bytes:,} bytes, all as written"
             )
     except CookbookError as error:
         return turn_away(error)
-    return EXIT_FINISHED
+    return delivered(EXIT_FINISHED)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ highest step among the committed folders. Names that begin with a dot are never 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.checkpoint.files import rename_synced
+from trainer.disks import readable
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +38,11 @@ def partial_folder(folder: Path, step: int) -> Path:
 
 def committed(folder: Path) -> list[Path]:
     """Checkpoints below a run's `checkpoints` folder, oldest first. A name says that a save was committed, not that
-    its files have stayed as they were."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _COMMITTED.fullmatch(path.name))]
+    its files have stayed as they were. Raises EnvironmentProblem where the folder cannot be read."""
+    names: list[str] = []
+    with readable(folder), suppress(FileNotFoundError, NotADirectoryError):
+        names = os.listdir(folder)
+    found = [(int(match[1]), folder / name) for name in names if (match := _COMMITTED.fullmatch(name))]
     return [path for _, path in sorted(found)]
 
 
@@ -80,7 +84,7 @@ def surplus(checkpoints: Sequence[Path], *, keep_last: int, keep_every: int) -> 
     """Which to delete. checkpoints: oldest first. The newest `keep_last` stay, and every step that `keep_every`
     divides (0: none)."""
     old = checkpoints[: max(0, len(checkpoints) - keep_last)]
-    return [path for path in old if not (keep_every and step_of(path) % keep_every == 0)]
+    return [path for path in old if not (keep_every and (step_of(path) or 0) % keep_every == 0)]
 
 
 def delete(checkpoint: Path) -> None:
@@ -90,8 +94,7 @@ def delete(checkpoint: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in a committed checkpoint's name."""
+def step_of(checkpoint: Path) -> int | None:
+    """The step in a committed checkpoint's name; None for a folder of another name."""
     match = _COMMITTED.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
+    return int(match[1]) if match else None

@@ -33,6 +33,7 @@ from trainer.checkpoint.manifest import (
 from trainer.checkpoint.progress import read_progress
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data.tokenizer import no_tokenizer
+from trainer.disks import readable, refused
 from trainer.export import export_model
 from trainer.tuning import apply_tuning
 
@@ -45,20 +46,19 @@ def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
     Raises CheckpointDamaged or CheckpointMismatch when there is none that can be read, EnvironmentProblem when the
     target exists or cannot be written.
     """
-    if target.exists():
+    with readable(target):
+        exists = target.exists()
+    if exists:
         raise EnvironmentProblem(f"{target}: exists; choose another folder")
     folder, manifest = newest_whole(source)
-    known = read_progress(folder / STATE).identity
+    known = read_progress(folder, manifest).identity
     tokenizer, parameters = _tokenizer(folder / TOKENIZER), _parameters(folder, manifest)
     model = _build_model(folder, known)
-    try:
+    with refused(target, lambda why: _not_written(target, why)):
         if known.get("tuning.method", TuningMethod.full) != TuningMethod.full:
             fields = {key: known[f"tuning.{key}"] for key in ("rank", "alpha", "target_modules")}
             apply_tuning(model, Tuning(method=TuningMethod.lora, **fields), base=known["tuning.base"][1])
         export_model(parameters, model, tokenizer, target, dtype=dtype)
-    except OSError as error:
-        shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)
-        raise EnvironmentProblem(f"{target}: cannot be written ({error.strerror or error})") from None
     return folder
 
 
@@ -66,10 +66,18 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder) if folder.is_dir() and any(folder.iterdir()) else no_tokenizer()
 
 
-def newest_whole(source: Path) -> tuple[Path, Manifest]:
-    """The checkpoint that `source` is, or the newest one below it whose every byte is right."""
+def _not_written(target: Path, why: str) -> EnvironmentProblem:
+    shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)
+    return EnvironmentProblem(f"{target}: cannot be written ({why}); make room there, or choose another folder")
+
+
+def newest_whole(source: Path, *, newest: bool = False) -> tuple[Path, Manifest]:
+    """The checkpoint that `source` is, or the newest one below it whose every byte is right. newest: the newest of all
+    must be. Raises CheckpointDamaged, CheckpointMismatch, or EnvironmentProblem where one cannot be read."""
     candidates = committed(source / CHECKPOINTS) or committed(source)
-    if not candidates and not (source / STATE).is_file():
+    with readable(source / STATE):
+        alone = (source / STATE).is_file()
+    if not candidates and not alone:
         raise CheckpointMismatch(
             f"{source}: is no checkpoint and holds none; give RUN_DIR or RUN_DIR/{CHECKPOINTS}/step-N"
         )
@@ -81,9 +89,13 @@ def newest_whole(source: Path) -> tuple[Path, Manifest]:
             manifest = read_manifest(folder)
             check_sizes(folder, manifest)
             check_contents(folder, manifest, manifest.files)
-            return folder, manifest
+            read_progress(folder, manifest)
         except CheckpointDamaged as damage:
             problems = damage.problems
+            continue
+        if newest and folder != (candidates or [source])[-1]:
+            raise CheckpointDamaged(f"{source}: its newest checkpoint is damaged; the newest whole one is {folder}")
+        return folder, manifest
     raise CheckpointDamaged(*problems, f"{source}: holds no checkpoint that is whole")
 
 

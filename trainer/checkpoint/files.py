@@ -34,9 +34,23 @@ def replace_text(path: Path, text: str) -> None:
     """Give a file a new content: a reader, or a power cut, meets the old or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    write_synced(partial, text)
-    partial.replace(path)
+    try:
+        write_synced(partial, text)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def overwrite_text(path: Path, text: str) -> None:
+    """Write a new content over the old one: for a disk that is full, where the blocks of a small file are there already
+    and those of a new file are not. A reader may meet a part."""
+    with open(path, "r+") as file:
+        file.write(text)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def rename_synced(source: Path, target: Path) -> None:

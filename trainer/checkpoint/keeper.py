@@ -27,6 +27,7 @@ from trainer.checkpoint.manifest import STATE, Manifest, check_contents, check_s
 from trainer.checkpoint.progress import Progress, check_same, layout, read_progress
 from trainer.checkpoint.saving import Save
 from trainer.checkpoint.tensors import TensorReader
+from trainer.disks import readable, writing
 from trainer.engine import Engine
 from trainer.plan import Plan
 from trainer.runtime import Runtime, dropout_stream
@@ -86,10 +87,10 @@ class Keeper:
         """Where the run is to begin: at its own newest whole checkpoint, else at `train.resume`, else anew (None).
 
         A collective. Damaged checkpoints are named and passed over. Raises CheckpointDamaged when there are
-        checkpoints and none is whole, CheckpointMismatch when the one to go on from belongs to another run.
+        checkpoints and none is whole, CheckpointMismatch when the one to go on from belongs to another run,
+        EnvironmentProblem when a checkpoint cannot be read: it may be whole.
         """
-        if self._runtime.is_main:
-            catalog.tidy(self._folder)
+        self._as_main(lambda: catalog.tidy(self._folder))
         own = self._listed(self._folder)
         candidates, ours = (own, True) if own else (self._elsewhere(), False)
         damaged: list[Path] = []
@@ -108,9 +109,8 @@ class Keeper:
             if (self._folder.parent / "metrics.jsonl").exists():
                 self._say(f"{self._folder.parent}: holds no checkpoint yet; the run begins again at step 0")
             return None
-        if ours and self._runtime.is_main:
-            for checkpoint in damaged:
-                catalog.set_aside(checkpoint)
+        if ours:
+            self._as_main(lambda: [catalog.set_aside(checkpoint) for checkpoint in damaged])
         self.step = self._found.progress.step
         return self._found.progress
 
@@ -235,9 +235,20 @@ class Keeper:
         if device.type == "cuda":
             torch.cuda.set_rng_state(saved.read(f"rng/cuda-{rank:05d}").clone(), device)
 
+    def _as_main(self, work: Callable[[], object]) -> None:
+        """Do this to the run folder, on rank 0. A collective. Raises EnvironmentProblem where it cannot be written."""
+
+        def do() -> None:
+            if self._runtime.is_main:
+                with writing(self._folder.parent):
+                    work()
+
+        self._runtime.agree(do)
+
     def _listed(self, folder: Path) -> list[Path]:
         """Committed checkpoints as rank 0 sees them, on every rank, oldest first."""
-        names = self._runtime.broadcast("\n".join(path.name for path in catalog.committed(folder)))
+        found = self._runtime.agree(lambda: catalog.committed(folder) if self._runtime.is_main else [])
+        names = self._runtime.broadcast("\n".join(path.name for path in found))
         return [folder / name for name in names.split("\n") if name]
 
     def _elsewhere(self) -> list[Path]:
@@ -249,7 +260,9 @@ class Keeper:
         listed = self._listed(path) or self._listed(path / catalog.CHECKPOINTS)
         if listed:
             return listed
-        if not (path / STATE).is_file():
+        with readable(path / STATE):
+            is_checkpoint = (path / STATE).is_file()
+        if not is_checkpoint:
             raise CheckpointMismatch(
                 f"train.resume={wanted}: is no checkpoint and holds none; give auto, never, RUN_DIR or"
                 f" RUN_DIR/{catalog.CHECKPOINTS}/{catalog.step_name(100)}"
@@ -259,14 +272,19 @@ class Keeper:
     def _check(self, folder: Path) -> Found:
         """Raises on every rank alike. Each rank hashes its share of the files."""
 
-        def check() -> Found:
-            manifest = read_manifest(folder)
-            check_sizes(folder, manifest)
-            names = list(manifest.files)
-            check_contents(folder, manifest, names[self._runtime.rank :: self._runtime.world_size])
-            return Found(folder=folder, manifest=manifest, progress=read_progress(folder / STATE))
+        def check() -> Found | CheckpointDamaged:
+            try:
+                manifest = read_manifest(folder)
+                check_sizes(folder, manifest)
+                names = list(manifest.files)
+                check_contents(folder, manifest, names[self._runtime.rank :: self._runtime.world_size])
+                return Found(folder=folder, manifest=manifest, progress=read_progress(folder, manifest))
+            except CheckpointDamaged as damage:
+                return damage
 
+        # In two steps: what one rank cannot read must not count as damaged because another rank finds damage.
         found = self._runtime.agree(check)
+        found = self._runtime.agree(lambda: _whole(found))
         batch = self._plan.batch.global_batch_size
         check_same(found.progress, self._identity, source=folder, global_batch_size=batch)
         return found
@@ -275,3 +293,9 @@ class Keeper:
         if self._runtime.is_main:
             for line in lines:
                 log.warning(line)
+
+
+def _whole(found: Found | CheckpointDamaged) -> Found:
+    if isinstance(found, CheckpointDamaged):
+        raise found
+    return found

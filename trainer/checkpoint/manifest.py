@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import CheckpointDamaged, CheckpointMismatch
+from configs.errors import CheckpointDamaged, CheckpointMismatch, EnvironmentProblem
+from trainer.checkpoint.catalog import step_of
 from trainer.checkpoint.files import sha256, write_synced
+from trainer.disks import MISSING
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -60,6 +63,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
+        check_missing(path, error)
         raise CheckpointDamaged(f"{path}: expected a manifest, found none ({error.strerror})") from None
     except (ValueError, RecursionError):
         raise CheckpointDamaged(f"{path}: expected a manifest in JSON, found something else") from None
@@ -91,15 +95,34 @@ def _parse(path: Path, content: Any) -> Manifest:
     return manifest
 
 
+def check_missing(path: Path, error: OSError) -> None:
+    """Raises EnvironmentProblem unless the error is that there is no such file. What cannot be read may be whole: a
+    permission or a disk that can be mended is no damage, and nothing may go on from an older checkpoint for it."""
+    if error.errno not in MISSING:
+        raise EnvironmentProblem(
+            f"{path}: cannot be read ({error.strerror or error}); make it readable, or move the checkpoint away to"
+            " go on from the one before"
+        ) from None
+
+
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raises CheckpointDamaged naming each file that is missing, cut off, or not in the manifest. Reads no content."""
+    """Raises CheckpointDamaged naming each file that is missing, cut off, or not in the manifest, and a folder whose
+    name is of another step. Reads no content."""
     problems = []
+    named = step_of(folder)
+    if named not in (None, manifest.step):
+        problems.append(f"{folder}: expected step {manifest.step}, which its manifest has, found {named} in its name")
     for name, entry in manifest.files.items():
         path = folder / name
-        if path.is_symlink() or not path.is_file():
+        try:
+            found = path.lstat()
+        except OSError as error:
+            check_missing(path, error)
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode):
             problems.append(f"{path}: expected a file of {entry.bytes} bytes, found none")
-        elif (size := path.stat().st_size) != entry.bytes:
-            problems.append(f"{path}: expected {entry.bytes} bytes, found {size}")
+        elif found.st_size != entry.bytes:
+            problems.append(f"{path}: expected {entry.bytes} bytes, found {found.st_size}")
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in manifest.files:
             problems.append(f"{path}: expected no such file, found {path.stat().st_size} bytes")
@@ -115,7 +138,8 @@ def check_contents(folder: Path, manifest: Manifest, names: Iterable[str]) -> No
         try:
             found = sha256(folder / name)
         except OSError as error:
-            problems.append(f"{folder / name}: cannot be read ({error.strerror})")
+            check_missing(folder / name, error)
+            problems.append(f"{folder / name}: expected a file, found none ({error.strerror})")
             continue
         if found != expected:
             problems.append(f"{folder / name}: expected SHA-256 {expected}, found {found}")

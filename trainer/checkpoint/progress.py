@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from configs.choices import TuningMethod
 from configs.errors import CheckpointDamaged, CheckpointMismatch
 from configs.schema import Config
+from trainer.checkpoint.manifest import STATE, Manifest, check_missing
 from trainer.data import DataSet
 from trainer.engine import Counters
 from trainer.plan import Plan
@@ -122,13 +123,20 @@ def to_json(progress: Progress) -> str:
     return json.dumps(asdict(progress), indent=1) + "\n"
 
 
-def read_progress(path: Path) -> Progress:
-    """Raises CheckpointDamaged when the file does not hold what `to_json` writes."""
+def read_progress(folder: Path, manifest: Manifest) -> Progress:
+    """The state in a checkpoint. Raises CheckpointDamaged when it is not what `to_json` writes, or of another step."""
+    path = folder / STATE
     try:
         content = json.loads(path.read_bytes())
-        return Progress(**{**content, "engine": Counters(**content["engine"])})
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        progress = Progress(**{**content, "engine": Counters(**content["engine"])})
+    except OSError as error:
+        check_missing(path, error)
+        raise CheckpointDamaged(f"{path}: expected the state of a run, found none ({error.strerror})") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{path}: expected the state of a run, found {error!r}") from None
+    if progress.step != manifest.step:
+        raise CheckpointDamaged(f"{path}: expected step {manifest.step}, which the manifest has, found {progress.step}")
+    return progress
 
 
 def _short(value: object) -> str:

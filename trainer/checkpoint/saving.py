@@ -11,10 +11,10 @@ would wait for each other for ever.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +27,13 @@ from trainer.checkpoint.files import sync, write_synced
 from trainer.checkpoint.manifest import STATE, TOKENIZER, FileEntry, Manifest, entry_of, write_manifest
 from trainer.checkpoint.progress import Progress, to_json
 from trainer.checkpoint.tensors import RankWriter
+from trainer.disks import FULL, as_os_error, free_bytes, mib, out_of_inodes
 from trainer.optimizer_8bit import SCALES
 from trainer.runtime import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# No space, quota used up, file larger than allowed.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Adafactor's states, and what a parameter has in place of them: matrices the first two, vectors the last.
 _FACTORED = {"row_var": "variance", "col_var": "variance", "variance": "row_var"}
 
@@ -63,11 +62,9 @@ class Save:
 
         def make() -> None:
             if self._runtime.is_main:
-                try:
+                with self._refusals(0):
                     shutil.rmtree(self.partial, ignore_errors=True)
                     self.partial.mkdir(parents=True)
-                except OSError as error:
-                    raise CheckpointFailed(self._explain(error, 0)) from None
 
         self._runtime.agree(make)
 
@@ -90,7 +87,7 @@ class Save:
                     self._writer.add(*copies.pop(0))
                 self._writer.flush()
             except Exception as error:  # it would end this thread unseen, and the commit would find too little
-                self._writer.error = OSError(0, repr(error))
+                self._writer.error = as_os_error(error) or OSError(0, repr(error))
 
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
@@ -115,14 +112,11 @@ class Save:
         def finish() -> str:
             if not self._runtime.is_main:
                 return ""
-            try:
+            with self._refusals(size):
                 for part in parts:
                     if part.error is not None:
                         raise part.error
                 return str(self._finish(parts, tokenizer))
-            except OSError as error:
-                shutil.rmtree(self.partial, ignore_errors=True)
-                raise CheckpointFailed(self._explain(error, size)) from None
 
         return Path(self._runtime.broadcast(self._runtime.agree(finish))), size
 
@@ -144,14 +138,27 @@ class Save:
         sync(self.partial)
         return commit(self.partial)
 
+    @contextmanager
+    def _refusals(self, size: int) -> Iterator[None]:
+        """Raise CheckpointFailed where the disk refuses, and delete the partial save."""
+        try:
+            yield
+        except Exception as error:
+            refusal = as_os_error(error)
+            if refusal is None:
+                raise
+            problem = self._explain(refusal, size)  # while what was written still takes its room
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise CheckpointFailed(problem) from None
+
     def _explain(self, error: OSError, size: int) -> str:
         what = f"checkpoint of step {self.progress.step}"
         folder = self.partial.parent
-        if error.errno in _FULL:
-            free = shutil.disk_usage(folder).free
+        if error.errno in FULL:
+            lack = "no inodes for it in" if out_of_inodes(folder) else "no space for it in"
             return (
-                f"{what}: no space for it in {folder}: needs {_mib(size)}, has {_mib(free)} ({error.strerror});"
-                " free some, lower checkpoint.keep_last, or choose another train.run_dir"
+                f"{what}: {lack} {folder}: needs {mib(size)}, has {mib(free_bytes(folder))}"
+                f" ({error.strerror}); free some, lower checkpoint.keep_last, or choose another train.run_dir"
             )
         return (
             f"{what}: cannot be written to {folder} ({error.strerror or error}); make it writable, or choose another"
@@ -177,7 +184,3 @@ def _check_complete(tensors: Iterable[str]) -> None:
 
 def _union(parts: Iterable[dict]) -> dict:
     return {key: value for part in parts for key, value in part.items()}
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"

@@ -5,8 +5,8 @@ safetensors is JSON and raw bytes: nothing in it can run.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from configs.errors import CheckpointDamaged
 from trainer.checkpoint.files import sync
-from trainer.checkpoint.manifest import FileEntry, Manifest, entry_of
+from trainer.checkpoint.manifest import FileEntry, Manifest, check_missing, entry_of
+from trainer.disks import as_os_error
 
 FILE_BYTES = 2 * 10**9
 """A rank gathers tensors up to this size before it writes a file: the host memory that a save takes."""
@@ -65,17 +66,9 @@ class RankWriter:
             save_file(pending, self._folder / name)
             sync(self._folder / name)
             self.files[name] = entry_of(self._folder / name)
-        except SafetensorError as error:
-            self.error = _as_os_error(error)
-        except OSError as error:
-            self.error = error
+        except (SafetensorError, OSError) as error:
+            self.error = as_os_error(error) or OSError(0, str(error))
         self.tensors.update(dict.fromkeys(pending, name))
-
-
-def _as_os_error(error: SafetensorError) -> OSError:
-    """The library puts the system's number into its text: "... (os error 28)"."""
-    number = str(error).rpartition("(os error ")[2].rstrip(")")
-    return OSError(int(number), os.strerror(int(number))) if number.isdigit() else OSError(0, str(error))
 
 
 class TensorReader:
@@ -92,15 +85,21 @@ class TensorReader:
         return list(self._manifest.tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._file(key).get_slice(key).get_shape())
+        with self._promised(key):
+            return tuple(self._file(key).get_slice(key).get_shape())
 
     def read(self, key: str) -> torch.Tensor:
         """The whole tensor, on the CPU, mapped from the file; not to be written to.
 
         Raises CheckpointDamaged when the manifest promises what the file does not hold.
         """
-        try:
+        with self._promised(key):
             return self._file(key).get_tensor(key)
+
+    @contextmanager
+    def _promised(self, key: str) -> Iterator[None]:
+        try:
+            yield
         except SafetensorError as error:
             raise CheckpointDamaged(f"{self._folder}: expected the tensor {key}, found {error}") from None
 
@@ -112,5 +111,7 @@ class TensorReader:
             try:
                 self._open[name] = safe_open(self._folder / name, framework="pt")
             except (SafetensorError, OSError) as error:
+                if (refusal := as_os_error(error)) is not None:
+                    check_missing(self._folder / name, refusal)
                 raise CheckpointDamaged(f"{self._folder / name}: expected safetensors, found {error}") from None
         return self._open[name]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -170,6 +171,7 @@ class Totals:
 
 
 Line = StepMetrics | ValidationMetrics | CheckpointMetrics | Summary
+LOGGED = (StepMetrics.kind, ValidationMetrics.kind, CheckpointMetrics.kind)
 
 
 def to_dict(line: Line) -> dict[str, object]:
@@ -207,16 +209,19 @@ class MetricsFile:
         self._file.write(json.dumps(to_dict(line), allow_nan=False) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # the rest of a line that a full disk did not take, which was told when it was written
+            self._file.close()
 
 
 def _lines_upto(path: Path, step: int) -> Iterator[str]:
+    """Lines of steps up to this one. What is not a line of metrics, cut off by a power failure, is left out."""
     if step == 0 or not path.exists():
         return
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
             content = json.loads(line)
-        except ValueError:  # cut off by a power failure
-            continue
-        if content["kind"] != Summary.kind and content["step"] <= step:
+            keep = content["kind"] in LOGGED and content["step"] <= step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            keep = False
+        if keep and line.endswith("\n"):
             yield line

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
 from types import TracebackType
@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from configs.errors import CookbookError
+from configs.errors import CookbookError, OutputFailed
 from configs.schema import Config
 from trainer.checkpoint.files import replace_text
+from trainer.disks import writing, written
 from trainer.model import architecture
 from trainer.plan import Plan
 from trainer.report.flops import count_parameters, mfu, model_flops_per_token, peak_flops
-from trainer.report.folder import run_label, writing
+from trainer.report.folder import run_label
 from trainer.report.measure import PeakMemory, StepSeconds, peak_memory
 from trainer.report.metrics import (
     CheckpointMetrics,
@@ -249,16 +250,33 @@ class Reporter:
         self._track(numbers(summary.memory), self.totals.steps)
         terminal = self._terminal
         self.close(failed=False)
+        text = json.dumps(to_dict(summary), indent=2, allow_nan=False) + "\n"
+        self._as_main("summary.json", lambda: replace_text(self._folder / "summary.json", text))
         if terminal:
-            with writing(self._folder):
-                text = json.dumps(to_dict(summary), indent=2, allow_nan=False)
-                replace_text(self._folder / "summary.json", text + "\n")
             terminal.say(render_summary(summary))
 
+    def _as_main(self, name: str, write: Callable[[], None]) -> None:
+        """Do this on rank 0. A collective. Raises OutputFailed on every rank where that rank's disk fails."""
+        failure: OutputFailed | None = None
+        if self._runtime.is_main:
+            try:
+                with written(name, self._folder):
+                    write()
+            except OutputFailed as told:
+                failure = told
+
+        def tell() -> None:
+            if failure is not None:
+                raise failure
+
+        # One number for every line; texts only when there is something to tell.
+        if self._runtime.max(failure is not None)[0]:
+            self._runtime.agree(tell)
+
     def _write(self, line: Line) -> None:
-        if self._file:
-            with writing(self._folder):
-                self._file.write(line)
+        """A collective."""
+        file = self._file
+        self._as_main("metrics.jsonl", lambda: file.write(line) if file else None)
         if self._terminal and not isinstance(line, Summary):
             self._terminal.show(line)
         if not isinstance(line, Summary):

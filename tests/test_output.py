@@ -1,0 +1,103 @@
+"""Nobody reads, the terminal is closed, the disk behind the log is full: the run goes on, and its own end is its exit
+code."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
+from tests.harness import run_ranks
+from tests.parity import words
+from trainer.__main__ import main
+from trainer.status import read_status
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = ("model.config.n_layer=1", "cluster=cpu", "train.export=false", "checkpoint.every=2")
+
+
+def overrides(run: Path, layout: str, *more: str, steps: int = 3) -> list[str]:
+    return words("gpt2", layout, "fp32", steps, *SETTINGS, f"train.run_dir={run}", *more)
+
+
+def start_unheard(words: list[str], full: bool) -> int:
+    """The door's exit code, with nobody behind its output: a full disk, or a pipe whose reader is gone."""
+    if full:
+        target = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, target = os.pipe()
+        os.close(read)
+    for descriptor in (1, 2):
+        os.dup2(target, descriptor)
+    return main(words)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_run_that_nobody_hears_is_finished(full: bool, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert run_ranks(2, start_unheard, overrides(run, "ddp"), full) == [EXIT_FINISHED] * 2
+    assert read_status(run)["state"] == "finished"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "told"),
+    [
+        # As `head` does it, but surely before the first write.
+        ("--cfg job | true", EXIT_FINISHED, ""),
+        ("--cfg job > /dev/full", EXIT_FAILED, "standard output: cannot be written (No space left on device); what"),
+        ("--cfg job >&-", EXIT_FINISHED, ""),
+        ("no.such=1 2> /dev/full", EXIT_BAD_CONFIG, ""),
+    ],
+)
+def test_a_door_whose_output_is_lost(command: str, code: int, told: str) -> None:
+    shell = f"set -o pipefail; sleep 0.2 | {sys.executable} -m trainer {command}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(told)
+    assert len(done.stderr.splitlines()) == bool(told), done.stderr
+
+
+def test_a_closed_terminal_stops_a_launched_run_with_a_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    master, terminal = pty.openpty()
+
+    def own_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    given = overrides(run, "single", "launcher=torchrun", "logging.progress=lines", steps=100_000)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    job = subprocess.Popen(
+        [sys.executable, "-m", "launch", *given],
+        cwd=ROOT,
+        env=environment,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=own_terminal,
+    )
+    os.close(terminal)
+    deadline, heard = time.monotonic() + 300, b""
+    while b"step 2/" not in heard:
+        assert time.monotonic() < deadline and job.poll() is None, heard.decode()
+        with contextlib.suppress(OSError):
+            heard += os.read(master, 4096)
+    os.close(master)
+    assert job.wait(timeout=300) == EXIT_STOPPED
+    status = read_status(run)
+    assert (status["state"], status["exit_code"]) == ("stopped", EXIT_STOPPED), status
+    assert list((run / "checkpoints").glob("step-*"))
