@@ -175,6 +175,52 @@ def test_git_state_tells_commit_and_changes_but_no_remote(tmp_path: Path, monkey
     assert "hunter2" not in json.dumps(state)
 
 
+def test_the_diff_leaves_out_what_may_hold_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    out.mkdir()
+    git(work, "init", "-q")
+    files = {
+        ".env": "PORT={}",
+        "prod.env.local": "PORT={}",
+        "my keys/id_rsa": "{}",
+        "run.sh": "export WANDB_API_KEY=0123456789abcdef0123456789abcdef0123456{}",
+        "db.py": "url = 'postgres://me:hunter{}@db/x'",
+        "model.py": "token = tokenizer.eos_token_id + {}",
+    }
+    for state in (1, 2):
+        for name, text in files.items():
+            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).write_text(text.format(state) + "\n")
+        if state == 1:
+            git(work, "add", ".")
+            git(work, "-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "first")
+    monkeypatch.chdir(work)
+    caplog.set_level("INFO", logger="trainer")
+    left_out = [".env", "db.py", "my keys/id_rsa", "prod.env.local", "run.sh"]
+    assert git_state(out)["cwd"]["left_out"] == left_out
+    diff = (out / "git-cwd.diff").read_text()
+    assert "+token = tokenizer.eos_token_id + 2" in diff
+    assert not any(word in diff for word in ("PORT", "hunter", "0123456789abcdef"))
+    assert f"git-cwd.diff leaves out what may hold a key: {', '.join(left_out)}" in caplog.messages
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o600), (0o077, 0o600), (0o002, 0o660)])
+def test_the_record_is_for_its_owner_and_a_group_that_shares_its_files(umask: int, mode: int, tmp_path: Path) -> None:
+    config, plan = config_and_plan(tmp_path / "run", "launcher=python")
+    before = os.umask(umask)
+    try:
+        with lone_runtime(plan) as runtime:
+            folder = open_run_folder(config, plan, runtime)
+    finally:
+        os.umask(before)
+    private = [folder / name for name in ("config.yaml", "argv.json", "git.json")]
+    assert {path.stat().st_mode & 0o777 for path in (*private, *folder.glob("*.diff"))} == {mode}
+    assert (folder / "plan.txt").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_without_a_checkout_there_is_no_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from configs.load import load_config
 from tests.harness import run_ranks
 from tests.reports import config_and_plan, lone_runtime, read_metrics, report_run, result
+from trainer.__main__ import main
 from trainer.report.measure import StepSeconds
 from trainer.report.trackers import TRACKERS, check_tracker
 from trainer.runtime import join
@@ -50,6 +51,16 @@ def test_a_key_in_the_options_is_refused_without_repeating_it(option: str) -> No
 def test_options_that_only_sound_like_a_key_pass() -> None:
     words = ["logging=wandb", "logging.options.entity=team", "logging.options.experiment_key=abc"]
     assert list(check_tracker(load_config(words).logging)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("../../../x", True), ("/x", True), ("~/x", True), ("team/run..1", False)]
+)
+def test_a_run_name_stays_in_the_run_folder(name: str, refused: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["logging=tensorboard", f"logging.run_name={name}", "dry_run=true", "parallel=single"]
+    assert main(words) == 2 * refused
+    problem = f"logging.run_name={name}: trackers name a folder after it, which must lie in the run folder; leave out"
+    assert capsys.readouterr().err.startswith(problem * refused)
 
 
 def wandb_environment(tmp_path: Path, **variables: str) -> dict[str, str]:

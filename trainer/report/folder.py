@@ -8,8 +8,8 @@
     argv.json       the command line
     resumed/002/    the same five files of the second start of this run, and so on
 
-The environment is not recorded: it holds keys. Torch-free at import, so that a launcher can name the folder before
-any rank starts.
+The environment is not recorded: it holds keys; what else is done about keys is in `private`. Torch-free at import, so
+that a launcher can name the folder before any rank starts.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import ConfigError, EnvironmentProblem, RunFinished
+from configs.errors import ConfigError, EnvironmentProblem
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
+from trainer.disks import readable, writing
 from trainer.report import provenance
+from trainer.report.private import write_private
 from trainer.report.trackers import check_installed
-from trainer.status import FINISHED, lock, read_status, restarted_in
+from trainer.status import FINISHED, check_unfinished, lock, read_status, restarted_in
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +66,8 @@ def claim_run_dir(config: Config, now: datetime) -> Path:
     process's alone from then on.
 
     A folder that holds an unfinished run is given back to go on with, unless `train.resume` is never. Raises
-    EnvironmentProblem when it holds another run, when a run is going on in it, or when it cannot be written, and
-    RunFinished when its run is through.
+    EnvironmentProblem when it holds another run, when a run is going on in it, or when it cannot be written,
+    RunFinished when its run is through, and PlanError when more steps are asked for that cannot follow.
     """
     named = config.train.run_dir
     earlier = Path(named).expanduser().absolute() if named is not None else _earlier_start(config)
@@ -123,13 +124,22 @@ def _open(config: Config, plan: Plan, device: torch.device, argv: Sequence[str])
     check_installed(config.logging.tracker)
     folder = claim_run_dir(config, datetime.now())
     with writing(folder):
+        _set_model_aside(folder)
         record = _record_folder(folder)
-        _write_new(record / "config.yaml", to_yaml(config))
+        write_private(record / "config.yaml", to_yaml(config))
         _write_new(record / "plan.txt", plan.describe() + "\n")
-        _write_new(record / "argv.json", _json(list(argv)))
+        write_private(record / "argv.json", _json(list(argv)))
         _write_new(record / "versions.json", _json(provenance.versions(device)))
-        _write_new(record / "git.json", _json(provenance.git_state(record)))
+        write_private(record / "git.json", _json(provenance.git_state(record)))
     return folder
+
+
+def _set_model_aside(folder: Path) -> None:
+    """Rename the model of a finished run that goes on with more steps, so that its new end is exported too."""
+    status, model = read_status(folder), folder / "model"
+    if status.get("state") == FINISHED and model.exists():
+        names = (f"model-step-{status.get('step')}{'' if n == 1 else f'-{n}'}" for n in count(1))
+        model.rename(next(folder / name for name in names if not (folder / name).exists()))
 
 
 def _record_folder(folder: Path) -> Path:
@@ -159,9 +169,13 @@ def _check_free(config: Config, folder: Path, *, again: bool) -> None:
 
 def _is_record(folder: Path) -> bool:
     """Whether the config.yaml here is that of a run, and not somebody else's file."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return False
     try:
-        from_yaml((folder / "config.yaml").read_text())
-    except (OSError, UnicodeDecodeError, ConfigError):
+        with readable(path):
+            from_yaml(path.read_text())
+    except (UnicodeDecodeError, ConfigError):
         return False
     return True
 
@@ -171,13 +185,9 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _check_continuable(config: Config, folder: Path) -> None:
-    """Raises RunFinished or EnvironmentProblem where the run in the folder is not this one, unfinished."""
-    status = read_status(folder)
-    if status.get("state") == FINISHED:
-        raise RunFinished(
-            f"train.run_dir={folder}: this run is finished, at step {status.get('step')}; to train on, begin a new one"
-            f" with train.resume={folder}, another train.run_dir and more train.steps"
-        )
+    """Raises RunFinished, PlanError or EnvironmentProblem where the run in the folder is not this one, with steps left
+    to train."""
+    check_unfinished(config, folder)
     if not (folder / "metrics.jsonl").exists() or committed(folder / CHECKPOINTS):
         # Nothing to lose, or a checkpoint, which knows better than config.yaml what it belongs to.
         return
@@ -190,17 +200,6 @@ def _check_continuable(config: Config, folder: Path) -> None:
                     f"train.run_dir={folder}: holds another run ({name}.{key}={there}, here {here}), which has no"
                     " checkpoint yet; choose another folder, or give the same value to start that run again"
                 )
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write into one line about `train.run_dir`."""
-    try:
-        yield
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"train.run_dir={folder}: cannot be written ({error.strerror or error}); choose a folder that can"
-        ) from None
 
 
 def _write_new(path: Path, text: str) -> None:

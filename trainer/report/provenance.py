@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 import subprocess
@@ -10,8 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.report.private import without_secrets, write_private
+
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "distributed-training-cookbook",
@@ -83,7 +88,8 @@ def _read(path: Path) -> str:
 
 def git_state(folder: Path) -> dict[str, dict[str, Any]]:
     """Commit, branch and uncommitted changes of the project and of the working directory; the changes themselves are
-    saved beside as `git-NAME.diff`. Empty where neither is a checkout.
+    saved beside as `git-NAME.diff`, without files that look as if they hold keys (`left_out`). Empty where neither is
+    a checkout.
 
     Remotes are left out: their addresses may hold passwords.
     """
@@ -112,7 +118,11 @@ def git_state(folder: Path) -> dict[str, dict[str, Any]]:
             else [line[3:] for line in status.splitlines() if line.startswith("??")],
         }
         if diff:
-            (folder / f"git-{name}.diff").write_text(diff)
+            text, left_out = without_secrets(diff)
+            write_private(folder / f"git-{name}.diff", text)
+            if left_out:
+                found[name]["left_out"] = left_out
+                log.info("git-%s.diff leaves out what may hold a key: %s", name, ", ".join(left_out))
     return found
 
 

@@ -65,6 +65,11 @@ def check_tracker(logging: Logging) -> Iterator[str]:
     """What is wrong with the tracker's name and options, one line each."""
     if logging.tracker not in (NO_TRACKER, *TRACKERS):
         yield f"logging.tracker={logging.tracker}: not a known tracker; use none, {', '.join(TRACKERS)}"
+    if logging.run_name is not None and _leaves(logging.run_name):
+        yield (
+            f"logging.run_name={logging.run_name}: trackers name a folder after it, which must lie in the run folder;"
+            " leave out .. and a leading /"
+        )
     for option, _ in _flat(logging.options):
         if SECRET.search(option):
             # The value stays out of the message: messages are logged.
@@ -72,6 +77,12 @@ def check_tracker(logging: Logging) -> Iterator[str]:
                 f"logging.options.{option}: a key does not belong in a configuration, which is saved with the run;"
                 " let the tracker find it in its own login file or environment variable"
             )
+
+
+def _leaves(name: str) -> bool:
+    """Whether a folder of this name would lie outside of the one in which it is made."""
+    parts = re.split(r"[/\\]", name)
+    return ".." in parts or not parts[0] or parts[0].startswith("~") or parts[0].endswith(":") or "\0" in name
 
 
 def check_installed(tracker: str) -> None:
