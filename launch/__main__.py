@@ -30,6 +30,7 @@ from launch.jobs import CONTROLS, control, is_array, launch_array, launch_job
 from launch.process import check_port, replace_process
 from launch.supervise import run_job
 from slurm.supervise import free_port
+from trainer.disks import told_anywhere
 from trainer.machine import find_machine
 from trainer.memory.gate import check_memory
 from trainer.plan import Plan, make_plan
@@ -71,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return sweep(arguments)
     except CookbookError as error:
         return turn_away(error)
+    except OSError as error:
+        if (told := told_anywhere(error)) is None:
+            raise
+        return turn_away(told)
 
 
 def sweep(arguments: Arguments) -> int:

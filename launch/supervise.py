@@ -7,6 +7,7 @@ as long as `trainer.restarts` finds that it gets further. Next: `process`.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -82,6 +83,8 @@ def _tell(line: str, outcome: Outcome, run_dir: Path) -> None:
     why = str(read_status(run_dir).get("reason") or "")
     if why and outcome.relay.told(why):
         line = line.replace(why, "as told above", 1)
-    kept = outcome.relay.keep(run_dir / "logs/errors.log")
+    kept = None
+    with contextlib.suppress(OSError):  # of a disk that is full, perhaps: what the line is about
+        kept = outcome.relay.keep(run_dir / "logs/errors.log")
     rest = f"; all that the ranks and the launcher wrote: {kept}" if kept else ""
     print(f"{line}{rest}", file=sys.stderr, flush=True)

@@ -213,6 +213,16 @@ def test_what_a_rank_has_told_is_not_told_again(tmp_path: Path) -> None:
     ]
 
 
+def test_a_launcher_that_cannot_keep_the_errors_ends_as_the_ranks_did(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()  # no folder can be made
+    child = "import sys\nfor rank in (0, 1): print(f'[rank{rank}]: lost', file=sys.stderr)\nsys.exit(1)"
+    job = start(tmp_path, sys.executable, "-c", driver(tmp_path, pause=0.01, cap=0, child=child))
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == EXIT_FAILED
+    why = "the run failed: exit code 1, and no rank left word why"
+    assert [line.partition(";")[0] for line in told.splitlines()] == ["[rank0]: lost", f"{why} (exit code 1)"]
+
+
 def test_a_second_launch_in_the_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:
     """In a moment, and it must not take the first one's status for its own."""
     run = tmp_path / "run"

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         rank = int(os.environ.get("RANK", "0"))
-        if (told := told_at_start(error, rank) or told_anywhere(error, rank)) is not None:
+        if (told := told_at_start(error, rank) or told_anywhere(error, f"rank {rank}: ")) is not None:
             turn_away(told)
             return told.exit_code
         print(_with_rank(traceback.format_exc()), end="", file=sys.stderr, flush=True)

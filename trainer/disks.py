@@ -104,9 +104,9 @@ def readable(path: Path) -> Iterator[None]:
         yield
 
 
-def told_anywhere(error: BaseException, rank: int) -> OutputFailed | None:
+def told_anywhere(error: BaseException, who: str = "") -> OutputFailed | None:
     """One line for a refusal that nobody has turned into one: a full disk, or a file that is named and not allowed.
-    None for any other error."""
+    None for any other error. who: begins the line."""
     found = as_os_error(error)
     if found is None or found.errno not in FULL | NOT_ALLOWED:
         return None
@@ -115,7 +115,7 @@ def told_anywhere(error: BaseException, rank: int) -> OutputFailed | None:
     name = found.filename
     path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else Path.cwd()
     what = f"{path}: cannot be used" if name is not None else "a file cannot be written"
-    return OutputFailed(f"rank {rank}: {what} ({reason(found, path)}); make room there, or make it accessible")
+    return OutputFailed(f"{who}{what} ({reason(found, path)}); make room there, or make it accessible")
 
 
 def _existing(place: Path) -> Path:

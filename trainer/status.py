@@ -93,7 +93,7 @@ class RunStatus:
 
     def _fail(self, error: BaseException) -> None:
         _ignore_loaders()
-        error = told_anywhere(error, self._rank) or error
+        error = told_anywhere(error, f"rank {self._rank}: ") or error
         text = (str(error).strip().splitlines() or [""])[0]
         code = error.exit_code if isinstance(error, CookbookError) else EXIT_FAILED
         why = text if isinstance(error, CookbookError) else f"rank {self._rank}: {type(error).__name__}: {text}"
@@ -139,7 +139,7 @@ def _ignore_loaders() -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def report_death(folder: Path, reason: str) -> None:
+def report_death(folder: Path, why: str) -> None:
     """Put on record how the run ended, for a rank that was killed and could not. For its launcher, when all are gone.
 
     What the others wrote is that a connection was closed, or that they were told to stop. Does nothing where no run has
@@ -147,8 +147,11 @@ def report_death(folder: Path, reason: str) -> None:
     """
     content = read_status(folder)
     if content and content.get("state") != FINISHED:
-        content |= {"state": FAILED, "reason": reason, "exit_code": EXIT_FAILED, "retry": True}
-        _put(folder, content)
+        content |= {"state": FAILED, "reason": why, "exit_code": EXIT_FAILED, "retry": True}
+        try:
+            _put(folder, content)
+        except OSError as refusal:  # the launcher's own last line says why
+            log.warning("%s: cannot be written (%s)", folder / STATUS, reason(refusal, folder))
 
 
 def read_status(folder: Path) -> dict[str, object]:

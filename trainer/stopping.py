@@ -13,6 +13,7 @@ committed.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -21,6 +22,8 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from trainer.lifeline import lost
+
+log = logging.getLogger(__name__)
 
 STOP_FILE = "STOP"
 QUIET_STOP = "COOKBOOK_QUIET_STOP"
@@ -57,7 +60,8 @@ class StopRequests:
 
     def reason(self) -> str | None:
         """Why this rank was told to stop; None if it was not."""
-        if self._signal is None and self._file is not None and self._file.exists():
+        # A file system that does not answer for a moment must not end the run: `Path.exists` would raise.
+        if self._signal is None and self._file is not None and os.path.exists(self._file):
             return f"{self._file} is there"
         return self._signal
 
@@ -65,7 +69,10 @@ class StopRequests:
         """The run has saved and ends, whichever rank was told. The file must not stop the next start too."""
         self._obeyed = True
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            try:
+                self._file.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s: cannot be deleted (%s); the next start will stop too", self._file, error.strerror)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._signal = self._signal or lost() or signal.Signals(number).name

@@ -14,6 +14,7 @@ from pathlib import Path
 from configs.door import turn_away
 from configs.errors import EXIT_FINISHED, CookbookError
 from configs.output import delivered, guard_output
+from trainer.disks import told_anywhere
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -51,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     except CookbookError as error:
         return turn_away(error)
+    except OSError as error:
+        if (told := told_anywhere(error)) is None:
+            raise
+        return turn_away(told)
     return delivered(EXIT_FINISHED)
 
 
