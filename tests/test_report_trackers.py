@@ -57,7 +57,7 @@ def test_options_that_only_sound_like_a_key_pass() -> None:
     ("name", "refused"), [("../../../x", True), ("/x", True), ("~/x", True), ("team/run..1", False)]
 )
 def test_a_run_name_stays_in_the_run_folder(name: str, refused: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["logging=tensorboard", f"logging.run_name={name}", "dry_run=true", "parallel=single"]
+    words = ["logging=tensorboard", f'logging.run_name="{name}"', "dry_run=true", "parallel=single"]
     assert main(words) == 2 * refused
     problem = f"logging.run_name={name}: trackers name a folder after it, which must lie in the run folder; leave out"
     assert capsys.readouterr().err.startswith(problem * refused)
