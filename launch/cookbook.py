@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from configs.door import say, turn_away
+from configs.door import turn_away
 from configs.errors import EXIT_FINISHED, ConfigError
+from configs.output import delivered, guard_output
 
 # The module whose `main` answers; the words that it gets before the user's; what it does.
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -39,10 +40,11 @@ USAGE = "\n".join(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Go through the door that the first word names. Returns its exit code."""
+    guard_output()
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
-        say(USAGE)
-        return EXIT_FINISHED
+        print(USAGE)
+        return delivered(EXIT_FINISHED)
     if words[0] not in COMMANDS:
         return turn_away(
             ConfigError(f"cookbook {words[0]}: no such command; there are {', '.join(COMMANDS)}; see cookbook --help")
