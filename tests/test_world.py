@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -72,21 +73,24 @@ def test_a_world_that_cannot_be_costs_a_line_and_no_waiting(
         assert line.startswith(problem)
 
 
-def _taken(port: int, words: list[str]) -> int:
+def _taken(port: int, words: list[str], heard: str) -> int:
     os.environ["MASTER_PORT"] = str(port)
-    code = main(words)
+    with open(f"{heard}/{os.environ['RANK']}", "w") as stderr, contextlib.redirect_stderr(stderr):
+        code = main(words)
     assert code == 0, f"exit code {code}"
     return code
 
 
-def test_a_port_that_is_taken_is_told_by_rank_0(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_told_by_rank_0(tmp_path: Path) -> None:
     with socket.socket() as stranger:
         stranger.bind(("127.0.0.1", 0))
         stranger.listen()
         port = stranger.getsockname()[1]
         with pytest.raises(RankFailed, match="exit code 1"):
-            run_ranks(2, _taken, port, [*SMALL, "parallel=ddp", f"train.run_dir={tmp_path}/run"], timeout=20)
-    assert f"MASTER_PORT={port}: the ranks cannot meet there (Address already in use); " in capfd.readouterr().err
+            words = [*SMALL, "parallel=ddp", f"train.run_dir={tmp_path}/run"]
+            run_ranks(2, _taken, port, words, str(tmp_path), timeout=20)
+    problem = f"MASTER_PORT={port}: the ranks cannot meet there (Address already in use); "
+    assert (tmp_path / "0").read_text().startswith(problem)
 
 
 def _several(folder: str) -> list[dict[str, object]]:
