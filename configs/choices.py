@@ -8,6 +8,11 @@ class Weights(StrEnum):
     pretrained = "pretrained"
 
 
+class MissingWeights(StrEnum):
+    refuse = "refuse"
+    random = "random"
+
+
 class Attention(StrEnum):
     auto = "auto"
     sdpa = "sdpa"

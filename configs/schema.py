@@ -25,6 +25,7 @@ from configs.choices import (
     GpuRequest,
     Implementation,
     LauncherName,
+    MissingWeights,
     NonFinite,
     OffloadDevice,
     OnFailure,
@@ -44,6 +45,10 @@ class Model:
     """A local folder or a hub id. Its config.json is the architecture; `config` below overrides it."""
     weights: Weights = Weights.random
     """`random`: initialised from `train.seed`. `pretrained`: read from `path`."""
+    missing_weights: MissingWeights = MissingWeights.refuse
+    """`pretrained`: tensors of the model that `path` does not hold. `random`: drawn from `train.seed`."""
+    resize_vocabulary: bool = False
+    """Add rows to a pretrained embedding and head for tokens that the tokenizer has and the model has not."""
     attention: Attention = Attention.auto
     """Attention kernel; `auto` lets transformers choose what the architecture supports (`sdpa` nearly always)."""
     architecture: dict[str, Any] = field(default_factory=dict)

@@ -15,11 +15,43 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from configs.errors import DataError
+from configs.schema import Model
+from trainer.checkpoint.manifest import GENERATION
+from trainer.fitting import persistent_buffers
+from trainer.stored import local_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 SHARD_BYTES = 5 * 10**9
+
+
+def generation_config(model: Model) -> bytes | None:
+    """The file with the end tokens and the sampling of a model given by its path, as it is there; None without one.
+    Raises DataError when it cannot be read."""
+    if model.path is None:
+        return None
+    try:
+        folder = local_folder(model.path)
+        file = folder / GENERATION if folder else _on_the_hub(model)
+        return file.read_bytes() if file is not None and file.is_file() else None
+    except OSError as error:
+        raise DataError(f"model.path={model.path}: {GENERATION} cannot be read ({error.strerror or error})") from None
+
+
+def _on_the_hub(model: Model) -> Path | None:
+    file = cached_file(
+        str(model.path),
+        GENERATION,
+        revision=model.revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(file) if file is not None else None
 
 
 def export_model(
@@ -29,13 +61,14 @@ def export_model(
     folder: Path,
     *,
     dtype: torch.dtype,
+    generation: bytes | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write parameters, config and tokenizer to `folder`, which appears whole or not at all. Of a model with adapters
     these alone, in peft's format.
 
     parameters: as `Engine.parameters()` gives them; every rank must call this, the ranks that get None write
-    nothing. Raises FileExistsError if the folder exists.
+    nothing. generation: from `generation_config`. Raises FileExistsError if the folder exists.
     """
     adapters = getattr(model, "peft_config", {})
     if adapters:
@@ -49,9 +82,13 @@ def export_model(
                 writer = ShardWriter(folder.with_name(folder.name + ".partial"), shard_bytes)
             writer.add(name, tensor.to(dtype))
     if writer is not None:
+        for name, buffer in persistent_buffers(model):
+            writer.add(name, buffer.cpu())
         writer.close()
         _config_for_export(model, dtype).save_pretrained(writer.folder)
-        if model.generation_config is not None:
+        if generation is not None:
+            (writer.folder / GENERATION).write_bytes(generation)
+        elif model.generation_config is not None:
             model.generation_config.save_pretrained(writer.folder)
         tokenizer.save_pretrained(writer.folder)
         writer.folder.rename(folder)

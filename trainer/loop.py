@@ -20,7 +20,7 @@ from trainer.data.build import build_data
 from trainer.disks import written
 from trainer.engine import Engine, build_engine
 from trainer.exhausted import memory_told
-from trainer.export import export_model
+from trainer.export import export_model, generation_config
 from trainer.model import build_hf_config, text_config
 from trainer.optimizer import lr_at
 from trainer.plan import Plan
@@ -31,11 +31,13 @@ from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepTimer
 from trainer.report.prediction import MemoryCheck, predict
 from trainer.report.reporter import Reporter
+from trainer.resize import settle_vocabulary
 from trainer.runtime import Runtime, dropout_stream, join
 from trainer.status import RunStatus
 from trainer.step import check_finite, train_step, validate
 from trainer.stopping import StopRequests
 from trainer.watchdog import Watchdog, watched
+from trainer.weights import check_early
 
 
 def run(config: Config, plan: Plan) -> int:
@@ -43,6 +45,7 @@ def run(config: Config, plan: Plan) -> int:
 
     Raises CookbookError, the same on every rank, on what the user can mend.
     """
+    settle_vocabulary(config)
     predicted = predict(config, plan)
     with join(plan, timeout_minutes=config.train.timeout_minutes) as runtime:
         folder = open_run_folder(config, plan, runtime)
@@ -54,10 +57,21 @@ def run(config: Config, plan: Plan) -> int:
             Watchdog(folder, runtime, timeout_minutes=config.train.timeout_minutes),
         ):
             hf_config = runtime.agree(lambda: build_hf_config(config.model))
+            runtime.agree(lambda: check_early(config.model, hf_config))
             preflight(config, plan, runtime, folder)
+            generation = runtime.agree(lambda: generation_config(config.model) if runtime.is_main else None)
             data = _build_data(config, plan, runtime, vocab_size=text_config(hf_config).vocab_size)
             same = identity(config, hf_config, data)
-            keeper = Keeper(config, plan, runtime, folder, identity=same, tokenizer=data.tokenizer, stop=stop)
+            keeper = Keeper(
+                config,
+                plan,
+                runtime,
+                folder,
+                identity=same,
+                tokenizer=data.tokenizer,
+                generation=generation,
+                stop=stop,
+            )
             status.follow(lambda: keeper.step)
             begin = keeper.find()
             # The parameters do not depend on this generator.
@@ -86,7 +100,7 @@ def run(config: Config, plan: Plan) -> int:
                         reporter.stopped(told)
                         return status.stopped(told)
                     if config.train.export:
-                        runtime.agree(lambda: _export(engine, data, plan, folder / "model"))
+                        runtime.agree(lambda: _export(engine, data, plan, folder / "model", generation))
                         reporter.exported(folder / "model")
     return EXIT_FINISHED
 
@@ -98,14 +112,15 @@ def _build_data(config: Config, plan: Plan, runtime: Runtime, *, vocab_size: int
     )
 
 
-def _export(engine: Engine, data: DataSet, plan: Plan, target: Path) -> None:
+def _export(engine: Engine, data: DataSet, plan: Plan, target: Path, generation: bytes | None) -> None:
     """A collective. Raises OutputFailed on the rank whose disk fails."""
     if target.exists():
         return  # an earlier start of this run was killed between the export and its last words
     parameters = watched(engine.parameters(), "the export")
     try:
         with written("the finished model", target):
-            export_model(parameters, engine.model, data.tokenizer, target, dtype=export_dtype(plan.param_dtype))
+            dtype = export_dtype(plan.param_dtype)
+            export_model(parameters, engine.model, data.tokenizer, target, dtype=dtype, generation=generation)
     except OutputFailed:
         shutil.rmtree(target.with_name(f"{target.name}.partial"), ignore_errors=True)
         for _ in parameters:  # the other ranks count on this one in the collectives that gather the rest

@@ -11,7 +11,7 @@ Reads the config and `weights`. Next: `parallelize`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -24,7 +24,10 @@ from configs.errors import ConfigError, CookbookError, DataError
 from configs.schema import Model
 from trainer.model_fields import check_experts, check_sizes, merged, text_fields, text_part
 from trainer.pieces import cut
-from trainer.weights import Weights
+from trainer.stored import local_folder, not_on_the_hub, read_config
+
+if TYPE_CHECKING:
+    from trainer.weights import Weights
 
 
 def build_hf_config(model: Model) -> PretrainedConfig:
@@ -65,12 +68,21 @@ def _cut_layer_types(overrides: Mapping[str, Any], fields: dict[str, Any]) -> No
 
 
 def _from_path(model: Model, path: str) -> tuple[PretrainedConfig, dict[str, Any]]:
+    folder = local_folder(path)
+    if folder is not None:
+        read_config(folder, f"model.path={path}")
+    where: Any = folder or path
     try:
         options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        plain = AutoConfig.from_pretrained(path, **options)
-        return plain, PretrainedConfig.get_config_dict(path, **options)[0]
-    except Exception as error:  # a file that holds no config, or one that its class refuses, fails in any way
-        raise DataError(f"model.path={path}: {_one_line(error)}") from None
+        plain = AutoConfig.from_pretrained(where, **options)
+        fields = PretrainedConfig.get_config_dict(where, **options)[0]
+    except Exception as error:  # each architecture reads its fields in its own way, and a hub fails in many
+        said = f"model.path={path}: config.json: {_one_line(error)}" if folder else not_on_the_hub(path, error)
+        raise DataError(said) from None
+    # How the values are stored, not what the model is; `fitting` reads it from the file.
+    for name in ("quantization_config", "compression_config"):
+        fields.pop(name, None)
+    return plain, fields
 
 
 def _from_preset(model: Model) -> tuple[PretrainedConfig, dict[str, Any]]:
@@ -125,14 +137,18 @@ def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
     except CookbookError:
         raise
     except Exception as error:  # the constructor of any architecture, on values that nobody has tried
-        named = f"model={model.preset}" if model.path is None else f"model.path={model.path}"
         given = f", model.config={model.config}" if model.config else ""
-        raise ConfigError(f"{named}{given}, model.attention={model.attention}: {_one_line(error)}") from None
+        raise ConfigError(f"{named(model)}{given}, model.attention={model.attention}: {_one_line(error)}") from None
     # FSDP2 puts a class of its own in the model's place; what is exported must name the architecture.
     built.config.architectures = [type(built).__name__]
     built.tie_weights()
     built.config.use_cache = False
     return built
+
+
+def named(model: Model) -> str:
+    """The model as the user named it, for messages."""
+    return f"model={model.preset}" if model.path is None else f"model.path={model.path}"
 
 
 class Elsewhere(nn.Module):

@@ -17,6 +17,7 @@ from configs.choices import (
     DType,
     EngineName,
     LauncherName,
+    MissingWeights,
     OffloadDevice,
     Weights,
 )
@@ -73,6 +74,10 @@ def _check_model(config: Config, device: str) -> Iterator[str]:
         )
     if model.path is None and model.weights is Weights.pretrained:
         yield "model.weights=pretrained: needs model.path, the folder or hub id to read them from"
+    if model.resize_vocabulary and model.path is None:
+        yield "model.resize_vocabulary=true: is for a model of model.path; set model.config.vocab_size instead"
+    if model.missing_weights is MissingWeights.random and model.weights is not Weights.pretrained:
+        yield "model.missing_weights=random: is for model.weights=pretrained; leave it out, all weights are random"
     if model.trust_remote_code and model.revision is None and not Path(model.path or "").expanduser().is_dir():
         yield (
             "model.trust_remote_code=true: needs model.revision=COMMIT, so that the code that runs is the code you"

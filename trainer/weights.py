@@ -1,26 +1,31 @@
 """Where the values of the parameters come from: random by the model's own recipe, or a folder of safetensors.
 
+    open_weights   the whole model, without memory   -> a source; `fitting` has compared it with the folder
+    source.of      the model, or a pipeline stage    -> what fills it
+
 Both fill one unit of the model at a time, whatever the layout, so that every layout starts from the same bits.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.choices import Weights as WeightsChoice
 from configs.errors import DataError
 from configs.schema import Model
+from trainer.constructed import Constructors
+from trainer.fitting import Fit, fit, persistent_buffers, quiet
+from trainer.model import build_model
+from trainer.stored import Stored, find_folder, read_config, read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +53,11 @@ class RandomWeights:
     the units gets the same numbers as one that fills all.
     """
 
-    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, seed: int, constructors: Constructors | None = None) -> None:
+        """constructors: of the whole model, before a sharding engine has put a class of its own in its place."""
         self.model = model
         self.seed = seed
+        self.constructors = constructors or Constructors(model)
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
         device = unit.get_parameter(keys[0]).device
@@ -65,6 +72,9 @@ class RandomWeights:
         ]
         for owner, leaf, parameter in filled:
             owner._parameters[leaf] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+        for key in keys:
+            # What no initialiser writes shows.
+            unit.get_parameter(key).fill_(torch.nan)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             # Children first: some models re-draw a child's weight in the parent (GPT-2's scaled c_proj).
             for module_name, module in reversed(list(unit.named_modules())):
@@ -72,6 +82,11 @@ class RandomWeights:
                 self.model._init_weights(module)
         for owner, leaf, parameter in filled:
             owner._parameters[leaf] = parameter
+        for key in keys:
+            parameter = unit.get_parameter(key)
+            if parameter.sum().isnan():
+                place, _, leaf = plain_name(f"{name}.{key}" if name else key).rpartition(".")
+                self.constructors.fill(place, leaf, parameter, self._seed_of)
 
     def _seed_of(self, name: str) -> int:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
@@ -79,90 +94,123 @@ class RandomWeights:
 
 
 class SavedWeights:
-    """Parameters read from safetensors files, tensor by tensor through a memory map."""
+    """Parameters read from safetensors files, tensor by tensor through a memory map.
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        """Raises DataError if the files cannot be read. Look at `missing` before the first `fill`."""
-        self.folder = folder
-        self.files = _tensor_files(folder)
-        self.prefix = f"{model.base_model_prefix}."
-        names = [name for name, _ in model.named_parameters() if not is_adapter(name)]
-        self.missing = [name for name in names if self._stored_name(name) is None]
+    stored, fitted: of the whole model. random: draws what is not stored.
+    """
+
+    def __init__(self, folder: Path, stored: Mapping[str, Stored], fitted: Fit, random: RandomWeights) -> None:
+        self.folder, self.stored, self.fitted, self.random = folder, stored, fitted, random
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
-        for key in keys:
-            full_name = f"{name}.{key}" if name else key
-            stored_name = self._stored_name(full_name)
-            assert stored_name is not None
-            with safe_open(self.folder / self.files[stored_name], framework="pt") as file:
-                tensor = file.get_tensor(stored_name)
-            parameter = unit.get_parameter(key)
-            if tensor.shape != parameter.shape:
-                raise DataError(
-                    f"model.path={self.folder}: {stored_name} has shape {list(tensor.shape)}, the model wants"
-                    f" {list(parameter.shape)}; take model.config overrides of sizes away"
-                )
-            parameter.copy_(tensor)
+        names = {key: plain_name(f"{name}.{key}" if name else key) for key in keys}
+        _draw(self.random, self.fitted, name, unit, names)
+        for key, full_name in names.items():
+            if full_name not in self.fitted.drawn:
+                parameter = unit.get_parameter(key)
+                parameter.copy_(grow(self.read(full_name), parameter.shape))
 
-    def _stored_name(self, name: str) -> str | None:
-        """Files written from the bare base model (GPT-2 on the hub) leave its prefix out."""
-        name = plain_name(name)
-        candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
-        return next((candidate for candidate in candidates if candidate in self.files), None)
+    def read(self, name: str) -> torch.Tensor:
+        stored_name = self.fitted.names[name]
+        with safe_open(self.folder / self.stored[stored_name].file, framework="pt") as file:
+            return file.get_tensor(stored_name)
 
 
 class LoadedWeights:
     """Parameters of a model that transformers itself has loaded whole into host memory.
 
-    For files whose tensors are not the model's parameters one to one (packed experts, .bin files).
+    For files whose tensors are not the model's parameters one to one (experts stored singly, float8 and its scales).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.values = model.state_dict()
+    def __init__(self, model: PreTrainedModel, fitted: Fit, random: RandomWeights) -> None:
+        self.values, self.fitted, self.random = model.state_dict(), fitted, random
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
-        for key in keys:
-            unit.get_parameter(key).copy_(self.values[plain_name(f"{name}.{key}" if name else key)])
+        names = {key: plain_name(f"{name}.{key}" if name else key) for key in keys}
+        _draw(self.random, self.fitted, name, unit, names)
+        for key, full_name in names.items():
+            if full_name not in self.fitted.drawn:
+                parameter = unit.get_parameter(key)
+                parameter.copy_(grow(self.values[full_name], parameter.shape))
+
+
+def open_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Callable[[PreTrainedModel], Weights]:
+    """What `model.weights` asks for: given the model or a pipeline stage of it, what fills that. Buffers that belong to
+    a saved model get their stored values here.
+
+    model: whole, on the meta device, before any pass. Raises DataError as `check_weights` does.
+    """
+    constructors = Constructors(model)
+    if choice.weights is WeightsChoice.random:
+        return lambda part: RandomWeights(part, seed, constructors)
+    folder, stored, fitted = check_weights(choice, model)
+    if fitted.drawn:
+        log.warning("model.missing_weights=random: drawn from train.seed: %s", ", ".join(sorted(fitted.drawn)))
+    if fitted.whole is None:
+        read = SavedWeights(folder, stored, fitted, RandomWeights(model, seed, constructors)).read
+        for name, buffer in persistent_buffers(model):
+            if name in fitted.names:
+                buffer.copy_(read(name))
+        return lambda part: SavedWeights(folder, stored, fitted, RandomWeights(part, seed, constructors))
+    log.warning(
+        "model.path=%s: its tensors are not the model's one to one; every process loads it whole, through transformers",
+        choice.path,
+    )
+    loaded = _load_whole(choice, model, folder, fitted.whole, seed)
+    values = loaded.state_dict()
+    for name, buffer in persistent_buffers(model):
+        buffer.copy_(values[name])
+    return lambda part: LoadedWeights(loaded, fitted, RandomWeights(part, seed, constructors))
 
 
 def build_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Weights:
-    """The source that `model.weights` asks for. Raises DataError when the folder or hub id cannot be read."""
-    if choice.weights is WeightsChoice.random:
-        return RandomWeights(model, seed)
-    assert choice.path is not None
-    folder = Path(choice.path).expanduser()
-    if not folder.is_dir():
-        try:
-            patterns = ["*.safetensors", "*.json"]
-            folder = Path(snapshot_download(choice.path, revision=choice.revision, allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            raise DataError(f"model.path={choice.path}: {str(error).splitlines()[0]}") from None
-    saved = SavedWeights(folder, model)
-    if not saved.missing:
-        return saved
-    log.warning(
-        "model.path=%s: no safetensors file holds %s as it is named in the model; loading the whole checkpoint"
-        " through transformers in every process",
-        choice.path,
-        saved.missing[0],
-    )
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(choice.path, revision=choice.revision, config=model.config)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"model.path={choice.path}: {str(error).splitlines()[0]}") from None
-    return LoadedWeights(loaded)
+    """`open_weights` of a model that is not divided."""
+    return open_weights(choice, model, seed=seed)(model)
 
 
-def _tensor_files(folder: Path) -> dict[str, str]:
-    """{tensor name: file name} of a folder in the Hugging Face format; empty if it has no safetensors."""
+def check_weights(choice: Model, model: PreTrainedModel) -> tuple[Path, dict[str, Stored], Fit]:
+    """Compare the folder of `model.path` with the model, from the headers of its files. Raises DataError, with a line
+    for each problem, when the folder or hub id cannot be read or does not hold what the model needs."""
+    key = f"model.path={choice.path}"
+    folder = find_folder(choice)
+    fields, stored = read_config(folder, key), read_tensors(folder, key)
+    return folder, stored, fit(model, stored, fields, folder, choice)
+
+
+def check_early(choice: Model, config: PretrainedConfig) -> None:
+    """`check_weights` before there is data or an engine: a mistake costs seconds. config: from `build_hf_config`."""
+    if choice.weights is WeightsChoice.pretrained:
+        check_weights(choice, build_model(choice, config))
+
+
+def grow(stored: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`stored`, with further rows up to this shape: each is the mean of the stored ones, so that a new token begins as
+    an average of the known ones and takes little from them (Hewitt 2021, Initializing New Word Embeddings)."""
+    if stored.shape == shape:
+        return stored
+    mean = stored.double().mean(dim=0, keepdim=True).to(stored.dtype)
+    return torch.cat([stored, mean.expand(shape[0] - stored.shape[0], *stored.shape[1:])])
+
+
+def _draw(random: RandomWeights, fitted: Fit, name: str, unit: nn.Module, names: Mapping[str, str]) -> None:
+    """Draw the weights of this unit that are not stored, by the recipe and the numbers of `model.weights=random`."""
+    drawn = [key for key, full_name in names.items() if full_name in fitted.drawn]
+    if drawn:
+        # All of them: a recipe may write several at once. The stored ones are read over it.
+        random.fill(name, unit, list(names))
+
+
+def _load_whole(
+    choice: Model, model: PreTrainedModel, folder: Path, config: PretrainedConfig, seed: int
+) -> PreTrainedModel:
     try:
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            return dict(json.loads(index.read_text())["weight_map"])
-        single = folder / "model.safetensors"
-        if single.is_file():
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single.name)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise DataError(f"model.path={folder}: its safetensors cannot be read: {error}") from None
-    return {}
+        with quiet(), torch.random.fork_rng(devices=[]):
+            # What its class computes of values that are not stored is the same on every rank.
+            torch.manual_seed(seed)
+            return type(model).from_pretrained(
+                folder, config=config, dtype=torch.float32, trust_remote_code=choice.trust_remote_code
+            )
+    except Exception as error:  # conversions and dequantization raise what their libraries raise
+        raise DataError(
+            f"model.path={choice.path}: transformers cannot load it ({str(error).partition(chr(10))[0][:300]})"
+        ) from None

@@ -23,6 +23,7 @@ from configs.errors import CheckpointDamaged, CheckpointMismatch, EnvironmentPro
 from configs.schema import Tuning
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
 from trainer.checkpoint.manifest import (
+    GENERATION,
     STATE,
     TOKENIZER,
     Manifest,
@@ -31,10 +32,11 @@ from trainer.checkpoint.manifest import (
     read_manifest,
 )
 from trainer.checkpoint.progress import read_progress
-from trainer.checkpoint.tensors import TensorReader
+from trainer.checkpoint.tensors import BUFFER, TensorReader
 from trainer.data.tokenizer import no_tokenizer
 from trainer.disks import readable, refused
 from trainer.export import export_model
+from trainer.fitting import persistent_buffers
 from trainer.tuning import apply_tuning
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,13 @@ def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
         if known.get("tuning.method", TuningMethod.full) != TuningMethod.full:
             fields = {key: known[f"tuning.{key}"] for key in ("rank", "alpha", "target_modules")}
             apply_tuning(model, Tuning(method=TuningMethod.lora, **fields), base=known["tuning.base"][1])
-        export_model(parameters, model, tokenizer, target, dtype=dtype)
+        saved = TensorReader(folder, manifest)
+        for name, buffer in persistent_buffers(model):
+            if f"{BUFFER}/{name}" in saved.names():
+                buffer.copy_(saved.read(f"{BUFFER}/{name}"))
+        file = folder / TOKENIZER / GENERATION
+        generation = file.read_bytes() if file.exists() else None
+        export_model(parameters, model, tokenizer, target, dtype=dtype, generation=generation)
     return folder
 
 

@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from configs.choices import OnFailure
+from configs.choices import OnFailure, TuningMethod
 from configs.errors import CheckpointDamaged, CheckpointFailed, CheckpointMismatch
 from configs.schema import Config
 from trainer.checkpoint import catalog
 from trainer.checkpoint.manifest import STATE, Manifest, check_contents, check_sizes, read_manifest
 from trainer.checkpoint.progress import Progress, check_same, layout, read_progress
 from trainer.checkpoint.saving import Save
-from trainer.checkpoint.tensors import TensorReader
+from trainer.checkpoint.tensors import BUFFER, TensorReader
 from trainer.disks import readable, writing
 from trainer.engine import Engine
+from trainer.fitting import persistent_buffers
 from trainer.plan import Plan
 from trainer.runtime import Runtime, dropout_stream
 from trainer.stopping import StopRequests
@@ -61,7 +62,8 @@ class Found:
 
 
 class Keeper:
-    """identity: from `progress.identity`. stop: what this rank was told."""
+    """identity: from `progress.identity`. generation: from `export.generation_config`, on rank 0. stop: the requests
+    to stop that this rank has got."""
 
     def __init__(
         self,
@@ -72,11 +74,12 @@ class Keeper:
         *,
         identity: dict[str, Any],
         tokenizer: PreTrainedTokenizerBase,
+        generation: bytes | None = None,
         stop: StopRequests,
     ) -> None:
         self._config, self._plan, self._runtime = config, plan, runtime
         self._folder = run_dir / catalog.CHECKPOINTS
-        self._identity, self._tokenizer, self._stop = identity, tokenizer, stop
+        self._identity, self._tokenizer, self._generation, self._stop = identity, tokenizer, generation, stop
         self._found: Found | None = None
         self._pending: Save | None = None
         self._begun = self._blocked = 0.0
@@ -182,7 +185,7 @@ class Keeper:
         if save is None:
             return
         before = time.perf_counter()
-        folder, size = save.commit(self._tokenizer)
+        folder, size = save.commit(self._tokenizer, self._generation)
         if self._runtime.is_main:
             self._delete_surplus()
         now = time.perf_counter()
@@ -219,6 +222,8 @@ class Keeper:
         """The engine's tensors and this rank's random generators."""
         yield from watched(engine.state(), "saving a checkpoint")
         rank = self._runtime.rank
+        if rank == 0 and self._config.tuning.method is TuningMethod.full:
+            yield from ((f"{BUFFER}/{name}", buffer) for name, buffer in persistent_buffers(engine.model))
         yield f"rng/cpu-{rank:05d}", torch.get_rng_state()
         if self._runtime.device.type == "cuda":
             yield f"rng/cuda-{rank:05d}", torch.cuda.get_rng_state(self._runtime.device)

@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TOKENIZER = "tokenizer"
+GENERATION = "generation_config.json"  # of the model's own folder, in the tokenizer's
 # Also what keeps a manifest from elsewhere inside its folder: no name here can hold a path.
 FILE_NAME = re.compile(rf"rank-\d{{5}}-\d{{3,}}\.safetensors|{re.escape(STATE)}|{TOKENIZER}/[A-Za-z0-9][\w.-]*")
 

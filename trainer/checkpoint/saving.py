@@ -24,9 +24,9 @@ import torch
 from configs.errors import CheckpointFailed
 from trainer.checkpoint.catalog import commit
 from trainer.checkpoint.files import sync, write_synced
-from trainer.checkpoint.manifest import STATE, TOKENIZER, FileEntry, Manifest, entry_of, write_manifest
+from trainer.checkpoint.manifest import GENERATION, STATE, TOKENIZER, FileEntry, Manifest, entry_of, write_manifest
 from trainer.checkpoint.progress import Progress, to_json
-from trainer.checkpoint.tensors import RankWriter
+from trainer.checkpoint.tensors import BUFFER, RankWriter
 from trainer.disks import FULL, as_os_error, free_bytes, mib, out_of_inodes
 from trainer.optimizer_8bit import SCALES
 from trainer.runtime import Runtime
@@ -97,7 +97,7 @@ class Save:
         """Whether this rank's files are on the disk, or never will be."""
         return self._thread is None or not self._thread.is_alive()
 
-    def commit(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Path, int]:
+    def commit(self, tokenizer: PreTrainedTokenizerBase, generation: bytes | None = None) -> tuple[Path, int]:
         """Make it a checkpoint. Returns its folder and size in bytes. A collective; waits for the writing.
 
         Raises CheckpointFailed on every rank when any of them could not write; nothing of the save is left then.
@@ -116,12 +116,14 @@ class Save:
                 for part in parts:
                     if part.error is not None:
                         raise part.error
-                return str(self._finish(parts, tokenizer))
+                return str(self._finish(parts, tokenizer, generation))
 
         return Path(self._runtime.broadcast(self._runtime.agree(finish))), size
 
-    def _finish(self, parts: list[Written], tokenizer: PreTrainedTokenizerBase) -> Path:
+    def _finish(self, parts: list[Written], tokenizer: PreTrainedTokenizerBase, generation: bytes | None) -> Path:
         tokenizer.save_pretrained(self.partial / TOKENIZER)
+        if generation is not None:
+            (self.partial / TOKENIZER / GENERATION).write_bytes(generation)
         for path in (self.partial / TOKENIZER).iterdir():
             sync(path)
         sync(self.partial / TOKENIZER)
@@ -175,7 +177,7 @@ def _check_complete(tensors: Iterable[str]) -> None:
         names.setdefault(kind, set()).add(name)
     if len({frozenset(names.get(kind, ())) for kind in SCALES}) > 1:
         raise AssertionError(f"{' and '.join(SCALES)} are there for different parameters")
-    kinds = names.keys() - {"model", "rng", *SCALES}
+    kinds = names.keys() - {"model", "rng", BUFFER, *SCALES}
     for kind in kinds | (_FACTORED.keys() if kinds & _FACTORED.keys() else set()):
         found = names.get(kind, set()) | names.get(_FACTORED.get(kind, kind), set())
         if found != names["model"]:

@@ -18,6 +18,8 @@ from trainer.checkpoint.files import sync
 from trainer.checkpoint.manifest import FileEntry, Manifest, check_missing, entry_of
 from trainer.disks import as_os_error
 
+BUFFER = "buffer"
+"""Kind of the tensors of a model that are not trained and belong to it all the same."""
 FILE_BYTES = 2 * 10**9
 """A rank gathers tensors up to this size before it writes a file: the host memory that a save takes."""
 

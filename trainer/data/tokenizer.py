@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from configs.choices import Bos, DataSource
+from configs.choices import Bos, DataSource, Weights
 from configs.errors import DataError
 from configs.schema import Config
 from trainer.data.paths import first_line, why_not_readable
@@ -140,9 +140,11 @@ def build_encoder(config: Config, *, vocab_size: int | None) -> Encoder:
     tokenizer = build_byte_tokenizer() if name == BYTES else _load(config, name)
     vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
     if vocab_size is not None and vocabulary > vocab_size:
+        pretrained = config.model.weights is Weights.pretrained
+        remedy = "model.resize_vocabulary=true" if pretrained else f"model.config.vocab_size={vocabulary}"
         raise DataError(
             f"{tokenizer_key(config)}={name}: has {vocabulary} token ids, but the model's vocabulary has {vocab_size};"
-            f" set model.config.vocab_size={vocabulary}, or choose a smaller tokenizer (data.tokenizer={BYTES} has 257)"
+            f" set {remedy}, or choose a smaller tokenizer (data.tokenizer={BYTES} has 257)"
         )
     what = f"{tokenizer_key(config)}={name}"
     end = _end_of_document(config, name, tokenizer)

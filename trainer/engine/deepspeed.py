@@ -56,7 +56,7 @@ from trainer.preflight import check_deepspeed
 from trainer.router_loss import build_router_loss
 from trainer.runtime import Runtime
 from trainer.tuning import AdapterWeights, apply_tuning, tell_trained
-from trainer.weights import build_weights
+from trainer.weights import open_weights
 
 
 class DeepSpeedEngine:
@@ -85,13 +85,14 @@ class DeepSpeedEngine:
         plan = self.plan
         self.mesh = build_mesh(plan, self.runtime.device)
         self.model = build_model(config.model, build_hf_config(config.model))
+        seed = config.train.seed
+        weights_of = self.runtime.agree(lambda: open_weights(config.model, self.model, seed=seed))
         apply_tuning(self.model, config.tuning, base=config.model.path)
         if config.tuning.method is not TuningMethod.full:
             tell_trained(self.model)
         build_router_loss(self.model, config, plan)
         parts = parallelize(self.model, config, plan, self.mesh)
-        seed = config.train.seed
-        weights = AdapterWeights(build_weights(config.model, self.model, seed=seed), seed)
+        weights = AdapterWeights(weights_of(self.model), seed)
         swap_folder = str(self.swap.path) if self.swap else None
         settings = deepspeed_config(config, plan, model_size(self.model), swap_folder=swap_folder)
         materialize(

@@ -36,7 +36,7 @@ from trainer.precision import apply_tf32, autocast, build_loss_scale, torch_dtyp
 from trainer.router_loss import build_router_loss
 from trainer.runtime import Runtime
 from trainer.tuning import AdapterWeights, apply_tuning, tell_trained
-from trainer.weights import build_weights
+from trainer.weights import open_weights
 
 
 class TorchEngine:
@@ -53,6 +53,7 @@ class TorchEngine:
         self.loss_scale = build_loss_scale(config.precision)
         self.mesh = build_mesh(plan, runtime.device)
         self.model = build_model(config.model, build_hf_config(config.model))
+        weights_of = runtime.agree(lambda: open_weights(config.model, self.model, seed=config.train.seed))
         apply_tuning(self.model, config.tuning, base=config.model.path)
         self.whole = config.tuning.method is TuningMethod.full
         if not self.whole:
@@ -61,7 +62,7 @@ class TorchEngine:
         self.parts = parallelize(self.model, config, plan, self.mesh)
         self.modules = self.parts.modules
         for module in self.modules:
-            weights = AdapterWeights(build_weights(config.model, module, seed=config.train.seed), config.train.seed)
+            weights = AdapterWeights(weights_of(module), config.train.seed)
             # What adapters leave frozen needs no precision beyond that of its use.
             frozen = None if self.whole else torch_dtype(plan.param_dtype)
             dtype = torch_dtype(plan.master_dtype)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from configs.errors import CheckpointMismatch
-from trainer.checkpoint.tensors import Dealer, TensorReader
+from trainer.checkpoint.tensors import BUFFER, Dealer, TensorReader
 from trainer.optimizer_8bit import CONSTANT
 from trainer.pieces import cut, join
 
@@ -102,7 +102,7 @@ def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: Tenso
 def saved_kinds(saved: TensorReader) -> list[str]:
     """The optimizer's tensors that a checkpoint holds per parameter: exp_avg and exp_avg_sq, or momentum_buffer, or
     Adafactor's, of which `state_shape` tells, or those of 8-bit AdamW, which makes them itself."""
-    return sorted({key.partition("/")[0] for key in saved.names()} - {"model", "rng"})
+    return sorted({key.partition("/")[0] for key in saved.names()} - {"model", "rng", BUFFER})
 
 
 def state_shape(kind: str, shape: torch.Size) -> torch.Size | None:

@@ -29,6 +29,7 @@ from trainer.memory.profile import ModelProfile
 from trainer.memory.profiles import get_profile, stage_layers
 from trainer.memory.timeline import COMPONENTS, Moment, Timeline
 from trainer.plan import Plan
+from trainer.resize import settle_vocabulary
 
 GIB = 2**30
 ASSUMED_GPU, ASSUMED_GPUS_PER_NODE = "H100-SXM", 8
@@ -175,6 +176,7 @@ def estimate(
     Raises NotEstimated for a model whose code cannot be traced, and what building the model raises (ConfigError,
     DataError).
     """
+    settle_vocabulary(config)
     device = planned_device(config, plan, found_gpu=found_gpu)
     profile = profile or get_profile(config, plan, device.gpu)
     gpu = plan.device == "cuda"
