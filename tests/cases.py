@@ -12,7 +12,7 @@ from configs.load import load_config
 from trainer.data.build import build_data
 from trainer.engine import build_engine
 from trainer.machine import find_machine
-from trainer.model import build_hf_config
+from trainer.model import build_hf_config, text_config
 from trainer.optimizer import lr_at
 from trainer.plan import make_plan
 from trainer.runtime import join
@@ -38,7 +38,10 @@ def train(overrides: list[str]) -> Trained:
     plan = make_plan(config, find_machine())
     with join(plan, timeout_minutes=1) as runtime:
         data = build_data(
-            config, plan, data_rank=plan.data_rank(runtime.rank), vocab_size=build_hf_config(config.model).vocab_size
+            config,
+            plan,
+            data_rank=plan.data_rank(runtime.rank),
+            vocab_size=text_config(build_hf_config(config.model)).vocab_size,
         )
         engine = build_engine(config, plan, runtime)
         steps = data.steps()

@@ -129,10 +129,10 @@ def test_mistakes_and_what_is_not_counted_cost_a_line(
 
 
 def test_code_that_needs_values_is_refused_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scaled_by_its_largest(_: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden * hidden.max().item()
+    def scaled_by_the_first_token(_: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * hidden[:, :1].max().item()
 
-    monkeypatch.setattr(LlamaMLP, "forward", scaled_by_its_largest)
+    monkeypatch.setattr(LlamaMLP, "forward", scaled_by_the_first_token)
     config = load_config(["model=tiny", "parallel=single", f"data.cache_dir={tmp_path}"])
     with pytest.raises(NotEstimated, match="not estimated") as refused:
         estimate(config, make_plan(config, Machine(gpus=1)))

@@ -210,7 +210,9 @@ def test_sizes_that_do_not_divide_are_refused(fields: dict[str, object], told: s
 def test_adapters_of_experts_are_refused() -> None:
     model = tensor_cases.build("mixtral")
     apply_tuning(model, replace(tensor_cases.ADAPTERS, target_modules=["q_proj", "gate_up_proj"]))
-    with pytest.raises(ConfigError, match=r"^tuning\.target_modules: model\.layers\.0\.mlp\.experts\S* would get adapters"):
+    with pytest.raises(
+        ConfigError, match=r"^tuning\.target_modules: model\.layers\.0\.mlp\.experts\S* would get adapters"
+    ):
         tensor_plan(model)
     model = tensor_cases.build("mixtral")
     apply_tuning(model, tensor_cases.ADAPTERS)

@@ -23,7 +23,7 @@ from trainer.checkpoint.export import export
 from trainer.machine import Machine
 from trainer.model import build_hf_config, build_model
 from trainer.plan import make_plan
-from trainer.tuning import apply_tuning, tell_trained
+from trainer.tuning import apply_tuning, tell_adapters
 
 STEPS = 5
 LORA = ("tuning=lora", "tuning.rank=4", "optimizer.lr=0.03", "train.gradient_accumulation_steps=2")
@@ -206,7 +206,7 @@ def test_empty_targets_mean_the_same_in_every_family(kind: str, caplog: pytest.L
     assert {p.shape[0] for name, p in model.named_parameters() if ".lora_A." in name} == {4}
     assert not any("experts.lora" in name or "gate.lora" in name for name, _ in model.named_parameters())
     with caplog.at_level(logging.INFO, logger="trainer"):
-        tell_trained(model)
+        tell_adapters(model)
     trained, frozen, _ = (record.message for record in caplog.records if record.name == "trainer.tuning")
     assert trained.startswith("adapters: rank 4 for self_attn.q")
     assert frozen.startswith("adapters: frozen without one are model.embed_tokens, ")

@@ -163,6 +163,9 @@ def architecture(model: PreTrainedModel) -> str:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The stack of decoder layers: the longest ModuleList that lies in no other (a layer's experts are a list too).
     Raises ConfigError for a model without one."""
+    if isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config:
+        # The tower of a model that sees may have more layers than its language model.
+        model = model.get_decoder()
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     inner = {id(module) for outer in lists for module in outer.modules() if module is not outer}
     lists = [module for module in lists if id(module) not in inner]

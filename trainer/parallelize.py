@@ -50,7 +50,7 @@ def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: Device
     tensor: list[TensorParallel] = []
     modules = [model]
     if config.data.document_mask:
-        check_document_mask(model.config)
+        check_document_mask(model.config.get_text_config())
         log.info("document mask: attention stays inside each document")
     if plan.degree("cp") > 1:
         apply_context_parallel(model, mesh, method=config.parallel.context_method)

@@ -28,13 +28,12 @@ from configs.choices import OffloadDevice, OptimizerName
 from configs.errors import EnvironmentProblem
 from configs.schema import Config
 from trainer.memory.bounds import moments
-from trainer.model import build_hf_config, build_model
 from trainer.optimizer_8bit import embeddings, state_bytes
 from trainer.plan import Plan
 from trainer.precision import torch_dtype
+from trainer.prepare import prepare_model
 from trainer.report.provenance import versions
 from trainer.runtime import Runtime
-from trainer.tuning import apply_tuning
 
 GIB = 2**30
 ALL_REDUCE_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
@@ -151,8 +150,7 @@ def _share(folder: Path, runtime: Runtime, everyone: list[Rank]) -> list[str]:
 
 def _room(config: Config, folder: Path) -> tuple[int, int]:
     """Bytes that checkpoints and the exported model take at most, and that are free."""
-    model = build_model(config.model, build_hf_config(config.model))
-    apply_tuning(model, config.tuning)
+    model = prepare_model(config)
     # Adapters are saved without the model beneath them.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = sum(p.numel() for p in trained) * torch_dtype(config.precision.master_dtype).itemsize

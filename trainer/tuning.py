@@ -98,7 +98,7 @@ def _as_peft_reads(model: PreTrainedModel, targets: Targets) -> tuple[list[str],
     ]
 
 
-def tell_trained(model: PreTrainedModel) -> None:
+def tell_adapters(model: PreTrainedModel) -> None:
     """Log what of a model with adapters, still whole and on the meta device, is trained, and what is not."""
     ranks: dict[int, list[str]] = {}
     adapted = set()

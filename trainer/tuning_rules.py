@@ -40,3 +40,12 @@ def _check_quantized(config: Config) -> Iterator[str]:
         )
     if DType.float64 in (config.precision.param_dtype, config.precision.master_dtype):
         yield "precision=fp64: bitsandbytes unpacks 4-bit weights to 16 or 32 bits; use bf16, fp16 or fp32"
+
+
+def check_frozen(config: Config, model: str, count: int, names: str) -> Iterator[str]:
+    """A problem where parameters of the model get no gradient. count, names: of them."""
+    if count and config.parallel.engine is EngineName.deepspeed and config.tuning.method is TuningMethod.full:
+        yield (
+            f"parallel.engine=deepspeed: {count} parameters of {model} get no gradient ({names}), and ZeRO would save"
+            " none of them; use parallel=fsdp, or tuning=lora"
+        )

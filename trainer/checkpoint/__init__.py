@@ -3,6 +3,7 @@
     RUN_DIR/checkpoints/
         step-00000100/
             rank-00000-000.safetensors   whole tensors: model/NAME in the master dtype, exp_avg/NAME, ...
+                                         frozen/NAME: what gets no gradient and has no optimizer state
             rank-00001-000.safetensors   NAME is the parameter's Hugging Face name, whatever the layout
             state.json                   step, sample position, counters, what the run was (no pickle anywhere)
             tokenizer/                   so that the checkpoint alone is enough to export a model

@@ -109,8 +109,10 @@ def newest_whole(source: Path, *, newest: bool = False) -> tuple[Path, Manifest]
 
 def _parameters(folder: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
     saved = TensorReader(folder, manifest)
-    prefix = "model/"
-    yield from ((key.removeprefix(prefix), saved.read(key)) for key in saved.names() if key.startswith(prefix))
+    for key in saved.names():
+        kind, _, name = key.partition("/")
+        if kind in ("model", "frozen"):
+            yield name, saved.read(key)
 
 
 def _build_model(folder: Path, known: Mapping[str, Any]) -> PreTrainedModel:

@@ -177,7 +177,7 @@ def _check_complete(tensors: Iterable[str]) -> None:
         names.setdefault(kind, set()).add(name)
     if len({frozenset(names.get(kind, ())) for kind in SCALES}) > 1:
         raise AssertionError(f"{' and '.join(SCALES)} are there for different parameters")
-    kinds = names.keys() - {"model", "rng", BUFFER, *SCALES}
+    kinds = names.keys() - {"model", "frozen", "rng", BUFFER, *SCALES}
     for kind in kinds | (_FACTORED.keys() if kinds & _FACTORED.keys() else set()):
         found = names.get(kind, set()) | names.get(_FACTORED.get(kind, kind), set())
         if found != names["model"]:

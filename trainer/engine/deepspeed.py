@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from configs.choices import Implementation, OffloadDevice, TuningMethod
+from configs.choices import Implementation, OffloadDevice
 from configs.schema import Config
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data import Batch
@@ -45,7 +45,7 @@ from trainer.engine.deepspeed_tensor import ModelParallelUnit, make_plain
 from trainer.engine.swap import SwapFolder
 from trainer.loss import cross_entropy_sum
 from trainer.mesh import build_mesh
-from trainer.model import build_hf_config, build_model, materialize
+from trainer.model import materialize
 from trainer.optimizer import build_optimizer, param_groups, set_lr
 from trainer.parallel.vocabulary import chunked_cross_entropy_sum
 from trainer.parallelize import parallelize
@@ -53,9 +53,10 @@ from trainer.pieces import join
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, build_loss_scale, torch_dtype
 from trainer.preflight import check_deepspeed
+from trainer.prepare import build_causal, check_layout, mark_trained, tell_trained
 from trainer.router_loss import build_router_loss
 from trainer.runtime import Runtime
-from trainer.tuning import AdapterWeights, apply_tuning, tell_trained
+from trainer.tuning import AdapterWeights
 from trainer.weights import open_weights
 
 
@@ -84,12 +85,12 @@ class DeepSpeedEngine:
         """Fill the model, leaving this rank its part of each unit, and put it into DeepSpeed's hands."""
         plan = self.plan
         self.mesh = build_mesh(plan, self.runtime.device)
-        self.model = build_model(config.model, build_hf_config(config.model))
+        self.model = build_causal(config)
         seed = config.train.seed
         weights_of = self.runtime.agree(lambda: open_weights(config.model, self.model, seed=seed))
-        apply_tuning(self.model, config.tuning, base=config.model.path)
-        if config.tuning.method is not TuningMethod.full:
-            tell_trained(self.model)
+        mark_trained(self.model, config)
+        check_layout(self.model, config)
+        tell_trained(self.model, config)
         build_router_loss(self.model, config, plan)
         parts = parallelize(self.model, config, plan, self.mesh)
         weights = AdapterWeights(weights_of(self.model), seed)

@@ -22,7 +22,7 @@ from trainer.data import Batch
 from trainer.engine import Counters, StepReport, torch_state
 from trainer.loss import cross_entropy_sum
 from trainer.mesh import build_mesh
-from trainer.model import build_hf_config, build_model, materialize
+from trainer.model import materialize
 from trainer.optimizer import build_optimizer, param_groups, set_lr
 from trainer.optimizer_8bit import embeddings
 from trainer.parallel.context import slice_of
@@ -33,9 +33,10 @@ from trainer.parallel.vocabulary import chunked_cross_entropy_sum
 from trainer.parallelize import parallelize
 from trainer.plan import Plan
 from trainer.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
+from trainer.prepare import build_causal, check_layout, mark_trained, tell_trained
 from trainer.router_loss import build_router_loss
 from trainer.runtime import Runtime
-from trainer.tuning import AdapterWeights, apply_tuning, tell_trained
+from trainer.tuning import AdapterWeights
 from trainer.weights import open_weights
 
 
@@ -52,12 +53,12 @@ class TorchEngine:
         self.clip_grad_norm = config.train.clip_grad_norm
         self.loss_scale = build_loss_scale(config.precision)
         self.mesh = build_mesh(plan, runtime.device)
-        self.model = build_model(config.model, build_hf_config(config.model))
+        self.model = build_causal(config)
         weights_of = runtime.agree(lambda: open_weights(config.model, self.model, seed=config.train.seed))
-        apply_tuning(self.model, config.tuning, base=config.model.path)
+        mark_trained(self.model, config)
+        check_layout(self.model, config)
         self.whole = config.tuning.method is TuningMethod.full
-        if not self.whole:
-            tell_trained(self.model)
+        tell_trained(self.model, config)
         self.router_loss = build_router_loss(self.model, config, plan)
         self.parts = parallelize(self.model, config, plan, self.mesh)
         self.modules = self.parts.modules

@@ -64,7 +64,7 @@ def save_state(
     """As `Engine.state`. parameters: those of this rank by name. holders: the ranks that have the same names."""
     dealer, rank = Dealer(holders), dist.get_rank()
     for name, parameter in parameters.items():
-        tensors = {"model": parameter, **_states(optimizer, parameter)}
+        tensors = {_model_kind(parameter): parameter, **_states(optimizer, parameter)}
         for kind, tensor in tensors.items():
             complete = whole(tensor, device)
             yield f"{kind}/{name}", complete if dealer.owner(complete.nbytes) == rank else None
@@ -82,9 +82,10 @@ def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: Tenso
     kinds = saved_kinds(saved)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in parameters.items():
-        check_shape(saved, f"model/{name}", parameter.shape)
-        copy_share(parameter, saved.read(f"model/{name}"))
-        if not kinds:
+        kind = _model_kind(parameter)
+        check_shape(saved, f"{kind}/{name}", parameter.shape)
+        copy_share(parameter, saved.read(f"{kind}/{name}"))
+        if not kinds or not parameter.requires_grad:
             continue
         state = optimizer.state[parameter]
         state |= _empty_states(optimizer, parameter, kinds)
@@ -99,10 +100,15 @@ def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: Tenso
             state["step"] = steps
 
 
+def _model_kind(parameter: torch.Tensor) -> str:
+    """Parameters that get no gradient have no optimizer state, which is asked of those below `model`."""
+    return "model" if parameter.requires_grad else "frozen"
+
+
 def saved_kinds(saved: TensorReader) -> list[str]:
     """The optimizer's tensors that a checkpoint holds per parameter: exp_avg and exp_avg_sq, or momentum_buffer, or
     Adafactor's, of which `state_shape` tells, or those of 8-bit AdamW, which makes them itself."""
-    return sorted({key.partition("/")[0] for key in saved.names()} - {"model", "rng", BUFFER})
+    return sorted({key.partition("/")[0] for key in saved.names()} - {"model", "frozen", "rng", BUFFER})
 
 
 def state_shape(kind: str, shape: torch.Size) -> torch.Size | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from configs.choices import DType, EngineName
-from configs.errors import PlanError
+from configs.errors import ConfigError, PlanError
 from configs.schema import Config
 from trainer.devices import Gpu
 from trainer.memory.profile import (
@@ -34,6 +34,7 @@ from trainer.memory.profile import (
 from trainer.memory.tracing import Tracer
 from trainer.parallel.pipeline_table import SCHEDULES, default_stages_per_rank, split_layers
 from trainer.plan import Plan
+from trainer.tuning_rules import check_frozen
 
 Made = TypeVar("Made")
 
@@ -61,6 +62,10 @@ def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size
     """
     tracer = _tracer(config, plan)
     outline = _outline(config, plan, tracer)
+    frozen = [parameter.name for parameter in outline.anatomy.parameters() if not parameter.trainable]
+    if problems := [*check_frozen(config, outline.anatomy.name, len(frozen), ", ".join(dict.fromkeys(frozen)))]:
+        # The outline may have been traced for another engine.
+        raise ConfigError(*problems)
     shape = _shape_fields(config, plan, gpu, micro_batch_size or plan.batch.micro_batch_size)
     parts: dict[str, Part] = {}
     layers, stages = outline.anatomy.layers, stage_layers(config, plan, outline)

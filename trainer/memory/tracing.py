@@ -50,14 +50,13 @@ class Tracer:
     @cached_property
     def model(self) -> PreTrainedModel:
         """Building one takes as long as a trace, and a search traces one model at many shapes: the last is kept."""
-        from trainer.model import build_hf_config, build_model
-        from trainer.tuning import apply_tuning
+        from trainer.prepare import check_layout, prepare_model
 
         if self.key not in _models:
-            model = build_model(self.config.model, build_hf_config(self.config.model))
-            apply_tuning(model, self.config.tuning)
+            model = prepare_model(self.config)
             _models.clear()
             _models[self.key] = model
+        check_layout(_models[self.key], self.config)
         return _models[self.key]
 
     def _division(self) -> Division:

@@ -79,7 +79,7 @@ def fake_ranks(division: Division) -> Iterator[DeviceMesh | None]:
 def layer_kinds(model: nn.Module) -> list[int]:
     """A number for each decoder layer; layers with the same number have the same modules, shapes and settings."""
     kinds: dict[str, int] = {}
-    types = getattr(getattr(model, "config", None), "layer_types", None)
+    types = getattr(model.config.get_text_config(), "layer_types", None) if isinstance(model, PreTrainedModel) else None
     numbers = []
     for index, layer in enumerate(decoder_layers(model)):
         described = [types[index] if types else ""]
@@ -140,10 +140,11 @@ def _shortened(model: PreTrainedModel, chosen: Sequence[int]) -> PreTrainedModel
     finally:
         stack._modules = modules
     # Lists with one entry per layer (layer_types) and the number of layers are read while the model runs.
-    for key, value in list(vars(short.config).items()):
+    config = short.config.get_text_config()
+    for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == count:
-            setattr(short.config, key, [value[index] for index in chosen])
-    short.config.num_hidden_layers = len(chosen)
+            setattr(config, key, [value[index] for index in chosen])
+    config.num_hidden_layers = len(chosen)
     return short
 
 

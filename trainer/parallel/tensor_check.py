@@ -129,9 +129,12 @@ def _plain_model(
     return model.eval().to(tp_mesh.device_type), ids.to(tp_mesh.device_type)
 
 
-def shrink(config: PretrainedConfig, tp: int) -> PretrainedConfig:
-    """The same architecture with few and narrow layers; what `tp` divides and what it does not stays so."""
+def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> PretrainedConfig:
+    """The same architecture with few (or, `whole_depth`, all) and narrow layers; what `tp` divides and what it does not
+    stays so."""
     fields, names = config.to_dict(), config.attribute_map
+    # Made of the other fields, by layers that are not all there.
+    fields.pop("per_layer_config", None)
 
     def get(name: str) -> Any:
         return fields.get(names.get(name, name))
@@ -152,6 +155,8 @@ def shrink(config: PretrainedConfig, tp: int) -> PretrainedConfig:
         "vocab_size": 16 * tp - (1 if get("vocab_size") % tp else 0),
         **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner"), 16 * tp),
         "shared_expert_intermediate_size": 16 * tp,
+        "vocab_size_per_layer_input": 16 * tp,
+        "hidden_size_per_layer_input": 16,
         **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
         **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
         "num_experts_per_tok": 2,
@@ -161,7 +166,8 @@ def shrink(config: PretrainedConfig, tp: int) -> PretrainedConfig:
     # Its width in the real model may exceed a whole head here.
     if isinstance(fields.get("rotary_dim"), int):
         small["rotary_dim"] = head_dim // 2
-    return type(config)(**{**fields, **small, **_few_layers(config, names), **_plain_rotary(fields)})
+    layers = {} if whole_depth else _few_layers(config, names)
+    return type(config)(**{**fields, **small, **layers, **_plain_rotary(fields)})
 
 
 def _few_layers(config: PretrainedConfig, names: Mapping[str, str]) -> dict[str, Any]:

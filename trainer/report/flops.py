@@ -48,7 +48,8 @@ def flops_per_token(config: PretrainedConfig, *, parameters: int, seq_len: int, 
     """
     text = config.get_text_config()
     heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    # Where layers differ, the attribute would ask which layer is meant.
+    head_dim = text.to_dict().get("head_dim") or text.hidden_size // heads
     embedding = 0 if getattr(text, "tie_word_embeddings", False) else text.vocab_size * text.hidden_size
     return training_flops_per_token(
         matrices=parameters - embedding,
