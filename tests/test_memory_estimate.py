@@ -129,8 +129,10 @@ def test_mistakes_and_what_is_not_counted_cost_a_line(
 
 
 def test_code_that_needs_values_is_refused_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scaled_by_the_first_token(_: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden * hidden[:, :1].max().item()
+    plain = LlamaMLP.forward
+
+    def scaled_by_the_first_token(mlp: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
+        return plain(mlp, hidden) * hidden[:, :1].max().item()
 
     monkeypatch.setattr(LlamaMLP, "forward", scaled_by_the_first_token)
     config = load_config(["model=tiny", "parallel=single", f"data.cache_dir={tmp_path}"])
