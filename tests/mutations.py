@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import Trained, train
+from trainer.data import IGNORED
 from trainer.engine.torch import TorchEngine
 from trainer.parallel.pipeline import Pipeline
 from trainer.parallel.tensor import TensorParallel
@@ -33,18 +34,23 @@ def skipped_all_reduce() -> Iterator[None]:
 def mean_of_means() -> Iterator[None]:
     """Each micro-batch is divided by its own number of valid tokens."""
 
-    def loss(self: Any, module: Any, batch: Any) -> torch.Tensor:
-        whole = _step_tokens(batch)
-        return original(self, module, batch) * whole / max(1, batch.valid_tokens())
+    def accumulate(self: Any, micro_batches: Any, valid_tokens: Any, factor: float) -> torch.Tensor:
+        def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            valid = int((labels != IGNORED).sum())
+            return right(logits, labels) * _step_tokens(valid) / max(1, valid)
 
-    original = TorchEngine._loss
-    with patch.object(TorchEngine, "_loss", loss):
+        right = self.loss_fn
+        with patch.object(self, "loss_fn", loss):
+            return original(self, micro_batches, valid_tokens, factor)
+
+    original = TorchEngine._accumulate
+    with patch.object(TorchEngine, "_accumulate", accumulate):
         yield
 
 
-def _step_tokens(batch: Any) -> float:
+def _step_tokens(valid: int) -> float:
     """What every micro-batch would hold if the step's valid tokens were spread evenly."""
-    count = torch.tensor(float(batch.valid_tokens()))
+    count = torch.tensor(float(valid))
     dist.all_reduce(count)
     return count.item() / dist.get_world_size()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd import _profiler_enabled  # pyright: ignore[reportPrivateImportUsage]
 
-from configs.errors import EXIT_FAILED, EXIT_FINISHED, PlanError
+from configs.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, PlanError
 from configs.schema import Config
 from tests.harness import run_ranks
 from tests.reports import config_and_plan, lone_plan, lone_runtime, read_metrics
@@ -122,11 +122,17 @@ def test_a_start_without_a_chosen_step_says_so(tmp_path: Path) -> None:
         assert profiler.describe() == "profile    nothing: this start of the run had none of profile_steps=[1]"
 
 
-@pytest.mark.parametrize("steps", ["[]", "[0]", "[4,5]", "[-1]"])
+@pytest.mark.parametrize("steps", ["[]", "[4,5]"])
 def test_steps_that_the_run_has_not_are_refused(steps: str) -> None:
     with pytest.raises(PlanError, match=r"profile_steps=.*: must name steps of the run, which are 1 to 4"):
         lone_plan("train.steps=4", "profile=true", f"profile_steps={steps}")
     lone_plan("train.steps=4", f"profile_steps={steps}")
+
+
+@pytest.mark.parametrize("steps", ["[0]", "[-1]"])
+def test_steps_that_no_run_has_are_refused(steps: str) -> None:
+    with pytest.raises(ConfigError, match=r"profile_steps=.*: each must be 1 or more"):
+        lone_plan("train.steps=4", f"profile_steps={steps}")
 
 
 def test_a_short_run_may_leave_profiling_alone() -> None:

@@ -168,8 +168,8 @@ def beside_accelerate(folder: str) -> dict[str, object]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     torch.set_num_threads(3)
     config, plan = config_and_plan(Path(folder), "parallel=ddp", "logging=tensorboard")
-    before = dict(os.environ)
     with join(plan, timeout_minutes=1) as runtime:
+        before = dict(os.environ)
         report_run(config, plan, runtime, [result()], SECONDS)
         return {
             "environment": dict(os.environ) == before,

@@ -46,9 +46,9 @@ def test_hostile_texts_reach_the_ranks_word_for_word(tmp_path: Path) -> None:
         run_dir = tmp_path / f"run{number}"
         words = [*BASE, f"train.run_dir={run_dir}"]
         config = load_config(words)
-        config.logging.run_name = text
-        job = make_job(config, plan_job(config), [*words, f"logging.run_name={text}"], config_dir=None, run_dir=run_dir)
-        assert f"logging.run_name={text}" in job.words
+        config.data.text_key = text
+        job = make_job(config, plan_job(config), [*words, f"data.text_key={text}"], config_dir=None, run_dir=run_dir)
+        assert f"data.text_key={text}" in job.words
         command = launcher_words(job, Place(nodes=2, node_rank=0, processes=4, address="n1", port=1))
         assert not [word for word in command if text and text in word and text != "--"]
     assert not list(tmp_path.glob("**/PWNED"))
