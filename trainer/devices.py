@@ -123,7 +123,7 @@ GPUS: tuple[Gpu, ...] = (
 )
 
 
-# How people write parts of these names, beside the parts of `Gpu.name` itself.
+# How people write parts of these names, in addition to the parts of `Gpu.name` itself.
 _ALIASES = {
     "H100-SXM": "80gb hbm3",
     "H100-PCIe": "80gb",

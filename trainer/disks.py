@@ -62,7 +62,7 @@ def mib(size: int) -> str:
 
 @contextmanager
 def refused(place: Path, problem: Callable[[str], CookbookError]) -> Iterator[None]:
-    """Raise `problem(why)` in place of a library's or the system's error about a file or folder."""
+    """Raise `problem(why)` instead of a library's or the system's error about a file or folder."""
     try:
         yield
     except CookbookError:

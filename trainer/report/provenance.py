@@ -88,7 +88,7 @@ def _read(path: Path) -> str:
 
 def git_state(folder: Path) -> dict[str, dict[str, Any]]:
     """Commit, branch and uncommitted changes of the project and of the working directory; the changes themselves are
-    saved beside as `git-NAME.diff`, without files that look as if they hold keys (`left_out`). Empty where neither is
+    saved as `git-NAME.diff`, without files that look as if they hold keys (`left_out`). Empty where neither is
     a checkout.
 
     Remotes are left out: their addresses may hold passwords.
