@@ -2,7 +2,7 @@
 
 The YAML files beside this module state only choices and differences; a default stands here and nowhere
 else. The schema checks names and types. Whether the values make sense together is the plan's business
-(`trainer.plan`), which is also the only place that derives numbers from them.
+(`trainer.plan.plan`), which is also the only place that derives numbers from them.
 """
 
 from __future__ import annotations
@@ -345,8 +345,8 @@ class Cluster:
     gpus_per_node: int | None = None
     """Processes per node. Null: what the launcher started; else this machine's GPUs; else CPU processes."""
     gpu: str | None = None
-    """A known GPU (`trainer/devices.py`) by a usual name, for its memory and peak FLOP/s: h100, a100-80gb, rtx4090.
-    Null: the one that is found."""
+    """A known GPU (`trainer/plan/devices.py`) by a usual name, for its memory and peak FLOP/s: h100, a100-80gb,
+    rtx4090. Null: the one that is found."""
     gpu_memory_gib: float | None = None
     """Memory of the GPU that an estimate is compared with; null: that of `gpu`."""
     network_gb_per_second: float | None = None

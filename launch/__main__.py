@@ -30,12 +30,13 @@ from launch.jobs import CONTROLS, control, is_array, launch_array, launch_job
 from launch.process import check_port, replace_process
 from launch.supervise import run_job
 from slurm.supervise import free_port
-from trainer.disks import told_anywhere
-from trainer.machine import find_machine
-from trainer.memory.gate import check_memory
-from trainer.plan import Plan, make_plan
+from trainer.estimate.gate import check_memory
+from trainer.make_plan import make_plan
+from trainer.plan.machine import find_machine
+from trainer.plan.plan import Plan
+from trainer.process.disks import told_anywhere
+from trainer.process.status import check_idle
 from trainer.report.folder import default_run_dir, make_run_dir
-from trainer.status import check_idle
 
 DEFAULT_PORT = 29500  # between nodes, where a port that is free here says nothing about node 0
 DOOR = Door(

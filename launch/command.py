@@ -25,7 +25,7 @@ from configs.choices import LauncherName
 from configs.overrides import quote_value
 from configs.schema import Config
 from slurm.words import Place, accelerate_words, deepspeed_words, torchrun_words
-from trainer.plan import Plan
+from trainer.plan.plan import Plan
 
 HOST = "127.0.0.1"  # where the ranks of one node meet
 LOOPBACK = "loopback"
@@ -116,8 +116,8 @@ def _torchrun(plan: Plan, rendezvous: Rendezvous, port: int | None) -> list[str]
 
 @cache
 def loopback_known() -> bool:
-    """Whether torchrun finds `trainer.rendezvous`. It is named in the metadata of the installed package; where an older
-    version was installed, torch's static rendezvous does the same, but listens on every interface."""
+    """Whether torchrun finds `trainer.process.rendezvous`. It is named in the metadata of the installed package; where
+    an older version was installed, torch's static rendezvous does the same, but listens on every interface."""
     return bool(entry_points(group="torchrun.handlers", name=LOOPBACK))
 
 

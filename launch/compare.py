@@ -20,13 +20,13 @@ from pathlib import Path
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, ConfigError, CookbookError
 from launch.points import Point, check_folder, plan_points
-from trainer.checkpoint.files import replace_text
 from trainer.comparison.figures import check_installed
 from trainer.comparison.page import write_page
 from trainer.comparison.runs import Run, find_reference, read_run
 from trainer.comparison.table import TITLES, problems, table
-from trainer.disks import writing
-from trainer.status import FINISHED, read_status
+from trainer.process.disks import writing
+from trainer.process.files import replace_text
+from trainer.process.status import FINISHED, read_status
 
 RECORD = "compare.json"
 DOOR = Door(

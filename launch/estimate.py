@@ -18,17 +18,17 @@ from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, ConfigError, Cookbook
 from configs.load import expand_sweep, load_config, record
 from configs.output import delivered, guard_output
 from configs.schema import Config
-from trainer.machine import find_machine
-from trainer.memory.estimate import estimate, on_part_of_the_cluster, planned_machine
-from trainer.memory.explain import explain
-from trainer.memory.gate import EXIT_DOES_NOT_FIT
-from trainer.memory.plot import save_plot
-from trainer.memory.render import Answer, render_csv, render_json, render_sweep, render_table
-from trainer.memory.suggest import largest_micro_batch, suggest
-from trainer.memory.tracing import NotEstimated
-from trainer.plan import make_plan
-from trainer.planner.render import render_search, render_search_json
-from trainer.planner.search import search
+from trainer.estimate.estimate import estimate, on_part_of_the_cluster, planned_machine
+from trainer.estimate.explain import explain
+from trainer.estimate.gate import EXIT_DOES_NOT_FIT
+from trainer.estimate.plot import save_plot
+from trainer.estimate.render import Answer, render_csv, render_json, render_sweep, render_table
+from trainer.estimate.search.render import render_search, render_search_json
+from trainer.estimate.search.search import search
+from trainer.estimate.suggest import largest_micro_batch, suggest
+from trainer.estimate.tracing import NotEstimated
+from trainer.make_plan import make_plan
+from trainer.plan.machine import find_machine
 
 DOOR = Door(
     program="memory-estimate",

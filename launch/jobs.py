@@ -18,9 +18,10 @@ from configs.load import load_config
 from configs.schema import Cluster, Config
 from slurm.control import cancel, status_lines
 from slurm.submit import Point, beside_script, check, check_sweep, command, script_text, submit, submit_sweep
-from trainer.machine import Machine
-from trainer.memory.gate import check_memory
-from trainer.plan import Plan, make_plan
+from trainer.estimate.gate import check_memory
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
+from trainer.plan.plan import Plan
 from trainer.report.folder import default_run_dir
 
 CONTROLS = ("status", "cancel")

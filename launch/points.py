@@ -19,8 +19,9 @@ from configs.load import expand_sweep, from_yaml, load_config
 from configs.overrides import quote_value
 from configs.schema import Config
 from trainer.comparison.runs import SAME, differences
-from trainer.machine import find_machine
-from trainer.plan import Plan, make_plan
+from trainer.make_plan import make_plan
+from trainer.plan.machine import find_machine
+from trainer.plan.plan import Plan
 from trainer.report.folder import default_run_dir
 
 USUAL = ("train.export=false", "checkpoint.final=false")

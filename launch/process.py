@@ -27,8 +27,8 @@ import psutil
 
 from configs.errors import EnvironmentProblem
 from launch.command import HOST, Command
-from trainer.lifeline import LAUNCHER
-from trainer.world import for_children
+from trainer.process.lifeline import LAUNCHER
+from trainer.process.world import for_children
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 GRACE_SECONDS = 10.0

@@ -2,7 +2,7 @@
 
 Ranks that lose one of their number cannot go on without it, and a launcher's own restarts (`--max-restarts`) leave the
 other ranks to notice. So every process of the job is ended first, and the same command starts again, on a new port,
-as long as `trainer.restarts` finds that it gets further. Next: `process`.
+as long as `trainer.run.restarts` finds that it gets further. Next: `process`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, EXIT_STOPPED
 from launch.command import Command
 from launch.process import Forwarding, Outcome, run_command
-from trainer.restarts import Attempts, Standing, judge, stand
-from trainer.status import RUNNING, read_status, report_death
+from trainer.process.status import RUNNING, read_status, report_death
+from trainer.run.restarts import Attempts, Standing, judge, stand
 
 # For the system to take back ports and GPU memory.
 PAUSE_SECONDS = 2.0

@@ -13,8 +13,8 @@ from pathlib import Path
 from configs.errors import CookbookError
 from slurm.job import Job, folder, read_job
 from slurm.words import Place, accelerate_words, deepspeed_words, torchrun_words
-from trainer.stopping import QUIET_STOP
-from trainer.world import for_children
+from trainer.process.stopping import QUIET_STOP
+from trainer.process.world import for_children
 
 
 def launcher_words(job: Job, place: Place) -> list[str]:

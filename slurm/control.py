@@ -11,7 +11,7 @@ from pathlib import Path
 
 from configs.errors import EnvironmentProblem
 from slurm.job import job_ids, read_job_status
-from trainer.status import read_status
+from trainer.process.status import read_status
 
 OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 

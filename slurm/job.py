@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from configs.errors import EnvironmentProblem
-from trainer.checkpoint.files import replace_text
+from trainer.process.files import replace_text
 
 JOB, STATUS, MEMORY, JOB_IDS = "job.json", "status.json", "memory.json", "jobs.txt"
 
@@ -44,8 +44,8 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class Memory:
-    """in_vain, step: see `trainer.restarts.Attempts`. stops_in_vain: jobs told to stop, one after another, without a
-    checkpoint newer than `stopped_at`. starts: of the ranks, over all jobs."""
+    """in_vain, step: see `trainer.run.restarts.Attempts`. stops_in_vain: jobs told to stop, one after another, without
+    a checkpoint newer than `stopped_at`. starts: of the ranks, over all jobs."""
 
     in_vain: int = 0
     step: int = 0

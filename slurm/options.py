@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configs.choices import Device, GpuRequest
 from configs.schema import Config
-from trainer.plan import Plan
+from trainer.plan.plan import Plan
 from trainer.report.folder import run_label
 
 NAME, NAMES = r"[A-Za-z0-9_][\w.+@:-]*", r"[A-Za-z0-9_][\w.+@:,-]*"

@@ -22,10 +22,10 @@ from configs.schema import Config
 from slurm.control import living_job
 from slurm.job import JOB_IDS, MEMORY, STATUS, Job, folder, write_job
 from slurm.options import check_options, is_chain, output_pattern, sbatch_words, show, srun_words
-from trainer.checkpoint.files import replace_text
-from trainer.disks import writing
-from trainer.plan import Plan
-from trainer.status import check_unfinished
+from trainer.plan.plan import Plan
+from trainer.process.disks import writing
+from trainer.process.files import replace_text
+from trainer.process.status import check_unfinished
 
 COMMAND = "sbatch.txt"
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")

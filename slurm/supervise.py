@@ -31,10 +31,10 @@ from configs.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, CookbookErr
 from configs.output import guard_output
 from slurm.job import folder, read_job, read_job_status, read_memory, write_memory, write_status
 from slurm.words import hostfile
-from trainer.restarts import Attempts, Standing, Verdict, judge, stand
-from trainer.status import FINISHED, LOCK, STOPPED
-from trainer.stopping import STOP_FILE
-from trainer.world import for_children
+from trainer.process.status import FINISHED, LOCK, STOPPED
+from trainer.process.stopping import STOP_FILE
+from trainer.process.world import for_children
+from trainer.run.restarts import Attempts, Standing, Verdict, judge, stand
 
 POLL_SECONDS = 0.2
 PAUSE_SECONDS = 5.0  # a lost node or a full disk may need a moment; times the starts in vain
@@ -88,7 +88,7 @@ class Supervisor:
             self._pause(PAUSE_SECONDS * (verdict.attempts.in_vain - 1))
 
     def _is_through(self, status: Mapping[str, object]) -> bool:
-        """Whether the run is finished, and not submitted again with more steps (`trainer.status.check_unfinished`)."""
+        """Whether the run is finished, and not submitted again with more steps: `process.status.check_unfinished`."""
         step = status.get("step")
         return status.get("state") == FINISHED and not (isinstance(step, int) and step < self._job.steps)
 
@@ -231,7 +231,7 @@ class Supervisor:
 
 
 def held(lock: Path) -> bool:
-    """Whether a living process holds the run folder (see `trainer.status.lock`)."""
+    """Whether a living process holds the run folder (see `trainer.process.status.lock`)."""
     try:
         with open(lock, "r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,12 +11,12 @@ import torch
 from configs.load import load_config
 from trainer.data.build import build_data
 from trainer.engine import build_engine
-from trainer.machine import find_machine
-from trainer.model import build_hf_config, text_config
-from trainer.optimizer import lr_at
-from trainer.plan import make_plan
-from trainer.runtime import join
-from trainer.step import train_step, validate
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config, text_config
+from trainer.optim.build import lr_at
+from trainer.plan.machine import find_machine
+from trainer.process.runtime import join
+from trainer.run.step import train_step, validate
 
 
 @dataclass
@@ -72,6 +72,6 @@ def train_compiled(overrides: list[str]) -> tuple[Trained, int]:
     from torch._dynamo.utils import counters
 
     compile_ = partial(torch.compile, backend="aot_eager", fullgraph=True)
-    with patch("trainer.parallel.compile.torch.compile", compile_):
+    with patch("trainer.compile.torch.compile", compile_):
         trained = train(overrides)
     return trained, counters["stats"]["unique_graphs"]

@@ -14,8 +14,8 @@ from configs.schema import Config
 from trainer.data import Batch, DataSet
 from trainer.data.build import build_data
 from trainer.data.cache import Corpus, TokenisedText
-from trainer.machine import Machine
-from trainer.plan import make_plan
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 Row = tuple[int, ...]
 

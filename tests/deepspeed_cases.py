@@ -20,17 +20,18 @@ from tests import cases
 from tests.cases import Trained
 from tests.harness import run_ranks
 from tests.kernels import mark_complete
-from trainer import preflight
 from trainer.data.build import build_data
 from trainer.engine import Engine, StepReport, build_engine
-from trainer.engine.deepspeed import DeepSpeedEngine
-from trainer.engine.deepspeed_setup import import_deepspeed, load_kernels, needed_kernels
-from trainer.machine import find_machine
-from trainer.model import build_hf_config
-from trainer.optimizer import lr_at
-from trainer.plan import Plan, make_plan
-from trainer.runtime import Runtime, join
-from trainer.step import StepResult, train_step
+from trainer.engine.deepspeed import preflight
+from trainer.engine.deepspeed.engine import DeepSpeedEngine
+from trainer.engine.deepspeed.setup import import_deepspeed, load_kernels, needed_kernels
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config
+from trainer.optim.build import lr_at
+from trainer.plan.machine import find_machine
+from trainer.plan.plan import Plan
+from trainer.process.runtime import Runtime, join
+from trainer.run.step import StepResult, train_step
 
 # Wide enough that a rank's half of a matrix has the 1 MiB from which DeepSpeed swaps.
 WIDE = (

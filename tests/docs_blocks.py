@@ -23,10 +23,11 @@ from configs.errors import CookbookError
 from configs.load import group_options, load_config
 from configs.schema import Config
 from launch.command import Rendezvous, build_command
-from trainer.machine import Machine
-from trainer.parallel.pipeline_table import SCHEDULES, split_layers, stages_of_rank
-from trainer.parallel.pipeline_timeline import bubble_fraction, draw, in_flight
-from trainer.plan import Plan, make_plan
+from trainer.axes.pipeline.table import SCHEDULES, split_layers, stages_of_rank
+from trainer.axes.pipeline.timeline import bubble_fraction, draw, in_flight
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
+from trainer.plan.plan import Plan
 from trainer.rules import config_fields
 
 ROOT = Path(__file__).parent.parent

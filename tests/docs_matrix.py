@@ -14,7 +14,7 @@ from configs.errors import PlanError
 from configs.load import group_options, load_config
 from configs.schema import Config, Offload
 from tests.docs_blocks import GPUS
-from trainer.plan import make_plan
+from trainer.make_plan import make_plan
 
 Change = Callable[[Config], None]
 

@@ -18,13 +18,13 @@ from tests.benchmarks import published as published_runs
 from tests.docs_comparison import check_comparison, check_profiled, comparison, profiled  # noqa: F401
 from tests.held import held
 from tests.rounding import STEPS, rounded
-from trainer.machine import Machine
-from trainer.memory.estimate import estimate
-from trainer.memory.plot import save_plot
-from trainer.memory.render import LABELS, Answer, render_table
-from trainer.memory.timeline import COMPONENTS
-from trainer.memory.tracing import NotEstimated
-from trainer.plan import make_plan
+from trainer.estimate.estimate import estimate
+from trainer.estimate.plot import save_plot
+from trainer.estimate.render import LABELS, Answer, render_table
+from trainer.estimate.timeline import COMPONENTS
+from trainer.estimate.tracing import NotEstimated
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 DOCS = Path(__file__).parent.parent / "docs"
 GIB, MIB = 2**30, 2**20

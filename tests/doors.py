@@ -37,9 +37,9 @@ def start_and_exhaust(words: list[str], rank: int, more_bytes: int) -> int:
 
 def start_and_exhaust_in_training(words: list[str], rank: int, more_bytes: int) -> int:
     """As `start_and_exhaust`, from the first step on: one rank of several, when they have met."""
-    import trainer.loop
+    import trainer.run.loop
 
-    train_step = trainer.loop.train_step
+    train_step = trainer.run.loop.train_step
 
     def limited(*arguments: Any) -> Any:
         has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -47,7 +47,7 @@ def start_and_exhaust_in_training(words: list[str], rank: int, more_bytes: int) 
         return train_step(*arguments)
 
     if int(os.environ["RANK"]) == rank:
-        trainer.loop.train_step = limited
+        trainer.run.loop.train_step = limited
     code = door(words)
     assert code == 0, f"exit code {code}"
     return code
@@ -55,10 +55,10 @@ def start_and_exhaust_in_training(words: list[str], rank: int, more_bytes: int) 
 
 def start_and_fail(words: list[str], rank: int, where: str) -> int:
     """The real door; one rank meets an exception in its third step. Raises unless the run ends with exit code 0."""
-    import trainer.loop
+    import trainer.run.loop
 
     if int(os.environ["RANK"]) == rank:
-        calls, at, train_step = itertools.count(), 2, trainer.loop.train_step
+        calls, at, train_step = itertools.count(), 2, trainer.run.loop.train_step
 
         def planted(engine: Engine, *rest: Any) -> Any:
             if next(calls) == at:
@@ -73,7 +73,7 @@ def start_and_fail(words: list[str], rank: int, where: str) -> int:
             kind = torch.OutOfMemoryError if where == "an allocation" else ZeroDivisionError
             raise kind(f"planted in {where}")
 
-        trainer.loop.train_step = planted
+        trainer.run.loop.train_step = planted
     code = door(words)
     assert code == 0, f"exit code {code}"
     return code

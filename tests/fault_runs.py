@@ -32,7 +32,7 @@ from tests.fault_cases import STEPS, Bench, plain, saved
 from tests.harness import RankFailed, run_ranks
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 from trainer.checkpoint.manifest import MANIFEST, TOKENIZER, entry_of, read_manifest, write_manifest
-from trainer.status import read_status
+from trainer.process.status import read_status
 
 MIB = 2**20
 

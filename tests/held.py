@@ -18,10 +18,10 @@ from configs.load import load_config
 from tests.harness import run_ranks
 from trainer.data import Batch
 from trainer.engine import build_engine
-from trainer.machine import find_machine
-from trainer.memory.tracker import StorageTracker, balance
-from trainer.plan import make_plan
-from trainer.runtime import join
+from trainer.estimate.tracker import StorageTracker, balance
+from trainer.make_plan import make_plan
+from trainer.plan.machine import find_machine
+from trainer.process.runtime import join
 
 MICRO_BATCHES, SEQ_LEN = 2, 16
 COMMON = [

@@ -12,10 +12,10 @@ from configs.load import load_config
 from tests.deepspeed_cases import allow_float16
 from trainer.data import Batch
 from trainer.engine import build_engine
-from trainer.machine import find_machine
-from trainer.memory.tracker import StorageTracker, balance
-from trainer.plan import make_plan
-from trainer.runtime import join
+from trainer.estimate.tracker import StorageTracker, balance
+from trainer.make_plan import make_plan
+from trainer.plan.machine import find_machine
+from trainer.process.runtime import join
 
 STEPS = 2
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import Trained, train
+from trainer.axes.pipeline.run import Pipeline
+from trainer.axes.tensor.apply import TensorParallel
 from trainer.data import IGNORED
 from trainer.engine.torch import TorchEngine
-from trainer.parallel.pipeline import Pipeline
-from trainer.parallel.tensor import TensorParallel
 
 
 def train_with(bug: str, overrides: list[str]) -> Trained:
@@ -75,7 +75,7 @@ def partial_gradients_not_summed() -> Iterator[None]:
     too, is turned off."""
     with (
         patch.object(TensorParallel, "reduce_partial_gradients", lambda self, model: None),
-        patch("trainer.parallelize.self_check", lambda *args, **kwargs: None),
+        patch("trainer.passes.self_check", lambda *args, **kwargs: None),
     ):
         yield
 
@@ -92,11 +92,11 @@ def local_norm() -> Iterator[None]:
     """Each rank clips by the norm of what it holds."""
 
     def norm(gradients: Any, *, mesh: Any, device: Any) -> float:
-        from trainer.gradients import local
+        from trainer.axes.gradients import local
 
         return torch.stack([local(g).double().square().sum() for g in gradients]).sum().sqrt().item()
 
-    with patch("trainer.gradients.global_norm", norm):
+    with patch("trainer.axes.gradients.global_norm", norm):
         yield
 
 

@@ -7,10 +7,10 @@ from torch.distributed.tensor import DTensor
 
 from configs.load import load_config
 from trainer.engine.torch import TorchEngine
-from trainer.machine import find_machine
-from trainer.pieces import cut, join
-from trainer.plan import make_plan
-from trainer.runtime import join as join_group
+from trainer.make_plan import make_plan
+from trainer.model.pieces import cut, join
+from trainer.plan.machine import find_machine
+from trainer.process.runtime import join as join_group
 
 
 def wrong_pieces(overrides: list[str]) -> tuple[int, list[str]]:

@@ -14,19 +14,20 @@ from torch.nn.utils import clip_grad_norm_
 
 from configs.load import load_config
 from configs.schema import Config
+from trainer.axes.pipeline.orders import Action, rank_orders
+from trainer.axes.pipeline.run import Pipeline
+from trainer.axes.pipeline.timeline import receive_buffers
 from trainer.data import IGNORED, Batch
 from trainer.engine.torch import TorchEngine
-from trainer.loss import cross_entropy_sum
-from trainer.machine import find_machine
-from trainer.model import build_hf_config, build_model, materialize
-from trainer.optimizer import build_optimizer, param_groups
-from trainer.parallel.pipeline import Pipeline
-from trainer.parallel.pipeline_orders import Action, rank_orders
-from trainer.parallel.pipeline_timeline import receive_buffers
-from trainer.plan import Plan, make_plan
-from trainer.runtime import Runtime, join
-from trainer.step import train_step
-from trainer.weights import RandomWeights
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config, build_model, materialize
+from trainer.model.loss import cross_entropy_sum
+from trainer.model.weights import RandomWeights
+from trainer.optim.build import build_optimizer, param_groups
+from trainer.plan.machine import find_machine
+from trainer.plan.plan import Plan
+from trainer.process.runtime import Runtime, join
+from trainer.run.step import train_step
 
 STEPS, CLIP, LR = 4, 0.5, 1e-2
 ROWS, SEQ_LEN, VOCABULARY = 2, 12, 67

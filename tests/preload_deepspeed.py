@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 
 from tests.kernels import load_complete_ones
-from trainer.engine.deepspeed_setup import import_deepspeed
+from trainer.engine.deepspeed.setup import import_deepspeed
 
 import_deepspeed("cpu")
 for module in ("runtime.bf16_optimizer", "runtime.zero.stage3", "runtime.zero.muon.muon_optimizer"):
     import_module(f"deepspeed.{module}")
-import_module("trainer.engine.deepspeed")
+import_module("trainer.engine.deepspeed.engine")
 load_complete_ones()

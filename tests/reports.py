@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 from configs.load import load_config
 from configs.schema import Config
 from trainer.engine import StepReport
-from trainer.machine import Machine, find_machine
-from trainer.model import build_hf_config, build_model
-from trainer.plan import Plan, make_plan
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config, build_model
+from trainer.plan.machine import Machine, find_machine
+from trainer.plan.plan import Plan
+from trainer.process.runtime import Runtime, join
 from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepSeconds
 from trainer.report.reporter import Reporter
-from trainer.runtime import Runtime, join
-from trainer.step import StepResult
+from trainer.run.step import StepResult
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 

@@ -21,13 +21,14 @@ from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.progress import identity
 from trainer.data.build import build_data
 from trainer.engine import Engine, build_engine
-from trainer.machine import find_machine
-from trainer.model import build_hf_config
-from trainer.optimizer import lr_at
-from trainer.plan import Plan, make_plan
-from trainer.runtime import Runtime, dropout_stream, join
-from trainer.step import train_step
-from trainer.stopping import StopRequests
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config
+from trainer.optim.build import lr_at
+from trainer.plan.machine import find_machine
+from trainer.plan.plan import Plan
+from trainer.process.runtime import Runtime, dropout_stream, join
+from trainer.process.stopping import StopRequests
+from trainer.run.step import train_step
 
 DROPOUT = ["model=tiny_gpt2", "model.config.n_embd=64", "model.config.vocab_size=131", "model.config.resid_pdrop=0.1"]
 

@@ -14,11 +14,11 @@ from configs.load import load_config
 from tests.harness import run_ranks
 from trainer.data.build import build_data
 from trainer.engine.torch import TorchEngine
-from trainer.machine import find_machine
-from trainer.model import build_hf_config
-from trainer.plan import make_plan
-from trainer.runtime import join
-from trainer.step import train_step
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config
+from trainer.plan.machine import find_machine
+from trainer.process.runtime import join
+from trainer.run.step import train_step
 
 STEPS, LEARNING_RATE = 10, 1e-4
 COMMON = [

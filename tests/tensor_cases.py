@@ -19,16 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from configs.choices import Checkpointing, TuningMethod
 from configs.errors import CookbookError
 from configs.schema import Model, Tuning
-from trainer import gradients
+from trainer.axes import gradients
+from trainer.axes.tensor import check as tensor_check
+from trainer.axes.tensor import collectives, vocabulary
+from trainer.axes.tensor.apply import TensorParallel, apply_tensor_parallel, tensor_plan
+from trainer.axes.tensor.collectives import Ranks
 from trainer.data import IGNORED
-from trainer.loss import cross_entropy_sum
-from trainer.model import build_hf_config, build_model, held_layers, materialize, tied_names
-from trainer.parallel import collectives, tensor_check, vocabulary
-from trainer.parallel.checkpointing import apply_checkpointing
-from trainer.parallel.collectives import Ranks
-from trainer.parallel.tensor import TensorParallel, apply_tensor_parallel, tensor_plan
-from trainer.tuning import AdapterWeights, apply_tuning
-from trainer.weights import RandomWeights
+from trainer.linear.tuning import AdapterWeights, apply_tuning
+from trainer.model.build import build_hf_config, build_model, held_layers, materialize, tied_names
+from trainer.model.loss import cross_entropy_sum
+from trainer.model.weights import RandomWeights
+from trainer.recompute import apply_checkpointing
 
 STEPS, ACCUMULATION, ROWS, SEQ_LEN, CLIP, LR = 4, 2, 2, 16, 0.5, 1e-2
 ADAPTERS, ADAPTERS_LR = Tuning(method=TuningMethod.lora, rank=4, alpha=16), 0.4

@@ -28,11 +28,11 @@ from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.manifest import MANIFEST, STATE, Manifest, entry_of, read_manifest, write_manifest
 from trainer.checkpoint.progress import identity
 from trainer.data.build import build_data
-from trainer.machine import Machine
-from trainer.model import build_hf_config
-from trainer.plan import make_plan
-from trainer.runtime import Runtime
-from trainer.stopping import StopRequests
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config
+from trainer.plan.machine import Machine
+from trainer.process.runtime import Runtime
+from trainer.process.stopping import StopRequests
 
 OLD, NEW = 2, 4
 SETTINGS = words("gpt2", "fsdp", "fp32", NEW, f"checkpoint.every={OLD}", "model.config.n_layer=1")

@@ -24,8 +24,8 @@ from tests.harness import RankFailed, run_ranks
 from tests.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
-from trainer.status import read_status
-from trainer.stopping import STOP_FILE
+from trainer.process.status import read_status
+from trainer.process.stopping import STOP_FILE
 
 STEPS = 12
 SETTINGS = (

@@ -16,8 +16,8 @@ from configs.errors import ConfigError
 from configs.keys import schema_keys
 from configs.load import chosen_options, expand_sweep, from_yaml, group_options, load_config, to_yaml
 from configs.overrides import quote_value
-from trainer.machine import Machine
-from trainer.plan import make_plan
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 CONFIGS = Path(configs.__file__).parent
 ROOT = CONFIGS.parent
@@ -104,7 +104,7 @@ def test_every_published_model_has_a_known_size() -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_of_a_published_model(name: str) -> None:
-    from trainer.model import build_hf_config, build_model
+    from trainer.model.build import build_hf_config, build_model
 
     config = load_config([f"model={name}"])
     model = build_model(config.model, build_hf_config(config.model))

@@ -22,8 +22,8 @@ from tests.data_cases import data_of, loaded, words, write_jsonl
 from trainer.data import DataSet
 from trainer.data.build import build_data
 from trainer.data.paths import find_files
-from trainer.machine import Machine
-from trainer.plan import make_plan
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 CASES = 200
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4 " * 40}], "id": 1}

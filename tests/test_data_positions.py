@@ -7,8 +7,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from trainer.batch import Batch
 from trainer.data.positions import Order, Share, key_of, permute
+from trainer.plan.batch import Batch
 
 
 def test_shuffle_is_a_permutation_of_any_size() -> None:

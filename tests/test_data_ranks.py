@@ -26,10 +26,10 @@ from tests.harness import run_ranks
 from trainer.checkpoint.__main__ import main as checkpoint_main
 from trainer.data.build import build_data
 from trainer.data.loader import next_item
-from trainer.machine import find_machine
-from trainer.plan import make_plan
-from trainer.runtime import join
-from trainer.status import RunStatus, read_status
+from trainer.make_plan import make_plan
+from trainer.plan.machine import find_machine
+from trainer.process.runtime import join
+from trainer.process.status import RunStatus, read_status
 
 
 @pytest.fixture(scope="module")

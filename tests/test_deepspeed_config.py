@@ -13,9 +13,9 @@ import pytest
 
 import configs
 from configs.load import load_config
-from trainer.engine.deepspeed_config import ModelSize, deepspeed_config
-from trainer.machine import Machine
-from trainer.plan import make_plan
+from trainer.engine.deepspeed.config import ModelSize, deepspeed_config
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 TINY = ModelSize(parameters=900_001, trained=900_001, largest=33_280, largest_vector=128, widest_module=2)
 LLAMA_8B = ModelSize(
@@ -129,5 +129,5 @@ def test_reduce_dtype_and_optimizer_reach_deepspeed() -> None:
 
 def test_needs_neither_torch_nor_deepspeed() -> None:
     """An estimate reads these settings and must answer at once."""
-    code = "import sys, trainer.engine.deepspeed_config; print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
+    code = "import sys, trainer.engine.deepspeed.config; print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from configs.choices import DType
-from trainer.devices import GPUS, check_gpu, find_gpu
+from trainer.plan.devices import GPUS, check_gpu, find_gpu
 
 GIB = 2**30
 

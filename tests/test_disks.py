@@ -22,7 +22,7 @@ from tests.harness import run_ranks
 from tests.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS
-from trainer.status import LOCK, read_status
+from trainer.process.status import LOCK, read_status
 
 STEPS = 16
 SETTINGS = ("model.config.n_layer=1", "train.eval_samples=0", "logging.progress=off", "cluster=cpu")
@@ -55,30 +55,30 @@ def start_closed(words: list[str], path: str) -> tuple[int, list[str]]:
 
 def at_second_step(take: Callable[[Path], Path]) -> Callable[[Path], None]:
     def plant(disk: Path) -> None:
-        import trainer.loop
+        import trainer.run.loop
 
-        train_step, calls = trainer.loop.train_step, itertools.count(1)
+        train_step, calls = trainer.run.loop.train_step, itertools.count(1)
 
         def planted(*arguments: Any) -> Any:
             if next(calls) == 2:
                 take(disk)
             return train_step(*arguments)
 
-        trainer.loop.train_step = planted
+        trainer.run.loop.train_step = planted
 
     return plant
 
 
 def at_export(disk: Path) -> None:
-    import trainer.loop
+    import trainer.run.loop
 
-    export_model = trainer.loop.export_model
+    export_model = trainer.run.loop.export_model
 
     def planted(*arguments: Any, **more: Any) -> None:
         fill(disk)
         export_model(*arguments, **more)
 
-    trainer.loop.export_model = planted
+    trainer.run.loop.export_model = planted
 
 
 def at_tokenizer(disk: Path) -> None:

@@ -15,9 +15,9 @@ from tests.test_data_chat import numbered, write_chats
 from trainer.data import IGNORED
 from trainer.data.samples import make_batch
 from trainer.document_mask import check_document_mask
-from trainer.loss import cross_entropy_sum
-from trainer.model import build_hf_config, build_model, materialize
-from trainer.weights import build_weights
+from trainer.model.build import build_hf_config, build_model, materialize
+from trainer.model.loss import cross_entropy_sum
+from trainer.model.weights import build_weights
 
 END = 256
 DOCUMENTS = [[5, 9, 17, END], [END], [40, 41, 42, 43, 44, 45, END], [7, 3, 250]]

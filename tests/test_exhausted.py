@@ -14,8 +14,8 @@ from configs.errors import EXIT_FAILED
 from tests import doors
 from tests.harness import RankFailed, run_ranks
 from tests.parity import words
-from trainer.exhausted import is_out_of_memory, told_at_start
-from trainer.status import read_status
+from trainer.process.exhausted import is_out_of_memory, told_at_start
+from trainer.process.status import read_status
 
 MIB = 2**20
 

@@ -17,8 +17,8 @@ from tests.gpu.all import unpacked
 from tests.gpu.catalogue import cases
 from tests.gpu.report import markdown, memory
 from tests.gpu.write import PAGES, command, main
-from trainer.machine import Machine
-from trainer.plan import make_plan
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

@@ -16,8 +16,8 @@ import pytest
 from configs.load import load_config
 from launch.__main__ import main
 from launch.command import Command, Rendezvous, build_command
-from trainer.machine import Machine
-from trainer.plan import make_plan
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable

@@ -133,7 +133,7 @@ def alive(pid: int) -> bool:
 TORCHRUN_STDERR = """\
 a warning of rank 0
 [rank1]: Traceback (most recent call last):
-[rank1]:   File "trainer/loop.py", line 40, in run
+[rank1]:   File "trainer/run/loop.py", line 40, in run
 [rank1]: ZeroDivisionError: division by zero
 [rank0]: Traceback (most recent call last):
 [rank0]: RuntimeError: Connection closed by peer
@@ -148,7 +148,7 @@ trainer FAILED
 TORCHRUN_SHOWN = """\
 a warning of rank 0
 [rank1]: Traceback (most recent call last):
-[rank1]:   File "trainer/loop.py", line 40, in run
+[rank1]:   File "trainer/run/loop.py", line 40, in run
 [rank1]: ZeroDivisionError: division by zero
 """
 ACCELERATE_STDERR = """\

@@ -24,7 +24,7 @@ from tests.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 from trainer.checkpoint.manifest import read_manifest
-from trainer.status import check_idle, read_status
+from trainer.process.status import check_idle, read_status
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 60, 10
@@ -142,7 +142,7 @@ time.sleep(60)
 
 HOLDING = """
 import pathlib, time
-from trainer.status import lock
+from trainer.process.status import lock
 lock(pathlib.Path("run").absolute())
 pathlib.Path("held").touch()
 time.sleep(60)

@@ -19,7 +19,7 @@ from launch.process import rank_processes
 from tests.harness import free_port
 from tests.parity import words
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_of
-from trainer.status import check_idle, read_status
+from trainer.process.status import check_idle, read_status
 
 BIN = Path(sys.executable).parent
 LOCAL = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

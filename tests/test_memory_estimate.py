@@ -18,13 +18,13 @@ from configs.load import load_config
 from launch.estimate import main
 from tests.estimate_cases import answer_json
 from tests.test_memory_measured import CASES
-from trainer.machine import Machine
-from trainer.memory.allocator import CudaAllocator
-from trainer.memory.estimate import Verdict, estimate, planned_machine
-from trainer.memory.gate import DoesNotFit, check_memory
-from trainer.memory.tracing import NotEstimated
-from trainer.memory.update_cost import update_cost, updated
-from trainer.plan import make_plan
+from trainer.estimate.allocator import CudaAllocator
+from trainer.estimate.estimate import Verdict, estimate, planned_machine
+from trainer.estimate.gate import DoesNotFit, check_memory
+from trainer.estimate.tracing import NotEstimated
+from trainer.estimate.update_cost import update_cost, updated
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 MIB = 2**20
 UNMEASURED = {

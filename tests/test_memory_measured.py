@@ -10,9 +10,9 @@ from configs.load import load_config
 from tests.harness import run_ranks
 from tests.memory_cases import Measured, measure
 from tests.selection import rows
-from trainer.machine import Machine
-from trainer.memory.estimate import estimate
-from trainer.plan import make_plan
+from trainer.estimate.estimate import estimate
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 TORCH, DEEPSPEED = 0.05, 0.10
 SCALARS = 4096  # bytes of counters, losses and norms that no account lists

@@ -7,11 +7,11 @@ import pytest
 from configs.load import load_config
 from launch.estimate import answer, main
 from tests.estimate_cases import answer_json
-from trainer.machine import Machine
-from trainer.memory.estimate import estimate
-from trainer.memory.profiles import get_profile
-from trainer.memory.suggest import _extrapolate, largest_micro_batch
-from trainer.plan import make_plan
+from trainer.estimate.estimate import estimate
+from trainer.estimate.profiles import get_profile
+from trainer.estimate.suggest import _extrapolate, largest_micro_batch
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 
 @pytest.mark.parametrize("chunked", ["true", "false"])

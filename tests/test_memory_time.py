@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from configs.load import load_config
-from trainer.machine import Machine
-from trainer.memory import pipelined
-from trainer.memory import suggest as suggesting
-from trainer.memory.estimate import Estimate, estimate, planned_machine
-from trainer.parallel.pipeline_orders import rank_orders
-from trainer.plan import make_plan
+from trainer.axes.pipeline.orders import rank_orders
+from trainer.estimate import pipelined
+from trainer.estimate import suggest as suggesting
+from trainer.estimate.estimate import Estimate, estimate, planned_machine
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 
 def test_time_does_not_depend_on_the_number_of_gpus(cache: str) -> None:

@@ -16,11 +16,11 @@ from configs.schema import Config
 from tests.cases import run_trainer
 from tests.harness import run_ranks
 from tests.model_folders import FIELDS, save
+from trainer.checkpoint.hub import export_model
 from trainer.data.tokenizer import build_byte_tokenizer
-from trainer.export import export_model
-from trainer.fitting import persistent_buffers
-from trainer.model import build_hf_config, build_model, decoder_layers, materialize, tied_names, units
-from trainer.weights import build_weights
+from trainer.model.build import build_hf_config, build_model, decoder_layers, materialize, tied_names, units
+from trainer.model.fitting import persistent_buffers
+from trainer.model.weights import build_weights
 
 EXPERTS: dict[str, dict[str, int]] = {
     "mixtral": {"num_local_experts": 2},

@@ -11,10 +11,10 @@ from transformers import get_scheduler
 
 from configs.errors import PlanError
 from configs.load import load_config
-from trainer.machine import Machine
-from trainer.optimizer import build_optimizer, lr_at, param_groups
-from trainer.optimizer_8bit import CONSTANT, embeddings, state_bytes
-from trainer.plan import make_plan
+from trainer.make_plan import make_plan
+from trainer.optim.adamw_8bit import CONSTANT, embeddings, state_bytes
+from trainer.optim.build import build_optimizer, lr_at, param_groups
+from trainer.plan.machine import Machine
 
 
 def rates(*overrides: str) -> list[float]:

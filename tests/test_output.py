@@ -21,7 +21,7 @@ from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STO
 from tests.harness import run_ranks
 from tests.parity import words
 from trainer.__main__ import main
-from trainer.status import read_status
+from trainer.process.status import read_status
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ("model.config.n_layer=1", "cluster=cpu", "train.export=false", "checkpoint.every=2")

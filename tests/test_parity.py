@@ -21,8 +21,8 @@ from tests.cases import train, train_compiled
 from tests.harness import run_ranks
 from tests.parity import MODELS, distance, measure, reference, words
 from tests.selection import rows
-from trainer.machine import Machine
-from trainer.plan import make_plan
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 FLOAT64 = 1e-10
 FLOAT32 = 1e-5

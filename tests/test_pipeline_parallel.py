@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness import run_ranks
 from tests.pipeline_cases import Case, Outcome, reference, train_pipelines
-from trainer.parallel.pipeline_table import SCHEDULES
+from trainer.axes.pipeline.table import SCHEDULES
 
 TOLERANCE = 1e-10
 MODELS = ["llama", "qwen3", "gpt2", "gemma2"]  # the last two tie their embeddings

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import ConfigError, PlanError
-from trainer.model import decoder_layers, held_layers, materialize, tied_names, units
-from trainer.parallel.pipeline_probe import count_costs, examine
-from trainer.parallel.pipeline_split import Stage, split_model
-from trainer.weights import RandomWeights
+from trainer.axes.pipeline.probe import count_costs, examine
+from trainer.axes.pipeline.split import Stage, split_model
+from trainer.model.build import decoder_layers, held_layers, materialize, tied_names, units
+from trainer.model.weights import RandomWeights
 
 LAYERS = 5
 FIELDS = {

@@ -15,10 +15,12 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from trainer.parallel import pipeline, pipeline_orders, pipeline_timeline
-from trainer.parallel.pipeline import RUNNERS
-from trainer.parallel.pipeline_orders import Action, rank_orders
-from trainer.parallel.pipeline_table import (
+from trainer.axes.pipeline import orders as pipeline_orders
+from trainer.axes.pipeline import run as pipeline
+from trainer.axes.pipeline import timeline as pipeline_timeline
+from trainer.axes.pipeline.orders import Action, rank_orders
+from trainer.axes.pipeline.run import RUNNERS
+from trainer.axes.pipeline.table import (
     SCHEDULES,
     check_pipeline,
     default_stages_per_rank,
@@ -26,7 +28,7 @@ from trainer.parallel.pipeline_table import (
     split_layers,
     stages_of_rank,
 )
-from trainer.parallel.pipeline_timeline import bubble_fraction, draw, in_flight, receive_buffers
+from trainer.axes.pipeline.timeline import bubble_fraction, draw, in_flight, receive_buffers
 
 
 def test_split_is_the_best_there_is() -> None:
@@ -208,5 +210,5 @@ def test_what_fits_is_not_refused() -> None:
 
 def test_tables_need_no_torch() -> None:
     modules = "pipeline_table, pipeline_orders, pipeline_timeline"
-    check = f"import sys; from trainer.parallel import {modules}; assert 'torch' not in sys.modules"
+    check = f"import sys; from trainer.axes import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

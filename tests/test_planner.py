@@ -14,16 +14,16 @@ from configs.errors import ConfigError
 from configs.load import load_config
 from launch.estimate import main
 from tests.benchmarks.published import RUNS
-from trainer.devices import find_gpu
-from trainer.machine import Machine
-from trainer.memory.bounds import states_bytes, upper_bytes
-from trainer.memory.estimate import estimate
-from trainer.plan import make_plan
-from trainer.planner.candidates import candidates
-from trainer.planner.cost import Dimensions, StepTime, step_time
-from trainer.planner.network import Group, Network, group_of
-from trainer.planner.render import command
-from trainer.planner.search import Search, search
+from trainer.estimate.bounds import states_bytes, upper_bytes
+from trainer.estimate.estimate import estimate
+from trainer.estimate.search.candidates import candidates
+from trainer.estimate.search.cost import Dimensions, StepTime, step_time
+from trainer.estimate.search.network import Group, Network, group_of
+from trainer.estimate.search.render import command
+from trainer.estimate.search.search import Search, search
+from trainer.make_plan import make_plan
+from trainer.plan.devices import find_gpu
+from trainer.plan.machine import Machine
 
 # Llama 3.1 8B
 SIZE = Dimensions(

@@ -15,10 +15,10 @@ from configs.errors import EnvironmentProblem
 from configs.load import load_config
 from tests.deepspeed_cases import problems_of_machine, problems_without_float16
 from tests.harness import run_ranks
-from trainer import preflight
-from trainer.engine.deepspeed_setup import LOWEST_VERSION
-from trainer.machine import Machine
-from trainer.plan import make_plan
+from trainer.engine.deepspeed import preflight
+from trainer.engine.deepspeed.setup import LOWEST_VERSION
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 ROOT = Path(__file__).parent.parent
 NOTHING = {"PATH": "/nonexistent", "CXX": "c++"}

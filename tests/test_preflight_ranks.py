@@ -11,10 +11,10 @@ import pytest
 from configs.errors import CookbookError
 from configs.load import load_config
 from tests.harness import run_ranks
-from trainer.machine import Machine, find_machine
-from trainer.plan import make_plan
-from trainer.preflight_ranks import MARK, Rank, _compare, _count, _room, _slowest, check_ranks, wanted
-from trainer.runtime import join
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine, find_machine
+from trainer.process.runtime import join
+from trainer.run.preflight_ranks import MARK, Rank, _compare, _count, _room, _slowest, check_ranks, wanted
 
 WORDS = ["cluster=cpu", "parallel=ddp", "cluster.gpus_per_node=2"]
 ROOM = ("optimizer=adamw", "optimizer=sgd", "optimizer=adafactor", "optimizer=adamw_8bit", "tuning=lora tuning.rank=1")

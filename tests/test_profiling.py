@@ -18,9 +18,9 @@ from configs.schema import Config
 from tests.harness import run_ranks
 from tests.reports import config_and_plan, lone_plan, lone_runtime, read_metrics
 from trainer.__main__ import main
-from trainer.profiling import Profiler
 from trainer.report.memory_curve import SHARES, Recorder, from_snapshot
 from trainer.report.prediction import Prediction
+from trainer.run.profiling import Profiler
 
 RESIZE = torch.UntypedStorage.resize_
 MIB = 2**20
@@ -158,7 +158,7 @@ def test_the_history_of_an_allocator_becomes_the_same_curve() -> None:
 
 
 def test_a_long_part_keeps_its_peak() -> None:
-    from trainer.memory.tracker import Born, Died
+    from trainer.estimate.tracker import Born, Died
 
     recorder = Recorder()
     recorder.mark(1, "forward_backward")

@@ -13,11 +13,11 @@ from configs.load import load_config
 from tests.cases import run_trainer
 from tests.harness import run_ranks
 from tests.parity import MODELS, measure, reference
-from trainer.machine import Machine
-from trainer.model import build_hf_config, build_model, decoder_layers
-from trainer.plan import make_plan
-from trainer.quantized import is_quantized, stored_bytes
-from trainer.tuning import apply_tuning
+from trainer.linear.four_bit import is_quantized, stored_bytes
+from trainer.linear.tuning import apply_tuning
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config, build_model, decoder_layers
+from trainer.plan.machine import Machine
 
 STEPS = 5
 QLORA = ("tuning=qlora", "tuning.rank=4", "train.gradient_accumulation_steps=2")

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.load import load_config
 from tests.harness import run_ranks
 from tests.reports import lone_plan, tiny_model
-from trainer.model import build_hf_config
+from trainer.model.build import build_hf_config
+from trainer.model.flops import count_parameters, flops_per_token, mfu, peak_flops
 from trainer.report import measure
-from trainer.report.flops import count_parameters, flops_per_token, mfu, peak_flops
 from trainer.report.measure import StepSeconds, StepTimer, _host_peak, peak_memory
 
 CPU = torch.device("cpu")

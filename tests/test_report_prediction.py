@@ -15,11 +15,11 @@ from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED
 from tests.harness import run_ranks
 from tests.reports import config_and_plan
 from trainer.__main__ import main
-from trainer.memory.estimate import Estimate
+from trainer.estimate.estimate import Estimate
+from trainer.process.runtime import join
 from trainer.report import prediction
 from trainer.report.metrics import Comparison
 from trainer.report.prediction import MemoryCheck, predict
-from trainer.runtime import join
 
 
 def run(words: list[str]) -> tuple[int, str]:

@@ -12,12 +12,12 @@ import pytest
 from configs.errors import EnvironmentProblem
 from tests.harness import run_ranks
 from tests.reports import config_and_plan, lone_runtime, read_metrics, report_run, result, tiny_model
+from trainer.process.runtime import join
 from trainer.report import reporter as reporter_module
 from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepSeconds
 from trainer.report.reporter import Reporter
-from trainer.runtime import join
-from trainer.step import StepResult
+from trainer.run.step import StepResult
 
 SECONDS = StepSeconds(step=0.5, data=0.1, forward_backward=0.3, optimizer=0.05)
 

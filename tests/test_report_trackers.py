@@ -16,9 +16,9 @@ from configs.load import load_config
 from tests.harness import run_ranks
 from tests.reports import config_and_plan, lone_runtime, read_metrics, report_run, result
 from trainer.__main__ import main
+from trainer.plan.trackers import TRACKERS, check_tracker
+from trainer.process.runtime import join
 from trainer.report.measure import StepSeconds
-from trainer.report.trackers import TRACKERS, check_tracker
-from trainer.runtime import join
 
 ROOT = Path(__file__).parent.parent
 CANARY = "canary0123456789canary0123456789canary01"
@@ -112,8 +112,8 @@ import wandb
 wandb.init = lambda **options: print(options.get("mode"), options["dir"], options["name"], options["config"]["train"])
 from pathlib import Path
 from configs.load import load_config
-from trainer.machine import Machine
-from trainer.plan import make_plan
+from trainer.plan.machine import Machine
+from trainer.make_plan import make_plan
 from trainer.report.trackers import start_tracker
 config = load_config(["logging=wandb", "launcher=python"])
 def start():

@@ -12,8 +12,8 @@ from tests.harness import run_ranks
 from tests.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, step_name
-from trainer.restarts import Attempts, Standing, Verdict, judge, stand
-from trainer.status import STATUS, read_status
+from trainer.process.status import STATUS, read_status
+from trainer.run.restarts import Attempts, Standing, Verdict, judge, stand
 
 
 def verdicts(*ends: tuple[int, int], cap: int = 3) -> list[Verdict]:

@@ -15,12 +15,12 @@ from tests.cases import Trained, train
 from tests.harness import run_ranks
 from trainer.data.build import build_data
 from trainer.engine import build_engine
-from trainer.machine import Machine, find_machine
-from trainer.model import build_hf_config, build_model
-from trainer.plan import make_plan
-from trainer.router_loss import router_coefficient
-from trainer.runtime import join
-from trainer.step import train_step
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config, build_model
+from trainer.model.router_loss import router_coefficient
+from trainer.plan.machine import Machine, find_machine
+from trainer.process.runtime import join
+from trainer.run.step import train_step
 
 MODELS = {
     "mixtral": ["model.config.num_local_experts=4"],

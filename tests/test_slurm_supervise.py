@@ -17,7 +17,7 @@ import pytest
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
 from slurm.job import Job, folder, read_job_status, write_job
 from trainer.checkpoint.catalog import CHECKPOINTS, step_name
-from trainer.status import STATUS
+from trainer.process.status import STATUS
 
 ROOT = Path(__file__).parent.parent
 # What a start does: "CODE STATE STEP", or "hang". The word STOP waits for the file, as ranks do.
@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_seen(run_dir: Path) -> None:
 def test_the_run_folder_of_a_lost_incarnation_is_waited_for(run_dir: Path) -> None:
     """A node that was cut off lives on, and its ranks hold the folder until their collectives time out."""
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time, pathlib; from trainer.status import lock;"
+        [sys.executable, "-c", "import sys, time, pathlib; from trainer.process.status import lock;"
          "lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(3)", str(run_dir)],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip

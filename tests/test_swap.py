@@ -10,8 +10,8 @@ import pytest
 
 from tests.harness import RankFailed, run_ranks
 from tests.reports import config_and_plan
-from trainer.engine.swap import SwapFolder, remove_dead
-from trainer.runtime import join
+from trainer.engine.deepspeed.swap import SwapFolder, remove_dead
+from trainer.process.runtime import join
 
 
 def swap(nvme: str, end: str) -> str:

@@ -17,14 +17,14 @@ from tests.harness import run_ranks
 from tests.selection import rows
 from tests.shared import once
 from tests.tensor_cases import LLAMA, MODELS, Case, Trained
-from trainer.machine import Machine
-from trainer.model import tied_names
-from trainer.parallel import tensor_adapters
-from trainer.parallel.tensor import tensor_plan
-from trainer.parallel.tensor_plans import PLANS, STYLES, check_plan, check_tensor, match, share_of, split_style
-from trainer.plan import make_plan
-from trainer.runtime import dropout_stream
-from trainer.tuning import apply_tuning
+from trainer.axes.tensor import adapters as tensor_adapters
+from trainer.axes.tensor.apply import tensor_plan
+from trainer.axes.tensor.plans import PLANS, STYLES, check_plan, check_tensor, match, share_of, split_style
+from trainer.linear.tuning import apply_tuning
+from trainer.make_plan import make_plan
+from trainer.model.build import tied_names
+from trainer.plan.machine import Machine
+from trainer.process.runtime import dropout_stream
 
 EXACT = 1e-10
 ON_FOUR = ["llama", "llama_tied_odd_vocabulary", "llama_one_kv_head", "llama_two_kv_heads", "qwen3", "gpt2"]

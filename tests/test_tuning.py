@@ -20,10 +20,10 @@ from tests.harness import run_ranks
 from tests.parity import MODELS, Trained, measure, reference, words
 from tests.selection import rows
 from trainer.checkpoint.export import export
-from trainer.machine import Machine
-from trainer.model import build_hf_config, build_model
-from trainer.plan import make_plan
-from trainer.tuning import apply_tuning, tell_adapters
+from trainer.linear.tuning import apply_tuning, tell_adapters
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config, build_model
+from trainer.plan.machine import Machine
 
 STEPS = 5
 LORA = ("tuning=lora", "tuning.rank=4", "optimizer.lr=0.03", "train.gradient_accumulation_steps=2")
@@ -207,7 +207,7 @@ def test_empty_targets_mean_the_same_in_every_family(kind: str, caplog: pytest.L
     assert not any("experts.lora" in name or "gate.lora" in name for name, _ in model.named_parameters())
     with caplog.at_level(logging.INFO, logger="trainer"):
         tell_adapters(model)
-    trained, frozen, _ = (record.message for record in caplog.records if record.name == "trainer.tuning")
+    trained, frozen, _ = (record.message for record in caplog.records if record.name == "trainer.linear.tuning")
     assert trained.startswith("adapters: rank 4 for self_attn.q")
     assert frozen.startswith("adapters: frozen without one are model.embed_tokens, ")
     assert "mlp.experts.gate_up_proj" in frozen

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import trainer.loop
+import trainer.run.loop
 from configs.errors import EXIT_FAILED
 from configs.schema import Config
 from tests.harness import RankFailed, run_ranks
 from tests.parity import words
 from trainer.__main__ import main
-from trainer.status import read_status
+from trainer.process.status import read_status
 
 MINUTES = 0.25
 STUCK_AT = 3
@@ -30,7 +30,7 @@ def overrides(folder: Path, layout: str) -> list[str]:
 def start_and_get_stuck(words: list[str], rank: int, way: str) -> int:
     """One rank stops moving in step STUCK_AT: asleep in its own code, or stopped by the system."""
     if int(os.environ["RANK"]) == rank:
-        lr_at = trainer.loop.lr_at
+        lr_at = trainer.run.loop.lr_at
 
         def slow(config: Config, step: int) -> float:
             if step == STUCK_AT:
@@ -39,7 +39,7 @@ def start_and_get_stuck(words: list[str], rank: int, way: str) -> int:
                 time.sleep(600)
             return lr_at(config, step)
 
-        trainer.loop.lr_at = slow
+        trainer.run.loop.lr_at = slow
     code = main(words)
     assert code == 0, f"exit code {code}"
     return code

@@ -25,9 +25,9 @@ from tests.model_folders import (
 )
 from tests.test_data_tokenizer import save_bpe
 from trainer.checkpoint.__main__ import main as checkpoint_door
-from trainer.constructed import Constructors
-from trainer.model import build_hf_config, build_model, materialize, units
-from trainer.weights import RandomWeights, build_weights
+from trainer.model.build import build_hf_config, build_model, materialize, units
+from trainer.model.constructed import Constructors
+from trainer.model.weights import RandomWeights, build_weights
 
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 TOKENS = 267

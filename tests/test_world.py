@@ -18,8 +18,8 @@ from launch.cookbook import COMMANDS
 from launch.cookbook import main as cookbook
 from tests.harness import RankFailed, run_ranks
 from trainer.__main__ import main
-from trainer.status import check_idle
-from trainer.world import VARIABLES, accelerate_note
+from trainer.process.status import check_idle
+from trainer.process.world import VARIABLES, accelerate_note
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parent.parent

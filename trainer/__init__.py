@@ -1,4 +1,14 @@
-"""The trainer. Read in order: plan, model, parallelize, data, optimizer, engine, loop. Knows nothing of `launch`."""
+"""The trainer. It knows nothing of `launch` and `slurm`. Read its rooms in this order; arrows go upwards only:
+
+run/            a training run from its first check to its last step
+report/  checkpoint/  estimate/
+engine/         two engines, `torch` and `deepspeed`, behind one protocol
+passes.py       the ordered list of what makes a plain model a parallel one
+axes/           mesh axes       linear/   kinds of linear layers       optim/   optimizers
+model/          built, filled, divided into named pieces       data/   the samples of a step
+make_plan.py, rules.py    config in, plan out       process/   one process of the job, and its disks
+plan/           plain numbers: what will happen
+"""
 
 import sys
 from pathlib import Path

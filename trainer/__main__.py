@@ -34,13 +34,13 @@ from configs.errors import (
 from configs.interpolation import settle_clock
 from configs.load import load_config
 from configs.output import delivered, guard_output
-from trainer.disks import told_anywhere
-from trainer.exhausted import told_at_start
-from trainer.lifeline import watch
-from trainer.machine import find_machine
-from trainer.plan import make_plan
-from trainer.stopping import QUIET_STOP
-from trainer.world import accelerate_note, check_world, speaks_for_node
+from trainer.make_plan import make_plan
+from trainer.plan.machine import find_machine
+from trainer.process.disks import told_anywhere
+from trainer.process.exhausted import told_at_start
+from trainer.process.lifeline import watch
+from trainer.process.stopping import QUIET_STOP
+from trainer.process.world import accelerate_note, check_world, speaks_for_node
 
 EXIT_INTERRUPTED = 130
 DOOR = Door(
@@ -100,7 +100,7 @@ def train(arguments: Arguments) -> int:
     with progress_told():
         if (note := accelerate_note()) is not None:
             logging.getLogger("trainer").info(note)
-        from trainer.loop import run
+        from trainer.run.loop import run
 
         return run(config, plan)
 

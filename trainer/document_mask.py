@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from configs.errors import ConfigError
-from trainer.parallel.tensor_check import shrink
+from trainer.axes.tensor.check import shrink
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5

@@ -22,14 +22,14 @@ from configs.choices import (
     Weights,
 )
 from configs.schema import Config, Offload
-from trainer.devices import check_gpu
-from trainer.model_fields import check_sizes, config_fields, sizes
-from trainer.optimizer_rules import check_optimizer
-from trainer.parallel.context_table import check_context
-from trainer.parallel.tensor_plans import check_tensor
-from trainer.report.trackers import check_tracker
-from trainer.router_loss import check_router
-from trainer.tuning_rules import check_tuning
+from trainer.axes.context_table import check_context
+from trainer.axes.tensor.plans import check_tensor
+from trainer.linear.rules import check_tuning
+from trainer.model.router_loss import check_router
+from trainer.optim.rules import check_optimizer
+from trainer.plan.devices import check_gpu
+from trainer.plan.model_fields import check_sizes, config_fields, sizes
+from trainer.plan.trackers import check_tracker
 
 DEEPSPEED_SPLITS = {
     "tp": (

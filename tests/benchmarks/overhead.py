@@ -33,14 +33,15 @@ from tests.measured import conditions, write
 from trainer.data import Batch
 from trainer.data.build import build_data
 from trainer.engine import build_engine
-from trainer.machine import find_machine
-from trainer.model import build_hf_config, build_model, decoder_layers, materialize
-from trainer.optimizer import build_optimizer, param_groups
-from trainer.plan import Plan, make_plan
-from trainer.precision import autocast, torch_dtype
-from trainer.runtime import Runtime, join
-from trainer.step import train_step
-from trainer.weights import build_weights
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config, build_model, decoder_layers, materialize
+from trainer.model.precision import autocast, torch_dtype
+from trainer.model.weights import build_weights
+from trainer.optim.build import build_optimizer, param_groups
+from trainer.plan.machine import find_machine
+from trainer.plan.plan import Plan
+from trainer.process.runtime import Runtime, join
+from trainer.run.step import train_step
 
 Contender = Callable[[int], float]
 """Takes so many steps and returns the seconds that they took, without what comes before the first."""

@@ -13,12 +13,12 @@ import statistics
 from dataclasses import dataclass
 
 from configs.load import load_config
-from trainer.machine import Machine
-from trainer.memory.estimate import planned_device
-from trainer.memory.profiles import get_anatomy
-from trainer.plan import make_plan
-from trainer.planner.cost import StepTime, dimensions, step_time
-from trainer.report.flops import training_flops_per_token
+from trainer.estimate.estimate import planned_device
+from trainer.estimate.profiles import get_anatomy
+from trainer.estimate.search.cost import StepTime, dimensions, step_time
+from trainer.make_plan import make_plan
+from trainer.model.flops import training_flops_per_token
+from trainer.plan.machine import Machine
 from trainer.rules import config_fields
 
 

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from configs.load import load_config
-from trainer import gradients
+from trainer.axes import gradients
 from trainer.data import Batch
 from trainer.engine import build_engine
-from trainer.machine import Machine
-from trainer.memory.compose import STEPS
-from trainer.memory.tracker import StorageTracker, balance
-from trainer.plan import make_plan
-from trainer.runtime import Runtime
+from trainer.estimate.compose import STEPS
+from trainer.estimate.tracker import StorageTracker, balance
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
+from trainer.process.runtime import Runtime
 
 
 def measure(rank: int, world_size: int, overrides: Sequence[str]) -> dict[str, int | None]:
@@ -71,7 +71,7 @@ def without_values() -> Iterator[None]:
         tensor.fill_(1)  # a pipeline's neighbour knows the shapes
 
     with (
-        mock.patch("trainer.parallelize.self_check"),
+        mock.patch("trainer.passes.self_check"),
         mock.patch.object(gradients, "global_norm", finite_norm),
         mock.patch.object(dist, "recv", agreed),
     ):

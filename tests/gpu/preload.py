@@ -14,7 +14,13 @@ from tests.gpu.child import LEVEL
 
 LIBRARIES = ("torch", "torch.distributed", "torch.distributed.tensor", "transformers", "accelerate")
 LIBRARIES += ("transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2")
-LIBRARIES += ("trainer.loop", "trainer.engine.torch", "trainer.memory.estimate", "trainer.memory.trace", "tests.parity")
+LIBRARIES += (
+    "trainer.run.loop",
+    "trainer.engine.torch",
+    "trainer.estimate.estimate",
+    "trainer.estimate.trace",
+    "tests.parity",
+)
 LIBRARIES += ("tests.gpu.run", "tests.gpu.fake_rank", "torch.testing._internal.distributed.fake_pg")
 
 
@@ -29,11 +35,11 @@ def preload(level: str) -> None:
 
 
 def _deepspeed() -> None:
-    from trainer.engine.deepspeed_setup import import_deepspeed
+    from trainer.engine.deepspeed.setup import import_deepspeed
 
     import_deepspeed(os.environ["TESTS_GPU_DEVICE"])
     import_module("deepspeed.runtime.zero.stage3")
-    import_module("trainer.engine.deepspeed")
+    import_module("trainer.engine.deepspeed.engine")
 
 
 def _try(work: Callable[[], object]) -> None:

@@ -36,15 +36,16 @@ from tests.gpu.fake_rank import measure as measure_rank
 from tests.parity import COMMON, MODELS, distance
 from trainer.data.build import build_data
 from trainer.engine import build_engine
-from trainer.machine import Machine
-from trainer.memory.compose import STEPS
-from trainer.memory.estimate import estimate
-from trainer.memory.tracker import StorageTracker, balance
-from trainer.model import build_hf_config
-from trainer.plan import Plan, make_plan
-from trainer.report.flops import mfu, model_flops_per_token, peak_flops
-from trainer.runtime import Runtime, join
-from trainer.step import train_step
+from trainer.estimate.compose import STEPS
+from trainer.estimate.estimate import estimate
+from trainer.estimate.tracker import StorageTracker, balance
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config
+from trainer.model.flops import mfu, model_flops_per_token, peak_flops
+from trainer.plan.machine import Machine
+from trainer.plan.plan import Plan
+from trainer.process.runtime import Runtime, join
+from trainer.run.step import train_step
 
 Task = dict[str, Any]
 Numbers = dict[str, Any]

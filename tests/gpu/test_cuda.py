@@ -12,7 +12,7 @@ from configs.load import load_config
 from tests.cases import train
 from tests.harness import run_ranks
 from tests.parity import Trained, distance, measure, words
-from trainer.model import build_hf_config
+from trainer.model.build import build_hf_config
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="no CUDA device")

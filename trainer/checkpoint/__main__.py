@@ -14,7 +14,7 @@ from pathlib import Path
 from configs.door import turn_away
 from configs.errors import EXIT_FINISHED, CookbookError
 from configs.output import delivered, guard_output
-from trainer.disks import told_anywhere
+from trainer.process.disks import told_anywhere
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

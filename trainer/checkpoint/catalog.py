@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.checkpoint.files import rename_synced
-from trainer.disks import readable
+from trainer.process.disks import readable
+from trainer.process.files import rename_synced
 
 log = logging.getLogger(__name__)
 

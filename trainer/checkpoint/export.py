@@ -22,6 +22,7 @@ from configs.choices import TuningMethod
 from configs.errors import CheckpointDamaged, CheckpointMismatch, EnvironmentProblem
 from configs.schema import Tuning
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
+from trainer.checkpoint.hub import export_model
 from trainer.checkpoint.manifest import (
     GENERATION,
     STATE,
@@ -32,12 +33,12 @@ from trainer.checkpoint.manifest import (
     read_manifest,
 )
 from trainer.checkpoint.progress import read_progress
-from trainer.checkpoint.tensors import BUFFER, TensorReader
+from trainer.checkpoint.tensors import TensorReader
 from trainer.data.tokenizer import no_tokenizer
-from trainer.disks import readable, refused
-from trainer.export import export_model
-from trainer.fitting import persistent_buffers
-from trainer.tuning import apply_tuning
+from trainer.engine.saved import BUFFER
+from trainer.linear.tuning import apply_tuning
+from trainer.model.fitting import persistent_buffers
+from trainer.process.disks import readable, refused
 
 log = logging.getLogger(__name__)
 

@@ -26,14 +26,15 @@ from trainer.checkpoint import catalog
 from trainer.checkpoint.manifest import STATE, Manifest, check_contents, check_sizes, read_manifest
 from trainer.checkpoint.progress import Progress, check_same, layout, read_progress
 from trainer.checkpoint.saving import Save
-from trainer.checkpoint.tensors import BUFFER, TensorReader
-from trainer.disks import readable, writing
+from trainer.checkpoint.tensors import TensorReader
 from trainer.engine import Engine
-from trainer.fitting import persistent_buffers
-from trainer.plan import Plan
-from trainer.runtime import Runtime, dropout_stream
-from trainer.stopping import StopRequests
-from trainer.watchdog import watched
+from trainer.engine.saved import BUFFER
+from trainer.model.fitting import persistent_buffers
+from trainer.plan.plan import Plan
+from trainer.process.disks import readable, writing
+from trainer.process.runtime import Runtime, dropout_stream
+from trainer.process.stopping import StopRequests
+from trainer.process.watchdog import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

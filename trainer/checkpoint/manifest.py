@@ -17,8 +17,8 @@ from typing import Any
 
 from configs.errors import CheckpointDamaged, CheckpointMismatch, EnvironmentProblem
 from trainer.checkpoint.catalog import step_of
-from trainer.checkpoint.files import sha256, write_synced
-from trainer.disks import MISSING
+from trainer.process.disks import MISSING
+from trainer.process.files import sha256, write_synced
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -20,7 +20,7 @@ from configs.schema import Config
 from trainer.checkpoint.manifest import STATE, Manifest, check_missing
 from trainer.data import DataSet
 from trainer.engine import Counters
-from trainer.plan import Plan
+from trainer.plan.plan import Plan
 
 # Fields of a Hugging Face config that say how a model is run or where it came from, not what it computes.
 _INCIDENTAL = {

@@ -23,13 +23,14 @@ import torch
 
 from configs.errors import CheckpointFailed
 from trainer.checkpoint.catalog import commit
-from trainer.checkpoint.files import sync, write_synced
 from trainer.checkpoint.manifest import GENERATION, STATE, TOKENIZER, FileEntry, Manifest, entry_of, write_manifest
 from trainer.checkpoint.progress import Progress, to_json
-from trainer.checkpoint.tensors import BUFFER, RankWriter
-from trainer.disks import FULL, as_os_error, free_bytes, mib, out_of_inodes
-from trainer.optimizer_8bit import SCALES
-from trainer.runtime import Runtime
+from trainer.checkpoint.tensors import RankWriter
+from trainer.engine.saved import BUFFER
+from trainer.optim.adamw_8bit import SCALES
+from trainer.process.disks import FULL, as_os_error, free_bytes, mib, out_of_inodes
+from trainer.process.files import sync, write_synced
+from trainer.process.runtime import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

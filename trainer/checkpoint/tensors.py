@@ -5,7 +5,7 @@ safetensors is JSON and raw bytes: nothing in it can run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,28 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configs.errors import CheckpointDamaged
-from trainer.checkpoint.files import sync
 from trainer.checkpoint.manifest import FileEntry, Manifest, check_missing, entry_of
-from trainer.disks import as_os_error
+from trainer.process.disks import as_os_error
+from trainer.process.files import sync
 
-BUFFER = "buffer"
-"""Kind of the tensors of a model that are not trained and belong to it all the same."""
 FILE_BYTES = 2 * 10**9
 """A rank gathers tensors up to this size before it writes a file: the host memory that a save takes."""
-
-
-class Dealer:
-    """Deals tensors to the ranks that hold them, the next one to whoever has the least. Every rank that deals the same
-    sizes comes to the same result without asking the others."""
-
-    def __init__(self, ranks: Sequence[int]) -> None:
-        self._bytes = dict.fromkeys(ranks, 0)
-
-    def owner(self, size: int) -> int:
-        """The rank that is to write a tensor of that many bytes."""
-        rank = min(self._bytes, key=lambda rank: self._bytes[rank])
-        self._bytes[rank] += size
-        return rank
 
 
 class RankWriter:

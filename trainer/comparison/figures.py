@@ -11,7 +11,7 @@ from typing import Any
 from configs.errors import EnvironmentProblem
 from trainer.comparison.runs import Run, incomparable
 from trainer.comparison.table import MIB
-from trainer.memory.plot import COLOURS
+from trainer.estimate.plot import COLOURS
 
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
 MEASURED, PREDICTED = COLOURS[0], "#cccccc"

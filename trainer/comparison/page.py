@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 
 from configs.errors import EnvironmentProblem
-from trainer.checkpoint.files import replace_text
 from trainer.comparison.figures import draw_losses, draw_speed_and_memory
 from trainer.comparison.runs import Run, find_reference
 from trainer.comparison.table import LEGEND, TITLES, memory_by_rank, problems, setting, table
+from trainer.process.files import replace_text
 
 MADE = "<!-- made by python -m launch compare -->"
 HTML, MARKDOWN = "comparison.html", "comparison.md"

@@ -20,7 +20,7 @@ from typing import Any
 from configs.errors import CookbookError
 from configs.load import from_yaml
 from configs.schema import Config
-from trainer.status import FINISHED, RUNNING, read_status
+from trainer.process.status import FINISHED, RUNNING, read_status
 
 # What a run leaves behind and where: two runs that differ in these alone are the same training.
 PLACES = ("train.run_dir", "train.resume", "train.export", "data.cache_dir", "data.num_workers", "checkpoint.")

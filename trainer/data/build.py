@@ -27,7 +27,7 @@ from trainer.data.samples import PackedSamples, SyntheticSamples, TokenArray
 from trainer.data.stream import Held, StreamedBatches, TextStream, hold_out, open_stream, take
 from trainer.data.tokenizer import Encoder, build_encoder, tokenizer_key, tokenizer_to_export
 from trainer.data.workers import check_workers
-from trainer.plan import Plan
+from trainer.plan.plan import Plan
 
 
 def build_data(config: Config, plan: Plan, *, data_rank: int, vocab_size: int, local_rank: int = 0) -> DataSet:

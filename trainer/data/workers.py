@@ -12,8 +12,8 @@ import os
 from typing import Any
 
 from configs.errors import DataError
-from trainer.machine import find_machine
-from trainer.plan import Plan
+from trainer.plan.machine import find_machine
+from trainer.plan.plan import Plan
 
 SHARED_MEMORY = "/dev/shm"
 PREFETCHED = 2

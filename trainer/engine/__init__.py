@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from configs.choices import EngineName
 from configs.schema import Config
-from trainer.plan import Plan
+from trainer.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from trainer.checkpoint.tensors import TensorReader
     from trainer.data import Batch
-    from trainer.runtime import Runtime
+    from trainer.engine.saved import Saved
+    from trainer.process.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +32,21 @@ class StepReport:
     grad_norm: float
     updated: bool
     loss_scale: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """loss: mean cross-entropy over the step's valid tokens, over all ranks. report: None if the loss was not finite
+    and the step therefore dropped."""
+
+    loss: float
+    valid_tokens: int
+    report: StepReport | None
+
+    @property
+    def overflowed(self) -> bool:
+        """A float16 gradient beyond its range: the loss scale answers it, it is no sign of trouble."""
+        return self.report is not None and not self.report.updated and self.report.loss_scale is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +72,7 @@ class Engine(Protocol):
 
         The loss is the sum of the cross-entropy over valid tokens, divided by `valid_tokens` (a scalar on the
         device): their number in the whole step, over all micro-batches and data-parallel ranks. Never a mean of
-        means, which would weigh tokens differently in each layout. `trainer.router_loss`
+        means, which would weigh tokens differently in each layout. `trainer.model.router_loss`
         may add a term to it. Returns this rank's share of that loss (a float32 or float64 scalar on the device,
         detached); the sum over all ranks is the loss of the step.
         """
@@ -92,7 +107,7 @@ class Engine(Protocol):
 
     def counters(self) -> Counters: ...
 
-    def load_state(self, saved: TensorReader, counters: Counters) -> None:
+    def load_state(self, saved: Saved, counters: Counters) -> None:
         """Take over what `state` and `counters` gave, under whatever layout that was. Every rank reads its own part.
         A collective, before the first step."""
         ...
@@ -105,7 +120,7 @@ class Engine(Protocol):
 def build_engine(config: Config, plan: Plan, runtime: Runtime) -> Engine:
     """The engine that the plan names, with the model built, filled and ready for step 1. A collective."""
     if plan.engine is EngineName.deepspeed:
-        from trainer.engine.deepspeed import DeepSpeedEngine
+        from trainer.engine.deepspeed.engine import DeepSpeedEngine
 
         return DeepSpeedEngine(config, plan, runtime)
     from trainer.engine.torch import TorchEngine

@@ -16,28 +16,28 @@ from torch.distributed.fsdp import FSDPModule
 
 from configs.choices import OffloadDevice, TuningMethod
 from configs.schema import Config
-from trainer import gradients
-from trainer.checkpoint.tensors import TensorReader
+from trainer.axes import gradients
+from trainer.axes.context import slice_of
+from trainer.axes.mesh import build_mesh
+from trainer.axes.pipeline.run import build_pipeline
+from trainer.axes.replicate import apply_ddp
+from trainer.axes.shard import set_last_micro_batch
+from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
 from trainer.data import Batch
 from trainer.engine import Counters, StepReport, torch_state
-from trainer.loss import cross_entropy_sum
-from trainer.mesh import build_mesh
-from trainer.model import materialize
-from trainer.optimizer import build_optimizer, param_groups, set_lr
-from trainer.optimizer_8bit import embeddings
-from trainer.parallel.context import slice_of
-from trainer.parallel.ddp import apply_ddp
-from trainer.parallel.fsdp import set_last_micro_batch
-from trainer.parallel.pipeline import build_pipeline
-from trainer.parallel.vocabulary import chunked_cross_entropy_sum
-from trainer.parallelize import parallelize
-from trainer.plan import Plan
-from trainer.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
-from trainer.prepare import build_causal, check_layout, mark_trained, tell_trained
-from trainer.router_loss import build_router_loss
-from trainer.runtime import Runtime
-from trainer.tuning import AdapterWeights
-from trainer.weights import open_weights
+from trainer.engine.prepare import build_causal, check_layout, mark_trained, tell_trained
+from trainer.engine.saved import Saved
+from trainer.linear.tuning import AdapterWeights
+from trainer.model.build import materialize
+from trainer.model.loss import cross_entropy_sum
+from trainer.model.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
+from trainer.model.router_loss import build_router_loss
+from trainer.model.weights import open_weights
+from trainer.optim.adamw_8bit import embeddings
+from trainer.optim.build import build_optimizer, param_groups, set_lr
+from trainer.passes import parallelize
+from trainer.plan.plan import Plan
+from trainer.process.runtime import Runtime
 
 
 class TorchEngine:
@@ -143,7 +143,7 @@ class TorchEngine:
             good_steps=self.loss_scale.good_steps if self.loss_scale else None,
         )
 
-    def load_state(self, saved: TensorReader, counters: Counters) -> None:
+    def load_state(self, saved: Saved, counters: Counters) -> None:
         for parameters in (self.named, self.copies):
             torch_state.load_state(parameters, self.optimizer, saved, steps=counters.optimizer_steps)
         if self.loss_scale:

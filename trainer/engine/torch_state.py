@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from configs.errors import CheckpointMismatch
-from trainer.checkpoint.tensors import BUFFER, Dealer, TensorReader
-from trainer.optimizer_8bit import CONSTANT
-from trainer.pieces import cut, join
+from trainer.engine.saved import BUFFER, Dealer, Saved
+from trainer.model.pieces import cut, join
+from trainer.optim.adamw_8bit import CONSTANT
 
 Named = Mapping[str, torch.Tensor]
 
@@ -77,7 +77,7 @@ def optimizer_steps(parameters: Named, optimizer: torch.optim.Optimizer) -> int:
 
 
 @torch.no_grad()
-def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: TensorReader, *, steps: int) -> None:
+def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: Saved, *, steps: int) -> None:
     """Write this rank's share of every tensor into parameters and optimizer. steps: as `optimizer_steps` gave."""
     kinds = saved_kinds(saved)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -105,7 +105,7 @@ def _model_kind(parameter: torch.Tensor) -> str:
     return "model" if parameter.requires_grad else "frozen"
 
 
-def saved_kinds(saved: TensorReader) -> list[str]:
+def saved_kinds(saved: Saved) -> list[str]:
     """The optimizer's tensors that a checkpoint holds per parameter: exp_avg and exp_avg_sq, or momentum_buffer, or
     Adafactor's, of which `state_shape` tells, or those of 8-bit AdamW, which makes them itself."""
     return sorted({key.partition("/")[0] for key in saved.names()} - {"model", "frozen", "rng", BUFFER})
@@ -127,7 +127,7 @@ def state_shape(kind: str, shape: torch.Size) -> torch.Size | None:
             return shape
 
 
-def check_shape(saved: TensorReader, key: str, shape: torch.Size | tuple[int, ...]) -> None:
+def check_shape(saved: Saved, key: str, shape: torch.Size | tuple[int, ...]) -> None:
     """Raises CheckpointMismatch unless the checkpoint holds a tensor of this name and shape."""
     found = list(saved.shape(key)) if key in saved else "none"
     if found != list(shape):

@@ -6,7 +6,7 @@
     trackers    Weights & Biases through its own client, others through Accelerate
     measure     the clock of a step, peak memory
     prediction  the memory estimate against what was measured
-    memory_curve  the same over two steps, as a picture: part of `trainer.profiling`
+    memory_curve  the same over two steps, as a picture: part of `trainer.run.profiling`
     flops       FLOPs per token and MFU
     reporter    all of these together, as the loop sees them
 

@@ -28,17 +28,17 @@ from configs.errors import ConfigError, EnvironmentProblem
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
-from trainer.disks import readable, writing
+from trainer.process.disks import readable, writing
+from trainer.process.private import write_private
+from trainer.process.status import FINISHED, check_unfinished, lock, read_status, restarted_in
 from trainer.report import provenance
-from trainer.report.private import write_private
 from trainer.report.trackers import check_installed
-from trainer.status import FINISHED, check_unfinished, lock, read_status, restarted_in
 
 if TYPE_CHECKING:
     import torch
 
-    from trainer.plan import Plan
-    from trainer.runtime import Runtime
+    from trainer.plan.plan import Plan
+    from trainer.process.runtime import Runtime
 
 RUNS = Path("runs")
 RUN_FILES = ("config.yaml", "plan.txt", "argv.json", "versions.json", "git.json", "metrics.jsonl", "summary.json")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.profiler import record_function
 
-from trainer import watchdog
+from trainer.process import watchdog
 
 
 @dataclass(frozen=True, slots=True)

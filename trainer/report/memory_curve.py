@@ -19,11 +19,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.files import replace_text
-from trainer.memory.estimate import RankEstimate
-from trainer.memory.plot import COLOURS
-from trainer.memory.timeline import COMPONENTS
-from trainer.memory.tracker import Born, Died, Event
+from trainer.estimate.estimate import RankEstimate
+from trainer.estimate.plot import COLOURS
+from trainer.estimate.timeline import COMPONENTS
+from trainer.estimate.tracker import Born, Died, Event
+from trainer.process.files import replace_text
 
 PARTS = ("forward_backward", "optimizer")
 WIDTHS = {"forward_backward": 0.8, "optimizer": 0.2}

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from trainer.checkpoint.files import replace_text
+from trainer.process.files import replace_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

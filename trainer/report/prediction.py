@@ -23,15 +23,15 @@ from types import TracebackType
 import torch
 
 from configs.schema import Config
-from trainer.memory.compose import STEPS
-from trainer.memory.estimate import Estimate, RankEstimate, estimate
-from trainer.memory.tracing import why_not
-from trainer.memory.tracker import Born, Died, Event, StorageTracker
-from trainer.plan import Plan
+from trainer.estimate.compose import STEPS
+from trainer.estimate.estimate import Estimate, RankEstimate, estimate
+from trainer.estimate.tracing import why_not
+from trainer.estimate.tracker import Born, Died, Event, StorageTracker
+from trainer.plan.plan import Plan
+from trainer.process.runtime import Runtime, local_rank
 from trainer.report.measure import peak_memory
 from trainer.report.metrics import Comparison
 from trainer.report.terminal import size
-from trainer.runtime import Runtime, local_rank
 
 NOTHING_MEASURED = "a CPU process has no counter of its tensors; estimate.measure=true counts them"
 TOO_SHORT = f"fewer than {STEPS} steps with an update do not reach the predicted peak"

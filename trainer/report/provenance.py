@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.report.private import without_secrets, write_private
+from trainer.process.private import without_secrets, write_private
 
 if TYPE_CHECKING:
     import torch

@@ -26,11 +26,12 @@ import torch
 
 from configs.errors import CookbookError, OutputFailed
 from configs.schema import Config
-from trainer.checkpoint.files import replace_text
-from trainer.disks import writing, written
-from trainer.model import architecture
-from trainer.plan import Plan
-from trainer.report.flops import count_parameters, mfu, model_flops_per_token, peak_flops
+from trainer.model.build import architecture
+from trainer.model.flops import count_parameters, mfu, model_flops_per_token, peak_flops
+from trainer.plan.plan import Plan
+from trainer.process.disks import writing, written
+from trainer.process.files import replace_text
+from trainer.process.runtime import Runtime
 from trainer.report.folder import run_label
 from trainer.report.measure import PeakMemory, StepSeconds, peak_memory
 from trainer.report.metrics import (
@@ -49,13 +50,12 @@ from trainer.report.metrics import (
 from trainer.report.prediction import MemoryCheck
 from trainer.report.terminal import Terminal, open_terminal, render_summary
 from trainer.report.trackers import Tracker, start_tracker
-from trainer.runtime import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from trainer.checkpoint.keeper import Saved
-    from trainer.step import StepResult
+    from trainer.engine import StepResult
 
 UNKNOWN = -1  # a number that a rank does not know, in a maximum over ranks
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import netrc
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,28 +25,16 @@ import yaml
 from configs.errors import EnvironmentProblem
 from configs.load import to_yaml
 from configs.schema import Config, Logging
-from trainer.checkpoint.files import replace_text
+from trainer.plan.trackers import NO_TRACKER, TRACKERS, flat
+from trainer.process.files import replace_text
 
 if TYPE_CHECKING:
-    from trainer.plan import Plan
+    from trainer.plan.plan import Plan
 
 Number = int | float
 
-NO_TRACKER = "none"
 WANDB_ID = "wandb-id.txt"
 # The name, which is that of the Python module and of Accelerate's tracker -> the package to install.
-TRACKERS = {
-    "aim": "aim",
-    "clearml": "clearml",
-    "comet_ml": "comet-ml",
-    "dvclive": "dvclive",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
-SECRET = re.compile(r"(^|[._])(api_?key|token|secret|password)$", re.IGNORECASE)
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -59,30 +46,6 @@ class Tracker(Protocol):
     def finish(self, *, failed: bool) -> None:
         """Flush and close; `failed` marks the run as broken off where the tracker has such a mark."""
         ...
-
-
-def check_tracker(logging: Logging) -> Iterator[str]:
-    """What is wrong with the tracker's name and options, one line each."""
-    if logging.tracker not in (NO_TRACKER, *TRACKERS):
-        yield f"logging.tracker={logging.tracker}: not a known tracker; use none, {', '.join(TRACKERS)}"
-    if logging.run_name is not None and _leaves(logging.run_name):
-        yield (
-            f"logging.run_name={logging.run_name}: trackers name a folder after it, which must lie in the run folder;"
-            " leave out .. and a leading /"
-        )
-    for option, _ in _flat(logging.options):
-        if SECRET.search(option):
-            # The value stays out of the message: messages are logged.
-            yield (
-                f"logging.options.{option}: a key does not belong in a configuration, which is saved with the run;"
-                " let the tracker find it in its own login file or environment variable"
-            )
-
-
-def _leaves(name: str) -> bool:
-    """Whether a folder of this name would lie outside of the one in which it is made."""
-    parts = re.split(r"[/\\]", name)
-    return ".." in parts or not parts[0] or parts[0].startswith("~") or parts[0].endswith(":") or "\0" in name
 
 
 def check_installed(tracker: str) -> None:
@@ -205,7 +168,7 @@ class _FromAccelerate:
         self.tracker.start()
         if logging.tracker == "comet_ml":
             self.tracker.tracker.set_name(run_name)
-        self.tracker.store_init_configuration(dict(_flat(record)))
+        self.tracker.store_init_configuration(dict(flat(record)))
 
     def log(self, values: Mapping[str, Number], step: int) -> None:
         self.tracker.log(dict(values), step=step)
@@ -252,12 +215,3 @@ def _hidden(names: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         os.environ.update(saved)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | Number | bool]]:
-    """`a.b.c` and its value, as hyperparameter tables want them: numbers, text; lists as text; null left out."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value if isinstance(value, str | int | float | bool) else str(value)

@@ -1,0 +1,1 @@
+"""Pipeline parallel: which rank runs which layers, and in which order."""

@@ -1,0 +1,169 @@
+"""How a Hugging Face decoder calls its parts: seen in one run without memory, not known from a table of architectures.
+
+    tokens --> embedding, positions, ... --> layer 0 --> layer 1 --> ... --> norm --> head --> logits
+               |------- before -----|       |---------- layers --------|      |--- after ---|
+
+The model runs once on fake tensors, which have shapes and no values, with layers that hand their input on. The run
+shows which parts are called before the layers and which after, what a layer returns (hidden states, or a tuple that
+begins with them) and how wide hidden states are. And it proves that the chain can be cut anywhere: each layer gets
+exactly what the one before returned, and nothing else that a gradient would have to reach. Next: `pipeline_split`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from configs.errors import ConfigError
+from trainer.model.build import decoder_layers
+
+# What a layer returns: the hidden states, or a tuple that starts with them.
+RETURNS: tuple[Callable[[Any], Any], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, None),
+    lambda hidden: (hidden, None, None),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anatomy:
+    """before, after: names of the modules that own parameters outside the layers, by when they are called; what is
+    never called counts as before. returns: makes a layer's return value out of hidden states [batch, seq, hidden_size].
+    """
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    returns: Callable[[Any], Any]
+    hidden_size: int
+
+
+def examine(model: PreTrainedModel) -> Anatomy:
+    """Run the model once without memory and see in which order it calls its parts. Raises ConfigError if its layers
+    are not a chain that can be cut."""
+    furthest, problem = -1, ""
+    for returns in RETURNS:
+        probe = _Probe(model, returns)
+        try:
+            return probe.run()
+        except _NotAChain as found:
+            reason = str(found)
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+            # The model cannot unpack what its layers return: they return something else.
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if probe.layer_calls > furthest:
+            furthest, problem = probe.layer_calls, reason
+    raise ConfigError(
+        f"model: {type(model).__name__} cannot be cut into pipeline stages ({problem}); use parallel.pp=1"
+    )
+
+
+def count_costs(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[float], float]:
+    """Cost of each layer and of the parts after the layers, in units of the average layer.
+
+    Counted are multiply-adds per token: the entries of all matrices, of experts only those that a token visits. What
+    attention itself computes grows with the sequence and is left out: it is the same in every layer.
+    """
+    active = getattr(model.config, "num_experts_per_tok", None)
+
+    def products(module: nn.Module) -> float:
+        total = 0.0
+        for parameter in module.parameters():
+            share = min(1.0, active / parameter.shape[0]) if active and parameter.ndim == 3 else 1.0
+            total += share * parameter.numel() if parameter.ndim >= 2 else 0.0
+        return total
+
+    layers = [products(layer) for layer in decoder_layers(model)]
+    unit = sum(layers) / len(layers)
+    return [cost / unit for cost in layers], sum(products(model.get_submodule(name)) for name in anatomy.after) / unit
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a model passes to a layer first, by position or by name: the hidden states."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+class _NotAChain(Exception):
+    """The layers are called in a way that does not allow a cut."""
+
+
+class _Probe:
+    """One forward in which layers hand their input on and the calls of all other owners of parameters are noted."""
+
+    def __init__(self, model: PreTrainedModel, returns: Callable[[Any], Any]) -> None:
+        self.model = model
+        self.returns = returns
+        self.layers = list(decoder_layers(model))
+        inside = {id(module) for layer in self.layers for module in layer.modules()}
+        self.others = {
+            name: module for name, module in model.named_modules() if module._parameters and id(module) not in inside
+        }
+        self.layer_calls = 0
+        self.called_after: dict[str, int] = {}  # name: layers that had been called
+        self.hidden: torch.Tensor | None = None
+
+    def run(self) -> Anatomy:
+        for name, module in self.others.items():
+            if any(part is self.layers[0] for part in module.modules()):
+                raise _NotAChain(f"{name or 'the model'} owns parameters beside its layers")
+        handles = [
+            module.register_forward_pre_hook(lambda *_, name=name: self._note(name))
+            for name, module in self.others.items()
+        ]
+        for number, layer in enumerate(self.layers):
+            layer.forward = lambda *args, number=number, **kwargs: self._pass_on(number, args, kwargs)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                state = {
+                    name: torch.empty(parameter.shape, dtype=parameter.dtype, requires_grad=True)
+                    for name, parameter in self.model.named_parameters()
+                }
+                buffers = {name: mode.from_tensor(buffer) for name, buffer in self.model.named_buffers()}
+                inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "use_cache": False}
+                functional_call(self.model, {**state, **buffers}, (), inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in self.layers:
+                del layer.forward
+        return self._anatomy()
+
+    def _note(self, name: str) -> None:
+        self.called_after.setdefault(name, self.layer_calls)
+        if 0 < self.layer_calls < len(self.layers):
+            raise _NotAChain(f"{name} is called between layers")
+
+    def _pass_on(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = first_argument(args, kwargs)
+        if number != self.layer_calls:
+            raise _NotAChain(f"layer {number} is called where layer {self.layer_calls} was expected")
+        if not isinstance(hidden, torch.Tensor) or (number > 0 and hidden is not self.hidden):
+            raise _NotAChain(f"layer {number} does not get what the layer before returned")
+        for other in tree_leaves((args, kwargs)):
+            if isinstance(other, torch.Tensor) and other is not hidden and other.requires_grad:
+                raise _NotAChain(
+                    f"layer {number} gets more than the hidden states, and a gradient would have to flow there"
+                )
+        self.layer_calls += 1
+        self.hidden = hidden.clone()
+        return self.returns(self.hidden)
+
+    def _anatomy(self) -> Anatomy:
+        if self.layer_calls != len(self.layers):
+            raise _NotAChain(f"of {len(self.layers)} layers {self.layer_calls} are called")
+        assert self.hidden is not None
+        after = tuple(name for name, calls in self.called_after.items() if calls == len(self.layers))
+        return Anatomy(
+            before=tuple(name for name in self.others if name not in after),
+            after=after,
+            returns=self.returns,
+            hidden_size=self.hidden.shape[-1],
+        )

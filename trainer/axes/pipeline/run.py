@@ -1,0 +1,251 @@
+"""Pipeline parallel: each rank holds some of the layers; micro-batches flow through them like work through a line.
+
+    rank 0   embedding, layers 0-7             012....aA3bB4cC5dD.eE.fF
+                | hidden states   ^ gradient
+    rank 1   layers 8-15                       .01..aA2bB3cC4dD5eE.fF..
+                | hidden states   ^ gradient
+    rank 2   layers 16-23, norm, head, loss    ..0aA1bB2cC3dD4eE5fF....    3: forward of micro-batch 3, dD: its backward
+                                               time -->                    other schedules: `pipeline_timeline`
+
+Communication: point to point, between neighbours only. Per micro-batch and border between stages one send of the hidden
+states (batch * seq * hidden_size elements in the compute dtype) and one of their gradient: far less than tensor or
+sharded data parallel move, so pp ranks may sit on different nodes. Every rank reads the same samples; the first uses
+the tokens, the last the labels, the others only the shape.
+
+Gradients: each rank adds up those of its micro-batches and under data parallel reduces once, after the last. Sharded
+data parallel therefore shards parameters and optimizer states here, and gradients only between steps: within one, a
+rank holds whole gradients of its layers, and their parameters gathered. Tied embeddings are two copies, on the first
+and the last stage; their gradients (vocabulary * hidden_size) are exchanged and added once per step, so that both make
+the same update and stay equal.
+
+Memory besides: the activations of the micro-batches in flight, and torch's receive buffers, one per micro-batch of the
+step in either direction (`in_flight`, `receive_buffers`).
+
+torch.distributed.pipelining runs the schedule. Gradients are not scaled there: the loss is normalised already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+    ScheduleZBVZeroBubble,
+)
+
+from configs.schema import Config
+from trainer.axes.gradients import local
+from trainer.axes.pipeline.split import Stage
+from trainer.axes.pipeline.table import SCHEDULES, rank_of_stage
+from trainer.data import Batch
+from trainer.model.precision import torch_dtype
+from trainer.plan.plan import Plan
+
+RUNNERS: dict[str, Callable[..., Any]] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "looped_bfs": ScheduleLoopedBFS,
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv_zero_bubble": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+
+class EngineStage(PipelineStage):
+    """The engine's view of a stage. Both methods are torch 2.11's, and its successor calls neither of them."""
+
+    def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
+        """Nothing: it would compare the logits with the shape of what a stage sends, and they are not sent."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """The exchange that connects neighbours before step 1. Where a rank holds two stages that follow each other
+        (V schedules), gloo has no connection to itself."""
+        operations = super()._get_init_p2p_neighbors_ops()
+        return [operation for operation in operations if operation.group_peer != self.group_rank]
+
+
+LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(output of the last stage, labels) -> sum of the cross-entropy over the valid labels."""
+
+
+class Pipeline:
+    """This rank's stages and the schedule that drives them, for micro-batches of one shape."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        group: dist.ProcessGroup,
+        schedule: str,
+        micro_batches: int,
+        micro_batch_size: int,
+        seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """stages: from `split_model`, after all passes over their modules. group: of the mesh axis pp. seq_len: tokens
+        that a rank sees. dtype: of hidden states between stages, the one layers compute in. Only the shapes are
+        fixed here; parameters may still be on the meta device."""
+        self.stages = list(stages)
+        self.group = group
+        self.pp = group.size()
+        self.schedule = schedule
+        self.micro_batches = micro_batches
+        self.shape = (micro_batch_size, seq_len)
+        self.dtype = dtype
+        self.device = device
+        self.modules: list[nn.Module] = [stage.module for stage in self.stages]
+        self.holds_first = self.stages[0].is_first
+        self.holds_last = self.stages[-1].is_last
+        for stage in self.stages:
+            stage.border.dtype = dtype
+        engine_stages = [self._engine_stage(stage) for stage in self.stages]
+        single = SCHEDULES[schedule].arrangement == "single"
+        self.runner = RUNNERS[schedule](
+            engine_stages[0] if single else engine_stages,
+            micro_batches,
+            loss_fn=self._loss,
+            scale_grads=False,
+        )
+
+    def forward_backward(
+        self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor, *, factor: float, loss_fn: LossFn
+    ) -> torch.Tensor:
+        """Run the schedule over one step's micro-batches and leave the gradient of factor * loss in the parameters.
+
+        The loss is the sum over micro-batches of `loss_fn` divided by valid_tokens. Returns this rank's share of it
+        without the factor (float64, detached): zero where the last stage is not. A collective over the pipeline.
+        """
+        for batch in micro_batches:
+            assert batch.input_ids.shape == self.shape, "a pipeline is built for one shape of micro-batch"
+        assert len(micro_batches) == self.micro_batches
+        self._loss_fn, self._valid_tokens, self._factor = loss_fn, valid_tokens, factor
+        self._total = torch.zeros((), dtype=torch.float64, device=self.device)
+        inputs = (torch.cat([batch.input_ids for batch in micro_batches]),) if self.holds_first else ()
+        labels = torch.cat([batch.labels for batch in micro_batches]) if self.holds_last else None
+        extras = [_extras(batch) for batch in micro_batches]
+        joined = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
+        self.runner.step(*inputs, target=labels, return_outputs=False, **joined)
+        self.sum_tied_gradients()
+        return self._total
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, *, loss_fn: LossFn) -> torch.Tensor:
+        """`loss_fn` of one batch of any shape, forward only: the same number on every rank of the pipeline (float64).
+        The batch passes the stages one after the other. A collective over the pipeline."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        hidden = torch.empty(0)
+        for stage in self.stages:
+            stage.module.eval()
+            if stage.is_first:
+                hidden = batch.input_ids
+            elif (before := self._rank_of(stage.index - 1)) != self.group.rank():
+                hidden = torch.empty(*batch.input_ids.shape, stage.hidden_size, dtype=self.dtype, device=self.device)
+                dist.recv(hidden, group=self.group, group_src=before)
+            hidden = stage.module(hidden, **_extras(batch))
+            if stage.is_last:
+                loss.copy_(loss_fn(hidden, batch.labels))
+            elif (after := self._rank_of(stage.index + 1)) != self.group.rank():
+                dist.send(hidden, group=self.group, group_dst=after)
+            stage.module.train()
+        dist.broadcast(loss, group=self.group, group_src=self._rank_of(self.stages[0].count - 1))
+        return loss
+
+    def sum_tied_gradients(self) -> None:
+        """Add the gradients of the two copies of each tied parameter, in both places. `forward_backward` calls it."""
+        for name in self.stages[0].tied or self.stages[-1].tied:
+            ends = [stage for stage in self.stages if stage.is_first or stage.is_last]
+            if not ends[0].module.get_parameter(name).requires_grad:
+                continue
+            gradients = [_gradient(stage.module, name) for stage in ends]
+            if len(gradients) == 2:
+                gradients[0].add_(gradients[1])
+                gradients[1].copy_(gradients[0])
+            else:
+                gradients[0].add_(self._exchange(gradients[0], first=ends[0].is_first))
+
+    def copies(self) -> Iterator[nn.Parameter]:
+        """This rank's second copies of tied parameters. They are trained like all others, and left out of the global
+        norm, which counts the first copy."""
+        for stage in self.stages:
+            for name in stage.copies:
+                yield stage.module.get_parameter(name)
+
+    def _exchange(self, tensor: torch.Tensor, *, first: bool) -> torch.Tensor:
+        """The tensor that the rank at the other end of the pipeline gives for this one."""
+        # A gradient that is offloaded to the host crosses by way of the device.
+        mine = tensor.to(self.device)
+        other = torch.empty_like(mine)
+        peer = self._rank_of(self.stages[0].count - 1 if first else 0)
+        operations = [
+            dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer),
+            dist.P2POp(dist.irecv, other, group=self.group, group_peer=peer),
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        return other.to(tensor.device)
+
+    def _loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = self._loss_fn(output, labels) / self._valid_tokens
+        self._total += loss.detach()
+        return loss * self._factor
+
+    def _rank_of(self, stage: int) -> int:
+        return rank_of_stage(self.schedule, pp=self.pp, stage=stage)
+
+    def _engine_stage(self, stage: Stage) -> EngineStage:
+        """Told the shapes, it need not run a micro-batch to find them out."""
+        tokens = torch.empty(self.shape, dtype=torch.int64, device="meta")
+        hidden = torch.empty(*self.shape, stage.hidden_size, dtype=self.dtype, device="meta", requires_grad=True)
+        return EngineStage(
+            stage.module,
+            stage.index,
+            stage.count,
+            self.device,
+            input_args=tokens if stage.is_first else hidden,
+            # What the last stage returns is never sent; that there is something suffices.
+            output_args=hidden,
+            group=self.group,
+        )
+
+
+def build_pipeline(stages: Sequence[Stage], config: Config, plan: Plan, mesh: DeviceMesh) -> Pipeline:
+    """The pipeline of a plan, over stages that all passes have been applied to."""
+    return Pipeline(
+        stages,
+        group=mesh.get_group("pp"),
+        schedule=config.parallel.pipeline.schedule,
+        micro_batches=plan.batch.gradient_accumulation_steps,
+        micro_batch_size=plan.batch.micro_batch_size,
+        seq_len=plan.batch.seq_len // plan.degree("cp"),
+        dtype=torch_dtype(plan.param_dtype),
+        device=torch.device(mesh.device_type, torch.cuda.current_device())
+        if mesh.device_type == "cuda"
+        else torch.device("cpu"),
+    )
+
+
+def _extras(batch: Batch) -> dict[str, torch.Tensor]:
+    """What a batch holds beside tokens and labels (position_ids): every stage gets it."""
+    named = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in named.items() if name not in ("input_ids", "labels") and value is not None}
+
+
+def _gradient(module: nn.Module, name: str) -> torch.Tensor:
+    """This rank's piece of a parameter's gradient."""
+    gradient = module.get_parameter(name).grad
+    assert gradient is not None
+    return local(gradient)

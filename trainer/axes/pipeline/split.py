@@ -1,0 +1,214 @@
+"""A Hugging Face decoder cut into pipeline stages, without knowing its architecture.
+
+Each stage is the whole model with the parts of other stages taken out, so that every parameter keeps its name. The
+model's own code runs on every stage: it builds masks and rotary tables from nothing but shapes and positions, so each
+stage makes its own. Where it calls a part that is elsewhere, a substitute answers:
+
+    the model's code        stage 0             stage 1               last stage
+    embedding, positions    held                "received"            "received"
+    layer 0, 1              held                -> received           -> received
+    layer 2, 3              sends its input     held                  -> received
+    layer 4, 5              passes on           sends its input       held
+    norm                    passes on           passes on             held
+    head                    not called          not called            held --> logits
+
+What it computes before its first layer is dropped: the layer before that answers with the hidden states that came from
+the stage before. Slicing the list of layers would be simpler, and wrong where a layer's number chooses its attention
+(Gemma 2, GPT-OSS); feeding a slice with embeddings would scale, shift or normalise them once more on every stage.
+
+Which parts come before and after the layers: `pipeline_probe`. What is sent between stages: `pipeline`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from configs.errors import ConfigError, PlanError
+from trainer.axes.pipeline.probe import Anatomy, count_costs, examine, first_argument
+from trainer.axes.pipeline.table import (
+    check_split,
+    default_stages_per_rank,
+    split_layers,
+    stages_of_rank,
+)
+from trainer.model.build import Elsewhere, decoder_layers, tied_names
+
+
+@dataclass(slots=True)
+class Border:
+    """The hidden states on their way into and out of a stage's layers. dtype: in which they are sent; None: as the
+    last layer returned them."""
+
+    dtype: torch.dtype | None = None
+    received: torch.Tensor | None = None
+    sent: torch.Tensor | None = None
+
+    def answer(self) -> torch.Tensor:
+        assert self.received is not None
+        return self.received
+
+    def blank(self) -> torch.Tensor:
+        """For code whose result is dropped. Memory of its own: some models scale embeddings in place."""
+        return torch.zeros_like(self.answer(), requires_grad=False)
+
+    def capture(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.sent = hidden
+        return torch.zeros_like(hidden, requires_grad=False)
+
+    def take(self) -> torch.Tensor:
+        hidden, self.sent, self.received = self.sent, None, None
+        assert hidden is not None, "the model did not call the layer after this stage's last"
+        hidden = hidden.to(self.dtype or hidden.dtype)
+        # Sent as one block of memory, and detached in place after the backward: neither goes with a view.
+        return hidden.clone(memory_format=torch.contiguous_format) if hidden._is_view() else hidden.contiguous()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One stage of the pipeline. module: the model with this stage's parts; it takes input_ids [batch, seq] on the
+    first stage and hidden states [batch, seq, hidden_size] on the others, and returns hidden states, on the last
+    logits. tied: names of the parameters that the first and the last stage each have a copy of."""
+
+    module: PreTrainedModel
+    index: int
+    count: int
+    layers: range
+    hidden_size: int
+    tied: tuple[str, ...]
+    border: Border = field(default_factory=Border)
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+    @property
+    def copies(self) -> frozenset[str]:
+        """Names of parameters that belong to the first stage: not counted, saved or exported from here."""
+        return frozenset(self.tied) if self.is_last else frozenset()
+
+
+class Substitute(Elsewhere):
+    """Answers a call of the module it stands for, from the call's first argument. Has its plain attributes, which some
+    models read (a layer's attention type)."""
+
+    answer: Callable[[Any], Any]
+
+    def __init__(self, original: nn.Module, answer: Callable[[Any], Any]) -> None:
+        super().__init__()
+        plain = {
+            name: value for name, value in vars(original).items() if not name.startswith("_") and name != "forward"
+        }
+        self.__dict__.update({**plain, "answer": answer})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(first_argument(args, kwargs))
+
+
+def split_model(
+    model: PreTrainedModel,
+    *,
+    schedule: str,
+    pp: int,
+    rank: int,
+    stages_per_rank: int | None = None,
+    split: Sequence[int] | None = None,
+) -> list[Stage]:
+    """The stages of pipeline rank `rank`, ascending, each with modules of its own on the meta device.
+
+    model: on the meta device; it is left as it was. Raises ConfigError for a model that cannot be cut, PlanError for
+    too few layers or a split that does not fit.
+    """
+    per_rank = stages_per_rank or default_stages_per_rank(schedule)
+    count, num_layers = pp * per_rank, len(decoder_layers(model))
+    problems = list(check_split(num_layers, count, split)) if split is not None else []
+    if num_layers < count:
+        problems = [f"parallel.pp={pp}: the model has {num_layers} layers, {count} stages need as many; use fewer"]
+    if problems:
+        raise PlanError(*problems)
+    anatomy = examine(model)
+    layer_costs, head_cost = count_costs(model, anatomy)
+    ranges = split_layers(num_layers, count, layer_costs=layer_costs, head_cost=head_cost, split=split)
+    owned = stages_of_rank(schedule, pp=pp, rank=rank, stages_per_rank=per_rank)
+    return [_build_stage(model, anatomy, ranges, index) for index in owned]
+
+
+def _build_stage(model: PreTrainedModel, anatomy: Anatomy, ranges: list[range], index: int) -> Stage:
+    """Copy the model, and at every part of another stage put a substitute into the copy."""
+    layers, first, last = ranges[index], index == 0, index == len(ranges) - 1
+    border = Border()
+    returns = anatomy.returns
+    tied = _tied_over_the_ends(model, anatomy)
+    held = {name.rpartition(".")[0] for name in tied}  # the last stage keeps the embedding whose weight its head uses
+    answers: dict[int, Callable[[Any], Any]] = {}
+    for number, layer in enumerate(decoder_layers(model)):
+        if number < layers.start:
+            answers[id(layer)] = lambda _: returns(border.answer())
+        elif number == layers.stop:
+            answers[id(layer)] = lambda hidden: returns(border.capture(hidden))
+        elif number > layers.stop:
+            answers[id(layer)] = returns
+    for name in anatomy.before:
+        if not first and not (last and name in held):
+            answers[id(model.get_submodule(name))] = lambda _: border.blank()
+    for name in anatomy.after:
+        if not last:
+            answers[id(model.get_submodule(name))] = lambda hidden: hidden
+    # deepcopy takes what the memo says in place of a copy. The config stays one object for all stages.
+    memo: dict[int, Any] = {id(model.config): model.config}
+    memo.update({id(m): Substitute(m, answers[id(m)]) for m in model.modules() if id(m) in answers})
+    module = copy.deepcopy(model, memo)
+    _set_forward(module, border, first=first, last=last)
+    return Stage(
+        module=module,
+        index=index,
+        count=len(ranges),
+        layers=layers,
+        hidden_size=anatomy.hidden_size,
+        tied=tied if first or last else (),
+        border=border,
+    )
+
+
+def _set_forward(module: PreTrainedModel, border: Border, *, first: bool, last: bool) -> None:
+    """Give the module the forward of a stage. Non-last stages stop at the base model, before the head."""
+    body: Callable[..., Any] = module.forward if last or module.base_model is module else module.base_model
+
+    def forward(inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if first:
+            output = body(input_ids=inputs, use_cache=False, **kwargs)
+        else:
+            border.received = inputs
+            output = body(inputs_embeds=border.blank(), use_cache=False, **kwargs)
+        if not last:
+            return border.take()
+        border.received = None
+        return output.logits
+
+    module.forward = forward
+
+
+def _tied_over_the_ends(model: PreTrainedModel, anatomy: Anatomy) -> tuple[str, ...]:
+    """Parameters of `before` that a module of `after` shares. Raises ConfigError for ties of another kind."""
+
+    def place(name: str) -> str:
+        owner = name.rpartition(".")[0]
+        return "before" if owner in anatomy.before else "after" if owner in anatomy.after else "layers"
+
+    ties = tied_names(model)
+    for alias, owner in ties.items():
+        if (place(owner), place(alias)) not in (("before", "after"), ("before", "before"), ("after", "after")):
+            raise ConfigError(
+                f"model: {type(model).__name__} shares {owner} with {alias}, across pipeline stages; use parallel.pp=1"
+            )
+    return tuple(sorted({owner for alias, owner in ties.items() if place(owner) != place(alias)}))

@@ -1,0 +1,1 @@
+"""Tensor parallel: matrices cut over ranks, and the collectives between them."""

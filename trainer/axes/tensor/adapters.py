@@ -1,0 +1,68 @@
+"""Tensor parallel beside adapters: each pair of thin matrices is cut along the side that its layer is cut along.
+
+    layer cut into columns      x ------+--> [ W: columns ] ----------------------> (+) --> y, a part
+                                        |                                            ^
+                                        +--> [ A: whole ] --> [ B: columns ] --------+
+
+    layer cut into rows         x, -----+--> [ W: rows ] -- sum ------------------> (+) --> y
+                                a part  |                                            ^
+                                        +--> [ A: rows ] -- sum --> [ B: whole ] ----+
+
+Columns: A turns the same x into the same few features on every rank, but is told of a part of them only by each B,
+so its gradient is summed once per step. Rows: one more sum forward, of `rank` features for each token, and B works on
+whole ones; under sequence parallel on this rank's tokens, and then its gradient is a part too. Where a layer takes and
+returns whole features (routers, latent projections), its adapter is whole as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from trainer.axes.tensor.plans import match, split_style
+from trainer.model.weights import plain_name
+
+BESIDE = {
+    "colwise": ("adapter_before_columns", "{style}"),
+    "packed_colwise": ("adapter_before_columns", "{style}"),
+    "rowwise": ("rowwise", "adapter_after_rows"),
+    "replicated_with_grad_allreduce": ("{style}", "{style}"),
+}
+"""Style of a layer -> styles of its adapter's A and B. Beside all others both are whole."""
+
+
+def check_adapters(model: nn.Module) -> Iterator[str]:
+    """One line if adapters stand beside parameters that no linear layer holds, such as stacked experts: peft adds
+    their product to the parameter, which here is a part."""
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if base is not None and not isinstance(base, nn.Linear | Conv1D):
+            yield (
+                f"tuning.target_modules: {plain_name(name)} would get adapters and is no linear layer, and parallel.tp"
+                " cuts none but those of linear layers; name linear layers ([q_proj, v_proj]), or set parallel.tp=1"
+            )
+            return
+
+
+def styles_of(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """{name: style} for those names of modules and parameters that the plan, written for the model without adapters,
+    speaks of. What it says of a layer that has an adapter goes to the layer's parts."""
+    names = list(names)
+    plain = match(plan, {plain_name(name) for name in names})
+    styles = {name: style for name in names if (style := plain.get(plain_name(name)))}
+    for layer in (name.removesuffix(".base_layer") for name in names if name.endswith(".base_layer")):
+        style = styles.get(layer, "replicate")
+        if split_style(style)[0] == "mla_kv_a_proj":
+            # Some of its results go to every head: that must be said of the sum of layer and adapter.
+            del styles[f"{layer}.base_layer"]
+            continue
+        styles.pop(layer, None)
+        for matrix, beside in zip("AB", BESIDE.get(split_style(style)[0], ("replicate",) * 2), strict=True):
+            prefix = f"{layer}.lora_{matrix}."
+            modules = {
+                name.rpartition(".")[0] for name in names if name.startswith(prefix) and name.endswith(".weight")
+            }
+            styles |= dict.fromkeys(modules, beside.format(style=style))
+    return styles

@@ -1,0 +1,268 @@
+"""Tensor parallel: each rank holds a part of every layer's matrices and computes that part of every layer.
+
+    hidden states, the same on all ranks
+      |
+      +---> norm --- enter --> [ W1: columns ] --> own heads --> [ W2: rows ] --> leave: sum over the ranks ---+
+      |                        \\________________ a region: attention or MLP ________________/                  |
+      +--------------------------------------------- residual ----------------------------------------------> (+)
+
+Collectives: two all-reduces of the activation per layer forward (`leave` of attention and of the MLP), two backward
+(`enter` of each). With t ranks and n activation bytes each sends 2 (t-1)/t n: fast links only, so tp ranks are
+neighbours on a node. Stored per rank: 1/t of every matrix, its gradient and optimizer states, and of the activations
+inside regions. Edges and sequence parallel: `regions`, `collectives`. Embedding, head, loss: `vocabulary`.
+
+Every parameter becomes a DTensor on the tp axis: sharding, checkpoints, norms and optimizers read from it what is
+divided. The computation does not use DTensor: inside a layer each parameter stands for this rank's plain part, the
+model's own code runs on those, and only the edges of regions know of other ranks.
+
+Parameters that are whole on each rank but see only this rank's heads, or part of the sequence, get a part of their
+gradient. They are listed in `partial` and summed once per step, after the last micro-batch: a sum at each backward
+would count earlier micro-batches again. All tp ranks need the same data and the same random seed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from configs.errors import ConfigError, PlanError
+from trainer.axes.tensor import vocabulary
+from trainer.axes.tensor.adapters import check_adapters, styles_of
+from trainer.axes.tensor.collectives import Ranks
+from trainer.axes.tensor.plans import (
+    PLANS,
+    STYLES,
+    check_plan,
+    check_tensor,
+    match,
+    share_of,
+    split_style,
+)
+from trainer.axes.tensor.regions import Wiring, run_on_local_parts, wire_layer, wire_module
+from trainer.model.build import decoder_layers, held_layers
+from trainer.model.loss import cross_entropy_sum
+from trainer.model.weights import plain_name
+
+log = logging.getLogger(__name__)
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+KEY = "parallel.tensor_plan"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorParallel:
+    """What the training step must know of a model that tensor parallel has divided.
+
+    partial: names of the parameters whose gradients are summed over the tp ranks once per step.
+    loss: takes the place of `trainer.model.loss.cross_entropy_sum`; logits hold this rank's part of the vocabulary.
+    """
+
+    mesh: DeviceMesh
+    partial: tuple[str, ...]
+    loss: Loss
+
+    def reduce_partial_gradients(self, model: nn.Module) -> None:
+        """Complete the gradients of `partial`, after the last backward of the step. A collective, one in all.
+
+        Works on whatever piece of the gradient this rank holds, so also after data parallel has scattered it.
+        """
+        parameters = dict(model.named_parameters())
+        pieces = [_local(grad) for name in self.partial if (grad := parameters[name].grad) is not None]
+        if not pieces:
+            return
+        total = torch.cat([piece.reshape(-1) for piece in pieces]).to(self.mesh.device_type)
+        dist.all_reduce(total, group=self.mesh.get_group())
+        for piece, whole in zip(pieces, total.split([piece.numel() for piece in pieces]), strict=True):
+            piece.copy_(whole.view_as(piece))
+
+
+def tensor_plan(model: PreTrainedModel, user_plan: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The plan of a whole model: transformers' or ours for its architecture, `user_plan` laid over it.
+
+    Raises ConfigError for an architecture without a plan, for entries of the user that say nothing, and for adapters
+    that cannot be cut.
+    """
+    names = [plain_name(name) for name in _names(model)]
+    user_plan = dict(user_plan or {})
+    problems = [*check_adapters(model), *check_plan(user_plan, KEY)]
+    problems += [
+        f"{KEY}.{pattern}={style}: {type(model).__name__} has nothing of this name; its modules are printed by"
+        " print(model), a layer's number is written *"
+        for pattern, style in user_plan.items()
+        if not match({pattern: style}, names)
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    plan = {**(model.tp_plan or {}), **PLANS.get(model.config.model_type, {})}
+    ends = ((model.get_input_embeddings(), "embedding_rowwise"), (model.get_output_embeddings(), "vocabulary"))
+    plan |= {name: style for name, module in model.named_modules() for end, style in ends if module is end}
+    plan |= user_plan
+    used = {pattern: style for pattern, style in plan.items() if match({pattern: style}, names)}
+    if unknown := [f"{line}, or parallel.tp=1" for line in check_plan(used, KEY)]:
+        raise ConfigError(*unknown)
+    layers = [name for name, module in model.named_modules() if module is decoder_layers(model)]
+    inside = match(used, (name for name in names if name.startswith(f"{layers[0]}.")))
+    if all(STYLES[split_style(style)[0]].cut == "none" for style in inside.values()):
+        raise ConfigError(
+            f"parallel.tp: neither transformers nor this trainer has a tensor-parallel plan for"
+            f" {model.config.model_type}; use parallel.tp=1, or give one:"
+            f" parallel.tensor_plan={{'{layers[0]}.*.NAME': colwise, '{layers[0]}.*.NAME': rowwise}}"
+        )
+    return used
+
+
+def apply_tensor_parallel(
+    model: PreTrainedModel, plan: Mapping[str, str], tp_mesh: DeviceMesh, *, sequence_parallel: bool
+) -> TensorParallel:
+    """Divide the model over the ranks of `tp_mesh`, in place, and log it. See `divide`."""
+    result = divide(model, plan, tp_mesh, sequence_parallel=sequence_parallel)
+    parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
+    log.info(
+        "tensor parallel: over %d ranks, %.1f M of %.1f M parameters divided%s, %d gradients summed once per step",
+        tp_mesh.size(),
+        sum(p.numel() for p in parameters if not p.placements[0].is_replicate()) / 1e6,
+        sum(p.numel() for p in parameters) / 1e6,
+        ", norms and residuals along the sequence" if sequence_parallel else "",
+        len(result.partial),
+    )
+    return result
+
+
+def divide(
+    model: PreTrainedModel, plan: Mapping[str, str], tp_mesh: DeviceMesh, *, sequence_parallel: bool
+) -> TensorParallel:
+    """Divide the parameters (on meta, or real and the same on all ranks) and wire the forwards.
+
+    The model may be one stage of a pipeline. Raises PlanError where sizes do not divide.
+    """
+    config, size = model.config.get_text_config(), tp_mesh.size()
+    if problems := list(check_tensor(config.to_dict(), size, sequence_parallel and size > 1, size)):
+        raise PlanError(*problems)
+    wiring = Wiring(
+        ranks=Ranks(tp_mesh.get_group()),
+        styles=styles_of(plan, _names(model)),
+        sequence_parallel=sequence_parallel,
+        rope_dim=getattr(config, "qk_rope_head_dim", None),
+    )
+    _divide_attributes(model, wiring)
+    _copy_key_value_heads(model, wiring)
+    _distribute(model, wiring, tp_mesh)
+    _wire(model, wiring)
+    divided_logits = any(split_style(style)[0] == "vocabulary" for style in plan.values())
+    loss = vocabulary.cross_entropy_sum(wiring.ranks, config.vocab_size) if divided_logits else cross_entropy_sum
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return TensorParallel(mesh=tp_mesh, partial=tuple(sorted(wiring.partial & trained)), loss=loss)
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Of all modules and parameters."""
+    return [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
+
+
+def _divide_attributes(model: nn.Module, wiring: Wiring) -> None:
+    """Sizes that the model's code reads from an attribute instead of from the tensor it works on."""
+    for name, style in wiring.styles.items():
+        word, argument = split_style(style)
+        if word != "divide":
+            continue
+        module = model.get_submodule(name)
+        for attribute in argument.split(","):
+            value = getattr(module, attribute, None)
+            if not isinstance(value, int) or value % wiring.ranks.size:
+                raise PlanError(
+                    f"{KEY}.{name}={style}: {type(module).__name__}.{attribute} is {value}, which"
+                    f" parallel.tp={wiring.ranks.size} does not divide; change either"
+                )
+            setattr(module, attribute, value // wiring.ranks.size)
+
+
+def _copy_key_value_heads(model: nn.Module, wiring: Wiring) -> None:
+    """Fewer key-value heads than ranks: every rank keeps the whole matrix and computes the one head that its query
+    heads need. Ranks that share a head each see a part of its gradient."""
+    for name, attention in model.named_modules():
+        groups, head_dim = getattr(attention, "num_key_value_groups", None), getattr(attention, "head_dim", None)
+        if not isinstance(groups, int) or not isinstance(head_dim, int):
+            continue
+        for leaf in ("k_proj", "v_proj"):
+            projection = getattr(attention, leaf, None)
+            # An adapter's second matrix has the projection's columns too.
+            for full, matrix in projection.named_modules(prefix=f"{name}.{leaf}") if projection else ():
+                if isinstance(matrix, nn.Linear) and wiring.style(full) == "colwise":
+                    copies = _copies(full, matrix, head_dim, wiring)
+                    attention.num_key_value_groups = groups // copies  # pyright: ignore[reportArgumentType]
+
+
+def _copies(name: str, projection: nn.Linear, head_dim: int, wiring: Wiring) -> int:
+    """On how many ranks each head of this projection is computed. More than one: it stays whole, in slices."""
+    heads, size = projection.out_features // head_dim, wiring.ranks.size
+    if heads % size == 0:
+        return 1
+    if size % heads:
+        raise PlanError(f"parallel.tp={size}: {name} has {heads} key-value heads; use a divisor or a multiple")
+    head = wiring.ranks.rank * heads // size
+    for leaf, _ in projection.named_parameters():
+        wiring.slices[f"{name}.{leaf}"] = slice(head * head_dim, (head + 1) * head_dim)
+        wiring.partial.add(f"{name}.{leaf}")
+    return size // heads
+
+
+def _distribute(model: nn.Module, wiring: Wiring, mesh: DeviceMesh) -> None:
+    """Make every parameter a DTensor. One that has two names (tied embeddings) stays one object."""
+    made: dict[int, tuple[nn.Parameter, str]] = {}
+    for name, module in model.named_modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            full = f"{name}.{leaf}" if name else leaf
+            placement = _placement(module, full, leaf, parameter, wiring)
+            if id(parameter) not in made:
+                value = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+                made[id(parameter)] = (nn.Parameter(value, requires_grad=parameter.requires_grad), full)
+            shared, owner = made[id(parameter)]
+            if isinstance(shared.data, DTensor) and shared.data.placements[0] != placement:
+                raise ConfigError(f"{KEY}: {full} and {owner} are one tied parameter; give both the same cut")
+            module._parameters[leaf] = shared
+
+
+def _placement(module: nn.Module, full: str, leaf: str, parameter: nn.Parameter, wiring: Wiring) -> Placement:
+    if full in wiring.slices:
+        return Replicate()
+    style = wiring.styles.get(full) or wiring.styles.get(full.removesuffix(f".{leaf}"))
+    share = share_of(style, leaf, parameter.ndim, transposed=isinstance(module, Conv1D))
+    if share.dim is None:
+        return Replicate()
+    length, pieces = parameter.shape[share.dim], wiring.ranks.size * share.parts
+    if length % pieces and STYLES[split_style(style or "")[0]].cut != "vocabulary":
+        raise PlanError(
+            f"parallel.tp={wiring.ranks.size}: {full} has {length} features to divide, not a multiple of {pieces}"
+        )
+    # Torch keeps this placement private, and its own FSDP2 stores parameters in it. Checkpoints must not: to them a
+    # piece is one block.
+    return _StridedShard(share.dim, split_factor=share.parts) if share.parts > 1 else Shard(share.dim)
+
+
+def _wire(model: nn.Module, wiring: Wiring) -> None:
+    held = held_layers(model)
+    inside = {id(module) for layer in held for module in layer.modules()}
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in held:
+        wire_layer(layer, names[id(layer)], wiring, first=layer is held[0], last=layer is held[-1])
+    for name, module in model.named_modules():
+        if id(module) in inside or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if wiring.style(name) == "embedding_rowwise" and isinstance(module, nn.Embedding):
+            module.forward = vocabulary.embedding_forward(module, wiring.ranks)
+        else:
+            wire_module(module, name, wiring, entered=False, sequence=False)
+        module.forward = run_on_local_parts(module, name, wiring, recurse=False)
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -1,0 +1,202 @@
+"""Start-up check of a tensor-parallel plan: the divided model against the plain one, small and in float64.
+
+A wrong plan seldom crashes: a matrix cut on the wrong side, a gradient summed twice or not at all trains, to a worse
+model. So before the run a copy of the architecture with its own ratio of heads, shrunk to a few small layers, is
+computed both ways on the tensor-parallel ranks: loss and every gradient must agree. Takes a second or two.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from configs.choices import TuningMethod
+from configs.errors import ConfigError
+from configs.schema import Tuning
+from trainer.axes.tensor.apply import divide
+from trainer.linear.adapter_targets import find_targets
+from trainer.linear.tuning import insert_adapters
+from trainer.model.loss import cross_entropy_sum
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-5
+"""Relative to the largest gradient. Sums in another order differ by 1e-15; architectures that compute norms or routers
+in float32 whatever the model's dtype by 1e-7; a wrong plan by 1e-2 and more."""
+SEED = 1234
+
+
+def self_check(
+    config: PretrainedConfig,
+    plan: Mapping[str, str],
+    tp_mesh: DeviceMesh,
+    *,
+    sequence_parallel: bool,
+    tuning: Tuning | None = None,
+) -> None:
+    """Raise ConfigError, on all tensor-parallel ranks, if the plan changes what the model computes. A collective.
+
+    tuning: adapters that the model has; in the copy everything is trained, the model beneath them too.
+
+    For a plan that `apply_tensor_parallel` has accepted for the model itself: here sizes are others. An architecture
+    whose shrunk copy cannot be computed at all is left unchecked, with a warning.
+    """
+    devices = [torch.cuda.current_device()] if tp_mesh.device_type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(SEED)
+        try:
+            plain, ids = _plain_model(config, tp_mesh, tuning)
+            divided = copy.deepcopy(plain)
+            tensor_parallel = divide(divided, plan, tp_mesh, sequence_parallel=sequence_parallel)
+            labels = ids.roll(-1, dims=1)
+            expected = _loss_and_gradients(plain, ids, labels, cross_entropy_sum)
+        except Exception as error:  # a config in miniature may break any rule of its architecture
+            log.warning("tensor plan not checked: a small %s does not run: %s", config.model_type, _first_line(error))
+            return
+        try:
+            loss = _loss_and_gradients(divided, ids, labels, tensor_parallel.loss)
+            tensor_parallel.reduce_partial_gradients(divided)
+            problem = _difference(expected, loss, plain, divided)
+        except Exception as error:  # the model's own code, on shapes that do not fit it
+            problem = f"the divided model does not run: {_first_line(error)}"
+    del plain, divided, tensor_parallel
+    # Replaced forwards refer to their modules in circles: until the collector came by, the copies would stay.
+    gc.collect()
+    problems: list[str] = [""] * tp_mesh.size()
+    dist.all_gather_object(problems, problem, group=tp_mesh.get_group())
+    if found := next(filter(None, problems), None):
+        off = "set parallel.sequence_parallel=false or " if sequence_parallel else ""
+        raise ConfigError(f"parallel.tensor_plan: wrong for {config.model_type}: {found}; {off}correct the plan")
+
+
+def _difference(expected: torch.Tensor, loss: torch.Tensor, plain: nn.Module, divided: nn.Module) -> str:
+    """What the divided model computes differently, in words; empty if nothing."""
+    if not torch.allclose(loss, expected, rtol=TOLERANCE):
+        return f"the loss is {loss.item():.6f} instead of {expected.item():.6f}"
+    return _wrong_gradients(plain, divided)
+
+
+def _wrong_gradients(plain: nn.Module, divided: nn.Module) -> str:
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    largest = max(grad.abs().max() for grad in expected.values())
+    wrong = []
+    for name, parameter in divided.named_parameters():
+        grad = parameter.grad
+        if (grad is None) != (name not in expected):
+            wrong.append(name)
+        elif isinstance(grad, DTensor):
+            want = distribute_tensor(expected[name], grad.device_mesh, grad.placements, src_data_rank=None).to_local()
+            if want.numel() and (want - grad.to_local()).abs().max() > TOLERANCE * largest:
+                wrong.append(name)
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f"wrong gradient of {', '.join(wrong[:3])}{more}" if wrong else ""
+
+
+def _loss_and_gradients(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, loss: Any) -> torch.Tensor:
+    total = loss(model(input_ids=ids, use_cache=False).logits, labels)
+    total.backward()
+    return total.detach()
+
+
+def _plain_model(
+    config: PretrainedConfig, tp_mesh: DeviceMesh, tuning: Tuning | None
+) -> tuple[PreTrainedModel, torch.Tensor]:
+    """A shrunk model with random values everywhere (a bias of zero would hide its errors), and token ids for it."""
+    size = tp_mesh.size()
+    small = shrink(config, size)
+    attention = config._attn_implementation
+    model = AutoModelForCausalLM.from_config(
+        small, dtype=torch.float64, attn_implementation=attention if attention in ("sdpa", "eager") else None
+    )
+    # Packed kernels for experts have no float64.
+    model.config._experts_implementation = "eager"
+    model.tie_weights()
+    if tuning and tuning.method is not TuningMethod.full:
+        insert_adapters(model, tuning, find_targets(model, tuning.target_modules, strict=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 4 * size))
+    return model.eval().to(tp_mesh.device_type), ids.to(tp_mesh.device_type)
+
+
+def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> PretrainedConfig:
+    """The same architecture with few (or, `whole_depth`, all) and narrow layers; what `tp` divides and what it does not
+    stays so."""
+    fields, names = config.to_dict(), config.attribute_map
+    # Made of the other fields, by layers that are not all there.
+    fields.pop("per_layer_config", None)
+
+    def get(name: str) -> Any:
+        return fields.get(names.get(name, name))
+
+    heads = get("num_attention_heads")
+    # Latent attention has sizes of its own, and as many key-value heads as heads.
+    latent = get("qk_rope_head_dim") is not None
+    kv_heads = heads if latent else get("num_key_value_heads") or heads
+    small_kv_heads = tp if kv_heads % tp == 0 else kv_heads
+    groups = 1 if heads == kv_heads else 2 * max(1, tp // small_kv_heads)
+    small_heads, head_dim = small_kv_heads * groups, 16
+    sizes = {
+        "num_attention_heads": small_heads,
+        "num_key_value_heads": small_kv_heads,
+        **({} if latent else {"head_dim": head_dim}),
+        "hidden_size": small_heads * head_dim,
+        "word_embed_proj_dim": small_heads * head_dim,
+        "vocab_size": 16 * tp - (1 if get("vocab_size") % tp else 0),
+        **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner"), 16 * tp),
+        "shared_expert_intermediate_size": 16 * tp,
+        "vocab_size_per_layer_input": 16 * tp,
+        "hidden_size_per_layer_input": 16,
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+        **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+        "num_experts_per_tok": 2,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
+    }
+    small = {names.get(name, name): value for name, value in sizes.items() if get(name) is not None}
+    # Its width in the real model may exceed a whole head here.
+    if isinstance(fields.get("rotary_dim"), int):
+        small["rotary_dim"] = head_dim // 2
+    layers = {} if whole_depth else _few_layers(config, names)
+    return type(config)(**{**fields, **small, **layers, **_plain_rotary(fields)})
+
+
+def _few_layers(config: PretrainedConfig, names: Mapping[str, str]) -> dict[str, Any]:
+    """Two layers, or one of each kind where the config lists the layers' kinds."""
+    fields, count = config.to_dict(), config.num_hidden_layers
+    kinds = fields.get("layer_types") or []
+    first_of_kind = {kinds.index(kind) for kind in kinds}
+    chosen = sorted(first_of_kind | set(range(min(2, count))))
+    lists = {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == count}
+    return {
+        names.get("num_hidden_layers", "num_hidden_layers"): len(chosen),
+        **{name: [value[layer] for layer in chosen] for name, value in lists.items()},
+    }
+
+
+def _plain_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Some long-context scalings of rotary embeddings list a factor for each pair of features of a full-size head."""
+    kept = ("rope_theta", "partial_rotary_factor")
+
+    def plain(value: dict[str, Any]) -> dict[str, Any]:
+        if any(isinstance(inner, dict) for inner in value.values()):
+            return {name: plain(inner) if isinstance(inner, dict) else inner for name, inner in value.items()}
+        if not any(isinstance(inner, list) for inner in value.values()):
+            return value
+        return {"rope_type": "default", **{name: value[name] for name in kept if name in value}}
+
+    rotary = fields.get("rope_parameters")
+    return {"rope_parameters": plain(rotary)} if isinstance(rotary, dict) else {}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

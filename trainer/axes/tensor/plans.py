@@ -1,0 +1,214 @@
+"""Tensor parallel, the tables: which matrix is cut along which side, for which architecture. No torch.
+
+A plan maps names of modules or parameters (`*` stands for a layer's number) to a style. Hugging Face ships such
+plans with most decoders; those it has none for stand in PLANS below, and `parallel.tensor_plan` adds to both.
+
+    y = x W1 W2         W1 cut into columns ("colwise")         W2 cut into rows ("rowwise")
+
+    rank 0              x --[ W1a ]--> a part of the features --[ W2a ]--> a partial sum --\\
+    rank 1              x --[ W1b ]--> the other part         --[ W2b ]--> a partial sum ---+--> y on both ranks
+
+The nonlinearity between the two works on single features (an activation) or single heads (attention), so nothing
+needs to cross before the sum. Shoeybi et al. 2019, Megatron-LM. What each style does at run time: `tensor`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.plan.model_fields import sizes
+
+Side = Literal["output", "input", "vocabulary", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Style:
+    """cut: the side of the matrix that is divided; `none`: every rank holds all of it. about: one phrase."""
+
+    cut: Side
+    about: str
+
+
+STYLES: dict[str, Style] = {
+    "colwise": Style(cut="output", about="output features divided; the result stays divided"),
+    "rowwise": Style(cut="input", about="input features divided; the partial results are summed"),
+    "packed_colwise": Style(cut="output", about="colwise for N matrices in one, each divided on its own (:N, or 2)"),
+    "packed_rowwise": Style(cut="input", about="packed_colwise for stacked experts stored [expert, in, out]"),
+    "colwise_gather_output": Style(cut="output", about="colwise, the result gathered"),
+    "rowwise_split_input": Style(cut="input", about="rowwise on a whole input"),
+    "embedding_rowwise": Style(cut="vocabulary", about="embedding: each rank looks up its part of the vocabulary"),
+    "vocabulary": Style(
+        cut="vocabulary", about="head: each rank scores its part of the vocabulary; logits stay divided"
+    ),
+    "moe_tp_experts": Style(cut="none", about="each rank computes its part of every expert; results are summed"),
+    "moe_identity_expert": Style(cut="none", about="an expert that returns its input, counted once"),
+    "mla_kv_a_proj": Style(cut="none", about="latent attention's first projection, whole on every rank"),
+    "replicated_with_grad_allreduce": Style(cut="none", about="whole on every rank, used on this rank's heads"),
+    "adapter_before_columns": Style(cut="none", about="whole on every rank, before a colwise part of an adapter"),
+    "adapter_after_rows": Style(cut="none", about="whole on every rank, after the sum of an adapter's rowwise part"),
+    "divide": Style(cut="none", about="a module's integer attributes (:name,name) are divided by tp"),
+    "local_params": Style(cut="none", about="holds parameters with entries of their own"),
+    "replicate": Style(cut="none", about="whole on every rank"),
+}
+"""Hugging Face's words, and ours: `vocabulary`, `divide` and ADAPTERS."""
+
+ADAPTERS = {"adapter_before_columns", "adapter_after_rows"}
+"""Follow from the plan of the layer (`tensor_adapters`); no plan says them."""
+
+ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
+
+PLANS: dict[str, dict[str, str]] = {
+    # transformers' own plan passes over the activation's learned slopes, which see only this rank's features.
+    "apertus": {"model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
+    "gpt2": {
+        "transformer.h.*.attn": "divide:split_size",
+        "transformer.h.*.attn.c_attn": "packed_colwise:3",
+        "transformer.h.*.attn.c_proj": "rowwise",
+        "transformer.h.*.mlp.c_fc": "colwise",
+        "transformer.h.*.mlp.c_proj": "rowwise",
+    },
+    "gpt_neo": {
+        "transformer.h.*.attn.attention": "divide:num_heads",
+        "transformer.h.*.attn.attention.q_proj": "colwise",
+        "transformer.h.*.attn.attention.k_proj": "colwise",
+        "transformer.h.*.attn.attention.v_proj": "colwise",
+        "transformer.h.*.attn.attention.out_proj": "rowwise",
+        "transformer.h.*.mlp.c_fc": "colwise",
+        "transformer.h.*.mlp.c_proj": "rowwise",
+    },
+    "gptj": {
+        "transformer.h.*.attn": "divide:num_attention_heads",
+        "transformer.h.*.attn.q_proj": "colwise",
+        "transformer.h.*.attn.k_proj": "colwise",
+        "transformer.h.*.attn.v_proj": "colwise",
+        "transformer.h.*.attn.out_proj": "rowwise",
+        "transformer.h.*.mlp.fc_in": "colwise",
+        "transformer.h.*.mlp.fc_out": "rowwise",
+    },
+    "opt": {
+        "model.decoder.layers.*.self_attn": "divide:num_heads",
+        "model.decoder.layers.*.self_attn.q_proj": "colwise",
+        "model.decoder.layers.*.self_attn.k_proj": "colwise",
+        "model.decoder.layers.*.self_attn.v_proj": "colwise",
+        "model.decoder.layers.*.self_attn.out_proj": "rowwise",
+        "model.decoder.layers.*.fc1": "colwise",
+        "model.decoder.layers.*.fc2": "rowwise",
+    },
+    "stablelm": {
+        "model.layers.*.self_attn": "divide:num_heads,num_key_value_heads",
+        "model.layers.*.self_attn.q_proj": "colwise",
+        "model.layers.*.self_attn.k_proj": "colwise",
+        "model.layers.*.self_attn.v_proj": "colwise",
+        "model.layers.*.self_attn.o_proj": "rowwise",
+        "model.layers.*.mlp.gate_proj": "colwise",
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+    },
+}
+"""By model_type; entries go over those of transformers. Attributes to `divide` are sizes that the model's code reads
+instead of the tensor's own shape."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """How a parameter is cut. dim: the dimension that is divided, None if every rank holds all of it. parts: blocks
+    along it, each divided on its own (3 for query, key and value in one matrix)."""
+
+    dim: int | None = None
+    parts: int = 1
+
+
+def split_style(style: str) -> tuple[str, str]:
+    """A style's name and its argument: "packed_colwise:3" -> ("packed_colwise", "3")."""
+    name, _, argument = style.partition(":")
+    return ALIASES.get(name, name), argument
+
+
+def check_plan(plan: Mapping[str, str], key: str) -> Iterator[str]:
+    """One line for each style that does not exist. key: where the plan comes from, for the message."""
+    known = sorted(STYLES.keys() - ADAPTERS)
+    for pattern, style in plan.items():
+        name, argument = split_style(style)
+        if name not in known:
+            yield f"{key}.{pattern}={style}: there is no such style; use one of {', '.join(known)}"
+        elif name.startswith("packed"):
+            if not re.fullmatch(r"|[1-9]\d*", argument):
+                yield f"{key}.{pattern}={style}: takes the number of packed matrices; use {name}:3"
+        elif (name == "divide") != bool(argument):
+            yield f"{key}.{pattern}={style}: only divide takes names, and it needs one; use divide:num_heads"
+
+
+def match(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """{name: style} for those names of modules and parameters that the plan speaks of."""
+    found = {name: plan.get(name) or plan.get(wildcard(name)) for name in names}
+    return {name: style for name, style in found.items() if style}
+
+
+def wildcard(name: str) -> str:
+    """A name with `*` for numbers: model.layers.3.mlp -> model.layers.*.mlp."""
+    return ".".join("*" if word.isdigit() else word for word in name.split("."))
+
+
+def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = False) -> Share:
+    """How a style cuts one parameter of its module.
+
+    leaf: the parameter's own name; a bias has the output side only. transposed: stored [in, out] (GPT-2's Conv1D)
+    instead of [out, in]. Stacked experts [expert, out, in] are cut as their matrices are.
+    """
+    name, argument = split_style(style or "replicate")
+    cut = STYLES[name].cut
+    parts = int(argument or 2) if name.startswith("packed") else 1
+    one_sided = ndim == 1 or leaf.endswith("bias")
+    if cut == "none" or (one_sided and cut == "input"):
+        return Share()
+    if cut == "vocabulary":
+        return Share(dim=0)
+    if one_sided:
+        return Share(dim=ndim - 1, parts=parts)
+    output, input_ = (ndim - 1, ndim - 2) if transposed else (ndim - 2, ndim - 1)
+    return Share(dim=output if cut == "output" else input_, parts=parts)
+
+
+def check_tensor(fields: Mapping[str, Any], tp: int, sequence_parallel: bool, seq_len: int) -> Iterator[str]:
+    """Sizes that cannot be divided over `tp` ranks, one line each.
+
+    fields: of the Hugging Face config, as far as they are known. seq_len: tokens of one rank's sequence.
+    """
+    if tp == 1:
+        if sequence_parallel:
+            yield (
+                "parallel.sequence_parallel=true: divides sequences over the tensor-parallel ranks, parallel.tp is 1;"
+                " set it to false"
+            )
+        return
+    known = sizes(fields)
+    heads, kv_heads = known.heads, known.key_value_heads
+    if heads and heads % tp:
+        yield f"parallel.tp={tp}: does not divide the {heads} attention heads; use {_divisors(heads)}"
+    elif kv_heads and kv_heads % tp and tp % kv_heads:
+        yield (
+            f"parallel.tp={tp}: the {kv_heads} key-value heads can be neither divided by it nor copied a whole number"
+            f" of times; use a divisor or a multiple of {kv_heads}"
+        )
+    width = _first(fields, "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
+    if width and width % tp:
+        yield f"parallel.tp={tp}: does not divide the MLP's {width} features; use {_divisors(width)}"
+    vocabulary = known.vocabulary
+    if vocabulary and (tp - 1) * -(-vocabulary // tp) >= vocabulary:
+        yield f"parallel.tp={tp}: leaves a rank without any of the {vocabulary} words; use a smaller parallel.tp"
+    if sequence_parallel and seq_len % tp:
+        yield (
+            f"data.seq_len={seq_len}: parallel.sequence_parallel=true splits it over parallel.tp={tp};"
+            f" use a multiple of {tp}, such as {max(tp, seq_len // tp * tp)}"
+        )
+
+
+def _first(fields: Mapping[str, Any], *names: str) -> int | None:
+    return next((fields[name] for name in names if isinstance(fields.get(name), int)), None)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(number, 64) + 1) if number % n == 0)

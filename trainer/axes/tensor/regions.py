@@ -1,0 +1,214 @@
+"""Tensor and sequence parallel inside a decoder layer: where the ranks part, and where they meet again.
+
+    tensor parallel                   hidden states: whole, the same on every rank
+        norm -> enter [ attention ] leave -> + -> norm -> enter [ MLP ] leave -> +
+
+    with sequence parallel            hidden states: this rank's seq_len / t tokens of every sequence
+        norm -> enter_sequence [ attention ] leave_sequence -> + -> norm -> enter_sequence [ MLP ] leave_sequence -> +
+
+A region is a child of the layer that holds divided matrices. Sequence parallel (Korthikanti et al. 2022) moves the
+same bytes and keeps norms, dropout and residuals, which every rank would otherwise compute and store alike, at 1/t.
+The stage's first layer splits the hidden states and its last one joins them, so that embedding, masks, rotary tables,
+final norm, head and the neighbouring stages see whole sequences.
+
+Not every region can be entered once for all its matrices: where a part of it is whole on every rank (a router, a
+latent projection), the gradient of that part is whole already and must not be summed. Such a region is entered at each
+divided matrix, and under sequence parallel it runs on joined sequences and splits its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from configs.errors import ConfigError
+from trainer.axes.tensor.collectives import Ranks
+from trainer.axes.tensor.plans import ADAPTERS, STYLES, split_style
+
+Forward = Callable[..., Any]
+Kind = Literal["nothing", "norm", "divided", "whole"]
+DIVIDED = {"colwise", "packed_colwise", "rowwise", "replicated_with_grad_allreduce", "divide"} | ADAPTERS
+"""Styles of a region that is divided throughout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wiring:
+    """What the edges need to know. styles: by name of module or parameter. slices: rows of a whole parameter that
+    this rank uses. partial: collects the names of parameters whose gradient is a part."""
+
+    ranks: Ranks
+    styles: Mapping[str, str]
+    sequence_parallel: bool
+    rope_dim: int | None = None
+    slices: dict[str, slice] = field(default_factory=dict)
+    partial: set[str] = field(default_factory=set)
+
+    def style(self, name: str) -> str:
+        return split_style(self.styles.get(name, "replicate"))[0]
+
+
+def wire_layer(layer: nn.Module, name: str, wiring: Wiring, *, first: bool, last: bool) -> None:
+    """Replace the forwards of a decoder layer and its regions. first, last: of the layers on this stage."""
+    ranks, sequence = wiring.ranks, wiring.sequence_parallel
+    if sequence:
+        wiring.partial.update(f"{name}.{leaf}" for leaf in _own(layer))
+    for child_name, child in layer.named_children():
+        full = f"{name}.{child_name}"
+        kind = _kind(child, full, wiring)
+        divided = kind == "divided"
+        if kind == "norm" and sequence:
+            wiring.partial.update(f"{full}.{leaf}" for leaf, _ in child.named_parameters())
+        for module_name, module in child.named_modules(prefix=full):
+            wire_module(module, module_name, wiring, entered=divided, sequence=sequence and divided)
+        if divided and any(
+            wiring.style(n) in ("colwise", "packed_colwise") for n, _ in child.named_modules(prefix=full)
+        ):
+            child.forward = _edges(child.forward, ranks.enter_sequence if sequence else ranks.enter)
+        elif kind == "whole" and sequence:
+            child.forward = _edges(child.forward, ranks.join, ranks.split)
+    forward = run_on_local_parts(layer, name, wiring)
+    if sequence:
+        forward = _edges(forward, ranks.split if first else None, ranks.join if last else None)
+    layer.forward = forward
+
+
+def wire_module(module: nn.Module, name: str, wiring: Wiring, *, entered: bool, sequence: bool) -> None:
+    """Give a planned module the edges of its style. entered: its input has passed `enter` already. sequence: its sum
+    leaves divided along the sequence."""
+    ranks, style = wiring.ranks, wiring.style(name)
+    if style in ("colwise", "packed_colwise", "vocabulary"):
+        if isinstance(module, Conv1D):
+            # Conv1D shapes its result by this number instead of the weight's.
+            module.nf = -1
+        if not entered:
+            module.forward = _edges(module.forward, ranks.enter)
+    elif style == "colwise_gather_output":
+        module.forward = _edges(module.forward, ranks.enter, lambda y: ranks.join(y, dim=-1))
+    elif style in ("rowwise", "rowwise_split_input"):
+        leave = ranks.leave_sequence if sequence else ranks.leave
+        if sequence and "bias" in _own(module):
+            wiring.partial.add(f"{name}.bias")
+        module.forward = _row_forward(module, leave)
+        if style == "rowwise_split_input":
+            module.forward = _edges(module.forward, lambda x: ranks.split(x, dim=-1))
+    elif (
+        style == "replicated_with_grad_allreduce"
+        or (style == "adapter_before_columns" and entered)
+        or (style == "adapter_after_rows" and sequence)
+    ):
+        wiring.partial.update(f"{name}.{leaf}" for leaf in _own(module))
+    elif style == "moe_tp_experts":
+        module.forward = _experts_forward(module.forward, ranks)
+    elif style == "moe_identity_expert":
+        # The sum over ranks that follows the experts would count it once for each.
+        module.forward = _edges(module.forward, lambda x: x / ranks.size)
+    elif style == "mla_kv_a_proj":
+        module.forward = _latent_forward(module.forward, ranks, wiring.rope_dim)
+
+
+def run_on_local_parts(module: nn.Module, name: str, wiring: Wiring, *, recurse: bool = True) -> Forward:
+    """The module's forward, during which each parameter in it stands for this rank's plain part of it.
+
+    The parameters are looked up at each call: sharding exchanges them between calls.
+    """
+    inner = module.forward
+    places = [
+        (owner._parameters, leaf, wiring.slices.get(f"{owner_name}.{leaf}"))
+        for owner_name, owner in (module.named_modules(prefix=name) if recurse else [(name, module)])
+        for leaf in _own(owner)
+    ]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kept = [(table, leaf, table[leaf]) for table, leaf, _ in places]
+        try:
+            for (table, leaf, rows), (_, _, parameter) in zip(places, kept, strict=True):
+                part: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                table[leaf] = part if rows is None else part[rows]
+            return inner(*args, **kwargs)
+        finally:
+            for table, leaf, parameter in kept:
+                table[leaf] = parameter
+
+    return forward
+
+
+def _kind(child: nn.Module, name: str, wiring: Wiring) -> Kind:
+    """norm: works on each token by itself. divided: every parameter belongs to a divided matrix or head. whole: at
+    least one parameter is whole and may see other tokens."""
+    owned = {
+        full if (full := f"{owner_name}.{leaf}") in wiring.styles else owner_name
+        for owner_name, owner in child.named_modules(prefix=name)
+        for leaf in _own(owner)
+    }
+    if not owned:
+        return "nothing"
+    planned = {module_name for module_name, _ in child.named_modules(prefix=name) if module_name in wiring.styles}
+    styles = {wiring.style(each) for each in owned | planned}
+    if all(STYLES[style].cut == "none" for style in styles):
+        return "norm" if all(p.ndim <= 1 for p in child.parameters()) else "whole"
+    return "divided" if styles <= DIVIDED else "whole"
+
+
+def _edges(inner: Forward, before: Forward | None = None, after: Forward | None = None) -> Forward:
+    """`inner` with its hidden states passed through `before`, and those it returns through `after`."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            if args:
+                args = (before(args[0]), *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": before(kwargs["hidden_states"])}
+        result = inner(*args, **kwargs)
+        if after is None:
+            return result
+        return (after(result[0]), *result[1:]) if isinstance(result, tuple) else after(result)
+
+    return forward
+
+
+def _row_forward(module: Any, leave: Forward) -> Forward:
+    """A matrix of which each rank holds rows: partial product, sum, and the bias once, after the sum."""
+    transposed = isinstance(module, Conv1D)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        weight = module.weight.t() if transposed else module.weight
+        total = leave(F.linear(x, weight))
+        return total if module.bias is None else total + module.bias
+
+    return forward
+
+
+def _experts_forward(inner: Forward, ranks: Ranks) -> Forward:
+    """Called with (hidden_states, expert indices, expert weights): the router's weights are used on each rank for its
+    part of every expert, so their gradient is a sum over ranks, as that of the hidden states is."""
+
+    def forward(hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        indices, weights, rest = routing[:1], routing[1:2], routing[2:]
+        return ranks.leave(inner(ranks.enter(hidden_states), *indices, *map(ranks.enter, weights), *rest))
+
+    return forward
+
+
+def _latent_forward(inner: Forward, ranks: Ranks, rope_dim: int | None) -> Forward:
+    """The first projection of latent attention (DeepSeek-V2): its last `rope_dim` features go to every head, and each
+    rank has only some heads; the others pass a further projection, which is entered by itself."""
+    if rope_dim is None:
+        raise ConfigError("parallel.tensor_plan: mla_kv_a_proj needs a model config with qk_rope_head_dim")
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        latent, rope = inner(x).tensor_split([-rope_dim], dim=-1)
+        return torch.cat([latent, ranks.enter(rope)], dim=-1)
+
+    return forward
+
+
+def _own(module: nn.Module) -> Iterator[str]:
+    """Names of the parameters that the module holds itself."""
+    return (leaf for leaf, parameter in module._parameters.items() if parameter is not None)

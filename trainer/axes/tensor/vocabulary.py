@@ -1,0 +1,117 @@
+"""Vocabulary parallel: embedding, head and loss, each rank with its own part of the words.
+
+                       rank 0: words 0..V/t            rank 1: words V/t..2V/t        ...
+    embedding          rows of its own words,          the same, for its words        --all-reduce--> hidden states
+                       zero for all others
+    head               logits [B, S, V/t]              logits [B, S, V/t]             stay where they are
+    loss               max, sum of exponentials, the label's logit, each [B, S]       --2 all-reduces--> loss
+
+The logits are the largest activation of a small model (V words for each token) and never leave their rank: the loss
+moves 3 numbers per token, where a gather would move V. Backward: softmax - one_hot, local, without communication.
+Words that do not divide are no matter: the last rank has fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trainer.axes.tensor.collectives import Ranks
+from trainer.data import IGNORED
+
+WIDE_ELEMENTS = 2**24
+"""Logits are widened to float32 in slices of this many elements (64 MiB), never all at once."""
+
+
+def part_of(vocabulary: int, ranks: Ranks) -> range:
+    """The words of this rank, cut as torch.chunk cuts."""
+    length = -(-vocabulary // ranks.size)
+    return range(min(ranks.rank * length, vocabulary), min((ranks.rank + 1) * length, vocabulary))
+
+
+def embedding_forward(module: nn.Embedding, ranks: Ranks) -> Callable[..., torch.Tensor]:
+    """A forward for an embedding whose `weight` is this rank's rows. Keeps what a subclass does to the result, such as
+    scaling it."""
+    words = part_of(module.num_embeddings, ranks)
+    lookup, padding = module.forward, module.padding_idx
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        here = (ids >= words.start) & (ids < words.stop)
+        # Only for the call: initialisation needs the row's number in the whole matrix.
+        module.padding_idx = padding - words.start if padding is not None and padding in words else None
+        try:
+            rows = lookup(torch.where(here, ids - words.start, 0))
+        finally:
+            module.padding_idx = padding
+        return ranks.leave(rows.masked_fill(~here.unsqueeze(-1), 0))
+
+    return forward
+
+
+def cross_entropy_sum(ranks: Ranks, vocabulary: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`trainer.model.loss.cross_entropy_sum` for divided logits: a function of (logits, labels).
+
+    logits: this rank's [batch, seq_len, part of the vocabulary]; labels: [batch, seq_len], already shifted, the same
+    on all ranks, IGNORED where there is none. Returns the sum over the valid positions, the same on all ranks:
+    float64 for float64 logits, else float32.
+    """
+    start = part_of(vocabulary, ranks).start
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), start, ranks.group)
+
+    return loss
+
+
+def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`trainer.model.loss.cross_entropy_sum` for whole logits, without its float32 copies of all of them: beside the
+    logits and their gradient it holds one slice in float32. Of 14 bytes per token and word (16-bit logits) 4 remain."""
+    return _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), 0, None)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Saves the logits as they are and one number per token; the softmax is computed anew in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, start: int, group: dist.ProcessGroup | None
+    ) -> torch.Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        valid = labels != IGNORED
+        here = valid & (labels >= start) & (labels < start + logits.shape[-1])
+        column = torch.where(here, labels - start, 0)
+        largest = logits.amax(-1).to(wide)
+        if group is not None:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        # exp_sum and the label's logit, in one collective.
+        sums = torch.empty((2, *labels.shape), dtype=wide, device=logits.device)
+        for rows in slices(logits):
+            sums[0, rows] = (logits[rows].to(wide) - largest[rows, None]).exp_().sum(-1)
+        labelled = logits.gather(1, column[:, None]).squeeze(1).to(wide) - largest
+        sums[1] = torch.where(here, labelled, 0)
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        log_sum = sums[0].log()
+        ctx.save_for_backward(logits, largest + log_sum, column, here, valid)
+        return torch.where(valid, log_sum - sums[1], 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        logits, log_total, column, here, valid = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        weight = gradients[0] * valid
+        for rows in slices(logits):
+            softmax = (logits[rows].to(log_total.dtype) - log_total[rows, None]).exp_()
+            softmax.scatter_add_(1, column[rows, None], -here[rows, None].to(softmax.dtype))
+            result[rows] = softmax.mul_(weight[rows, None])
+        return result, None, None, None
+
+
+def slices(logits: torch.Tensor) -> Iterator[slice]:
+    """Rows of logits [tokens, words] that are widened together."""
+    step = max(1, WIDE_ELEMENTS // logits.shape[-1])
+    return (slice(first, first + step) for first in range(0, logits.shape[0], step))

@@ -1,0 +1,1 @@
+"""DeepSpeed as an engine: ZeRO, and its offload to host memory and NVMe."""

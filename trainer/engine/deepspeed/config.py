@@ -1,0 +1,165 @@
+"""DeepSpeed's JSON, computed from the plan: a pure function, without torch and without DeepSpeed.
+
+Nothing here is left to a default of DeepSpeed that changes the mathematics (its gradient clipping is on unless
+turned off) or that decides about memory (buckets, buffers and windows of up to 10**9 elements). What is not
+stated is irrelevant to both. The memory estimator reads the same dictionary.
+
+    P elements in the model, W ranks            bucket and window sizes, in elements
+    reduce_bucket_size, allgather_bucket_size   5 * 10**8, never more than are trained: P, or adapters alone
+    stage3_prefetch_bucket_size                 5 * 10**7, never more than the window
+    stage3_max_live_parameters, ..._distance    10**9, never more than the window
+    window                                      P / 4, at least the largest parameter
+    sub_group_size (one step of the optimizer)  10**8, never more than a quarter of what is trained, over W
+
+The caps are DeepSpeed's own defaults, except sub_group_size. The fractions make a small model behave as a large
+one does: with the bare defaults ZeRO 3 holds any model of less than 10**9 parameters whole on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from configs.choices import DType, OffloadDevice, OptimizerName
+from configs.schema import Config
+from trainer.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DTYPE_NAMES = {DType.float32: "fp32", DType.bfloat16: "bf16", DType.float16: "fp16"}
+# DeepSpeed swaps a tensor only if its part on a rank has at least this many bytes; smaller ones stay in memory.
+SWAP_BYTES = 2**20
+WIDTHS = {DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSize:
+    """Numbers of elements. parameters: all of them, tied ones once; trained: of those that are trained. largest: the
+    largest parameter (an embedding, as a rule). largest_vector: the largest parameter with one dimension (a norm or a
+    bias). widest_module: how many parameters one module owns at the most (2 where there are biases)."""
+
+    parameters: int
+    trained: int
+    largest: int
+    largest_vector: int
+    widest_module: int
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Measure a model, which may be on the meta device (but not partitioned yet). Of parameters that tensor parallel
+    has divided, this rank's part counts."""
+    everything: list[Any] = list(model.parameters())
+    parameters = [p.to_local() if hasattr(p, "to_local") else p for p in everything]
+    return ModelSize(
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p, whole in zip(parameters, everything, strict=True) if whole.requires_grad),
+        largest=max(p.numel() for p in parameters),
+        largest_vector=max((p.numel() for p in parameters if p.ndim < 2), default=0),
+        widest_module=max(len(module._parameters) for module in model.modules()),
+    )
+
+
+def deepspeed_config(config: Config, plan: Plan, size: ModelSize, *, swap_folder: str | None = None) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`. swap_folder: this run's own folder below offload.nvme_path."""
+    batch = plan.batch
+    settings: dict[str, Any] = {
+        "train_batch_size": batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "gradient_clipping": config.train.clip_grad_norm,
+        "zero_optimization": _zero(config, plan, size, swap_folder),
+        # torch's optimizers may update offloaded states: correct, needs no compiler, slower than DeepSpeedCPUAdam.
+        "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed's list of tested optimizers has Adam's family only.
+        "zero_allow_untested_optimizer": config.optimizer.name is OptimizerName.sgd,
+        **_precision(config, plan),
+    }
+    if OffloadDevice.nvme in (plan.offload_optimizer, plan.offload_parameters):
+        settings["aio"] = {
+            "block_size": SWAP_BYTES,
+            "queue_depth": 8,
+            "intra_op_parallelism": 1,
+            "single_submit": False,
+            "overlap_events": True,
+        }
+    return settings
+
+
+def _precision(config: Config, plan: Plan) -> dict[str, Any]:
+    """Gradients cross ranks in reduce_dtype and add up over micro-batches in master_dtype."""
+    settings: dict[str, Any] = {
+        "communication_data_type": DTYPE_NAMES[plan.reduce_dtype],
+        "data_types": {"grad_accum_dtype": DTYPE_NAMES[plan.master_dtype]},
+    }
+    if plan.param_dtype is DType.bfloat16:
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    elif plan.param_dtype is DType.float16:
+        # A constant here; the engine overrides it before each step with the dynamic scale that both engines share.
+        # DeepSpeed's own dynamic scale un-scales the gradient of a step after which it grows with the new value.
+        scale = config.precision.loss_scale or config.precision.loss_scale_init
+        settings["fp16"] = {"enabled": True, "loss_scale": scale}
+    return settings
+
+
+def _zero(config: Config, plan: Plan, size: ModelSize, swap_folder: str | None) -> dict[str, Any]:
+    bucket = min(5 * 10**8, _even(size.trained))
+    settings: dict[str, Any] = {
+        "stage": plan.zero_stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "allgather_partitions": True,
+        "overlap_comm": plan.zero_stage == 3,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if plan.zero_stage == 3:
+        settings |= _stage3(plan, size)
+    pin_memory = config.parallel.offload.pin_memory and plan.device == "cuda"
+    if plan.offload_optimizer is not OffloadDevice.none:
+        settings["offload_optimizer"] = {"device": str(plan.offload_optimizer), "pin_memory": pin_memory}
+        if plan.offload_optimizer is OffloadDevice.nvme:
+            # Parameter, gradient and two moments of one sub-group are in memory at a time.
+            settings["offload_optimizer"] |= {"nvme_path": swap_folder, "buffer_count": 4}
+    if plan.offload_parameters is not OffloadDevice.none:
+        settings["offload_param"] = {"device": str(plan.offload_parameters), "pin_memory": pin_memory}
+        if plan.offload_parameters is OffloadDevice.nvme:
+            settings["offload_param"] |= _swapped_parameters(plan, size, swap_folder)
+    return settings
+
+
+def _stage3(plan: Plan, size: ModelSize) -> dict[str, Any]:
+    window = max(size.parameters // 4, size.largest)
+    on_disk = plan.offload_parameters is OffloadDevice.nvme
+    share = ceil(size.trained / plan.degree("dp_shard") / 4)
+    return {
+        # Parameters on disk are read when they are needed, not ahead: DeepSpeed remembers the order of reading ahead
+        # from one pass to the next, a validation pass disturbs it, and then it runs out of buffers.
+        "stage3_prefetch_bucket_size": 0 if on_disk else min(5 * 10**7, window),
+        # Norms and biases stay whole on every rank; gathering such small messages costs more than they weigh.
+        "stage3_param_persistence_threshold": min(10**5, size.largest_vector),
+        "stage3_max_live_parameters": min(10**9, window),
+        # A parameter that is kept for a later use keeps its swap buffer too: on disk nothing is kept.
+        "stage3_max_reuse_distance": 0 if on_disk else min(10**9, window),
+        # The optimizer updates one sub-group at a time; DeepSpeed's 10**9 means a temporary float32 gradient of
+        # 4 GB, and with NVMe four pinned buffers of 4 GB, on each rank.
+        "sub_group_size": min(10**8, max(share, 4 * SWAP_BYTES // WIDTHS[plan.master_dtype])),
+        "stage3_gather_16bit_weights_on_model_save": False,
+    }
+
+
+def _swapped_parameters(plan: Plan, size: ModelSize, swap_folder: str | None) -> dict[str, Any]:
+    """A buffer must hold the largest rank's part of a parameter; DeepSpeed's fixed 10**8 elements fit no rule."""
+    align = SWAP_BYTES // WIDTHS[plan.param_dtype]
+    return {
+        "nvme_path": swap_folder,
+        "buffer_size": ceil(ceil(size.largest / plan.degree("dp_shard")) / align) * align,
+        "buffer_count": 4 + size.widest_module,
+        # Elements per rank that stay in host memory after all. DeepSpeed's 10**9 would leave most models there.
+        "max_in_cpu": 0,
+    }
+
+
+def _even(elements: int) -> int:
+    return elements + elements % 2

@@ -1,0 +1,198 @@
+"""DeepSpeed engine: ZeRO 1, 2, 3 with offload to host memory or NVMe (Rajbhandari et al. 2020, 2021).
+
+    stage   on each of W ranks, of P parameters                                 may be offloaded
+    1       parameters and gradient whole; master weights, Adam's states P / W  the optimizer's
+    2       parameters whole; gradient and the optimizer's P / W                the optimizer's
+    3       everything P / W, parameters gathered module by module              the optimizer's, parameters
+
+DeepSpeed owns partitions, collectives and the order of the update. Model, values, loss, optimizer, learning rate and
+loss scale are the same objects as under the torch engine, so that the two differ in layout alone. What 16 bit means:
+
+    stage               a micro-batch's gradient       crosses the ranks in           adds up in
+    1                   param_dtype                    reduce_dtype, once a step      float32, whole
+    2                   param_dtype, divided by W      reduce_dtype, each backward    float32, P / W
+    3                   reduce_dtype, divided by W     reduce_dtype, each backward    float32, P / W
+
+Master weights are float32 copies of the parameters as rounded to param_dtype; the torch engine starts from the
+float32 values. A checkpoint in 16 bit is the same for both.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from configs.choices import Implementation, OffloadDevice
+from configs.schema import Config
+from trainer.axes.mesh import build_mesh
+from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
+from trainer.data import Batch
+from trainer.engine import Counters, StepReport
+from trainer.engine.deepspeed import state as deepspeed_state
+from trainer.engine.deepspeed.config import deepspeed_config, model_size
+from trainer.engine.deepspeed.preflight import check_deepspeed
+from trainer.engine.deepspeed.setup import (
+    Partitioner,
+    build_cpu_adam,
+    drop_gradient,
+    import_deepspeed,
+    load_kernels,
+    needed_kernels,
+)
+from trainer.engine.deepspeed.swap import SwapFolder
+from trainer.engine.deepspeed.tensor import ModelParallelUnit, make_plain
+from trainer.engine.prepare import build_causal, check_layout, mark_trained, tell_trained
+from trainer.engine.saved import Saved
+from trainer.linear.tuning import AdapterWeights
+from trainer.model.build import materialize
+from trainer.model.loss import cross_entropy_sum
+from trainer.model.pieces import join
+from trainer.model.precision import apply_tf32, build_loss_scale, torch_dtype
+from trainer.model.router_loss import build_router_loss
+from trainer.model.weights import open_weights
+from trainer.optim.build import build_optimizer, param_groups, set_lr
+from trainer.passes import parallelize
+from trainer.plan.plan import Plan
+from trainer.process.runtime import Runtime
+
+
+class DeepSpeedEngine:
+    """Fulfils `trainer.engine.Engine` for ZeRO 1, 2 and 3."""
+
+    def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
+        runtime.agree(lambda: check_deepspeed(config, plan))
+        deepspeed = import_deepspeed(plan.device)
+        runtime.agree(lambda: load_kernels(needed_kernels(config, plan), local_rank=runtime.local_rank))
+        # Takes over the process group that `runtime.join` has made; zero.Init needs it before `initialize`.
+        deepspeed.init_distributed(verbose=False)
+        apply_tf32(config.precision)
+        self.plan, self.runtime = plan, runtime
+        self.loss_scale = build_loss_scale(config.precision)
+        path = config.parallel.offload.nvme_path
+        swaps = OffloadDevice.nvme in (plan.offload_optimizer, plan.offload_parameters)
+        self.swap = SwapFolder(path, runtime) if swaps and path is not None else None
+        try:
+            self._build(config, deepspeed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, config: Config, deepspeed: ModuleType) -> None:
+        """Fill the model, leaving this rank its part of each unit, and put it into DeepSpeed's hands."""
+        plan = self.plan
+        self.mesh = build_mesh(plan, self.runtime.device)
+        self.model = build_causal(config)
+        seed = config.train.seed
+        weights_of = self.runtime.agree(lambda: open_weights(config.model, self.model, seed=seed))
+        mark_trained(self.model, config)
+        check_layout(self.model, config)
+        tell_trained(self.model, config)
+        build_router_loss(self.model, config, plan)
+        parts = parallelize(self.model, config, plan, self.mesh)
+        weights = AdapterWeights(weights_of(self.model), seed)
+        swap_folder = str(self.swap.path) if self.swap else None
+        settings = deepspeed_config(config, plan, model_size(self.model), swap_folder=swap_folder)
+        materialize(
+            self.model,
+            weights,
+            device=self.runtime.device,
+            dtype=torch_dtype(plan.param_dtype),
+            after_unit=Partitioner(deepspeed, settings) if plan.zero_stage == 3 else None,
+        )
+        self.model.train()
+        self.cuts = make_plain(self.model, parts.tensor[0]) if parts.tensor else {}
+        whole_loss = chunked_cross_entropy_sum if config.train.chunked_loss else cross_entropy_sum
+        self.loss_fn = parts.tensor[0].loss if parts.tensor else whole_loss
+        unit = ModelParallelUnit(self.mesh) if parts.tensor else None
+        groups = param_groups(self.model.named_parameters(), config.optimizer.weight_decay)
+        build = build_cpu_adam if config.optimizer.implementation is Implementation.deepspeed_cpu else build_optimizer
+        self.optimizer = build(groups, config.optimizer)
+        with redirect_stdout(io.StringIO()):  # memory readings that its bfloat16 optimizer prints unasked
+            self.engine: Any = deepspeed.initialize(
+                model=self.model, optimizer=self.optimizer, config=settings, mpu=unit
+            )[0]
+        self._announce_scale()
+
+    def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), device=valid_tokens.device, dtype=torch.float64)
+        for number, batch in enumerate(micro_batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            loss = self._loss(batch) / valid_tokens
+            # DeepSpeed averages over the ranks; the loss is a sum over them, and over the micro-batches.
+            self.engine.backward(loss * self.plan.data_parallel_size, scale_wrt_gas=False)
+            total += loss.detach()
+        return total if self._speaks() else torch.zeros_like(total)
+
+    def step(self, lr: float) -> StepReport:
+        scale = self.loss_scale.value if self.loss_scale else None
+        set_lr(self.optimizer, lr)
+        self.engine.step()
+        updated = self.engine.was_step_applied()
+        if not updated:
+            # DeepSpeed has done so too, but in 16 bit with offload it forgets a buffer: all later steps would overflow.
+            self.discard()
+        if self.loss_scale:
+            self.loss_scale.update(finite=updated)
+            self._announce_scale()
+        return StepReport(grad_norm=float(self.engine.get_global_grad_norm()), updated=updated, loss_scale=scale)
+
+    def discard(self) -> None:
+        drop_gradient(self.engine.optimizer)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        self.engine.eval()
+        loss = self._loss(batch)
+        self.engine.train()
+        return loss if self._speaks() else torch.zeros_like(loss)
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in deepspeed_state.trained(self.model):
+            whole = safe_get_full_fp32_param(parameter)
+            assert whole is not None, f"{name} is not trained"
+            if name in self.cuts:
+                whole = join(self.cuts[name].around(whole))
+            yield name, whole.cpu() if self.runtime.is_main else None
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        yield from deepspeed_state.save_state(self.model, self.engine.optimizer, self.cuts)
+
+    def counters(self) -> Counters:
+        return Counters(
+            optimizer_steps=deepspeed_state.optimizer_steps(self.engine.optimizer),
+            loss_scale=self.loss_scale.value if self.loss_scale else None,
+            good_steps=self.loss_scale.good_steps if self.loss_scale else None,
+        )
+
+    def load_state(self, saved: Saved, counters: Counters) -> None:
+        stage, steps = self.plan.zero_stage, counters.optimizer_steps
+        deepspeed_state.load_state(self.model, self.engine.optimizer, saved, self.cuts, stage=stage, steps=steps)
+        if self.loss_scale:
+            self.loss_scale.restore(counters.loss_scale, counters.good_steps)
+            self._announce_scale()
+
+    def close(self) -> None:
+        # Without a collective: a rank that failed closes too, while the others wait for it elsewhere.
+        if self.swap is not None:
+            self.swap.close()
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        logits = self.engine(input_ids=batch.input_ids, use_cache=False, **positions).logits
+        return self.loss_fn(logits, batch.labels)
+
+    def _speaks(self) -> bool:
+        """Tensor-parallel ranks all know the loss; one of them reports it."""
+        return self.mesh["tp"].get_local_rank() == 0
+
+    def _announce_scale(self) -> None:
+        """From the next backward on DeepSpeed scales the loss, and un-scales the gradient, by this number."""
+        if self.loss_scale:
+            self.engine.optimizer.override_loss_scale(self.loss_scale.value)

@@ -1,0 +1,144 @@
+"""State of the DeepSpeed engine, whole for a checkpoint and cut to this rank's share again.
+
+ZeRO flattens the parameters of a group into one long row and gives each rank a piece of it (stages 1 and 2), or cuts
+every parameter into W pieces and flattens those that it updates together (stage 3). DeepSpeed's own checkpoints keep
+these pieces, and pickle them; what is read and written here is each parameter's own whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trainer.engine.deepspeed.tensor import Cut
+from trainer.engine.saved import Dealer, Saved
+from trainer.engine.torch_state import check_shape, copy_share, saved_kinds
+from trainer.model.pieces import join
+
+Cuts = Mapping[str, Cut]
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What has a state: all parameters, or adapters alone."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def save_state(model: nn.Module, zero: Any, cuts: Cuts) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """As `Engine.state`. zero: `engine.optimizer` of any stage. cuts: of the divided parameters, by name."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    dealer, rank, kinds = Dealer(range(dist.get_world_size())), dist.get_rank(), _kinds(zero)
+    _link_states(zero)
+    for name, parameter in trained(model):
+        for kind in ("model", *kinds):
+            is_model = kind == "model"
+            complete = (
+                safe_get_full_fp32_param(parameter) if is_model else safe_get_full_optimizer_state(parameter, kind)
+            )
+            assert complete is not None, f"{name} is not trained"
+            if name in cuts:
+                complete = join(cuts[name].around(complete))
+            yield f"{kind}/{name}", complete if dealer.owner(complete.nbytes) == rank else None
+
+
+def optimizer_steps(zero: Any) -> int:
+    """Updates that Adam has counted; 0 for an optimizer that counts none."""
+    state = next(iter(zero.optimizer.state.values()), {})
+    return int(state.get("step", 0))
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, *, stage: int, steps: int) -> None:
+    """Write this rank's share of every tensor into master weights and optimizer, then refresh what is computed with."""
+    for name, parameter in trained(model):
+        shape = cuts[name].shape if name in cuts else getattr(parameter, "ds_shape", parameter.shape)
+        check_shape(saved, f"model/{name}", shape)
+    if stage == 3:
+        _load_partitions(dict(trained(model)), zero, saved, steps)
+    else:
+        _load_rows(model, zero, saved, cuts, steps)
+
+
+def _load_rows(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, steps: int) -> None:
+    """Stages 1 and 2: one row per parameter group, of which this rank has a piece."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    kinds = saved_kinds(saved)
+    is_bf16 = isinstance(zero, BF16_Optimizer)
+    for row in zero.fp32_groups_flat_partition if is_bf16 else zero.single_partition_of_fp32_groups:
+        zero.optimizer.state[row] = _fresh_state(zero.optimizer, row, kinds, steps)
+    _link_states(zero)
+    for name, parameter in trained(model):
+        safe_set_full_fp32_param(parameter, _part(saved, f"model/{name}", cuts.get(name), parameter))
+        for kind in kinds:
+            safe_set_full_optimizer_state(parameter, _part(saved, f"{kind}/{name}", cuts.get(name), parameter), kind)
+    zero.update_lp_params()
+
+
+def _part(saved: Saved, key: str, cut: Cut | None, parameter: torch.Tensor) -> torch.Tensor:
+    """What tensor parallel leaves this rank of a saved tensor; all of it without."""
+    whole = saved.read(key)
+    if cut is None:
+        return whole
+    part = torch.empty(parameter.shape, dtype=whole.dtype)
+    copy_share(cut.around(part), whole)
+    return part
+
+
+def _load_partitions(parameters: dict[str, Any], zero: Any, saved: Saved, steps: int) -> None:
+    """Stage 3: sub-group by sub-group, in the order of DeepSpeed's own step, so that states on NVMe are swapped in and
+    out once."""
+    names = {parameter.ds_id: name for name, parameter in parameters.items()}
+    kinds = saved_kinds(saved)
+    # Parameters that stay gathered would keep their old values.
+    zero._partition_all_parameters()
+    for number, group in enumerate(zero.fp16_groups):
+        swapped = zero._swappable_optimizer_subgroup(number)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_in(number)
+        row = zero.fp32_partitioned_groups_flat[number]
+        state = _fresh_state(zero.optimizer, row, kinds, steps)
+        zero.optimizer.state[row] = state
+        for parameter in group:
+            _, start, length = zero.grad_position[zero.get_param_id(parameter)]
+            first = zero._get_param_partition_rank(parameter) * length
+            for kind, target in (("model", row.data), *((kind, state[kind]) for kind in kinds)):
+                share = saved.read(f"{kind}/{names[parameter.ds_id]}").flatten()[first : first + length]
+                # The last rank's piece is filled up: W pieces of one length may be more than the parameter.
+                target[start : start + len(share)].copy_(share)
+        zero._reassign_or_swap_out_partitioned_parameters(number)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_out(number)
+    zero._post_step(set())
+
+
+def _link_states(zero: Any) -> None:
+    """Stages 1 and 2: tell each parameter its place in the optimizer's states. DeepSpeed does it once, when the first
+    parameter group has been updated: the second group has no states then, and would never be linked."""
+    if _kinds(zero) and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _kinds(zero: Any) -> list[str]:
+    """The optimizer's tensors per parameter, in a fixed order; none before its first step."""
+    state = next(iter(zero.optimizer.state.values()), {})
+    return sorted(kind for kind, value in state.items() if kind != "step" and isinstance(value, torch.Tensor))
+
+
+def _fresh_state(optimizer: torch.optim.Optimizer, row: torch.Tensor, kinds: list[str], steps: int) -> dict[str, Any]:
+    """What the optimizer would have made of this row in its first step, `steps` steps ago."""
+    state: dict[str, Any] = {kind: torch.zeros_like(row) for kind in kinds}
+    if not kinds or isinstance(optimizer, torch.optim.SGD):
+        return state
+    if isinstance(optimizer, torch.optim.AdamW):
+        fused = optimizer.param_groups[0]["fused"]
+        state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=row.device if fused else "cpu")
+    else:  # DeepSpeedCPUAdam counts in Python
+        state["step"] = steps
+    return state

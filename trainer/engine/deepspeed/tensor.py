@@ -1,0 +1,104 @@
+"""ZeRO 1 and 2 over tensor parallel: what DeepSpeed must be told of a model whose matrices are divided.
+
+    4 ranks, dp_shard 2 x tp 2          tp 0         tp 1
+                            dp_shard 0  W[:, left]   W[:, right]     rows: tensor parallel, as under the torch engine
+                            dp_shard 1  W[:, left]   W[:, right]     columns: ZeRO partitions what a tp rank has left
+
+The division itself is `parallel.tensor`, so its collectives and its self-check are the same under both engines. Then
+the parts become plain parameters, the only kind that ZeRO can flatten, and DeepSpeed gets the two groups: it averages
+gradients and partitions states over the columns, and adds the squares of the norm over the rows, those of an undivided
+parameter once. With stage 3 DeepSpeed would gather and partition inside the regions; FSDP2 does that already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+
+from trainer.axes.tensor.apply import TensorParallel
+
+
+class ModelParallelUnit:
+    """The groups of a rank, under the names that DeepSpeed took over from Megatron-LM."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.tensor, self.data = mesh.get_group("tp"), mesh.get_group("dp_shard")
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.tensor)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.tensor)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.data)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.data)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a rank's part lies in the whole parameter."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def around(self, part: torch.Tensor) -> DTensor:
+        """`part` (of this rank, any dtype) as what it is a part of. Shares memory with it."""
+        return DTensor.from_local(part, self.mesh, self.placements, shape=self.shape, stride=self.stride)
+
+
+def make_plain(model: nn.Module, tensor: TensorParallel) -> dict[str, Cut]:
+    """Put this rank's part in the place of each DTensor parameter, tied ones still one. Returns how each was cut.
+
+    The parameters that see only a part of their gradient are completed in each backward, before DeepSpeed takes the
+    gradient away into its buckets: a hook sees this micro-batch's alone, so that nothing is counted twice.
+    """
+    cuts = {name: _cut(parameter) for name, parameter in model.named_parameters()}
+    parts: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            assert isinstance(parameter.data, DTensor)
+            if id(parameter) not in parts:
+                part = nn.Parameter(parameter.data.to_local(), requires_grad=parameter.requires_grad)
+                # Read by DeepSpeed's norm: the squares of these are added up over the tensor-parallel ranks.
+                vars(part)["tensor_model_parallel"] = not parameter.data.placements[0].is_replicate()
+                # Keeps the id of the DTensor from being given to another one while this runs.
+                vars(part)["divided"] = parameter
+                parts[id(parameter)] = part
+            module._parameters[leaf] = parts[id(parameter)]
+    for part in parts.values():
+        del vars(part)["divided"]
+    group, named = tensor.mesh.get_group(), dict(model.named_parameters())
+    for name in tensor.partial:
+        named[name].register_hook(lambda gradient: _summed(gradient, group))
+    return cuts
+
+
+def _cut(parameter: torch.Tensor) -> Cut:
+    data = parameter.data
+    assert isinstance(data, DTensor)
+    return Cut(data.device_mesh, tuple(data.placements), data.shape, data.stride())
+
+
+def _summed(gradient: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    gradient = gradient.contiguous().clone()
+    dist.all_reduce(gradient, group=group)
+    return gradient

@@ -1,0 +1,143 @@
+"""Start-up probe of an architecture: a narrow copy of its language model, as deep as that, runs once on the CPU.
+
+    a later token is changed    do earlier logits change?         then it is no causal model as it is called: refused
+    one backward                which parameters get no gradient?  they are frozen, in every layout alike
+
+DDP waits for the gradient of every parameter that is to be trained, checkpoints want an optimizer state of each: both
+would find out at step 2 or at the first save. Takes a fraction of a second, and answers the same on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from trainer.axes.tensor.check import shrink
+
+log = logging.getLogger(__name__)
+SEED = 1234
+TOKENS = 16
+SHOWN = 6
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+DEEP, SHALLOW = 20_000_000, 100_000_000  # most parameters of a copy with all layers, with a few
+TOLERANCE = 1e-3
+"""Relative to the largest logit, in float32: rounding makes 1e-6 of it, a look ahead 1e-1 and more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """causal: whether logits depend on earlier tokens alone. trained, untrained: the copy's parameters, by their names
+    inside the decoder or else in the model, that get a gradient and that get none."""
+
+    causal: bool
+    trained: frozenset[str]
+    untrained: frozenset[str]
+
+
+_found: dict[str, Probe | None] = {}
+
+
+def probe(config: PretrainedConfig) -> Probe | None:
+    """None, with a line in the log, for an architecture whose narrow copy does not run. config: of a language model. A
+    process that is asked twice, by the estimate and by the engine, computes once."""
+    # What building the model writes into its config is no other architecture.
+    fields = {
+        name: value for name, value in config.to_dict().items() if name not in ("architectures", "use_cache", "dtype")
+    }
+    key = repr(sorted(fields.items()))
+    if key not in _found:
+        _found.clear()
+        _found[key] = _probe(config)
+    return _found[key]
+
+
+def _probe(config: PretrainedConfig) -> Probe | None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        try:
+            model = _narrow_copy(config)
+            ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, TOKENS))
+            causal = _is_causal(model, ids)
+            logits = model(input_ids=ids, use_cache=False).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).backward()
+        except Exception as error:  # a config in miniature may break any rule of its architecture
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            log.info("not probed: a small %s does not run: %s", config.model_type, reason)
+            return None
+    named = dict(_inside(model))
+    untrained = {name for name, parameter in named.items() if parameter.grad is None}
+    return Probe(causal=causal, trained=frozenset(named.keys() - untrained), untrained=frozenset(untrained))
+
+
+def untrained_names(model: PreTrainedModel, found: Probe) -> list[str]:
+    """Names of the model's parameters that get no gradient. Of a model that reads more than text the rest gets none
+    either: here it is given text alone."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of_text = model.config.get_text_config() is model.config
+    alike = {_pattern(name) for name in found.untrained} - {_pattern(name) for name in found.trained}
+    return [
+        names[id(parameter)]
+        for name, parameter in _inside(model)
+        if name not in found.trained
+        and (name in found.untrained or _pattern(name) in alike or not (of_text or _known(name, found)))
+    ]
+
+
+def kinds_of(names: Iterable[str]) -> str:
+    """The names with * for a layer's number, each once, and not all of very many."""
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    more = f" and {len(kinds) - SHOWN} more" if len(kinds) > SHOWN else ""
+    return ", ".join(kinds[:SHOWN]) + more
+
+
+def _known(name: str, found: Probe) -> bool:
+    """Whether the copy has such a parameter, though perhaps in fewer layers."""
+    return _pattern(name) in {_pattern(other) for other in found.trained | found.untrained}
+
+
+def _inside(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters under names that a composite model's decoder shares with the same decoder by itself."""
+    decoder = model.get_decoder()
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), None)
+    for name, parameter in model.named_parameters():
+        inside = prefix is not None and name.startswith(prefix)
+        yield f"decoder.{name.removeprefix(prefix)}" if prefix and inside else name, parameter
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _narrow_copy(config: PretrainedConfig) -> PreTrainedModel:
+    """As deep as the model, or of a few layers where a deep copy is too large. Raises ValueError where both are."""
+    # A recurrence runs token by token where its kernel is not installed: every layer more would take a second.
+    kinds = set(getattr(config, "layer_types", None) or ())
+    small, size = config, 0
+    for whole_depth in (True, False) if kinds <= ATTENTION else (False,):
+        small = shrink(config, 1, whole_depth=whole_depth)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
+        if size <= (DEEP if whole_depth else SHALLOW):
+            break
+    else:
+        raise ValueError(f"{size:,} parameters are left of it")
+    model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Floating point alone can have a gradient.
+            if parameter.is_floating_point():
+                parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@torch.no_grad()
+def _is_causal(model: PreTrainedModel, ids: torch.Tensor) -> bool:
+    changed, half = ids.clone(), TOKENS // 2
+    changed[:, half:] = ids[:, half:].flip(0)
+    first, second = (model(input_ids=tokens, use_cache=False).logits[:, :half] for tokens in (ids, changed))
+    return bool((first - second).abs().max() <= TOLERANCE * first.abs().max())

@@ -1,0 +1,40 @@
+"""What an engine knows of a checkpoint: tensors by key, the same under every layout, and who writes which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+BUFFER = "buffer"
+"""Kind of the tensors of a model that are not trained and belong to it all the same."""
+
+
+class Saved(Protocol):
+    """The tensors of a checkpoint by key. `trainer.checkpoint.tensors.TensorReader` reads them from files."""
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def read(self, key: str) -> torch.Tensor:
+        """The whole tensor, on the CPU; not to be written to."""
+        ...
+
+
+class Dealer:
+    """Deals tensors to the ranks that hold them, the next one to whoever has the least. Every rank that deals the same
+    sizes comes to the same result without asking the others."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self._bytes = dict.fromkeys(ranks, 0)
+
+    def owner(self, size: int) -> int:
+        """The rank that is to write a tensor of that many bytes."""
+        rank = min(self._bytes, key=lambda rank: self._bytes[rank])
+        self._bytes[rank] += size
+        return rank

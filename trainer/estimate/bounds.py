@@ -1,0 +1,77 @@
+"""Between what and what a rank's memory must lie, told from sizes alone, without the model's code. Torch-free.
+
+    below    parameters, gradients, master weights and moments, as far as the layout leaves them on the GPU
+    above    that, all parameters and gradients once more as buffers, and the activations of a dense decoder that keeps
+             every intermediate tensor in float32: twice s b h (34 + 5 a s / h) bytes per layer (Korthikanti et al.
+             2022, arXiv:2205.05198, equation 1), four copies of the logits, and 256 MiB of workspace
+
+The planner drops by the first what cannot fit; where a model's code cannot be traced, the two are all that is told.
+"""
+
+from __future__ import annotations
+
+from configs.choices import EngineName, OffloadDevice, OptimizerName
+from configs.schema import Config, Optimizer
+from trainer.estimate.layouts.common import WIDTHS
+from trainer.plan.model_fields import config_fields, sizes
+from trainer.plan.plan import Plan
+
+WORKSPACE_BYTES = 2**28
+
+
+def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer, *, frozen: int = 0) -> float:
+    """What a rank cannot do without on its GPU, whatever the batch. parameters: of the whole model that are trained.
+    frozen: bytes of the others, whole."""
+    only_held = 0.0
+    if plan.offload_parameters is OffloadDevice.none:
+        held = frozen / (plan.degree("tp") * plan.degree("pp"))
+        only_held = held / plan.parameter_shards + held * _stay_gathered(plan)
+    return only_held + _trained_bytes(plan, parameters, optimizer)
+
+
+def _stay_gathered(plan: Plan) -> bool:
+    """Whether FSDP2 keeps all parameters of a stage beside its own shards until the backward is done."""
+    return plan.engine is EngineName.torch and plan.fsdp_size > 1 and not plan.reshard_after_forward
+
+
+def _trained_bytes(plan: Plan, parameters: int, optimizer: Optimizer) -> float:
+    kept = 1 + moments(optimizer)
+    held = parameters / (plan.degree("tp") * plan.degree("pp"))
+    width, master = WIDTHS[plan.param_dtype], WIDTHS[plan.master_dtype]
+    on_gpu = plan.offload_optimizer is OffloadDevice.none
+    if plan.engine is EngineName.deepspeed:
+        shards = plan.degree("dp_shard")
+        whole = 0.0 if plan.zero_stage == 3 else held * width
+        partitioned = kept * master * on_gpu + (width if plan.zero_stage == 3 and on_gpu else 0)
+        return whole + held * partitioned / shards
+    if not on_gpu:
+        return 0.0
+    gathered = held * width * _stay_gathered(plan)
+    gradients = held * master / (plan.fsdp_size if plan.degree("pp") == 1 else 1)
+    return gathered + gradients + kept * master * held / plan.fsdp_size
+
+
+def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
+    """What a rank should never exceed, under the assumption above; None where the config does not tell the sizes."""
+    known = sizes(config_fields(config))
+    if not (known.hidden and known.layers and known.heads and known.vocabulary):
+        return None
+    tokens, seq_len = plan.batch.micro_batch_size * plan.batch.seq_len, plan.batch.seq_len
+    activations = 2 * known.layers * tokens * (34 * known.hidden + 5 * known.heads * seq_len)
+    logits = 4 * 4 * tokens * known.vocabulary
+    held = parameters / (plan.degree("tp") * plan.degree("pp"))
+    buffers = held * (WIDTHS[plan.param_dtype] + WIDTHS[plan.master_dtype])
+    return states_bytes(plan, parameters, config.optimizer) + buffers + activations + logits + WORKSPACE_BYTES
+
+
+def moments(optimizer: Optimizer) -> float:
+    """Numbers that the optimizer keeps per parameter, at least; of one byte each they count a quarter."""
+    match optimizer.name:
+        case OptimizerName.adamw:
+            return 2
+        case OptimizerName.sgd:
+            return int(optimizer.beta1 > 0)
+        case OptimizerName.adafactor:
+            return 0
+        case OptimizerName.adamw_8bit:
+            return 2 / 4

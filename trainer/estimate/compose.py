@@ -1,0 +1,132 @@
+"""One training step as a sequence of allocations: the trace of three layers becomes the step of the whole model.
+
+    for each micro-batch      begin, layer 0 .. L-1, end, loss  |  loss, end, layer L-1 .. 0, begin
+    then                      the update
+
+What the model's own code allocates comes from the trace. What the layout adds (buckets, gathered parameters, reduce
+buffers, where gradients go) it does itself at the same points at which its hooks fire: a `Layout` stands for the
+engine's data-parallel part and for the optimizer. Two steps are replayed, because optimizer states appear at the end
+of the first; of several micro-batches the first and the last, because those between are no different. Under a
+pipeline micro-batches overlap, so that a rank's actions are replayed in the order in which it runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from trainer.axes.pipeline.orders import Action
+from trainer.estimate.profile import Profile
+from trainer.estimate.program import Program, Running
+from trainer.estimate.timeline import Handle, Timeline
+
+STEPS = 2
+
+
+class Layout(Protocol):
+    """What an engine does around the model's own code. Groups are those of `Anatomy`."""
+
+    def start(self) -> None:
+        """Allocate what is there before step 1."""
+        ...
+
+    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None: ...
+
+    def before_forward(self, group: str) -> None: ...
+
+    def after_forward(self, group: str) -> None: ...
+
+    def before_backward(self, group: str) -> None: ...
+
+    def after_backward(self, group: str) -> None: ...
+
+    def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
+        """This micro-batch's gradient of a parameter is complete. The layout owns it from here on."""
+        ...
+
+    def end_backward(self) -> None: ...
+
+    def update(self, step: int) -> None:
+        """Clip, update the parameters, clear the gradients."""
+        ...
+
+
+class StageLayout(Layout, Protocol):
+    """A layout under a pipeline, where nothing is reduced before a rank's last backward."""
+
+    def reduce_all(self) -> None: ...
+
+
+class Neighbours(Protocol):
+    """What a pipeline's rank keeps of what it sends and receives."""
+
+    def start_step(self) -> None: ...
+
+    def after(self, action: Action) -> None: ...
+
+    def end_step(self) -> None: ...
+
+
+def replay(
+    profile: Profile, layout: Layout, timeline: Timeline, *, micro_batches: int, inputs: Sequence[int] = ()
+) -> None:
+    """Replay the first two steps on the timeline. inputs: bytes of what the engine makes of a step's batches."""
+    program = Program(profile)
+    layout.start()
+    numbers = [0] if micro_batches == 1 else [0, micro_batches - 1]
+    for step in range(1, STEPS + 1):
+        given = [timeline.allocate("activations", size) for size in inputs]
+        for number in numbers:
+            layout.begin_micro_batch(step, first=number == 0, last=number == micro_batches - 1)
+            running = Running(program, layout, timeline, step)
+            running.run("f")
+            running.run("b")
+        for handle in given:
+            timeline.free(handle)
+        timeline.phase("optimizer step", step)
+        layout.update(step)
+    timeline.sample()
+
+
+def replay_stages(
+    stages: Mapping[int, tuple[Profile, StageLayout]],
+    order: Sequence[Action],
+    timeline: Timeline,
+    *,
+    inputs: Sequence[int],
+    neighbours: Neighbours,
+    update: Callable[[int], None],
+) -> None:
+    """Replay two steps of a pipeline's rank. stages: those it holds. order: what it does (`pipeline_orders`). update:
+    the optimizer's, of all stages at once."""
+    programs = {stage: Program(profile) for stage, (profile, _) in stages.items()}
+    for _, layout in stages.values():
+        layout.start()
+    for step in range(1, STEPS + 1):
+        neighbours.start_step()
+        given = [timeline.allocate("activations", size) for size in inputs]
+        for _, layout in stages.values():
+            layout.begin_micro_batch(step, first=True, last=False)
+        running: dict[tuple[int, int], Running] = {}
+        for action in order:
+            kind, stage, number = action
+            if kind == "F":
+                running[stage, number] = Running(programs[stage], stages[stage][1], timeline, step)
+                running[stage, number].run("f")
+            elif kind == "I":
+                # The first stage's input has no gradient: its whole backward waits for W.
+                if stage > 0:
+                    running[stage, number].run("i")
+            elif kind == "W" and stage > 0:
+                running.pop((stage, number)).run("w")
+            else:
+                running.pop((stage, number)).run("b")
+            neighbours.after(action)
+        for _, layout in stages.values():
+            layout.reduce_all()
+        neighbours.end_step()
+        for handle in given:
+            timeline.free(handle)
+        timeline.phase("optimizer step", step)
+        update(step)
+    timeline.sample()

@@ -1,0 +1,276 @@
+"""Config and plan in, bytes of each kind of rank out: `estimate(config, plan)`.
+
+    profile (trace of the model's units)  +  layout (what the engine adds)  ->  timeline  ->  Estimate
+
+It needs no GPU, no weights and no network, and after the first call for a shape neither torch nor transformers. The
+trainer, the launcher and the command `memory-estimate` call the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import prod
+
+from configs.choices import EngineName
+from configs.schema import Config
+from trainer.engine.deepspeed.config import deepspeed_config
+from trainer.estimate.compose import Layout, replay
+from trainer.estimate.layouts.common import Setting, step_inputs
+from trainer.estimate.layouts.deepspeed import zero_layout
+from trainer.estimate.layouts.replicated import Replicated
+from trainer.estimate.layouts.sharded import FullySharded
+from trainer.estimate.layouts.zero import model_size
+from trainer.estimate.pipelined import PipelineRank
+from trainer.estimate.profile import ModelProfile
+from trainer.estimate.profiles import get_profile, stage_layers
+from trainer.estimate.timeline import COMPONENTS, Moment, Timeline
+from trainer.model.resize import settle_vocabulary
+from trainer.plan.devices import Gpu, find_gpu
+from trainer.plan.machine import Machine
+from trainer.plan.plan import Plan
+
+GIB = 2**30
+ASSUMED_GPU, ASSUMED_GPUS_PER_NODE = "H100-SXM", 8
+TIGHT = 0.05  # part of the device below which the margin counts as tight
+# cuBLAS: one workspace per stream that computes, the forward's and the backward's; larger since Hopper.
+CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, CUBLAS_HANDLES = 8_519_680, 32 * 2**20, 2
+HOPPER_AND_LATER = ("H100", "H200", "B200")
+
+
+class Verdict(StrEnum):
+    fits = "fits"
+    tight = "tight"
+    does_not_fit = "does not fit"
+    unknown = "no device to compare with"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What the estimate is compared with. capacity_bytes: None on the CPU. assumed: nobody named it."""
+
+    name: str
+    capacity_bytes: int | None
+    gpu: Gpu | None
+    assumed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankEstimate:
+    """One kind of rank. components: bytes at the moment of the peak, in the order of `COMPONENTS`; they add up to
+    peak_allocated_bytes. peak_reserved_bytes: the allocator's segments. device_bytes: with CUDA context and NCCL, what
+    nvidia-smi shows. between_steps_bytes: allocated when an update is done. curve: the timeline, one moment per layer
+    and phase of the first two steps."""
+
+    kind: str
+    count: int
+    components: dict[str, int]
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    device_bytes: int
+    host_bytes: int
+    nvme_bytes: int
+    peak_phase: str
+    peak_step: int
+    between_steps_bytes: int
+    curve: tuple[Moment, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """context_bytes, nccl_bytes: assumed, per GPU (`estimate.context_gib`, `estimate.nccl_gib`)."""
+
+    ranks: tuple[RankEstimate, ...]
+    device: Device
+    context_bytes: int
+    nccl_bytes: int
+    profile: ModelProfile
+
+    @property
+    def busiest(self) -> RankEstimate:
+        return max(self.ranks, key=lambda rank: (rank.device_bytes, rank.peak_allocated_bytes))
+
+    def of_rank(self, plan: Plan, rank: int) -> RankEstimate:
+        """The estimate of the kind that a rank is of: the kinds of a pipeline are named pp0, pp1, ... by its stages."""
+        stage = f"pp{plan.coordinates(rank)['pp']}"
+        return next((kind for kind in self.ranks if kind.kind == stage), self.ranks[0])
+
+    @property
+    def busiest_place(self) -> int:
+        """In the pipeline; 0 without one."""
+        return int(self.busiest.kind.removeprefix("pp")) if self.busiest.kind.startswith("pp") else 0
+
+    @property
+    def margin_bytes(self) -> int | None:
+        """What the busiest rank leaves free; negative: what it lacks."""
+        capacity = self.device.capacity_bytes
+        return None if capacity is None else capacity - self.busiest.device_bytes
+
+    @property
+    def verdict(self) -> Verdict:
+        margin, capacity = self.margin_bytes, self.device.capacity_bytes
+        if margin is None or capacity is None:
+            return Verdict.unknown
+        if margin < 0:
+            return Verdict.does_not_fit
+        return Verdict.tight if margin < TIGHT * capacity else Verdict.fits
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict is not Verdict.does_not_fit
+
+
+def planned_machine(config: Config, found: Machine) -> Machine:
+    """The machine that the configuration speaks of: `cluster.gpu`, `cluster.gpu_memory_gib` or `cluster.nodes` describe
+    one that need not be here. With none of them and no GPU in sight, nodes of eight are assumed."""
+    described = config.cluster.gpus_per_node or found.gpus or ASSUMED_GPUS_PER_NODE
+    return Machine(gpus=described)
+
+
+def on_part_of_the_cluster(config: Config, machine: Machine) -> Config:
+    """The configuration on no more GPUs than its degrees take. A comparison of layouts on one cluster names some that
+    fill a part of it (parallel=tensor: 2 GPUs), which the trainer would refuse to spread over all of them."""
+    parallel, cluster = config.parallel, config.cluster
+    degrees = (parallel.pp, parallel.dp_replicate, parallel.dp_shard, parallel.cp, parallel.tp)
+    needed = prod(degree or 0 for degree in degrees)
+    if not 1 < needed < cluster.nodes * machine.gpus or (needed > machine.gpus and needed % machine.gpus):
+        return config
+    nodes = max(1, needed // machine.gpus)
+    return replace(config, cluster=replace(cluster, nodes=nodes, gpus_per_node=needed // nodes))
+
+
+def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) -> Device:
+    """The device of the verdict. found_gpu: torch's name of the GPU that is here, if one is."""
+    if plan.device != "cuda":
+        return Device(name="cpu", capacity_bytes=None, gpu=None)
+    named = config.cluster.gpu or found_gpu
+    gpu = find_gpu(named) if named else None
+    memory = config.cluster.gpu_memory_gib
+    assumed = gpu is None
+    gpu = gpu or find_gpu(ASSUMED_GPU)
+    assert gpu is not None
+    if memory is not None:
+        return Device(
+            name=gpu.name if not assumed else f"{memory:g} GiB GPU",
+            capacity_bytes=int(memory * GIB),
+            gpu=gpu,
+            assumed=assumed,
+        )
+    return Device(name=gpu.name, capacity_bytes=gpu.memory_bytes, gpu=gpu, assumed=assumed)
+
+
+def estimate(
+    config: Config,
+    plan: Plan,
+    *,
+    found_gpu: str | None = None,
+    profile: ModelProfile | None = None,
+    places: Collection[int] | None = None,
+    heaviest: bool = False,
+) -> Estimate:
+    """Predict the memory of the plan's ranks. found_gpu: see `planned_device`. profile: instead of the one on disk.
+    places: in a pipeline, only these of it, from 0; the answer has no others. heaviest: only those that no other holds
+    at least as much as.
+
+    Raises NotEstimated for a model whose code cannot be traced, and what building the model raises (ConfigError,
+    DataError).
+    """
+    settle_vocabulary(config)
+    device = planned_device(config, plan, found_gpu=found_gpu)
+    profile = profile or get_profile(config, plan, device.gpu)
+    gpu = plan.device == "cuda"
+    context = int(config.estimate.context_gib * GIB) if gpu else 0
+    nccl = int(config.estimate.nccl_gib * GIB) * communicators(plan) if gpu else 0
+    outside = context + nccl
+    if plan.degree("pp") > 1:
+        ranges = stage_layers(config, plan, profile.outline)
+        places = places or range(plan.degree("pp"))
+        stages = {place: PipelineRank(config, plan, profile, ranges, place) for place in places}
+        if heaviest:
+            stages = {place: rank for place, rank in stages.items() if not _exceeded(place, stages)}
+        ranks = _estimate_stages(plan, stages, device, outside=outside)
+    else:
+        ranks = (_estimate_whole(config, plan, profile, device, outside=outside),)
+    return Estimate(ranks=ranks, device=device, context_bytes=context, nccl_bytes=nccl, profile=profile)
+
+
+def _estimate_whole(config: Config, plan: Plan, profile: ModelProfile, device: Device, *, outside: int) -> RankEstimate:
+    """Without a pipeline all ranks hold the same. outside: bytes that torch's allocator does not know of."""
+    timeline = _begin(plan, device)
+    module = profile.stage(range(len(profile.anatomy.layers)), stages=1, index=0)
+    setting = Setting(profile=module, plan=plan, timeline=timeline)
+    count = plan.batch.gradient_accumulation_steps
+    replay(module, _layout(config, setting), timeline, micro_batches=count, inputs=step_inputs(plan))
+    return _read(plan, timeline, setting, kind="all", outside=outside)
+
+
+def _exceeded(place: int, ranks: Mapping[int, PipelineRank]) -> bool:
+    """Whether another rank holds all that this one does; of two that hold the same, the first stays."""
+    rank = ranks[place]
+    others = ((number, other) for number, other in ranks.items() if number != place and other.contains(rank))
+    return any(number < place or not rank.contains(other) for number, other in others)
+
+
+def _estimate_stages(
+    plan: Plan, stages: Mapping[int, PipelineRank], device: Device, *, outside: int
+) -> tuple[RankEstimate, ...]:
+    """One for each place in the pipeline. Places that do the same are replayed once."""
+    known, ranks = dict[Hashable, RankEstimate](), []
+    for pp_rank, rank in stages.items():
+        if rank.work not in known:
+            timeline = _begin(plan, device)
+            setting = rank.replay(timeline)
+            known[rank.work] = _read(plan, timeline, setting, kind=f"pp{pp_rank}", outside=outside)
+        ranks.append(replace(known[rank.work], kind=f"pp{pp_rank}"))
+    return tuple(ranks)
+
+
+def _begin(plan: Plan, device: Device) -> Timeline:
+    timeline = Timeline(gpu=plan.device == "cuda")
+    if device.gpu is not None:
+        for _ in range(CUBLAS_HANDLES):
+            timeline.allocate("workspace", cublas_bytes(device.gpu))
+    return timeline
+
+
+def _read(plan: Plan, timeline: Timeline, setting: Setting, *, kind: str, outside: int) -> RankEstimate:
+    return RankEstimate(
+        kind=kind,
+        count=plan.world_size // plan.degree("pp"),
+        components=dict(zip(COMPONENTS, timeline.peak.parts, strict=True)),
+        peak_allocated_bytes=timeline.peak.total,
+        peak_reserved_bytes=timeline.peak_reserved,
+        device_bytes=timeline.peak_reserved + outside,
+        host_bytes=sum(setting.host.values()),
+        nvme_bytes=sum(setting.nvme.values()),
+        peak_phase=timeline.peak.phase,
+        peak_step=timeline.peak.step,
+        between_steps_bytes=timeline.allocated,
+        curve=tuple(timeline.curve),
+    )
+
+
+def communicators(plan: Plan) -> int:
+    """NCCL communicators of a rank: the world's, and one for each mesh axis that another group than it talks over."""
+    if plan.world_size == 1:
+        return 0
+    axes = [axis for axis, size in plan.mesh if size > 1]
+    return 1 + (len(axes) if plan.fully_sharded else 0)
+
+
+def cublas_bytes(gpu: Gpu) -> int:
+    return CUBLAS_HOPPER_BYTES if gpu.name.startswith(HOPPER_AND_LATER) else CUBLAS_BYTES
+
+
+def with_micro_batch(plan: Plan, size: int) -> Plan:
+    """The same plan with another micro-batch size (and so another global batch)."""
+    return replace(plan, batch=replace(plan.batch, micro_batch_size=size))
+
+
+def _layout(config: Config, setting: Setting) -> Layout:
+    plan = setting.plan
+    if plan.engine is EngineName.deepspeed:
+        settings = deepspeed_config(config, plan, model_size(setting.profile.anatomy), swap_folder="")
+        return zero_layout(setting, settings)
+    return FullySharded(setting) if plan.fully_sharded else Replicated(setting)

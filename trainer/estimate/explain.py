@@ -1,0 +1,142 @@
+"""Every term of an estimate in words: the formula, with this configuration's numbers, and where it is from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from configs.choices import EngineName
+from configs.schema import Config
+from trainer.axes.pipeline.timeline import in_flight, receive_buffers
+from trainer.estimate.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators, cublas_bytes
+from trainer.estimate.layouts.common import WIDTHS
+from trainer.estimate.profile import Anatomy, UpdateCost
+from trainer.estimate.profiles import stage_layers
+from trainer.optim.adamw_8bit import BLOCK, SMALLEST
+from trainer.plan.plan import Plan
+
+
+def explain(config: Config, plan: Plan, found: Estimate) -> str:
+    """Lines below the table: what each row counts, and what is assumed."""
+    return "\n".join(["", "", "how it was counted", *(f"  {line}" for line in _lines(config, plan, found))])
+
+
+def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
+    anatomy = found.profile.anatomy
+    master, param = WIDTHS[plan.master_dtype], WIDTHS[plan.param_dtype]
+    share = f" that one of {plan.degree('tp')} tensor-parallel ranks holds" if plan.degree("tp") > 1 else ""
+    yield f"P = {anatomy.numel:,} parameters of {anatomy.name}{share}, counted on the built model; tied ones count once"
+    if plan.degree("pp") > 1:
+        yield from _pipeline(config, plan, found)
+    trained = sum(parameter.numel for parameter in anatomy.parameters() if parameter.trainable)
+    if trained < anatomy.numel:
+        yield from _frozen(plan, anatomy, trained, param)
+    yield from _states(plan, "P" if trained == anatomy.numel else "T", trained, master, param)
+    yield _optimizer(config, found.profile.outline.update)
+    yield (
+        f"activations, loss, backward: traced at micro_batch_size {plan.batch.micro_batch_size} x seq_len"
+        f" {plan.batch.seq_len // plan.degree('cp')} by running the model's own code on fake tensors, and repeated for"
+        f" {len(anatomy.layers)} layers; activation checkpointing {config.train.activation_checkpointing}"
+    )
+    for name, part in found.profile.parts.items():
+        forward = [_kept(entry) for (phase, _), steps in part.trace.sections.items() if phase == "f" for entry in steps]
+        yield (
+            f"traced part: {name.split()[0]}, {len(part.trace.templates)} layers, {sum(forward) / GIB:.3f} GiB"
+            " allocated by its forward"
+        )
+    if plan.device != "cuda":
+        return
+    rank = found.busiest
+    waste = rank.peak_reserved_bytes - rank.peak_allocated_bytes
+    yield (
+        f"reserved = allocated + {waste / GIB:.2f} GiB: the same requests replayed through the rules of the CUDA"
+        " caching allocator (512-byte rounding, 2 MiB and 20 MiB segments, best fit, a pool per stream; no"
+        " expandable_segments)"
+    )
+    if found.device.gpu is not None:
+        yield (
+            f"cuBLAS: {CUBLAS_HANDLES} workspaces of {cublas_bytes(found.device.gpu):,} bytes (forward and backward"
+            " threads), torch's default sizes; inside allocated"
+        )
+    yield (
+        f"CUDA context {found.context_bytes / GIB:.2f} GiB: assumed, seen 0.4 to 1.0 (estimate.context_gib); NCCL"
+        f" {communicators(plan)} communicator(s) x {config.estimate.nccl_gib} GiB: assumed, seen 0.1 to 0.5"
+        " (estimate.nccl_gib)"
+    )
+    yield "not counted: other processes on the GPU, kernels' private scratch memory, data that the loader prefetches"
+
+
+def _pipeline(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
+    pipeline, pp = config.parallel.pipeline, plan.degree("pp")
+    shape: dict[str, Any] = {"pp": pp, "micro_batches": plan.batch.gradient_accumulation_steps}
+    shape["stages_per_rank"] = pipeline.stages_per_rank
+    layers = [len(owned) for owned in stage_layers(config, plan, found.profile.outline)]
+    yield f"stages of {layers} layers (parallel.pipeline.split, or balanced by multiply-adds); tied ones at both ends"
+    held, buffers = in_flight(pipeline.schedule, **shape), receive_buffers(pipeline.schedule, **shape)
+    yield (
+        f"{pipeline.schedule}: micro-batches whose activations are held at once, by rank {{stage: count}}: {held};"
+        f" buffers for what neighbours send: {buffers}; from the schedule's own order"
+    )
+    yield "gradients stay whole and parameters gathered until a step's last backward"
+
+
+def _frozen(plan: Plan, anatomy: Anatomy, trained: int, param: int) -> Iterator[str]:
+    """What adapters leave as it is."""
+    codes = [parameter for parameter in anatomy.parameters() if parameter.packed]
+    packed = sum(parameter.numel for parameter in codes)
+    frozen = anatomy.numel - trained - packed
+    ranks = plan.parameter_shards
+    divided = f" / {ranks}" if ranks > 1 else ""
+    yield f"T = {trained:,} of them are trained, the adapters: gradients and optimizer states are of these alone"
+    yield f"F = {frozen:,} stay as they are: {param} B x F{divided} = {param * frozen / ranks / GIB:.2f} GiB"
+    if packed:
+        scales = sum(size for parameter in codes for size in parameter.packed[1:])
+        yield (
+            f"Q = {packed:,} in 4 bits: codes 0.5 B x Q{divided} = {packed / 2 / ranks / GIB:.2f} GiB, and"
+            f" {scales / GIB:.2f} GiB of scales, whole on every rank"
+        )
+
+
+def _states(plan: Plan, which: str, numel: int, master: int, param: int) -> Iterator[str]:
+    """which: the letter for the number of parameters that have states."""
+    shard = plan.fsdp_size
+    if plan.engine is EngineName.deepspeed:
+        parts = [
+            f"parameters {param} B x {which}" + (f" / {shard}" if plan.zero_stage == 3 else ""),
+            f"gradients {master} B x {which}" + (f" / {shard}" if plan.zero_stage > 1 else ""),
+            f"master weights {master} B x {which} / {shard}",
+        ]
+        yield "; ".join(parts) + ": DeepSpeed's partitions, padded, with the buckets of its generated configuration"
+    elif plan.fully_sharded:
+        size = f" = {numel * master / shard / GIB:.2f} GiB each" if plan.degree("pp") == 1 else ", of its own stages"
+        yield (
+            f"parameters and gradients {master} B x {which} / {shard}{size} (ceil(rows / {shard}) rows of every"
+            f" parameter); gathered copies {param} B, reduced in {WIDTHS[plan.reduce_dtype]} B"
+        )
+    else:
+        size = f"{numel * master / GIB:.2f} GiB"
+        yield f"parameters and gradients {master} B x {which} = {size} each, whole on every rank"
+
+
+def _optimizer(config: Config, update: UpdateCost) -> str:
+    states = f"states of {update.state:g} times the bytes it updates"
+    if update.factored:
+        states = (
+            f"states of {update.state_row:g} number(s) per row and {update.state_column:g} per column of every matrix,"
+            f" {update.state:g} per element of a vector"
+        )
+    if update.eight_bits:
+        states = (
+            f"states of 2 x (1 + 4 / {BLOCK}) bytes per value, and 8 of embeddings and of tensors with fewer than"
+            f" {SMALLEST:,} values"
+        )
+    before = f" + {update.temporary_before:g} of the one before it" if update.temporary_before else ""
+    return (
+        f"optimizer {config.optimizer.name}, {config.optimizer.implementation}: {states}, from the end of step 1;"
+        f" temporaries {update.temporary_all:.3g} of all + {update.temporary_largest:.3g} of the largest{before};"
+        " measured on small tensors with the trainer's own optimizer"
+    )
+
+
+def _kept(entry: tuple[object, ...]) -> int:
+    return entry[2] if entry[0] == "+" and isinstance(entry[2], int) else 0

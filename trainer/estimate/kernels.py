@@ -1,0 +1,85 @@
+"""Which kernels a trace on fake CPU tensors stands for: those of the device that the plan is for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import masking_utils
+from transformers.integrations import moe
+
+from trainer.axes.tensor import vocabulary
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch logs a traceback of its own for an operator that fake tensors cannot run."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def as_on_device(*, gpu: bool, exact_attention: bool, documents: bool = False) -> Iterator[None]:
+    """Let fake tensors take the paths that real ones take, and CPU ones those of a GPU if that is wanted.
+
+    documents: positions begin anew inside the rows, so that transformers builds a mask between documents.
+    """
+    attention = F.scaled_dot_product_attention
+
+    def scaled_dot_product_attention(query: torch.Tensor, *args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Any:
+        # Without the flash kernel: the memory-efficient one takes no grouped queries and no float64.
+        exact = exact_attention and (kwargs.get("enable_gqa", False) or query.dtype is torch.float64)
+        # A fused GPU kernel draws its dropout mask anew in the backward; the CPU has no such kernel.
+        with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+            return attention(query, *args, dropout_p=dropout_p if exact else 0.0, **kwargs)
+
+    def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        # A GPU keeps one byte per element as the mask; the CPU keeps the mask in the dtype of x.
+        return torch.native_dropout(x, p, training)[0] if training and p else x
+
+    usable = moe._can_use_grouped_mm
+
+    def can_use_grouped_mm(hidden: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> bool:
+        # torch's grouped product of the experts knows the shape of its result in bfloat16 alone; in other dtypes the
+        # stand-in of transformers has the same inputs and results.
+        return weight.dtype is torch.bfloat16 and usable(hidden, weight, offsets)
+
+    all_slices = vocabulary.slices
+
+    def few_slices(logits: torch.Tensor) -> list[slice]:
+        # All but the last have one size, and the third finds memory as the second did: hundreds would tell no more.
+        every = list(all_slices(logits))
+        return every if len(every) < 3 else [every[0], every[1], every[1]]
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(vocabulary, "slices", few_slices))
+        stack.enter_context(patch.object(moe, "_can_use_grouped_mm", can_use_grouped_mm))
+        # Hugging Face builds a mask of seq_len x seq_len for tensors whose values it cannot read. On real tensors it
+        # builds one for packed positions only.
+        stack.enter_context(patch.object(masking_utils, "is_tracing", lambda *_, **__: False))
+        packed = _packed if documents else _not_packed
+        stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", packed))
+        if gpu:
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", scaled_dot_product_attention))
+            stack.enter_context(patch.object(F, "dropout", dropout))
+        yield
+
+
+def _not_packed(position_ids: torch.Tensor) -> None:
+    return None
+
+
+def _packed(position_ids: torch.Tensor) -> torch.Tensor:
+    """As transformers numbers the documents of each row, without its look at whether there are several."""
+    return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)

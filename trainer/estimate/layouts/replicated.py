@@ -1,0 +1,130 @@
+"""One process, and data parallel (DDP): every rank holds parameters, gradients and states whole.
+
+Under DDP gradients live in its buckets. DDP learns in its first backward, which the trainer runs before step 1
+(`parallel.ddp`), in which order gradients become ready, and builds its buckets anew at the start of step 1, one after
+another; an old one is freed when its last gradient has moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+from trainer.estimate.layouts.common import (
+    WIDTHS,
+    Setting,
+    place_8bit_states,
+    place_batch,
+    place_factored_states,
+    place_states,
+    update_temporaries,
+)
+from trainer.estimate.timeline import Handle
+from trainer.optim.adamw_8bit import TABLES_BYTES
+
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+
+Key = tuple[str, str]
+
+
+class Replicated:
+    """Fulfils `compose.Layout`."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.timeline = setting, setting.timeline
+        self.ddp = setting.plan.degree("dp_replicate") > 1
+        width, anatomy = WIDTHS[setting.plan.master_dtype], setting.profile.anatomy
+        # Of the parameters that are trained; the others are only held.
+        self.sizes = {
+            (group, parameter.name): parameter.numel * width
+            for group, parameters in anatomy.all_groups()
+            for parameter in parameters
+            if parameter.trainable
+        }
+        self.width = width
+        self.trained = [parameter for parameter in anatomy.parameters() if parameter.trainable]
+        self.shapes = [parameter.shape for parameter in self.trained]
+        self.matrices = [prod(shape) * width for shape in self.shapes if len(shape) > 1]
+        self.frozen = list(anatomy.frozen_tensors(WIDTHS[setting.plan.param_dtype]))
+        self.gradients: dict[Key, Handle | None] = {}
+        self.buckets: list[tuple[set[Key], Handle | None]] = []
+        self.last = False
+
+    def start(self) -> None:
+        for size in (*self.sizes.values(), *self.frozen):
+            self.timeline.allocate("parameters", size)
+        self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
+        if self.ddp:
+            self.buckets = self._make_buckets(self.sizes)
+        if self.setting.profile.update.eight_bits:
+            self.timeline.allocate("optimizer", TABLES_BYTES)
+        place_batch(self.setting)
+
+    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
+        self.last = last
+        if self.ddp and first and step == 1:
+            self.buckets = self._make_buckets(reversed(self.sizes), old=self.buckets)
+
+    def before_forward(self, group: str) -> None: ...
+
+    def after_forward(self, group: str) -> None: ...
+
+    def before_backward(self, group: str) -> None: ...
+
+    def after_backward(self, group: str) -> None: ...
+
+    def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
+        key = (group, parameter)
+        if self.ddp:
+            # Added to a view of a bucket.
+            self.timeline.free(handle)
+            if self.last:
+                self._compress(key)
+        elif key in self.gradients:
+            self.timeline.free(handle)
+        else:
+            self.gradients[key] = self.timeline.move(handle, "gradients")
+
+    def end_backward(self) -> None: ...
+
+    def update(self, step: int) -> None:
+        if step == 1 and self.setting.profile.update.factored:
+            place_factored_states(self.setting, self.shapes, self.width)
+        elif step == 1 and self.setting.profile.update.eight_bits:
+            place_8bit_states(self.setting, self.trained)
+        elif step == 1:
+            place_states(self.setting, list(self.sizes.values()))
+        update_temporaries(self.setting, self.matrices)
+        for handle in self.gradients.values():
+            self.timeline.free(handle)
+        self.gradients.clear()
+
+    def _make_buckets(
+        self, keys: Iterable[Key], old: Iterable[tuple[set[Key], Handle | None]] = ()
+    ) -> list[tuple[set[Key], Handle | None]]:
+        """As torch assigns them: parameters in order, a bucket is closed when it reaches its limit."""
+        assigned, size, limit = [set[Key]()], 0, FIRST_BUCKET
+        for key in keys:
+            if size >= limit:
+                assigned.append(set())
+                size, limit = 0, BUCKET
+            assigned[-1].add(key)
+            size += self.sizes[key]
+        buckets, waiting = [], [(set(members), handle) for members, handle in old]
+        for members in assigned:
+            buckets.append((members, self.timeline.allocate("gradients", sum(self.sizes[key] for key in members))))
+            for place, handle in waiting:
+                if place and not place - members:
+                    self.timeline.free(handle)
+                place -= members
+        return buckets
+
+    def _compress(self, key: Key) -> None:
+        """The bucket that this gradient completes travels as a copy in reduce_dtype."""
+        plan = self.setting.plan
+        if plan.reduce_dtype is plan.master_dtype:
+            return
+        ratio = WIDTHS[plan.reduce_dtype] / WIDTHS[plan.master_dtype]
+        for members, handle in self.buckets:
+            if key in members and handle is not None:
+                self.timeline.free(self.timeline.allocate("buffers", int(handle[1] * ratio)))

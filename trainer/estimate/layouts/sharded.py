@@ -1,0 +1,276 @@
+"""FSDP2, also with replicas and where it shards over one rank: what is gathered when, where gradients pass through.
+
+    gather    shard cast to param_dtype -> all-gather output -> a whole copy of each parameter; the output of the last
+              gathering of a forward stays until the next one (their copies may overlap)
+    backward  each group, as it begins, starts the gathering of the next one
+    reduce    whole gradients -> reduce-scatter input in reduce_dtype -> 1/W of it in master_dtype; the input stays
+              until the next group's reduction
+
+    delayed   over one rank before the last micro-batch, and under a pipeline: whole gradients add up in reduce_dtype
+
+Gathering and reducing run in streams of their own, whose memory the computation cannot reuse. A rank holds
+ceil(rows / W) rows of each parameter: the first ranks' share, which none exceeds.
+Groups: `trainer.axes.shard.sharded_modules`; source: torch/distributed/fsdp/_fully_shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, prod
+
+from configs.choices import OffloadDevice
+from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
+from trainer.estimate.profile import Parameter
+from trainer.estimate.timeline import COMPUTE, GATHER, REDUCE, Handle
+
+
+class FullySharded:
+    """Fulfils `compose.Layout`. Stages of a pipeline: `layouts.staged`."""
+
+    staged = False
+
+    def __init__(self, setting: Setting) -> None:
+        plan, anatomy = setting.plan, setting.profile.anatomy
+        self.setting, self.timeline, self.reshard = setting, setting.timeline, plan.reshard_after_forward
+        self.ranks = plan.degree("dp_shard") * plan.degree("cp")
+        self.replicated = plan.degree("dp_replicate") > 1
+        self.offloaded = plan.offload_parameters is not OffloadDevice.none
+        self.master, self.param, self.reduce = (
+            WIDTHS[dtype] for dtype in (plan.master_dtype, plan.param_dtype, plan.reduce_dtype)
+        )
+        # Groups without parameters of their own gather nothing.
+        self.groups = {name: parameters for name, parameters in anatomy.all_groups() if parameters}
+        self.shards = {name: [self._gathered(p) for p in parameters] for name, parameters in self.groups.items()}
+        # Frozen parameters are gathered as all others, and neither reduced nor updated.
+        self.trained = {
+            name: sum(self._shard(p) for p in parameters if p.trainable) for name, parameters in self.groups.items()
+        }
+        self.whole: dict[str, list[Handle | None]] = {}
+        self.pending: dict[str, Handle | None] = {}
+        self.deferred: Handle | None = None
+        self.order: list[str] = []
+        self.received: dict[str, dict[str, Handle | None]] = {}
+        self.added: dict[str, dict[str, Handle | None]] = {}
+        self.late: list[Handle | None] = []
+        self.reducing: Handle | None = None
+        self.sharded: dict[str, Handle | None] = {}
+        self.partial: dict[str, Handle | None] = {}
+        self.held: list[Handle | None] = []
+        self.last = True
+
+    def _shard(self, parameter: Parameter) -> int:
+        """Elements of a rank's part, padding included."""
+        shape = parameter.shape or (1,)
+        return ceil(shape[0] / self.ranks) * prod(shape[1:])
+
+    def _gathered(self, parameter: Parameter) -> int:
+        """Bytes that a rank gives to a gathering: its part in param_dtype, or of the codes, two in a byte."""
+        shard = self._shard(parameter)
+        return shard // 2 if parameter.packed else shard * self.param
+
+    def start(self) -> None:
+        for parameters in self.groups.values():
+            for parameter in parameters:
+                kept = self._shard(parameter) * self.master if parameter.trainable else self._gathered(parameter)
+                self._place("parameters", kept)
+                for scales in parameter.packed[1:]:
+                    self.timeline.allocate("parameters", scales)
+        self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
+        if not self.staged:
+            place_batch(self.setting)
+
+    def _place(self, what: str, size: int) -> None:
+        if self.offloaded and self.setting.gpu:
+            self.setting.host[what] = self.setting.host.get(what, 0) + size
+        else:
+            self.timeline.allocate(what, size)
+
+    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
+        self.last = last
+        self.order = []
+
+    def before_forward(self, group: str) -> None:
+        if group not in self.groups:
+            return
+        fresh = group not in self.whole
+        self._gather(group)
+        # Only the next gathering of this forward frees the output of the last one, when its own copies are made.
+        if fresh:
+            self._copy_out(group)
+            self.timeline.free(self.deferred)
+            self.deferred = self.pending.pop(group, None)
+
+    def after_forward(self, group: str) -> None:
+        if group in self.groups:
+            if self.reshard:
+                self._drop(group)
+            self.order.append(group)
+        if group == "root":
+            self.timeline.free(self.deferred)
+            self.deferred = None
+
+    def before_backward(self, group: str) -> None:
+        if group not in self.groups:
+            return
+        if group not in self.whole:
+            self._gather(group)
+            self._copy_out(group)
+            self.timeline.free(self.pending.pop(group, None))
+        place = self.order.index(group) if group in self.order else 0
+        if place > 0:
+            self._gather(self.order[place - 1])
+
+    def after_backward(self, group: str) -> None:
+        if group not in self.groups:
+            return
+        if self.delayed:
+            self._add_up(group)
+            if not self.staged:
+                self._drop(group)
+        else:
+            self._reduce(group)
+
+    @property
+    def delayed(self) -> bool:
+        return self.staged or (self.ranks == 1 and not self.last)
+
+    def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
+        narrow = self.added.get(group, {}) if self.reduce == self.param else {}
+        received = self.received.setdefault(group, {})
+        if parameter not in narrow and parameter not in received:
+            received[parameter] = handle
+        elif self.setting.plan.degree("tp") > 1:
+            # It passes out of the divided layer with the layer's other gradients, when that is done.
+            self.late.append(handle)
+        else:
+            # Autograd adds it to the one that is there.
+            self.timeline.free(handle)
+
+    def end_backward(self) -> None:
+        for group in ("root", "embedding"):
+            self.after_backward(group)
+        # Gathered ahead for a backward that had no need of it: that of a frozen embedding.
+        for group in list(self.pending):
+            self.timeline.free(self.pending.pop(group))
+        if not self.delayed:
+            self._finish()
+
+    def _add_up(self, group: str) -> None:
+        """Gradients that are not reduced yet: kept whole, in the dtype in which they will be."""
+        for handle in self.late:
+            self.timeline.free(handle)
+        self.late.clear()
+        added = self.added.setdefault(group, {})
+        numel = {parameter.name: parameter.numel for parameter in self.groups[group]}
+        for name, handle in self.received.pop(group, {}).items():
+            if self.reduce == self.param:
+                added[name] = self.timeline.move(handle, "gradients")
+                continue
+            if name not in added:
+                added[name] = self.timeline.allocate("gradients", numel[name] * self.reduce)
+            self.timeline.free(handle)
+
+    def _reduce(self, group: str) -> None:
+        for handle in self.late:
+            self.timeline.free(handle)
+        self.late.clear()
+        received, added = self.received.pop(group, {}), self.added.pop(group, {})
+        for name in added.keys() & received.keys():
+            self.timeline.free(received.pop(name))
+        self._drop(group)
+        shard = self.trained[group]
+        if not shard:
+            return
+        self.timeline.free(self.reducing)
+        self.reducing = self.timeline.allocate("buffers", shard * self.ranks * self.reduce)
+        for handle in (*received.values(), *added.values()):
+            self.timeline.free(handle)
+        self._keep(group, shard)
+
+    def _finish(self) -> None:
+        """After the last group's reduction. Parts of gradients are joined and summed over the tensor-parallel ranks."""
+        for handle in (self.reducing, *self.held):
+            self.timeline.free(handle)
+        self.reducing = None
+        self.held.clear()
+        if self.last:
+            parts = [self._shard(p) for p in self.setting.profile.anatomy.parameters() if p.summed == "tp"]
+            self.timeline.free(self.timeline.allocate("workspace", sum(parts) * self.master))
+
+    def update(self, step: int) -> None:
+        update_together([self], step)
+
+    def sizes(self, *, matrices: bool = False) -> list[int]:
+        """Bytes of this rank's parameters in master_dtype."""
+        members = [parameter for group in self.groups.values() for parameter in group]
+        return [self._shard(p) * self.master for p in members if p.trainable and (len(p.shape) > 1 or not matrices)]
+
+    def clear(self) -> None:
+        for handle in self.sharded.values():
+            self.timeline.free(handle)
+        self.sharded.clear()
+
+    def _gather(self, group: str) -> None:
+        """Start the all-gather: its output is one flat tensor."""
+        if group in self.whole or group in self.pending or self.ranks == 1:
+            return
+        shard = sum(self.shards[group])
+        cast = None
+        if self.param != self.master or (self.offloaded and self.setting.gpu):
+            cast = self.timeline.allocate("buffers", self.trained[group] * self.param, GATHER)
+        self.pending[group] = self.timeline.allocate("buffers", shard * self.ranks, GATHER)
+        self.timeline.free(cast)
+
+    def _copy_out(self, group: str) -> None:
+        """Whole parameters, each in a tensor of its own. Over one rank they are cast here, one after the other."""
+        copies: list[Handle | None] = []
+        cast: Handle | None = None
+        for shard in self.shards[group]:
+            previous, cast = cast, None
+            if self.ranks == 1 and self.param != self.master:
+                cast = self.timeline.allocate("buffers", shard, COMPUTE)
+            self.timeline.free(previous)
+            copies.append(self.timeline.allocate("buffers", shard * self.ranks, COMPUTE))
+        self.timeline.free(cast)
+        self.whole[group] = copies
+
+    def _drop(self, group: str) -> None:
+        for handle in self.whole.pop(group, []):
+            self.timeline.free(handle)
+
+    def _keep(self, group: str, shard: int) -> None:
+        """This rank's part of the reduced gradient: kept, or added to what is kept."""
+        reduced = self.timeline.allocate("gradients", shard * self.reduce, REDUCE)
+        if self.replicated and not self.last:
+            if group in self.partial:
+                self.timeline.free(reduced)
+            else:
+                self.partial[group] = reduced
+            return
+        self.timeline.free(self.partial.pop(group, None))
+        if self.reduce != self.master:
+            cast = self.timeline.allocate("gradients", shard * self.master, REDUCE)
+            if self.replicated:
+                self.held.append(reduced)
+            else:
+                self.timeline.free(reduced)
+            reduced = cast
+        if group in self.sharded or (self.offloaded and self.setting.gpu):
+            self.timeline.free(reduced)
+        else:
+            self.sharded[group] = reduced
+
+
+def update_together(layouts: Sequence[FullySharded], step: int) -> None:
+    """The update of all parameters of a rank, whichever of its modules they are in."""
+    setting = layouts[0].setting
+    sizes = [size for layout in layouts for size in layout.sizes()]
+    if layouts[0].offloaded and setting.gpu:
+        setting.host["optimizer"] = int(sum(sizes) * setting.profile.update.state)
+        setting.host["gradients"] = sum(sizes)
+    else:
+        if step == 1:
+            place_states(setting, sizes)
+        update_temporaries(setting, [size for layout in layouts for size in layout.sizes(matrices=True)])
+    for layout in layouts:
+        layout.clear()

@@ -1,0 +1,238 @@
+"""ZeRO 1 and 2 (DeepSpeed): whole parameters, partitioned master weights and states.
+
+    stage 1    gradients whole in float32 until the last micro-batch, then through a bucket of float32
+    stage 2    gradients of each micro-batch through a bucket in param_dtype; a rank keeps a W-th, in float32
+
+What is in the bucket is copied together and cast to reduce_dtype to cross the ranks. Matrices and vectors are
+flattened apart (weight decay), each padded to a multiple of two elements per rank.
+Reads `trainer.engine.deepspeed.config`; source: deepspeed/runtime/zero/stage_1_and_2.py. Stage 1 in bfloat16 on the
+GPU has an optimizer of its own: see `zero1`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from math import ceil
+from typing import Any
+
+from configs.choices import OffloadDevice
+from trainer.engine.deepspeed.config import ModelSize
+from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
+from trainer.estimate.profile import Anatomy, Parameter
+from trainer.estimate.timeline import Handle
+
+ALIGNMENT = 2  # elements per rank, to which a flat group is padded
+ALLREDUCE_ELEMENTS = 500_000_000  # gradients are copied together until they have this many
+NORM_BYTES = 8  # the norm is computed in float64
+
+
+def model_size(anatomy: Anatomy) -> ModelSize:
+    """What DeepSpeed's settings are computed from. The number of parameters per module matters for NVMe alone."""
+    parameters = list(anatomy.parameters())
+    return ModelSize(
+        parameters=anatomy.numel,
+        trained=sum(p.numel for p in trained(anatomy)),
+        largest=max(p.numel for p in parameters),
+        largest_vector=max((p.numel for p in parameters if len(p.shape) < 2), default=0),
+        widest_module=2,
+    )
+
+
+class ZeroStage12:
+    """Fulfils `compose.Layout` for DeepSpeed's optimizer of stages 1 and 2 (but see `zero1` for stage 1 in bfloat16).
+    settings: DeepSpeed's, as the engine gets them."""
+
+    def __init__(self, setting: Setting, settings: dict[str, Any]) -> None:
+        plan, anatomy = setting.plan, setting.profile.anatomy
+        self.setting, self.timeline = setting, setting.timeline
+        self.stage = plan.zero_stage
+        self.ranks = plan.degree("dp_shard")
+        self.bucket_elements = settings["zero_optimization"]["reduce_bucket_size"]
+        self.param, self.reduce, self.master = (
+            WIDTHS[dtype] for dtype in (plan.param_dtype, plan.reduce_dtype, plan.master_dtype)
+        )
+        self.offloaded = plan.offload_optimizer is not OffloadDevice.none
+        # Gradients in 16 bit add up in float32: in a partition of their own, under stage 1 also while they are whole.
+        self.compact = self.param != self.master
+        self.whole_width = self.master if self.stage == 1 else self.param
+        self.groups = flat_groups(anatomy, self.ranks)
+        self.largest = max(p.numel for p in trained(anatomy))
+        self.touched = touched_elements(anatomy, self.groups, self.ranks)
+        self.numel = {(group, p.name): p.numel for group, members in anatomy.all_groups() for p in members}
+        self.whole: dict[tuple[str, str], Handle | None] = {}
+        self.oversized: list[Handle | None] = []
+        self.bucket: Handle | None = None
+        self.filled = 0
+        self.received: Handle | None = None
+        self.partition: list[Handle | None] = []
+        self.accumulators = False
+        self.last = True
+
+    def start(self) -> None:
+        # While a group is flattened it exists twice; where that does not fit DeepSpeed goes through host memory.
+        for elements in self.groups:
+            self.timeline.allocate("parameters", elements * self.param)
+        place_frozen(self.setting)
+        share = sum(self.groups) // self.ranks
+        self._place("optimizer", share * self.master)
+        if self.offloaded:
+            self._place("gradients", share * self.master)
+            self._place("buffers", share * self.param + self.largest * self.param)
+            self.timeline.allocate("buffers", self.largest * self.param)
+        self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
+        place_batch(self.setting)
+
+    def _place(self, what: str, size: int) -> None:
+        if self.offloaded and self.setting.gpu:
+            self.setting.host[what] = self.setting.host.get(what, 0) + size
+        else:
+            self.timeline.allocate(what, size)
+
+    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
+        self.last = last
+
+    def before_forward(self, group: str) -> None: ...
+
+    def after_forward(self, group: str) -> None: ...
+
+    def before_backward(self, group: str) -> None: ...
+
+    def after_backward(self, group: str) -> None: ...
+
+    def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
+        key = group, parameter
+        if self.bucket is None:
+            self.bucket = self.timeline.allocate("buffers", self.bucket_elements * self.whole_width)
+        if self.stage == 1:
+            self._accumulate(key, handle)
+        else:
+            self._fill(self.numel[key], handle)
+
+    def end_backward(self) -> None:
+        if self.stage == 1:
+            if not self.last:
+                return
+            for key, handle in self.whole.items():
+                self._fill(self.numel[key], handle)
+            self.whole.clear()
+        self._reduce()
+        if self.partition:
+            self.timeline.free(self.received)
+        elif self.received is not None:
+            self.partition = [self.received]
+        self.received = None
+        # Gradients that stage 1 holds in float32 are views of the bucket until the update is done.
+        if not (self.stage == 1 and self.compact):
+            self._release_bucket()
+
+    def update(self, step: int) -> None:
+        shares = [elements // self.ranks * self.master for elements in self.groups]
+        flat = None
+        if not self.offloaded:
+            most = min(self.largest, self.groups[0] // self.ranks)
+            self.timeline.free(self.timeline.allocate("workspace", most * NORM_BYTES))
+            if not self.compact:
+                flat = self.timeline.allocate("gradients", shares[0])
+        if self.offloaded and self.setting.gpu:
+            self.setting.host["optimizer states"] = int(sum(shares) * self.setting.profile.update.state)
+        else:
+            if step == 1:
+                place_states(self.setting, shares)
+            update_temporaries(self.setting, shares[:1])
+        for handle in (flat, *self.partition):
+            self.timeline.free(handle)
+        self.partition.clear()
+        self._release_bucket()
+
+    def _accumulate(self, key: tuple[str, str], handle: Handle | None) -> None:
+        """Stage 1: nothing crosses the ranks before the last micro-batch."""
+        if not self.compact:
+            if key in self.whole:
+                self.timeline.free(handle)
+            else:
+                self.whole[key] = self.timeline.move(handle, "gradients")
+            return
+        wide = self.timeline.allocate("gradients", self.numel[key] * self.master)
+        self.timeline.free(handle)
+        if key in self.whole:
+            self.timeline.free(wide)
+        else:
+            self.whole[key] = wide
+
+    def _fill(self, elements: int, handle: Handle | None) -> None:
+        if self.filled and self.filled + elements > self.bucket_elements:
+            self._reduce()
+        self.filled += elements
+        if elements > self.bucket_elements:
+            self.oversized.append(handle)
+        else:
+            self.timeline.free(handle)
+
+    def _reduce(self) -> None:
+        """What is in the bucket: copied together, cast to reduce_dtype; this rank's share of it is kept."""
+        if not self.filled:
+            return
+        if self.compact and not self.partition:
+            # On the GPU also where the optimizer is not: from there it is copied to the host.
+            self.partition = [
+                self.timeline.allocate("gradients", elements // self.ranks * self.master) for elements in self.groups
+            ]
+        elements = min(self.filled, ALLREDUCE_ELEMENTS + self.groups[0] // self.ranks)
+        copy = self.timeline.allocate("buffers", elements * self.whole_width)
+        cast = None
+        if self.reduce != self.whole_width:
+            cast = self.timeline.allocate("buffers", elements * self.reduce)
+        for handle in (cast, copy):
+            self.timeline.free(handle)
+        if not self.compact:
+            self._keep()
+        for handle in self.oversized:
+            self.timeline.free(handle)
+        self.oversized.clear()
+        self.filled = 0
+
+    def _keep(self) -> None:
+        """Without a partition of their own: gradients of this rank, parameters that it shares with others whole."""
+        if not self.offloaded:
+            if self.received is None:
+                self.received = self.timeline.allocate("gradients", self.touched * self.param)
+        elif self.stage == 2 and not self.accumulators and self.setting.plan.batch.gradient_accumulation_steps > 1:
+            self._place("gradients of the update", self.touched * self.param)
+            self.accumulators = True
+
+    def _release_bucket(self) -> None:
+        self.timeline.free(self.bucket)
+        self.bucket = None
+
+
+def trained(anatomy: Anatomy) -> Iterator[Parameter]:
+    """All parameters, or adapters alone: what is flattened, reduced and updated."""
+    return (parameter for parameter in anatomy.parameters() if parameter.trainable)
+
+
+def place_frozen(setting: Setting) -> None:
+    """Parameters that are only held: whole, each a tensor of its own."""
+    for size in setting.profile.anatomy.frozen_tensors(WIDTHS[setting.plan.param_dtype]):
+        setting.timeline.allocate("parameters", size)
+
+
+def flat_groups(anatomy: Anatomy, ranks: int) -> list[int]:
+    """Elements of the flat groups, padding included: matrices, then vectors."""
+    align = ALIGNMENT * ranks
+    flat = [sum(p.numel for p in trained(anatomy) if (len(p.shape) > 1) is matrix) for matrix in (True, False)]
+    return [ceil(numel / align) * align for numel in flat if numel]
+
+
+def touched_elements(anatomy: Anatomy, groups: list[int], ranks: int) -> int:
+    """Elements of all parameters of which a rank's partition has a part, on the rank that has most."""
+    touched: Counter[int] = Counter()
+    for matrix, elements in zip((True, False), groups, strict=False):
+        share, begin = elements // ranks, 0
+        for parameter in trained(anatomy):
+            if (len(parameter.shape) > 1) is matrix:
+                end = begin + parameter.numel
+                for rank in range(begin // share, (end - 1) // share + 1):
+                    touched[rank] += parameter.numel
+                begin = end
+    return max(touched.values())

@@ -1,0 +1,202 @@
+"""ZeRO 3 (DeepSpeed): parameters, gradients, master weights and states partitioned over W ranks.
+
+    for good       param_dtype partition + float32 gradient partition + master partition + states, each P / W;
+                   one bucket of reduce_bucket_size elements in reduce_dtype; parameters below the persistence
+                   threshold whole, from their first use on
+    forward        a module's parameters are gathered before it and dropped after it, the next ones ahead of time;
+                   those that the backward needs again within stage3_max_reuse_distance elements stay
+    backward       gradients are copied into the bucket; when it is full, a second copy of it is reduce-scattered
+    update         one sub-group of sub_group_size elements after another, each with its own float32 gradient
+    NVMe           states, master weights and the update's gradients on disk; in host memory pinned buffers for the
+                   largest sub-group; for parameters on disk buffers to read them into, and one to write a sub-group
+
+Reads `trainer.engine.deepspeed.config`; source: deepspeed/runtime/zero/stage3.py, partitioned_param_coordinator.py.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+from configs.choices import OffloadDevice
+from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
+from trainer.estimate.layouts.zero import trained
+from trainer.estimate.profile import Anatomy, Parameter
+from trainer.estimate.timeline import GATHER, Handle
+
+NORM_BYTES = 8  # norms of an offloaded gradient are computed in float64
+
+
+def sub_groups(anatomy: Anatomy, ranks: int, size: int) -> list[tuple[int, int]]:
+    """(elements on a rank, elements on all ranks) of each sub-group: parameters in order, matrices before vectors, a
+    sub-group is closed when it has reached its size."""
+    groups: list[tuple[int, int]] = []
+    for matrix in (True, False):
+        share = whole = 0
+        for parameter in trained(anatomy):
+            if (len(parameter.shape) > 1) is matrix:
+                share += ceil(parameter.numel / ranks)
+                whole += parameter.numel
+                if share >= size:
+                    groups.append((share, whole))
+                    share = whole = 0
+        if share:
+            groups.append((share, whole))
+    return groups
+
+
+class ZeroStage3:
+    """Fulfils `compose.Layout`. settings: DeepSpeed's, as the engine gets them."""
+
+    def __init__(self, setting: Setting, settings: dict[str, Any]) -> None:
+        plan, zero = setting.plan, settings["zero_optimization"]
+        self.setting, self.timeline = setting, setting.timeline
+        self.ranks = plan.degree("dp_shard")
+        self.param, self.reduce, self.master = (
+            WIDTHS[dtype] for dtype in (plan.param_dtype, plan.reduce_dtype, plan.master_dtype)
+        )
+        self.optimizer, self.parameters = plan.offload_optimizer, plan.offload_parameters
+        self.bucket_elements = zero["reduce_bucket_size"]
+        self.threshold = zero["stage3_param_persistence_threshold"]
+        self.reuse = zero["stage3_max_reuse_distance"]
+        self.ahead = zero["stage3_prefetch_bucket_size"]
+        self.groups = dict(setting.profile.anatomy.all_groups())
+        self.numel = {(group, p.name): p.numel for group, members in self.groups.items() for p in members}
+        self.frozen = sum(ceil(p.numel / self.ranks) for p in setting.profile.anatomy.parameters() if not p.trainable)
+        self.shards = [ceil(p.numel / self.ranks) for p in trained(setting.profile.anatomy)]
+        self.sub_groups = sub_groups(setting.profile.anatomy, self.ranks, zero["sub_group_size"])
+        self.swapped = zero.get("offload_param", {})
+        self.swap_buffers = zero.get("offload_optimizer", {}).get("buffer_count", 0)
+        self.after = self._elements_after()
+        self.whole: dict[str, list[Handle | None]] = {}
+        self.persistent: set[str] = set()
+        self.filled = 0
+        self.outside: list[Handle | None] = []
+        self.step = 0
+
+    def _elements_after(self) -> dict[str, int]:
+        """Elements of all groups that the forward passes after each; the root (norm) stands before the head."""
+        order = ["embedding", *(name for name in self.groups if name.isdigit()), "root", "head"]
+        total, after = 0, {}
+        for name in reversed([name for name in order if name in self.groups]):
+            after[name] = total
+            total += sum(p.numel for p in self._large(name))
+        return after
+
+    def _large(self, group: str) -> list[Parameter]:
+        return [p for p in self.groups.get(group, ()) if p.numel > self.threshold]
+
+    def start(self) -> None:
+        elements = sum(self.shards)
+        self._place("parameters", (elements + self.frozen) * self.param, self.parameters)
+        for what in ("gradients", "optimizer"):
+            self._place(what, elements * self.master, self.optimizer if what == "optimizer" else self._gradients())
+        if self.optimizer is not OffloadDevice.none:
+            # The gradient that the update on the CPU reads, beside the one that adds up micro-batches.
+            self._place("gradients of the update", elements * self.master, self.optimizer)
+        self._place_staging()
+        self.timeline.allocate("buffers", self.bucket_elements * self.reduce)
+        self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
+        place_batch(self.setting)
+
+    def _place_staging(self) -> None:
+        """Pinned host memory between the GPU and the disk. Its allocation goes past torch."""
+        if self.optimizer is OffloadDevice.nvme:
+            largest = max(elements for elements, _ in self.sub_groups)
+            self.setting.host["optimizer staging"] = self.swap_buffers * largest * self.master
+        if self.parameters is OffloadDevice.nvme:
+            reading = self.swapped["buffer_count"] * self.swapped["buffer_size"]
+            # For writing, as many elements as the largest sub-group has on all ranks together.
+            _, writing = max(self.sub_groups)
+            self.setting.host["parameter staging"] = (reading + writing) * self.param
+
+    def _gradients(self) -> OffloadDevice:
+        """The gradient partition waits in host memory for an optimizer that is not on the GPU."""
+        return OffloadDevice.none if self.optimizer is OffloadDevice.none else OffloadDevice.cpu
+
+    def _place(self, what: str, size: int, where: OffloadDevice) -> None:
+        if where is OffloadDevice.nvme:
+            self.setting.nvme[what] = self.setting.nvme.get(what, 0) + size
+        elif where is OffloadDevice.cpu and self.setting.gpu:
+            self.setting.host[what] = self.setting.host.get(what, 0) + size
+        else:
+            self.timeline.allocate(what, size)
+
+    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
+        self.step = step
+
+    def before_forward(self, group: str) -> None:
+        self._gather(group)
+
+    def after_forward(self, group: str) -> None:
+        if 2 * self.after.get(group, 0) > self.reuse or self.step == 1:
+            self._drop(group)
+
+    def before_backward(self, group: str) -> None:
+        self._gather(group)
+
+    def after_backward(self, group: str) -> None:
+        self._drop(group)
+
+    def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
+        elements = self.numel[group, parameter]
+        if self.filled and self.filled + elements > self.bucket_elements:
+            self._reduce()
+        self.filled += elements
+        if elements > self.bucket_elements:
+            self.outside.append(handle)
+        else:
+            self.timeline.free(handle)
+
+    def end_backward(self) -> None:
+        self._reduce()
+        for group in list(self.whole):
+            self._drop(group)
+
+    def update(self, step: int) -> None:
+        sizes = [elements * self.master for elements, _ in self.sub_groups]
+        on_disk = self.optimizer is OffloadDevice.nvme
+        if self.optimizer is OffloadDevice.none or not (self.setting.gpu or on_disk):
+            if step == 1:
+                place_states(self.setting, sizes)
+            gradient = self.timeline.allocate("workspace", max(sizes))
+            update_temporaries(self.setting, [max(sizes)])
+            self.timeline.free(gradient)
+        elif step == 1:
+            self._place("optimizer states", int(sum(sizes) * self.setting.profile.update.state), self.optimizer)
+
+    def _next(self, group: str) -> str:
+        """The layer after a layer, which in either direction is as large; of other groups none."""
+        return group if group.isdigit() and len(self.setting.profile.anatomy.layers) > 1 else ""
+
+    def _gather(self, group: str) -> None:
+        members = self.groups.get(group, ())
+        if group in self.whole or not members:
+            return
+        if group not in self.persistent:
+            for parameter in members:
+                if parameter.numel <= self.threshold:
+                    self.timeline.allocate("parameters", parameter.numel * self.param, GATHER)
+            self.persistent.add(group)
+        large = self._large(group)
+        # Modules are gathered one by one; what is alive at once is the one that computes and what is fetched ahead.
+        # That may reach into the group that comes next.
+        both = sum(p.numel for p in (*large, *self._large(self._next(group))))
+        most = min(both, max((p.numel for p in large), default=0) + self.ahead)
+        self.whole[group] = [self.timeline.allocate("buffers", most * self.param, GATHER)]
+
+    def _drop(self, group: str) -> None:
+        for handle in self.whole.pop(group, []):
+            self.timeline.free(handle)
+
+    def _reduce(self) -> None:
+        if not self.filled:
+            return
+        copy = self.timeline.allocate("buffers", self.filled * self.reduce)
+        if self._gradients() is not OffloadDevice.none:
+            self.timeline.free(self.timeline.allocate("workspace", max(self.shards) * NORM_BYTES))
+        self.timeline.free(copy)
+        for handle in self.outside:
+            self.timeline.free(handle)
+        self.outside.clear()
+        self.filled = 0

@@ -1,0 +1,189 @@
+"""A pipeline rank's step: its stages, what it does in which order, what it keeps for its neighbours.
+
+Everything is read from the tables that the trainer runs by: which rank holds which stages (`pipeline_table`), the order
+of its forwards and backwards (`pipeline_orders`), how many buffers torch sets aside for what neighbours send
+(`pipeline_timeline.receive_buffers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import cache, partial
+from operator import ge
+from typing import Any
+
+from configs.schema import Config
+from trainer.axes.pipeline.orders import Action, rank_orders
+from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, stages_of_rank
+from trainer.axes.pipeline.timeline import receive_buffers
+from trainer.estimate.compose import replay_stages
+from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, step_inputs
+from trainer.estimate.layouts.sharded import update_together
+from trainer.estimate.layouts.staged import Staged
+from trainer.estimate.profile import ModelProfile, Profile, role
+from trainer.estimate.timeline import Handle, Timeline
+from trainer.plan.plan import Plan
+
+
+class PipelineRank:
+    """What one pipeline rank holds and does. work: ranks of which it is equal need the same memory."""
+
+    def __init__(self, config: Config, plan: Plan, model: ModelProfile, ranges: Sequence[range], rank: int) -> None:
+        pipeline, pp, count = config.parallel.pipeline, plan.degree("pp"), plan.batch.gradient_accumulation_steps
+        self.plan, self.model, self.ranges, self.schedule = plan, model, ranges, pipeline.schedule
+        self.per_rank = pipeline.stages_per_rank or default_stages_per_rank(self.schedule)
+        self.owned = stages_of_rank(self.schedule, pp=pp, rank=rank, stages_per_rank=self.per_rank)
+        shape: dict[str, Any] = {"schedule": self.schedule, "pp": pp, "stages_per_rank": pipeline.stages_per_rank}
+        whole = rank_orders(**shape, micro_batches=count)[rank]
+        self.order = shortest_orders(**shape, micro_batches=count)[rank] if plan.device == "cuda" else whole
+        self.left_out = self._input_gradients(whole) - self._input_gradients(self.order)
+        self.buffers = receive_buffers(**shape, micro_batches=count)[rank]
+
+    @property
+    def work(self) -> Hashable:
+        place = {stage: index for index, stage in enumerate(self.owned)}
+        order = tuple((kind, place[stage], micro_batch) for kind, stage, micro_batch in self.order)
+        return self._stages(), order, self.left_out, self.buffers
+
+    def contains(self, other: PipelineRank) -> bool:
+        """Whether this rank holds, at one moment or another, all that the other ever holds at once."""
+        if self._stages() != other._stages() or self.left_out < other.left_out or self.buffers < other.buffers:
+            return False
+        mine = _states(self.order)
+        return all(any(all(map(ge, held, state)) for held in mine) for state in _states(other.order) - mine)
+
+    def replay(self, timeline: Timeline) -> Setting:
+        """Replay two steps on the timeline. The setting returned knows what lies in host memory."""
+        exchanged = SCHEDULES[self.schedule].arrangement != "v"
+        settings: list[Setting] = []
+        modules: dict[int, tuple[Profile, Staged]] = {}
+        for stage in self.owned:
+            profile = self.model.stage(self.ranges[stage], stages=len(self.ranges), index=stage)
+            host = settings[0].host if settings else {}
+            settings.append(Setting(profile=profile, plan=self.plan, timeline=timeline, host=host))
+            modules[stage] = (profile, Staged(settings[-1], ahead=self.per_rank > 1, exchanged=exchanged))
+        place_batch(settings[0])
+        replay_stages(
+            modules,
+            self.order,
+            timeline,
+            inputs=step_inputs(self.plan, first=0 in modules, last=len(self.ranges) - 1 in modules),
+            neighbours=_Neighbours(self, timeline, gpu=settings[0].gpu),
+            update=partial(update_together, [layout for _, layout in modules.values()]),
+        )
+        return settings[0]
+
+    def crosses(self, stage: int) -> bool:
+        """Whether a stage's input comes from another rank."""
+        return stage > 0 and stage - 1 not in self.owned
+
+    def _input_gradients(self, order: Sequence[Action]) -> int:
+        """How many gradients of inputs stay until the next step."""
+        return sum(action.kind == "I" and self.crosses(action.stage) for action in order)
+
+    def _stages(self) -> tuple[tuple[str, tuple[int, ...], bool], ...]:
+        """Of each stage: its role, its layers' kinds, and whether the next one is here too."""
+        return tuple(
+            (role(stages=len(self.ranges), index=stage), self._kinds(stage), stage + 1 in self.owned)
+            for stage in self.owned
+        )
+
+    def _kinds(self, stage: int) -> tuple[int, ...]:
+        layers = self.ranges[stage]
+        return self.model.anatomy.layers[layers.start : layers.stop]
+
+
+@cache
+def shortest_orders(
+    schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None
+) -> list[Sequence[Action]]:
+    """For each rank its order in a step with as few micro-batches as take it through all the states that a whole step
+    does. Those that follow when the pipeline is full are no different."""
+    shape: dict[str, Any] = {"schedule": schedule, "pp": pp, "stages_per_rank": stages_per_rank}
+    orders: list[Sequence[Action]] = list(rank_orders(**shape, micro_batches=micro_batches))
+    wanted = {rank: _states(order) for rank, order in enumerate(orders)}
+    most = {rank: max(map(max, states)) for rank, states in wanted.items()}  # of one stage's micro-batches at once
+    # Interleaved schedules go in rounds; a step must stay one of whole rounds.
+    rounds = pp if SCHEDULES[schedule].arrangement == "loop" and micro_batches % pp == 0 else 1
+    for fewer in range(rounds, micro_batches, rounds):
+        asked = [rank for rank in wanted if most[rank] <= fewer]
+        if asked:
+            shorter = rank_orders(**shape, micro_batches=fewer)
+            for rank in asked:
+                if _states(shorter[rank]) == wanted[rank]:
+                    orders[rank] = shorter[rank]
+                    del wanted[rank]
+    return orders
+
+
+def _states(order: Sequence[Action]) -> set[tuple[int, ...]]:
+    """What a rank holds after each of its actions. For each of its stages: activations of how many micro-batches, how
+    many more as far as the gradients of the weights need them, and whether there are gradients."""
+    place = {stage: 3 * index for index, stage in enumerate(dict.fromkeys(action.stage for action in order))}
+    held, found = [0] * (3 * len(place)), set()
+    for kind, stage, _ in order:
+        at = place[stage]
+        if kind == "F":
+            held[at] += 1
+        elif kind == "W":
+            held[at + 1] -= 1
+        else:
+            held[at] -= 1
+            held[at + 1] += kind == "I"
+        if kind in "BW":
+            held[at + 2] = 1
+        found.add(tuple(held))
+    return found
+
+
+class _Neighbours:
+    """Fulfils `compose.Neighbours`: hidden states and their gradients at the borders of this rank's stages.
+
+    waiting: the buffers that torch sets aside for good. keeps_sent: how many of the tensors that have been sent stay.
+    torch's engine waits for its sends at the end of a step (1f1b: at the next one), and gloo keeps the tensors until
+    then; NCCL gives them back when they have left.
+    """
+
+    def __init__(self, rank: PipelineRank, timeline: Timeline, *, gpu: bool) -> None:
+        batch, plan = rank.plan.batch, rank.plan
+        hidden = batch.micro_batch_size * (batch.seq_len // plan.degree("cp")) * rank.model.outline.hidden_size
+        all_sent = 1 if rank.schedule == "1f1b" else batch.gradient_accumulation_steps * len(rank.ranges)
+        self.rank, self.timeline, self.size = rank, timeline, hidden * WIDTHS[plan.param_dtype]
+        self.keeps_sent = 0 if gpu else all_sent
+        self.waiting = [timeline.allocate("buffers", self.size) for _ in range(rank.buffers)]
+        self.sent: list[Handle | None] = []
+        self.gradients: list[Handle | None] = []
+
+    def start_step(self) -> None:
+        for handle in self.gradients:
+            self.timeline.free(handle)
+        self.gradients.clear()
+
+    def after(self, action: Action) -> None:
+        (kind, stage, _), owned = action, self.rank.owned
+        if kind == "F":
+            if stage + 1 in owned:
+                # The next stage is here: the output takes the place of the buffer it would be received in.
+                self.timeline.free(self.waiting.pop())
+        elif kind in "BW" and stage < len(self.rank.ranges) - 1:
+            if stage + 1 in owned:
+                self.waiting.append(self.timeline.allocate("buffers", self.size))
+            else:
+                self._keep()
+        if kind in "BI" and self.rank.crosses(stage):
+            if kind == "I":
+                # Stays in the buffer's `.grad`, which torch clears when the next step begins. Those of micro-batches
+                # that are not replayed would be there when the last ones that are come to their peak.
+                more = 0 if self.gradients else self.rank.left_out
+                self.gradients += [self.timeline.allocate("buffers", self.size) for _ in range(1 + more)]
+            else:
+                self._keep()
+
+    def _keep(self) -> None:
+        if len(self.sent) < self.keeps_sent:
+            self.sent.append(self.timeline.allocate("buffers", self.size))
+
+    def end_step(self) -> None:
+        for handle in self.sent:
+            self.timeline.free(handle)
+        self.sent.clear()

@@ -1,0 +1,200 @@
+"""Profiles on demand: traced once for each architecture, shape and set of versions, then read from disk.
+
+An estimate needs neither torch nor transformers once its profile is on disk; importing the two costs more than all
+its arithmetic. What a profile depends on is its file's name: model fields, shape, dtypes, the versions of both
+libraries and the source of every module that shapes the trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from configs.choices import DType, EngineName
+from configs.errors import ConfigError, PlanError
+from configs.schema import Config
+from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers
+from trainer.estimate.profile import (
+    Anatomy,
+    ModelProfile,
+    Outline,
+    Part,
+    outline_from_json,
+    outline_to_json,
+    part_from_json,
+    part_name,
+    part_to_json,
+)
+from trainer.estimate.sources import dependencies
+from trainer.estimate.tracing import Tracer
+from trainer.linear.rules import check_frozen
+from trainer.plan.devices import Gpu
+from trainer.plan.plan import Plan
+
+Made = TypeVar("Made")
+
+
+def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size: int | None = None) -> ModelProfile:
+    """The profile of the plan's micro-batch, from disk or traced now. gpu: whose kernels are assumed; None: the CPU's.
+
+    Raises NotEstimated for a model that cannot be traced, and what building and dividing a model raise.
+    """
+    tracer = _tracer(config, plan)
+    outline = _outline(config, plan, tracer)
+    frozen = [parameter.name for parameter in outline.anatomy.parameters() if not parameter.trainable]
+    if problems := [*check_frozen(config, outline.anatomy.name, len(frozen), ", ".join(dict.fromkeys(frozen)))]:
+        # The outline may have been traced for another engine.
+        raise ConfigError(*problems)
+    shape = _shape_fields(config, plan, gpu, micro_batch_size or plan.batch.micro_batch_size)
+    parts: dict[str, Part] = {}
+    layers, stages = outline.anatomy.layers, stage_layers(config, plan, outline)
+    for index, owned in enumerate(stages):
+        name = part_name(layers[owned.start : owned.stop], stages=len(stages), index=index)
+        if name not in parts:
+            fields = {**_outline_fields(config, plan), **shape, "part": name}
+            parts[name] = _cached(
+                config,
+                _key(config, fields),
+                read=part_from_json,
+                write=part_to_json,
+                make=partial(tracer.part, shape, layers, owned, stages=len(stages), index=index),
+            )
+    return ModelProfile(outline=outline, parts=parts)
+
+
+def get_anatomy(config: Config, plan: Plan) -> Anatomy:
+    """The parameters of the plan's pieces of the model, counted on its modules, without a trace."""
+    return _outline(config, plan, _tracer(config, plan)).anatomy
+
+
+def _tracer(config: Config, plan: Plan) -> Tracer:
+    return Tracer(config, plan, _key(config, {"tuning": repr(config.tuning)}))
+
+
+def _outline(config: Config, plan: Plan, tracer: Tracer) -> Outline:
+    key = _key(config, _outline_fields(config, plan))
+    return _cached(config, key, read=outline_from_json, write=outline_to_json, make=tracer.outline)
+
+
+def stage_layers(config: Config, plan: Plan, outline: Outline) -> list[range]:
+    """The layers of each stage, as `pipeline_split` cuts them; one stage of all layers without a pipeline."""
+    count = len(outline.anatomy.layers)
+    pipeline, pp = config.parallel.pipeline, plan.degree("pp")
+    if pp == 1:
+        return [range(count)]
+    stages = pp * (pipeline.stages_per_rank or default_stages_per_rank(pipeline.schedule))
+    if count < stages:
+        raise PlanError(f"parallel.pp={pp}: the model has {count} layers, {stages} stages need as many; use fewer")
+    costs = {"layer_costs": outline.layer_costs, "head_cost": outline.head_cost}
+    return split_layers(count, stages, split=pipeline.split, **costs)
+
+
+def _cached(
+    config: Config,
+    key: str,
+    *,
+    read: Callable[[dict[str, Any]], Made],
+    write: Callable[[Made], dict[str, Any]],
+    make: Callable[[], Made],
+) -> Made:
+    file = _folder(config) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    try:
+        found = json.loads(file.read_text())
+        if found["key"] == key:
+            return read(found["value"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    made = make()
+    _save(file, {"key": key, "value": write(made)})
+    return made
+
+
+def _folder(config: Config) -> Path:
+    return Path(config.data.cache_dir).expanduser() / "memory"
+
+
+def _save(file: Path, values: Mapping[str, Any]) -> None:
+    """Whole or not at all. A cache that cannot be written costs time, nothing else."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(values))
+        partial.rename(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+def _key(config: Config, fields: Mapping[str, Any]) -> str:
+    """fields: with what the model itself, the versions and the sources are, all that the cached value depends on."""
+    model = config.model
+    local = Path(model.path or "").expanduser() / "config.json"
+    described = {
+        "model": [model.path, model.revision, str(model.attention), model.architecture, model.config],
+        "local": local.read_text() if model.path and local.is_file() else None,
+        **_surroundings(),
+        **fields,
+    }
+    return json.dumps(described, sort_keys=True, default=str)
+
+
+@cache
+def _surroundings() -> dict[str, Any]:
+    """What stays the same while the process lives."""
+    source, versions = dependencies()
+    return {"versions": versions, "source": source}
+
+
+def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
+    parallel, optimizer, tuning = config.parallel, config.optimizer, config.tuning
+    return {
+        "pipeline": plan.degree("pp") > 1,
+        "tensor": [plan.degree("tp"), parallel.sequence_parallel, parallel.tensor_plan],
+        "tuning": [
+            str(tuning.method),
+            tuning.rank,
+            tuning.dropout > 0,
+            sorted(tuning.target_modules),
+            tuning.double_quantization,
+        ],
+        "optimizer": [str(optimizer.name), str(optimizer.implementation), optimizer.beta1 > 0],
+    }
+
+
+def _shape_fields(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size: int) -> dict[str, Any]:
+    schedule, cp = config.parallel.pipeline.schedule, plan.degree("cp")
+    return {
+        "micro_batch_size": micro_batch_size,
+        "seq_len": plan.batch.seq_len // cp,
+        "context": [cp, str(config.parallel.context_method) if cp > 1 else ""],
+        "dtypes": _dtypes(plan),
+        "checkpointing": str(config.train.activation_checkpointing),
+        "gpu": gpu is not None,
+        "exact_attention": _exact_attention(plan, gpu),
+        "chunked_loss": config.train.chunked_loss,
+        "documents": config.data.document_mask,
+        "split_backward": plan.degree("pp") > 1 and SCHEDULES[schedule].splits_backward,
+    }
+
+
+def _dtypes(plan: Plan) -> tuple[DType, DType | None, DType | None]:
+    """Storage of the parameters during the forward, autocast's dtype, what the logits are cast to by the root.
+
+    FSDP2 and DeepSpeed hand the model parameters in param_dtype; one process and DDP cast at each use.
+    """
+    wide = DType.float64 if plan.param_dtype is DType.float64 else DType.float32
+    if plan.engine is EngineName.deepspeed:
+        return plan.param_dtype, None, None
+    if plan.fully_sharded:
+        return plan.param_dtype, None, wide
+    return plan.master_dtype, None if plan.param_dtype is plan.master_dtype else plan.param_dtype, None
+
+
+def _exact_attention(plan: Plan, gpu: Gpu | None) -> bool:
+    """Whether torch's attention must do without CUDA's flash kernel, which takes 16 bit only and needs Ampere."""
+    wide = plan.param_dtype in (DType.float32, DType.float64)
+    return gpu is not None and (wide or gpu.bfloat16_flops is None)

@@ -1,0 +1,232 @@
+"""An estimate as a table for people, or as JSON and CSV for programs.
+
+The JSON's schema is the function `to_dict`. Three totals stand in every form and are never mixed up: allocated (what
+tensors hold), reserved (what torch's allocator has taken for them), device (with CUDA context and NCCL: nvidia-smi).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.estimate.estimate import Estimate, RankEstimate, Verdict
+from trainer.estimate.suggest import Suggestion
+from trainer.estimate.timeline import COMPONENTS
+from trainer.plan.plan import Plan
+
+GIB = 2**30
+LABELS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "master weights and optimizer states",
+    "activations": "activations held",
+    "loss": "loss and logits",
+    "buffers": "communication, gathered and cast parameters",
+    "workspace": "workspace (temporaries, cuBLAS)",
+}
+BESIDE = 6  # more kinds of ranks than this do not fit beside each other on a line
+TOTALS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "nvme_bytes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One configuration's estimate with all that is told of it. suggestions, largest_micro_batch: None where not looked
+    for."""
+
+    overrides: tuple[str, ...]
+    config: dict[str, object]
+    plan: Plan
+    estimate: Estimate
+    suggestions: Sequence[Suggestion] | None = None
+    largest_micro_batch: int | None = None
+
+
+def to_dict(answer: Answer) -> dict[str, object]:
+    """All bytes are of one rank; `components` are those at its peak and add up to peak_allocated_bytes."""
+    found = answer.estimate
+    return {
+        "overrides": list(answer.overrides),
+        "config": answer.config,
+        "plan": {**asdict(answer.plan), "world_size": answer.plan.world_size},
+        "device": {
+            "name": found.device.name,
+            "capacity_bytes": found.device.capacity_bytes,
+            "assumed": found.device.assumed,
+            "context_bytes": found.context_bytes,
+            "nccl_bytes": found.nccl_bytes,
+        },
+        "ranks": [_rank(rank, found) for rank in found.ranks],
+        "busiest": found.busiest.kind,
+        **{total: getattr(found.busiest, total) for total in TOTALS[:3]},
+        "fits": found.fits,
+        "verdict": str(found.verdict),
+        "margin_bytes": found.margin_bytes,
+        "largest_micro_batch": answer.largest_micro_batch,
+        "suggestions": [
+            {
+                "overrides": list(suggestion.overrides),
+                "why": suggestion.why,
+                **{total: getattr(suggestion.estimate.busiest, total) for total in TOTALS[:3]},
+            }
+            for suggestion in answer.suggestions or ()
+        ],
+    }
+
+
+def _rank(rank: RankEstimate, found: Estimate) -> dict[str, object]:
+    capacity = found.device.capacity_bytes
+    return {
+        "kind": rank.kind,
+        "count": rank.count,
+        "components": {f"{name}_bytes": size for name, size in rank.components.items()},
+        **{total: getattr(rank, total) for total in TOTALS},
+        "peak_phase": rank.peak_phase,
+        "peak_step": rank.peak_step,
+        "fits": capacity is None or rank.device_bytes <= capacity,
+    }
+
+
+def render_json(answers: Sequence[Answer], *, sweep: bool) -> str:
+    """An object for one configuration, a list of them for a sweep."""
+    values = [to_dict(answer) for answer in answers]
+    return json.dumps(values if sweep else values[0], indent=2, default=str)
+
+
+def render_csv(answers: Sequence[Answer]) -> str:
+    """One line for each configuration and kind of rank."""
+    out = io.StringIO()
+    names = ["overrides", "rank", "count", *(f"{name}_bytes" for name in COMPONENTS), *TOTALS]
+    names += ["peak_phase", "peak_step", "device", "capacity_bytes", "fits"]
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    for answer in answers:
+        for rank in answer.estimate.ranks:
+            values = _rank(rank, answer.estimate)
+            components = values.pop("components")
+            assert isinstance(components, dict)
+            values |= {
+                **components,
+                "rank": values.pop("kind"),
+                "overrides": " ".join(answer.overrides),
+                "device": answer.estimate.device.name,
+                "capacity_bytes": answer.estimate.device.capacity_bytes,
+            }
+            writer.writerow(values)
+    return out.getvalue().rstrip("\n")
+
+
+def render_table(answer: Answer) -> str:
+    """One configuration: components and totals of each kind of rank, the verdict, what to change."""
+    ranks = answer.estimate.ranks
+    table = _ranks_below_each_other(answer) if len(ranks) > BESIDE else _ranks_beside_each_other(answer)
+    return "\n".join([answer.plan.describe(), "", _text(table), "", *_verdict(answer)])
+
+
+def _ranks_beside_each_other(answer: Answer) -> Table:
+    found = answer.estimate
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("GiB per GPU" if found.device.capacity_bytes is not None else "GiB per process")
+    for rank in found.ranks:
+        table.add_column(_named(rank, found), justify="right")
+    for name in COMPONENTS:
+        table.add_row(LABELS[name], *(_gib(rank.components[name]) for rank in found.ranks))
+    table.add_section()
+    table.add_row("peak allocated", *(_gib(rank.peak_allocated_bytes) for rank in found.ranks))
+    if found.device.capacity_bytes is not None:
+        table.add_row("peak reserved by torch", *(_gib(rank.peak_reserved_bytes) for rank in found.ranks))
+        table.add_row(
+            "CUDA context, NCCL (assumed)", *(_gib(found.context_bytes + found.nccl_bytes) for _ in found.ranks)
+        )
+        table.add_row("on the device (nvidia-smi)", *(_gib(rank.device_bytes) for rank in found.ranks), style="bold")
+    for label, total in (("host memory", "host_bytes"), ("NVMe", "nvme_bytes")):
+        if any(getattr(rank, total) for rank in found.ranks):
+            table.add_row(f"{label} per rank", *(_gib(getattr(rank, total)) for rank in found.ranks))
+    table.add_row("peak in", *(f"{rank.peak_phase}, step {rank.peak_step}" for rank in found.ranks))
+    return table
+
+
+def _ranks_below_each_other(answer: Answer) -> Table:
+    """For a long pipeline: a line for each kind of rank."""
+    found = answer.estimate
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    totals = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
+    totals |= {"host": "host_bytes"} if any(rank.host_bytes for rank in found.ranks) else {}
+    for name in ("GiB per GPU", *COMPONENTS, *totals, "peak in"):
+        table.add_column(name, justify="left" if name in ("GiB per GPU", "peak in") else "right")
+    for rank in found.ranks:
+        sizes = [*rank.components.values(), *(getattr(rank, total) for total in totals.values())]
+        table.add_row(_named(rank, found), *map(_gib, sizes), f"{rank.peak_phase}, step {rank.peak_step}")
+    return table
+
+
+def _named(rank: RankEstimate, found: Estimate) -> str:
+    busiest = " (busiest)" if rank is found.busiest and len(found.ranks) > 1 else ""
+    return f"{rank.count} x {rank.kind}{busiest}"
+
+
+def render_sweep(answers: Sequence[Answer]) -> str:
+    """One line for each configuration of a sweep, by the words that are not those of all."""
+    common = [word for word in common_words(answers) if not word.startswith("estimate.")]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("overrides", "GPUs", "busiest", "allocated", "reserved", "device GiB", "peak in", "verdict"):
+        numeric = name in ("GPUs", "allocated", "reserved", "device GiB")
+        table.add_column(name, justify="right" if numeric else "left")
+    for answer, label in zip(answers, own_words(answers), strict=True):
+        rank = answer.estimate.busiest
+        sizes = (rank.peak_allocated_bytes, rank.peak_reserved_bytes, rank.device_bytes)
+        phase = f"{rank.peak_phase}, step {rank.peak_step}"
+        shown = (label, f"{answer.plan.world_size:,}", rank.kind, *map(_gib, sizes), phase)
+        table.add_row(*shown, str(answer.estimate.verdict))
+    return "\n".join([*([f"all with {' '.join(common)}"] if common else []), _text(table)])
+
+
+def common_words(answers: Sequence[Answer]) -> list[str]:
+    """Words that all configurations of a sweep have; none if it is of one."""
+    first, *others = answers
+    return [word for word in first.overrides if all(word in one.overrides for one in others)] if others else []
+
+
+def own_words(answers: Sequence[Answer]) -> list[str]:
+    """Of each configuration the words that not all have: what tells it from the others."""
+    common = common_words(answers)
+    return [" ".join(word for word in one.overrides if word not in common) for one in answers]
+
+
+def _verdict(answer: Answer) -> list[str]:
+    found = answer.estimate
+    margin, capacity, device = found.margin_bytes, found.device.capacity_bytes, found.device
+    if margin is None or capacity is None:
+        return ["no GPU in this plan: nothing to compare with (cluster=8xh100, or cluster.gpu=NAME, names one)"]
+    named = f"{device.name} ({_gib(capacity)} GiB)"
+    assumed = "; assumed, since cluster.gpu names none" if device.assumed else ""
+    lines = [f"{found.verdict}: {named} leaves {_gib(margin)} GiB free{assumed}"]
+    if found.verdict is Verdict.does_not_fit:
+        lines = [f"{found.verdict}: {named} lacks {_gib(-margin)} GiB{assumed}"]
+        for suggestion in answer.suggestions or ():
+            size = _gib(suggestion.estimate.busiest.device_bytes)
+            lines.append(f"  {size:>7} GiB with {' '.join(suggestion.overrides)}   ({suggestion.why})")
+        if answer.suggestions is not None and not answer.suggestions:
+            frozen = not all(parameter.trainable for parameter in found.profile.anatomy.parameters())
+            others = "try parallel=pipeline_fsdp" if frozen else "estimate.search=true ranks the others that do"
+            lines.append(f"  no change of this layout makes it fit: {others}")
+    if answer.largest_micro_batch is not None:
+        lines.append(f"largest train.micro_batch_size that fits: {answer.largest_micro_batch}")
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.2f}"
+
+
+def _text(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console.print(table)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())

@@ -1,0 +1,285 @@
+"""How long one step of a plan takes: a model made of a few stated terms, not a measurement.
+
+    matrix products        FLOPs / (peak * estimate.efficiency), at least the time to read the weights from memory
+    around them            norms, residuals, rotations, activation functions: bytes read and written / bandwidth
+    unpacking              4-bit weights read, and written as they are multiplied, at each use
+    recompute              what activation checkpointing computes a second time
+    tensor parallel        four sums of the hidden states per layer and micro-batch; nothing hides them
+    context parallel       keys and values, or heads, exchanged around attention
+    sharding, gradients    gathers and reductions over the data-parallel ranks, behind the computation as far as it goes
+    pipeline               waiting (`plan.bubble`) and handing on hidden states
+    update                 optimizer states read and written where they live; the way there and back
+
+It ranks layouts, for which the differences between terms count; the constants below are its assumptions, and how far
+it is from published runs is measured by tests/benchmarks/published.py. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.choices import Checkpointing, ContextMethod, EngineName, OffloadDevice
+from configs.schema import Config, Optimizer
+from trainer.estimate.bounds import moments
+from trainer.estimate.layouts.common import WIDTHS
+from trainer.estimate.profile import Anatomy
+from trainer.estimate.search.network import Network, build_network, group_of
+from trainer.model.flops import training_flops_per_token
+from trainer.plan.devices import GB_PER_SECOND, Gpu
+from trainer.plan.model_fields import sizes
+from trainer.plan.plan import Plan
+
+MEMORY_ACHIEVED = 0.8
+"""Of the data sheet's memory bandwidth, by kernels that only read and write."""
+WHOLE, DIVIDED = {False: 38.0, True: 10.0}, {False: 28.0, True: 14.0}
+"""Hidden-state-sized tensors that one layer's forward reads and writes outside its matrix products, in eager torch and
+compiled: whole ones (two norms, which compute in float32, and two residuals), and those that tensor parallel divides
+(rotation, activation function, product). A backward moves twice as many."""
+LOGIT_BYTES = 30.0
+"""Read and written per logit by cast, softmax, loss and their gradients."""
+HIDDEN, EXPOSED = 0.8, 0.05
+"""Communication hides behind this part of the computation beside it, and this part of it shows nevertheless."""
+UPDATE_BYTES, MOMENT_BYTES = 14.0, 8.0
+"""Per parameter: master weight read and written, gradient read, copy written; and each moment read and written."""
+SELECTIVE = 0.5
+"""Of the forward's matrix products are computed again: every second one. All around them is."""
+HOST_MEMORY_GB_PER_SECOND = 20.0
+"""A GPU's share of its node's memory bandwidth, for updates on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dimensions:
+    """Sizes of a decoder. attention: heads * head_dim; key_value: the same of keys. matrices: parameters that take
+    part in a matrix product (all but a look-up table). frozen: parameters that are not trained; packed: those of them
+    that are held in `packed_bytes` of other tensors."""
+
+    parameters: int
+    matrices: int
+    layers: int
+    hidden: int
+    attention: int
+    key_value: int
+    vocabulary: int
+    frozen: int = 0
+    packed: int = 0
+    packed_bytes: int = 0
+
+    @property
+    def trained(self) -> int:
+        return self.parameters - self.frozen
+
+    @property
+    def frozen_matrices(self) -> int:
+        """Frozen parameters whose own gradient is a matrix product that is left out."""
+        return max(0, self.frozen - (self.parameters - self.matrices))
+
+    def frozen_bytes(self, width: int) -> int:
+        """width: bytes of a value that is not packed."""
+        return (self.frozen - self.packed) * width + self.packed_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """seconds: by term, in the order of the module's table; only those that are not zero. tokens: of all ranks."""
+
+    seconds: Mapping[str, float]
+    tokens: int
+    world_size: int
+    mfu: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.tokens / self.total / self.world_size
+
+
+def dimensions(fields: Mapping[str, Any], anatomy: Anatomy) -> Dimensions:
+    """Sizes from the Hugging Face config's fields, which tell width and vocabulary, and the counted parameters."""
+    known = sizes(fields)
+    hidden, heads, vocabulary = known.hidden or 1, known.heads or 1, known.vocabulary or 1
+    head_dim = int(fields.get("head_dim") or hidden // heads)
+    tied = "head" not in dict(anatomy.groups)
+    frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
+    packed = [parameter for parameter in frozen if parameter.packed]
+    return Dimensions(
+        parameters=anatomy.numel,
+        matrices=anatomy.numel - (0 if tied else vocabulary * hidden),
+        layers=len(anatomy.layers),
+        hidden=hidden,
+        attention=heads * head_dim,
+        key_value=(known.key_value_heads or heads) * head_dim,
+        vocabulary=vocabulary,
+        frozen=sum(parameter.numel for parameter in frozen),
+        packed=sum(parameter.numel for parameter in packed),
+        packed_bytes=sum(sum(parameter.packed) for parameter in packed),
+    )
+
+
+def step_time(config: Config, plan: Plan, size: Dimensions, gpu: Gpu) -> StepTime:
+    """Predict the seconds of one optimizer step. The pipeline's stages are taken to be even."""
+    seconds = _Step(config, plan, size, gpu).terms()
+    flops = training_flops_per_token(
+        matrices=size.matrices,
+        layers=size.layers,
+        attention=size.attention,
+        seq_len=plan.batch.seq_len,
+        frozen=size.frozen_matrices,
+    )
+    return StepTime(
+        seconds={name: value for name, value in seconds.items() if value},
+        tokens=plan.batch.tokens,
+        world_size=plan.world_size,
+        mfu=plan.batch.tokens * flops / (plan.world_size * _peak(config, plan, gpu) * sum(seconds.values())),
+    )
+
+
+def _peak(config: Config, plan: Plan, gpu: Gpu) -> float:
+    return gpu.peak_flops(plan.param_dtype, tf32=config.precision.tf32) or gpu.float32_flops
+
+
+class _Step:
+    """One rank's step. Times are of one micro-batch unless their name says step."""
+
+    def __init__(self, config: Config, plan: Plan, size: Dimensions, gpu: Gpu) -> None:
+        self.config, self.plan, self.size, self.gpu = config, plan, size, gpu
+        self.network: Network = build_network(config, gpu, plan.gpus_per_node)
+        self.tp, self.pp, cp = plan.degree("tp"), plan.degree("pp"), plan.degree("cp")
+        self.tokens = plan.batch.micro_batch_size * plan.batch.seq_len / cp
+        self.layers = size.layers / self.pp
+        self.width = WIDTHS[plan.param_dtype]
+        # What data parallel shards or copies: bytes as they are gathered, and the parameters that are trained.
+        self.held = (size.trained * self.width + size.frozen_bytes(self.width)) / (self.tp * self.pp)
+        self.trained = size.trained / (self.tp * self.pp)
+        self.bandwidth = gpu.memory_bandwidth * MEMORY_ACHIEVED
+        self.micro_batches = plan.batch.gradient_accumulation_steps
+        self.recompute = config.train.activation_checkpointing
+
+    def terms(self) -> dict[str, float]:
+        products, around, times = self._products(), self._around(), self.micro_batches
+        again, unpacking = self._recompute(products, around), self._unpacking()
+        tensor, context = self._tensor(), self._context()
+        every = products + max(products, 2 * products - self._left_out())
+        busy = every + 3 * around + unpacking + again + tensor + context
+        return {
+            "matrix products": every * times,
+            "around them": 3 * around * times,
+            "unpacking": unpacking * times,
+            "recompute": again * times,
+            "tensor parallel": tensor * times,
+            "context parallel": context * times,
+            "sharding, gradients": self._step_sharding(busy),
+            "pipeline waits": busy * times * self.plan.bubble / (1 - self.plan.bubble),
+            "pipeline sends": self._sends() * times,
+            "update": self._step_update(),
+        }
+
+    def _products(self) -> float:
+        """Forward of the matrix products. torch's attention skips the masked half."""
+        attention = 2.0 * self.size.layers * self.size.attention * self.plan.batch.seq_len
+        return max(self._multiplying(2.0 * self.size.matrices + attention), self.held / self.bandwidth)
+
+    def _left_out(self) -> float:
+        """Of the backward: the gradients of frozen matrices themselves."""
+        return self._multiplying(2.0 * self.size.frozen_matrices)
+
+    def _multiplying(self, flops_per_token: float) -> float:
+        peak = _peak(self.config, self.plan, self.gpu) * self.config.estimate.efficiency
+        return flops_per_token * self.tokens / (self.tp * self.pp) / peak
+
+    def _unpacking(self) -> float:
+        """In the forward, in the backward, and in what is computed again."""
+        again = {Checkpointing.none: 0.0, Checkpointing.selective: SELECTIVE, Checkpointing.full: 1.0}[self.recompute]
+        moved = (self.size.packed_bytes + self.size.packed * self.width) / (self.tp * self.pp)
+        return (2 + again) * moved / self.bandwidth
+
+    def _around(self) -> float:
+        """Forward of everything else; a third of the loss, which is here for forward and backward."""
+        compiled = self.config.train.compile
+        whole = WHOLE[compiled] / (self.tp if self.config.parallel.sequence_parallel else 1)
+        moved = (whole + DIVIDED[compiled] / self.tp) * self.size.hidden * self.width * self.layers
+        logits = LOGIT_BYTES / 3 * self.size.vocabulary / (self.tp * self.pp)
+        return self.tokens * (moved + logits) / self.bandwidth
+
+    def _recompute(self, products: float, around: float) -> float:
+        if self.recompute is Checkpointing.none:
+            return 0.0
+        return (products if self.recompute is Checkpointing.full else SELECTIVE * products) + around
+
+    def _tensor(self) -> float:
+        """Sums over the tensor-parallel ranks: two per layer forward and two backward; whole layers recomputed, the
+        forward's once more. Sequence parallel moves the same bytes as a gather and a scatter."""
+        sums = 6 if self.recompute is Checkpointing.full else 4
+        size = self.tokens * self.size.hidden * self.width
+        return sums * self.layers * self.network.all_reduce(size, group_of(self.plan, "tp"))
+
+    def _context(self) -> float:
+        """Forward, recompute, and the reverse in the backward: heads dealt out for tokens (query, result, key, value),
+        or keys and values collected."""
+        group, size = group_of(self.plan, "cp"), self.size
+        passes = 2 if self.recompute is Checkpointing.none else 3
+        per_token = self.tokens * self.width / self.tp
+        if self.config.parallel.context_method is ContextMethod.ulysses:
+            one = self.network.all_to_all(2 * (size.attention + size.key_value) * per_token, group)
+        else:
+            one = self.network.gather(2 * size.key_value * per_token * group.size, group)
+        return passes * self.layers * one
+
+    def _step_sharding(self, busy: float) -> float:
+        """What the data-parallel ranks exchange in a step, as far as the computation does not hide it."""
+        plan, network, times = self.plan, self.network, self.micro_batches
+        gradients = self.trained * WIDTHS[plan.reduce_dtype]
+        if plan.engine is EngineName.deepspeed:
+            group = group_of(plan, "dp_shard")
+            scatter = network.gather(gradients, group)
+            if plan.zero_stage == 3:
+                return times * _exposed(2 * network.gather(self.held, group) + scatter, busy)
+            # Stages 1 and 2 wait for their collectives: nothing runs beside them.
+            return (times if plan.zero_stage == 2 else 1) * scatter + network.gather(self.trained * self.width, group)
+        copies = network.all_reduce(gradients / plan.fsdp_size, group_of(plan, "dp_replicate"))
+        if plan.fsdp_size == 1:
+            return _exposed(copies, 2 / 3 * busy)
+        group = group_of(plan, "dp_shard", "cp")
+        gather, scatter = network.gather(self.held, group), network.gather(gradients, group)
+        if self.pp > 1:
+            gathers = 2 * times if plan.reshard_after_forward else 1
+            return _exposed(gathers * gather + scatter + copies, times * busy)
+        gathers = 2 if plan.reshard_after_forward else 1
+        return times * _exposed(gathers * gather + scatter, busy) + _exposed(copies, busy)
+
+    def _sends(self) -> float:
+        """Hidden states to the next stage and their gradients back, at each boundary that this rank has."""
+        boundaries = self.config.parallel.pipeline.stages_per_rank or 1
+        size = self.tokens * self.size.hidden * self.width
+        return 2 * boundaries * self.network.send(size, group_of(self.plan, "pp"))
+
+    def _step_update(self) -> float:
+        """Optimizer states of this rank's share, read and written where they are."""
+        plan, disk = self.plan, self.config.cluster.nvme_gb_per_second * GB_PER_SECOND
+        shards = plan.degree("dp_shard") if plan.engine is EngineName.deepspeed else plan.fsdp_size
+        own = self.trained / shards
+        kept, fetched = moments(self.config.optimizer), 0.0
+        touched = own * update_bytes(self.config.optimizer)
+        if plan.offload_parameters is not OffloadDevice.none:
+            speed = disk if plan.offload_parameters is OffloadDevice.nvme else self.network.host
+            fetched = 2 * self.micro_batches * self.held / shards / min(speed, self.network.host)
+        if plan.offload_optimizer is OffloadDevice.none:
+            return touched / self.bandwidth + fetched
+        moved = own * (WIDTHS[plan.reduce_dtype] + self.width) / self.network.host
+        computed = touched / (HOST_MEMORY_GB_PER_SECOND * GB_PER_SECOND)
+        swapped = own * 2 * 4 * (1 + kept) / disk if plan.offload_optimizer is OffloadDevice.nvme else 0.0
+        return moved + computed + swapped + fetched
+
+
+def update_bytes(optimizer: Optimizer) -> float:
+    """Per parameter that is updated."""
+    return UPDATE_BYTES + moments(optimizer) * MOMENT_BYTES
+
+
+def _exposed(communication: float, computation: float) -> float:
+    """What is seen of communication that runs beside computation."""
+    return max(communication - HIDDEN * computation, EXPOSED * communication)

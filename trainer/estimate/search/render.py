@@ -1,0 +1,155 @@
+"""What the search found, as a table for people or as JSON for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.estimate.search.cost import (
+    EXPOSED,
+    HIDDEN,
+    HOST_MEMORY_GB_PER_SECOND,
+    MEMORY_ACHIEVED,
+    StepTime,
+    update_bytes,
+)
+from trainer.estimate.search.network import ACHIEVED, ASSUMED_NETWORK_GB_PER_SECOND
+from trainer.estimate.search.search import Found, Search
+
+GIB = 2**30
+# Words that the search puts in itself; the rest of the command goes before them.
+REPLACED = ("parallel=", "parallel.", "estimate.", "train.micro_batch_size=", "train.gradient_accumulation_steps=")
+REPLACED += ("train.activation_checkpointing=", "train.chunked_loss=", "train.global_batch_size=")
+WIDTH = 150
+SAME = 0.02
+
+
+def command(found: Found, search: Search, overrides: Sequence[str]) -> str:
+    """What to type to run it. overrides: those that the search was given."""
+    kept = [word for word in overrides if not word.startswith(REPLACED)]
+    batch = f"train.global_batch_size={search.config.train.global_batch_size}"
+    return " ".join(["python -m launch", *kept, *found.candidate.words, batch])
+
+
+def render_search(search: Search, overrides: Sequence[str]) -> str:
+    """The table, why the first is first, a command for each, and what the numbers assume."""
+    text = io.StringIO()
+    console = Console(file=text, width=WIDTH, highlight=False)
+    batch, config = search.config.train.global_batch_size, search.config
+    console.print(
+        f"{config.model.preset}, {config.cluster.nodes} node(s), {batch} sequences of {config.data.seq_len} per step:"
+        f" {search.timed} plans timed, {search.asked} memory estimates"
+    )
+    if not search.best:
+        console.print(f"nothing fits. {_too_large(search)}", soft_wrap=True)
+        return text.getvalue()
+    console.print(_table(search.best))
+    console.print(_why(search))
+    for number, found in enumerate(search.best, start=1):
+        console.print(f"{number}  {command(found, search, overrides)}", soft_wrap=True)
+    console.print(_assumptions(search), soft_wrap=True)
+    return text.getvalue()
+
+
+def search_to_dict(search: Search, overrides: Sequence[str]) -> dict[str, object]:
+    """Bytes of the busiest rank; seconds of one step, by term."""
+    return {
+        "global_batch_size": search.config.train.global_batch_size,
+        "plans_timed": search.timed,
+        "estimates": search.asked,
+        "best": [
+            {
+                "overrides": list(found.candidate.words),
+                "command": command(found, search, overrides),
+                "step_seconds": found.time.total,
+                "seconds": dict(found.time.seconds),
+                "tokens_per_second_per_gpu": found.time.tokens_per_second_per_gpu,
+                "mfu": found.time.mfu,
+                "device_bytes": found.estimate.busiest.device_bytes,
+                "peak_reserved_bytes": found.estimate.busiest.peak_reserved_bytes,
+                "host_bytes": found.estimate.busiest.host_bytes,
+            }
+            for found in search.best
+        ],
+    }
+
+
+def render_search_json(search: Search, overrides: Sequence[str]) -> str:
+    return json.dumps(search_to_dict(search, overrides), indent=2)
+
+
+def _table(best: Sequence[Found]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "layout", "recompute"):
+        table.add_column(name)
+    for name in ("micro-batch", "GiB", "s/step", "tokens/s/GPU", "MFU"):
+        table.add_column(name, justify="right")
+    table.add_column("where the time goes")
+    for number, found in enumerate(best, start=1):
+        plan = found.plan
+        table.add_row(
+            str(number),
+            _layout(found),
+            str(found.candidate.keys["train.activation_checkpointing"].value),
+            f"{plan.batch.micro_batch_size} x {plan.batch.gradient_accumulation_steps}",
+            f"{found.estimate.busiest.device_bytes / GIB:.1f}",
+            f"{found.time.total:.2f}",
+            f"{found.time.tokens_per_second_per_gpu:,.0f}",
+            f"{found.time.mfu:.0%}",
+            _shares(found.time),
+        )
+    return table
+
+
+def _layout(found: Found) -> str:
+    degrees = " ".join(f"{axis} {size}" for axis, size in found.plan.mesh if size > 1)
+    kept = ", kept gathered" if found.candidate.keys.get("parallel.reshard_after_forward") is False else ""
+    schedule = found.candidate.keys.get("parallel.pipeline.schedule")
+    return f"{found.candidate.preset}: {degrees}{kept}" + (f", {schedule}" if schedule else "")
+
+
+def _shares(time: StepTime) -> str:
+    ordered = sorted(time.seconds.items(), key=lambda term: -term[1])
+    return ", ".join(f"{name} {seconds / time.total:.0%}" for name, seconds in ordered if seconds >= 0.01 * time.total)
+
+
+def _why(search: Search) -> str:
+    """The first against the second: the terms in which it saves most, and what it pays."""
+    words = ""
+    if len(search.best) > 1:
+        first, second = search.best[0].time, search.best[1].time
+        names = {**second.seconds, **first.seconds}
+        saved = {name: second.seconds.get(name, 0.0) - first.seconds.get(name, 0.0) for name in names}
+        most, least = max(saved, key=lambda name: saved[name]), min(saved, key=lambda name: saved[name])
+        gained = second.total - first.total
+        if gained < SAME * first.total:
+            words = f"1 and 2 differ by {gained / first.total:.1%}, less than such a prediction can tell. "
+        else:
+            words = f"1 is {gained / first.total:.0%} faster than 2: {most} {saved[most]:.2f} s less a step"
+            words += f", {least} {-saved[least]:.2f} s more. " if saved[least] < 0 else ". "
+    return f"{words}{_too_large(search)}".strip() + "\n"
+
+
+def _too_large(search: Search) -> str:
+    if search.too_large is None:
+        return ""
+    size = search.too_large.estimate.busiest.device_bytes / GIB
+    return f"Too large, even with full recompute: {_layout(search.too_large)}, with {size:.1f} GiB."
+
+
+def _assumptions(search: Search) -> str:
+    config, gpu = search.config, search.best[0].estimate.device.name
+    between = config.cluster.network_gb_per_second or ASSUMED_NETWORK_GB_PER_SECOND
+    return (
+        f"\nassumed: {gpu}; matrix products at {config.estimate.efficiency:.0%} of its peak (estimate.efficiency);"
+        f" memory at {MEMORY_ACHIEVED:.0%}, links and network at {ACHIEVED:.0%} of their bandwidth; {between:g} GB/s"
+        f" per GPU between nodes (cluster.network_gb_per_second); collectives hide behind {HIDDEN:.0%} of the"
+        f" computation beside them and show at least {EXPOSED:.0%}; {update_bytes(config.optimizer):.0f} bytes moved"
+        f" per updated parameter; {config.cluster.host_gb_per_second:g} GB/s to host memory"
+        " (cluster.host_gb_per_second), updates there at"
+        f" {HOST_MEMORY_GB_PER_SECOND:g} GB/s. Predictions rank layouts; measure the first two."
+    )

@@ -1,0 +1,98 @@
+"""Memory over time: allocations and frees by component, and the moment at which they are highest.
+
+timeline.phase("forward", step=1)
+handle = timeline.allocate("activations", 4096)
+timeline.free(handle)
+timeline.peak                     bytes, component by component, phase and step of the highest moment
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.estimate.allocator import Block, CudaAllocator, PlainAllocator
+
+COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "loss", "buffers", "workspace")
+"""optimizer: states and master copies. buffers: communication, gathered and cast parameters. loss: the head's output
+and what the loss makes of it. workspace: temporaries of the backward and of the update, libraries' scratch memory."""
+_INDEX = {name: index for index, name in enumerate(COMPONENTS)} | {
+    "casts": COMPONENTS.index("buffers"),
+    "gradients of the update": COMPONENTS.index("gradients"),
+    "optimizer states": COMPONENTS.index("optimizer"),
+}
+
+COMPUTE, GATHER, REDUCE = 0, 1, 2
+"""Streams. What one frees another cannot reuse."""
+
+Handle = tuple[int, int, Block]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """total: bytes allocated; parts: in the order of COMPONENTS."""
+
+    step: int
+    phase: str
+    total: int
+    parts: tuple[int, ...]
+
+
+class Timeline:
+    """Replays one rank's step. gpu: with the CUDA allocator's rounding and segments, or plain bytes. `peak` and `curve`
+    know of everything up to the last `sample`."""
+
+    def __init__(self, *, gpu: bool) -> None:
+        self._allocator = CudaAllocator() if gpu else PlainAllocator()
+        self._parts = [0] * len(COMPONENTS)
+        self._now = ("start", 0)
+        self._high, self._high_parts = 0, tuple(self._parts)
+        self.peak = Moment(0, "start", 0, self._high_parts)
+        self.curve: list[Moment] = []
+
+    @property
+    def allocated(self) -> int:
+        return self._allocator.allocated
+
+    @property
+    def peak_reserved(self) -> int:
+        """CUDA's segments stay; host memory is reserved as it is allocated."""
+        return self._allocator.reserved if isinstance(self._allocator, CudaAllocator) else self.peak.total
+
+    def phase(self, name: str, step: int) -> None:
+        self.sample()
+        self._now = (name, step)
+
+    def sample(self) -> None:
+        """Add the highest moment since the last sample to the curve."""
+        if self._high:
+            self.curve.append(Moment(self._now[1], self._now[0], self._high, self._high_parts))
+            if self._high > self.peak.total:
+                self.peak = self.curve[-1]
+        self._high = 0
+
+    def allocate(self, component: str, size: int, stream: int = COMPUTE) -> Handle | None:
+        """None for nothing at all."""
+        if size <= 0:
+            return None
+        allocator, index, parts = self._allocator, _INDEX[component], self._parts
+        block = allocator.malloc(size, stream)
+        held = block.size
+        parts[index] += held
+        if allocator.allocated > self._high:
+            self._high, self._high_parts = allocator.allocated, tuple(parts)
+        return index, held, block
+
+    def free(self, handle: Handle | None) -> None:
+        if handle is not None:
+            index, held, block = handle
+            self._parts[index] -= held
+            self._allocator.free(block)
+
+    def move(self, handle: Handle | None, component: str) -> Handle | None:
+        """Count a storage under another component from here on."""
+        if handle is None:
+            return None
+        index, held, block = handle
+        self._parts[index] -= held
+        self._parts[_INDEX[component]] += held
+        return _INDEX[component], held, block

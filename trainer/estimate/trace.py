@@ -1,0 +1,316 @@
+"""Run the model's own code on fake tensors and note every storage: the source of all activation bytes.
+
+    a unit (`units`: a few layers, cut and divided as in the run) -> fake parameters -> the trainer's checkpointing
+    -> forward, the trainer's loss, backward, under a StorageTracker -> sections of a `Trace`
+
+Nothing is computed and nothing is allocated: a trace of Llama 405B takes seconds and no memory. No formula for any
+family of models stands here; what Hugging Face's code and autograd keep is what is counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
+from torch.utils._pytree import tree_iter
+
+from configs.choices import Checkpointing
+from trainer.axes.gradients import local
+from trainer.axes.shard import sharded_modules
+from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
+from trainer.estimate.kernels import as_on_device, quiet
+from trainer.estimate.profile import Step, Trace
+from trainer.estimate.tracker import CAST, Born, Died, Mark, StorageTracker
+from trainer.estimate.units import Unit, groups_of
+from trainer.linear.four_bit import is_quantized, packed_like
+from trainer.model.loss import cross_entropy_sum
+from trainer.recompute import apply_checkpointing
+
+Groups = dict[str, tuple[str, str]]
+
+
+class CannotTrace(Exception):
+    """The model's code asks for the values of tensors, which fake tensors do not have."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What a trace depends on besides the unit.
+
+    seq_len: tokens of a sequence that one rank has. positions: it is told which ones; documents: of several documents.
+    storage, compute: dtypes of the parameters and of autocast (None: no autocast). logits_dtype: what the root casts
+    its output to (FSDP2's policy), None where the loss gets the logits as they are. gpu: follow the rules by which CUDA
+    chooses its attention and dropout kernels, instead of the CPU's. exact_attention: without the flash kernel, calls
+    that the memory-efficient one refuses fall back to a kernel that keeps all scores. split_backward: the schedule
+    computes gradients of inputs and of weights apart.
+    """
+
+    micro_batch_size: int
+    seq_len: int
+    storage: torch.dtype
+    compute: torch.dtype | None
+    logits_dtype: torch.dtype | None
+    checkpointing: Checkpointing
+    gpu: bool
+    exact_attention: bool = False
+    positions: bool = False
+    documents: bool = False
+    chunked_loss: bool = False
+    split_backward: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feed:
+    """inputs: tokens, or hidden states from the stage before. received: their gradient from the stage after. These are
+    the engine's own memory and older than the trace."""
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    extras: dict[str, torch.Tensor]
+    received: torch.Tensor | None
+
+
+def trace_unit(unit: Unit, shape: Shape) -> Trace:
+    """Trace one micro-batch. unit: on the meta device; it is filled with fake tensors. Raises CannotTrace."""
+    groups = groups_of(unit)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        _make_fake(unit.module, shape.storage, frozen=shape.compute or shape.storage)
+        feed = _feed(unit, shape)
+    unit.module.train()
+    apply_checkpointing(unit.module, shape.checkpointing)
+    if unit.stage is not None:
+        unit.stage.border.dtype = shape.storage
+    sections: dict[tuple[str, str], tuple[Step, ...]] = {}
+    # Schedules that split the backward of some micro-batches run it whole for others.
+    for split in (False, True) if shape.split_backward and unit.stage and not unit.stage.is_first else (False,):
+        tracker = StorageTracker()
+        with (
+            _collecting_what_is_new(),
+            as_on_device(gpu=shape.gpu, exact_attention=shape.exact_attention, documents=shape.documents),
+            mode,
+            tracker,
+            warnings.catch_warnings(),
+            quiet(),
+        ):
+            warnings.simplefilter("ignore")
+            try:
+                handles = _set_marks(unit, tracker, groups)
+                if unit.stage is None:
+                    _micro_batch(unit, feed, shape, tracker)
+                else:
+                    _staged(unit, feed, shape, tracker, split=split)
+            except Exception as error:  # the model's own code: anything may go wrong in it without values
+                raise CannotTrace((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
+            for handle in handles:
+                handle.remove()
+            named = list(unit.module.named_parameters())
+            gradients = {name: tracker.number_of(p.grad) for name, p in named if p.grad is not None}
+            for _, parameter in named:
+                parameter.grad = None
+            gc.collect()
+        sections |= _sections(tracker, gradients, groups, len(unit.kinds))
+    return Trace(templates=unit.kinds, sections=sections)
+
+
+@contextmanager
+def _collecting_what_is_new() -> Iterator[None]:
+    """A collection in here leaves out the objects of torch and transformers: with them it takes as long as a trace."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _feed(unit: Unit, shape: Shape) -> Feed:
+    size = (shape.micro_batch_size, shape.seq_len)
+    tokens = torch.zeros(size, dtype=torch.long)
+    inputs, received = tokens, None
+    if unit.stage is not None:
+        hidden = (*size, unit.stage.hidden_size)
+        if not unit.stage.is_first:
+            inputs = torch.zeros(hidden, dtype=shape.storage, requires_grad=True)
+        if not unit.stage.is_last:
+            received = torch.zeros(hidden, dtype=shape.storage)
+    extras = {"position_ids": torch.zeros(size, dtype=torch.long)} if shape.positions else {}
+    return Feed(inputs=inputs, labels=tokens, extras=extras, received=received)
+
+
+def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker) -> None:
+    """As the engines do it: forward under autocast or not, loss over the sum of valid tokens, backward."""
+    with torch.autocast("cpu", shape.compute) if shape.compute else nullcontext():
+        logits = unit.module(input_ids=feed.inputs, use_cache=False, **feed.extras).logits
+    tracker.mark("forward_exit root")
+    if shape.logits_dtype is not None:
+        logits = logits.to(shape.logits_dtype)
+    tracker.mark("loss")
+    loss = _loss(unit, shape)(logits, feed.labels)
+    del logits
+    tracker.mark("backward")
+    loss.backward()
+
+
+def _staged(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, split: bool) -> None:
+    """As torch's pipeline engine does it: it keeps the output, logits too, until the backward of the stage is done.
+    split: the gradient of the input first, that of the weights afterwards."""
+    assert unit.stage is not None
+    output = unit.module(feed.inputs, **feed.extras)
+    tracker.mark("forward_exit root")
+    result = output
+    if unit.stage.is_last:
+        if shape.logits_dtype is not None:
+            output = output.to(shape.logits_dtype)
+        tracker.mark("loss")
+        result = _loss(unit, shape)(output, feed.labels)
+    values = [feed.inputs, *feed.extras.values()]
+    if not split:
+        tracker.mark("backward")
+        sent = stage_backward(result, feed.received, values)
+        del sent
+        return
+    tracker.mark("input")
+    given = None if feed.received is None else [feed.received]
+    sent, groups = stage_backward_input([result], given, values, unit.module.parameters())
+    feed.inputs.grad = None
+    output.detach_()
+    del output, result, sent
+    tracker.mark("weights")
+    grouped, waiting = groups_of(unit), dict(unit.module.named_parameters())
+    names = {id(parameter): name for name, parameter in waiting.items()}
+    for group in groups:
+        group_name = next(grouped[names[id(node.variable)]][0] for node in group["params"])
+        tracker.mark(f"weights_of {group_name if group_name.isdigit() else 'end'}")
+        stage_backward_weight(unit.module.parameters(), [group])
+        for name in [name for name, parameter in waiting.items() if parameter.grad is not None]:
+            del waiting[name]
+            tracker.mark(f"gradient {name}")
+
+
+def _loss(unit: Unit, shape: Shape) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    if unit.tensor is not None:
+        return unit.tensor.loss
+    return chunked_cross_entropy_sum if shape.chunked_loss else cross_entropy_sum
+
+
+def _make_fake(model: nn.Module, dtype: torch.dtype, *, frozen: torch.dtype) -> None:
+    """Fake parameters in place of meta ones, this rank's part of each; a shared one stays one. frozen: their dtype."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if (fake := made.get(id(parameter))) is None:
+                    kind = dtype if parameter.requires_grad else frozen
+                    if is_quantized(module, name):
+                        fake = packed_like(module, kind)
+                    else:
+                        shape = local(parameter).shape
+                        fake = nn.Parameter(torch.empty(shape, dtype=kind), parameter.requires_grad)
+                    made[id(parameter)] = fake
+                module._parameters[name] = fake
+
+
+def _set_marks(unit: Unit, tracker: StorageTracker, groups: Groups) -> list[Any]:
+    """Hooks that note when forward and backward enter and leave each group, and when a gradient is complete."""
+    handles = []
+    for name, module in sharded_modules(unit.module).items():
+        handles.append(module.register_forward_pre_hook(_entering(name, tracker), with_kwargs=True))
+        handles.append(module.register_forward_hook(_leaving(name, tracker)))
+    for name, parameter in unit.module.named_parameters():
+        if parameter.requires_grad:
+            handles.append(parameter.register_post_accumulate_grad_hook(_complete(name, tracker)))
+    return handles
+
+
+def _first_with_gradient(values: object) -> torch.Tensor | None:
+    return next((x for x in tree_iter(values) if isinstance(x, torch.Tensor) and x.requires_grad), None)
+
+
+def _entering(name: str, tracker: StorageTracker) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, kwargs: object) -> None:
+        tracker.mark(f"forward_enter {name}")
+        tensor = _first_with_gradient((args, kwargs))
+        if tensor is not None:
+            tensor.register_hook(lambda _: tracker.mark(f"backward_exit {name}"))
+
+    return hook
+
+
+def _leaving(name: str, tracker: StorageTracker) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        tracker.mark(f"forward_exit {name}")
+        tensor = _first_with_gradient(output)
+        if tensor is not None:
+            tensor.register_hook(lambda _: tracker.mark(f"backward_enter {name}"))
+
+    return hook
+
+
+def _complete(name: str, tracker: StorageTracker) -> Callable[[torch.Tensor], None]:
+    return lambda parameter: tracker.mark(f"gradient {name}")
+
+
+def _sections(
+    tracker: StorageTracker, gradients: dict[str, int | None], grouped: Groups, layers: int
+) -> dict[tuple[str, str], tuple[Step, ...]]:
+    """Cut the list of events at the borders of the layers and give each storage its number and category."""
+    owned = {number for number in gradients.values() if number is not None}
+    key, part = ("f", "begin"), "activations"
+    sections: dict[tuple[str, str], list[Step]] = {key: []}
+    place: dict[int, tuple[str, str, int]] = {}
+    counts: dict[tuple[str, str], Iterator[int]] = {}
+    for event in tracker.events:
+        steps = sections.setdefault(key, [])
+        match event:
+            case Born(number, size, operator):
+                index = next(counts.setdefault(key, itertools.count()))
+                place[number] = (*key, index)
+                category = "gradients" if number in owned else "casts" if operator == CAST else part
+                steps.append(("+", index, size, category))
+            case Died(number):
+                if number in place:
+                    steps.append(("-", *place[number]))
+            case Mark(text):
+                name, _, subject = text.partition(" ")
+                if name == "gradient":
+                    storage = gradients.get(subject)
+                    steps.append(("g", *grouped[subject], *place.get(storage or 0, ("", "", -1))))
+                    continue
+                key, part = _after(name, subject, key, part, layers)
+                if not subject.isdigit():
+                    sections.setdefault(key, []).append(("m", name, subject))
+    return {key: tuple(steps) for key, steps in sections.items()}
+
+
+def _after(name: str, subject: str, key: tuple[str, str], part: str, layers: int) -> tuple[tuple[str, str], str]:
+    """Section and category from a mark on. A layer's section lasts until the next one begins."""
+    phase = key[0]
+    match name, subject:
+        case (("backward" | "input"), _):
+            return (name[0], "end"), "loss"
+        case (("weights" | "weights_of"), _):
+            return ("w", subject or "begin"), "workspace"
+        case ("loss", _) | (_, "root"):
+            return ("f", "end"), "loss"
+        case "forward_enter", "head":
+            return key, "loss"
+        case "backward_exit", "head":
+            return key, "workspace"
+        case "forward_exit", _ if subject == str(layers - 1) and phase == "f":
+            return ("f", "end"), "activations"
+        case ("backward_exit", "0") | ("backward_enter", "embedding"):
+            return (phase, "begin"), "workspace"
+        case "forward_enter", _ if subject.isdigit() and phase == "f":
+            return ("f", subject), "activations"
+        case "backward_enter", _ if subject.isdigit():
+            return (phase, subject), "workspace"
+    return key, part

@@ -1,0 +1,160 @@
+"""What is traced when a profile is not on disk: the model is built, a few of its layers divided and run.
+
+Everything here imports torch when it is asked, not before: most estimates find their profile and need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from configs.choices import Attention
+from configs.errors import CookbookError
+from configs.schema import Config
+from trainer.estimate.bounds import states_bytes, upper_bytes
+from trainer.estimate.layouts.common import WIDTHS
+from trainer.estimate.profile import Outline, Part, kept_layers
+from trainer.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from trainer.estimate.units import Division
+
+
+class NotEstimated(CookbookError):
+    """The command cannot answer for this configuration, and says what it would have left out."""
+
+
+def why_not(error: Exception) -> str:
+    """Why there is no estimate, in one line: a refusal's own words, or a defect's name."""
+    if isinstance(error, CookbookError):
+        return "; ".join(error.problems)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+_models: dict[str, PreTrainedModel] = {}
+
+
+class Tracer:
+    """Builds the model when the first thing is asked of it, and once. key: what the model depends on."""
+
+    def __init__(self, config: Config, plan: Plan, key: str) -> None:
+        if config.model.attention is Attention.flash_attention_2:
+            # The package runs on GPUs only. torch's flash kernel keeps the same tensors.
+            config = replace(config, model=replace(config.model, attention=Attention.sdpa))
+        self.config, self.plan, self.key = config, plan, key
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """Building one takes as long as a trace, and a search traces one model at many shapes: the last is kept."""
+        from trainer.engine.prepare import check_layout, prepare_model
+
+        if self.key not in _models:
+            model = prepare_model(self.config)
+            _models.clear()
+            _models[self.key] = model
+        check_layout(_models[self.key], self.config)
+        return _models[self.key]
+
+    def _division(self) -> Division:
+        from trainer.estimate.units import Division
+
+        parallel = self.config.parallel
+        return Division(
+            tp=self.plan.degree("tp"),
+            cp=self.plan.degree("cp"),
+            sequence_parallel=parallel.sequence_parallel,
+            tensor_plan=parallel.tensor_plan,
+            context_method=parallel.context_method,
+        )
+
+    def outline(self) -> Outline:
+        from trainer.axes.pipeline.probe import count_costs, examine
+        from trainer.estimate.units import build_unit, describe, fake_ranks, layer_buffers, layer_kinds
+        from trainer.estimate.update_cost import update_cost
+
+        kinds = layer_kinds(self.model)
+        layer_costs, head_cost, hidden_size = [], 0.0, 0
+        if self.plan.degree("pp") > 1:
+            found = examine(self.model)
+            layer_costs, head_cost = count_costs(self.model, found)
+            hidden_size = found.hidden_size
+        division = replace(self._division(), cp=1)
+        with fake_ranks(division) as mesh:
+            unit = build_unit(self.model, [kinds.index(kind) for kind in dict.fromkeys(kinds)], division, mesh)
+            anatomy, per_layer = describe(unit, kinds), layer_buffers(unit)
+        return Outline(
+            anatomy=replace(anatomy, buffers_bytes=anatomy.buffers_bytes + len(kinds) * per_layer),
+            layer_costs=tuple(layer_costs),
+            head_cost=head_cost,
+            hidden_size=hidden_size,
+            layer_buffers_bytes=per_layer,
+            update=update_cost(self.config),
+        )
+
+    def part(self, fields: Mapping[str, Any], kinds: tuple[int, ...], owned: range, *, stages: int, index: int) -> Part:
+        from trainer.estimate.trace import CannotTrace, Shape, trace_unit
+        from trainer.estimate.units import build_unit, describe, fake_ranks
+        from trainer.model.precision import torch_dtype
+        from trainer.model.router_loss import FLAG, router_coefficient
+
+        if router_coefficient(self.model) is not None:
+            raise NotEstimated(
+                f"{FLAG}=true: the balancing loss keeps a table of routes for each layer, which a trace of a few layers"
+                f" cannot count: not estimated; set {FLAG}=false for all the rest, which does not depend on it"
+            )
+        storage, compute, logits = (None if dtype is None else torch_dtype(dtype) for dtype in fields["dtypes"])
+        assert storage is not None
+        shape = Shape(
+            micro_batch_size=fields["micro_batch_size"],
+            seq_len=fields["seq_len"],
+            storage=storage,
+            compute=compute,
+            logits_dtype=logits,
+            checkpointing=self.config.train.activation_checkpointing,
+            gpu=fields["gpu"],
+            exact_attention=fields["exact_attention"],
+            positions=self.plan.degree("cp") > 1 or self.config.data.document_mask,
+            documents=self.config.data.document_mask,
+            chunked_loss=fields["chunked_loss"],
+            split_backward=fields["split_backward"],
+        )
+        division = self._division()
+        layers = [owned[place] for place in kept_layers(kinds[owned.start : owned.stop])]
+        with fake_ranks(division) as mesh:
+            unit = build_unit(self.model, layers, division, mesh, first=index == 0, last=index == stages - 1)
+            anatomy = describe(unit, kinds)
+            try:
+                trace = trace_unit(unit, shape)
+            except CannotTrace as error:
+                name, between = type(self.model).__name__, _between(self.config, self.plan, self.model)
+                raise NotEstimated(
+                    f"model={self.config.model.preset}: the code of {name} does not run without values ({error}), so"
+                    f" its activations cannot be counted: not estimated. {between}; measure a run with a small"
+                    " train.micro_batch_size"
+                ) from None
+        return Part(groups=anatomy.groups, buffers_bytes=anatomy.buffers_bytes, trace=trace)
+
+
+def _between(config: Config, plan: Plan, model: PreTrainedModel) -> str:
+    """The bounds of `bounds`, in words."""
+    from trainer.linear.four_bit import is_quantized, stored_bytes
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = 0
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if not parameter.requires_grad:
+            whole = parameter.numel() * WIDTHS[plan.param_dtype]
+            frozen += sum(stored_bytes(module)) if is_quantized(module, leaf) else whole
+    below = states_bytes(plan, trained, config.optimizer, frozen=frozen) / 2**30
+    above = upper_bytes(config, plan, sum(p.numel() for p in model.parameters()))
+    beside = f" that are trained, and {frozen / 2**30:,.2f} GiB that are not" if frozen else ""
+    text = f"A GPU needs more than {below:,.2f} GiB, for the states of its {trained:,} parameters{beside}"
+    if above is None:
+        return text
+    return f"{text}, and less than {above / 2**30:,.2f} GiB if it is a dense decoder that keeps all in float32"

@@ -1,0 +1,295 @@
+"""Any Hugging Face causal LM: built without memory, then filled unit by unit.
+
+    build_hf_config   preset, folder or hub id, with overrides   -> the Hugging Face config
+    build_model       its class, parameters on the meta device   -> shapes and names, no bytes
+    materialize       unit by unit (embedding, each decoder layer, norm, head): allocate, fill, hand over
+
+A sharding engine partitions each unit as soon as it is filled, so that no rank ever holds the whole model.
+Reads the config and `weights`. Next: `parallelize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from configs.choices import Attention
+from configs.errors import ConfigError, CookbookError, DataError
+from configs.schema import Model
+from trainer.model.pieces import cut
+from trainer.model.stored import local_folder, not_on_the_hub, read_config
+from trainer.plan.model_fields import check_experts, check_sizes, merged, text_fields, text_part
+
+if TYPE_CHECKING:
+    from trainer.model.weights import Weights
+
+
+def build_hf_config(model: Model) -> PretrainedConfig:
+    """The Hugging Face config with `model.config` laid over it.
+
+    Raises ConfigError for an unknown architecture or field, DataError when the folder or hub id cannot be read.
+    """
+    plain, fields = _from_path(model, model.path) if model.path is not None else _from_preset(model)
+    overrides = {key: value for key, value in model.config.items() if key != "model_type"}
+    _check_fields(plain, overrides)
+    part = text_part(plain.to_dict())
+    fields = merged(fields, _in_place(plain, overrides, part))
+    if problems := [*check_sizes(text_fields(fields), model)]:
+        raise ConfigError(*problems)
+    _cut_layer_types(text_fields(overrides), fields.get(part or "", fields))
+    try:
+        built = type(plain)(**fields)
+    except Exception as error:  # each architecture validates in its own way
+        raise ConfigError(f"model.config={model.config or fields}: {_one_line(error)}") from None
+    if problems := [*check_experts(text_config(built).to_dict(), model)]:
+        raise ConfigError(*problems)
+    return built
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The language model's own config: of a composite one, a part. Raises ConfigError where there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise ConfigError(f"model: a {config.model_type} is no causal language model: {_one_line(error)}") from None
+
+
+def _cut_layer_types(overrides: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """A list with an entry per layer, stored by some architectures: the first layers keep theirs."""
+    layers, kinds = fields.get("num_hidden_layers"), fields.get("layer_types")
+    if "num_hidden_layers" in overrides and "layer_types" not in overrides and kinds:
+        fields["layer_types"] = kinds[:layers]
+
+
+def _from_path(model: Model, path: str) -> tuple[PretrainedConfig, dict[str, Any]]:
+    folder = local_folder(path)
+    if folder is not None:
+        read_config(folder, f"model.path={path}")
+    where: Any = folder or path
+    try:
+        options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        plain = AutoConfig.from_pretrained(where, **options)
+        fields = PretrainedConfig.get_config_dict(where, **options)[0]
+    except Exception as error:  # each architecture reads its fields in its own way, and a hub fails in many
+        said = f"model.path={path}: config.json: {_one_line(error)}" if folder else not_on_the_hub(path, error)
+        raise DataError(said) from None
+    # How the values are stored, not what the model is; `fitting` reads it from the file.
+    for name in ("quantization_config", "compression_config"):
+        fields.pop(name, None)
+    return plain, fields
+
+
+def _from_preset(model: Model) -> tuple[PretrainedConfig, dict[str, Any]]:
+    fields = {**model.architecture}
+    fields["model_type"] = model.config.get("model_type", fields.get("model_type"))
+    try:
+        plain = AutoConfig.for_model(str(fields["model_type"]))
+    except Exception as error:
+        raise ConfigError(f"model.config.model_type={fields['model_type']}: {_one_line(error)}") from None
+    preset = {key: value for key, value in model.architecture.items() if key != "model_type"}
+    _check_fields(plain, preset)
+    return plain, {"model_type": fields["model_type"], **_in_place(plain, preset, text_part(plain.to_dict()))}
+
+
+def _in_place(plain: PretrainedConfig, fields: dict[str, Any], part: str | None) -> dict[str, Any]:
+    """The fields as the config has them: a composite config keeps those of its language model in a part."""
+    if part is None:
+        return fields
+    moved = {name: value for name, value in fields.items() if name not in _known_fields(plain)}
+    kept = {name: value for name, value in fields.items() if name not in moved}
+    return {**kept, part: {**(kept.get(part) or {}), **moved}} if moved else kept
+
+
+def _known_fields(config: PretrainedConfig) -> set[str]:
+    return {*config.to_dict(), *config.attribute_map, "pad_token_id", "bos_token_id", "eos_token_id", "dtype"}
+
+
+def _check_fields(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
+    """Refuse a misspelt field: Hugging Face would store any name and no layer would read it."""
+    part = text_part(config.to_dict())
+    known = _known_fields(config) | (_known_fields(getattr(config, part)) if part is not None else set())
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        raise ConfigError(
+            *(
+                f"model.config.{name}={overrides[name]}: {type(config).__name__} has no such field; it has"
+                f" {', '.join(sorted(known - {'transformers_version'}))}"
+                for name in unknown
+            )
+        )
+
+
+def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with parameters on the meta device. Buffers (rotary tables) are real: they are small, and no
+    weight file holds them. Raises ConfigError when the architecture refuses the config or the attention."""
+    attention = None if model.attention is Attention.auto else str(model.attention)
+    try:
+        with init_empty_weights(include_buffers=False):
+            built = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=model.trust_remote_code
+            )
+    except CookbookError:
+        raise
+    except Exception as error:  # the constructor of any architecture, on values that nobody has tried
+        given = f", model.config={model.config}" if model.config else ""
+        raise ConfigError(f"{named(model)}{given}, model.attention={model.attention}: {_one_line(error)}") from None
+    # FSDP2 puts a class of its own in the model's place; what is exported must name the architecture.
+    built.config.architectures = [type(built).__name__]
+    built.tie_weights()
+    built.config.use_cache = False
+    return built
+
+
+def named(model: Model) -> str:
+    """The model as the user named it, for messages."""
+    return f"model={model.preset}" if model.path is None else f"model.path={model.path}"
+
+
+class Elsewhere(nn.Module):
+    """Stands for a part of the model that another pipeline stage holds. No parameters; subclasses say what it does."""
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """Name of the model's class, whatever class a sharding engine has put in its place."""
+    return next(iter(model.config.architectures or ()), type(model).__name__)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of decoder layers: the longest ModuleList that lies in no other (a layer's experts are a list too).
+    Raises ConfigError for a model without one."""
+    if isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config:
+        # The tower of a model that sees may have more layers than its language model.
+        model = model.get_decoder()
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    inner = {id(module) for outer in lists for module in outer.modules() if module is not outer}
+    lists = [module for module in lists if id(module) not in inner]
+    if not lists:
+        raise ConfigError(f"model: {type(model).__name__} has no list of decoder layers to work on")
+    return max(lists, key=len)
+
+
+def held_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers that are here: all of them, or those of this pipeline stage."""
+    return [layer for layer in decoder_layers(model) if not isinstance(layer, Elsewhere)]
+
+
+def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Parts that are filled and partitioned one after another, in the order of the model: each decoder layer whole,
+    and around them the smallest modules that own parameters."""
+    layers = {id(layer) for layer in decoder_layers(model)}
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in layers or module._parameters:
+            yield name, module
+        else:
+            for child_name, child in module.named_children():
+                yield from walk(f"{name}.{child_name}" if name else child_name, child)
+
+    return walk("", model)
+
+
+def materialize(
+    model: PreTrainedModel,
+    weights: Weights,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    frozen_dtype: torch.dtype | None = None,
+    after_unit: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Give every parameter memory on `device` in `dtype` and its value from `weights`, unit by unit.
+
+    frozen_dtype: of those that are not trained; None: `dtype`.
+
+    A parameter that is sharded already (a DTensor on meta) gets this rank's part of the value; the whole unit exists
+    only while it is filled. after_unit: called with each filled unit before the next one is allocated; an engine that
+    shards real tensors partitions it there. Tied parameters stay one object: the first name that owns them is filled,
+    the others point at it.
+    """
+    ties = tied_names(model)
+    with torch.no_grad():
+        for name, unit in units(model):
+            prefix = f"{name}." if name else ""
+            targets = {
+                key: parameter
+                for key, parameter in unit.named_parameters(remove_duplicate=False)
+                if parameter.is_meta and prefix + key not in ties
+            }
+            if not targets:
+                continue
+            _fill_unit(name, unit, targets, weights, device=device, dtype=dtype, frozen=frozen_dtype or dtype)
+            for alias, owner in ties.items():
+                if owner.startswith(prefix) and owner[len(prefix) :] in targets:
+                    _set_parameter(model, alias, model.get_parameter(owner))
+            if after_unit is not None:
+                after_unit(unit)
+        for name, buffer in list(model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+
+def _fill_unit(
+    name: str,
+    unit: nn.Module,
+    targets: dict[str, nn.Parameter],
+    weights: Weights,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    frozen: torch.dtype,
+) -> None:
+    """Whole values into fresh tensors, then each target's share of them in its place. Targets of integers are the codes
+    of `quantized.Linear4bit`."""
+    # float32 first: a random value must not depend on the dtype it is stored in.
+    wide = torch.promote_types(dtype, torch.float32)
+    codes = {key: _owner(unit, key) for key, target in targets.items() if not target.is_floating_point()}
+    for key, target in targets.items():
+        shape = (codes[key].out_features, codes[key].in_features) if key in codes else target.shape
+        _set_parameter(unit, key, nn.Parameter(torch.empty(shape, dtype=wide, device=device)))
+    weights.fill(name, unit, list(targets))
+    for key, target in targets.items():
+        whole = unit.get_parameter(key).data.to(dtype if target.requires_grad else frozen)
+        if key in codes:
+            whole = codes[key].pack(whole)
+        if isinstance(target, DTensor):
+            # Every rank computed the same whole value: cutting it needs no communication.
+            share = cut(whole, target).clone()
+            placed = DTensor.from_local(
+                share, target.device_mesh, target.placements, shape=target.shape, stride=target.stride()
+            )
+            swapped = nn.Parameter(placed, requires_grad=target.requires_grad)
+        else:
+            swapped = nn.Parameter(whole, requires_grad=target.requires_grad)
+        _set_parameter(unit, key, swapped)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names that share another name's parameter: {"lm_head.weight": "transformer.wte.weight"} for GPT-2."""
+    owners: dict[int, str] = {}
+    ties = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = owners.setdefault(id(parameter), name)
+        if owner != name:
+            ties[name] = owner
+    return ties
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    _owner(module, name)._parameters[name.rpartition(".")[2]] = parameter
+
+
+def _owner(module: nn.Module, name: str) -> Any:
+    """The module that holds the parameter of this name."""
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def _one_line(error: Exception) -> str:
+    """An exception's text without its line breaks, cut where it turns into a listing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

@@ -1,0 +1,216 @@
+"""Where the values of the parameters come from: random by the model's own recipe, or a folder of safetensors.
+
+    open_weights   the whole model, without memory   -> a source; `fitting` has compared it with the folder
+    source.of      the model, or a pipeline stage    -> what fills it
+
+Both fill one unit of the model at a time, whatever the layout, so that every layout starts from the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from configs.choices import Weights as WeightsChoice
+from configs.errors import DataError
+from configs.schema import Model
+from trainer.model.build import build_model
+from trainer.model.constructed import Constructors
+from trainer.model.fitting import Fit, fit, persistent_buffers, quiet
+from trainer.model.stored import Stored, find_folder, read_config, read_tensors
+
+log = logging.getLogger(__name__)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter (`trainer.linear.tuning`) and not to the model."""
+    return "lora_" in name
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name in the model without adapters: peft puts a layer that has one one level down."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+class Weights(Protocol):
+    def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
+        """Write the values of the parameters `keys` of `unit`; `name` is the unit's place in the model."""
+        ...
+
+
+class RandomWeights:
+    """The model's own initialisation, made independent of the layout.
+
+    Each module draws from a generator seeded with the run's seed and its name, so a rank that fills only some of
+    the units gets the same numbers as one that fills all.
+    """
+
+    def __init__(self, model: PreTrainedModel, seed: int, constructors: Constructors | None = None) -> None:
+        """constructors: of the whole model, before a sharding engine has put a class of its own in its place."""
+        self.model = model
+        self.seed = seed
+        self.constructors = constructors or Constructors(model)
+
+    def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
+        device = unit.get_parameter(keys[0]).device
+        # A head with tied weights and a bias of its own: the weights were filled where they are owned, and a second
+        # draw would give them the head's numbers.
+        drawn = {id(unit.get_parameter(key)) for key in keys}
+        filled = [
+            (owner, leaf, parameter)
+            for owner in unit.modules()
+            for leaf, parameter in owner._parameters.items()
+            if parameter is not None and id(parameter) not in drawn
+        ]
+        for owner, leaf, parameter in filled:
+            owner._parameters[leaf] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+        for key in keys:
+            # What no initialiser writes shows.
+            unit.get_parameter(key).fill_(torch.nan)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            # Children first: some models re-draw a child's weight in the parent (GPT-2's scaled c_proj).
+            for module_name, module in reversed(list(unit.named_modules())):
+                torch.manual_seed(self._seed_of(plain_name(f"{name}.{module_name}")))
+                self.model._init_weights(module)
+        for owner, leaf, parameter in filled:
+            owner._parameters[leaf] = parameter
+        for key in keys:
+            parameter = unit.get_parameter(key)
+            if parameter.sum().isnan():
+                place, _, leaf = plain_name(f"{name}.{key}" if name else key).rpartition(".")
+                self.constructors.fill(place, leaf, parameter, self._seed_of)
+
+    def _seed_of(self, name: str) -> int:
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+
+class SavedWeights:
+    """Parameters read from safetensors files, tensor by tensor through a memory map.
+
+    stored, fitted: of the whole model. random: draws what is not stored.
+    """
+
+    def __init__(self, folder: Path, stored: Mapping[str, Stored], fitted: Fit, random: RandomWeights) -> None:
+        self.folder, self.stored, self.fitted, self.random = folder, stored, fitted, random
+
+    def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
+        names = {key: plain_name(f"{name}.{key}" if name else key) for key in keys}
+        _draw(self.random, self.fitted, name, unit, names)
+        for key, full_name in names.items():
+            if full_name not in self.fitted.drawn:
+                parameter = unit.get_parameter(key)
+                parameter.copy_(grow(self.read(full_name), parameter.shape))
+
+    def read(self, name: str) -> torch.Tensor:
+        stored_name = self.fitted.names[name]
+        with safe_open(self.folder / self.stored[stored_name].file, framework="pt") as file:
+            return file.get_tensor(stored_name)
+
+
+class LoadedWeights:
+    """Parameters of a model that transformers itself has loaded whole into host memory.
+
+    For files whose tensors are not the model's parameters one to one (experts stored singly, float8 and its scales).
+    """
+
+    def __init__(self, model: PreTrainedModel, fitted: Fit, random: RandomWeights) -> None:
+        self.values, self.fitted, self.random = model.state_dict(), fitted, random
+
+    def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
+        names = {key: plain_name(f"{name}.{key}" if name else key) for key in keys}
+        _draw(self.random, self.fitted, name, unit, names)
+        for key, full_name in names.items():
+            if full_name not in self.fitted.drawn:
+                parameter = unit.get_parameter(key)
+                parameter.copy_(grow(self.values[full_name], parameter.shape))
+
+
+def open_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Callable[[PreTrainedModel], Weights]:
+    """What `model.weights` asks for: given the model or a pipeline stage of it, what fills that. Buffers that belong to
+    a saved model get their stored values here.
+
+    model: whole, on the meta device, before any pass. Raises DataError as `check_weights` does.
+    """
+    constructors = Constructors(model)
+    if choice.weights is WeightsChoice.random:
+        return lambda part: RandomWeights(part, seed, constructors)
+    folder, stored, fitted = check_weights(choice, model)
+    if fitted.drawn:
+        log.warning("model.missing_weights=random: drawn from train.seed: %s", ", ".join(sorted(fitted.drawn)))
+    if fitted.whole is None:
+        read = SavedWeights(folder, stored, fitted, RandomWeights(model, seed, constructors)).read
+        for name, buffer in persistent_buffers(model):
+            if name in fitted.names:
+                buffer.copy_(read(name))
+        return lambda part: SavedWeights(folder, stored, fitted, RandomWeights(part, seed, constructors))
+    log.warning(
+        "model.path=%s: its tensors are not the model's one to one; every process loads it whole, through transformers",
+        choice.path,
+    )
+    loaded = _load_whole(choice, model, folder, fitted.whole, seed)
+    values = loaded.state_dict()
+    for name, buffer in persistent_buffers(model):
+        buffer.copy_(values[name])
+    return lambda part: LoadedWeights(loaded, fitted, RandomWeights(part, seed, constructors))
+
+
+def build_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Weights:
+    """`open_weights` of a model that is not divided."""
+    return open_weights(choice, model, seed=seed)(model)
+
+
+def check_weights(choice: Model, model: PreTrainedModel) -> tuple[Path, dict[str, Stored], Fit]:
+    """Compare the folder of `model.path` with the model, from the headers of its files. Raises DataError, with a line
+    for each problem, when the folder or hub id cannot be read or does not hold what the model needs."""
+    key = f"model.path={choice.path}"
+    folder = find_folder(choice)
+    fields, stored = read_config(folder, key), read_tensors(folder, key)
+    return folder, stored, fit(model, stored, fields, folder, choice)
+
+
+def check_early(choice: Model, config: PretrainedConfig) -> None:
+    """`check_weights` before there is data or an engine: a mistake costs seconds. config: from `build_hf_config`."""
+    if choice.weights is WeightsChoice.pretrained:
+        check_weights(choice, build_model(choice, config))
+
+
+def grow(stored: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`stored`, with further rows up to this shape: each is the mean of the stored ones, so that a new token begins as
+    an average of the known ones and takes little from them (Hewitt 2021, Initializing New Word Embeddings)."""
+    if stored.shape == shape:
+        return stored
+    mean = stored.double().mean(dim=0, keepdim=True).to(stored.dtype)
+    return torch.cat([stored, mean.expand(shape[0] - stored.shape[0], *stored.shape[1:])])
+
+
+def _draw(random: RandomWeights, fitted: Fit, name: str, unit: nn.Module, names: Mapping[str, str]) -> None:
+    """Draw the weights of this unit that are not stored, by the recipe and the numbers of `model.weights=random`."""
+    drawn = [key for key, full_name in names.items() if full_name in fitted.drawn]
+    if drawn:
+        # All of them: a recipe may write several at once. The stored ones are read over it.
+        random.fill(name, unit, list(names))
+
+
+def _load_whole(
+    choice: Model, model: PreTrainedModel, folder: Path, config: PretrainedConfig, seed: int
+) -> PreTrainedModel:
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            # What its class computes of values that are not stored is the same on every rank.
+            torch.manual_seed(seed)
+            return type(model).from_pretrained(
+                folder, config=config, dtype=torch.float32, trust_remote_code=choice.trust_remote_code
+            )
+    except Exception as error:  # conversions and dequantization raise what their libraries raise
+        raise DataError(
+            f"model.path={choice.path}: transformers cannot load it ({str(error).partition(chr(10))[0][:300]})"
+        ) from None

@@ -1,0 +1,1 @@
+"""What will happen, as plain numbers. No torch."""

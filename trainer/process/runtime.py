@@ -1,0 +1,184 @@
+"""This process among the others: its rank, its device, its process group.
+
+Started without a launcher, a process is rank 0 of a world of one and goes through the same code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, TCPStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+
+from configs.errors import CookbookError, EnvironmentProblem, RankProblem, TrainingFailed
+from trainer.plan.plan import Plan
+from trainer.process.rendezvous import HOST, SOCKET_VARIABLES, local_store, stay_on_this_machine
+from trainer.process.world import VARIABLES
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runtime:
+    """Ranks as torchrun exports them. device: where this rank computes."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum numbers over all ranks, in float64. A collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def max(self, *values: float) -> list[float]:
+        """Largest of each number over all ranks. A collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def broadcast(self, text: str) -> str:
+        """Rank 0's text on every rank. A collective."""
+        box = [text]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank and give back its result. A collective.
+
+        A CookbookError on any rank is raised on all of them: no rank waits for one that has given up.
+        """
+        result, kind, problems = None, CookbookError, ()
+        try:
+            result = work()
+        except CookbookError as error:
+            # All ranks will tell it, so it is no longer the problem of one.
+            kind = EnvironmentProblem if isinstance(error, RankProblem) else type(error)
+            problems = error.problems
+        failed = [(kind, problems) for kind, problems in self.gather((kind, problems)) if problems]
+        if failed:
+            everyone = dict.fromkeys(problem for _, rank_problems in failed for problem in rank_problems)
+            raise failed[0][0](*everyone)
+        return cast(T, result)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on every rank; small, and of this project's own making, for it is pickled. A
+        collective."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def dropout_stream(plan: Plan, rank: int) -> int:
+    """The number of this rank's random stream: its own, but one for all ranks of a tensor-parallel group (the innermost
+    axis). What they hold alike must be dropped alike, or their hidden states part."""
+    return rank // plan.degree("tp")
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def join(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
+    """Enter the process group of the plan's world and leave it at the end.
+
+    The environment is left as it was found. Raises RankProblem when the device is missing. A collective that waits
+    longer than the timeout raises.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    device = _device(plan)
+    timeout = timedelta(minutes=timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with _environment_kept():
+        launched = "RANK" in os.environ
+        if not launched:
+            # DeepSpeed reads these when it is imported into a process that no launcher started.
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        if plan.nodes == 1:
+            stay_on_this_machine()
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            device_id=device if launched and device.type == "cuda" else None,
+            **_meeting(plan, rank, timeout),
+        )
+        try:
+            yield Runtime(rank=rank, local_rank=local_rank(), world_size=plan.world_size, device=device)
+            # Without it a rank that is done first tears down the store that the others still use.
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Put the variables of the world back at the end: the next run in this process has a world of its own."""
+    names = (*VARIABLES, *SOCKET_VARIABLES)
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _meeting(plan: Plan, rank: int, timeout: timedelta) -> dict[str, Any]:
+    """Where the ranks meet: nowhere, if there is one; else in the launcher's store, or in one that rank 0 opens.
+
+    Raises TrainingFailed when rank 0 cannot open it: another port may do, so that the run may be started again.
+    """
+    if plan.world_size == 1:
+        return {"store": HashStore(), "rank": 0, "world_size": 1}
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    agents_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if plan.nodes > 1 or agents_store or address not in (HOST, "localhost"):
+        return _restarted(timeout)
+    try:
+        # All ranks name their store: torch puts the keys of one that it makes itself under a prefix.
+        store = local_store(int(port), timeout) if rank == 0 else TCPStore(HOST, int(port), timeout=timeout)
+    except OSError as error:
+        raise TrainingFailed(
+            f"MASTER_PORT={port}: the ranks cannot meet there ({error.strerror}); choose another port"
+        ) from None
+    return {"store": store, "rank": rank, "world_size": plan.world_size}
+
+
+def _restarted(timeout: timedelta) -> dict[str, Any]:
+    """Where ranks meet that torchrun has started again (`--max-restarts`); nothing to say otherwise.
+
+    Its store outlives them, with the addresses at which the killed ranks listened, and torch 2.13 looks for this
+    start's under the same names: who reads before the others have written calls ports that nobody answers. Names of
+    their own, then; on one node only, since the agents of several nodes count their restarts each for itself.
+    """
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not count or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return {}
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    return {"store": PrefixStore(f"restart-{count}", store), "rank": rank, "world_size": world_size}
+
+
+def _device(plan: Plan) -> torch.device:
+    if plan.device == "cpu":
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise RankProblem(
+            f"cluster.gpus_per_node={plan.gpus_per_node}: rank with LOCAL_RANK={local_rank()} finds"
+            f" {torch.cuda.device_count()} usable GPU(s); start fewer processes per node, or set cluster.device=cpu"
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device

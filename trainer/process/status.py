@@ -1,0 +1,254 @@
+"""status.json: how a run stands, for whoever has only its folder. And the lock that keeps a second run out.
+
+    state      running | finished | stopped | failed     a process that is killed leaves `running` behind, and no lock
+    step       optimizer updates that were made
+    reason     why it is not running any more, in one line
+    exit_code  of the rank that wrote it
+    retry      false: it failed of something that somebody has to mend, and would do so again
+
+Exit codes alone do not carry this: a launcher turns a worker's 75 into its own 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from configs.choices import Schedule
+from configs.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    CookbookError,
+    EnvironmentProblem,
+    PlanError,
+    RankStuck,
+    RunFinished,
+)
+from configs.schema import Config
+from trainer.process.disks import readable, reason, told_anywhere, writing
+from trainer.process.files import overwrite_text, replace_text
+
+log = logging.getLogger(__name__)
+
+STATUS = "status.json"
+LOCK = ".lock"
+# The first rank that fails knows why; those that it leaves waiting fail of that.
+_FIRST_FAILURE = ".first-failure"
+FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
+
+
+class RunStatus:
+    """Context of a run, on every rank: writes the status at its end, also when it breaks off. `begin` comes before."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._step: Callable[[], int] = lambda: 0
+        self._stopped: str | None = None
+
+    def follow(self, step: Callable[[], int]) -> None:
+        """step: gives the number of updates so far, whenever it is asked."""
+        self._step = step
+
+    def stopped(self, reason: str) -> int:
+        """The run ends because it was told to. Returns the exit code."""
+        self._stopped = reason
+        return EXIT_STOPPED
+
+    def begin(self) -> None:
+        """The run is on. Raises EnvironmentProblem, on rank 0 alone, where the folder cannot be written."""
+        with writing(self._folder):
+            if self._rank == 0:
+                (self._folder / _FIRST_FAILURE).unlink(missing_ok=True)
+                self._write(RUNNING, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                self._fail(error)
+            elif self._rank == 0 and self._stopped is not None:
+                self._write(STOPPED, self._stopped, EXIT_STOPPED)
+            elif self._rank == 0:
+                self._write(FINISHED, None, EXIT_FINISHED)
+        except OSError as refusal:
+            # How the run ended does not depend on whether that can be written down.
+            log.warning("%s: cannot be written (%s)", self._folder / STATUS, reason(refusal, self._folder))
+        finally:
+            unlock(self._folder)
+
+    def _fail(self, error: BaseException) -> None:
+        _ignore_loaders()
+        error = told_anywhere(error, f"rank {self._rank}: ") or error
+        text = (str(error).strip().splitlines() or [""])[0]
+        code = error.exit_code if isinstance(error, CookbookError) else EXIT_FAILED
+        why = text if isinstance(error, CookbookError) else f"rank {self._rank}: {type(error).__name__}: {text}"
+        try:
+            open(self._folder / _FIRST_FAILURE, "x").close()
+        except FileExistsError:
+            return  # another rank was first
+        except OSError:  # a disk without inodes left: whoever comes first is not known
+            if read_status(self._folder).get("state") == FAILED:
+                return
+        retry = isinstance(error, RankStuck) or not isinstance(error, CookbookError)
+        self._write(FAILED, why, code, retry=retry)
+
+    def _write(self, state: str, reason: str | None, exit_code: int | None, *, retry: bool = True) -> None:
+        content = {
+            "state": state,
+            "step": self._step(),
+            "reason": reason,
+            "exit_code": exit_code,
+            "retry": retry,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        _put(self._folder, content)
+
+
+def _put(folder: Path, content: dict[str, object]) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    try:
+        replace_text(folder / STATUS, text)
+    except OSError:
+        if not (folder / STATUS).exists():
+            raise
+        overwrite_text(folder / STATUS, text)
+
+
+def _ignore_loaders() -> None:
+    """torch raises the death of a loader process from a signal handler, wherever this process then is. Not while it
+    puts on record why it fails."""
+    for _ in range(2):  # it may come while it is turned off
+        with contextlib.suppress(RuntimeError, ValueError):  # ValueError: another thread than the main one
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def report_death(folder: Path, why: str) -> None:
+    """Put on record how the run ended, for a rank that was killed and could not. For its launcher, when all are gone.
+
+    What the others wrote is that a connection was closed, or that they were told to stop. Does nothing where no run has
+    begun, or where it has reached its end.
+    """
+    content = read_status(folder)
+    if content and content.get("state") != FINISHED:
+        content |= {"state": FAILED, "reason": why, "exit_code": EXIT_FAILED, "retry": True}
+        try:
+            _put(folder, content)
+        except OSError as refusal:  # the launcher's own last line says why
+            log.warning("%s: cannot be written (%s)", folder / STATUS, reason(refusal, folder))
+
+
+def read_status(folder: Path) -> dict[str, object]:
+    """What status.json says; empty where there is none that can be read."""
+    try:
+        content = json.loads((folder / STATUS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def check_unfinished(config: Config, folder: Path) -> None:
+    """Raises RunFinished where the folder's run is through and no further steps are asked for, and PlanError where they
+    are but cannot follow: the learning rate has been brought to its end, which more steps would move.
+
+    Under a constant schedule each step is the same however many follow, so the run goes on.
+    """
+    status = read_status(folder)
+    step = status.get("step")
+    if status.get("state") != FINISHED:
+        return
+    if not isinstance(step, int) or config.train.steps <= step:
+        raise RunFinished(
+            f"train.run_dir={folder}: this run is finished, at step {step}; to train on, give more train.steps with"
+            f" scheduler=constant, or begin a new run with train.resume={folder}, another train.run_dir and more"
+            " train.steps"
+        )
+    if config.scheduler.name is not Schedule.constant:
+        raise PlanError(
+            f"train.steps={config.train.steps}: the run in {folder} is finished, at step {step}, and"
+            f" scheduler={config.scheduler.name} has brought the learning rate to its end there; begin a new run with"
+            f" train.resume={folder} and another train.run_dir, or give scheduler=constant to go on in this one"
+        )
+
+
+_held: dict[Path, TextIO] = {}
+
+
+def lock(folder: Path) -> None:
+    """Make the folder this process's own until `unlock`, or until it ends, however it ends.
+
+    Raises EnvironmentProblem naming the process that holds it. The lock is the kernel's (fcntl): it dies with its
+    process, also by SIGKILL, and is not inherited by loader processes that outlive it for a moment.
+    """
+    if folder in _held:
+        return
+    file = open(folder / LOCK, "a+")  # noqa: SIM115  closing it would give the lock back
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        problem = _taken(folder, file)
+        file.close()
+        raise problem from None
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n{_launcher()}\n")
+    file.flush()
+    _held[folder] = file
+
+
+def unlock(folder: Path) -> None:
+    """Give the folder back: the process that has run in it may live on."""
+    if (file := _held.pop(folder, None)) is not None:
+        file.close()
+
+
+def check_idle(folder: Path) -> None:
+    """Raises EnvironmentProblem when a run is going on in the folder. For a launcher, whose ranks would need seconds to
+    find out, and could tell it only by an exit code."""
+    with readable(folder / LOCK), contextlib.suppress(FileNotFoundError), open(folder / LOCK) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            raise _taken(folder, file) from None
+
+
+def _taken(folder: Path, file: TextIO) -> EnvironmentProblem:
+    file.seek(0)
+    owner = file.readline().strip() or "another process"
+    return EnvironmentProblem(
+        f"train.run_dir={folder}: a run is going on in it ({owner}); wait for its end, or choose another folder"
+    )
+
+
+def restarted_in(folder: Path) -> bool:
+    """Whether the folder was claimed by an earlier start of this very job, whose worker torchrun has restarted
+    (`--max-restarts`): the same words then mean to go on with it."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return False
+    try:
+        return (folder / LOCK).read_text().splitlines()[1:] == [_launcher()]
+    except OSError:
+        return False
+
+
+def _launcher() -> str:
+    """The process that has started this one: its number, and its start, since numbers come again."""
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+    return f"started by pid {parent.pid} of {parent.create_time():.2f} on {socket.gethostname()}"

@@ -1,0 +1,80 @@
+"""Being told to stop: by a signal, or by a file named STOP in the run folder.
+
+    SIGTERM, SIGINT, SIGUSR1       what schedulers and people send; one rank that gets it is enough
+    SIGHUP                         the terminal was closed; under nohup it stays ignored
+    touch RUN_DIR/STOP             from anywhere that sees the folder
+    its launcher is gone           see `lifeline`, which sends SIGTERM
+
+Nothing happens in the handler but a note. At the next step boundary the ranks agree, save a checkpoint, and the
+process ends with exit code 75, or 0 where COOKBOOK_QUIET_STOP is set. A second SIGINT ends it at once: the system's own
+handler is back in place by then, so that works even where Python itself is stuck, and a save that it cuts off was never
+committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from trainer.process.lifeline import lost
+
+log = logging.getLogger(__name__)
+
+STOP_FILE = "STOP"
+QUIET_STOP = "COOKBOOK_QUIET_STOP"
+"""Variable that makes 0 of the exit code 75, for whoever reads status.json: launchers take any other code for a
+failure, end the other ranks, and fill the log with a report."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+class StopRequests:
+    """Context in which the signals are noted. folder: of the run; None on ranks that need not look for the file."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file = folder / STOP_FILE if folder else None
+        self._signal: str | None = None
+        self._obeyed = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        # Python runs handlers in the main thread only, and lets no other one install them.
+        if threading.current_thread() is threading.main_thread():
+            nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            ours = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
+            self._before = {number: signal.signal(number, self._note) for number in ours}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._obeyed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # A launcher that sees the first rank leave sends SIGTERM to the others, which are on their way out too.
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def reason(self) -> str | None:
+        """Why this rank was told to stop; None if it was not."""
+        # A file system that does not answer for a moment must not end the run: `Path.exists` would raise.
+        if self._signal is None and self._file is not None and os.path.exists(self._file):
+            return f"{self._file} is there"
+        return self._signal
+
+    def obeyed(self) -> None:
+        """The run has saved and ends, whichever rank was told. The file must not stop the next start too."""
+        self._obeyed = True
+        if self._file is not None:
+            try:
+                self._file.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s: cannot be deleted (%s); the next start will stop too", self._file, error.strerror)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = self._signal or lost() or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,1 @@
+"""A training run from its first check to its last step."""
