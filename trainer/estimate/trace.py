@@ -125,11 +125,13 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
 @contextmanager
 def _collecting_what_is_new() -> Iterator[None]:
     """A collection in here leaves out the objects of torch and transformers: with them it takes as long as a trace."""
+    frozen = gc.get_freeze_count()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:  # else all that whoever forked this process has frozen would be collected again and again
+            gc.unfreeze()
 
 
 def _feed(unit: Unit, shape: Shape) -> Feed:
