@@ -209,6 +209,6 @@ def test_what_fits_is_not_refused() -> None:
 
 
 def test_tables_need_no_torch() -> None:
-    modules = "pipeline_table, pipeline_orders, pipeline_timeline"
-    check = f"import sys; from trainer.axes import {modules}; assert 'torch' not in sys.modules"
+    modules = "table, orders, timeline"
+    check = f"import sys; from trainer.axes.pipeline import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)
