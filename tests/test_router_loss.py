@@ -71,6 +71,12 @@ def test_loss_is_that_of_transformers(kind: str, accumulation: int) -> None:
     assert ours == pytest.approx(plain, rel=1e-5)
 
 
+def test_float64_trains_with_experts_one_by_one() -> None:
+    """torch's grouped product of experts has no float64."""
+    losses = run_ranks(1, train, words("mixtral", "precision=fp64"))[0].losses
+    assert losses[1] < losses[0] < 6
+
+
 @functools.cache
 def reference(*router: str) -> Trained:
     extra = [*router, "parallel=single", "train.gradient_accumulation_steps=4"]

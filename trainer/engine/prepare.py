@@ -11,7 +11,7 @@ import logging
 
 from transformers import PreTrainedModel
 
-from configs.choices import TuningMethod
+from configs.choices import DType, TuningMethod
 from configs.errors import ConfigError
 from configs.schema import Config
 from trainer.engine.probe import kinds_of, probe, untrained_names
@@ -34,6 +34,9 @@ def build_causal(config: Config) -> PreTrainedModel:
     hf_config = build_hf_config(config.model)
     language = text_config(hf_config)
     model = build_model(config.model, hf_config)
+    if config.precision.param_dtype is DType.float64 and model._can_set_experts_implementation():
+        # torch's grouped product of experts has no float64.
+        model.set_experts_implementation("eager")
     found = probe(language)
     if found is not None and not found.causal:
         named = f"model.path={config.model.path}" if config.model.path is not None else f"model={config.model.preset}"
