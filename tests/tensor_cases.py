@@ -56,6 +56,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 8},
     "phi3": {**LLAMA, "model_type": "phi3"},
     "gemma3": {**LLAMA, "model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8},
+    "gemma3n": {
+        **{**LLAMA, "model_type": "gemma3n_text", "head_dim": 8, "num_hidden_layers": 4, "num_kv_shared_layers": 2},
+        **{
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0],
+        },
+        **{"laurel_rank": 8, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8},
+    },
     "mixtral": {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt2": {**OLDER, "model_type": "gpt2", **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)},
     "gpt2_dropout": {**OLDER, "model_type": "gpt2"},

@@ -60,7 +60,7 @@ def modes(model: str) -> list[Case]:
     return [Case(model), *sequence]
 
 
-@pytest.mark.parametrize("model", [model for model in MODELS if model not in ("bloom", "gpt2_dropout")])
+@pytest.mark.parametrize("model", [model for model in MODELS if model not in ("bloom", "gemma3n", "gpt2_dropout")])
 def test_two_ranks_equal_one_process(model: str) -> None:
     for rank in run_ranks(2, tensor_cases.train, modes(model)):
         for found in rank:
@@ -165,6 +165,14 @@ WRONG: dict[str, tuple[str, dict[str, str], str]] = {
     "both sides of the MLP by columns": ("llama", {"model.layers.*.mlp.down_proj": "colwise"}, "does not run"),
     "a norm on heads taken for a whole one": ("qwen3", {"model.layers.*.self_attn.q_norm": "replicate"}, "q_norm"),
     "three matrices in one cut as one": ("gpt2", {"transformer.h.*.attn.c_attn": "colwise"}, "the loss is"),
+    "statistics over features that are divided": (
+        "gemma3n",
+        {
+            f"model.layers.*.mlp.{part}_proj": "rowwise" if part == "down" else "colwise"
+            for part in ("gate", "up", "down")
+        },
+        "the loss is",
+    ),
     "one matrix of a region left whole": ("llama", {"model.layers.*.mlp.up_proj": "replicate"}, "does not run"),
 }
 
@@ -181,6 +189,10 @@ def test_start_up_check_finds_a_wrong_plan(wrong: str) -> None:
 def test_start_up_check_accepts_a_right_plan(model: str) -> None:
     for sequence in (False, True):
         assert run_ranks(2, tensor_cases.checked, model, {}, sequence) == [("", [])] * 2
+
+
+def test_start_up_check_keeps_the_layers_of_a_model_that_shares_between_them() -> None:
+    assert run_ranks(2, tensor_cases.checked, "gemma3n", {}, False) == [("", [])] * 2
 
 
 @pytest.mark.parametrize("model", ["llama_two_kv_heads", "gpt2"])

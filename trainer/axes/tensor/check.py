@@ -54,16 +54,15 @@ def self_check(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
         try:
-            plain, ids = _plain_model(config, tp_mesh, tuning)
+            plain, ids, expected = _computed(config, tp_mesh, tuning)
             divided = copy.deepcopy(plain)
+            divided.zero_grad()
             tensor_parallel = divide(divided, plan, tp_mesh, sequence_parallel=sequence_parallel)
-            labels = ids.roll(-1, dims=1)
-            expected = _loss_and_gradients(plain, ids, labels, cross_entropy_sum)
         except Exception as error:  # a config in miniature may break any rule of its architecture
             log.warning("tensor plan not checked: a small %s does not run: %s", config.model_type, _first_line(error))
             return
         try:
-            loss = _loss_and_gradients(divided, ids, labels, tensor_parallel.loss)
+            loss = _loss_and_gradients(divided, ids, tensor_parallel.loss)
             tensor_parallel.reduce_partial_gradients(divided)
             problem = _difference(expected, loss, plain, divided)
         except Exception as error:  # the model's own code, on shapes that do not fit it
@@ -101,18 +100,31 @@ def _wrong_gradients(plain: nn.Module, divided: nn.Module) -> str:
     return f"wrong gradient of {', '.join(wrong[:3])}{more}" if wrong else ""
 
 
-def _loss_and_gradients(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, loss: Any) -> torch.Tensor:
-    total = loss(model(input_ids=ids, use_cache=False).logits, labels)
+def _computed(
+    config: PretrainedConfig, tp_mesh: DeviceMesh, tuning: Tuning | None
+) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
+    """A shrunk model with its gradients, the token ids, and the loss.
+
+    Layers that share keys and values with an earlier one (Gemma 3n) cannot lose layers: such a model keeps them all.
+    """
+    try:
+        plain, ids = _plain_model(shrink(config, tp_mesh.size()), config, tp_mesh, tuning)
+        return plain, ids, _loss_and_gradients(plain, ids, cross_entropy_sum)
+    except Exception:  # a config in miniature may break any rule of its architecture
+        plain, ids = _plain_model(shrink(config, tp_mesh.size(), whole_depth=True), config, tp_mesh, tuning)
+        return plain, ids, _loss_and_gradients(plain, ids, cross_entropy_sum)
+
+
+def _loss_and_gradients(model: PreTrainedModel, ids: torch.Tensor, loss: Any) -> torch.Tensor:
+    total = loss(model(input_ids=ids, use_cache=False).logits, ids.roll(-1, dims=1))
     total.backward()
     return total.detach()
 
 
 def _plain_model(
-    config: PretrainedConfig, tp_mesh: DeviceMesh, tuning: Tuning | None
+    small: PretrainedConfig, config: PretrainedConfig, tp_mesh: DeviceMesh, tuning: Tuning | None
 ) -> tuple[PreTrainedModel, torch.Tensor]:
     """A shrunk model with random values everywhere (a bias of zero would hide its errors), and token ids for it."""
-    size = tp_mesh.size()
-    small = shrink(config, size)
     attention = config._attn_implementation
     model = AutoModelForCausalLM.from_config(
         small, dtype=torch.float64, attn_implementation=attention if attention in ("sdpa", "eager") else None
@@ -125,7 +137,7 @@ def _plain_model(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
-    ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 4 * size))
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 4 * tp_mesh.size()))
     return model.eval().to(tp_mesh.device_type), ids.to(tp_mesh.device_type)
 
 
@@ -171,12 +183,11 @@ def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> P
 
 
 def _few_layers(config: PretrainedConfig, names: Mapping[str, str]) -> dict[str, Any]:
-    """Two layers, or one of each kind where the config lists the layers' kinds."""
+    """Two layers, and one of each kind where the config has lists of what each layer is."""
     fields, count = config.to_dict(), config.num_hidden_layers
-    kinds = fields.get("layer_types") or []
-    first_of_kind = {kinds.index(kind) for kind in kinds}
-    chosen = sorted(first_of_kind | set(range(min(2, count))))
     lists = {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == count}
+    kinds = list(map(str, zip(*lists.values(), strict=True)))
+    chosen = sorted({kinds.index(kind) for kind in kinds} | set(range(min(2, count))))
     return {
         names.get("num_hidden_layers", "num_hidden_layers"): len(chosen),
         **{name: [value[layer] for layer in chosen] for name, value in lists.items()},

@@ -63,6 +63,10 @@ ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split
 PLANS: dict[str, dict[str, str]] = {
     # transformers' own plan passes over the activation's learned slopes, which see only this rank's features.
     "apertus": {"model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
+    # Its sparse activation takes mean and deviation over all features of a gate.
+    "gemma3n_text": dict.fromkeys(
+        ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj", "model.layers.*.mlp.down_proj"), "replicate"
+    ),
     "gpt2": {
         "transformer.h.*.attn": "divide:split_size",
         "transformer.h.*.attn.c_attn": "packed_colwise:3",
