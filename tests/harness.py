@@ -54,6 +54,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         return _results(ranks, Path(folder))
 
 
+def fork(function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """A process of the server that runs `function(*args)`."""
+    process = _context.Process(target=function, args=args)
+    process.start()
+    return process
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -6,16 +6,26 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import newcomer
+from tests.warm import BIN, programs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOOR = re.compile(r"^(python -m [\w.]+|torchrun|memory-estimate|cookbook)\b", re.MULTILINE)
+# What these blocks start are interpreters, so that each door has been one; the others are forks of a process that has
+# imported torch already.
+INTERPRETERS = (
+    "python -m launch parallel=ddp data=synthetic data.seq_len=32",
+    "torchrun ",
+    "cookbook ",
+    "memory-estimate -m ",
+    'words="parallel=',
+)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -38,22 +48,24 @@ def test_commands_run_as_printed(page: str, block: str, tmp_path: Path) -> None:
     """In a folder with the README and docs as in a checkout, whose runs/ goes away with the test."""
     for name in ("README.md", "docs", "configs", "launch", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
+    own = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} if block.startswith(INTERPRETERS) else {}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=tmp_path,
-        env=environment,
+        env=programs().environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **own),
         capture_output=True,
         text=True,
         timeout=580,
     )
     assert done.returncode == 0, f"{page}:\n{block}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr
+
+
+def test_each_door_has_been_an_interpreter() -> None:
+    blocks = [block for _, block in commands()]
+    started = {door for block in blocks if block.startswith(INTERPRETERS) for door in DOOR.findall(block)}
+    assert started == {door for block in blocks for door in DOOR.findall(block)}
+    assert all(sum(block.startswith(head) for block in blocks) == 1 for head in INTERPRETERS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

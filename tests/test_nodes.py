@@ -6,16 +6,15 @@ A host is a network namespace: an address of its own, ports of its own, a cable 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launch.__main__ import main
+from tests.warm import programs
 
 ROOT = Path(__file__).parent.parent
 HOSTS = {"cookbook-a": "10.213.7.1", "cookbook-b": "10.213.7.2"}
@@ -71,13 +70,8 @@ def test_the_printed_lines_train_on_two_hosts(
     assert len(lines) == len(hosts)
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{address} slots=2\n" for address in HOSTS.values()))
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        # What a real host's name in its own DNS does: ranks must not give each other the loopback's address.
-        "GLOO_SOCKET_IFNAME": "cable",
-    }
+    # What a real host's name in its own DNS does: ranks must not give each other the loopback's address.
+    environment = programs().environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="cable")
     running = []
     for host, line in zip(hosts, lines, strict=True):
         filled = line.replace("NODE_0", HOSTS[hosts[0]]).replace("HOSTFILE", shlex.quote(str(hostfile)))
