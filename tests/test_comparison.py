@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from launch.__main__ import main
 from launch.points import plan_points
 from tests.harness import run_ranks
 from tests.reports import read_metrics
+from tests.warm import programs
 from trainer.__main__ import main as train
 from trainer.comparison import figures
 from trainer.comparison.page import HTML, MARKDOWN, write_page
@@ -43,9 +42,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layouts and one that is refused, as the command left them."""
     folder = tmp_path_factory.mktemp("comparison")
     done = subprocess.run(
-        [sys.executable, "-m", "launch", "compare", *POINTS],
+        [programs().python, "-m", "launch", "compare", *POINTS],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=programs().environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         timeout=240,

@@ -16,6 +16,7 @@ import pytest
 from configs.load import load_config
 from launch.__main__ import main
 from launch.command import Command, Rendezvous, build_command
+from tests.warm import programs
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 
@@ -129,11 +130,15 @@ def test_an_environment_that_needs_quotes_survives_the_shell() -> None:
     assert subprocess.check_output(["bash", "-c", built.text()], text=True) == "1 'x'-b c\n"
 
 
-def door(*words: str, cwd: Path, module: str = "launch", **environment: str) -> subprocess.CompletedProcess[str]:
+def door(
+    *words: str, cwd: Path, module: str = "launch", python: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """python: an interpreter, whose launchers start others; None: a fork of a process that has imported torch."""
+    own = {"PATH": os.environ["PATH"]} if python else {}
     return subprocess.run(
-        [PYTHON, "-m", module, *words],
+        [python or programs().python, "-m", module, *words],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env=programs().environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **own, **environment),
         capture_output=True,
         text=True,
         timeout=240,
@@ -144,7 +149,7 @@ def door(*words: str, cwd: Path, module: str = "launch", **environment: str) -> 
 @pytest.mark.parametrize("flag", [["--help"], ["--cfg", "job"], ["--info"]])
 def test_answers_are_instant(module: str, flag: list[str], tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = door(*flag, cwd=tmp_path, module=module)
+    done = door(*flag, cwd=tmp_path, module=module, python=PYTHON)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
     assert "parallel" in done.stdout
@@ -276,7 +281,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "accelerate"])
 def test_the_same_run_under_every_launcher(launcher: str, reference: list[float], tmp_path: Path) -> None:
-    done = door(f"launcher={launcher}", "parallel=zero2", *SHORT, cwd=tmp_path)
+    # Interpreters under torchrun and deepspeed: test_lifetimes.
+    python = PYTHON if launcher == "accelerate" else None
+    done = door(f"launcher={launcher}", "parallel=zero2", *SHORT, cwd=tmp_path, python=python)
     assert done.returncode == 0, done.stderr
     assert len(reference) == 3
     assert losses(tmp_path) == reference
