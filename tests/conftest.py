@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from tests import kernels
+from tests.support import kernels
 
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(kernels.folder()))
-pytest_plugins = ["tests.selection", "tests.shared", "tests.spent"]
+pytest_plugins = ["tests.support.selection", "tests.support.shared", "tests.spent"]
 if find_spec("xdist"):
-    pytest_plugins.append("tests.lanes")
+    pytest_plugins.append("tests.support.lanes")
 PARITY_PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 
 
@@ -43,7 +43,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """What a lane's test has measured goes to the session that started the lane."""
     report = yield
     if call.when == "call" and hasattr(item.config, "workerinput"):
-        from tests.parity import ROWS  # and torch, which the session that starts the lanes does without
+        from tests.support.parity import ROWS  # and torch, which the session that starts the lanes does without
 
         report.user_properties += [("row", [*row.cells, *row.distance.numbers]) for row in ROWS]
         ROWS.clear()
@@ -54,7 +54,7 @@ class RowsOfLanes:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, cells in report.user_properties:
             if name == "row" and report.when == "call":
-                from tests.parity import ROWS, Distance, Row
+                from tests.support.parity import ROWS, Distance, Row
 
                 assert isinstance(cells, list)
                 layout, keys, processes, model, precision, *numbers = cells
@@ -64,8 +64,8 @@ class RowsOfLanes:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if not session.config.getoption("--write-docs") or exitstatus != 0 or hasattr(session.config, "workerinput"):
         return
-    from tests.parity import ROWS, read_rows, render_table
-    from tests.write_docs import pages, write
+    from tests.docs.write import pages, write
+    from tests.support.parity import ROWS, read_rows, render_table
 
     if ROWS:
         earlier = read_rows(PARITY_PAGE.read_text()) if PARITY_PAGE.exists() else []

@@ -2,7 +2,7 @@
 
     python -m tests.nightly              all that has not passed at this commit, hours
     python -m tests.nightly --list       what that is
-    python -m tests.nightly --faults     python -m tests.faults --counts nightly as well, hours more
+    python -m tests.nightly --faults     python -m tests.benchmarks.faults --counts nightly as well, hours more
 
 Stopped at any time, it goes on where it was: what has passed stands in .pytest_cache/nightly/COMMIT.txt. Changes that
 are not committed count as a commit of their own. Words after -- go to pytest.
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.faults import FAULTS
+from tests.benchmarks.faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".pytest_cache" / "nightly"
@@ -67,7 +67,7 @@ def run_faults(passed: Path) -> int:
     for kind in sorted({fault.name for fault in FAULTS}):
         if f"fault {kind}" in done:
             continue
-        words = [sys.executable, "-m", "tests.faults", "--counts", "nightly", "--only", kind]
+        words = [sys.executable, "-m", "tests.benchmarks.faults", "--counts", "nightly", "--only", kind]
         code = subprocess.run(words, cwd=ROOT).returncode
         if code == 0:
             with passed.open("a") as out:

@@ -15,7 +15,7 @@ export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1
 # A second or two, and their complaints are the likeliest.
 ruff format --check
 ruff check
-shellcheck launch/*.sh slurm/*.sbatch tests/*.sh tests/fast-g++ tests/slurm/*.sh .ci/run
+shellcheck launch/*.sh slurm/*.sbatch tests/*.sh tests/support/fast-g++ tests/slurm/*.sh .ci/run
 
 # Types beside the tests: some of these wait, and two cores have room for a third.
 report=$(mktemp)

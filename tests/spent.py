@@ -208,7 +208,7 @@ def main(argv: Sequence[str]) -> int:
     rows = [json.loads(line) for line in arguments.file.read_text().splitlines()]
     print(by_file(rows) if arguments.files else by_kind(rows))
     if arguments.write:
-        from tests.measured import conditions, write
+        from tests.support.measured import conditions, write
 
         write(PAGE, COMMAND, f"{conditions('torch', 'pytest')}, three lanes.\n\n{by_kind(rows)}")
     return 0

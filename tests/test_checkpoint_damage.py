@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.errors import CheckpointDamaged, CheckpointMismatch, CookbookError, EnvironmentProblem
 from configs.load import load_config
-from tests.disks import closed_to_all
-from tests.harness import run_ranks
-from tests.parity import words
-from tests.reports import lone_runtime
-from tests.resuming import train_and_save
+from tests.support.disks import closed_to_all
+from tests.support.harness import run_ranks
+from tests.support.parity import words
+from tests.support.reports import lone_runtime
+from tests.support.resuming import train_and_save
 from trainer.checkpoint import catalog
 from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RankFailed, run_ranks
-from tests.parity import words
-from tests.resuming import Journal, count_file_operations, train_and_die, train_and_save
+from tests.support.harness import RankFailed, run_ranks
+from tests.support.parity import words
+from tests.support.resuming import Journal, count_file_operations, train_and_die, train_and_save
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
 from trainer.checkpoint.manifest import check_contents, check_sizes, read_manifest
 

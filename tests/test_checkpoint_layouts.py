@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run_ranks
-from tests.parity import words
-from tests.resuming import Journal, resume_each, train_and_save
-from tests.selection import rows
+from tests.support.harness import run_ranks
+from tests.support.parity import words
+from tests.support.resuming import Journal, resume_each, train_and_save
+from tests.support.selection import rows
 
 SAVED, STEPS = 3, 6
 # layout -> processes

@@ -15,10 +15,16 @@ from typing import Any
 import pytest
 
 from configs.errors import EXIT_FINISHED, EXIT_STOPPED
-from tests.deepspeed_cases import WIDE, build_or_skip
-from tests.harness import RankFailed, run_ranks
-from tests.parity import words
-from tests.resuming import Journal, resume_each, train_and_save, train_float16_then_resume, train_then_resume_each
+from tests.support.deepspeed_cases import WIDE, build_or_skip
+from tests.support.harness import RankFailed, run_ranks
+from tests.support.parity import words
+from tests.support.resuming import (
+    Journal,
+    resume_each,
+    train_and_save,
+    train_float16_then_resume,
+    train_then_resume_each,
+)
 from tests.test_checkpoint_run import STEPS as RUN_STEPS
 from tests.test_checkpoint_run import overrides as run_overrides
 from tests.test_checkpoint_run import start

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
-from tests.harness import RankFailed, run_ranks
-from tests.parity import words
+from tests.support.harness import RankFailed, run_ranks
+from tests.support.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 from trainer.process.status import read_status

@@ -13,9 +13,9 @@ import pytest
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, CookbookError, EnvironmentProblem
 from launch.__main__ import main
 from launch.points import plan_points
-from tests.harness import run_ranks
-from tests.reports import read_metrics
-from tests.warm import programs
+from tests.support.harness import run_ranks
+from tests.support.reports import read_metrics
+from tests.support.warm import programs
 from trainer.__main__ import main as train
 from trainer.comparison import figures
 from trainer.comparison.page import HTML, MARKDOWN, write_page

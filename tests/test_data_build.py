@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.errors import DataError, PlanError
-from tests.data_cases import Row, data_of, rows_of, rows_of_all_ranks, step_rows, words, write_corpus
+from tests.support.data_cases import Row, data_of, rows_of, rows_of_all_ranks, step_rows, words, write_corpus
 from trainer.data import IGNORED
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from configs.errors import DataError
 from configs.load import load_config
-from tests.data_cases import corpus_of, documents_in, documents_of, words, write_jsonl
-from tests.harness import run_ranks
+from tests.support.data_cases import corpus_of, documents_in, documents_of, words, write_jsonl
+from tests.support.harness import run_ranks
 from tests.test_data_tokenizer import save_bpe
 from trainer.data.cache import Corpus, load_tokens
 from trainer.data.documents import PIECE_BYTES

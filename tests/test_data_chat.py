@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs.errors import DataError, PlanError
-from tests.data_cases import data_of, rows_of_all_ranks
+from tests.support.data_cases import data_of, rows_of_all_ranks
 from trainer.data import IGNORED, Batch
 from trainer.data.chat import ChatEncoder
 from trainer.data.conversations import pack

@@ -18,7 +18,7 @@ import pytest
 
 from configs.choices import DataSource
 from configs.errors import EXIT_BAD_CONFIG, CookbookError, DataError
-from tests.data_cases import data_of, loaded, words, write_jsonl
+from tests.support.data_cases import data_of, loaded, words, write_jsonl
 from trainer.data import DataSet
 from trainer.data.build import build_data
 from trainer.data.paths import find_files

@@ -12,9 +12,9 @@ import pytest
 
 from configs.errors import DataError, PlanError
 from configs.load import load_config
-from tests.data_cases import corpus_of, data_of, step_rows
+from tests.support.data_cases import corpus_of, data_of, step_rows
+from tests.support.tokenizers_built import CONTROL, FAMILIES, save
 from tests.test_data_tokenizer import save_bpe
-from tests.tokenizers_built import CONTROL, FAMILIES, save
 from trainer.data.cache import load_tokens
 from trainer.data.documents import PIECE_BYTES, Piece
 from trainer.data.encoding import encode_documents

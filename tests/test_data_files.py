@@ -10,7 +10,7 @@ import pytest
 
 from configs.errors import DataError
 from configs.load import load_config
-from tests.data_cases import corpus_of, documents_of, words
+from tests.support.data_cases import corpus_of, documents_of, words
 from trainer.data.cache import load_tokens
 from trainer.data.documents import PIECE_BYTES, builtin_files, read_pieces
 from trainer.data.paths import find_files

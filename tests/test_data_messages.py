@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from configs.errors import DataError
-from tests.data_cases import data_of
-from tests.tokenizers_built import FAMILIES
+from tests.support.data_cases import data_of
+from tests.support.tokenizers_built import FAMILIES
 from trainer.data.chat import ChatEncoder, Tokens
 from trainer.data.messages import REFUSED_IN_MESSAGES, REFUSED_IN_ROWS, Conversation, read_conversations
 from trainer.data.plain_text import PlainText

@@ -20,9 +20,9 @@ from transformers import LlamaConfig
 import trainer.data.build
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, DataError, RankProblem
 from configs.load import load_config
-from tests.data_cases import data_of, rows_of, step_rows, words, write_corpus, write_jsonl
-from tests.doors import door
-from tests.harness import run_ranks
+from tests.support.data_cases import data_of, rows_of, step_rows, words, write_corpus, write_jsonl
+from tests.support.doors import door
+from tests.support.harness import run_ranks
 from trainer.checkpoint.__main__ import main as checkpoint_main
 from trainer.data.build import build_data
 from trainer.data.loader import next_item

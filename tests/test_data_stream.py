@@ -10,7 +10,16 @@ import pytest
 
 from configs.errors import DataError, RankProblem
 from configs.load import load_config
-from tests.data_cases import Row, data_of, documents_in, rows_of, rows_of_all_ranks, step_rows, words, write_jsonl
+from tests.support.data_cases import (
+    Row,
+    data_of,
+    documents_in,
+    rows_of,
+    rows_of_all_ranks,
+    step_rows,
+    words,
+    write_jsonl,
+)
 from trainer.data import IGNORED
 from trainer.data.stream import TextStream, hold_out, open_stream, shuffle_in_buffer
 from trainer.data.tokenizer import build_encoder

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from configs.errors import DataError
 from configs.load import load_config
-from tests.data_cases import words
+from tests.support.data_cases import words
 from trainer.data.tokenizer import Encoder, build_byte_tokenizer, build_encoder
 
 TRICKY = [
@@ -155,7 +155,7 @@ def test_hub_that_cannot_be_reached() -> None:
     """In a process of its own, because the libraries look at HF_HUB_OFFLINE when they are imported."""
     code = """
 from configs.errors import DataError
-from tests.data_cases import data_of
+from tests.support.data_cases import data_of
 
 for overrides in (["data.tokenizer=no/such"], ["data=hub", "data.name=no/such"]):
     try:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cases import train
-from tests.deepspeed_cases import WIDE, build_or_skip, spoil_and_drop, train_float16
-from tests.harness import run_ranks
-from tests.parity import reference, words
-from tests.selection import rows
+from tests.support.cases import train
+from tests.support.deepspeed_cases import WIDE, build_or_skip, spoil_and_drop, train_float16
+from tests.support.harness import run_ranks
+from tests.support.parity import reference, words
+from tests.support.selection import rows
 
 ACCUMULATE = "train.gradient_accumulation_steps=2"
 FLOAT32 = ["zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload", "zero1_tensor", "zero2_tensor"]

@@ -17,9 +17,9 @@ import pytest
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED
 from launch.__main__ import main as launch
-from tests.disks import closed_to_all, fill, small_disk, take_inodes
-from tests.harness import run_ranks
-from tests.parity import words
+from tests.support.disks import closed_to_all, fill, small_disk, take_inodes
+from tests.support.harness import run_ranks
+from tests.support.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS
 from trainer.process.status import LOCK, read_status

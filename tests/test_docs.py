@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import newcomer
-from tests.warm import BIN, programs
+from tests.support.warm import BIN, programs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]

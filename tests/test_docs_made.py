@@ -1,7 +1,7 @@
 """The made parts of the pages are what the code makes today; the Chinese contents page keeps step with the README.
 
 Quick parts are made anew and compared. Tables that take runs or traces are checked in form, and so that their numbers
-add up; `python -m tests.write_docs` makes them anew.
+add up; `python -m tests.docs.write` makes them anew.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from configs.load import group_options
-from tests import docs_numbers
-from tests.docs_messages import MARKED, messages, phrases, said
-from tests.parity import read_rows, render_table
+from tests.docs import numbers
+from tests.docs.messages import MARKED, messages, phrases, said
+from tests.docs.write import COSTLY, MADE, QUICK, Part, make, pages, parts
+from tests.support.parity import read_rows, render_table
 from tests.test_docs import BLOCK, LINK, ROOT
-from tests.write_docs import COSTLY, MADE, QUICK, Part, make, pages, parts
 
 PARTS = [part for page in pages() for part in parts(page)]
 CHINESE = ROOT / "README.zh-CN.md"
@@ -53,16 +53,16 @@ def test_parts_were_found() -> None:
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part.quick], ids=_name)
 def test_quick_parts_are_what_the_code_makes(part: Part) -> None:
-    remedy = f"python -m tests.write_docs --quick {part.page.relative_to(ROOT)}"
+    remedy = f"python -m tests.docs.write --quick {part.page.relative_to(ROOT)}"
     assert part.text == make(part), f"{part.page.name} is not up to date; {remedy}"
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if not part.quick], ids=_name)
 def test_costly_parts_have_their_form(part: Part) -> None:
     if part.name == "components":
-        assert part.text == docs_numbers.components()
+        assert part.text == numbers.components()
     else:
-        getattr(docs_numbers, f"check_{part.name}")(*part.arguments, part.text)
+        getattr(numbers, f"check_{part.name}")(*part.arguments, part.text)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from transformers import BloomConfig
 
 from configs.errors import ConfigError
 from configs.load import load_config
-from tests.cases import train
-from tests.harness import run_ranks
-from tests.parity import MODELS, distance, reference, words
+from tests.support.cases import train
+from tests.support.harness import run_ranks
+from tests.support.parity import MODELS, distance, reference, words
 from tests.test_data_chat import numbered, write_chats
 from trainer.data import IGNORED
 from trainer.data.samples import make_batch

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from configs.errors import EXIT_FAILED
-from tests import doors
-from tests.harness import RankFailed, run_ranks
-from tests.parity import words
+from tests.support import doors
+from tests.support.harness import RankFailed, run_ranks
+from tests.support.parity import words
 from trainer.process.exhausted import is_out_of_memory, told_at_start
 from trainer.process.status import read_status
 

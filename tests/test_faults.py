@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import faults
-from tests.fault_cases import Bench
-from tests.faults import COMMAND, Fault, count, main, table
-from tests.measured import write
+from tests.benchmarks import faults
+from tests.benchmarks.faults import COMMAND, Fault, count, main, table
+from tests.support.fault_cases import Bench
+from tests.support.measured import write
 
 C14 = "| C14 | order of writes and flushes, against power cuts | 1 of 1 | 0 | 2026-01-31 |"
 

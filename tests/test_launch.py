@@ -16,7 +16,7 @@ import pytest
 from configs.load import load_config
 from launch.__main__ import main
 from launch.command import Command, Rendezvous, build_command
-from tests.warm import programs
+from tests.support.warm import programs
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 

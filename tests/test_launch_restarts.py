@@ -19,8 +19,8 @@ import pytest
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED
 from launch.process import rank_processes
-from tests.harness import run_ranks
-from tests.parity import words
+from tests.support.harness import run_ranks
+from tests.support.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 from trainer.checkpoint.manifest import read_manifest

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from launch.process import rank_processes
-from tests.harness import free_port
-from tests.parity import words
+from tests.support.harness import free_port
+from tests.support.parity import words
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_of
 from trainer.process.status import check_idle, read_status
 

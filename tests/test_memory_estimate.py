@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import configs
 from configs.load import load_config
 from launch.estimate import main
-from tests.estimate_cases import answer_json
+from tests.support.estimate_cases import answer_json
 from tests.test_memory_measured import CASES
 from trainer.estimate.allocator import CudaAllocator
 from trainer.estimate.estimate import Verdict, estimate, planned_machine

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config
-from tests.harness import run_ranks
-from tests.memory_cases import Measured, measure
-from tests.selection import rows
+from tests.support.harness import run_ranks
+from tests.support.memory_cases import Measured, measure
+from tests.support.selection import rows
 from trainer.estimate.estimate import estimate
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine

@@ -6,7 +6,7 @@ import pytest
 
 from configs.load import load_config
 from launch.estimate import answer, main
-from tests.estimate_cases import answer_json
+from tests.support.estimate_cases import answer_json
 from trainer.estimate.estimate import estimate
 from trainer.estimate.profiles import get_profile
 from trainer.estimate.suggest import _extrapolate, largest_micro_batch

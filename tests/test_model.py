@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from configs.errors import ConfigError
 from configs.load import load_config
 from configs.schema import Config
-from tests.cases import run_trainer
-from tests.harness import run_ranks
-from tests.model_folders import FIELDS, save
+from tests.support.cases import run_trainer
+from tests.support.harness import run_ranks
+from tests.support.model_folders import FIELDS, save
 from trainer.checkpoint.hub import export_model
 from trainer.data.tokenizer import build_byte_tokenizer
 from trainer.model.build import build_hf_config, build_model, decoder_layers, materialize, tied_names, units

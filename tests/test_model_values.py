@@ -11,7 +11,7 @@ import pytest
 
 from launch.__main__ import main as launch
 from launch.estimate import main as memory_estimate
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 from trainer.__main__ import main as trainer
 
 DOORS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {

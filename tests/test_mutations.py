@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from tests.cases import Trained
-from tests.harness import run_ranks
-from tests.mutations import BUGS, train_with
-from tests.parity import distance, reference, words
-from tests.shared import once
+from tests.support.cases import Trained
+from tests.support.harness import run_ranks
+from tests.support.mutations import BUGS, train_with
+from tests.support.parity import distance, reference, words
+from tests.support.shared import once
 from tests.test_parity import FLOAT64, TORCH
 
 # bug -> (layout, processes, model)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main
-from tests.warm import programs
+from tests.support.warm import programs
 
 ROOT = Path(__file__).parent.parent
 HOSTS = {"cookbook-a": "10.213.7.1", "cookbook-b": "10.213.7.2"}

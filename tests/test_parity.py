@@ -17,10 +17,10 @@ import pytest
 
 import configs
 from configs.load import load_config
-from tests.cases import train, train_compiled
-from tests.harness import run_ranks
-from tests.parity import MODELS, distance, measure, reference, words
-from tests.selection import rows
+from tests.support.cases import train, train_compiled
+from tests.support.harness import run_ranks
+from tests.support.parity import MODELS, distance, measure, reference, words
+from tests.support.selection import rows
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import configs
-from tests.cases import Trained, train
-from tests.deepspeed_cases import WIDE, build_or_skip, train_validating
-from tests.harness import run_ranks
-from tests.parity import MODELS, ROWS, Row, distance, measure, reference, words
-from tests.selection import rows
+from tests.support.cases import Trained, train
+from tests.support.deepspeed_cases import WIDE, build_or_skip, train_validating
+from tests.support.harness import run_ranks
+from tests.support.parity import MODELS, ROWS, Row, distance, measure, reference, words
+from tests.support.selection import rows
 
 FLOAT32 = 1e-5
 STEPS = 6

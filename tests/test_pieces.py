@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness import run_ranks
-from tests.pieces_case import wrong_pieces
+from tests.support.harness import run_ranks
+from tests.support.pieces_case import wrong_pieces
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness import run_ranks
-from tests.pipeline_cases import Case, Outcome, reference, train_pipelines
+from tests.support.harness import run_ranks
+from tests.support.pipeline_cases import Case, Outcome, reference, train_pipelines
 from trainer.axes.pipeline.table import SCHEDULES
 
 TOLERANCE = 1e-10

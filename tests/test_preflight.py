@@ -13,8 +13,8 @@ import pytest
 
 from configs.errors import EnvironmentProblem
 from configs.load import load_config
-from tests.deepspeed_cases import problems_of_machine, problems_without_float16
-from tests.harness import run_ranks
+from tests.support.deepspeed_cases import problems_of_machine, problems_without_float16
+from tests.support.harness import run_ranks
 from trainer.engine.deepspeed import preflight
 from trainer.engine.deepspeed.setup import LOWEST_VERSION
 from trainer.make_plan import make_plan

@@ -10,7 +10,7 @@ import pytest
 
 from configs.errors import CookbookError
 from configs.load import load_config
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine, find_machine
 from trainer.process.runtime import join

@@ -15,8 +15,8 @@ from torch.autograd import _profiler_enabled  # pyright: ignore[reportPrivateImp
 
 from configs.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, PlanError
 from configs.schema import Config
-from tests.harness import run_ranks
-from tests.reports import config_and_plan, lone_plan, lone_runtime, read_metrics
+from tests.support.harness import run_ranks
+from tests.support.reports import config_and_plan, lone_plan, lone_runtime, read_metrics
 from trainer.__main__ import main
 from trainer.report.memory_curve import SHARES, Recorder, from_snapshot
 from trainer.report.prediction import Prediction

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from configs.errors import ConfigError, PlanError
 from configs.load import load_config
-from tests.cases import run_trainer
-from tests.harness import run_ranks
-from tests.parity import MODELS, measure, reference
+from tests.support.cases import run_trainer
+from tests.support.harness import run_ranks
+from tests.support.parity import MODELS, measure, reference
 from trainer.linear.four_bit import is_quantized, stored_bytes
 from trainer.linear.tuning import apply_tuning
 from trainer.make_plan import make_plan

@@ -14,8 +14,8 @@ import pytest
 
 from configs.errors import EnvironmentProblem
 from configs.load import from_yaml, load_config
-from tests.harness import run_ranks
-from tests.reports import config_and_plan, lone_runtime
+from tests.support.harness import run_ranks
+from tests.support.reports import config_and_plan, lone_runtime
 from trainer.plan.trackers import TRACKERS
 from trainer.process.runtime import join
 from trainer.report.folder import claim_run_dir, default_run_dir, make_run_dir, open_run_folder, run_label

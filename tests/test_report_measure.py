@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.load import load_config
-from tests.harness import run_ranks
-from tests.reports import lone_plan, tiny_model
+from tests.support.harness import run_ranks
+from tests.support.reports import lone_plan, tiny_model
 from trainer.model.build import build_hf_config
 from trainer.model.flops import count_parameters, flops_per_token, mfu, peak_flops
 from trainer.report import measure

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED
-from tests.harness import run_ranks
-from tests.reports import config_and_plan
+from tests.support.harness import run_ranks
+from tests.support.reports import config_and_plan
 from trainer.__main__ import main
 from trainer.estimate.estimate import Estimate
 from trainer.process.runtime import join

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import EnvironmentProblem
-from tests.harness import run_ranks
-from tests.reports import config_and_plan, lone_runtime, read_metrics, report_run, result, tiny_model
+from tests.support.harness import run_ranks
+from tests.support.reports import config_and_plan, lone_runtime, read_metrics, report_run, result, tiny_model
 from trainer.process.runtime import join
 from trainer.report import reporter as reporter_module
 from trainer.report.folder import open_run_folder

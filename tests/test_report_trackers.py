@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from configs.load import load_config
-from tests.harness import run_ranks
-from tests.reports import config_and_plan, lone_runtime, read_metrics, report_run, result
+from tests.support.harness import run_ranks
+from tests.support.reports import config_and_plan, lone_runtime, read_metrics, report_run, result
 from trainer.__main__ import main
 from trainer.plan.trackers import TRACKERS, check_tracker
 from trainer.process.runtime import join

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
-from tests.harness import run_ranks
-from tests.parity import words
+from tests.support.harness import run_ranks
+from tests.support.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, step_name
 from trainer.process.status import STATUS, read_status

@@ -11,8 +11,8 @@ import torch
 from configs.errors import ConfigError, PlanError
 from configs.load import load_config
 from launch.estimate import main as memory_estimate
-from tests.cases import Trained, train
-from tests.harness import run_ranks
+from tests.support.cases import Trained, train
+from tests.support.harness import run_ranks
 from trainer.data.build import build_data
 from trainer.engine import build_engine
 from trainer.make_plan import make_plan

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests import nightly, shared
-from tests.lanes import DIVIDED, LONG, SLURM, WAITING, in_order, unit_of
-from tests.selection import QUICK_FILES, is_quick
-from tests.shared import once
+from tests import nightly
 from tests.spent import COMMAND, KINDS, PAGE, budget, cpu_seconds, kind_of, main
+from tests.support import shared
+from tests.support.lanes import DIVIDED, LONG, SLURM, WAITING, in_order, unit_of
+from tests.support.selection import QUICK_FILES, is_quick
+from tests.support.shared import once
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import run_ranks
-from tests.model_folders import float8, rewrite, run_all, save_llama, set_fields, shards, tensors_of
+from tests.support.harness import run_ranks
+from tests.support.model_folders import float8, rewrite, run_all, save_llama, set_fields, shards, tensors_of
 
 Damage = Callable[[Path], object]
 Q, HEAD = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import RankFailed, run_ranks
-from tests.reports import config_and_plan
+from tests.support.harness import RankFailed, run_ranks
+from tests.support.reports import config_and_plan
 from trainer.engine.deepspeed.swap import SwapFolder, remove_dead
 from trainer.process.runtime import join
 

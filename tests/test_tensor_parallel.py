@@ -12,11 +12,11 @@ import torch
 
 from configs.errors import ConfigError
 from configs.load import load_config
-from tests import tensor_cases
-from tests.harness import run_ranks
-from tests.selection import rows
-from tests.shared import once
-from tests.tensor_cases import LLAMA, MODELS, Case, Trained
+from tests.support import tensor_cases
+from tests.support.harness import run_ranks
+from tests.support.selection import rows
+from tests.support.shared import once
+from tests.support.tensor_cases import LLAMA, MODELS, Case, Trained
 from trainer.axes.tensor import adapters as tensor_adapters
 from trainer.axes.tensor.apply import tensor_plan
 from trainer.axes.tensor.plans import PLANS, STYLES, check_plan, check_tensor, match, share_of, split_style

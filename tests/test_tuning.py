@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from configs.errors import ConfigError, PlanError
 from configs.load import load_config
-from tests.cases import run_trainer, train
-from tests.harness import run_ranks
-from tests.parity import MODELS, Trained, measure, reference, words
-from tests.selection import rows
+from tests.support.cases import run_trainer, train
+from tests.support.harness import run_ranks
+from tests.support.parity import MODELS, Trained, measure, reference, words
+from tests.support.selection import rows
 from trainer.checkpoint.export import export
 from trainer.linear.tuning import apply_tuning, tell_adapters
 from trainer.make_plan import make_plan

@@ -13,8 +13,8 @@ import pytest
 import trainer.run.loop
 from configs.errors import EXIT_FAILED
 from configs.schema import Config
-from tests.harness import RankFailed, run_ranks
-from tests.parity import words
+from tests.support.harness import RankFailed, run_ranks
+from tests.support.parity import words
 from trainer.__main__ import main
 from trainer.process.status import read_status
 

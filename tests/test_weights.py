@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from configs.load import load_config
-from tests.cases import run_trainer, train
-from tests.harness import run_ranks
-from tests.model_folders import (
+from tests.support.cases import run_trainer, train
+from tests.support.harness import run_ranks
+from tests.support.model_folders import (
     FIELDS,
     WORDS,
     float8,

@@ -16,7 +16,7 @@ import pytest
 
 from launch.cookbook import COMMANDS
 from launch.cookbook import main as cookbook
-from tests.harness import RankFailed, run_ranks
+from tests.support.harness import RankFailed, run_ranks
 from trainer.__main__ import main
 from trainer.process.status import check_idle
 from trainer.process.world import VARIABLES, accelerate_note

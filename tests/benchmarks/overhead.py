@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from configs.load import load_config
 from configs.schema import Config
-from tests.measured import conditions, write
+from tests.support.measured import conditions, write
 from trainer.data import Batch
 from trainer.data.build import build_data
 from trainer.engine import build_engine

@@ -1,7 +1,7 @@
 """The planner's predicted speed against speeds that others have published: how far a stated model can be trusted.
 
     python -m tests.benchmarks.published            prints the table, in seconds, without a GPU
-    python -m tests.write_docs docs/planner.md      puts it into the page
+    python -m tests.docs.write docs/planner.md      puts it into the page
 
 The published programs are not ours: kernels, compilers and overlap differ. What is compared is whether a few constants
 place the layouts of one cluster in the right order, and near the right speed.

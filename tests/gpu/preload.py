@@ -19,7 +19,7 @@ LIBRARIES += (
     "trainer.engine.torch",
     "trainer.estimate.estimate",
     "trainer.estimate.trace",
-    "tests.parity",
+    "tests.support.parity",
 )
 LIBRARIES += ("tests.gpu.run", "tests.gpu.fake_rank", "torch.testing._internal.distributed.fake_pg")
 

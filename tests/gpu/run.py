@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM
 from configs.load import load_config
 from configs.schema import Config
 from tests.benchmarks.overhead import by_hand, by_transformers, by_us
-from tests.cases import Trained, train
 from tests.gpu.fake_rank import measure as measure_rank
-from tests.parity import COMMON, MODELS, distance
+from tests.support.cases import Trained, train
+from tests.support.parity import COMMON, MODELS, distance
 from trainer.data.build import build_data
 from trainer.engine import build_engine
 from trainer.estimate.compose import STEPS

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import load_config
-from tests.cases import train
-from tests.harness import run_ranks
-from tests.parity import Trained, distance, measure, words
+from tests.support.cases import train
+from tests.support.harness import run_ranks
+from tests.support.parity import Trained, distance, measure, words
 from trainer.model.build import build_hf_config
 
 GPUS = torch.cuda.device_count()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.gpu.report import TABLES, conditions
-from tests.measured import write
+from tests.support.measured import write
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {"parity": "one-process.md", "memory": "memory.md", "speed": "one-process.md", "pages": "profiling.md"}

@@ -1,9 +1,9 @@
 """How many of so many faults a run survives: injects them, counts, and writes the table of the docs.
 
-    python -m tests.faults                              a few of each kind, some minutes
-    python -m tests.faults --counts nightly             the numbers of a release, hours
-    python -m tests.faults --only C1 C6 --seed 7        some kinds, with other choices
-    python -m tests.faults --write docs/checkpoints.md  and put the table between that page's markers
+    python -m tests.benchmarks.faults                              a few of each kind, some minutes
+    python -m tests.benchmarks.faults --counts nightly             the numbers of a release, hours
+    python -m tests.benchmarks.faults --only C1 C6 --seed 7        some kinds, with other choices
+    python -m tests.benchmarks.faults --write docs/checkpoints.md  and put the table between that page's markers
 
 Each case chooses where it strikes from the seed. The first that is not survived does not stop the others; the exit code
 is 1 then, and its message stands below the table.
@@ -21,12 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests import fault_cases as cases
-from tests import fault_runs as runs
-from tests.fault_cases import Bench
-from tests.measured import conditions, write
+from tests.support import fault_cases as cases
+from tests.support import fault_runs as runs
+from tests.support.fault_cases import Bench
+from tests.support.measured import conditions, write
 
-COMMAND = "python -m tests.faults"
+COMMAND = "python -m tests.benchmarks.faults"
 
 
 @dataclass(frozen=True)

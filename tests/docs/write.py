@@ -1,10 +1,10 @@
 """Writes the made parts of README and docs: what stands between `<!-- made: NAME ARGUMENTS -->` and `<!-- end -->`.
 
-    python -m tests.write_docs                     every part of every page; some minutes, of runs and traces
-    python -m tests.write_docs --quick             only those that need neither
-    python -m tests.write_docs README.md           of one page
+    python -m tests.docs.write                     every part of every page; some minutes, of runs and traces
+    python -m tests.docs.write --quick             only those that need neither
+    python -m tests.docs.write README.md           of one page
 
-NAME is a function of docs_blocks, docs_matrix or docs_numbers; its arguments are quoted as for a shell. The tests fail
+NAME is a function of blocks, matrix, numbers or comparison; its arguments are quoted as for a shell. The tests fail
 where a quick part is not what its function returns. docs/parity.md is written by `pytest tests --write-docs`.
 """
 
@@ -19,34 +19,34 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from tests import docs_blocks
-from tests.docs_matrix import matrix
+from tests.docs import blocks
+from tests.docs.matrix import matrix
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MADE = re.compile(r"(<!-- made: (?P<name>\w+)(?P<arguments>[^\n]*?) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
 QUICK: dict[str, Callable[..., str]] = {
     **{
         function.__name__: function
         for function in (
-            docs_blocks.bubbles,
-            docs_blocks.commands,
-            docs_blocks.difference,
-            docs_blocks.drawing,
-            docs_blocks.dtypes,
-            docs_blocks.layouts,
-            docs_blocks.measured,
-            docs_blocks.parity,
-            docs_blocks.predictions,
-            docs_blocks.ranks,
-            docs_blocks.refusal,
-            docs_blocks.schedule,
+            blocks.bubbles,
+            blocks.commands,
+            blocks.difference,
+            blocks.drawing,
+            blocks.dtypes,
+            blocks.layouts,
+            blocks.measured,
+            blocks.parity,
+            blocks.predictions,
+            blocks.ranks,
+            blocks.refusal,
+            blocks.schedule,
         )
     },
     "matrix": matrix,
 }
 COSTLY = ("memory", "components", "estimated", "fits", "holding", "picture", "precisions", "predicted", "published")
-"""Functions of docs_numbers, which imports what runs."""
-COSTLY += ("comparison", "profiled")  # of docs_comparison
+"""Functions of numbers, which imports what runs."""
+COSTLY += ("comparison", "profiled")  # of comparison
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ def make(part: Part) -> str:
     if part.quick:
         return QUICK[part.name](*part.arguments)
     assert part.name in COSTLY, f"{part.page.name}: nothing makes {part.name}"
-    return getattr(import_module("tests.docs_numbers"), part.name)(*part.arguments)
+    return getattr(import_module("tests.docs.numbers"), part.name)(*part.arguments)
 
 
 def write(page: Path, *, quick: bool) -> bool:
@@ -101,7 +101,7 @@ def write(page: Path, *, quick: bool) -> bool:
 def main(argv: Sequence[str]) -> int:
     """Write the pages that are named, or all."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.write_docs", description="Make the made parts of pages anew."
+        prog="python -m tests.docs.write", description="Make the made parts of pages anew."
     )
     parser.add_argument("--quick", action="store_true", help="only those that need no runs and no traces")
     parser.add_argument("pages", nargs="*", type=Path, help="default: all")

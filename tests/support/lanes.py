@@ -4,8 +4,8 @@ The first lane begins with what waits most of its time: Slurm jobs, kills, resta
 meanwhile. A lane that has nothing left takes from what is left for the others.
 
 A unit is what one lane runs in one go: a file, whose tests share fixtures and caches. Files in DIVIDED are long, and
-each of their tests is a unit: what these share is on disk (`tests.shared`). Long units come first, so that no lane ends
-long after the others.
+each of their tests is a unit: what these share is on disk (`tests.support.shared`). Long units come first, so that no
+lane ends long after the others.
 """
 
 from __future__ import annotations

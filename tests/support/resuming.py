@@ -73,7 +73,7 @@ def train_then_resume_each(overrides: list[str], folder: str, others: list[str],
 
 
 def train_float16_then_resume(overrides: list[str], folder: str, saved: int) -> list[Journal]:
-    from tests.deepspeed_cases import allow_float16
+    from tests.support.deepspeed_cases import allow_float16
 
     allow_float16()
     return train_then_resume_each(overrides, folder, [], saved)

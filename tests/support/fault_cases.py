@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from configs.errors import CheckpointDamaged
-from tests import resuming
-from tests.harness import RankFailed, run_ranks
-from tests.parity import words
-from tests.resuming import Journal
+from tests.support import resuming
+from tests.support.harness import RankFailed, run_ranks
+from tests.support.parity import words
+from tests.support.resuming import Journal
 from trainer.checkpoint import catalog
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 from trainer.checkpoint.manifest import (

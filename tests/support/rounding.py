@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from configs.load import load_config
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 from trainer.data.build import build_data
 from trainer.engine.torch import TorchEngine
 from trainer.make_plan import make_plan

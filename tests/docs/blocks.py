@@ -1,7 +1,7 @@
 """Parts of the pages that are made from the code: drawings, plans, differences of configurations, refusals.
 
 Each function returns Markdown. All are torch-free and quick, so that the tests make them anew and compare.
-`tests/write_docs.py` puts them into the pages.
+`tests/docs/write.py` puts them into the pages.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
 from trainer.rules import config_fields
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GPUS = Machine(gpus=8)
 """The machine that pages without `cluster` speak of where a GPU is meant."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from configs.load import load_config
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 from trainer.data import Batch
 from trainer.engine import build_engine
 from trainer.estimate.tracker import StorageTracker, balance

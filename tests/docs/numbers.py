@@ -1,7 +1,7 @@
 """Tables of the pages that take runs or traces: what `memory-estimate` predicts, what real runs hold.
 
 Each function returns a Markdown table, and `check_*` says what a table must be like without making it anew.
-`tests/write_docs.py` puts them into the pages.
+`tests/docs/write.py` puts them into the pages.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from PIL import Image
 from configs.load import load_config
 from launch.estimate import answer
 from tests.benchmarks import published as published_runs
-from tests.docs_comparison import check_comparison, check_profiled, comparison, profiled  # noqa: F401
-from tests.held import held
-from tests.rounding import STEPS, rounded
+from tests.docs.comparison import check_comparison, check_profiled, comparison, profiled  # noqa: F401
+from tests.support.held import held
+from tests.support.rounding import STEPS, rounded
 from trainer.estimate.estimate import estimate
 from trainer.estimate.plot import save_plot
 from trainer.estimate.render import LABELS, Answer, render_table
@@ -26,7 +26,7 @@ from trainer.estimate.tracing import NotEstimated
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 GIB, MIB = 2**30, 2**20
 LAYOUTS = (
     "parallel=ddp",

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from tests.cases import Trained, train
+from tests.support.cases import Trained, train
 from trainer.axes.pipeline.run import Pipeline
 from trainer.axes.tensor.apply import TensorParallel
 from trainer.data import IGNORED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from tests.kernels import load_complete_ones
+from tests.support.kernels import load_complete_ones
 from trainer.engine.deepspeed.setup import import_deepspeed
 
 import_deepspeed("cpu")

@@ -30,7 +30,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from tests.harness import fork
+from tests.support.harness import fork
 from trainer.process.lifeline import LAUNCHER
 
 BIN = Path(sys.executable).parent

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CODE = ("configs", "launch", "slurm", "trainer")
 MARKED = re.compile(r"^<!-- messages -->\n+(.*?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL)
 CUT = re.compile(r"\([^)]*\)|\S*(?:\.\.\.|[0-9=/\[\]]|\b[A-Z_]{2,}\b)\S*|[:;,]")

@@ -9,7 +9,7 @@ import torch
 
 from configs.choices import DType, EngineName
 from configs.load import load_config
-from tests.deepspeed_cases import allow_float16
+from tests.support.deepspeed_cases import allow_float16
 from trainer.data import Batch
 from trainer.engine import build_engine
 from trainer.estimate.tracker import StorageTracker, balance

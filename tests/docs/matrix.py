@@ -13,7 +13,7 @@ from configs.choices import Checkpointing, EngineName, OffloadDevice
 from configs.errors import PlanError
 from configs.load import group_options, load_config
 from configs.schema import Config, Offload
-from tests.docs_blocks import GPUS
+from tests.docs.blocks import GPUS
 from trainer.make_plan import make_plan
 
 Change = Callable[[Config], None]

@@ -1,7 +1,7 @@
 """What a save costs the training around it, in one go and aside: measured on one process of this machine.
 
-python -m tests.save_cost
-python -m tests.save_cost --write docs/checkpoints.md
+python -m tests.benchmarks.save_cost
+python -m tests.benchmarks.save_cost --write docs/checkpoints.md
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.doors import door
-from tests.harness import run_ranks
-from tests.measured import conditions, write
+from tests.support.doors import door
+from tests.support.harness import run_ranks
+from tests.support.measured import conditions, write
 
-COMMAND = "python -m tests.save_cost"
+COMMAND = "python -m tests.benchmarks.save_cost"
 STEPS, EVERY = 12, 3
 WORDS = [
     "parallel=single",

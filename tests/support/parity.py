@@ -10,9 +10,9 @@ from importlib.metadata import version
 
 import torch
 
-from tests.cases import Trained, train
-from tests.harness import run_ranks
-from tests.shared import once
+from tests.support.cases import Trained, train
+from tests.support.harness import run_ranks
+from tests.support.shared import once
 
 # Small, and awkward on purpose: ragged valid tokens, accumulation, active clipping, a vocabulary that does not divide.
 COMMON = [

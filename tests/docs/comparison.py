@@ -16,7 +16,7 @@ from trainer.comparison.page import tables
 from trainer.comparison.runs import find_reference
 from trainer.comparison.table import setting
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PICTURES = ("comparison-loss.png", "comparison-speed.png")
 PROFILE_PICTURE = "profiling-memory.png"
 MIB = 2**20

@@ -16,10 +16,10 @@ from filelock import FileLock
 from configs.errors import EnvironmentProblem
 from configs.load import load_config
 from configs.schema import Config
-from tests import cases
-from tests.cases import Trained
-from tests.harness import run_ranks
-from tests.kernels import mark_complete
+from tests.support import cases
+from tests.support.cases import Trained
+from tests.support.harness import run_ranks
+from tests.support.kernels import mark_complete
 from trainer.data.build import build_data
 from trainer.engine import Engine, StepReport, build_engine
 from trainer.engine.deepspeed import preflight

@@ -24,12 +24,12 @@ import pytest
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
 from launch.process import rank_processes
-from tests import doors, resuming
 from tests import test_checkpoint_run as runs
 from tests import test_launch_restarts as jobs
 from tests import test_watchdog as stuck
-from tests.fault_cases import STEPS, Bench, plain, saved
-from tests.harness import RankFailed, run_ranks
+from tests.support import doors, resuming
+from tests.support.fault_cases import STEPS, Bench, plain, saved
+from tests.support.harness import RankFailed, run_ranks
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 from trainer.checkpoint.manifest import MANIFEST, TOKENIZER, entry_of, read_manifest, write_manifest
 from trainer.process.status import read_status

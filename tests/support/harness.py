@@ -28,9 +28,9 @@ PRELOADED = [
     "accelerate",
     "trainer.engine.torch",
     "pytest",
-    "tests.cases",
-    "tests.preload_deepspeed",
-    "tests.preload_models",
+    "tests.support.cases",
+    "tests.support.preload_deepspeed",
+    "tests.support.preload_models",
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
