@@ -1,0 +1,219 @@
+"""What a rank does in tests/test_muon.py."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from trainer.model.pieces import cut, join
+from trainer.optim.muon import exchange
+from trainer.optim.muon.owners import Matrices
+from trainer.optim.muon.update import Muon
+
+Shapes = dict[str, tuple[int, ...]]
+PACKED, STACKED = Matrices(parts=(12, 12, 12), dim=1, transposed=True), Matrices(stacked=True)
+MATRICES: dict[str, tuple[tuple[int, ...], Matrices]] = {
+    "wide": ((12, 20), Matrices()),
+    "same": ((12, 20), Matrices()),
+    "tall": ((32, 8), Matrices()),
+    "uneven": ((7, 10), Matrices()),
+    "conv": ((20, 12), Matrices(transposed=True)),
+    "qkv": ((12, 36), PACKED),
+    "grouped": ((16, 12), Matrices(parts=(8, 4, 4))),
+    "gate_up": ((24, 10), Matrices(parts=(12, 12))),
+    "experts": ((3, 6, 8), STACKED),
+    "experts_gate_up": ((3, 16, 6), Matrices(parts=(8, 8), dim=1, stacked=True)),
+    "key": ((2, 12), Matrices()),
+}
+VECTORS: Shapes = {"bias": (12,), "embedding": (17, 4)}
+TENSOR: dict[str, Placement] = {
+    "wide": Shard(0),
+    "same": Shard(1),
+    "tall": Shard(1),
+    "conv": Shard(1),
+    "qkv": _StridedShard(1, split_factor=3),
+    "gate_up": _StridedShard(0, split_factor=2),
+    "grouped": Shard(0),
+    "experts": Shard(2),
+    "experts_gate_up": _StridedShard(1, split_factor=2),
+    "embedding": Shard(0),
+}
+"""How tensor parallel cuts them; the others are whole on each rank."""
+LAYOUTS: dict[str, dict[str, int]] = {
+    "fsdp": {"dp_shard": 4},
+    "hsdp": {"dp_replicate": 2, "dp_shard": 2},
+    "tensor": {"dp_shard": 1, "tp": 4},
+    "tensor_fsdp": {"dp_shard": 2, "tp": 2},
+    "tensor_data": {"dp_replicate": 2, "dp_shard": 1, "tp": 2},
+}
+RATES = {"lr": 0.02, "weight_decay": 0.1}
+
+
+def values(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """A tensor for each parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {**{name: shape for name, (shape, _) in MATRICES.items()}, **VECTORS}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()
+    }
+
+
+def optimizer_of(parameters: dict[str, nn.Parameter], *, replicas: Any = None, **options: Any) -> Muon:
+    kept = {key: options.pop(key) for key in ("bucket_bytes",) if key in options}
+    muon = [name for name in parameters if name in MATRICES]
+    halves = (muon[::2], muon[1::2])
+    groups = [
+        {
+            "kind": "muon",
+            "params": [parameters[name] for name in names],
+            "matrices": [MATRICES[name][1] for name in names],
+            "dtype": torch.float64,
+            **RATES,
+            **options,
+            "lr": lr,
+        }
+        for names, lr in zip(halves, (0.02, 0.03), strict=True)
+    ]
+    groups.append({"kind": "adamw", "params": [parameters[name] for name in VECTORS], "lr": 0.01, "weight_decay": 0.1})
+    return Muon(groups, replicas=replicas, **kept)
+
+
+def one_process(options: dict[str, Any], steps: int = 3) -> dict[str, torch.Tensor]:
+    parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
+    optimizer = optimizer_of(parameters, **options)
+    for step in range(steps):
+        for name, value in values(step + 1).items():
+            parameters[name].grad = value
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def cuts_and_bugs(options: list[dict[str, Any]]) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """Layout -> the largest difference to one process; (bug, layout) -> the same with a bug in it.
+
+    In any parameter, in units of the parameter's largest change.
+    """
+    dist.init_process_group("gloo")
+    expected = [one_process(chosen) for chosen in options]
+    meshes = {name: _mesh(sizes) for name, sizes in LAYOUTS.items()}
+    sound = {
+        name: max(_distance(_cut(mesh), e, chosen) for e, chosen in zip(expected, options, strict=True))
+        for name, mesh in meshes.items()
+    }
+    plain = {name: nn.Parameter(value) for name, value in values(0).items()}
+    sound["ddp"] = _distance(plain, expected[0], {**options[0], "replicas": dist.group.WORLD})
+    planted = {}
+    for bug, plant in PLANTED.items():
+        with pytest.MonkeyPatch.context() as patch:
+            plant(patch)
+            for name, mesh in meshes.items():
+                planted[bug, name] = _distance(_cut(mesh), expected[0], options[0])
+    dist.destroy_process_group()
+    return sound, planted
+
+
+def collectives() -> dict[str, dict[str, int]]:
+    """Layout -> how often each collective runs in one update, the second."""
+    dist.init_process_group("gloo")
+    found = {}
+    everything: dict[str, tuple[dict[str, nn.Parameter], Any]] = {
+        name: (_cut(_mesh(sizes)), None) for name, sizes in LAYOUTS.items()
+    }
+    everything["ddp"] = ({name: nn.Parameter(value) for name, value in values(0).items()}, dist.group.WORLD)
+    for name, (parameters, replicas) in everything.items():
+        optimizer = optimizer_of(parameters, replicas=replicas)
+        _step(optimizer, parameters, 1)
+        with CommDebugMode() as counted:
+            _step(optimizer, parameters, 2)
+        found[name] = {str(op).split(".")[-1]: times for op, times in counted.get_comm_counts().items() if times}
+    dist.destroy_process_group()
+    return found
+
+
+def _mesh(sizes: dict[str, int]) -> DeviceMesh:
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def _cut(mesh: DeviceMesh) -> dict[str, nn.Parameter]:
+    names = mesh.mesh_dim_names or ()
+    module = nn.Module()
+    for name, value in values(0).items():
+        if "tp" in names:
+            placement = TENSOR.get(name, Replicate())
+            value = distribute_tensor(value, mesh["tp"], [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(value))
+    fully_shard(module, mesh=mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"])
+    return dict(module.named_parameters())
+
+
+def _step(optimizer: Muon, parameters: dict[str, nn.Parameter], step: int) -> None:
+    for name, value in values(step).items():
+        parameter = parameters[name]
+        parameter.grad = _share(value, parameter) if isinstance(parameter, DTensor) else value
+    optimizer.step()
+
+
+def _distance(parameters: dict[str, nn.Parameter], expected: dict[str, torch.Tensor], options: dict[str, Any]) -> float:
+    optimizer = optimizer_of(parameters, **options)
+    for step in (1, 2, 3):
+        _step(optimizer, parameters, step)
+    start, worst = values(0), 0.0
+    for name, parameter in parameters.items():
+        for state in optimizer.state[parameter].values():
+            assert state.ndim == 0 or isinstance(state, DTensor) == isinstance(parameter, DTensor), name
+        value = parameter.detach()
+        whole = join(value) if isinstance(value, DTensor) else value
+        scale = (expected[name] - start[name]).abs().max()
+        worst = max(worst, ((whole - expected[name]).abs().max() / scale).item())
+    return math.inf if math.isnan(worst) else worst
+
+
+def _share(whole: torch.Tensor, like: DTensor) -> DTensor:
+    share = cut(whole, like)
+    return DTensor.from_local(share, like.device_mesh, like.placements, shape=whole.shape, stride=whole.stride())
+
+
+def _owner_swaps(patch: pytest.MonkeyPatch) -> None:
+    """The owner puts the updates of two matrices of one shape in each other's places."""
+    by_job = exchange._by_job
+
+    def swapped(layout: exchange.Layout) -> dict[int, list[exchange.Entry]]:
+        found = by_job(layout)
+        shapes = {job: [entry.piece.runs[-2:] for entry in entries] for job, entries in found.items()}
+        pairs = [(one, two) for one in found for two in found if one < two and shapes[one] == shapes[two]]
+        if pairs and next(calls) % 2:
+            one, two = pairs[0]
+            found[one], found[two] = found[two], found[one]
+        return found
+
+    calls = itertools.count()
+    patch.setattr(exchange, "_by_job", swapped)
+
+
+def _local_pieces(patch: pytest.MonkeyPatch) -> None:
+    """Each rank orthogonalises what it holds, as if it were a matrix."""
+
+    def run(self: exchange.Fleet, fill: Any, iterate: Any, dtypes: Any, apply: Any) -> None:
+        for number, job in enumerate(self.jobs):
+            piece = self._piece(number, self.cells.place)
+            if piece is not None:
+                update = torch.empty(piece.shape, dtype=torch.float64)
+                fill(job, piece, update)
+                apply(job, piece, iterate(job.group, update))
+
+    patch.setattr(exchange.Fleet, "run", run)
+
+
+PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {"swapped": _owner_swaps, "local": _local_pieces}

@@ -1,0 +1,42 @@
+"""Newton-Schulz iteration: the nearest orthogonal matrix, nearly, by matrix products alone.
+
+Jordan 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon). With
+X = U S V^T scaled to a spectral norm of at most 1, each step
+
+    A = X X^T;    X <- a X + (b A + c A A) X
+
+applies s -> a s + b s^3 + c s^5 to every singular value and leaves U and V alone. Jordan's coefficients have the
+largest slope at zero, so five steps bring nearly all singular values into 0.7 ... 1.2; they do not converge to 1.
+(2, -1.5, 0.5) converges. A tall X is iterated as X^T, which has the same singular values and a smaller A.
+
+In bfloat16 an update differs from that in float64 by 1 to 2 % of its norm (`tests/test_muon.py` holds it below 4 %).
+"""
+
+from __future__ import annotations
+
+import torch
+
+JORDAN = (3.4445, -4.7750, 2.0315)
+EPS = 1e-7  # lower bound on the norm that a matrix is divided by: zeros stay zeros
+
+
+def orthogonalize_(
+    x: torch.Tensor, *, steps: int = 5, coefficients: tuple[float, float, float] = JORDAN
+) -> torch.Tensor:
+    """The iteration's result, in the dtype of x. The content of x is lost.
+
+    x: one matrix [m, n], or a batch of them [k, m, n].
+    """
+    a, b, c = coefficients
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    # One number for one matrix is torch.optim.Muon's own order of additions.
+    norm = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
+    x.div_(norm.clamp(min=EPS))
+    multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    for _ in range(steps):
+        gram = x @ x.mT
+        gram = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        x = multiply_add(x, gram, x, beta=a)
+    return x.mT if tall else x
