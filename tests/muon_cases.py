@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from trainer.estimate.tracker import Born, Died, StorageTracker
 from trainer.model.pieces import cut, join
 from trainer.optim.muon import exchange
 from trainer.optim.muon.owners import Matrices
@@ -58,6 +59,10 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "tensor_fsdp": {"dp_shard": 2, "tp": 2},
     "tensor_data": {"dp_replicate": 2, "dp_shard": 1, "tp": 2},
 }
+CELLS = {"fsdp": (4, 1), "hsdp": (2, 2), "ddp": (1, 4)}
+"""Ranks that share a matrix, and copies of these."""
+WIDE = [(128, 256)] * 6 + [(256, 256)] * 3 + [(512, 128)] * 5
+BUCKETS = (2**28, 150_000)
 RATES = {"lr": 0.02, "weight_decay": 0.1}
 
 
@@ -91,7 +96,7 @@ def optimizer_of(parameters: dict[str, nn.Parameter], *, replicas: Any = None, *
 
 
 def one_process(options: dict[str, Any], steps: int = 3) -> dict[str, torch.Tensor]:
-    parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
+    parameters = _parameters(values(0))
     optimizer = optimizer_of(parameters, **options)
     for step in range(steps):
         for name, value in values(step + 1).items():
@@ -112,8 +117,7 @@ def cuts_and_bugs(options: list[dict[str, Any]]) -> tuple[dict[str, float], dict
         name: max(_distance(_cut(mesh), e, chosen) for e, chosen in zip(expected, options, strict=True))
         for name, mesh in meshes.items()
     }
-    plain = {name: nn.Parameter(value) for name, value in values(0).items()}
-    sound["ddp"] = _distance(plain, expected[0], {**options[0], "replicas": dist.group.WORLD})
+    sound["ddp"] = _distance(_parameters(values(0)), expected[0], {**options[0], "replicas": dist.group.WORLD})
     planted = {}
     for bug, plant in PLANTED.items():
         with pytest.MonkeyPatch.context() as patch:
@@ -124,22 +128,52 @@ def cuts_and_bugs(options: list[dict[str, Any]]) -> tuple[dict[str, float], dict
     return sound, planted
 
 
-def collectives() -> dict[str, dict[str, int]]:
-    """Layout -> how often each collective runs in one update, the second."""
+def costs() -> tuple[dict[str, dict[str, int]], dict[tuple[str, int], int]]:
+    """Of one update, the second: layout -> how often each collective runs; (layout, bucket_bytes) -> peak bytes."""
     dist.init_process_group("gloo")
-    found = {}
-    everything: dict[str, tuple[dict[str, nn.Parameter], Any]] = {
-        name: (_cut(_mesh(sizes)), None) for name, sizes in LAYOUTS.items()
-    }
-    everything["ddp"] = ({name: nn.Parameter(value) for name, value in values(0).items()}, dist.group.WORLD)
-    for name, (parameters, replicas) in everything.items():
-        optimizer = optimizer_of(parameters, replicas=replicas)
+    calls, peaks = {}, {}
+    for name, sizes in {**LAYOUTS, "ddp": {}}.items():
+        parameters = _cut(_mesh(sizes)) if sizes else _parameters(values(0))
+        optimizer = optimizer_of(parameters, replicas=None if sizes else dist.group.WORLD)
         _step(optimizer, parameters, 1)
         with CommDebugMode() as counted:
             _step(optimizer, parameters, 2)
-        found[name] = {str(op).split(".")[-1]: times for op, times in counted.get_comm_counts().items() if times}
+        calls[name] = {str(op).split(".")[-1]: times for op, times in counted.get_comm_counts().items() if times}
+        for limit in BUCKETS if name in CELLS else ():
+            peaks[name, limit] = peak_bytes(_mesh(sizes) if sizes else None, limit)
     dist.destroy_process_group()
-    return found
+    return calls, peaks
+
+
+def peak_bytes(mesh: DeviceMesh | None, limit: int) -> int:
+    """Of one update of matrices of shapes WIDE, iterated in bfloat16. mesh: None for plain tensors."""
+    module = nn.Module()
+    for number, shape in enumerate(WIDE):
+        module.register_parameter(str(number), nn.Parameter(torch.ones(shape)))
+    if mesh is not None:
+        _shard(module, mesh)
+    held = list(module.parameters())
+    group = {"kind": "muon", "params": held, "matrices": [Matrices()] * len(held), "dtype": torch.bfloat16}
+    optimizer = Muon([group], bucket_bytes=limit, replicas=dist.group.WORLD if mesh is None else None)
+    for parameter in held:
+        parameter.grad = parameter.detach().clone()
+    optimizer.step()
+    with StorageTracker() as tracker:
+        optimizer.step()
+    sizes: dict[int, int] = {}
+    live = peak = 0
+    for event in tracker.events:
+        if isinstance(event, Born):
+            sizes[event.number] = event.size_bytes
+            live += event.size_bytes
+            peak = max(peak, live)
+        elif isinstance(event, Died):
+            live -= sizes[event.number]
+    return peak
+
+
+def _parameters(tensors: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(value) for name, value in tensors.items()}
 
 
 def _mesh(sizes: dict[str, int]) -> DeviceMesh:
@@ -154,8 +188,13 @@ def _cut(mesh: DeviceMesh) -> dict[str, nn.Parameter]:
             placement = TENSOR.get(name, Replicate())
             value = distribute_tensor(value, mesh["tp"], [placement], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(value))
-    fully_shard(module, mesh=mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"])
+    _shard(module, mesh)
     return dict(module.named_parameters())
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    replicated = "dp_replicate" in (mesh.mesh_dim_names or ())
+    fully_shard(module, mesh=mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"])
 
 
 def _step(optimizer: Muon, parameters: dict[str, nn.Parameter], step: int) -> None:

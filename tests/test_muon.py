@@ -11,17 +11,20 @@ from torch import nn
 
 from tests.harness import run_ranks
 from tests.muon_cases import (
+    BUCKETS,
+    CELLS,
     LAYOUTS,
     MATRICES,
     PLANTED,
-    collectives,
+    WIDE,
+    costs,
     cuts_and_bugs,
     one_process,
     values,
 )
 from tests.test_imports import HEAVY, reached
 from trainer.optim.muon.newton_schulz import JORDAN, orthogonalize_
-from trainer.optim.muon.owners import Matrices, boxes, deal, flops
+from trainer.optim.muon.owners import Matrices, boxes, deal, flops, update_bytes
 from trainer.optim.muon.update import Muon
 
 CHOICES = [
@@ -120,9 +123,10 @@ def test_every_cut_is_one_process_and_bugs_show() -> None:
         assert min(planted.values()) > 1e-3, planted
 
 
-def test_at_most_two_collectives_and_one_more_for_replicas() -> None:
-    """Of the whole update, AdamW's parameters included."""
-    assert run_ranks(4, collectives)[0] == {
+def test_collectives_and_memory() -> None:
+    """Two collectives in all, AdamW's parameters included, and one more for replicas. Memory as it is predicted."""
+    ranks = run_ranks(4, costs)
+    assert ranks[0][0] == {
         "fsdp": {"alltoall_base_": 2},
         "hsdp": {"alltoall_base_": 2, "_allgather_base_": 1},
         "tensor": {"alltoall_base_": 2},
@@ -130,6 +134,10 @@ def test_at_most_two_collectives_and_one_more_for_replicas() -> None:
         "tensor_data": {"alltoall_base_": 2, "_allgather_base_": 1},
         "ddp": {"_allgather_base_": 1},
     }
+    for layout, (size, replicas) in CELLS.items():
+        for limit in BUCKETS:
+            expected = update_bytes(WIDE, steps=5, itemsize=2, ranks=size, replicas=replicas, bucket_bytes=limit)
+            assert max(peaks[layout, limit] for _, peaks in ranks) == pytest.approx(expected, abs=64), (layout, limit)
 
 
 def test_owners_share_the_work() -> None:

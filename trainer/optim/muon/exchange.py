@@ -224,10 +224,14 @@ class Fleet:
         apply: takes this rank's piece of an update.
         """
         for round_ in self.rounds:
-            landed = self._return(round_, *self._compute(round_, *self._collect(round_, fill), iterate, dtypes))
-            for layout, buffer in zip(round_.elsewhere, landed, strict=True):
-                for entry in layout.entries:
-                    apply(self.jobs[entry.job], entry.piece, entry.of(buffer))
+            self._run(round_, fill, iterate, dtypes, apply)
+
+    def _run(self, round_: Round, fill: Any, iterate: Any, dtypes: Sequence[torch.dtype], apply: Any) -> None:
+        """A function of its own, so that a round's buffers are free before the next round."""
+        landed = self._return(round_, *self._compute(round_, *self._collect(round_, fill), iterate, dtypes))
+        for layout, buffer in zip(round_.elsewhere, landed, strict=True):
+            for entry in layout.entries:
+                apply(self.jobs[entry.job], entry.piece, entry.of(buffer))
 
     def _collect(
         self, round_: Round, fill: Callable[[Job, Piece, torch.Tensor], None]

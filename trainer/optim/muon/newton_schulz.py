@@ -25,18 +25,22 @@ def orthogonalize_(
 ) -> torch.Tensor:
     """The iteration's result, in the dtype of x. The content of x is lost.
 
-    x: one matrix [m, n], or a batch of them [k, m, n].
+    x: one matrix [m, n], or a batch of them [k, m, n]; contiguous. Allocates one more X and two A: `owners.
+    iteration_bytes`.
     """
     a, b, c = coefficients
-    tall = x.shape[-2] > x.shape[-1]
+    memory, tall = x, x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     # One number for one matrix is torch.optim.Muon's own order of additions.
     norm = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
     x.div_(norm.clamp(min=EPS))
     multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    following, spare = x.new_empty(x.shape), memory.view(x.shape)
+    gram, inner = (x.new_empty((*x.shape[:-1], x.shape[-2])) for _ in range(2))
     for _ in range(steps):
-        gram = x @ x.mT
-        gram = multiply_add(gram, gram, gram, beta=b, alpha=c)
-        x = multiply_add(x, gram, x, beta=a)
+        torch.matmul(x, x.mT, out=gram)
+        multiply_add(gram, gram, gram, beta=b, alpha=c, out=inner)
+        multiply_add(x, inner, x, beta=a, out=following)
+        x, following, spare = following, spare, following
     return x.mT if tall else x

@@ -187,28 +187,30 @@ def update_bytes(
     *,
     steps: int,
     itemsize: int,
+    sent_itemsize: int | None = None,
     ranks: int = 1,
     replicas: int = 1,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> int:
-    """Upper bound on what an update allocates on one rank beside the states, for matrices of these shapes.
+    """What an update allocates on the rank that needs most, beside the states, for matrices of these shapes.
 
     itemsize: of the iteration's dtype.
+    sent_itemsize: of the dtype in which pieces travel: the parameters', if that is narrower.
     ranks: those that share each matrix (dp_shard x cp x tp).
     replicas: copies of these.
 
-    In each round: this rank's pieces (round / ranks), the matrices that it owns, the pieces that the replicas exchange,
-    and the temporaries of the largest batch.
+    A round takes three parts: this rank's pieces of all matrices, 1 / ranks of them; the matrices that the rank owns;
+    the temporaries of the largest batch, or the pieces that replicas exchange. Exact where everything divides evenly.
     """
     numel = [math.prod(shape[-2:]) for shape in shapes]
     kinds = [tuple(shape[-2:]) for shape in shapes]
-    sizes = [itemsize * count for count in numel]
+    sizes = [(sent_itemsize or itemsize) * count for count in numel]
     rounds = deal([flops(shape, steps) for shape in shapes], sizes, ranks * replicas, bucket_bytes // replicas)
     peak = 0
     for round_ in rounds:
         cells = [round_[first : first + ranks] for first in range(0, len(round_), ranks)]
         pieces = max(-(-sum(sizes[number] for owned in cell for number in owned) // ranks) for cell in cells)
-        exchanged = (replicas + 1) * pieces if replicas > 1 else 0
+        exchanged = replicas * pieces if replicas > 1 else 0
         for owned in round_:
             work = [len(batch) * iteration_bytes(kinds[batch[0]], itemsize) for batch in batches(owned, kinds, numel)]
             gathered = sum(sizes[number] for number in owned) if ranks > 1 else 0
