@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.muon_cases import (
+from tests.support.harness import run_ranks
+from tests.support.muon_cases import (
     BUCKETS,
     CELLS,
     LAYOUTS,
@@ -21,7 +22,6 @@ from tests.muon_cases import (
     one_process,
     values,
 )
-from tests.support.harness import run_ranks
 from tests.test_imports import HEAVY, reached
 from trainer.optim.muon.newton_schulz import JORDAN, orthogonalize_
 from trainer.optim.muon.owners import Matrices, boxes, deal, flops, update_bytes

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from tests.measured import conditions, write
+from tests.support.measured import conditions, write
 from trainer.optim.muon.owners import Matrices
 from trainer.optim.muon.update import Muon
 
