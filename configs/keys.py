@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from configs.schema import Config
 
 # Dictionaries of the schema whose keys are not ours to list: any key may be added to them.
-OPEN_KEYS = ("model.config", "logging.options")
+OPEN_KEYS = ("model.config", "optimizer.options", "logging.options")
 PRESET_KEY = "model.architecture"
 MISSING = "???"  # OmegaConf's own mark of a value that is to follow
 

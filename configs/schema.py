@@ -220,6 +220,8 @@ class Optimizer:
     """Applied to matrices and embeddings; never to norms and biases."""
     implementation: Implementation = Implementation.auto
     """`auto`: adamw fused, sgd foreach, adafactor for_loop. `deepspeed_cpu`: DeepSpeed's, for offload (needs g++)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What one optimizer alone reads; its file below configs/optimizer/ lists them."""
 
 
 @dataclass(kw_only=True, slots=True)

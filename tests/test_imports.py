@@ -113,6 +113,13 @@ def test_hydra_is_imported_by_the_loader_and_its_readers_alone() -> None:
     assert users == ["configs.files", "configs.load", "configs.overrides"]
 
 
+def test_optimizers_are_named_in_their_own_folder_alone() -> None:
+    """Everyone else asks the one that is chosen (`trainer.optim.table`)."""
+    own = [name for name in MODULES if name.startswith(("trainer.optim.", "configs.choices", "configs.schema"))]
+    users = [name for name, file in MODULES.items() if name not in own and "OptimizerName" in file.read_text()]
+    assert "trainer.optim.table" in own and not users
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_answers_need_no_torch(module: str) -> None:
     chains = {name: asker for name, asker in reached(module).items() if name.partition(".")[0] in HEAVY}

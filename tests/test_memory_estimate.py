@@ -22,7 +22,6 @@ from trainer.estimate.allocator import CudaAllocator
 from trainer.estimate.estimate import Verdict, estimate, planned_machine
 from trainer.estimate.gate import DoesNotFit, check_memory
 from trainer.estimate.tracing import NotEstimated
-from trainer.estimate.update_cost import update_cost, updated
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 
@@ -255,12 +254,3 @@ def test_places_left_out_are_not_the_busiest(schedule: str, cache: str) -> None:
     assert len(every.ranks) == 8 and (len(some.ranks) < 8 or "zero_bubble" in schedule)
     assert all(rank in every.ranks for rank in some.ranks)
     assert some.busiest == every.busiest
-
-
-def test_update_holds_a_matrix_and_the_one_before_it() -> None:
-    config = load_config(["optimizer=adafactor"])
-    cost, shapes = update_cost(config), [(512, 256), (128, 256), (256, 256)]
-    state, temporary = updated(config, shapes)
-    assert state == sum(4 * (rows + columns) for rows, columns in shapes)
-    assert temporary == pytest.approx(4 * 256 * (512 + 128), rel=0.02)
-    assert (cost.temporary_largest, cost.temporary_before) == pytest.approx((1, 1), rel=0.02)

@@ -11,9 +11,12 @@ from transformers import get_scheduler
 
 from configs.errors import PlanError
 from configs.load import load_config
+from trainer.estimate.tracker import StorageTracker, balance
 from trainer.make_plan import make_plan
-from trainer.optim.adamw_8bit import CONSTANT, embeddings, state_bytes
-from trainer.optim.build import build_optimizer, lr_at, param_groups
+from trainer.model.roles import Described, Role, describe
+from trainer.optim.build import build_optimizer, lr_at
+from trainer.optim.protocol import COUNTER, Held, Spread
+from trainer.optim.table import OPTIMIZERS, ask, kept, kept_bytes, saved_state
 from trainer.plan.machine import Machine
 
 
@@ -54,11 +57,13 @@ def test_linear_decay_has_the_slope_of_transformers() -> None:
 
 def test_norms_and_biases_do_not_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Embedding(5, 4))
-    decayed, plain = param_groups(model.named_parameters(), 0.1)
+    optimizer = build_optimizer(model.named_parameters(), describe(model), load_config([]).optimizer)
+    decayed, plain = optimizer.param_groups
     assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3), (5, 4)] and decayed["weight_decay"] == 0.1
     assert [tuple(p.shape) for p in plain["params"]] == [(4,), (4,), (4,)] and plain["weight_decay"] == 0.0
 
 
+WEIGHT = Described(name="w", shape=(2, 3), role=Role.matrix)
 IMPLEMENTATIONS = [(name, how) for name in ("adamw", "sgd") for how in ("auto", "fused", "foreach", "for_loop")]
 IMPLEMENTATIONS += [("adafactor", "auto"), ("adafactor", "foreach")]
 
@@ -69,7 +74,7 @@ def test_every_implementation_makes_the_same_update(name: str, implementation: s
     for choice in (implementation, "for_loop"):
         config = load_config([f"optimizer={name}", f"optimizer.implementation={choice}"]).optimizer
         parameter = nn.Parameter(torch.arange(6.0).reshape(2, 3))
-        optimizer = build_optimizer(param_groups([("w", parameter)], 0.1), config)
+        optimizer = build_optimizer([("w", parameter)], {"w": WEIGHT}, config)
         for _ in range(3):
             parameter.grad = parameter.detach().cos()
             optimizer.step()
@@ -84,7 +89,7 @@ def test_adafactor_is_that_of_its_paper() -> None:
     torch.manual_seed(0)
     found = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
     expected, rows, columns = found.detach().clone(), torch.zeros(5, 1), torch.zeros(1, 3)
-    optimizer = build_optimizer(param_groups([("w", found)], config.weight_decay), config)
+    optimizer = build_optimizer([("w", found)], {"w": WEIGHT}, config)
     for step in range(1, 5):
         gradient = torch.randn(5, 3, dtype=torch.float64)
         found.grad = gradient.clone()
@@ -106,8 +111,8 @@ def test_eight_bits_are_close_and_small_tensors_and_embeddings_exact() -> None:
         config = load_config([f"optimizer={name}"]).optimizer
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(90, 100), nn.Linear(100, 90), nn.LayerNorm(90))
-        groups = param_groups(model.named_parameters(), config.weight_decay)
-        optimizer = build_optimizer(groups, config, embeddings=embeddings([model]))
+        described = describe(model)
+        optimizer = build_optimizer(model.named_parameters(), described, config)
         before = {key: p.detach().clone() for key, p in model.named_parameters()}
         for _ in range(20):
             for parameter in model.parameters():
@@ -117,14 +122,54 @@ def test_eight_bits_are_close_and_small_tensors_and_embeddings_exact() -> None:
         held = {key: optimizer.state[p] for key, p in model.named_parameters()}
     for key, change in moved["adamw_8bit"].items():
         expected = moved["adamw"][key]
-        tensors = [value for kind, value in held[key].items() if kind not in ("step", *CONSTANT)]
-        size = state_bytes(change.numel(), embedding=key == "0.weight")
-        assert tuple(tensor.nbytes for tensor in tensors) == size
+        table = saved_state(described[key], config, "float32")
+        tensors = [held[key][kind] for kind in table]
+        assert [tensor.nbytes for tensor in tensors] == [one.nbytes for one in table.values()]
         if key == "1.weight":
             assert {tensor.dtype for tensor in tensors} == {torch.uint8, torch.float32}
             assert 0 < (change - expected).norm() / expected.norm() < 0.05
         else:
             torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-7)
+
+
+TABLES = [(str(name), str(how)) for name, chosen in OPTIMIZERS.items() for how in chosen.IMPLEMENTATIONS]
+
+
+@pytest.mark.parametrize(("name", "how"), [pair for pair in TABLES if pair[1] != "deepspeed_cpu"])
+def test_tables_say_what_an_update_allocates(name: str, how: str) -> None:
+    """Kept after two updates, and for a moment in the second: of matrices of several sizes, a table and a vector."""
+    config = load_config([f"optimizer={name}", f"optimizer.implementation={how}"]).optimizer
+    model = nn.ModuleList([nn.Linear(256, 512, bias=False), nn.Linear(256, 128, bias=False)])
+    model += [nn.Linear(256, 256, bias=False), nn.Embedding(64, 256), nn.LayerNorm(300)]
+    described = describe(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter.data)
+    optimizer = build_optimizer(model.named_parameters(), described, config)
+    with StorageTracker() as tracker:
+        optimizer.step()
+        tracker.mark("second")
+        optimizer.step()
+    held = list(balance(tracker.events))
+    second = next(index for index, (event, _) in enumerate(held) if event == "second")
+    states = [tensor for about in described.values() for tensor in kept(about, config, "float32")]
+    assert held[second][1] == sum(tensor.nbytes for tensor in states)
+    for name_, parameter in model.named_parameters():
+        found = {kind: value for kind, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+        expected = ask(config).state(described[name_], config, "float32")
+        assert found.keys() - {COUNTER} == expected.keys() - {COUNTER}
+        for kind, tensor in expected.items():
+            value = found[kind]
+            assert (tuple(value.shape), value.dtype) == (tensor.shape, getattr(torch, tensor.dtype)), (name_, kind)
+    matrices = [Held(whole=about, shape=about.shape) for about in described.values() if len(about.shape) > 1]
+    needed = ask(config).temporaries(matrices, config, "float32", Spread())
+    assert max(size for _, size in held[second:]) - held[second][1] == pytest.approx(needed, rel=0.01, abs=4096)
+
+
+def test_what_is_kept_of_eight_bits() -> None:
+    settings = load_config(["optimizer=adamw_8bit"]).optimizer
+    matrix = Described(name="w", shape=(100, 90), role=Role.matrix)
+    assert kept_bytes([matrix], settings, "float32") == 2 * (9000 + 4 * 36)
+    assert kept_bytes([Described(name="e", shape=(100, 90), role=Role.embedding)], settings, "float32") == 8 * 9000
 
 
 @pytest.mark.parametrize(
@@ -133,7 +178,10 @@ def test_eight_bits_are_close_and_small_tensors_and_embeddings_exact() -> None:
         (["parallel=fsdp"], "optimizer.name=adamw_8bit: blocks of 256 values share a scale"),
         (["parallel=zero2"], "optimizer.name=adamw_8bit: blocks of 256 values share a scale"),
         (["parallel=tensor"], "optimizer.name=adamw_8bit: blocks of 256 values share a scale"),
-        (["optimizer.implementation=foreach"], "optimizer.implementation=foreach: adamw_8bit has bitsandbytes'"),
+        (
+            ["optimizer.implementation=foreach"],
+            "optimizer.implementation=foreach: adamw_8bit has no such implementation; use fused or auto",
+        ),
         (["precision=fp64"], "precision=fp64: optimizer=adamw_8bit computes in float32"),
     ],
 )
@@ -147,8 +195,13 @@ def test_eight_bits_refuse(words: list[str], line: str) -> None:
         (["parallel=fsdp"], "optimizer.name=adafactor: torch computes it on whole matrices only"),
         (["parallel=pipeline"], "optimizer.name=adafactor: torch computes it on whole matrices only"),
         (["parallel=zero1"], "optimizer.name=adafactor: needs the rows and columns of whole matrices"),
-        (["optimizer.implementation=fused"], "optimizer.implementation=fused: torch has no fused adafactor"),
+        (
+            ["optimizer.implementation=fused"],
+            "optimizer.implementation=fused: adafactor has no such implementation; use for_loop, foreach or auto",
+        ),
         (["optimizer.eps=1e-30"], "optimizer.eps=1e-30: adafactor squares it"),
+        (["optimizer.beta2=0.9"], "optimizer.beta2=0.9: adafactor does not read it, adamw, adamw_8bit"),
+        (["optimizer.options.lr=0.9"], "optimizer.options.lr=0.9: adafactor has no such option; it has none"),
     ],
 )
 def test_adafactor_refuses(words: list[str], line: str) -> None:

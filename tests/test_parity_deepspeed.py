@@ -53,7 +53,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "four micro-batches": ("train.gradient_accumulation_steps=4",),
     "full recompute": ("train.activation_checkpointing=full",),
     "chunked loss": ("train.chunked_loss=true",),
-    "sgd": ("optimizer=sgd", "optimizer.lr=0.5"),
+    "sgd": ("optimizer=sgd", "optimizer.lr=0.5", "optimizer.eps=1e-8"),
     "no clipping": ("train.clip_grad_norm=0",),
 }
 # Partitioned gradients meet accumulation, partitioned and offloaded parameters the rest. Every key has a row.

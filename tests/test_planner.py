@@ -22,6 +22,7 @@ from trainer.estimate.search.network import Group, Network, group_of
 from trainer.estimate.search.render import command
 from trainer.estimate.search.search import Search, search
 from trainer.make_plan import make_plan
+from trainer.optim.table import moments
 from trainer.plan.devices import find_gpu
 from trainer.plan.machine import Machine
 
@@ -50,6 +51,7 @@ def timed(*words: str, size: Dimensions = SIZE) -> StepTime:
     config = load_config([*BASE, "train.micro_batch_size=1", *words])
     gpu = find_gpu("H100-SXM")
     assert gpu is not None
+    size = replace(size, kept_bytes=int(4 * moments(config.optimizer) * size.trained))
     return step_time(config, make_plan(config, Machine(gpus=8)), size, gpu)
 
 

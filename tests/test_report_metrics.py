@@ -21,6 +21,7 @@ STEP = StepMetrics(
     loss=4.12341,
     grad_norm=1.234,
     lr=3e-4,
+    lr_of=None,
     tokens_per_second=12345.4,
     step_seconds=0.3321,
     data_seconds=0.001,
@@ -69,12 +70,18 @@ def test_the_step_line_can_be_parsed(metrics: StepMetrics) -> None:
 
 def test_the_keys_of_each_kind_of_line() -> None:
     assert list(to_dict(STEP)) == [
-        "kind", "step", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "data_seconds",
-        "forward_backward_seconds", "optimizer_seconds", "mfu", "peak_allocated_bytes", "peak_reserved_bytes",
-        "peak_host_bytes", "loss_scale", "skipped_steps", "tokens", "valid_tokens",
+        "kind", "step", "loss", "grad_norm", "lr", "lr_of", "tokens_per_second", "step_seconds",
+        "data_seconds", "forward_backward_seconds", "optimizer_seconds", "mfu", "peak_allocated_bytes",
+        "peak_reserved_bytes", "peak_host_bytes", "loss_scale", "skipped_steps", "tokens", "valid_tokens",
     ]  # fmt: skip
     assert list(to_dict(VALIDATION)) == ["kind", "step", "validation_loss", "validation_perplexity", "tokens"]
     assert [to_dict(line)["kind"] for line in (STEP, VALIDATION)] == ["step", "validation"]
+
+
+def test_each_group_of_parameters_says_its_learning_rate() -> None:
+    two = replace(STEP, lr_of={"muon": 0.02, "adamw": 3e-4})
+    assert "  lr muon 2.00e-02, adamw 3.00e-04  " in render(two, 200)
+    assert numbers(two).items() >= {"lr/muon": 0.02, "lr/adamw": 3e-4}.items()
 
 
 def test_trackers_get_the_numbers_that_are_known() -> None:

@@ -36,8 +36,9 @@ from trainer.engine import build_engine
 from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config, build_model, decoder_layers, materialize
 from trainer.model.precision import autocast, torch_dtype
+from trainer.model.roles import describe
 from trainer.model.weights import build_weights
-from trainer.optim.build import build_optimizer, param_groups
+from trainer.optim.build import build_optimizer
 from trainer.plan.machine import find_machine
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime, join
@@ -106,8 +107,7 @@ def by_hand(config: Config, plan: Plan, runtime: Runtime) -> Contender:
         fully_shard(model, mp_policy=policy)
     elif plan.world_size > 1:
         called = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    groups = param_groups(model.named_parameters(), config.optimizer.weight_decay)
-    optimizer = build_optimizer(groups, config.optimizer)
+    optimizer = build_optimizer(model.named_parameters(), describe(model), config.optimizer)
     batches = _batches(config, plan, runtime)
 
     def run(steps: int) -> float:

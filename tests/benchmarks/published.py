@@ -131,7 +131,7 @@ def predict(run: Published) -> tuple[StepTime, float]:
     gpu = planned_device(config, plan).gpu
     assert gpu is not None
     anatomy = get_anatomy(alone, make_plan(alone, Machine(gpus=1)))
-    size = dimensions(config_fields(config), anatomy)
+    size = dimensions(config_fields(config), anatomy, config.optimizer)
     time = step_time(config, plan, size, gpu)
     if run.tokens is not None:
         return time, time.tokens_per_second_per_gpu / run.tokens

@@ -22,8 +22,9 @@ from trainer.engine.torch import TorchEngine
 from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config, build_model, materialize
 from trainer.model.loss import cross_entropy_sum
+from trainer.model.roles import describe
 from trainer.model.weights import RandomWeights
-from trainer.optim.build import build_optimizer, param_groups
+from trainer.optim.build import build_optimizer
 from trainer.plan.machine import find_machine
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime, join
@@ -139,7 +140,7 @@ def reference(model: str, layers: int, count: int, packed: bool = False) -> Outc
     config = small_config(model, layers)
     plain = build_model(config.model, build_hf_config(config.model))
     materialize(plain, RandomWeights(plain, seed=0), device=torch.device("cpu"), dtype=torch.float64)
-    optimizer = build_optimizer(param_groups(plain.named_parameters(), config.optimizer.weight_decay), config.optimizer)
+    optimizer = build_optimizer(plain.named_parameters(), describe(plain), config.optimizer)
     batches = micro_batches(count, packed=packed)
     valid_tokens = sum(batch.valid_tokens() for batch in batches)
 

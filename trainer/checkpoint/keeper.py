@@ -172,7 +172,7 @@ class Keeper:
     def _save(self, engine: Engine, progress: Progress) -> None:
         self._commit()
         self._begun = time.perf_counter()
-        save = Save(catalog.partial_folder(self._folder, progress.step), progress, self._runtime)
+        save = Save(catalog.partial_folder(self._folder, progress.step), progress, self._runtime, engine.kinds)
         save.begin()
         aside = self._config.checkpoint.async_save
         (save.write_aside if aside else save.write)(self._state(engine))

@@ -20,6 +20,7 @@ from configs.schema import Config
 from trainer.checkpoint.manifest import STATE, Manifest, check_missing
 from trainer.data import DataSet
 from trainer.engine import Counters
+from trainer.optim.table import difference
 from trainer.plan.plan import Plan
 
 # Fields of a Hugging Face config that say how a model is run or where it came from, not what it computes.
@@ -105,8 +106,9 @@ def check_same(saved: Progress, ours: Mapping[str, Any], *, source: Path, global
     for key in saved.identity.keys() & ours.keys():
         there, here = saved.identity[key], ours[key]
         if there != here:
+            why = difference(there, here) if key == "optimizer.name" else ""
             problems.append(
-                f"{source}: saved with {key}={_short(there)}, this run has {key}={_short(here)};"
+                f"{source}: saved with {key}={_short(there)}, this run has {key}={_short(here)}{why};"
                 f" {_REMEDY[key.partition('.')[0]]}, or begin another run from its weights: python -m"
                 " trainer.checkpoint export, then model.path=... model.weights=pretrained"
             )

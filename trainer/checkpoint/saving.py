@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +27,12 @@ from trainer.checkpoint.manifest import GENERATION, STATE, TOKENIZER, FileEntry,
 from trainer.checkpoint.progress import Progress, to_json
 from trainer.checkpoint.tensors import RankWriter
 from trainer.engine.saved import BUFFER
-from trainer.optim.adamw_8bit import SCALES
 from trainer.process.disks import FULL, as_os_error, free_bytes, mib, out_of_inodes
 from trainer.process.files import sync, write_synced
 from trainer.process.runtime import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Adafactor's states, and what a parameter has in place of them: matrices the first two, vectors the last.
-_FACTORED = {"row_var": "variance", "col_var": "variance", "variance": "row_var"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,11 +46,13 @@ class Written:
 
 
 class Save:
-    """A save from its first file to its commit. Every rank has one."""
+    """A save from its first file to its commit. Every rank has one. kinds: as `Engine.kinds`."""
 
-    def __init__(self, partial: Path, progress: Progress, runtime: Runtime) -> None:
+    def __init__(
+        self, partial: Path, progress: Progress, runtime: Runtime, kinds: Mapping[str, frozenset[str]]
+    ) -> None:
         self.partial, self.progress = partial, progress
-        self._runtime = runtime
+        self._runtime, self._kinds = runtime, kinds
         self._writer = RankWriter(partial, runtime.rank)
         self._thread: threading.Thread | None = None
 
@@ -131,7 +129,7 @@ class Save:
         write_synced(self.partial / STATE, to_json(self.progress))
         others = [STATE, *(f"{TOKENIZER}/{path.name}" for path in (self.partial / TOKENIZER).iterdir())]
         tensors = _union(part.tensors for part in parts)
-        _check_complete(tensors)
+        _check_complete(tensors, self._kinds)
         manifest = Manifest(
             step=self.progress.step,
             files=_union(part.files for part in parts) | {name: entry_of(self.partial / name) for name in others},
@@ -169,20 +167,20 @@ class Save:
         )
 
 
-def _check_complete(tensors: Iterable[str]) -> None:
-    """An optimizer state that is there for one parameter is there for all: a layout that hands over only some of them
-    would resume with the others at zero, and no loss would show it at once."""
+def _check_complete(tensors: Iterable[str], kinds: Mapping[str, frozenset[str]]) -> None:
+    """After the first update there is, of every parameter that is trained, what the optimizer keeps of it: a layout
+    that hands over only some of it would resume with the rest at zero, and no loss would show it at once."""
     names: dict[str, set[str]] = {}
     for key in tensors:
         kind, _, name = key.partition("/")
         names.setdefault(kind, set()).add(name)
-    if len({frozenset(names.get(kind, ())) for kind in SCALES}) > 1:
-        raise AssertionError(f"{' and '.join(SCALES)} are there for different parameters")
-    kinds = names.keys() - {"model", "frozen", "rng", BUFFER, *SCALES}
-    for kind in kinds | (_FACTORED.keys() if kinds & _FACTORED.keys() else set()):
-        found = names.get(kind, set()) | names.get(_FACTORED.get(kind, kind), set())
-        if found != names["model"]:
-            raise AssertionError(f"{kind} is there for {len(found)} of {len(names['model'])} parameters")
+    states = names.keys() - {"model", "frozen", "rng", BUFFER}
+    if names["model"] != kinds.keys():
+        raise AssertionError(f"model is there for {len(names['model'])} of {len(kinds)} parameters")
+    for kind in states | {kind for found in kinds.values() for kind in found if states}:
+        wanted = {name for name, found in kinds.items() if kind in found}
+        if names.get(kind, set()) != wanted:
+            raise AssertionError(f"{kind} is there for {len(names.get(kind, ()))} of {len(wanted)} parameters")
 
 
 def _union(parts: Iterable[dict]) -> dict:

@@ -6,8 +6,8 @@ the one it needs: DeepSpeed costs seconds to import and is not wanted in a DDP r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from configs.choices import EngineName
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 class StepReport:
     """What one `step` did. grad_norm: global L2 norm before clipping, over all parameters and ranks (may be inf
     or nan). updated: False when the update was left out. loss_scale: the fp16 scale this step's gradient was
-    computed with; None without scaling."""
+    computed with; None without scaling. learning_rates: of each group of parameters, where they differ."""
 
     grad_norm: float
     updated: bool
     loss_scale: float | None = None
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +64,11 @@ class Engine(Protocol):
     """One optimizer step over a model that is spread over ranks in a way the caller need not know.
 
     model: the Hugging Face module, for its config and names; its parameters may be partitioned.
+    kinds: tensors that the optimizer keeps of each parameter that is trained, on whatever rank, as `state` names them.
     """
 
     model: PreTrainedModel
+    kinds: dict[str, frozenset[str]]
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         """Accumulate the gradient of this rank's micro-batches.

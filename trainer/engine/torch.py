@@ -31,10 +31,11 @@ from trainer.linear.tuning import AdapterWeights
 from trainer.model.build import materialize
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
+from trainer.model.roles import describe
 from trainer.model.router_loss import build_router_loss
 from trainer.model.weights import open_weights
-from trainer.optim.adamw_8bit import embeddings
-from trainer.optim.build import build_optimizer, param_groups, set_lr
+from trainer.optim.build import build_optimizer, learning_rates, set_lr
+from trainer.optim.table import saved_kinds
 from trainer.passes import parallelize
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
@@ -59,6 +60,9 @@ class TorchEngine:
         check_layout(self.model, config)
         self.whole = config.tuning.method is TuningMethod.full
         tell_trained(self.model, config)
+        described = describe(self.model)
+        trained = [described[name] for name, p in self.model.named_parameters() if p.requires_grad]
+        self.kinds = saved_kinds(trained, config.optimizer)
         self.router_loss = build_router_loss(self.model, config, plan)
         self.parts = parallelize(self.model, config, plan, self.mesh)
         self.modules = self.parts.modules
@@ -80,8 +84,9 @@ class TorchEngine:
         self.copies = dict(self._tied_copies(everything))
         kept = [(name, p) for name, p in everything if self.whole or p.requires_grad]
         self.named = {name: p for name, p in kept if self.copies.get(name) is not p}
-        groups = param_groups(everything, config.optimizer.weight_decay)
-        self.optimizer = build_optimizer(groups, config.optimizer, embeddings=embeddings(self.modules))
+        replicas = self.mesh.get_group("dp_replicate") if self.ddp is not None else None
+        self.optimizer = build_optimizer(everything, described, config.optimizer, replicas=replicas)
+        self.states = torch_state.States(self.optimizer, config.optimizer, described)
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         micro_batches = [self._own_slice(batch) for batch in micro_batches]
@@ -109,7 +114,8 @@ class TorchEngine:
             set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.discard()
-        return StepReport(grad_norm=grad_norm, updated=finite, loss_scale=scale)
+        rates = learning_rates(self.optimizer)
+        return StepReport(grad_norm=grad_norm, updated=finite, loss_scale=scale, learning_rates=rates)
 
     def discard(self) -> None:
         # Under DDP gradients are views of its buckets; set to None, accumulation would hold a second copy beside them.
@@ -134,18 +140,18 @@ class TorchEngine:
         stage = self.plan.coordinates(self.runtime.rank)["pp"]
         ranks = range(self.runtime.world_size)
         holders = [rank for rank in ranks if self.plan.coordinates(rank)["pp"] == stage]
-        yield from torch_state.save_state(self.named, self.optimizer, holders=holders, device=self.runtime.device)
+        yield from torch_state.save_state(self.named, self.states, holders=holders, device=self.runtime.device)
 
     def counters(self) -> Counters:
         return Counters(
-            optimizer_steps=torch_state.optimizer_steps(self.named, self.optimizer),
+            optimizer_steps=self.states.steps(self.named),
             loss_scale=self.loss_scale.value if self.loss_scale else None,
             good_steps=self.loss_scale.good_steps if self.loss_scale else None,
         )
 
     def load_state(self, saved: Saved, counters: Counters) -> None:
         for parameters in (self.named, self.copies):
-            torch_state.load_state(parameters, self.optimizer, saved, steps=counters.optimizer_steps)
+            torch_state.load_state(parameters, self.states, saved, steps=counters.optimizer_steps)
         if self.loss_scale:
             self.loss_scale.restore(counters.loss_scale, counters.good_steps)
 

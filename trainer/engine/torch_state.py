@@ -7,7 +7,6 @@ each rank holds a piece.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +15,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from configs.errors import CheckpointMismatch
+from configs.schema import Optimizer as Settings
 from trainer.engine.saved import BUFFER, Dealer, Saved
 from trainer.model.pieces import cut, join
-from trainer.optim.adamw_8bit import CONSTANT
+from trainer.model.roles import Described
+from trainer.optim.protocol import COUNTER
+from trainer.optim.table import ask, saved_state
 
 Named = Mapping[str, torch.Tensor]
 
@@ -58,46 +60,66 @@ def gather(parameters: Named, mesh: DeviceMesh, device: torch.device) -> Iterato
             yield name, complete if mine == 0 else None
 
 
+class States:
+    """What an optimizer keeps, by the tables of its module. described: every parameter by name, whole."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, settings: Settings, described: Mapping[str, Described]
+    ) -> None:
+        self.optimizer, self._settings, self._described = optimizer, settings, described
+
+    def of(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of a parameter that a checkpoint holds, in a fixed order; none before the first update."""
+        state = self.optimizer.state.get(parameter, {})
+        return {kind: state[kind] for kind in self._kinds(name, parameter) if kind in state}
+
+    def make(self, name: str, parameter: torch.Tensor, *, steps: int) -> dict[str, torch.Tensor]:
+        """As `of`, made as they were after so many updates; what they hold is to be written."""
+        chosen = ask(self._settings)
+        table = chosen.state(self._described[name], self._settings, _name(parameter.dtype))
+        self.optimizer.state[parameter] = chosen.fresh(self.optimizer, parameter, table, steps=steps)
+        return self.of(name, parameter)
+
+    def steps(self, parameters: Named) -> int:
+        """Updates that the optimizer has counted; 0 for one that counts none."""
+        known = self.optimizer.state
+        counted = (state[COUNTER] for p in parameters.values() if COUNTER in (state := known.get(p, {})))
+        return int(next(counted, 0))
+
+    def _kinds(self, name: str, parameter: torch.Tensor) -> list[str]:
+        if not parameter.requires_grad:
+            return []
+        return sorted(saved_state(self._described[name], self._settings, _name(parameter.dtype)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def save_state(
-    parameters: Named, optimizer: torch.optim.Optimizer, *, holders: list[int], device: torch.device
+    parameters: Named, states: States, *, holders: list[int], device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
     """As `Engine.state`. parameters: those of this rank by name. holders: the ranks that have the same names."""
     dealer, rank = Dealer(holders), dist.get_rank()
     for name, parameter in parameters.items():
-        tensors = {_model_kind(parameter): parameter, **_states(optimizer, parameter)}
+        tensors = {_model_kind(parameter): parameter, **states.of(name, parameter)}
         for kind, tensor in tensors.items():
             complete = whole(tensor, device)
             yield f"{kind}/{name}", complete if dealer.owner(complete.nbytes) == rank else None
 
 
-def optimizer_steps(parameters: Named, optimizer: torch.optim.Optimizer) -> int:
-    """Updates that Adam or Adafactor has counted; 0 for an optimizer that counts none."""
-    counted = (state["step"] for p in parameters.values() if "step" in (state := optimizer.state.get(p, {})))
-    return int(next(counted, 0))
-
-
 @torch.no_grad()
-def load_state(parameters: Named, optimizer: torch.optim.Optimizer, saved: Saved, *, steps: int) -> None:
-    """Write this rank's share of every tensor into parameters and optimizer. steps: as `optimizer_steps` gave."""
-    kinds = saved_kinds(saved)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+def load_state(parameters: Named, states: States, saved: Saved, *, steps: int) -> None:
+    """Write this rank's share of every tensor into parameters and optimizer. steps: as `States.steps` gave."""
+    stepped = bool(saved_kinds(saved))
     for name, parameter in parameters.items():
         kind = _model_kind(parameter)
         check_shape(saved, f"{kind}/{name}", parameter.shape)
         copy_share(parameter, saved.read(f"{kind}/{name}"))
-        if not kinds or not parameter.requires_grad:
-            continue
-        state = optimizer.state[parameter]
-        state |= _empty_states(optimizer, parameter, kinds)
-        for kind, tensor in _states(optimizer, parameter).items():
-            check_shape(saved, f"{kind}/{name}", tensor.shape)
-            copy_share(tensor, saved.read(f"{kind}/{name}"))
-        if isinstance(optimizer, torch.optim.AdamW | torch.optim.Adafactor):
-            # As torch makes it: the fused kernels read it where the parameter is.
-            fused = groups[id(parameter)].get("fused", False)
-            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device if fused else "cpu")
-        elif "step" in state:
-            state["step"] = steps
+        if stepped and parameter.requires_grad:
+            for kind, tensor in states.make(name, parameter, steps=steps).items():
+                check_shape(saved, f"{kind}/{name}", tensor.shape)
+                copy_share(tensor, saved.read(f"{kind}/{name}"))
 
 
 def _model_kind(parameter: torch.Tensor) -> str:
@@ -106,25 +128,8 @@ def _model_kind(parameter: torch.Tensor) -> str:
 
 
 def saved_kinds(saved: Saved) -> list[str]:
-    """The optimizer's tensors that a checkpoint holds per parameter: exp_avg and exp_avg_sq, or momentum_buffer, or
-    Adafactor's, of which `state_shape` tells, or those of 8-bit AdamW, which makes them itself."""
+    """The kinds of optimizer tensors in a checkpoint; none where it was saved before the first update."""
     return sorted({key.partition("/")[0] for key in saved.names()} - {"model", "frozen", "rng", BUFFER})
-
-
-def state_shape(kind: str, shape: torch.Size) -> torch.Size | None:
-    """The shape of a parameter's optimizer tensor; None where it has none of that kind. Adafactor keeps the row and
-    column means of whatever has rows and columns, and of vectors the second moment itself."""
-    if kind not in ("row_var", "col_var", "variance"):
-        return shape
-    if (kind == "variance") is (len(shape) > 1):
-        return None
-    match kind:
-        case "row_var":
-            return torch.Size((*shape[:-1], 1))
-        case "col_var":
-            return torch.Size((*shape[:-2], 1, shape[-1]))
-        case _:
-            return shape
 
 
 def check_shape(saved: Saved, key: str, shape: torch.Size | tuple[int, ...]) -> None:
@@ -150,22 +155,3 @@ def copy_share(target: torch.Tensor, complete: torch.Tensor) -> None:
     else:
         share = cut(complete, target)
     target.to_local().copy_(share)
-
-
-def _empty_states(optimizer: Any, parameter: torch.Tensor, kinds: list[str]) -> dict[str, Any]:
-    """Tensors for what a checkpoint holds of these kinds."""
-    if hasattr(optimizer, "empty_states"):
-        return optimizer.empty_states(parameter)
-    shapes = {kind: state_shape(kind, parameter.shape) for kind in kinds}
-    return {
-        kind: torch.zeros_like(parameter) if shape == parameter.shape else parameter.new_zeros(shape)
-        for kind, shape in shapes.items()
-        if shape is not None
-    }
-
-
-def _states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors of a parameter, in a fixed order, without those that never change."""
-    state = optimizer.state.get(parameter, {})
-    kinds = sorted(state.keys() - {"step", *CONSTANT})
-    return {kind: state[kind] for kind in kinds if isinstance(state[kind], torch.Tensor)}

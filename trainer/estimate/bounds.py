@@ -10,9 +10,10 @@ The planner drops by the first what cannot fit; where a model's code cannot be t
 
 from __future__ import annotations
 
-from configs.choices import EngineName, OffloadDevice, OptimizerName
+from configs.choices import EngineName, OffloadDevice
 from configs.schema import Config, Optimizer
 from trainer.estimate.layouts.common import WIDTHS
+from trainer.optim.table import moments
 from trainer.plan.model_fields import config_fields, sizes
 from trainer.plan.plan import Plan
 
@@ -62,16 +63,3 @@ def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
     buffers = held * (WIDTHS[plan.param_dtype] + WIDTHS[plan.master_dtype])
     return states_bytes(plan, parameters, config.optimizer) + buffers + activations + logits + WORKSPACE_BYTES
-
-
-def moments(optimizer: Optimizer) -> float:
-    """Numbers that the optimizer keeps per parameter, at least; of one byte each they count a quarter."""
-    match optimizer.name:
-        case OptimizerName.adamw:
-            return 2
-        case OptimizerName.sgd:
-            return int(optimizer.beta1 > 0)
-        case OptimizerName.adafactor:
-            return 0
-        case OptimizerName.adamw_8bit:
-            return 2 / 4

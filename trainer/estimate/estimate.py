@@ -199,7 +199,7 @@ def _estimate_whole(config: Config, plan: Plan, profile: ModelProfile, device: D
     """Without a pipeline all ranks hold the same. outside: bytes that torch's allocator does not know of."""
     timeline = _begin(plan, device)
     module = profile.stage(range(len(profile.anatomy.layers)), stages=1, index=0)
-    setting = Setting(profile=module, plan=plan, timeline=timeline)
+    setting = Setting(profile=module, plan=plan, optimizer=config.optimizer, timeline=timeline)
     count = plan.batch.gradient_accumulation_steps
     replay(module, _layout(config, setting), timeline, micro_batches=count, inputs=step_inputs(plan))
     return _read(plan, timeline, setting, kind="all", outside=outside)

@@ -10,9 +10,10 @@ from configs.schema import Config
 from trainer.axes.pipeline.timeline import in_flight, receive_buffers
 from trainer.estimate.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators, cublas_bytes
 from trainer.estimate.layouts.common import WIDTHS
-from trainer.estimate.profile import Anatomy, UpdateCost
+from trainer.estimate.profile import Anatomy
 from trainer.estimate.profiles import stage_layers
-from trainer.optim.adamw_8bit import BLOCK, SMALLEST
+from trainer.optim.protocol import Held, Spread
+from trainer.optim.table import ask
 from trainer.plan.plan import Plan
 
 
@@ -32,7 +33,7 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     if trained < anatomy.numel:
         yield from _frozen(plan, anatomy, trained, param)
     yield from _states(plan, "P" if trained == anatomy.numel else "T", trained, master, param)
-    yield _optimizer(config, found.profile.outline.update)
+    yield _optimizer(config, plan, anatomy)
     yield (
         f"activations, loss, backward: traced at micro_batch_size {plan.batch.micro_batch_size} x seq_len"
         f" {plan.batch.seq_len // plan.degree('cp')} by running the model's own code on fake tensors, and repeated for"
@@ -118,23 +119,14 @@ def _states(plan: Plan, which: str, numel: int, master: int, param: int) -> Iter
         yield f"parameters and gradients {master} B x {which} = {size} each, whole on every rank"
 
 
-def _optimizer(config: Config, update: UpdateCost) -> str:
-    states = f"states of {update.state:g} times the bytes it updates"
-    if update.factored:
-        states = (
-            f"states of {update.state_row:g} number(s) per row and {update.state_column:g} per column of every matrix,"
-            f" {update.state:g} per element of a vector"
-        )
-    if update.eight_bits:
-        states = (
-            f"states of 2 x (1 + 4 / {BLOCK}) bytes per value, and 8 of embeddings and of tensors with fewer than"
-            f" {SMALLEST:,} values"
-        )
-    before = f" + {update.temporary_before:g} of the one before it" if update.temporary_before else ""
+def _optimizer(config: Config, plan: Plan, anatomy: Anatomy) -> str:
+    """Temporaries are those of a rank that holds the parameters of this table, all at once."""
+    chosen, settings = ask(config.optimizer), config.optimizer
+    held = [Held(whole=p.whole, shape=p.shape) for p in anatomy.parameters() if p.trainable and len(p.shape) > 1]
+    needed = chosen.temporaries(held, settings, plan.master_dtype, Spread())
     return (
-        f"optimizer {config.optimizer.name}, {config.optimizer.implementation}: {states}, from the end of step 1;"
-        f" temporaries {update.temporary_all:.3g} of all + {update.temporary_largest:.3g} of the largest{before};"
-        " measured on small tensors with the trainer's own optimizer"
+        f"optimizer {settings.name}, {settings.implementation}: {chosen.said(settings)}, from the end of step 1;"
+        f" temporaries {needed / GIB:.3f} GiB where nothing is sharded"
     )
 
 

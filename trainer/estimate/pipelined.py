@@ -31,6 +31,7 @@ class PipelineRank:
     def __init__(self, config: Config, plan: Plan, model: ModelProfile, ranges: Sequence[range], rank: int) -> None:
         pipeline, pp, count = config.parallel.pipeline, plan.degree("pp"), plan.batch.gradient_accumulation_steps
         self.plan, self.model, self.ranges, self.schedule = plan, model, ranges, pipeline.schedule
+        self.optimizer = config.optimizer
         self.per_rank = pipeline.stages_per_rank or default_stages_per_rank(self.schedule)
         self.owned = stages_of_rank(self.schedule, pp=pp, rank=rank, stages_per_rank=self.per_rank)
         shape: dict[str, Any] = {"schedule": self.schedule, "pp": pp, "stages_per_rank": pipeline.stages_per_rank}
@@ -60,7 +61,7 @@ class PipelineRank:
         for stage in self.owned:
             profile = self.model.stage(self.ranges[stage], stages=len(self.ranges), index=stage)
             host = settings[0].host if settings else {}
-            settings.append(Setting(profile=profile, plan=self.plan, timeline=timeline, host=host))
+            settings.append(self._setting(profile, timeline, host))
             modules[stage] = (profile, Staged(settings[-1], ahead=self.per_rank > 1, exchanged=exchanged))
         place_batch(settings[0])
         replay_stages(
@@ -72,6 +73,9 @@ class PipelineRank:
             update=partial(update_together, [layout for _, layout in modules.values()]),
         )
         return settings[0]
+
+    def _setting(self, profile: Profile, timeline: Timeline, host: dict[str, int]) -> Setting:
+        return Setting(profile=profile, plan=self.plan, optimizer=self.optimizer, timeline=timeline, host=host)
 
     def crosses(self, stage: int) -> bool:
         """Whether a stage's input comes from another rank."""

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from trainer.model.roles import Described, described_from_json
+
 Step = tuple[Any, ...]
 """One entry of a section:
 ("+", number, bytes, category)      a storage is born
@@ -27,6 +29,7 @@ Step = tuple[Any, ...]
 Numbers count the births of a section from 0.
 """
 
+UNKNOWN = Described(name="", shape=())
 MARKS = ("forward_enter", "forward_exit", "loss", "backward", "backward_enter", "backward_exit")
 
 
@@ -38,14 +41,14 @@ WHOLE, FIRST, MIDDLE, LAST = "whole", "first", "middle", "last"
 class Parameter:
     """name: inside its group. shape: on one tensor-parallel rank. summed: over whom its gradient is summed once more
     at the end of a step: "tp" ranks, the two "ends" of a pipeline that share it, or nobody. packed: bytes of the
-    tensors that hold it where it is quantized. embedding: whether it is a table that tokens or positions look up."""
+    tensors that hold it where it is quantized. whole: what it is in the model, before tensor parallel cuts it."""
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = True
     summed: str = ""
     packed: tuple[int, ...] = ()
-    embedding: bool = False
+    whole: Described = UNKNOWN
 
     @property
     def numel(self) -> int:
@@ -118,32 +121,6 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateCost:
-    """What the optimizer does, measured on small tensors. Bytes per byte of the parameters it updates.
-
-    state: kept for good, of a vector; state_matrix: of anything with rows and columns; there also state_row, in bytes
-    per byte of a column (one number for each row), and state_column, per byte of a row. state_constant: bytes per
-    parameter tensor besides. temporary_all: beyond that during the update, per byte of all parameters of a group;
-    temporary_largest: per byte of the one that is updated; temporary_before: per byte of the one before it.
-    eight_bits: states are those of `optimizer_8bit.state_bytes`, which the ratios do not tell.
-    """
-
-    state: float
-    state_matrix: float
-    state_row: float
-    state_column: float
-    state_constant: int
-    temporary_all: float
-    temporary_largest: float
-    temporary_before: float
-    eight_bits: bool = False
-
-    @property
-    def factored(self) -> bool:
-        return self.state_row > 0 or self.state_column > 0
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """A whole model, or one kind of pipeline stage. groups, buffers_bytes: what it holds besides its layers."""
 
@@ -165,7 +142,6 @@ class Outline:
     head_cost: float
     hidden_size: int
     layer_buffers_bytes: int
-    update: UpdateCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +150,6 @@ class Profile:
 
     anatomy: Anatomy
     trace: Trace
-    update: UpdateCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +170,7 @@ class ModelProfile:
         part = self.parts[part_name(kinds, stages=stages, index=index)]
         buffers = part.buffers_bytes + len(kinds) * self.outline.layer_buffers_bytes
         anatomy = Anatomy(whole.kinds, kinds, part.groups, buffers, whole.name)
-        return Profile(anatomy=anatomy, trace=part.trace, update=self.outline.update)
+        return Profile(anatomy=anatomy, trace=part.trace)
 
 
 def role(*, stages: int, index: int) -> str:
@@ -237,7 +212,6 @@ def outline_from_json(values: dict[str, Any]) -> Outline:
         head_cost=values["head_cost"],
         hidden_size=values["hidden_size"],
         layer_buffers_bytes=values["layer_buffers_bytes"],
-        update=UpdateCost(**values["update"]),
     )
 
 
@@ -265,5 +239,13 @@ def _groups(items: list[Any]) -> tuple[tuple[str, tuple[Parameter, ...]], ...]:
 
 def _parameters(items: list[dict[str, Any]]) -> tuple[Parameter, ...]:
     return tuple(
-        Parameter(**{**item, "shape": tuple(item["shape"]), "packed": tuple(item["packed"])}) for item in items
+        Parameter(
+            **{
+                **item,
+                "shape": tuple(item["shape"]),
+                "packed": tuple(item["packed"]),
+                "whole": described_from_json(item["whole"]),
+            }
+        )
+        for item in items
     )

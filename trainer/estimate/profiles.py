@@ -150,7 +150,7 @@ def _surroundings() -> dict[str, Any]:
 
 
 def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
-    parallel, optimizer, tuning = config.parallel, config.optimizer, config.tuning
+    parallel, tuning = config.parallel, config.tuning
     return {
         "pipeline": plan.degree("pp") > 1,
         "tensor": [plan.degree("tp"), parallel.sequence_parallel, parallel.tensor_plan],
@@ -161,7 +161,6 @@ def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
             sorted(tuning.target_modules),
             tuning.double_quantization,
         ],
-        "optimizer": [str(optimizer.name), str(optimizer.implementation), optimizer.beta1 > 0],
     }
 
 

@@ -74,7 +74,6 @@ class Tracer:
     def outline(self) -> Outline:
         from trainer.axes.pipeline.probe import count_costs, examine
         from trainer.estimate.units import build_unit, describe, fake_ranks, layer_buffers, layer_kinds
-        from trainer.estimate.update_cost import update_cost
 
         kinds = layer_kinds(self.model)
         layer_costs, head_cost, hidden_size = [], 0.0, 0
@@ -92,7 +91,6 @@ class Tracer:
             head_cost=head_cost,
             hidden_size=hidden_size,
             layer_buffers_bytes=per_layer,
-            update=update_cost(self.config),
         )
 
     def part(self, fields: Mapping[str, Any], kinds: tuple[int, ...], owned: range, *, stages: int, index: int) -> Part:

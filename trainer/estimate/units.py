@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 from torch import nn
@@ -29,7 +29,7 @@ from trainer.axes.tensor.apply import TensorParallel, divide, tensor_plan
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.linear.four_bit import is_quantized, stored_bytes
 from trainer.model.build import decoder_layers, held_layers
-from trainer.optim.adamw_8bit import embeddings
+from trainer.model.roles import describe as describe_roles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +167,7 @@ def describe(unit: Unit, kinds: Sequence[int]) -> Anatomy:
     """The unit's parameters in groups. kinds: of all layers of the model. Only the buffers outside its layers."""
     partial = set(unit.tensor.partial if unit.tensor else ())
     ends = set(unit.stage.tied if unit.stage else ())
-    tables = {id(parameter) for parameter in embeddings([unit.module])}
+    roles = describe_roles(unit.module)
     members: dict[str, list[Parameter]] = {"root": []}
     for name, (group, leaf) in groups_of(unit).items():
         parameter = unit.module.get_parameter(name)
@@ -175,8 +175,8 @@ def describe(unit: Unit, kinds: Sequence[int]) -> Anatomy:
         owner, _, last = name.rpartition(".")
         module = unit.module.get_submodule(owner)
         packed = stored_bytes(module) if is_quantized(module, last) else ()
-        shape, table = tuple(local(parameter).shape), id(parameter) in tables
-        described = Parameter(leaf, shape, parameter.requires_grad, summed, packed, table)
+        shape = tuple(local(parameter).shape)
+        described = Parameter(leaf, shape, parameter.requires_grad, summed, packed, replace(roles[name], name=leaf))
         members.setdefault(group, []).append(described)
     return Anatomy(
         kinds=tuple(tuple(members[str(unit.kinds.index(kind))]) for kind in range(max(kinds) + 1))

@@ -7,23 +7,16 @@ it needs saving, and a step that fp16 skips does not shift the schedule in one e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from configs.choices import Implementation, OptimizerName, Schedule
+from configs.choices import Schedule
 from configs.schema import Config
-from configs.schema import Optimizer as OptimizerConfig
-from trainer.optim.adamw_8bit import build_adamw_8bit
-
-AUTO = {
-    OptimizerName.adamw: Implementation.fused,
-    OptimizerName.sgd: Implementation.foreach,
-    OptimizerName.adafactor: Implementation.for_loop,
-    OptimizerName.adamw_8bit: Implementation.fused,
-}
-SMALLEST_SCALE = 1e-3  # Adafactor's epsilon 2: a parameter whose elements are all zero still moves
+from configs.schema import Optimizer as Settings
+from trainer.model.roles import Described
+from trainer.optim.table import ask
 
 
 def lr_at(config: Config, step: int) -> float:
@@ -49,47 +42,30 @@ def lr_at(config: Config, step: int) -> float:
     return peak * (1 - (1 - floor) * progress)
 
 
-def param_groups(parameters: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and embeddings decay, norms and biases do not.
-
-    A parameter that ZeRO 3 has partitioned is empty; DeepSpeed keeps its true shape in `ds_shape`.
-    """
-    decayed, plain = [], []
-    for _, parameter in parameters:
-        if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) >= 2 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimizerConfig, *, embeddings: Iterable[torch.nn.Parameter] = ()
+    parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    described: Mapping[str, Described],
+    settings: Settings,
+    *,
+    replicas: Any = None,
 ) -> torch.optim.Optimizer:
-    """torch's optimizer over the groups, or bitsandbytes' for 8-bit states, which `embeddings` do not get.
+    """The optimizer over those parameters that are trained.
 
-    `auto` takes AdamW's fused kernel, which CPU and CUDA both have: one pass over memory instead of a dozen, and no
-    temporary copies of all parameters as `foreach` makes. torch has no fused SGD for sharded parameters. Adafactor has
-    no fused kernel at all, and is chosen for its memory: one parameter after the other.
+    described: from `trainer.model.roles.describe`, while the parameters were whole.
+    replicas: the process group of ranks that hold the same plain tensors (DDP).
     """
-    if config.name is OptimizerName.adamw_8bit:
-        return build_adamw_8bit(groups, config, embeddings)
-    implementation = config.implementation
-    if implementation is Implementation.auto:
-        implementation = AUTO[config.name]
-    if config.name is OptimizerName.adafactor:
-        foreach = implementation is Implementation.foreach
-        return torch.optim.Adafactor(groups, lr=config.lr, eps=(config.eps, SMALLEST_SCALE), foreach=foreach)
-    kernel: dict[str, Any] = {
-        "fused": implementation is Implementation.fused,
-        "foreach": implementation is Implementation.foreach,
-    }
-    if config.name is OptimizerName.sgd:
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1, **kernel)
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, **kernel)
+    chosen = ask(settings)
+    trained = [(described[name], parameter) for name, parameter in parameters if parameter.requires_grad]
+    return chosen.build(chosen.groups(trained, settings), settings, replicas=replicas)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """lr: of the step. Each group has its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_factor"]
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rate of each group by its name; none where all groups have the same."""
+    rates = {group["group"]: float(group["lr"]) for group in optimizer.param_groups}
+    return rates if len(set(rates.values())) > 1 else {}

@@ -35,6 +35,9 @@ class StepMetrics:
     grad_norm: float | None
     """Global L2 norm before clipping; null when the loss was not finite and there was no gradient."""
     lr: float
+    """The schedule's. A group of parameters may have its own multiple of it."""
+    lr_of: Mapping[str, float] | None
+    """The learning rate of each group by its name; null where all have `lr`."""
     tokens_per_second: float
     """Of all ranks together, ignored labels included: what the hardware worked through."""
     step_seconds: float
@@ -182,7 +185,9 @@ def to_dict(line: Line) -> dict[str, object]:
 def numbers(line: Line | Comparison) -> Mapping[str, int | float]:
     """What a tracker plots: the numbers of the line that are known, without the step, which is its own axis."""
     values = asdict(line)
-    return {key: value for key, value in values.items() if isinstance(value, int | float) and key != "step"}
+    groups = {f"lr/{name}": rate for name, rate in (values.get("lr_of") or {}).items()}
+    known = {key: value for key, value in values.items() if isinstance(value, int | float) and key != "step"}
+    return {**known, **groups}
 
 
 def perplexity(loss: float) -> float:

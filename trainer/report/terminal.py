@@ -123,7 +123,8 @@ def _step_fields(metrics: StepMetrics) -> Iterator[str]:
     yield f"loss {metrics.loss:.4f}"
     if metrics.grad_norm is not None:
         yield f"grad_norm {metrics.grad_norm:.2f}"
-    yield f"lr {metrics.lr:.2e}"
+    groups = (metrics.lr_of or {}).items()
+    yield f"lr {', '.join(f'{name} {rate:.2e}' for name, rate in groups) or f'{metrics.lr:.2e}'}"
     yield f"{metrics.tokens_per_second:,.0f} tokens/s"
     yield f"{metrics.step_seconds * 1000:.0f} ms/step"
     if metrics.mfu is not None:

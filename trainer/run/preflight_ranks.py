@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configs.choices import OffloadDevice, OptimizerName
+from configs.choices import OffloadDevice
 from configs.errors import EnvironmentProblem
 from configs.schema import Config
 from trainer.engine.prepare import prepare_model
-from trainer.estimate.bounds import moments
 from trainer.model.precision import torch_dtype
-from trainer.optim.adamw_8bit import embeddings, state_bytes
+from trainer.model.roles import describe
+from trainer.optim.table import kept_bytes
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
 from trainer.report.provenance import versions
@@ -152,12 +152,10 @@ def _room(config: Config, folder: Path) -> tuple[int, int]:
     """Bytes that checkpoints and the exported model take at most, and that are free."""
     model = prepare_model(config)
     # Adapters are saved without the model beneath them.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = sum(p.numel() for p in trained) * torch_dtype(config.precision.master_dtype).itemsize
-    states = int(weights * moments(config.optimizer))
-    if config.optimizer.name is OptimizerName.adamw_8bit:
-        wide = {id(parameter) for parameter in embeddings([model])}
-        states = sum(sum(state_bytes(p.numel(), embedding=id(p) in wide)) for p in trained)
+    described, dtype = describe(model), config.precision.master_dtype
+    trained = [described[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
+    weights = sum(about.numel for about in trained) * torch_dtype(dtype).itemsize
+    states = kept_bytes(trained, config.optimizer, dtype)
     kept = config.checkpoint.keep_last + 1
     return (weights + states) * kept + weights * config.train.export, shutil.disk_usage(folder).free
 

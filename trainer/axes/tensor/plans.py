@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trainer.model.roles import PACKED, wildcard
 from trainer.plan.model_fields import sizes
 
 Side = Literal["output", "input", "vocabulary", "none"]
@@ -69,7 +70,7 @@ PLANS: dict[str, dict[str, str]] = {
     ),
     "gpt2": {
         "transformer.h.*.attn": "divide:split_size",
-        "transformer.h.*.attn.c_attn": "packed_colwise:3",
+        "transformer.h.*.attn.c_attn": f"packed_colwise:{PACKED['gpt2']['transformer.h.*.attn.c_attn']}",
         "transformer.h.*.attn.c_proj": "rowwise",
         "transformer.h.*.mlp.c_fc": "colwise",
         "transformer.h.*.mlp.c_proj": "rowwise",
@@ -149,11 +150,6 @@ def match(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """{name: style} for those names of modules and parameters that the plan speaks of."""
     found = {name: plan.get(name) or plan.get(wildcard(name)) for name in names}
     return {name: style for name, style in found.items() if style}
-
-
-def wildcard(name: str) -> str:
-    """A name with `*` for numbers: model.layers.3.mlp -> model.layers.*.mlp."""
-    return ".".join("*" if word.isdigit() else word for word in name.split("."))
 
 
 def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = False) -> Share:

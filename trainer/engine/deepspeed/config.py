@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import DType, OffloadDevice, OptimizerName
+from configs.choices import DType, OffloadDevice
 from configs.schema import Config
 from trainer.plan.plan import Plan
 
@@ -72,8 +72,8 @@ def deepspeed_config(config: Config, plan: Plan, size: ModelSize, *, swap_folder
         "zero_optimization": _zero(config, plan, size, swap_folder),
         # torch's optimizers may update offloaded states: correct, needs no compiler, slower than DeepSpeedCPUAdam.
         "zero_force_ds_cpu_optimizer": False,
-        # DeepSpeed's list of tested optimizers has Adam's family only.
-        "zero_allow_untested_optimizer": config.optimizer.name is OptimizerName.sgd,
+        # DeepSpeed's list of tested optimizers has Adam's family only; what ZeRO cannot train, its module refuses.
+        "zero_allow_untested_optimizer": True,
         **_precision(config, plan),
     }
     if OffloadDevice.nvme in (plan.offload_optimizer, plan.offload_parameters):

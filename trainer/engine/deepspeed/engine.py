@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from configs.choices import Implementation, OffloadDevice
+from configs.choices import OffloadDevice
 from configs.schema import Config
 from trainer.axes.mesh import build_mesh
 from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
@@ -38,7 +38,6 @@ from trainer.engine.deepspeed.config import deepspeed_config, model_size
 from trainer.engine.deepspeed.preflight import check_deepspeed
 from trainer.engine.deepspeed.setup import (
     Partitioner,
-    build_cpu_adam,
     drop_gradient,
     import_deepspeed,
     load_kernels,
@@ -53,9 +52,11 @@ from trainer.model.build import materialize
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.pieces import join
 from trainer.model.precision import apply_tf32, build_loss_scale, torch_dtype
+from trainer.model.roles import describe
 from trainer.model.router_loss import build_router_loss
 from trainer.model.weights import open_weights
-from trainer.optim.build import build_optimizer, param_groups, set_lr
+from trainer.optim.build import build_optimizer, learning_rates, set_lr
+from trainer.optim.table import saved_kinds
 from trainer.passes import parallelize
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
@@ -92,6 +93,10 @@ class DeepSpeedEngine:
         mark_trained(self.model, config)
         check_layout(self.model, config)
         tell_trained(self.model, config)
+        described = describe(self.model)
+        trained = [described[name] for name, _ in deepspeed_state.trained(self.model)]
+        self.kinds = saved_kinds(trained, config.optimizer)
+        self.settings = config.optimizer
         build_router_loss(self.model, config, plan)
         parts = parallelize(self.model, config, plan, self.mesh)
         weights = AdapterWeights(weights_of(self.model), seed)
@@ -109,9 +114,7 @@ class DeepSpeedEngine:
         whole_loss = chunked_cross_entropy_sum if config.train.chunked_loss else cross_entropy_sum
         self.loss_fn = parts.tensor[0].loss if parts.tensor else whole_loss
         unit = ModelParallelUnit(self.mesh) if parts.tensor else None
-        groups = param_groups(self.model.named_parameters(), config.optimizer.weight_decay)
-        build = build_cpu_adam if config.optimizer.implementation is Implementation.deepspeed_cpu else build_optimizer
-        self.optimizer = build(groups, config.optimizer)
+        self.optimizer = build_optimizer(self.model.named_parameters(), described, config.optimizer)
         with redirect_stdout(io.StringIO()):  # memory readings that its bfloat16 optimizer prints unasked
             self.engine: Any = deepspeed.initialize(
                 model=self.model, optimizer=self.optimizer, config=settings, mpu=unit
@@ -139,7 +142,8 @@ class DeepSpeedEngine:
         if self.loss_scale:
             self.loss_scale.update(finite=updated)
             self._announce_scale()
-        return StepReport(grad_norm=float(self.engine.get_global_grad_norm()), updated=updated, loss_scale=scale)
+        norm, rates = float(self.engine.get_global_grad_norm()), learning_rates(self.optimizer)
+        return StepReport(grad_norm=norm, updated=updated, loss_scale=scale, learning_rates=rates)
 
     def discard(self) -> None:
         drop_gradient(self.engine.optimizer)
@@ -173,7 +177,8 @@ class DeepSpeedEngine:
 
     def load_state(self, saved: Saved, counters: Counters) -> None:
         stage, steps = self.plan.zero_stage, counters.optimizer_steps
-        deepspeed_state.load_state(self.model, self.engine.optimizer, saved, self.cuts, stage=stage, steps=steps)
+        fresh = deepspeed_state.Fresh(self.settings, steps)
+        deepspeed_state.load_state(self.model, self.engine.optimizer, saved, self.cuts, stage=stage, fresh=fresh)
         if self.loss_scale:
             self.loss_scale.restore(counters.loss_scale, counters.good_steps)
             self._announce_scale()

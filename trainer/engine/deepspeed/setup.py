@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.utils import cpp_extension
@@ -23,7 +22,6 @@ from torch.utils import cpp_extension
 from configs.choices import Implementation, OffloadDevice
 from configs.errors import EnvironmentProblem
 from configs.schema import Config
-from configs.schema import Optimizer as OptimizerConfig
 from trainer.plan.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -148,13 +146,6 @@ class Partitioner:
             param_swapper=self.swapper,
         )
         self.swapper = init.param_swapper
-
-
-def build_cpu_adam(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """DeepSpeed's vectorised AdamW for states in host memory."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, adamw_mode=True)
 
 
 def drop_gradient(optimizer: Any) -> None:

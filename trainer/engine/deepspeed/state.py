@@ -8,16 +8,21 @@ these pieces, and pickle them; what is read and written here is each parameter's
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from configs.schema import Optimizer as Settings
 from trainer.engine.deepspeed.tensor import Cut
 from trainer.engine.saved import Dealer, Saved
 from trainer.engine.torch_state import check_shape, copy_share, saved_kinds
 from trainer.model.pieces import join
+from trainer.model.roles import Described
+from trainer.optim.protocol import COUNTER
+from trainer.optim.table import ask
 
 Cuts = Mapping[str, Cut]
 
@@ -48,22 +53,35 @@ def save_state(model: nn.Module, zero: Any, cuts: Cuts) -> Iterator[tuple[str, t
 def optimizer_steps(zero: Any) -> int:
     """Updates that Adam has counted; 0 for an optimizer that counts none."""
     state = next(iter(zero.optimizer.state.values()), {})
-    return int(state.get("step", 0))
+    return int(state.get(COUNTER, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Makes what the optimizer would have made of a row in its first step, `steps` steps ago."""
+
+    settings: Settings
+    steps: int
+
+    def of(self, optimizer: torch.optim.Optimizer, row: torch.Tensor) -> dict[str, Any]:
+        chosen, about = ask(self.settings), Described(name="row", shape=tuple(row.shape))
+        table = chosen.state(about, self.settings, str(row.dtype).removeprefix("torch."))
+        return chosen.fresh(optimizer, row, table, steps=self.steps)
 
 
 @torch.no_grad()
-def load_state(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, *, stage: int, steps: int) -> None:
+def load_state(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, *, stage: int, fresh: Fresh) -> None:
     """Write this rank's share of every tensor into master weights and optimizer, then refresh what is computed with."""
     for name, parameter in trained(model):
         shape = cuts[name].shape if name in cuts else getattr(parameter, "ds_shape", parameter.shape)
         check_shape(saved, f"model/{name}", shape)
     if stage == 3:
-        _load_partitions(dict(trained(model)), zero, saved, steps)
+        _load_partitions(dict(trained(model)), zero, saved, fresh)
     else:
-        _load_rows(model, zero, saved, cuts, steps)
+        _load_rows(model, zero, saved, cuts, fresh)
 
 
-def _load_rows(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, steps: int) -> None:
+def _load_rows(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, fresh: Fresh) -> None:
     """Stages 1 and 2: one row per parameter group, of which this rank has a piece."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -71,7 +89,7 @@ def _load_rows(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, steps: int
     kinds = saved_kinds(saved)
     is_bf16 = isinstance(zero, BF16_Optimizer)
     for row in zero.fp32_groups_flat_partition if is_bf16 else zero.single_partition_of_fp32_groups:
-        zero.optimizer.state[row] = _fresh_state(zero.optimizer, row, kinds, steps)
+        zero.optimizer.state[row] = fresh.of(zero.optimizer, row) if kinds else {}
     _link_states(zero)
     for name, parameter in trained(model):
         safe_set_full_fp32_param(parameter, _part(saved, f"model/{name}", cuts.get(name), parameter))
@@ -90,7 +108,7 @@ def _part(saved: Saved, key: str, cut: Cut | None, parameter: torch.Tensor) -> t
     return part
 
 
-def _load_partitions(parameters: dict[str, Any], zero: Any, saved: Saved, steps: int) -> None:
+def _load_partitions(parameters: dict[str, Any], zero: Any, saved: Saved, fresh: Fresh) -> None:
     """Stage 3: sub-group by sub-group, in the order of DeepSpeed's own step, so that states on NVMe are swapped in and
     out once."""
     names = {parameter.ds_id: name for name, parameter in parameters.items()}
@@ -102,7 +120,7 @@ def _load_partitions(parameters: dict[str, Any], zero: Any, saved: Saved, steps:
         if swapped:
             zero._optimizer_states_and_gradient_swap_in(number)
         row = zero.fp32_partitioned_groups_flat[number]
-        state = _fresh_state(zero.optimizer, row, kinds, steps)
+        state = fresh.of(zero.optimizer, row) if kinds else {}
         zero.optimizer.state[row] = state
         for parameter in group:
             _, start, length = zero.grad_position[zero.get_param_id(parameter)]
@@ -128,17 +146,4 @@ def _link_states(zero: Any) -> None:
 def _kinds(zero: Any) -> list[str]:
     """The optimizer's tensors per parameter, in a fixed order; none before its first step."""
     state = next(iter(zero.optimizer.state.values()), {})
-    return sorted(kind for kind, value in state.items() if kind != "step" and isinstance(value, torch.Tensor))
-
-
-def _fresh_state(optimizer: torch.optim.Optimizer, row: torch.Tensor, kinds: list[str], steps: int) -> dict[str, Any]:
-    """What the optimizer would have made of this row in its first step, `steps` steps ago."""
-    state: dict[str, Any] = {kind: torch.zeros_like(row) for kind in kinds}
-    if not kinds or isinstance(optimizer, torch.optim.SGD):
-        return state
-    if isinstance(optimizer, torch.optim.AdamW):
-        fused = optimizer.param_groups[0]["fused"]
-        state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=row.device if fused else "cpu")
-    else:  # DeepSpeedCPUAdam counts in Python
-        state["step"] = steps
-    return state
+    return sorted(kind for kind, value in state.items() if kind != COUNTER and isinstance(value, torch.Tensor))

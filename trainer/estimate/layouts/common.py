@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 from configs.choices import DType
-from trainer.estimate.profile import Parameter, Profile
+from configs.schema import Optimizer
+from trainer.estimate.profile import Profile
 from trainer.estimate.timeline import Timeline
-from trainer.optim.adamw_8bit import state_bytes
+from trainer.model.roles import Described
+from trainer.optim.protocol import Held, Spread
+from trainer.optim.table import ask, kept, kept_bytes, shared
 from trainer.plan.plan import Plan
 
 WIDTHS = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
@@ -23,6 +25,7 @@ class Setting:
 
     profile: Profile
     plan: Plan
+    optimizer: Optimizer
     timeline: Timeline
     host: dict[str, int] = field(default_factory=dict)
     nvme: dict[str, int] = field(default_factory=dict)
@@ -53,44 +56,31 @@ def step_inputs(plan: Plan, *, first: bool = False, last: bool = False) -> list[
     return [*slices, *[rows * count] * (first + last + (cp > 1))]
 
 
-def place_states(setting: Setting, sizes: Sequence[int]) -> None:
-    """The optimizer's states, one set for each parameter of `sizes` bytes."""
-    update = setting.profile.update
-    whole = int(update.state)
-    for size in sizes:
-        for _ in range(whole):
-            setting.timeline.allocate("optimizer", size)
-        setting.timeline.allocate("optimizer", round(size * (update.state - whole)))
-        setting.timeline.allocate("optimizer", update.state_constant)
+def place_states(setting: Setting, held: Sequence[Held]) -> None:
+    """The optimizer's states of these parameters."""
+    for one in held:
+        for tensor in kept(one.piece, setting.optimizer, setting.plan.master_dtype):
+            setting.timeline.allocate("optimizer", tensor.nbytes)
 
 
-def place_8bit_states(setting: Setting, parameters: Sequence[Parameter]) -> None:
-    """States of 8-bit AdamW. The tables that say what codes mean are there from the start, once for all."""
-    for parameter in parameters:
-        for size in state_bytes(parameter.numel, embedding=parameter.embedding):
-            setting.timeline.allocate("optimizer", size)
+def place_shared_states(setting: Setting, held: Sequence[Held]) -> None:
+    """What the optimizer keeps once for all parameters, which is there from the start."""
+    tables = shared([one.piece for one in held], setting.optimizer, setting.plan.master_dtype)
+    setting.timeline.allocate("optimizer", sum(tensor.nbytes for tensor in tables.values()))
 
 
-def place_factored_states(setting: Setting, shapes: Sequence[tuple[int, ...]], width: int) -> None:
-    """States of an optimizer that keeps rows and columns of whole matrices, one set for each parameter. width: bytes
-    of an element."""
-    update = setting.profile.update
-    for shape in shapes:
-        if len(shape) < 2:
-            place_states(setting, [prod(shape) * width])
-            continue
-        rows, columns = prod(shape[:-1]), prod((*shape[:-2], shape[-1]))
-        parts = ((update.state_matrix, prod(shape)), (update.state_row, rows), (update.state_column, columns))
-        for ratio, elements in parts:
-            setting.timeline.allocate("optimizer", round(ratio * elements * width))
-        setting.timeline.allocate("optimizer", update.state_constant)
+def states_bytes(setting: Setting, held: Sequence[Held]) -> int:
+    return kept_bytes([one.piece for one in held], setting.optimizer, setting.plan.master_dtype)
 
 
-def update_temporaries(setting: Setting, sizes: Sequence[int]) -> None:
-    """What the update needs for a moment. sizes: bytes of the parameters it updates at once, in its order."""
-    update = setting.profile.update
-    if sizes:
-        pairs = zip(sizes, (0, *sizes), strict=False)
-        most = max(update.temporary_largest * size + update.temporary_before * before for size, before in pairs)
-        workspace = round(update.temporary_all * sum(sizes) + most)
-        setting.timeline.free(setting.timeline.allocate("workspace", workspace))
+def update_temporaries(setting: Setting, held: Sequence[Held]) -> None:
+    """What the update needs for a moment. held: the matrices that it updates at once, in its order."""
+    plan = setting.plan
+    spread = Spread(ranks=plan.fsdp_size * plan.degree("tp"), copies=plan.degree("dp_replicate"))
+    workspace = ask(setting.optimizer).temporaries(held, setting.optimizer, plan.master_dtype, spread)
+    setting.timeline.free(setting.timeline.allocate("workspace", workspace))
+
+
+def flat(elements: int) -> Held:
+    """A row into which an engine has flattened its parameters."""
+    return Held(whole=Described(name="flat", shape=(elements,)), shape=(elements,))

@@ -8,19 +8,17 @@ another; an old one is freed when its last gradient has moved.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
 
 from trainer.estimate.layouts.common import (
     WIDTHS,
     Setting,
-    place_8bit_states,
     place_batch,
-    place_factored_states,
+    place_shared_states,
     place_states,
     update_temporaries,
 )
 from trainer.estimate.timeline import Handle
-from trainer.optim.adamw_8bit import TABLES_BYTES
+from trainer.optim.protocol import Held
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
@@ -41,10 +39,7 @@ class Replicated:
             for parameter in parameters
             if parameter.trainable
         }
-        self.width = width
-        self.trained = [parameter for parameter in anatomy.parameters() if parameter.trainable]
-        self.shapes = [parameter.shape for parameter in self.trained]
-        self.matrices = [prod(shape) * width for shape in self.shapes if len(shape) > 1]
+        self.held = [Held(whole=p.whole, shape=p.shape) for p in anatomy.parameters() if p.trainable]
         self.frozen = list(anatomy.frozen_tensors(WIDTHS[setting.plan.param_dtype]))
         self.gradients: dict[Key, Handle | None] = {}
         self.buckets: list[tuple[set[Key], Handle | None]] = []
@@ -56,8 +51,7 @@ class Replicated:
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
         if self.ddp:
             self.buckets = self._make_buckets(self.sizes)
-        if self.setting.profile.update.eight_bits:
-            self.timeline.allocate("optimizer", TABLES_BYTES)
+        place_shared_states(self.setting, self.held)
         place_batch(self.setting)
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
@@ -88,13 +82,9 @@ class Replicated:
     def end_backward(self) -> None: ...
 
     def update(self, step: int) -> None:
-        if step == 1 and self.setting.profile.update.factored:
-            place_factored_states(self.setting, self.shapes, self.width)
-        elif step == 1 and self.setting.profile.update.eight_bits:
-            place_8bit_states(self.setting, self.trained)
-        elif step == 1:
-            place_states(self.setting, list(self.sizes.values()))
-        update_temporaries(self.setting, self.matrices)
+        if step == 1:
+            place_states(self.setting, self.held)
+        update_temporaries(self.setting, [one for one in self.held if len(one.shape) > 1])
         for handle in self.gradients.values():
             self.timeline.free(handle)
         self.gradients.clear()

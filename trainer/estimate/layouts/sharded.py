@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from math import ceil, prod
 
 from configs.choices import OffloadDevice
-from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
+from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, place_states, states_bytes, update_temporaries
 from trainer.estimate.profile import Parameter
 from trainer.estimate.timeline import COMPUTE, GATHER, REDUCE, Handle
+from trainer.optim.protocol import Held
 
 
 class FullySharded:
@@ -60,8 +61,11 @@ class FullySharded:
 
     def _shard(self, parameter: Parameter) -> int:
         """Elements of a rank's part, padding included."""
+        return prod(self._piece(parameter))
+
+    def _piece(self, parameter: Parameter) -> tuple[int, ...]:
         shape = parameter.shape or (1,)
-        return ceil(shape[0] / self.ranks) * prod(shape[1:])
+        return ceil(shape[0] / self.ranks), *shape[1:]
 
     def _gathered(self, parameter: Parameter) -> int:
         """Bytes that a rank gives to a gathering: its part in param_dtype, or of the codes, two in a byte."""
@@ -200,10 +204,10 @@ class FullySharded:
     def update(self, step: int) -> None:
         update_together([self], step)
 
-    def sizes(self, *, matrices: bool = False) -> list[int]:
-        """Bytes of this rank's parameters in master_dtype."""
+    def updated(self) -> list[Held]:
+        """This rank's pieces of what is trained."""
         members = [parameter for group in self.groups.values() for parameter in group]
-        return [self._shard(p) * self.master for p in members if p.trainable and (len(p.shape) > 1 or not matrices)]
+        return [Held(whole=p.whole, shape=self._piece(p)) for p in members if p.trainable]
 
     def clear(self) -> None:
         for handle in self.sharded.values():
@@ -264,13 +268,13 @@ class FullySharded:
 def update_together(layouts: Sequence[FullySharded], step: int) -> None:
     """The update of all parameters of a rank, whichever of its modules they are in."""
     setting = layouts[0].setting
-    sizes = [size for layout in layouts for size in layout.sizes()]
+    held = [one for layout in layouts for one in layout.updated()]
     if layouts[0].offloaded and setting.gpu:
-        setting.host["optimizer"] = int(sum(sizes) * setting.profile.update.state)
-        setting.host["gradients"] = sum(sizes)
+        setting.host["optimizer"] = states_bytes(setting, held)
+        setting.host["gradients"] = sum(one.piece.numel for one in held) * layouts[0].master
     else:
         if step == 1:
-            place_states(setting, sizes)
-        update_temporaries(setting, [size for layout in layouts for size in layout.sizes(matrices=True)])
+            place_states(setting, held)
+        update_temporaries(setting, [one for one in held if len(one.shape) > 1])
     for layout in layouts:
         layout.clear()

@@ -18,7 +18,15 @@ from typing import Any
 
 from configs.choices import OffloadDevice
 from trainer.engine.deepspeed.config import ModelSize
-from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
+from trainer.estimate.layouts.common import (
+    WIDTHS,
+    Setting,
+    flat,
+    place_batch,
+    place_states,
+    states_bytes,
+    update_temporaries,
+)
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.estimate.timeline import Handle
 
@@ -127,20 +135,20 @@ class ZeroStage12:
             self._release_bucket()
 
     def update(self, step: int) -> None:
-        shares = [elements // self.ranks * self.master for elements in self.groups]
-        flat = None
+        shares = [flat(elements // self.ranks) for elements in self.groups]
+        copy = None
         if not self.offloaded:
             most = min(self.largest, self.groups[0] // self.ranks)
             self.timeline.free(self.timeline.allocate("workspace", most * NORM_BYTES))
             if not self.compact:
-                flat = self.timeline.allocate("gradients", shares[0])
+                copy = self.timeline.allocate("gradients", shares[0].piece.numel * self.master)
         if self.offloaded and self.setting.gpu:
-            self.setting.host["optimizer states"] = int(sum(shares) * self.setting.profile.update.state)
+            self.setting.host["optimizer states"] = states_bytes(self.setting, shares)
         else:
             if step == 1:
                 place_states(self.setting, shares)
             update_temporaries(self.setting, shares[:1])
-        for handle in (flat, *self.partition):
+        for handle in (copy, *self.partition):
             self.timeline.free(handle)
         self.partition.clear()
         self._release_bucket()

@@ -6,7 +6,7 @@ Reads the flat groups of `zero`; source: deepspeed/runtime/bf16_optimizer.py.
 
 from __future__ import annotations
 
-from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
+from trainer.estimate.layouts.common import WIDTHS, Setting, flat, place_batch, place_states, update_temporaries
 from trainer.estimate.layouts.zero import ALLREDUCE_ELEMENTS, flat_groups, place_frozen
 from trainer.estimate.timeline import Handle
 
@@ -56,7 +56,7 @@ class Bfloat16ZeroStage1:
             self.timeline.free(self.timeline.allocate("buffers", sum(self.groups) * self.master))
 
     def update(self, step: int) -> None:
-        shares = [elements // self.ranks * self.master for elements in self.groups]
+        shares = [flat(elements // self.ranks) for elements in self.groups]
         if step == 1:
             place_states(self.setting, shares)
         update_temporaries(self.setting, shares[:1])

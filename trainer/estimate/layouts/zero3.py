@@ -19,7 +19,15 @@ from math import ceil
 from typing import Any
 
 from configs.choices import OffloadDevice
-from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, place_states, update_temporaries
+from trainer.estimate.layouts.common import (
+    WIDTHS,
+    Setting,
+    flat,
+    place_batch,
+    place_states,
+    states_bytes,
+    update_temporaries,
+)
 from trainer.estimate.layouts.zero import trained
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.estimate.timeline import GATHER, Handle
@@ -155,15 +163,16 @@ class ZeroStage3:
 
     def update(self, step: int) -> None:
         sizes = [elements * self.master for elements, _ in self.sub_groups]
+        rows = [flat(elements) for elements, _ in self.sub_groups]
         on_disk = self.optimizer is OffloadDevice.nvme
         if self.optimizer is OffloadDevice.none or not (self.setting.gpu or on_disk):
             if step == 1:
-                place_states(self.setting, sizes)
+                place_states(self.setting, rows)
             gradient = self.timeline.allocate("workspace", max(sizes))
-            update_temporaries(self.setting, [max(sizes)])
+            update_temporaries(self.setting, [max(rows, key=lambda row: row.piece.numel)])
             self.timeline.free(gradient)
         elif step == 1:
-            self._place("optimizer states", int(sum(sizes) * self.setting.profile.update.state), self.optimizer)
+            self._place("optimizer states", states_bytes(self.setting, rows), self.optimizer)
 
     def _next(self, group: str) -> str:
         """The layer after a layer, which in either direction is as large; of other groups none."""

@@ -8,7 +8,7 @@
     context parallel       keys and values, or heads, exchanged around attention
     sharding, gradients    gathers and reductions over the data-parallel ranks, behind the computation as far as it goes
     pipeline               waiting (`plan.bubble`) and handing on hidden states
-    update                 optimizer states read and written where they live; the way there and back
+    update                 optimizer states read and written where they live; the way there and back; matrix products
 
 It ranks layouts, for which the differences between terms count; the constants below are its assumptions, and how far
 it is from published runs is measured by tests/benchmarks/published.py. Torch-free.
@@ -21,16 +21,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.choices import Checkpointing, ContextMethod, EngineName, OffloadDevice
-from configs.schema import Config, Optimizer
-from trainer.estimate.bounds import moments
+from configs.schema import Config
+from configs.schema import Optimizer as Settings
 from trainer.estimate.layouts.common import WIDTHS
 from trainer.estimate.profile import Anatomy
 from trainer.estimate.search.network import Network, build_network, group_of
 from trainer.model.flops import training_flops_per_token
+from trainer.optim.protocol import Work
+from trainer.optim.table import ask, kept_bytes
 from trainer.plan.devices import GB_PER_SECOND, Gpu
 from trainer.plan.model_fields import sizes
 from trainer.plan.plan import Plan
 
+NOTHING = Work()
 MEMORY_ACHIEVED = 0.8
 """Of the data sheet's memory bandwidth, by kernels that only read and write."""
 WHOLE, DIVIDED = {False: 38.0, True: 10.0}, {False: 28.0, True: 14.0}
@@ -41,8 +44,8 @@ LOGIT_BYTES = 30.0
 """Read and written per logit by cast, softmax, loss and their gradients."""
 HIDDEN, EXPOSED = 0.8, 0.05
 """Communication hides behind this part of the computation beside it, and this part of it shows nevertheless."""
-UPDATE_BYTES, MOMENT_BYTES = 14.0, 8.0
-"""Per parameter: master weight read and written, gradient read, copy written; and each moment read and written."""
+UPDATE_BYTES = 14.0
+"""Per parameter: master weight read and written, gradient read, copy written. Each state is read and written too."""
 SELECTIVE = 0.5
 """Of the forward's matrix products are computed again: every second one. All around them is."""
 HOST_MEMORY_GB_PER_SECOND = 20.0
@@ -53,7 +56,8 @@ HOST_MEMORY_GB_PER_SECOND = 20.0
 class Dimensions:
     """Sizes of a decoder. attention: heads * head_dim; key_value: the same of keys. matrices: parameters that take
     part in a matrix product (all but a look-up table). frozen: parameters that are not trained; packed: those of them
-    that are held in `packed_bytes` of other tensors."""
+    that are held in `packed_bytes` of other tensors. kept_bytes: the optimizer's states, in float32. update: its work
+    on all parameters; update_largest: FLOPs of the largest."""
 
     parameters: int
     matrices: int
@@ -65,6 +69,9 @@ class Dimensions:
     frozen: int = 0
     packed: int = 0
     packed_bytes: int = 0
+    kept_bytes: int = 0
+    update: Work = NOTHING
+    update_largest: float = 0.0
 
     @property
     def trained(self) -> int:
@@ -98,7 +105,7 @@ class StepTime:
         return self.tokens / self.total / self.world_size
 
 
-def dimensions(fields: Mapping[str, Any], anatomy: Anatomy) -> Dimensions:
+def dimensions(fields: Mapping[str, Any], anatomy: Anatomy, settings: Settings) -> Dimensions:
     """Sizes from the Hugging Face config's fields, which tell width and vocabulary, and the counted parameters."""
     known = sizes(fields)
     hidden, heads, vocabulary = known.hidden or 1, known.heads or 1, known.vocabulary or 1
@@ -106,6 +113,8 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy) -> Dimensions:
     tied = "head" not in dict(anatomy.groups)
     frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
     packed = [parameter for parameter in frozen if parameter.packed]
+    trained = [parameter.whole for parameter in anatomy.parameters() if parameter.trainable]
+    works = [ask(settings).work(about, settings) for about in trained]
     return Dimensions(
         parameters=anatomy.numel,
         matrices=anatomy.numel - (0 if tied else vocabulary * hidden),
@@ -117,6 +126,9 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy) -> Dimensions:
         frozen=sum(parameter.numel for parameter in frozen),
         packed=sum(parameter.numel for parameter in packed),
         packed_bytes=sum(sum(parameter.packed) for parameter in packed),
+        kept_bytes=kept_bytes(trained, settings, "float32"),
+        update=Work(flops=sum(one.flops for one in works), exchanged=sum(one.exchanged for one in works)),
+        update_largest=max((one.flops for one in works), default=0.0),
     )
 
 
@@ -257,27 +269,37 @@ class _Step:
         size = self.tokens * self.size.hidden * self.width
         return 2 * boundaries * self.network.send(size, group_of(self.plan, "pp"))
 
+    def _step_multiplying(self) -> float:
+        """An update that multiplies whole matrices: each on one rank, which gathers it and sends the result back."""
+        plan, work = self.plan, self.size.update
+        if not work.flops:
+            return 0.0
+        peak = _peak(self.config, plan, self.gpu) * self.config.estimate.efficiency
+        group = group_of(plan, "dp_shard", "cp")
+        sent = self.network.all_to_all(work.exchanged / (self.tp * self.pp * group.size), group)
+        return max(work.flops / plan.world_size, self.size.update_largest) / peak + sent
+
     def _step_update(self) -> float:
         """Optimizer states of this rank's share, read and written where they are."""
         plan, disk = self.plan, self.config.cluster.nvme_gb_per_second * GB_PER_SECOND
         shards = plan.degree("dp_shard") if plan.engine is EngineName.deepspeed else plan.fsdp_size
         own = self.trained / shards
-        kept, fetched = moments(self.config.optimizer), 0.0
-        touched = own * update_bytes(self.config.optimizer)
+        kept, fetched = self.size.kept_bytes / 4 / max(1, self.size.trained), 0.0
+        touched = own * update_bytes(self.size)
         if plan.offload_parameters is not OffloadDevice.none:
             speed = disk if plan.offload_parameters is OffloadDevice.nvme else self.network.host
             fetched = 2 * self.micro_batches * self.held / shards / min(speed, self.network.host)
         if plan.offload_optimizer is OffloadDevice.none:
-            return touched / self.bandwidth + fetched
+            return touched / self.bandwidth + fetched + self._step_multiplying()
         moved = own * (WIDTHS[plan.reduce_dtype] + self.width) / self.network.host
         computed = touched / (HOST_MEMORY_GB_PER_SECOND * GB_PER_SECOND)
         swapped = own * 2 * 4 * (1 + kept) / disk if plan.offload_optimizer is OffloadDevice.nvme else 0.0
         return moved + computed + swapped + fetched
 
 
-def update_bytes(optimizer: Optimizer) -> float:
-    """Per parameter that is updated."""
-    return UPDATE_BYTES + moments(optimizer) * MOMENT_BYTES
+def update_bytes(size: Dimensions) -> float:
+    """Per parameter that is updated: each byte of a state is read and written."""
+    return UPDATE_BYTES + 2 * size.kept_bytes / max(1, size.trained)
 
 
 def _exposed(communication: float, computation: float) -> float:

@@ -51,13 +51,14 @@ class Search:
     """best: the fastest that fit, each layout once, with its best micro-batch and recompute. too_large: the layout that
     would be faster than all of them and does not fit, at the shape that needs least; None: there is none. timed: plans
     that the trainer can run and whose states fit. asked: how many estimates were made. config: what was searched, with
-    the global batch filled in."""
+    the global batch filled in. size: of the model."""
 
     config: Config
     best: Sequence[Found]
     too_large: Found | None
     timed: int
     asked: int
+    size: Dimensions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +119,7 @@ def search(config: Config, machine: Machine) -> Search:
                 _Timed(candidate=candidate, config=changed, plan=plan, time=time, states=states, capacity=capacity)
             )
     timed.sort(key=lambda one: one.time.total)
-    return _fitting(config, timed)
+    return _fitting(config, timed, size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +170,7 @@ class _Questions:
         return Found(candidate=one.candidate, plan=one.plan, time=one.time, estimate=predicted)
 
 
-def _fitting(config: Config, timed: Sequence[_Timed]) -> Search:
+def _fitting(config: Config, timed: Sequence[_Timed], size: Dimensions) -> Search:
     """timed: fastest first."""
     questions = _Questions(timed)
     best: dict[tuple[str, ...], Found] = {}
@@ -184,6 +185,7 @@ def _fitting(config: Config, timed: Sequence[_Timed]) -> Search:
         too_large=_fastest_too_large(timed, best, questions),
         timed=len(timed),
         asked=len(questions.answers),
+        size=size,
     )
 
 
@@ -219,4 +221,4 @@ def _dimensions(config: Config, machine: Machine) -> Dimensions:
     plain = Candidate("single", {"cluster.nodes": 1, "cluster.gpus_per_node": 1, "train.micro_batch_size": 1})
     alone = plain.apply(replace(config, train=replace(config.train, global_batch_size=1)))
     plan = make_plan(alone, machine)
-    return dimensions(fields, get_anatomy(alone, plan))
+    return dimensions(fields, get_anatomy(alone, plan), config.optimizer)

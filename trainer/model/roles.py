@@ -1,0 +1,206 @@
+"""What each parameter is in its model, found once from the modules: optimizers, estimates and checkpoints ask it.
+
+    role         what it is                                                       matrices inside
+    matrix       the weight of a linear layer                                     one
+    packed       several linear layers stored as one weight (query, key, value)   one per layer
+    experts      a stack [expert, ..., ...] of linear layers                      one or two per expert
+    embedding    a table that tokens or positions look up, tied to the head or not
+    head         what scores the vocabulary
+    router       what chooses the experts of a token
+    vector       everything else, element by element: norms, biases, convolutions
+
+Which weights are packed is no property of a module: PACKED lists them by architecture, and transformers' own
+tensor-parallel plans mark others. The plans of `axes.tensor` read the same table. Weights whose parts alternate head
+by head (gpt_neox, bloom, falcon) or feature by feature (gpt_oss's experts) count as one matrix: no block of their rows
+is one of the layers. Importing this module needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Role(StrEnum):
+    matrix = "matrix"
+    packed = "packed"
+    experts = "experts"
+    embedding = "embedding"
+    head = "head"
+    router = "router"
+    vector = "vector"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrices:
+    """How a parameter is split into matrices.
+
+    parts: sizes of the packed matrices along `dim` of the parameter; empty for one matrix.
+    transposed: stored [in, out] (GPT-2's Conv1D) instead of [out, in].
+    stacked: 3-D experts [expert, a, b].
+    """
+
+    parts: tuple[int, ...] = ()
+    dim: int = 0
+    transposed: bool = False
+    stacked: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """One parameter. shape: of all of it, whatever cuts it. matrices: None where the role has none."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role = Role.vector
+    matrices: Matrices | None = None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def cut(self, shape: tuple[int, ...]) -> Described:
+        """What one rank holds of it, for questions that are answered element by element."""
+        return replace(self, shape=shape)
+
+
+HEADS = "heads"
+"""Query, key and value in one weight, whose sizes are those of the heads."""
+PACKED: dict[str, dict[str, int | str]] = {
+    "gpt2": {"transformer.h.*.attn.c_attn": 3},
+    "phi3": {"model.layers.*.self_attn.qkv_proj": HEADS, "model.layers.*.mlp.gate_up_proj": 2},
+    "glm": {"model.layers.*.mlp.gate_up_proj": 2},
+    "glm4": {"model.layers.*.mlp.gate_up_proj": 2},
+}
+"""By model_type and module: into how many equal parts its output features fall, or HEADS."""
+
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_moe_experts")
+
+
+def wildcard(name: str) -> str:
+    """A name with `*` for numbers: model.layers.3.mlp -> model.layers.*.mlp."""
+    return ".".join("*" if word.isdigit() else word for word in name.split("."))
+
+
+def described_from_json(values: Mapping[str, Any]) -> Described:
+    matrices = values["matrices"]
+    if matrices is not None:
+        matrices = Matrices(**{**matrices, "parts": tuple(matrices["parts"])})
+    return Described(name=values["name"], shape=tuple(values["shape"]), role=Role(values["role"]), matrices=matrices)
+
+
+def describe(model: nn.Module) -> dict[str, Described]:
+    """Every parameter by name, a tied one under each of its names. The model may be a stage of a pipeline, and its
+    parameters DTensors: what counts is their whole shape."""
+    from torch import nn
+
+    tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    ends: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {id(p) for p in (ends.parameters() if isinstance(ends, nn.Module) else ()) if p.ndim == 2}
+    routers = set(_routers(model))
+    packing = _Packing(model)
+    found: dict[str, Described] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name, shape = f"{prefix}.{leaf}" if prefix else leaf, tuple(parameter.shape)
+            known = {id(parameter)}
+            role = Role.vector
+            matrices = None
+            if known & tables:
+                role = Role.embedding
+            elif known & heads:
+                role = Role.head
+            elif known & routers:
+                role = Role.router
+            else:
+                role, matrices = packing.of(module, prefix, leaf, shape)
+            found[name] = Described(name=name, shape=shape, role=role, matrices=matrices)
+    return found
+
+
+class _Packing:
+    """Which matrices the parameters of linear layers and stacked experts hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = getattr(model, "config", None)
+        self.text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.table = PACKED.get(getattr(config, "model_type", ""), {})
+        self.styles: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+
+    def of(self, module: nn.Module, prefix: str, leaf: str, shape: tuple[int, ...]) -> tuple[Role, Matrices | None]:
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        name = f"{prefix}.{leaf}"
+        if len(shape) == 2 and isinstance(module, nn.Linear | Conv1D) and leaf == "weight":
+            transposed = isinstance(module, Conv1D)
+            dim = 1 if transposed else 0
+            parts = self._parts(prefix, name, shape[dim])
+            return Role.packed if parts else Role.matrix, Matrices(parts=parts, dim=dim, transposed=transposed)
+        if len(shape) == 3 and not type(module).__module__.startswith("torch.nn") and 1 not in shape:
+            transposed = self._transposed(module, prefix)
+            dim = 2 if transposed else 1
+            concatenated = getattr(module, "is_concatenated", True)
+            parts = self._parts(prefix, name, shape[dim]) if concatenated else ()
+            return Role.experts, Matrices(parts=parts, dim=dim, transposed=transposed, stacked=True)
+        return Role.vector, None
+
+    def _style(self, name: str) -> str:
+        return self.styles.get(name) or self.styles.get(wildcard(name)) or ""
+
+    def _parts(self, prefix: str, name: str, length: int) -> tuple[int, ...]:
+        count = self.table.get(wildcard(prefix), 0)
+        if isinstance(count, str):
+            heads, text = self.text.num_attention_heads, self.text
+            key_value = getattr(text, "num_key_value_heads", None) or heads
+            size = length // (heads + 2 * key_value)
+            return heads * size, key_value * size, key_value * size
+        style = next((style for style in (self._style(name), self._style(prefix)) if style.startswith("packed")), "")
+        count = count or (int(style.partition(":")[2] or 2) if style else 1)
+        return (length // count,) * count if count > 1 else ()
+
+    def _transposed(self, module: nn.Module, prefix: str) -> bool:
+        """Experts stored [expert, in, out]: the module says so, or the plan packs them along their last dimension."""
+        if hasattr(module, "is_transposed"):
+            return bool(module.is_transposed)
+        return any(self._style(f"{prefix}.{leaf}").startswith("packed_rowwise") for leaf in module._parameters)
+
+
+def _routers(model: nn.Module) -> Iterator[int]:
+    """Identities of the weights that stand next to a module of experts and score each of them, or the one that all
+    tokens share."""
+    from torch import nn
+
+    from trainer.model.build import decoder_layers
+
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    counts = {count for field in COUNTS if isinstance(count := getattr(text, field, None), int) and count > 1}
+    if not counts:
+        return
+    layers = decoder_layers(model)
+    for block in model.modules():
+        experts = [child for child in block.children() if child is not layers and _is_experts(child, counts)]
+        if not experts or isinstance(block, nn.ModuleList):
+            continue
+        inside = {id(p) for child in experts for p in child.parameters()}
+        for parameter in block.parameters():
+            if parameter.ndim == 2 and id(parameter) not in inside and parameter.shape[0] in {*counts, 1}:
+                yield id(parameter)
+
+
+def _is_experts(module: nn.Module, counts: set[int]) -> bool:
+    from torch import nn
+
+    if isinstance(module, nn.ModuleList):
+        return len(module) in counts
+    own = [p for p in module._parameters.values() if p is not None]
+    return any(p.ndim == 3 and p.shape[0] in counts for p in own)

@@ -1,0 +1,66 @@
+"""What most optimizers answer alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from configs.choices import Implementation
+from configs.schema import Optimizer as Settings
+from trainer.model.roles import Described
+from trainer.optim.protocol import BYTES, COUNTER, Group, Held, Kept, State, Work
+
+if TYPE_CHECKING:
+    import torch
+
+
+def decayed_and_plain(parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]:
+    """Two groups: matrices and embeddings decay, norms and biases do not."""
+    decayed = tuple(item for item in parameters if len(item[0].shape) >= 2)
+    plain = tuple(item for item in parameters if len(item[0].shape) < 2)
+    groups = [
+        Group(name="decayed", parameters=decayed, weight_decay=settings.weight_decay),
+        Group(name="plain", parameters=plain, weight_decay=0.0),
+    ]
+    return [group for group in groups if group.parameters]
+
+
+def like(parameter: Described, dtype: str, *kinds: str) -> dict[str, Kept]:
+    """Tensors of the parameter's own shape and dtype."""
+    return {kind: Kept(shape=parameter.shape, dtype=dtype) for kind in kinds}
+
+
+def counter(*, host: bool = True) -> dict[str, Kept]:
+    """Of a fused kernel it lies where the parameter does."""
+    return {COUNTER: Kept(shape=(), dtype="float32", host=host)}
+
+
+def fresh(built: torch.optim.Optimizer, parameter: torch.Tensor, state: State, *, steps: int) -> dict[str, Any]:
+    """Zeros, and the counter as torch makes it: the fused kernels read it where the parameter is."""
+    import torch
+
+    made: dict[str, Any] = {}
+    for kind, kept in state.items():
+        if kind == COUNTER:
+            group = next(group for group in built.param_groups if any(p is parameter for p in group["params"]))
+            device = parameter.device if group.get("fused") else "cpu"
+            made[kind] = torch.tensor(float(steps), dtype=torch.float32, device=device)
+        elif kept.shape == tuple(parameter.shape):
+            made[kind] = torch.zeros_like(parameter)
+        else:
+            made[kind] = parameter.new_zeros(kept.shape)
+    return made
+
+
+def kernel(implementation: Implementation) -> Mapping[str, Any]:
+    """torch's words for an implementation."""
+    return {"fused": implementation is Implementation.fused, "foreach": implementation is Implementation.foreach}
+
+
+def nbytes(held: Sequence[Held], dtype: str) -> list[int]:
+    return [one.piece.numel * BYTES[dtype] for one in held]
+
+
+def elementwise(parameter: Described, settings: Settings) -> Work:
+    """The update takes as long as its memory traffic."""
+    return Work()

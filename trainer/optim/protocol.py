@@ -1,0 +1,151 @@
+"""What every optimizer answers. Each is one module of this folder; `table` names them.
+
+    problems      what it cannot be combined with, and why: one line each
+    groups        which parameters are updated alike: weight decay, and a factor on the learning rate
+    build         torch's optimizer over the groups
+    state         what it keeps of a parameter: {kind: shape and dtype}. Checkpoints, estimates, bounds and preflight
+                  read this table; a test holds it against what an update really allocates
+    fresh         those tensors before they are filled from a checkpoint
+    temporaries   bytes that an update needs for a moment
+    work          FLOPs of one update, where it multiplies matrices, and bytes that ranks exchange for it
+    said          what it keeps, in words
+
+No module here imports torch before it is asked to build something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from configs.choices import Implementation
+from configs.schema import Config
+from configs.schema import Optimizer as Settings
+from trainer.model.roles import Described
+
+if TYPE_CHECKING:
+    import torch
+
+COUNTER = "step"
+"""Kind of the tensor in which an optimizer counts its updates. A checkpoint holds one number for all parameters."""
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """A tensor that the optimizer keeps of a parameter.
+
+    shared: there is one for all parameters, which never changes.
+    host: it lies in host memory, wherever the parameter does.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    shared: bool = False
+    host: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        size = BYTES[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+
+State = Mapping[str, Kept]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Parameters that are updated alike.
+
+    name: the learning rate's name in logs.
+    factor: the step's learning rate is multiplied by it.
+    settings: what else torch's param group is to hold.
+    """
+
+    name: str
+    parameters: tuple[tuple[Described, torch.nn.Parameter], ...]
+    weight_decay: float
+    factor: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_torch(self, lr: float) -> dict[str, Any]:
+        return {
+            "params": [parameter for _, parameter in self.parameters],
+            "lr": lr * self.factor,
+            "weight_decay": self.weight_decay,
+            "group": self.name,
+            "lr_factor": self.factor,
+            **self.settings,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """What one rank holds of a parameter that is updated. shape: of its piece; of plain data parallel, all of it."""
+
+    whole: Described
+    shape: tuple[int, ...]
+
+    @property
+    def piece(self) -> Described:
+        return self.whole.cut(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """Over how many ranks one copy of the parameters is spread, and how many copies there are."""
+
+    ranks: int = 1
+    copies: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """flops: of the update of one parameter, on the ranks that share it together. exchanged: bytes that leave these
+    ranks, to be worked on elsewhere, and come back."""
+
+    flops: float = 0.0
+    exchanged: float = 0.0
+
+
+class Optimizer(Protocol):
+    """A module of this folder. IMPLEMENTATIONS: those it has, the one that `auto` takes first. USES: keys of
+    `optimizer` that it reads. OPTIONS: the dataclass of `optimizer.options`; None: it has none."""
+
+    @property
+    def IMPLEMENTATIONS(self) -> Sequence[Implementation]: ...
+
+    @property
+    def USES(self) -> frozenset[str]: ...
+
+    @property
+    def OPTIONS(self) -> type | None: ...
+
+    def problems(self, config: Config, *, sharded: bool) -> Iterator[str]: ...
+
+    def groups(self, parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]: ...
+
+    def build(self, groups: Sequence[Group], settings: Settings, *, replicas: Any) -> torch.optim.Optimizer:
+        """replicas: the process group of ranks that hold the same plain tensors; None where there is one such rank."""
+        ...
+
+    def state(self, parameter: Described, settings: Settings, dtype: str) -> State:
+        """dtype: the parameter's own."""
+        ...
+
+    def fresh(
+        self, built: torch.optim.Optimizer, parameter: torch.Tensor, state: State, *, steps: int
+    ) -> dict[str, Any]: ...
+
+    def temporaries(self, held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
+        """held: the parameters of one param group, in its order."""
+        ...
+
+    def work(self, parameter: Described, settings: Settings) -> Work:
+        """Besides reading and writing the parameter, its gradient and its states."""
+        ...
+
+    def said(self, settings: Settings) -> str: ...

@@ -1,0 +1,63 @@
+"""SGD with momentum, torch's. Its fused kernel takes no sharded parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from configs.choices import Implementation
+from configs.schema import Config
+from configs.schema import Optimizer as Settings
+from trainer.model.roles import Described
+from trainer.optim import common
+from trainer.optim.common import decayed_and_plain as groups
+from trainer.optim.common import elementwise as work
+from trainer.optim.common import fresh
+from trainer.optim.protocol import Group, Held, Spread, State
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "OPTIONS",
+    "USES",
+    "build",
+    "fresh",
+    "groups",
+    "problems",
+    "said",
+    "state",
+    "temporaries",
+    "work",
+]
+
+IMPLEMENTATIONS = (Implementation.foreach, Implementation.fused, Implementation.for_loop)
+USES = frozenset({"beta1", "weight_decay"})
+OPTIONS = None
+
+
+def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+    if config.optimizer.implementation is Implementation.fused and sharded:
+        yield "optimizer.implementation=fused: torch has no fused sgd for sharded parameters; use foreach or auto"
+
+
+def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+    import torch
+
+    asked = settings.implementation
+    kernel = common.kernel(IMPLEMENTATIONS[0] if asked is Implementation.auto else asked)
+    params = [group.as_torch(settings.lr) for group in groups]
+    return torch.optim.SGD(params, lr=settings.lr, momentum=settings.beta1, **kernel)
+
+
+def state(parameter: Described, settings: Settings, dtype: str) -> State:
+    return common.like(parameter, dtype, "momentum_buffer") if settings.beta1 else {}
+
+
+def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
+    return 0
+
+
+def said(settings: Settings) -> str:
+    return f"states of {int(settings.beta1 > 0)} times the bytes it updates"
