@@ -82,7 +82,7 @@ def test_the_room_is_that_of_what_is_saved(tmp_path: Path) -> None:
     needed = {words: _room(load_config(["model=tiny", *words.split()]), tmp_path)[0] for words in ROOM}
     assert needed["optimizer=adamw"] == 4 * parameters * (3 * kept + 1)
     assert needed["optimizer=sgd"] == 4 * parameters * (2 * kept + 1)
-    assert needed["optimizer=adafactor"] == 4 * parameters * (kept + 1)
+    assert 1 < needed["optimizer=adafactor"] / (4 * parameters * (kept + 1)) < 1.02, "rows and columns"
     # The embedding keeps 32 bits; of 13 norms and the matrices below 4,096 values nothing is quantized either.
     assert needed["optimizer=adamw_8bit"] < needed["optimizer=adamw"] * 0.6
     assert needed["tuning=lora tuning.rank=1"] < needed["optimizer=adamw"] / 50

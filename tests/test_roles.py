@@ -1,0 +1,53 @@
+"""What each parameter is in its model, and which matrices it holds."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from configs.load import load_config
+from trainer.engine.prepare import build_causal
+from trainer.model.roles import Described, Matrices, Role, describe
+
+PLAIN = Matrices()
+STACK = {"stacked": True, "dim": 1}
+
+
+def described(*words: str) -> dict[str, Described]:
+    """By name, layers' numbers left out; those that are no vectors."""
+    found = describe(build_causal(load_config(["model=tiny", *words]))).values()
+    return {re.sub(r"^.*\.\d+\.|^model\.", "", one.name): one for one in found if one.role is not Role.vector}
+
+
+def test_gpt2_packs_query_key_and_value_in_a_transposed_weight() -> None:
+    found = described("model=tiny_gpt2")
+    assert found["attn.c_attn.weight"].role is Role.packed
+    assert found["attn.c_attn.weight"].matrices == Matrices(parts=(128, 128, 128), dim=1, transposed=True)
+    assert found["mlp.c_fc.weight"].matrices == Matrices(dim=1, transposed=True)
+    tied = found["lm_head.weight"].role, found["transformer.wte.weight"].role, found["transformer.wpe.weight"].role
+    assert tied == (Role.embedding,) * 3
+
+
+def test_parts_of_a_packed_weight_may_differ() -> None:
+    found = described("model.config.model_type=phi3", "model.config.pad_token_id=0")
+    assert found["self_attn.qkv_proj.weight"].matrices == Matrices(parts=(128, 64, 64))
+    assert found["mlp.gate_up_proj.weight"].matrices == Matrices(parts=(352, 352))
+    assert (found["mlp.down_proj.weight"].matrices, found["lm_head.weight"].role) == (PLAIN, Role.head)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gate_up", "router"),
+    [
+        ("mixtral", Matrices(parts=(352, 352), **STACK), "mlp.gate.weight"),
+        ("gpt_oss", Matrices(stacked=True, dim=2, transposed=True), "mlp.router.weight"),
+        ("llama4_text", Matrices(parts=(352, 352), stacked=True, dim=2, transposed=True), "feed_forward.router.weight"),
+    ],
+)
+def test_experts_are_stacks_of_matrices_and_have_a_router(kind: str, gate_up: Matrices, router: str) -> None:
+    """gpt_oss alternates gate and up feature by feature: no block of it is one of the two."""
+    found = described(f"model.config.model_type={kind}", "model.config.num_local_experts=4")
+    (experts,) = (one for name, one in found.items() if name.endswith("experts.gate_up_proj"))
+    assert (experts.role, experts.matrices) == (Role.experts, gate_up)
+    assert found[router].role is Role.router and found["embed_tokens.weight"].role is Role.embedding
+    assert {name for name, one in found.items() if one.role is Role.router} == {router}
