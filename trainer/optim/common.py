@@ -42,7 +42,9 @@ def fresh(built: torch.optim.Optimizer, parameter: torch.Tensor, state: State, *
     made: dict[str, Any] = {}
     for kind, kept in state.items():
         if kind == COUNTER:
-            group = next(group for group in built.param_groups if any(p is parameter for p in group["params"]))
+            groups = built.param_groups
+            # ZeRO 3 updates rows that stand in no group; all groups have one kernel there.
+            group = next((group for group in groups if any(p is parameter for p in group["params"])), groups[0])
             device = parameter.device if group.get("fused") else "cpu"
             made[kind] = torch.tensor(float(steps), dtype=torch.float32, device=device)
         elif kept.shape == tuple(parameter.shape):
