@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.harness import run_ranks
+from tests.support.harness import Overrides, composes, run_ranks
 from tests.support.parity import words
 from tests.support.resuming import Journal, resume_each, train_and_save
 from tests.support.selection import rows
@@ -45,7 +45,8 @@ def save_all(layouts: dict[str, int], precision: str, folder: Path) -> Journal:
     return run_ranks(1, train_and_save, never_saved, f"{folder} uninterrupted")[0]
 
 
-def train_until_saved(words: list[str], folder: str) -> Journal:
+@composes
+def train_until_saved(words: Overrides, folder: str) -> Journal:
     return train_and_save(words, folder, upto=SAVED)
 
 

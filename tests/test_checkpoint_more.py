@@ -16,11 +16,12 @@ import pytest
 
 from configs.errors import EXIT_FINISHED, EXIT_STOPPED
 from tests.support.deepspeed_cases import WIDE, build_or_skip
-from tests.support.harness import RankFailed, run_ranks
+from tests.support.harness import Overrides, RankFailed, composed, composes, run_ranks
 from tests.support.parity import words
 from tests.support.resuming import (
     Journal,
     resume_each,
+    saving,
     train_and_save,
     train_float16_then_resume,
     train_then_resume_each,
@@ -67,8 +68,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Journal]:
     return folder / "saved", run_ranks(1, train_and_save, overrides("single"), str(folder / "alone"))[0]
 
 
-def train_three_steps(words: list[str], folder: str) -> Journal:
-    return train_and_save([*words, f"checkpoint.every={SAVED}"], folder, upto=SAVED)
+@composes
+def train_three_steps(words: Overrides, folder: str) -> Journal:
+    return train_and_save(saving(composed(words), every=SAVED), folder, upto=SAVED)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from configs.load import load_config
+from tests.support.harness import Overrides, composed, composes
 from trainer.data.build import build_data
 from trainer.engine import build_engine
 from trainer.make_plan import make_plan
@@ -32,9 +32,10 @@ class Trained:
     parameters: dict[str, torch.Tensor]
 
 
-def train(overrides: list[str]) -> Trained:
+@composes
+def train(overrides: Overrides) -> Trained:
     """Run `train.steps` steps of the config on this rank."""
-    config = load_config(overrides)
+    config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join(plan, timeout_minutes=1) as runtime:
         data = build_data(
@@ -67,7 +68,8 @@ def run_trainer(overrides: list[str]) -> int:
     return main(overrides)
 
 
-def train_compiled(overrides: list[str]) -> tuple[Trained, int]:
+@composes
+def train_compiled(overrides: Overrides) -> tuple[Trained, int]:
     """As `train`, with torch.compile's tracing but without its code generation; and how many graphs there are."""
     from torch._dynamo.utils import counters
 

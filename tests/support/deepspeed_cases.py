@@ -18,7 +18,7 @@ from configs.load import load_config
 from configs.schema import Config
 from tests.support import cases
 from tests.support.cases import Trained
-from tests.support.harness import run_ranks
+from tests.support.harness import Overrides, composed, composes, run_ranks
 from tests.support.kernels import mark_complete
 from trainer.data.build import build_data
 from trainer.engine import Engine, StepReport, build_engine
@@ -46,11 +46,12 @@ WIDE = (
 )
 
 
-def train_validating(overrides: list[str]) -> tuple[Trained, dict[str, int], list[str]]:
+@composes
+def train_validating(overrides: Overrides) -> tuple[Trained, dict[str, int], list[str]]:
     """Train, with a validation pass of two batches before every step. Returns also {swap file below its run's folder:
     bytes} as they were before the engine was closed, and what was left below nvme_path afterwards."""
     cases.train_step = _validate_and_step
-    root = Path(load_config(overrides).parallel.offload.nvme_path or "/nonexistent")
+    root = Path(composed(overrides).parallel.offload.nvme_path or "/nonexistent")
     files: dict[str, int] = {}
     close = DeepSpeedEngine.close
 
@@ -71,7 +72,8 @@ def _validate_and_step(engine: Engine, batches: Any, plan: Plan, runtime: Runtim
     return train_step(engine, batches, plan, runtime, *rest)
 
 
-def train_float16(overrides: list[str]) -> Trained:
+@composes
+def train_float16(overrides: Overrides) -> Trained:
     allow_float16()
     return cases.train(overrides)
 
@@ -95,10 +97,11 @@ class Spoilt:
     same: bool
 
 
-def spoil_and_drop(overrides: list[str], spoilt: int, dropped: int) -> Spoilt:
+@composes
+def spoil_and_drop(overrides: Overrides, spoilt: int, dropped: int) -> Spoilt:
     """Train with a gradient in step `spoilt` that is not finite, on the last rank alone, and with step `dropped`
     discarded; then train once more without these steps."""
-    config = load_config(overrides)
+    config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join(plan, timeout_minutes=1) as runtime:
         reports: list[StepReport] = []

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from configs.choices import DType, EngineName
-from configs.load import load_config
 from tests.support.deepspeed_cases import allow_float16
+from tests.support.harness import Overrides, composed, composes
 from trainer.data import Batch
 from trainer.engine import build_engine
 from trainer.estimate.tracker import StorageTracker, balance
@@ -28,8 +28,9 @@ class Measured:
     after: int
 
 
-def measure(overrides: list[str]) -> Measured:
-    config = load_config(overrides)
+@composes
+def measure(overrides: Overrides) -> Measured:
+    config = composed(overrides)
     plan = make_plan(config, find_machine())
     if plan.engine is EngineName.deepspeed and plan.param_dtype is DType.float16:
         allow_float16()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.distributed.tensor import DTensor
 
-from configs.load import load_config
+from tests.support.harness import Overrides, composed, composes
 from trainer.engine.torch import TorchEngine
 from trainer.make_plan import make_plan
 from trainer.model.pieces import cut, join
@@ -13,9 +13,10 @@ from trainer.plan.machine import find_machine
 from trainer.process.runtime import join as join_group
 
 
-def wrong_pieces(overrides: list[str]) -> tuple[int, list[str]]:
+@composes
+def wrong_pieces(overrides: Overrides) -> tuple[int, list[str]]:
     """How many parameters are cut over more than one rank, and the names of those that do not come back whole."""
-    config = load_config(overrides)
+    config = composed(overrides)
     plan = make_plan(config, find_machine())
     wrong, divided = [], 0
     with join_group(plan, timeout_minutes=1) as runtime:

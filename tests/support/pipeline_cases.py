@@ -70,6 +70,10 @@ class Case:
     def world_size(self) -> int:
         return self.pp * self.dp_shard
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "config": self.config}  # the test composes it, and not each rank
+
+    @functools.cached_property
     def config(self) -> Config:
         words = [
             f"parallel.pipeline.schedule={self.schedule}",
@@ -167,12 +171,12 @@ def reference(model: str, layers: int, count: int, packed: bool = False) -> Outc
 
 def train_pipelines(cases: list[Case]) -> list[Outcome]:
     """The same trainings on this rank, each through the plan, the engine and the step."""
-    with join(make_plan(cases[0].config(), find_machine()), timeout_minutes=1) as runtime:
-        return [_train(case, make_plan(case.config(), find_machine()), runtime) for case in cases]
+    with join(make_plan(cases[0].config, find_machine()), timeout_minutes=1) as runtime:
+        return [_train(case, make_plan(case.config, find_machine()), runtime) for case in cases]
 
 
 def _train(case: Case, plan: Plan, runtime: Runtime) -> Outcome:
-    engine = TorchEngine(case.config(), plan, runtime)
+    engine = TorchEngine(case.config, plan, runtime)
     assert engine.pipeline is not None
     actions = _recorded(engine.pipeline)
     _spoil(case.spoil, engine)

@@ -11,12 +11,13 @@ import signal
 import struct
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from configs.load import load_config
+from configs.schema import Config
+from tests.support.harness import Overrides, composed, composes
 from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.progress import identity
 from trainer.data.build import build_data
@@ -43,28 +44,35 @@ class Journal:
     lines: dict[int, str]
 
 
-def train_and_save(overrides: list[str], folder: str, *, upto: int | None = None) -> Journal:
+def saving(config: Config, every: int) -> Config:
+    return replace(config, checkpoint=replace(config.checkpoint, every=every, final=False))
+
+
+@composes
+def train_and_save(overrides: Overrides, folder: str, *, upto: int | None = None) -> Journal:
     """Train in `folder`, from its newest checkpoint if there is one, to step `upto` (the end, if None)."""
-    config = load_config(overrides)
+    config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join(plan, timeout_minutes=1) as runtime:
         return _train(config, plan, runtime, Path(folder), upto or config.train.steps)
 
 
-def resume_each(overrides: list[str], folders: list[str], steps: int) -> list[Journal]:
+@composes
+def resume_each(overrides: Overrides, folders: list[str], steps: int) -> list[Journal]:
     """For each run folder: build the engine anew, resume, train `steps` more. Saves nothing."""
-    config = load_config([*overrides, "checkpoint.every=0", "checkpoint.final=false"])
+    config = saving(composed(overrides), every=0)
     plan = make_plan(config, find_machine())
     with join(plan, timeout_minutes=1) as runtime:
         return [_train(config, plan, runtime, Path(folder), steps, further=True) for folder in folders]
 
 
-def train_then_resume_each(overrides: list[str], folder: str, others: list[str], saved: int) -> list[Journal]:
+@composes
+def train_then_resume_each(overrides: Overrides, folder: str, others: list[str], saved: int) -> list[Journal]:
     """Train to the end, with a checkpoint of step `saved` alone; then, with engines built anew, go on to the end from
     that checkpoint and from those of other run folders. Journals in this order."""
-    whole = load_config([*overrides, f"checkpoint.every={saved}", "checkpoint.final=false"])
+    whole = saving(composed(overrides), every=saved)
     assert saved < whole.train.steps < 2 * saved
-    config = load_config([*overrides, "checkpoint.every=0", "checkpoint.final=false"])
+    config = saving(composed(overrides), every=0)
     plan = make_plan(config, find_machine())
     left = config.train.steps - saved
     with join(plan, timeout_minutes=2) as runtime:
@@ -72,34 +80,39 @@ def train_then_resume_each(overrides: list[str], folder: str, others: list[str],
         return [alone, *(_train(config, plan, runtime, Path(f), left, further=True) for f in (folder, *others))]
 
 
-def train_float16_then_resume(overrides: list[str], folder: str, saved: int) -> list[Journal]:
+@composes
+def train_float16_then_resume(overrides: Overrides, folder: str, saved: int) -> list[Journal]:
     from tests.support.deepspeed_cases import allow_float16
 
     allow_float16()
     return train_then_resume_each(overrides, folder, [], saved)
 
 
-def train_and_die(overrides: list[str], folder: str, rank: int, at: int) -> Journal:
+@composes
+def train_and_die(overrides: Overrides, folder: str, rank: int, at: int) -> Journal:
     """As `train_and_save`, but SIGKILL this process at its `at`-th operation on a file below `folder`, on this rank."""
     if int(os.environ["RANK"]) == rank:
         kill_at(folder, at)
     return train_and_save(overrides, folder)
 
 
-def count_file_operations(overrides: list[str], folder: str) -> int:
+@composes
+def count_file_operations(overrides: Overrides, folder: str) -> int:
     """How many places there are for `train_and_die` on this rank."""
     operations = kill_at(folder, None)
     train_and_save(overrides, folder)
     return len(operations)
 
 
-def list_file_operations(overrides: list[str], folder: str) -> tuple[list[str], Journal]:
+@composes
+def list_file_operations(overrides: Overrides, folder: str) -> tuple[list[str], Journal]:
     """The places for `train_and_die` on this rank, and the journal of the run that is left alone."""
     operations = kill_at(folder, None)
     return operations, train_and_save(overrides, folder)
 
 
-def train_and_die_after(overrides: list[str], folder: str, rank: int, seconds: float) -> Journal:
+@composes
+def train_and_die_after(overrides: Overrides, folder: str, rank: int, seconds: float) -> Journal:
     """As `train_and_save`, but SIGKILL this process after so many seconds, on this rank."""
     if int(os.environ["RANK"]) == rank:
         threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -115,7 +128,8 @@ def commit_and_die(partial: str, at: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_with_small_files(overrides: list[str], folder: str, largest_file: int) -> Journal:
+@composes
+def train_with_small_files(overrides: Overrides, folder: str, largest_file: int) -> Journal:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     try:
         return train_and_save(overrides, folder)
@@ -123,7 +137,8 @@ def train_with_small_files(overrides: list[str], folder: str, largest_file: int)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def train_with_failing_fsync(overrides: list[str], folder: str, at: int) -> Journal:
+@composes
+def train_with_failing_fsync(overrides: Overrides, folder: str, at: int) -> Journal:
     """The `at`-th fsync in `folder` fails."""
     fsync, calls = os.fsync, itertools.count()
 
@@ -136,10 +151,11 @@ def train_with_failing_fsync(overrides: list[str], folder: str, at: int) -> Jour
     return train_and_save(overrides, folder)
 
 
-def resume_often(overrides: list[str], folder: str, starts: int) -> tuple[dict[int, str], int]:
+@composes
+def resume_often(overrides: Overrides, folder: str, starts: int) -> tuple[dict[int, str], int]:
     """Start, train one step, save, end: so many times in this process. Returns the journal's lines, and how many more
     files are open at the end than after the second start."""
-    config = load_config(overrides)
+    config = composed(overrides)
     plan = make_plan(config, find_machine())
     lines: dict[int, str] = {}
     opened: list[int] = []

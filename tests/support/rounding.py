@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.load import load_config
-from tests.support.harness import run_ranks
+from tests.support.harness import Overrides, composed, composes, run_ranks
 from trainer.data.build import build_data
 from trainer.engine.torch import TorchEngine
 from trainer.make_plan import make_plan
@@ -48,8 +47,9 @@ def rounded(words: list[str]) -> Rounded:
     return run_ranks(1, _train, [*COMMON, *words])[0]
 
 
-def _train(overrides: list[str]) -> Rounded:
-    config = load_config(overrides)
+@composes
+def _train(overrides: Overrides) -> Rounded:
+    config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join(plan, timeout_minutes=1) as runtime:
         vocabulary = build_hf_config(config.model).vocab_size

@@ -78,7 +78,7 @@ class RandomWeights:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             # Children first: some models re-draw a child's weight in the parent (GPT-2's scaled c_proj).
             for module_name, module in reversed(list(unit.named_modules())):
-                torch.manual_seed(self._seed_of(plain_name(f"{name}.{module_name}")))
+                _seed(device, self._seed_of(plain_name(f"{name}.{module_name}")))
                 self.model._init_weights(module)
         for owner, leaf, parameter in filled:
             owner._parameters[leaf] = parameter
@@ -91,6 +91,14 @@ class RandomWeights:
     def _seed_of(self, name: str) -> int:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """As torch.manual_seed, for one device: that one looks at the stack for every kind of device that is not there."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 class SavedWeights:
