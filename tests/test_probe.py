@@ -15,7 +15,7 @@ from configs.load import load_config
 from launch.estimate import main as memory_estimate
 from tests.support.cases import run_trainer, train
 from tests.support.harness import run_ranks
-from trainer.engine.prepare import check_layout, prepare_model
+from trainer.passes import check_layout, prepare_model
 
 COMMON = ["data=synthetic", "data.seq_len=32", "train.micro_batch_size=2", "train.eval_samples=2"]
 RUN = [*COMMON, "logging.progress=lines", "scheduler=constant", "checkpoint.every=1"]

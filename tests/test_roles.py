@@ -7,7 +7,7 @@ import re
 import pytest
 
 from configs.load import load_config
-from trainer.engine.prepare import build_causal
+from trainer.model.causal import build_causal
 from trainer.model.roles import Described, Matrices, Role, describe
 
 PLAIN = Matrices()

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from configs.errors import ConfigError
-from trainer.axes.tensor.check import shrink
+from trainer.model.miniature import shrink
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5

@@ -1,110 +1,287 @@
-"""The order in which a plain model becomes a parallel one. The order is the lesson: read it top to bottom.
+"""The order in which a plain model becomes a parallel one. The order is the lesson: read PASSES from top to bottom.
 
-Each pass changes the model from outside and logs one line; the model's own code knows nothing of it.
+    config -> model on the meta device, whole -> PASSES -> what this rank runs
+
+Both engines run the list, and so does the estimate, on a fake mesh and without the passes that move or make bytes.
+Each pass changes the model from outside, and the model's own code knows nothing of it.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from configs.choices import Checkpointing, EngineName
+from configs.choices import Checkpointing, EngineName, TuningMethod
+from configs.errors import ConfigError
 from configs.schema import Config
 from trainer.axes.context import apply_context_parallel
 from trainer.axes.pipeline.split import Stage, split_model
+from trainer.axes.replicate import apply_ddp
 from trainer.axes.shard import apply_fsdp
-from trainer.axes.tensor.apply import TensorParallel, apply_tensor_parallel, tensor_plan
+from trainer.axes.tensor.apply import TensorParallel, apply_tensor_parallel, shares, tensor_plan
 from trainer.axes.tensor.check import self_check
+from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
 from trainer.compile import apply_compile
 from trainer.document_mask import check_document_mask
 from trainer.linear.four_bit import expect_codes
+from trainer.linear.rules import check_frozen
+from trainer.linear.tuning import apply_tuning, tell_adapters
+from trainer.model.build import text_config
+from trainer.model.causal import build_causal
+from trainer.model.loss import Loss, cross_entropy_sum
+from trainer.model.probe import kinds_of, probe, untrained_names
+from trainer.model.roles import Described, describe
+from trainer.model.router_loss import RouterLoss, build_router_loss
+from trainer.optim.table import saved_kinds
 from trainer.plan.plan import Plan
 from trainer.recompute import apply_checkpointing
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Parts:
-    """What this rank runs. modules: the model, or its pipeline stages. stages: the latter; empty without a pipeline.
-    tensor: one for each module; empty without tensor parallel."""
+    """A model on its way through the passes, and at the end what this rank runs.
 
-    modules: list[PreTrainedModel]
-    stages: list[Stage]
-    tensor: list[TensorParallel]
-
-
-def parallelize(model: PreTrainedModel, config: Config, plan: Plan, mesh: DeviceMesh) -> Parts:
-    """Apply the passes that the plan asks for to a model on the meta device.
-
-    Stages first: every later pass then works on what this rank will hold. Tensor parallel before compile and recompute,
-    so that its collectives are inside both; recompute around the compiled layer, whose call it repeats. Sharding last:
-    what it wraps must be the layer as it will run, and it cuts what tensor parallel has left; 4-bit layers get the
-    shape of their codes before, and after the stages, for which whole layers are probed. DDP and DeepSpeed take
-    the model after its parameters are filled, because they copy them into their buckets.
+    mesh: None where nothing is divided, in an estimate. model: whole, with all its names. modules: the model, or this
+    rank's pipeline stages. stages: the latter; empty without a pipeline. tensor: one for each module; empty without
+    tensor parallel. described: of the whole model. kinds: of tensors that the optimizer keeps of each parameter. fill,
+    zero: the engine's own, which give a module its values, and the model to DeepSpeed.
     """
-    stages: list[Stage] = []
-    tensor: list[TensorParallel] = []
-    modules = [model]
-    if config.data.document_mask:
-        check_document_mask(model.config.get_text_config())
-        log.info("document mask: attention stays inside each document")
-    if plan.degree("cp") > 1:
-        apply_context_parallel(model, mesh, method=config.parallel.context_method)
-        log.info("context parallel: sequences over %d ranks by %s", plan.degree("cp"), config.parallel.context_method)
-    if plan.degree("pp") > 1:
-        stages = _split(model, config, plan, mesh)
-        modules = [stage.module for stage in stages]
-        layers = ", ".join(f"{stage.layers.start}-{stage.layers.stop - 1}" for stage in stages)
-        log.info(
-            "pipeline parallel: %d stages, this rank has layers %s; %s waits %.0f %% of a step",
-            stages[0].count,
-            layers,
-            config.parallel.pipeline.schedule,
-            100 * plan.bubble,
-        )
-    for module in modules:
-        expect_codes(module)
-    if plan.degree("tp") > 1:
-        tensor = _divide(model, modules, config, mesh)
-    if config.train.compile:
-        for module in modules:
-            apply_compile(module)
-        log.info("compile: each decoder layer")
-    if config.train.activation_checkpointing is not Checkpointing.none:
-        for module in modules:
-            apply_checkpointing(module, config.train.activation_checkpointing)
-        log.info("activation checkpointing: %s", config.train.activation_checkpointing)
-    if plan.fully_sharded and plan.engine is EngineName.torch:
-        for module in modules:
-            last = not stages or stages[modules.index(module)].is_last
-            apply_fsdp(module, plan, mesh, returns_logits=last)
-        kept = "dropped after the forward" if plan.reshard_after_forward else "kept for the backward"
-        shards = f"over {plan.fsdp_size} ranks, gathered parameters {kept}" if plan.fsdp_size > 1 else "nothing"
-        log.info("FSDP2: shards %s; gradients reduced in %s", shards, plan.reduce_dtype)
-    return Parts(modules=modules, stages=stages, tensor=tensor)
+
+    config: Config
+    plan: Plan
+    mesh: DeviceMesh | None
+    model: PreTrainedModel
+    fill: Callable[[PreTrainedModel], None] | None = None
+    zero: Callable[[Parts], None] | None = None
+    modules: list[PreTrainedModel] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    tensor: list[TensorParallel] = field(default_factory=list)
+    described: dict[str, Described] = field(default_factory=dict)
+    kinds: dict[str, frozenset[str]] = field(default_factory=dict)
+    router_loss: RouterLoss | None = None
+    ddp: DistributedDataParallel | None = None
+
+    def __post_init__(self) -> None:
+        self.modules = [self.model]
+
+    def axis(self, *names: str) -> DeviceMesh:
+        assert self.mesh is not None
+        return self.mesh[names] if names else self.mesh
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of logits as these modules return them."""
+        if self.tensor:
+            return self.tensor[0].loss
+        return chunked_cross_entropy_sum if self.config.train.chunked_loss else cross_entropy_sum
 
 
-def _split(model: PreTrainedModel, config: Config, plan: Plan, mesh: DeviceMesh) -> list[Stage]:
-    pipeline = config.parallel.pipeline
-    return split_model(
-        model,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """wanted: whether the config and plan ask for it. apply: returns lines for the log. traced: whether an estimate
+    runs it too; of the others `trainer.estimate.layouts` counts the bytes."""
+
+    wanted: Callable[[Config, Plan], bool]
+    apply: Callable[[Parts], list[str]]
+    traced: bool = True
+
+
+def _convert(parts: Parts) -> list[str]:
+    convert_model(parts.model, parts.config)
+    check_layout(parts.model, parts.config)
+    _tell_trained(parts.model, parts.config)
+    parts.described = describe(parts.model)
+    trained = [parts.described[name] for name, p in parts.model.named_parameters() if p.requires_grad]
+    parts.kinds = saved_kinds(trained, parts.config.optimizer)
+    parts.router_loss = build_router_loss(parts.model, parts.config, parts.plan)
+    return []
+
+
+def _mask_documents(parts: Parts) -> list[str]:
+    check_document_mask(parts.model.config.get_text_config())
+    return ["document mask: attention stays inside each document"]
+
+
+def _split_sequences(parts: Parts) -> list[str]:
+    method = parts.config.parallel.context_method
+    apply_context_parallel(parts.model, parts.axis(), method=method)
+    return [f"context parallel: sequences over {parts.plan.degree('cp')} ranks by {method}"]
+
+
+def _split_layers(parts: Parts) -> list[str]:
+    pipeline, plan = parts.config.parallel.pipeline, parts.plan
+    parts.stages = split_model(
+        parts.model,
         schedule=pipeline.schedule,
         pp=plan.degree("pp"),
-        rank=mesh["pp"].get_local_rank(),
+        rank=parts.axis("pp").get_local_rank(),
         stages_per_rank=pipeline.stages_per_rank,
         split=pipeline.split,
     )
+    parts.modules = [stage.module for stage in parts.stages]
+    layers = ", ".join(f"{stage.layers.start}-{stage.layers.stop - 1}" for stage in parts.stages)
+    return [
+        f"pipeline parallel: {parts.stages[0].count} stages, this rank has layers {layers};"
+        f" {pipeline.schedule} waits {100 * plan.bubble:.0f} % of a step"
+    ]
 
 
-def _divide(
-    model: PreTrainedModel, modules: list[PreTrainedModel], config: Config, mesh: DeviceMesh
-) -> list[TensorParallel]:
-    sequence = config.parallel.sequence_parallel
-    table = tensor_plan(model, config.parallel.tensor_plan)
-    divided = [apply_tensor_parallel(module, table, mesh["tp"], sequence_parallel=sequence) for module in modules]
-    self_check(model.config, table, mesh["tp"], sequence_parallel=sequence, tuning=config.tuning)
-    return divided
+def _expect_codes(parts: Parts) -> list[str]:
+    for module in parts.modules:
+        expect_codes(module)
+    return []
+
+
+def _split_matrices(parts: Parts) -> list[str]:
+    parallel, mesh = parts.config.parallel, parts.axis("tp")
+    table, sequence = tensor_plan(parts.model, parallel.tensor_plan), parallel.sequence_parallel
+    divide = partial(apply_tensor_parallel, plan=table, tp_mesh=mesh, sequence_parallel=sequence)
+    parts.tensor = [divide(module) for module in parts.modules]
+    return [shares(module, tensor) for module, tensor in zip(parts.modules, parts.tensor, strict=True)]
+
+
+def _check_matrices(parts: Parts) -> list[str]:
+    parallel, mesh = parts.config.parallel, parts.axis("tp")
+    table, sequence = parts.tensor[0].plan, parallel.sequence_parallel
+    self_check(parts.model.config, table, mesh, sequence_parallel=sequence, tuning=parts.config.tuning)
+    return []
+
+
+def _compile(parts: Parts) -> list[str]:
+    for module in parts.modules:
+        apply_compile(module)
+    return ["compile: each decoder layer"]
+
+
+def _recompute(parts: Parts) -> list[str]:
+    mode = parts.config.train.activation_checkpointing
+    for module in parts.modules:
+        apply_checkpointing(module, mode)
+    return [f"activation checkpointing: {mode}"]
+
+
+def _shard(parts: Parts) -> list[str]:
+    plan, last = parts.plan, [stage.is_last for stage in parts.stages] or [True]
+    for module, returns_logits in zip(parts.modules, last, strict=True):
+        apply_fsdp(module, plan, parts.axis(), returns_logits=returns_logits)
+    kept = "dropped after the forward" if plan.reshard_after_forward else "kept for the backward"
+    shards = f"over {plan.fsdp_size} ranks, gathered parameters {kept}" if plan.fsdp_size > 1 else "nothing"
+    return [f"FSDP2: shards {shards}; gradients reduced in {plan.reduce_dtype}"]
+
+
+def _fill(parts: Parts) -> list[str]:
+    assert parts.fill is not None
+    for module in parts.modules:
+        parts.fill(module)
+        module.train()
+    return []
+
+
+def _replicate(parts: Parts) -> list[str]:
+    parts.ddp = apply_ddp(parts.model, parts.plan, next(parts.model.parameters()).device)
+    return []
+
+
+def _partition(parts: Parts) -> list[str]:
+    assert parts.zero is not None
+    parts.zero(parts)
+    return []
+
+
+def _always(config: Config, plan: Plan) -> bool:
+    return True
+
+
+PASSES = (
+    # What linear layers are, and what of the model is trained: on the whole model, before anything is divided.
+    Pass(wanted=_always, apply=_convert),
+    Pass(wanted=lambda config, plan: config.data.document_mask, apply=_mask_documents, traced=False),
+    Pass(wanted=lambda config, plan: plan.degree("cp") > 1, apply=_split_sequences),
+    # Stages before all that follows: every later pass then works on what this rank will hold.
+    Pass(wanted=lambda config, plan: plan.degree("pp") > 1, apply=_split_layers),
+    # 4-bit layers get the shape of their codes after the stages, for which whole layers are probed.
+    Pass(wanted=_always, apply=_expect_codes, traced=False),
+    # Before compile and recompute, so that its collectives are inside both.
+    Pass(wanted=lambda config, plan: plan.degree("tp") > 1, apply=_split_matrices),
+    Pass(wanted=lambda config, plan: plan.degree("tp") > 1, apply=_check_matrices, traced=False),
+    Pass(wanted=lambda config, plan: config.train.compile, apply=_compile, traced=False),
+    # Around the compiled layer, whose call it repeats.
+    Pass(wanted=lambda config, plan: config.train.activation_checkpointing is not Checkpointing.none, apply=_recompute),
+    # What it wraps must be the layer as it will run, and it cuts what tensor parallel has left.
+    Pass(
+        wanted=lambda config, plan: plan.fully_sharded and plan.engine is EngineName.torch, apply=_shard, traced=False
+    ),
+    Pass(wanted=_always, apply=_fill, traced=False),
+    # These two copy parameters into buckets of their own, so they come when there are values.
+    Pass(wanted=lambda config, plan: plan.copied, apply=_replicate, traced=False),
+    Pass(wanted=lambda config, plan: plan.engine is EngineName.deepspeed, apply=_partition, traced=False),
+)
+
+
+def parallelize(parts: Parts) -> None:
+    """Run the passes that the plan asks for over a model on the meta device. A collective. Raises what they raise."""
+    for step in PASSES:
+        if step.wanted(parts.config, parts.plan):
+            for line in step.apply(parts):
+                log.info("%s", line)
+
+
+def divide(parts: Parts) -> None:
+    """The passes that an estimate traces, over a few layers of a model from `prepare_model`."""
+    for step in PASSES[1:]:
+        if step.traced and step.wanted(parts.config, parts.plan):
+            step.apply(parts)
+
+
+def prepare_model(config: Config) -> PreTrainedModel:
+    """The model after the first pass: still whole, with what is trained of it marked. Raises as the two steps do."""
+    model = build_causal(config)
+    convert_model(model, config)
+    return model
+
+
+def convert_model(model: PreTrainedModel, config: Config) -> None:
+    """Make of the linear layers what the config asks for, and freeze what gets no gradient. Raises as
+    `apply_tuning`."""
+    found = probe(text_config(model.config))
+    untrained = untrained_names(model, found) if found is not None else []
+    apply_tuning(model, config.tuning, base=config.model.path, without=untrained)
+    if config.tuning.method is TuningMethod.full:
+        for name in untrained:
+            model.get_parameter(name).requires_grad_(False)
+
+
+def _tell_trained(model: PreTrainedModel, config: Config) -> None:
+    """Log what of a model, still whole, is not trained."""
+    if config.tuning.method is not TuningMethod.full:
+        tell_adapters(model)
+        return
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        log.info("frozen: %d parameters get no gradient from text: %s", len(frozen), kinds_of(frozen))
+
+
+def check_layout(model: PreTrainedModel, config: Config) -> None:
+    """Raise ConfigError where the layout cannot train this model. The estimate keeps a model for several layouts."""
+    name, parallel = type(model).__name__, config.parallel
+    problems = []
+    if model.config.get_text_config() is not model.config:
+        # The passes that cut a model know the names of language models alone.
+        problems += [
+            f"parallel.{axis}={getattr(parallel, axis)}: cuts language models; a {name} has parts for images or sound"
+            " as well; use parallel=single, ddp or fsdp"
+            for axis in ("tp", "pp", "cp")
+            if getattr(parallel, axis) > 1
+        ]
+    frozen = [full for full, parameter in model.named_parameters() if not parameter.requires_grad]
+    problems += check_frozen(config, name, len(frozen), kinds_of(frozen))
+    if problems:
+        raise ConfigError(*problems)

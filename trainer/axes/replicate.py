@@ -22,12 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.choices import DType
 from trainer.model.precision import autocast
 from trainer.plan.plan import Plan
-from trainer.process.runtime import Runtime
 
 COMPRESS = {DType.bfloat16: default_hooks.bf16_compress_hook, DType.float16: default_hooks.fp16_compress_hook}
 
 
-def apply_ddp(model: nn.Module, plan: Plan, runtime: Runtime) -> DistributedDataParallel:
+def apply_ddp(model: nn.Module, plan: Plan, device: torch.device) -> DistributedDataParallel:
     """Wrap the model so that its last backward of a step averages the gradient over all ranks.
 
     gradient_as_bucket_view: gradients live in the communication buckets; without it they would be held twice.
@@ -37,13 +36,13 @@ def apply_ddp(model: nn.Module, plan: Plan, runtime: Runtime) -> DistributedData
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         wrapped = DistributedDataParallel(
             model,
-            device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
+            device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             broadcast_buffers=False,
         )
     if plan.reduce_dtype is not plan.master_dtype:
         wrapped.register_comm_hook(None, COMPRESS[plan.reduce_dtype])
-    _settle_buckets(wrapped, plan, runtime.device)
+    _settle_buckets(wrapped, plan, device)
     return wrapped
 
 

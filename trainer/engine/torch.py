@@ -1,4 +1,4 @@
-"""Torch-native engine: a Hugging Face model, made parallel by `parallelize`, and torch's optimizer.
+"""Torch-native engine: a Hugging Face model, made parallel by `trainer.passes`, and torch's optimizer.
 
 One step:  for each micro-batch: forward, loss, backward (gradients add up; the last one communicates)
            global norm -> finite? -> clip -> update -> clear
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from configs.choices import OffloadDevice, TuningMethod
 from configs.schema import Config
@@ -20,23 +21,15 @@ from trainer.axes import gradients
 from trainer.axes.context import slice_of
 from trainer.axes.mesh import build_mesh
 from trainer.axes.pipeline.run import build_pipeline
-from trainer.axes.replicate import apply_ddp
 from trainer.axes.shard import set_last_micro_batch
-from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
 from trainer.data import Batch
 from trainer.engine import Counters, StepReport, torch_state
-from trainer.engine.prepare import build_causal, check_layout, mark_trained, tell_trained
+from trainer.engine.assemble import assemble
 from trainer.engine.saved import Saved
-from trainer.linear.tuning import AdapterWeights
 from trainer.model.build import materialize
-from trainer.model.loss import cross_entropy_sum
 from trainer.model.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
-from trainer.model.roles import describe
-from trainer.model.router_loss import build_router_loss
-from trainer.model.weights import open_weights
+from trainer.model.weights import Weights
 from trainer.optim.build import build_optimizer, learning_rates, set_lr
-from trainer.optim.table import saved_kinds
-from trainer.passes import parallelize
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
 
@@ -54,39 +47,20 @@ class TorchEngine:
         self.clip_grad_norm = config.train.clip_grad_norm
         self.loss_scale = build_loss_scale(config.precision)
         self.mesh = build_mesh(plan, runtime.device)
-        self.model = build_causal(config)
-        weights_of = runtime.agree(lambda: open_weights(config.model, self.model, seed=config.train.seed))
-        mark_trained(self.model, config)
-        check_layout(self.model, config)
         self.whole = config.tuning.method is TuningMethod.full
-        tell_trained(self.model, config)
-        described = describe(self.model)
-        trained = [described[name] for name, p in self.model.named_parameters() if p.requires_grad]
-        self.kinds = saved_kinds(trained, config.optimizer)
-        self.router_loss = build_router_loss(self.model, config, plan)
-        self.parts = parallelize(self.model, config, plan, self.mesh)
-        self.modules = self.parts.modules
-        for module in self.modules:
-            weights = AdapterWeights(weights_of(module), config.train.seed)
-            # What adapters leave frozen needs no precision beyond that of its use.
-            frozen = None if self.whole else torch_dtype(plan.param_dtype)
-            dtype = torch_dtype(plan.master_dtype)
-            materialize(module, weights, device=self._home(), dtype=dtype, frozen_dtype=frozen)
-            module.train()
-        self.ddp = None
-        if not plan.fully_sharded and plan.degree("dp_replicate") > 1:
-            self.ddp = apply_ddp(self.model, plan, runtime)
+        self.parts = assemble(config, plan, runtime, self.mesh, fill=self._fill)
+        self.model, self.modules, self.ddp = self.parts.model, self.parts.modules, self.parts.ddp
+        self.kinds = self.parts.kinds
         self.pipeline = build_pipeline(self.parts.stages, config, plan, self.mesh) if self.parts.stages else None
-        whole_loss = chunked_cross_entropy_sum if config.train.chunked_loss else cross_entropy_sum
-        self.loss_fn = self.parts.tensor[0].loss if self.parts.tensor else whole_loss
+        self.loss_fn, self.router_loss = self.parts.loss, self.parts.router_loss
         # Kept: after a forward that leaves FSDP's parameters gathered, the modules would name other tensors.
         everything = [(name, p) for module in self.modules for name, p in module.named_parameters()]
         self.copies = dict(self._tied_copies(everything))
         kept = [(name, p) for name, p in everything if self.whole or p.requires_grad]
         self.named = {name: p for name, p in kept if self.copies.get(name) is not p}
         replicas = self.mesh.get_group("dp_replicate") if self.ddp is not None else None
-        self.optimizer = build_optimizer(everything, described, config.optimizer, replicas=replicas)
-        self.states = torch_state.States(self.optimizer, config.optimizer, described)
+        self.optimizer = build_optimizer(everything, self.parts.described, config.optimizer, replicas=replicas)
+        self.states = torch_state.States(self.optimizer, config.optimizer, self.parts.described)
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         micro_batches = [self._own_slice(batch) for batch in micro_batches]
@@ -157,6 +131,12 @@ class TorchEngine:
 
     def close(self) -> None:
         """Nothing is held outside the process."""
+
+    def _fill(self, module: PreTrainedModel, weights: Weights) -> None:
+        # What adapters leave frozen needs no precision beyond that of its use.
+        frozen = None if self.whole else torch_dtype(self.plan.param_dtype)
+        dtype = torch_dtype(self.plan.master_dtype)
+        materialize(module, weights, device=self._home(), dtype=dtype, frozen_dtype=frozen)
 
     def _home(self) -> torch.device:
         """Where the parameters live between their uses."""

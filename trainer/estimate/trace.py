@@ -1,6 +1,6 @@
 """Run the model's own code on fake tensors and note every storage: the source of all activation bytes.
 
-    a unit (`units`: a few layers, cut and divided as in the run) -> fake parameters -> the trainer's checkpointing
+    a unit (`units`: a few layers, cut and divided as in the run) -> fake parameters
     -> forward, the trainer's loss, backward, under a StorageTracker -> sections of a `Trace`
 
 Nothing is computed and nothing is allocated: a trace of Llama 405B takes seconds and no memory. No formula for any
@@ -23,17 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 from torch.utils._pytree import tree_iter
 
-from configs.choices import Checkpointing
 from trainer.axes.gradients import local
 from trainer.axes.shard import sharded_modules
-from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
 from trainer.estimate.kernels import as_on_device, quiet
 from trainer.estimate.profile import Step, Trace
 from trainer.estimate.tracker import CAST, Born, Died, Mark, StorageTracker
 from trainer.estimate.units import Unit, groups_of
 from trainer.linear.four_bit import is_quantized, packed_like
-from trainer.model.loss import cross_entropy_sum
-from trainer.recompute import apply_checkpointing
 
 Groups = dict[str, tuple[str, str]]
 
@@ -59,12 +55,10 @@ class Shape:
     storage: torch.dtype
     compute: torch.dtype | None
     logits_dtype: torch.dtype | None
-    checkpointing: Checkpointing
     gpu: bool
     exact_attention: bool = False
     positions: bool = False
     documents: bool = False
-    chunked_loss: bool = False
     split_backward: bool = False
 
 
@@ -87,7 +81,6 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
         _make_fake(unit.module, shape.storage, frozen=shape.compute or shape.storage)
         feed = _feed(unit, shape)
     unit.module.train()
-    apply_checkpointing(unit.module, shape.checkpointing)
     if unit.stage is not None:
         unit.stage.border.dtype = shape.storage
     sections: dict[tuple[str, str], tuple[Step, ...]] = {}
@@ -156,7 +149,7 @@ def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker) 
     if shape.logits_dtype is not None:
         logits = logits.to(shape.logits_dtype)
     tracker.mark("loss")
-    loss = _loss(unit, shape)(logits, feed.labels)
+    loss = unit.parts.loss(logits, feed.labels)
     del logits
     tracker.mark("backward")
     loss.backward()
@@ -173,7 +166,7 @@ def _staged(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, sp
         if shape.logits_dtype is not None:
             output = output.to(shape.logits_dtype)
         tracker.mark("loss")
-        result = _loss(unit, shape)(output, feed.labels)
+        result = unit.parts.loss(output, feed.labels)
     values = [feed.inputs, *feed.extras.values()]
     if not split:
         tracker.mark("backward")
@@ -196,12 +189,6 @@ def _staged(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, sp
         for name in [name for name, parameter in waiting.items() if parameter.grad is not None]:
             del waiting[name]
             tracker.mark(f"gradient {name}")
-
-
-def _loss(unit: Unit, shape: Shape) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    if unit.tensor is not None:
-        return unit.tensor.loss
-    return chunked_cross_entropy_sum if shape.chunked_loss else cross_entropy_sum
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype, *, frozen: torch.dtype) -> None:

@@ -21,8 +21,6 @@ from trainer.plan.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from trainer.estimate.units import Division
-
 
 class NotEstimated(CookbookError):
     """The command cannot answer for this configuration, and says what it would have left out."""
@@ -50,7 +48,7 @@ class Tracer:
     @cached_property
     def model(self) -> PreTrainedModel:
         """Building one takes as long as a trace, and a search traces one model at many shapes: the last is kept."""
-        from trainer.engine.prepare import check_layout, prepare_model
+        from trainer.passes import check_layout, prepare_model
 
         if self.key not in _models:
             model = prepare_model(self.config)
@@ -59,21 +57,9 @@ class Tracer:
         check_layout(_models[self.key], self.config)
         return _models[self.key]
 
-    def _division(self) -> Division:
-        from trainer.estimate.units import Division
-
-        parallel = self.config.parallel
-        return Division(
-            tp=self.plan.degree("tp"),
-            cp=self.plan.degree("cp"),
-            sequence_parallel=parallel.sequence_parallel,
-            tensor_plan=parallel.tensor_plan,
-            context_method=parallel.context_method,
-        )
-
     def outline(self) -> Outline:
         from trainer.axes.pipeline.probe import count_costs, examine
-        from trainer.estimate.units import build_unit, describe, fake_ranks, layer_buffers, layer_kinds
+        from trainer.estimate.units import build_unit, describe, layer_buffers, layer_kinds
 
         kinds = layer_kinds(self.model)
         layer_costs, head_cost, hidden_size = [], 0.0, 0
@@ -81,9 +67,10 @@ class Tracer:
             found = examine(self.model)
             layer_costs, head_cost = count_costs(self.model, found)
             hidden_size = found.hidden_size
-        division = replace(self._division(), cp=1)
-        with fake_ranks(division) as mesh:
-            unit = build_unit(self.model, [kinds.index(kind) for kind in dict.fromkeys(kinds)], division, mesh)
+        # Of which sequences are split nothing here depends, and outlines are kept on disk without them.
+        whole = replace(self.plan, mesh=tuple((axis, 1 if axis == "cp" else size) for axis, size in self.plan.mesh))
+        layers = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+        with build_unit(self.model, layers, self.config, whole) as unit:
             anatomy, per_layer = describe(unit, kinds), layer_buffers(unit)
         return Outline(
             anatomy=replace(anatomy, buffers_bytes=anatomy.buffers_bytes + len(kinds) * per_layer),
@@ -95,7 +82,7 @@ class Tracer:
 
     def part(self, fields: Mapping[str, Any], kinds: tuple[int, ...], owned: range, *, stages: int, index: int) -> Part:
         from trainer.estimate.trace import CannotTrace, Shape, trace_unit
-        from trainer.estimate.units import build_unit, describe, fake_ranks
+        from trainer.estimate.units import build_unit, describe
         from trainer.model.precision import torch_dtype
         from trainer.model.router_loss import FLAG, router_coefficient
 
@@ -112,18 +99,15 @@ class Tracer:
             storage=storage,
             compute=compute,
             logits_dtype=logits,
-            checkpointing=self.config.train.activation_checkpointing,
             gpu=fields["gpu"],
             exact_attention=fields["exact_attention"],
             positions=self.plan.degree("cp") > 1 or self.config.data.document_mask,
             documents=self.config.data.document_mask,
-            chunked_loss=fields["chunked_loss"],
             split_backward=fields["split_backward"],
         )
-        division = self._division()
         layers = [owned[place] for place in kept_layers(kinds[owned.start : owned.stop])]
-        with fake_ranks(division) as mesh:
-            unit = build_unit(self.model, layers, division, mesh, first=index == 0, last=index == stages - 1)
+        first, last = index == 0, index == stages - 1
+        with build_unit(self.model, layers, self.config, self.plan, first=first, last=last) as unit:
             anatomy = describe(unit, kinds)
             try:
                 trace = trace_unit(unit, shape)

@@ -1,56 +1,54 @@
 """What is traced: a few layers of the model, cut and divided by the trainer's own passes, for rank 0 of a fake group.
 
-    whole model (meta) -> keep some layers -> context parallel -> pipeline stage -> tensor parallel -> a unit
+    whole model (meta) -> keep some layers -> `trainer.passes` -> a unit
 
-The order is that of `trainer.passes`. Collectives of the fake group return at once and leave their tensors as
-they are: shapes are right, and shapes are all that counts here. Ranks of one group hold the same bytes, but where a
-vocabulary does not divide: rank 0 holds the most of it.
+Collectives of the fake group return at once and leave their tensors as they are: shapes are right, and shapes are all
+that counts here. Ranks of one group hold the same bytes, but where a vocabulary does not divide: rank 0 holds the most
+of it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from math import prod
 
+import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
-from configs.choices import ContextMethod
-from trainer.axes.context import apply_context_parallel
+from configs.schema import Config, Pipeline
 from trainer.axes.gradients import local
-from trainer.axes.pipeline.split import Stage, split_model
+from trainer.axes.mesh import build_mesh
+from trainer.axes.pipeline.split import Stage
 from trainer.axes.shard import sharded_modules
-from trainer.axes.tensor.apply import TensorParallel, divide, tensor_plan
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.linear.four_bit import is_quantized, stored_bytes
 from trainer.model.build import decoder_layers, held_layers
 from trainer.model.roles import describe as describe_roles
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Division:
-    """How ranks of one data-parallel place share the model: see `configs.schema.Parallel`."""
-
-    tp: int = 1
-    cp: int = 1
-    sequence_parallel: bool = False
-    tensor_plan: Mapping[str, str] = field(default_factory=dict)
-    context_method: ContextMethod = ContextMethod.ulysses
+from trainer.passes import Parts, divide
+from trainer.plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """kinds: of its layers. stage: what the pipeline knows of it; tensor: what tensor parallel does."""
+    """kinds: of its layers. parts: what the passes have made of them, and the loss."""
 
-    module: PreTrainedModel
     kinds: tuple[int, ...]
-    stage: Stage | None = None
-    tensor: TensorParallel | None = None
+    parts: Parts
+
+    @property
+    def module(self) -> PreTrainedModel:
+        return self.parts.modules[0]
+
+    @property
+    def stage(self) -> Stage | None:
+        return next(iter(self.parts.stages), None)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -62,16 +60,13 @@ class Unit:
 
 
 @contextmanager
-def fake_ranks(division: Division) -> Iterator[DeviceMesh | None]:
-    """A mesh of axes cp and tp whose other ranks do not exist. None where nothing is divided."""
-    if division.tp * division.cp == 1:
-        yield None
-        return
+def _fake_mesh(plan: Plan, rank: int) -> Iterator[DeviceMesh]:
+    """The plan's mesh, whose other ranks do not exist."""
     if dist.is_initialized():
         raise RuntimeError("this process is a rank of a real group; ask before it joins")
-    dist.init_process_group("fake", rank=0, world_size=division.cp * division.tp, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=plan.world_size, store=FakeStore())
     try:
-        yield init_device_mesh("cpu", (division.cp, division.tp), mesh_dim_names=("cp", "tp"))
+        yield build_mesh(plan, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
@@ -95,17 +90,12 @@ def layer_kinds(model: nn.Module) -> list[int]:
     return numbers
 
 
+@contextmanager
 def build_unit(
-    model: PreTrainedModel,
-    layers: Sequence[int],
-    division: Division,
-    mesh: DeviceMesh | None,
-    *,
-    first: bool = True,
-    last: bool = True,
-) -> Unit:
-    """A unit with copies of these layers of the model, which is left as it was. first, last: whether a pipeline stage
-    is the first, the last; both: no pipeline.
+    model: PreTrainedModel, layers: Sequence[int], config: Config, plan: Plan, *, first: bool = True, last: bool = True
+) -> Iterator[Unit]:
+    """A unit with copies of these layers of the model, which is left as it was, on the ranks that share one
+    data-parallel place of the plan. first, last: whether a pipeline stage is the first, the last; both: no pipeline.
 
     Raises what the passes raise: ConfigError, PlanError.
     """
@@ -114,20 +104,18 @@ def build_unit(
     # The stages before and after this one are a layer each: they are taken out again.
     before, after = others[: int(not first)], others[int(not first) :][: int(not last)]
     module = _shortened(model, [*before, *layers, *after])
-    if division.cp > 1:
-        assert mesh is not None
-        apply_context_parallel(module, mesh, method=division.context_method)
-    plan = tensor_plan(module, division.tensor_plan) if division.tp > 1 else {}
-    stage = None
-    if not (first and last):
-        split = [count for count in (len(before), len(layers), len(after)) if count]
-        (stage,) = split_model(module, schedule="gpipe", pp=len(split), rank=int(not first), split=split)
-        module = stage.module
-    tensor = None
-    if division.tp > 1:
-        assert mesh is not None
-        tensor = divide(module, plan, mesh["tp"], sequence_parallel=division.sequence_parallel)
-    return Unit(module=module, kinds=tuple(kinds[index] for index in layers), stage=stage, tensor=tensor)
+    split = [count for count in (len(before), len(layers), len(after)) if count]
+    pipeline = Pipeline(schedule="gpipe", split=split if len(split) > 1 else None)
+    config = replace(config, parallel=replace(config.parallel, pipeline=pipeline))
+    degrees = {"pp": len(split), "dp_replicate": 1, "dp_shard": 1}
+    mesh = tuple((axis, degrees.get(axis, degree)) for axis, degree in plan.mesh)
+    plan = replace(plan, nodes=1, gpus_per_node=prod(degree for _, degree in mesh), mesh=mesh)
+    # The first rank of its stage.
+    rank = plan.world_size // len(split) * int(not first)
+    with _fake_mesh(plan, rank) if plan.world_size > 1 else nullcontext() as ranks:
+        parts = Parts(config=config, plan=plan, mesh=ranks, model=module)
+        divide(parts)
+        yield Unit(kinds=tuple(kinds[index] for index in layers), parts=parts)
 
 
 def _shortened(model: PreTrainedModel, chosen: Sequence[int]) -> PreTrainedModel:
@@ -165,7 +153,7 @@ def groups_of(unit: Unit) -> dict[str, tuple[str, str]]:
 
 def describe(unit: Unit, kinds: Sequence[int]) -> Anatomy:
     """The unit's parameters in groups. kinds: of all layers of the model. Only the buffers outside its layers."""
-    partial = set(unit.tensor.partial if unit.tensor else ())
+    partial = {name for tensor in unit.parts.tensor for name in tensor.partial}
     ends = set(unit.stage.tied if unit.stage else ())
     roles = describe_roles(unit.module)
     members: dict[str, list[Parameter]] = {"root": []}

@@ -5,7 +5,7 @@
     materialize       unit by unit (embedding, each decoder layer, norm, head): allocate, fill, hand over
 
 A sharding engine partitions each unit as soon as it is filled, so that no rank ever holds the whole model.
-Reads the config and `weights`. Next: `parallelize`.
+Reads the config and `weights`. Next: `causal`.
 """
 
 from __future__ import annotations

@@ -84,6 +84,11 @@ class Plan:
         way, with a degree of 1 where nothing is sharded: one path for dtypes, gradients and the optimizer."""
         return is_sharded(self.mesh)
 
+    @property
+    def copied(self) -> bool:
+        """Engine torch: whether every rank holds the whole model, and DDP averages the gradients."""
+        return self.engine is EngineName.torch and not self.fully_sharded and self.data_parallel_size > 1
+
     def describe(self) -> str:
         """The plan in words, with the batch arithmetic spelled out: printed before step 1 and by `dry_run`."""
         b = self.batch

@@ -27,10 +27,10 @@ import torch.distributed as dist
 from configs.choices import OffloadDevice
 from configs.errors import EnvironmentProblem
 from configs.schema import Config
-from trainer.engine.prepare import prepare_model
 from trainer.model.precision import torch_dtype
 from trainer.model.roles import describe
 from trainer.optim.table import kept_bytes
+from trainer.passes import prepare_model
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
 from trainer.report.provenance import versions

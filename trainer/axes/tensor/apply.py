@@ -22,8 +22,7 @@ would count earlier micro-batches again. All tp ranks need the same data and the
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +49,9 @@ from trainer.axes.tensor.plans import (
 )
 from trainer.axes.tensor.regions import Wiring, run_on_local_parts, wire_layer, wire_module
 from trainer.model.build import decoder_layers, held_layers
-from trainer.model.loss import cross_entropy_sum
+from trainer.model.loss import Loss, cross_entropy_sum
 from trainer.model.weights import plain_name
 
-log = logging.getLogger(__name__)
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 KEY = "parallel.tensor_plan"
 
 
@@ -62,11 +59,14 @@ KEY = "parallel.tensor_plan"
 class TensorParallel:
     """What the training step must know of a model that tensor parallel has divided.
 
-    partial: names of the parameters whose gradients are summed over the tp ranks once per step.
+    plan: what it was divided by. partial: names of the parameters whose gradients are summed over the tp ranks once per
+    step.
     loss: takes the place of `trainer.model.loss.cross_entropy_sum`; logits hold this rank's part of the vocabulary.
     """
 
     mesh: DeviceMesh
+    plan: Mapping[str, str]
+    sequence_parallel: bool
     partial: tuple[str, ...]
     loss: Loss
 
@@ -123,23 +123,6 @@ def tensor_plan(model: PreTrainedModel, user_plan: Mapping[str, str] | None = No
 def apply_tensor_parallel(
     model: PreTrainedModel, plan: Mapping[str, str], tp_mesh: DeviceMesh, *, sequence_parallel: bool
 ) -> TensorParallel:
-    """Divide the model over the ranks of `tp_mesh`, in place, and log it. See `divide`."""
-    result = divide(model, plan, tp_mesh, sequence_parallel=sequence_parallel)
-    parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
-    log.info(
-        "tensor parallel: over %d ranks, %.1f M of %.1f M parameters divided%s, %d gradients summed once per step",
-        tp_mesh.size(),
-        sum(p.numel() for p in parameters if not p.placements[0].is_replicate()) / 1e6,
-        sum(p.numel() for p in parameters) / 1e6,
-        ", norms and residuals along the sequence" if sequence_parallel else "",
-        len(result.partial),
-    )
-    return result
-
-
-def divide(
-    model: PreTrainedModel, plan: Mapping[str, str], tp_mesh: DeviceMesh, *, sequence_parallel: bool
-) -> TensorParallel:
     """Divide the parameters (on meta, or real and the same on all ranks) and wire the forwards.
 
     The model may be one stage of a pipeline. Raises PlanError where sizes do not divide.
@@ -160,7 +143,26 @@ def divide(
     divided_logits = any(split_style(style)[0] == "vocabulary" for style in plan.values())
     loss = vocabulary.cross_entropy_sum(wiring.ranks, config.vocab_size) if divided_logits else cross_entropy_sum
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return TensorParallel(mesh=tp_mesh, partial=tuple(sorted(wiring.partial & trained)), loss=loss)
+    return TensorParallel(
+        mesh=tp_mesh,
+        plan=plan,
+        sequence_parallel=sequence_parallel,
+        partial=tuple(sorted(wiring.partial & trained)),
+        loss=loss,
+    )
+
+
+def shares(model: nn.Module, tensor: TensorParallel) -> str:
+    """What of the model was divided, for the log."""
+    parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
+    divided, total = (
+        sum(p.numel() for p in parameters if all_of or not p.placements[0].is_replicate()) for all_of in (0, 1)
+    )
+    along = ", norms and residuals along the sequence" if tensor.sequence_parallel else ""
+    return (
+        f"tensor parallel: over {tensor.mesh.size()} ranks, {divided / 1e6:.1f} M of {total / 1e6:.1f} M parameters"
+        f" divided{along}, {len(tensor.partial)} gradients summed once per step"
+    )
 
 
 def _names(model: nn.Module) -> list[str]:

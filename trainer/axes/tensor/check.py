@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from configs.choices import TuningMethod
 from configs.errors import ConfigError
 from configs.schema import Tuning
-from trainer.axes.tensor.apply import divide
+from trainer.axes.tensor.apply import apply_tensor_parallel
 from trainer.linear.adapter_targets import find_targets
 from trainer.linear.tuning import insert_adapters
 from trainer.model.loss import cross_entropy_sum
+from trainer.model.miniature import shrink
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5
@@ -57,7 +58,7 @@ def self_check(
             plain, ids, expected = _computed(config, tp_mesh, tuning)
             divided = copy.deepcopy(plain)
             divided.zero_grad()
-            tensor_parallel = divide(divided, plan, tp_mesh, sequence_parallel=sequence_parallel)
+            tensor_parallel = apply_tensor_parallel(divided, plan, tp_mesh, sequence_parallel=sequence_parallel)
         except Exception as error:  # a config in miniature may break any rule of its architecture
             log.warning("tensor plan not checked: a small %s does not run: %s", config.model_type, _first_line(error))
             return
@@ -139,74 +140,6 @@ def _plain_model(
             parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
     ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 4 * tp_mesh.size()))
     return model.eval().to(tp_mesh.device_type), ids.to(tp_mesh.device_type)
-
-
-def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> PretrainedConfig:
-    """The same architecture with few (or, `whole_depth`, all) and narrow layers; what `tp` divides and what it does not
-    stays so."""
-    fields, names = config.to_dict(), config.attribute_map
-    # Made of the other fields, by layers that are not all there.
-    fields.pop("per_layer_config", None)
-
-    def get(name: str) -> Any:
-        return fields.get(names.get(name, name))
-
-    heads = get("num_attention_heads")
-    # Latent attention has sizes of its own, and as many key-value heads as heads.
-    latent = get("qk_rope_head_dim") is not None
-    kv_heads = heads if latent else get("num_key_value_heads") or heads
-    small_kv_heads = tp if kv_heads % tp == 0 else kv_heads
-    groups = 1 if heads == kv_heads else 2 * max(1, tp // small_kv_heads)
-    small_heads, head_dim = small_kv_heads * groups, 16
-    sizes = {
-        "num_attention_heads": small_heads,
-        "num_key_value_heads": small_kv_heads,
-        **({} if latent else {"head_dim": head_dim}),
-        "hidden_size": small_heads * head_dim,
-        "word_embed_proj_dim": small_heads * head_dim,
-        "vocab_size": 16 * tp - (1 if get("vocab_size") % tp else 0),
-        **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner"), 16 * tp),
-        "shared_expert_intermediate_size": 16 * tp,
-        "vocab_size_per_layer_input": 16 * tp,
-        "hidden_size_per_layer_input": 16,
-        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-        **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
-        "num_experts_per_tok": 2,
-        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
-    }
-    small = {names.get(name, name): value for name, value in sizes.items() if get(name) is not None}
-    # Its width in the real model may exceed a whole head here.
-    if isinstance(fields.get("rotary_dim"), int):
-        small["rotary_dim"] = head_dim // 2
-    layers = {} if whole_depth else _few_layers(config, names)
-    return type(config)(**{**fields, **small, **layers, **_plain_rotary(fields)})
-
-
-def _few_layers(config: PretrainedConfig, names: Mapping[str, str]) -> dict[str, Any]:
-    """Two layers, and one of each kind where the config has lists of what each layer is."""
-    fields, count = config.to_dict(), config.num_hidden_layers
-    lists = {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == count}
-    kinds = list(map(str, zip(*lists.values(), strict=True)))
-    chosen = sorted({kinds.index(kind) for kind in kinds} | set(range(min(2, count))))
-    return {
-        names.get("num_hidden_layers", "num_hidden_layers"): len(chosen),
-        **{name: [value[layer] for layer in chosen] for name, value in lists.items()},
-    }
-
-
-def _plain_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Some long-context scalings of rotary embeddings list a factor for each pair of features of a full-size head."""
-    kept = ("rope_theta", "partial_rotary_factor")
-
-    def plain(value: dict[str, Any]) -> dict[str, Any]:
-        if any(isinstance(inner, dict) for inner in value.values()):
-            return {name: plain(inner) if isinstance(inner, dict) else inner for name, inner in value.items()}
-        if not any(isinstance(inner, list) for inner in value.values()):
-            return value
-        return {"rope_type": "default", **{name: value[name] for name in kept if name in value}}
-
-    rotary = fields.get("rope_parameters")
-    return {"rope_parameters": plain(rotary)} if isinstance(rotary, dict) else {}
 
 
 def _first_line(error: Exception) -> str:

@@ -22,17 +22,19 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from configs.choices import OffloadDevice
 from configs.schema import Config
 from trainer.axes.mesh import build_mesh
-from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
 from trainer.data import Batch
 from trainer.engine import Counters, StepReport
+from trainer.engine.assemble import assemble
 from trainer.engine.deepspeed import state as deepspeed_state
 from trainer.engine.deepspeed.config import deepspeed_config, model_size
 from trainer.engine.deepspeed.preflight import check_deepspeed
@@ -45,19 +47,13 @@ from trainer.engine.deepspeed.setup import (
 )
 from trainer.engine.deepspeed.swap import SwapFolder
 from trainer.engine.deepspeed.tensor import ModelParallelUnit, make_plain
-from trainer.engine.prepare import build_causal, check_layout, mark_trained, tell_trained
 from trainer.engine.saved import Saved
-from trainer.linear.tuning import AdapterWeights
 from trainer.model.build import materialize
-from trainer.model.loss import cross_entropy_sum
 from trainer.model.pieces import join
 from trainer.model.precision import apply_tf32, build_loss_scale, torch_dtype
-from trainer.model.roles import describe
-from trainer.model.router_loss import build_router_loss
-from trainer.model.weights import open_weights
+from trainer.model.weights import Weights
 from trainer.optim.build import build_optimizer, learning_rates, set_lr
-from trainer.optim.table import saved_kinds
-from trainer.passes import parallelize
+from trainer.passes import Parts
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
 
@@ -85,41 +81,30 @@ class DeepSpeedEngine:
 
     def _build(self, config: Config, deepspeed: ModuleType) -> None:
         """Fill the model, leaving this rank its part of each unit, and put it into DeepSpeed's hands."""
-        plan = self.plan
+        plan, swap_folder = self.plan, str(self.swap.path) if self.swap else None
+        settings: dict[str, Any] = {}
+
+        def fill(module: PreTrainedModel, weights: Weights) -> None:
+            settings.update(deepspeed_config(config, plan, model_size(module), swap_folder=swap_folder))
+            partition = Partitioner(deepspeed, settings) if plan.zero_stage == 3 else None
+            dtype = torch_dtype(plan.param_dtype)
+            materialize(module, weights, device=self.runtime.device, dtype=dtype, after_unit=partition)
+
         self.mesh = build_mesh(plan, self.runtime.device)
-        self.model = build_causal(config)
-        seed = config.train.seed
-        weights_of = self.runtime.agree(lambda: open_weights(config.model, self.model, seed=seed))
-        mark_trained(self.model, config)
-        check_layout(self.model, config)
-        tell_trained(self.model, config)
-        described = describe(self.model)
-        trained = [described[name] for name, _ in deepspeed_state.trained(self.model)]
-        self.kinds = saved_kinds(trained, config.optimizer)
-        self.settings = config.optimizer
-        build_router_loss(self.model, config, plan)
-        parts = parallelize(self.model, config, plan, self.mesh)
-        weights = AdapterWeights(weights_of(self.model), seed)
-        swap_folder = str(self.swap.path) if self.swap else None
-        settings = deepspeed_config(config, plan, model_size(self.model), swap_folder=swap_folder)
-        materialize(
-            self.model,
-            weights,
-            device=self.runtime.device,
-            dtype=torch_dtype(plan.param_dtype),
-            after_unit=Partitioner(deepspeed, settings) if plan.zero_stage == 3 else None,
-        )
-        self.model.train()
-        self.cuts = make_plain(self.model, parts.tensor[0]) if parts.tensor else {}
-        whole_loss = chunked_cross_entropy_sum if config.train.chunked_loss else cross_entropy_sum
-        self.loss_fn = parts.tensor[0].loss if parts.tensor else whole_loss
+        zero = partial(self._hand_over, deepspeed, settings)
+        parts = assemble(config, plan, self.runtime, self.mesh, fill=fill, zero=zero)
+        self.model, self.loss_fn, self.kinds = parts.model, parts.loss, parts.kinds
+        self._announce_scale()
+
+    def _hand_over(self, deepspeed: ModuleType, settings: dict[str, Any], parts: Parts) -> None:
+        self.cuts = make_plain(parts.model, parts.tensor[0]) if parts.tensor else {}
         unit = ModelParallelUnit(self.mesh) if parts.tensor else None
-        self.optimizer = build_optimizer(self.model.named_parameters(), described, config.optimizer)
+        self.settings = parts.config.optimizer
+        self.optimizer = build_optimizer(parts.model.named_parameters(), parts.described, self.settings)
         with redirect_stdout(io.StringIO()):  # memory readings that its bfloat16 optimizer prints unasked
             self.engine: Any = deepspeed.initialize(
-                model=self.model, optimizer=self.optimizer, config=settings, mpu=unit
+                model=parts.model, optimizer=self.optimizer, config=settings, mpu=unit
             )[0]
-        self._announce_scale()
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=valid_tokens.device, dtype=torch.float64)

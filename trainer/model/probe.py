@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from trainer.axes.tensor.check import shrink
+from trainer.model.miniature import shrink
 
 log = logging.getLogger(__name__)
 SEED = 1234

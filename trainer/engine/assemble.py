@@ -1,0 +1,43 @@
+"""What both engines begin with: the model, made parallel and filled with its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+
+from configs.schema import Config
+from trainer.linear.tuning import AdapterWeights
+from trainer.model.causal import build_causal
+from trainer.model.weights import Weights, open_weights
+from trainer.passes import Parts, parallelize
+from trainer.plan.plan import Plan
+from trainer.process.runtime import Runtime
+
+Fill = Callable[[PreTrainedModel, Weights], None]
+
+
+def assemble(
+    config: Config,
+    plan: Plan,
+    runtime: Runtime,
+    mesh: DeviceMesh,
+    *,
+    fill: Fill,
+    zero: Callable[[Parts], None] | None = None,
+) -> Parts:
+    """Build the model and run the passes. A collective. fill, zero: what the passes of these names ask of the engine;
+    `fill` is given a module on the meta device and where its values come from."""
+    model, seed = build_causal(config), config.train.seed
+    weights_of = runtime.agree(lambda: open_weights(config.model, model, seed=seed))
+    parts = Parts(
+        config=config,
+        plan=plan,
+        mesh=mesh,
+        model=model,
+        fill=lambda module: fill(module, AdapterWeights(weights_of(module), seed)),
+        zero=zero,
+    )
+    parallelize(parts)
+    return parts
