@@ -63,6 +63,7 @@ class OptimizerName(StrEnum):
     sgd = "sgd"
     adafactor = "adafactor"
     adamw_8bit = "adamw_8bit"
+    muon = "muon"
 
 
 class Implementation(StrEnum):

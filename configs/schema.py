@@ -209,17 +209,19 @@ class Tuning:
 class Optimizer:
     name: OptimizerName = OptimizerName.adamw
     lr: float = 3e-4
-    """Peak learning rate; `adafactor`: a step, relative to the root mean square of the matrix that it changes."""
+    """Peak learning rate; `muon`: of matrices (see `options`); `adafactor`: a step, relative to the root mean square of
+    the matrix that it changes."""
     beta1: float = 0.9
-    """`adamw`, `adamw_8bit`: decay of the first moment; `sgd`: momentum."""
+    """`adamw`, `adamw_8bit`, and AdamW within `muon`: decay of the first moment; `sgd`: momentum."""
     beta2: float = 0.95
-    """`adamw`, `adamw_8bit`: decay of the second moment; `adafactor` has its own, 1 - step**-0.8."""
+    """As `beta1`, of the second moment; `adafactor` has its own, 1 - step**-0.8."""
     eps: float = 1e-8
-    """`adamw`, `adamw_8bit`: added to the second moment's root; `adafactor`: the least that this root may be."""
+    """As `beta1`: added to the second moment's root; `adafactor`: the least that this root may be."""
     weight_decay: float = 0.1
     """Applied to matrices and embeddings; never to norms and biases."""
     implementation: Implementation = Implementation.auto
-    """`auto`: adamw fused, sgd foreach, adafactor for_loop. `deepspeed_cpu`: DeepSpeed's, for offload (needs g++)."""
+    """`auto`: adamw, and AdamW within muon, fused; sgd foreach, adafactor for_loop. `deepspeed_cpu`: DeepSpeed's, for
+    offload (needs g++)."""
     options: dict[str, Any] = field(default_factory=dict)
     """What one optimizer alone reads; its file below configs/optimizer/ lists them."""
 

@@ -217,7 +217,11 @@ def test_which_checkpoints_stay() -> None:
         ("model.config.vocab_size=300", "vocab_size=261, this run has model.vocab_size=300"),
         ("data.seq_len=16", "data.seq_len=32, this run has data.seq_len=16"),
         ("train.seed=5", "train.seed=0, this run has train.seed=5"),
-        ("optimizer=sgd", "optimizer.name=adamw, this run has optimizer.name=sgd"),
+        (
+            "optimizer=muon",
+            "optimizer.name=adamw, this run has optimizer.name=muon (adamw keeps exp_avg and exp_avg_sq of a matrix,"
+            " muon keeps momentum_buffer)",
+        ),
         ("train.global_batch_size=10", "stands at sample 32, which is not a multiple"),
     ],
 )

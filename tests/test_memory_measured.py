@@ -45,6 +45,7 @@ FOUR = ["train.gradient_accumulation_steps=4"]
 SIX = ["train.gradient_accumulation_steps=6"]
 ADAFACTOR = ["optimizer=adafactor"]
 EIGHT_BITS = ["optimizer=adamw_8bit"]
+MUON = ["optimizer=muon", "optimizer.options.dtype=float32"]
 FULL = ["train.activation_checkpointing=full"]
 SELECTIVE = ["train.activation_checkpointing=selective"]
 
@@ -112,6 +113,8 @@ CASES = {
     "zero2_tensor bf16, adapters": (4, DEEPSPEED, ["parallel=zero2_tensor", *LLAMA, *SHORT, *BF16, "tuning=lora"]),
     "ddp bf16, adafactor, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT, *BF16, *ADAFACTOR]),
     "ddp autocast, 8-bit states, tied": (2, TORCH, ["parallel=ddp", *GPT2, *LONG, *BF16, *EIGHT_BITS]),
+    "ddp fp32, muon, routed experts": (2, TORCH, ["parallel=ddp", *MIXTRAL, *SHORT, *MUON]),
+    "tensor_fsdp bf16, muon, tied": (4, TORCH, ["parallel=tensor_fsdp", *GPT2, *SHORT, *BF16, *MUON]),
     "ddp fp32, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT]),
     "ddp autocast, accumulation": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE]),
     "fsdp fp32": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT]),

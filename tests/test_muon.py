@@ -23,8 +23,9 @@ from tests.support.muon_cases import (
     values,
 )
 from tests.test_imports import HEAVY, reached
+from trainer.model.roles import Matrices
 from trainer.optim.muon.newton_schulz import JORDAN, orthogonalize_
-from trainer.optim.muon.owners import Matrices, boxes, deal, flops, update_bytes
+from trainer.optim.muon.owners import boxes, deal, flops, update_bytes
 from trainer.optim.muon.update import Muon
 
 CHOICES = [

@@ -95,6 +95,16 @@ MEETS = {
 }
 
 
+MUON_KEYS = ("optimizer=muon", "optimizer.options.dtype=float64", "optimizer.lr=0.01")
+EXPERTS = ("model.config.model_type=qwen3_moe", "model.config.num_experts=4", "model.config.num_experts_per_tok=2")
+EXPERTS += ("model.config.moe_intermediate_size=32",)
+MUON = [
+    *(("ddp", 2, "experts"), ("fsdp", 2, "gpt2"), ("fsdp", 2, "experts"), ("tensor", 2, "gpt2")),
+    *(("tensor_fsdp", 4, "gpt2"), ("pipeline", 2, "gpt2"), ("context", 2, "llama"), ("3d_zero1", 8, "gpt2")),
+    *(pytest.param(*row, marks=nightly) for row in (("hsdp", 4, "llama"), ("3d", 8, "llama"), ("ddp", 2, "gpt2"))),
+]
+
+
 def test_every_layout_has_a_row() -> None:
     files = {file.stem for file in (Path(configs.__file__).parent / "parallel").glob("*.yaml")}
     deepspeed = {name for name in files if name.startswith("zero")}
@@ -158,6 +168,15 @@ def test_option_equals_single_process(layout: str, keys: str) -> None:
 def test_adafactor_equals_single_process() -> None:
     extra = ("optimizer=adafactor", "optimizer.lr=0.02", *ACCUMULATE)
     found = measure(["ddp"], 2, model="gpt2", precision="fp64", steps=5, extra=extra)
+    assert found.largest <= FLOAT64, found
+
+
+@pytest.mark.parametrize(("layout", "processes", "model"), MUON)
+def test_muon_equals_single_process(layout: str, processes: int, model: str) -> None:
+    """Whole matrices, whatever cuts them: packed and transposed ones and a tied embedding (gpt2), stacked experts."""
+    extra = (*MUON_KEYS, *ACCUMULATE, *(EXPERTS if model == "experts" else ()))
+    model = "llama" if model == "experts" else model
+    found = measure([layout], processes, model=model, precision="fp64", steps=4, extra=extra)
     assert found.largest <= FLOAT64, found
 
 

@@ -22,6 +22,7 @@ from trainer.estimate.search.network import Group, Network, group_of
 from trainer.estimate.search.render import command
 from trainer.estimate.search.search import Search, search
 from trainer.make_plan import make_plan
+from trainer.optim.protocol import Work
 from trainer.optim.table import moments
 from trainer.plan.devices import find_gpu
 from trainer.plan.machine import Machine
@@ -88,6 +89,16 @@ def timed(*words: str, size: Dimensions = SIZE) -> StepTime:
 def test_time_moves_the_right_way(faster: list[str], slower: list[str]) -> None:
     first, second = timed(*faster), timed(*slower)
     assert first.total / first.tokens < second.total / second.tokens
+
+
+def test_an_update_that_multiplies_is_shared_by_all_ranks_and_no_matrix_is() -> None:
+    """1e15 FLOPs in matrices of 1e13 each; and all of them in one."""
+    even = replace(SIZE, update=Work(flops=1e15), update_largest=1e13)
+    plain, shared, one = (
+        timed("parallel=ddp", size=size).seconds["update"] for size in (SIZE, even, replace(even, update_largest=1e15))
+    )
+    assert one - plain == pytest.approx(8 * (shared - plain))
+    assert shared > plain
 
 
 def test_time_is_the_sum_of_its_terms_and_mfu_its_share_of_the_peak() -> None:

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.support.measured import conditions, write
-from trainer.optim.muon.owners import Matrices
+from trainer.model.roles import Matrices
 from trainer.optim.muon.update import Muon
 
 SIZES = {"hidden": 512, "layers": 4, "rounds": 5}

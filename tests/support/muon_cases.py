@@ -19,8 +19,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from trainer.estimate.tracker import Born, Died, StorageTracker
 from trainer.model.pieces import cut, join
+from trainer.model.roles import Matrices
 from trainer.optim.muon import exchange
-from trainer.optim.muon.owners import Matrices
 from trainer.optim.muon.update import Muon
 
 Shapes = dict[str, tuple[int, ...]]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from configs.choices import OptimizerName
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described, Matrices, Role
-from trainer.optim import adafactor, adamw, adamw_8bit, sgd
+from trainer.optim import adafactor, adamw, adamw_8bit, muon, sgd
 from trainer.optim.protocol import COUNTER, Kept, Optimizer, State
 
 OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
@@ -15,6 +15,7 @@ OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
     OptimizerName.sgd: sgd,
     OptimizerName.adafactor: adafactor,
     OptimizerName.adamw_8bit: adamw_8bit,
+    OptimizerName.muon: muon,
 }
 
 
@@ -58,8 +59,8 @@ def difference(name: str, other: str) -> str:
             return ""
         about = Described(name="", shape=(2**20, 2**20), role=Role.matrix, matrices=Matrices())
         state = saved_state(about, Settings(name=OptimizerName(one)), "float32")
-        kinds.append(f"{one} keeps {', '.join(state) or 'nothing'}")
-    return f" ({' of a matrix, '.join(kinds)})"
+        kinds.append(f"{one} keeps {' and '.join(state) or 'nothing'}")
+    return f" ({kinds[0]} of a matrix, {kinds[1]})"
 
 
 def moments(settings: Settings, *, most: bool = False) -> float:

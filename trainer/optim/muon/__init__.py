@@ -1,1 +1,220 @@
-"""Muon: momentum whose matrices are orthogonalised (Jordan 2024), and AdamW for everything else."""
+"""Muon: momentum whose matrices are orthogonalised (Jordan 2024), and AdamW for everything else.
+
+    role (`trainer.model.roles`)          updated by    learning rate
+    matrix, packed, experts               Muon          optimizer.lr, times a factor of the matrix's shape (adjust_lr)
+    embedding, head, router, vector       AdamW         optimizer.options.adamw_lr
+
+A packed weight is orthogonalised matrix by matrix, and so is a stack of experts. Each matrix goes whole to one of the
+ranks that hold it (`owners`, `exchange`), so every layout of engine torch computes the same update. Liu et al. 2025
+(Moonlight, arXiv:2502.16982) is where decay and `match_rms_adamw` are from: with it an update is as large as AdamW's,
+and one learning rate serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from configs.choices import EngineName, Implementation, TuningMethod
+from configs.ranges import Range
+from configs.schema import Config
+from configs.schema import Optimizer as Settings
+from trainer.model.roles import Described
+from trainer.optim import common
+from trainer.optim.common import fresh
+from trainer.optim.muon.owners import boxes, flops, update_bytes
+from trainer.optim.options import KEY, RANGE, read_options
+from trainer.optim.protocol import BYTES, Group, Held, Spread, State, Work
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "OPTIONS",
+    "USES",
+    "build",
+    "fresh",
+    "groups",
+    "problems",
+    "said",
+    "state",
+    "temporaries",
+    "work",
+]
+
+IMPLEMENTATIONS = (Implementation.fused, Implementation.foreach, Implementation.for_loop)
+USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
+FRACTION = {RANGE: Range(least=0, most=1, below=True)}
+
+
+class AdjustLr(StrEnum):
+    original = "original"
+    match_rms_adamw = "match_rms_adamw"
+
+
+class IterationDtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    float64 = "float64"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """`optimizer.options` of Muon.
+
+    momentum: decay of the momentum.
+    nesterov: orthogonalise the gradient moved towards the momentum, not the momentum itself.
+    steps: Newton-Schulz iterations.
+    coefficients: of the iteration's polynomial a X + b X X^T X + c (X X^T)^2 X.
+    adjust_lr: `match_rms_adamw`: an update is as large as AdamW's; `original`: sqrt(max(1, out / in)).
+    dtype: of the iteration, whatever the weights are.
+    adamw_lr: of what AdamW updates; null: optimizer.lr.
+    adamw_weight_decay: of the embeddings, the head and the router; null: optimizer.weight_decay.
+    """
+
+    momentum: float = field(default=0.95, metadata=FRACTION)
+    nesterov: bool = True
+    steps: int = field(default=5, metadata={RANGE: Range(least=1, most=100)})
+    coefficients: tuple[float, float, float] = field(
+        default=(3.4445, -4.7750, 2.0315), metadata={RANGE: Range(least=-100, most=100)}
+    )
+    adjust_lr: AdjustLr = AdjustLr.match_rms_adamw
+    dtype: IterationDtype = IterationDtype.bfloat16
+    adamw_lr: float | None = field(default=None, metadata={RANGE: Range(least=0, most=1e38, above=True)})
+    adamw_weight_decay: float | None = field(default=None, metadata={RANGE: Range(least=0, most=1e6)})
+
+
+OPTIONS = Options
+
+
+def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+    given = config.optimizer.options
+    if config.parallel.engine is EngineName.deepspeed:
+        yield (
+            "optimizer.name=muon: orthogonalises whole matrices, and ZeRO's partitions are flat rows; use"
+            " parallel=fsdp, hsdp or tensor_fsdp, which shard as much, or optimizer=adamw"
+        )
+    if config.tuning.method is not TuningMethod.full:
+        yield (
+            f"tuning.method={config.tuning.method}: optimizer=muon would orthogonalise an adapter's two factors, and"
+            " not the matrix that they make; use optimizer=adamw, or tuning=full"
+        )
+    if given.get("adjust_lr") == AdjustLr.original and given.get("adamw_lr") is None:
+        yield (
+            f"{KEY}.adjust_lr=original: optimizer.lr={config.optimizer.lr} is then no learning rate for AdamW, which"
+            f" updates embeddings, head and norms; give {KEY}.adamw_lr too (optimizer.lr=0.02 {KEY}.adamw_lr=3e-4)"
+        )
+
+
+def groups(parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]:
+    """Muon's matrices; what AdamW updates, decayed and not, at one learning rate."""
+    options = read_options(settings, Options)
+    matrices = tuple(item for item in parameters if _orthogonal(item[0]))
+    others = [item for item in parameters if not _orthogonal(item[0])]
+    decay, lr = options.adamw_weight_decay, options.adamw_lr
+    of_adamw: dict[str, Any] = {
+        "name": "adamw",
+        "factor": 1.0 if lr is None else lr / settings.lr,
+        "settings": {"kind": "adamw", "fused": _implementation(settings) is Implementation.fused},
+    }
+    kept = ("momentum", "nesterov", "steps", "coefficients")
+    of_muon = {key: value for key, value in asdict(options).items() if key in kept}
+    found = [
+        Group(
+            name="muon",
+            parameters=matrices,
+            weight_decay=settings.weight_decay,
+            settings={
+                "kind": "muon",
+                "matrices": [about.matrices for about, _ in matrices],
+                "adjust_lr": str(options.adjust_lr),
+                **of_muon,
+            },
+        ),
+        Group(
+            parameters=tuple(item for item in others if len(item[0].shape) >= 2),
+            weight_decay=settings.weight_decay if decay is None else decay,
+            **of_adamw,
+        ),
+        Group(parameters=tuple(item for item in others if len(item[0].shape) < 2), weight_decay=0.0, **of_adamw),
+    ]
+    return [group for group in found if group.parameters]
+
+
+def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+    import torch
+
+    from trainer.optim.muon.update import Muon
+
+    dtype = getattr(torch, read_options(settings, Options).dtype)
+    params = [group.as_torch(settings.lr) for group in groups]
+    for group in params:
+        if group["kind"] == "muon":
+            group["dtype"] = dtype
+    betas = (settings.beta1, settings.beta2)
+    kernel = common.kernel(_implementation(settings))
+    return Muon(params, betas=betas, eps=settings.eps, replicas=replicas, **kernel)
+
+
+def state(parameter: Described, settings: Settings, dtype: str) -> State:
+    if _orthogonal(parameter):
+        return common.like(parameter, dtype, "momentum_buffer")
+    moments = common.like(parameter, dtype, "exp_avg", "exp_avg_sq")
+    return {**moments, **common.counter(host=_implementation(settings) is not Implementation.fused)}
+
+
+def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
+    """The largest round: gathered matrices, this rank's pieces, what the iteration needs; and one piece that nesterov
+    moves towards the momentum."""
+    options = read_options(settings, Options)
+    matrices = [one for one in held if _orthogonal(one.whole)]
+    shapes = [shape for one in matrices for shape in _shapes(one.whole)]
+    if not shapes:
+        return 0
+    width = BYTES[options.dtype]
+    needed = update_bytes(
+        shapes,
+        steps=options.steps,
+        itemsize=width,
+        sent_itemsize=min(width, BYTES[dtype]),
+        ranks=spread.ranks,
+        replicas=spread.copies,
+    )
+    moved = max(rows * columns for rows, columns in shapes) // spread.ranks * BYTES[dtype] if options.nesterov else 0
+    return max(needed, moved)
+
+
+def work(parameter: Described, settings: Settings) -> Work:
+    if not _orthogonal(parameter):
+        return Work()
+    options = read_options(settings, Options)
+    total = sum(flops(shape, options.steps) for shape in _shapes(parameter))
+    return Work(flops=total, exchanged=2 * parameter.numel * BYTES[options.dtype])
+
+
+def said(settings: Settings) -> str:
+    options = read_options(settings, Options)
+    return (
+        f"momentum, once the bytes of the matrices; two moments of embeddings, head, router and norms;"
+        f" {options.steps} Newton-Schulz iterations in {options.dtype} on whole matrices"
+    )
+
+
+def _orthogonal(parameter: Described) -> bool:
+    return parameter.matrices is not None
+
+
+def _shapes(parameter: Described) -> list[tuple[int, int]]:
+    """Of the matrices in a whole parameter."""
+    assert parameter.matrices is not None
+    sides = [[end - begin for begin, end in box[-2:]] for box in boxes(parameter.shape, parameter.matrices)]
+    return [(rows, columns) for rows, columns in sides]
+
+
+def _implementation(settings: Settings) -> Implementation:
+    """Of the AdamW in it."""
+    asked = settings.implementation
+    return IMPLEMENTATIONS[0] if asked is Implementation.auto else asked

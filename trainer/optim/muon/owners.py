@@ -16,26 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from trainer.model.roles import Matrices
+
 Run = tuple[int, int]
 """Begin and end along one dimension."""
 Box = tuple[Run, ...]
 BUCKET_BYTES = 256 * 2**20
 BATCH_ELEMENTS = 16 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Matrices:
-    """How a parameter is split into matrices.
-
-    parts: sizes of the packed matrices along `dim` of the parameter; empty for one matrix.
-    transposed: stored [in, out] (GPT-2's Conv1D) instead of [out, in]; it matters to the learning rate alone.
-    stacked: 3-D experts [expert, a, b].
-    """
-
-    parts: tuple[int, ...] = ()
-    dim: int = 0
-    transposed: bool = False
-    stacked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
