@@ -20,14 +20,14 @@ from trainer.plan.plan import Plan
 WORKSPACE_BYTES = 2**28
 
 
-def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer, *, frozen: int = 0) -> float:
+def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer, *, frozen: int = 0, most: bool = False) -> float:
     """What a rank cannot do without on its GPU, whatever the batch. parameters: of the whole model that are trained.
-    frozen: bytes of the others, whole."""
+    frozen: bytes of the others, whole. most: of parameters of which the optimizer keeps most, not least."""
     only_held = 0.0
     if plan.offload_parameters is OffloadDevice.none:
         held = frozen / (plan.degree("tp") * plan.degree("pp"))
         only_held = held / plan.parameter_shards + held * _stay_gathered(plan)
-    return only_held + _trained_bytes(plan, parameters, optimizer)
+    return only_held + _trained_bytes(plan, parameters, moments(optimizer, most=most))
 
 
 def _stay_gathered(plan: Plan) -> bool:
@@ -35,8 +35,8 @@ def _stay_gathered(plan: Plan) -> bool:
     return plan.engine is EngineName.torch and plan.fsdp_size > 1 and not plan.reshard_after_forward
 
 
-def _trained_bytes(plan: Plan, parameters: int, optimizer: Optimizer) -> float:
-    kept = 1 + moments(optimizer)
+def _trained_bytes(plan: Plan, parameters: int, kept_moments: float) -> float:
+    kept = 1 + kept_moments
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
     width, master = WIDTHS[plan.param_dtype], WIDTHS[plan.master_dtype]
     on_gpu = plan.offload_optimizer is OffloadDevice.none
@@ -62,4 +62,6 @@ def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
     logits = 4 * 4 * tokens * known.vocabulary
     held = parameters / (plan.degree("tp") * plan.degree("pp"))
     buffers = held * (WIDTHS[plan.param_dtype] + WIDTHS[plan.master_dtype])
-    return states_bytes(plan, parameters, config.optimizer) + buffers + activations + logits + WORKSPACE_BYTES
+    return (
+        states_bytes(plan, parameters, config.optimizer, most=True) + buffers + activations + logits + WORKSPACE_BYTES
+    )
