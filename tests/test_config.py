@@ -248,9 +248,19 @@ def test_every_schema_attribute_has_a_type() -> None:
 
 def attributes_read(source: str) -> set[str]:
     """`section.field` for every attribute of a section that the source reads, also under another name:
-    `schedule, peak = config.scheduler, config.optimizer.lr` makes `schedule.name` a use of scheduler.name."""
+    `schedule, peak = config.scheduler, config.optimizer.lr` makes `schedule.name` a use of scheduler.name, and
+    `settings: Optimizer` makes `settings.lr` one of optimizer.lr."""
     nodes = list(ast.walk(ast.parse(source)))
-    known_as: dict[str, str] = {}
+    sections = {
+        alias.asname or alias.name: alias.name.lower()
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module == "configs.schema"
+        for alias in node.names
+    }
+    given = [(node.arg, node.annotation) for node in nodes if isinstance(node, ast.arg)]
+    known_as: dict[str, str] = {
+        name: sections[kind.id] for name, kind in given if isinstance(kind, ast.Name) and kind.id in sections
+    }
     for node in nodes:
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target, value = node.targets[0], node.value
