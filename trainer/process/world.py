@@ -53,7 +53,7 @@ def for_children(environment: Mapping[str, str]) -> dict[str, str]:
     """
     ours = {name: value for name, value in environment.items() if name not in VARIABLES}
     ours["PYTHONSAFEPATH"] = "1"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if root.name not in ("site-packages", "dist-packages"):
         # The packages are not installed, or from this checkout.
         others = [path for path in ours.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(root)]
