@@ -13,8 +13,8 @@ from configs.load import load_config
 from tests.support.cases import run_trainer
 from tests.support.harness import run_ranks
 from tests.support.parity import MODELS, measure, reference
-from trainer.linear.four_bit import is_quantized, stored_bytes
-from trainer.linear.tuning import apply_tuning
+from trainer.linear import convert
+from trainer.linear.four_bit_layers import Linear4bit
 from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config, build_model, decoder_layers
 from trainer.plan.machine import Machine
@@ -48,14 +48,14 @@ def test_four_bits_are_near_the_model_and_are_not_it() -> None:
 def test_what_is_stored_is_what_was_counted(double: bool) -> None:
     config = load_config(["model=tiny", "tuning=qlora", f"tuning.double_quantization={str(double).lower()}"])
     model = build_model(config.model, build_hf_config(config.model))
-    apply_tuning(model, config.tuning)
+    convert(model, config)
     unit = decoder_layers(model)[0]
-    layers = {name: module for name, module in unit.named_modules() if is_quantized(module, "weight")}
+    layers = {name: module for name, module in unit.named_modules() if isinstance(module, Linear4bit)}
     assert {name.split(".")[1] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
-    counted = {name: stored_bytes(module) for name, module in layers.items()}
+    counted = {name: module.packed_bytes() for name, module in layers.items()}
     values = {}
     for name, module in layers.items():
-        values[name] = torch.randn(module.get_parameter("weight").shape)
+        values[name] = torch.randn(module.values_shape())
         module._parameters["weight"] = torch.nn.Parameter(module.pack(values[name]), requires_grad=False)
     for name, module in layers.items():
         weight, state = module.get_parameter("weight"), module.quant_state
@@ -124,4 +124,4 @@ def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"^tuning=qlora: the decoder layers of GPT2LMHeadModel have no torch.nn.Linear"
     ):
-        apply_tuning(model, config.tuning)
+        convert(model, config)

@@ -20,7 +20,7 @@ from tests.support.tensor_cases import LLAMA, MODELS, Case, Trained
 from trainer.axes.tensor import adapters as tensor_adapters
 from trainer.axes.tensor.apply import tensor_plan
 from trainer.axes.tensor.plans import PLANS, STYLES, check_plan, check_tensor, match, share_of, split_style
-from trainer.linear.tuning import apply_tuning
+from trainer.linear.adapter_layers import add_adapters
 from trainer.make_plan import make_plan
 from trainer.model.build import tied_names
 from trainer.plan.machine import Machine
@@ -221,13 +221,13 @@ def test_sizes_that_do_not_divide_are_refused(fields: dict[str, object], told: s
 
 def test_adapters_of_experts_are_refused() -> None:
     model = tensor_cases.build("mixtral")
-    apply_tuning(model, replace(tensor_cases.ADAPTERS, target_modules=["q_proj", "gate_up_proj"]))
+    add_adapters(model, replace(tensor_cases.ADAPTERS, target_modules=["q_proj", "gate_up_proj"]))
     with pytest.raises(
         ConfigError, match=r"^tuning\.target_modules: model\.layers\.0\.mlp\.experts\S* would get adapters"
     ):
         tensor_plan(model)
     model = tensor_cases.build("mixtral")
-    apply_tuning(model, tensor_cases.ADAPTERS)
+    add_adapters(model, tensor_cases.ADAPTERS)
     assert tensor_plan(model)["model.layers.*.self_attn.q_proj"] == "colwise"
 
 

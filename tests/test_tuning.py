@@ -20,7 +20,7 @@ from tests.support.harness import run_ranks
 from tests.support.parity import MODELS, Trained, measure, reference, words
 from tests.support.selection import rows
 from trainer.checkpoint.export import export
-from trainer.linear.tuning import apply_tuning, tell_adapters
+from trainer.linear import convert, report
 from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config, build_model
 from trainer.plan.machine import Machine
@@ -184,7 +184,7 @@ FAMILIES |= {"gpt_oss": "num_local_experts", "deepseek_v3": "n_routed_experts"}
 def adapted(*words: str) -> PreTrainedModel:
     config = load_config(["model=tiny", "tuning=lora", "tuning.rank=4", *words])
     model = build_model(config.model, build_hf_config(config.model))
-    apply_tuning(model, config.tuning)
+    convert(model, config)
     return model
 
 
@@ -206,8 +206,8 @@ def test_empty_targets_mean_the_same_in_every_family(kind: str, caplog: pytest.L
     assert {p.shape[0] for name, p in model.named_parameters() if ".lora_A." in name} == {4}
     assert not any("experts.lora" in name or "gate.lora" in name for name, _ in model.named_parameters())
     with caplog.at_level(logging.INFO, logger="trainer"):
-        tell_adapters(model)
-    trained, frozen, _ = (record.message for record in caplog.records if record.name == "trainer.linear.tuning")
+        report(model, load_config(["tuning=lora"]))
+    trained, frozen, _ = (record.message for record in caplog.records if record.name == "trainer.linear.adapter_layers")
     assert trained.startswith("adapters: rank 4 for self_attn.q")
     assert frozen.startswith("adapters: frozen without one are model.embed_tokens, ")
     assert "mlp.experts.gate_up_proj" in frozen

@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from configs.choices import Checkpointing, EngineName, TuningMethod
+from configs.choices import Checkpointing, EngineName
 from configs.errors import ConfigError
 from configs.schema import Config
+from trainer import linear
 from trainer.axes.context import apply_context_parallel
 from trainer.axes.pipeline.split import Stage, split_model
 from trainer.axes.replicate import apply_ddp
@@ -29,13 +30,11 @@ from trainer.axes.tensor.check import self_check
 from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
 from trainer.compile import apply_compile
 from trainer.document_mask import check_document_mask
-from trainer.linear.four_bit import expect_codes
-from trainer.linear.rules import check_frozen
-from trainer.linear.tuning import apply_tuning, tell_adapters
+from trainer.linear.plain import check_frozen
 from trainer.model.build import text_config
 from trainer.model.causal import build_causal
 from trainer.model.loss import Loss, cross_entropy_sum
-from trainer.model.probe import kinds_of, probe, untrained_names
+from trainer.model.probe import probe, untrained_names
 from trainer.model.roles import Described, describe
 from trainer.model.router_loss import RouterLoss, build_router_loss
 from trainer.optim.table import saved_kinds
@@ -97,7 +96,7 @@ class Pass:
 def _convert(parts: Parts) -> list[str]:
     convert_model(parts.model, parts.config)
     check_layout(parts.model, parts.config)
-    _tell_trained(parts.model, parts.config)
+    linear.report(parts.model, parts.config)
     parts.described = describe(parts.model)
     trained = [parts.described[name] for name, p in parts.model.named_parameters() if p.requires_grad]
     parts.kinds = saved_kinds(trained, parts.config.optimizer)
@@ -134,12 +133,6 @@ def _split_layers(parts: Parts) -> list[str]:
     ]
 
 
-def _expect_codes(parts: Parts) -> list[str]:
-    for module in parts.modules:
-        expect_codes(module)
-    return []
-
-
 def _split_matrices(parts: Parts) -> list[str]:
     parallel, mesh = parts.config.parallel, parts.axis("tp")
     table, sequence = tensor_plan(parts.model, parallel.tensor_plan), parallel.sequence_parallel
@@ -151,7 +144,8 @@ def _split_matrices(parts: Parts) -> list[str]:
 def _check_matrices(parts: Parts) -> list[str]:
     parallel, mesh = parts.config.parallel, parts.axis("tp")
     table, sequence = parts.tensor[0].plan, parallel.sequence_parallel
-    self_check(parts.model.config, table, mesh, sequence_parallel=sequence, tuning=parts.config.tuning)
+    convert = partial(linear.imitate, config=parts.config)
+    self_check(parts.model.config, table, mesh, sequence_parallel=sequence, convert=convert)
     return []
 
 
@@ -207,8 +201,6 @@ PASSES = (
     Pass(wanted=lambda config, plan: plan.degree("cp") > 1, apply=_split_sequences),
     # Stages before all that follows: every later pass then works on what this rank will hold.
     Pass(wanted=lambda config, plan: plan.degree("pp") > 1, apply=_split_layers),
-    # 4-bit layers get the shape of their codes after the stages, for which whole layers are probed.
-    Pass(wanted=_always, apply=_expect_codes, traced=False),
     # Before compile and recompute, so that its collectives are inside both.
     Pass(wanted=lambda config, plan: plan.degree("tp") > 1, apply=_split_matrices),
     Pass(wanted=lambda config, plan: plan.degree("tp") > 1, apply=_check_matrices, traced=False),
@@ -250,23 +242,9 @@ def prepare_model(config: Config) -> PreTrainedModel:
 
 def convert_model(model: PreTrainedModel, config: Config) -> None:
     """Make of the linear layers what the config asks for, and freeze what gets no gradient. Raises as
-    `apply_tuning`."""
+    `linear.convert`."""
     found = probe(text_config(model.config))
-    untrained = untrained_names(model, found) if found is not None else []
-    apply_tuning(model, config.tuning, base=config.model.path, without=untrained)
-    if config.tuning.method is TuningMethod.full:
-        for name in untrained:
-            model.get_parameter(name).requires_grad_(False)
-
-
-def _tell_trained(model: PreTrainedModel, config: Config) -> None:
-    """Log what of a model, still whole, is not trained."""
-    if config.tuning.method is not TuningMethod.full:
-        tell_adapters(model)
-        return
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    if frozen:
-        log.info("frozen: %d parameters get no gradient from text: %s", len(frozen), kinds_of(frozen))
+    linear.convert(model, config, untrained_names(model, found) if found is not None else ())
 
 
 def check_layout(model: PreTrainedModel, config: Config) -> None:
@@ -282,6 +260,6 @@ def check_layout(model: PreTrainedModel, config: Config) -> None:
             if getattr(parallel, axis) > 1
         ]
     frozen = [full for full, parameter in model.named_parameters() if not parameter.requires_grad]
-    problems += check_frozen(config, name, len(frozen), kinds_of(frozen))
+    problems += check_frozen(config, name, frozen)
     if problems:
         raise ConfigError(*problems)

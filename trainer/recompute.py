@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from configs.choices import Checkpointing
+from trainer import linear
 from trainer.model.build import held_layers
 
 ATTENTION_OPS = {
@@ -28,7 +29,6 @@ ATTENTION_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
-PRODUCT_OPS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 def apply_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
@@ -52,12 +52,12 @@ def _selective_contexts() -> object:
 
 def _every_second_product() -> Callable[..., CheckpointPolicy]:
     """A policy with its own count for the forward and for the recompute, which must decide alike."""
-    count = {False: 0, True: 0}
+    count, matmuls = {False: 0, True: 0}, linear.matmuls()
 
     def policy(context: Any, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
         if op in ATTENTION_OPS:
             return CheckpointPolicy.MUST_SAVE
-        if op in PRODUCT_OPS:
+        if op in matmuls:
             count[context.is_recompute] += 1
             if count[context.is_recompute] % 2:
                 return CheckpointPolicy.MUST_SAVE

@@ -22,9 +22,9 @@ from configs.choices import (
     Weights,
 )
 from configs.schema import Config, Offload
+from trainer import linear
 from trainer.axes.context_table import check_context
 from trainer.axes.tensor.plans import check_tensor
-from trainer.linear.rules import check_tuning
 from trainer.model.router_loss import check_router
 from trainer.optim.rules import check_optimizer
 from trainer.plan.devices import check_gpu
@@ -52,7 +52,7 @@ def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]
     yield from _check_parallel(config)
     yield from _check_splits(config)
     yield from _check_precision(config)
-    yield from check_tuning(config)
+    yield from linear.problems(config)
     yield from check_router(config)
     yield from check_optimizer(config, sharded=sharded and config.parallel.engine is EngineName.torch)
     yield from check_gpu(config.cluster.gpu)

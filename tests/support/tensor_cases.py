@@ -25,7 +25,8 @@ from trainer.axes.tensor import collectives, vocabulary
 from trainer.axes.tensor.apply import TensorParallel, apply_tensor_parallel, tensor_plan
 from trainer.axes.tensor.collectives import Ranks
 from trainer.data import IGNORED
-from trainer.linear.tuning import AdapterWeights, apply_tuning
+from trainer.linear.adapter_layers import AdapterWeights, add_adapters, insert_adapters
+from trainer.linear.adapter_targets import find_targets
 from trainer.model.build import build_hf_config, build_model, held_layers, materialize, tied_names
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.weights import RandomWeights
@@ -126,7 +127,7 @@ def build(model: str) -> PreTrainedModel:
 def _train(case: Case, mesh: DeviceMesh) -> Trained:
     model, tensor = build(case.model), None
     if case.adapters:
-        apply_tuning(model, replace(ADAPTERS, dropout=0.1 if case.model == "gpt2_dropout" else 0.0))
+        add_adapters(model, replace(ADAPTERS, dropout=0.1 if case.model == "gpt2_dropout" else 0.0))
     if mesh["tp"].size() > 1:
         tensor = apply_tensor_parallel(model, tensor_plan(model), mesh["tp"], sequence_parallel=case.sequence_parallel)
     if case.recompute:
@@ -263,9 +264,14 @@ def checked(
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     tensor_check.log.addHandler(handler)
     plain = build(model)
+
+    def convert(small: PreTrainedModel) -> None:
+        if tuning is not None:
+            insert_adapters(small, tuning, find_targets(small, tuning.target_modules, strict=False))
+
     try:
         plan = tensor_plan(plain, user_plan)
-        tensor_check.self_check(plain.config, plan, mesh["tp"], sequence_parallel=sequence_parallel, tuning=tuning)
+        tensor_check.self_check(plain.config, plan, mesh["tp"], sequence_parallel=sequence_parallel, convert=convert)
     except CookbookError as error:
         return str(error), warnings
     return "", warnings

@@ -18,9 +18,8 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from configs.choices import TuningMethod
 from configs.errors import CheckpointDamaged, CheckpointMismatch, EnvironmentProblem
-from configs.schema import Tuning
+from trainer import linear
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
 from trainer.checkpoint.hub import export_model
 from trainer.checkpoint.manifest import (
@@ -36,7 +35,6 @@ from trainer.checkpoint.progress import read_progress
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data.tokenizer import no_tokenizer
 from trainer.engine.saved import BUFFER
-from trainer.linear.tuning import apply_tuning
 from trainer.model.fitting import persistent_buffers
 from trainer.process.disks import readable, refused
 
@@ -58,9 +56,7 @@ def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
     tokenizer, parameters = _tokenizer(folder / TOKENIZER), _parameters(folder, manifest)
     model = _build_model(folder, known)
     with refused(target, lambda why: _not_written(target, why)):
-        if known.get("tuning.method", TuningMethod.full) != TuningMethod.full:
-            fields = {key: known[f"tuning.{key}"] for key in ("rank", "alpha", "target_modules")}
-            apply_tuning(model, Tuning(method=TuningMethod.lora, **fields), base=known["tuning.base"][1])
+        linear.restore(model, known)
         saved = TensorReader(folder, manifest)
         for name, buffer in persistent_buffers(model):
             if f"{BUFFER}/{name}" in saved.names():

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from configs.choices import OnFailure, TuningMethod
+from configs.choices import OnFailure
 from configs.errors import CheckpointDamaged, CheckpointFailed, CheckpointMismatch
 from configs.schema import Config
+from trainer import linear
 from trainer.checkpoint import catalog
 from trainer.checkpoint.manifest import STATE, Manifest, check_contents, check_sizes, read_manifest
 from trainer.checkpoint.progress import Progress, check_same, layout, read_progress
@@ -223,7 +224,7 @@ class Keeper:
         """The engine's tensors and this rank's random generators."""
         yield from watched(engine.state(), "saving a checkpoint")
         rank = self._runtime.rank
-        if rank == 0 and self._config.tuning.method is TuningMethod.full:
+        if rank == 0 and linear.keeps_model(self._config):
             yield from ((f"{BUFFER}/{name}", buffer) for name, buffer in persistent_buffers(engine.model))
         yield f"rng/cpu-{rank:05d}", torch.get_rng_state()
         if self._runtime.device.type == "cuda":

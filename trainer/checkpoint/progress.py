@@ -14,9 +14,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from configs.choices import TuningMethod
 from configs.errors import CheckpointDamaged, CheckpointMismatch
 from configs.schema import Config
+from trainer import linear
 from trainer.checkpoint.manifest import STATE, Manifest, check_missing
 from trainer.data import DataSet
 from trainer.engine import Counters
@@ -72,20 +72,7 @@ def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict
         "data.fingerprint": data.fingerprint,
         "optimizer.name": str(config.optimizer.name),
         "train.seed": config.train.seed,
-        "tuning.method": str(config.tuning.method),
-        **(_adapters(config) if config.tuning.method is not TuningMethod.full else {}),
-    }
-
-
-def _adapters(config: Config) -> dict[str, Any]:
-    """What makes saved adapters those of this run: the model beneath them is not saved with them."""
-    tuning, model = config.tuning, config.model
-    return {
-        "tuning.rank": tuning.rank,
-        "tuning.alpha": tuning.alpha,
-        "tuning.target_modules": sorted(tuning.target_modules),
-        "tuning.base": [str(model.weights), model.path, model.revision],
-        **({"tuning.double_quantization": tuning.double_quantization} if tuning.method is TuningMethod.qlora else {}),
+        **linear.identity(config),
     }
 
 

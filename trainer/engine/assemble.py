@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from configs.schema import Config
-from trainer.linear.tuning import AdapterWeights
+from trainer.linear.adapter_layers import AdapterWeights
 from trainer.model.causal import build_causal
 from trainer.model.weights import Weights, open_weights
 from trainer.passes import Parts, parallelize

@@ -15,8 +15,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from configs.choices import OffloadDevice, TuningMethod
+from configs.choices import OffloadDevice
 from configs.schema import Config
+from trainer import linear
 from trainer.axes import gradients
 from trainer.axes.context import slice_of
 from trainer.axes.mesh import build_mesh
@@ -47,7 +48,7 @@ class TorchEngine:
         self.clip_grad_norm = config.train.clip_grad_norm
         self.loss_scale = build_loss_scale(config.precision)
         self.mesh = build_mesh(plan, runtime.device)
-        self.whole = config.tuning.method is TuningMethod.full
+        self.whole = linear.keeps_model(config)
         self.parts = assemble(config, plan, runtime, self.mesh, fill=self._fill)
         self.model, self.modules, self.ddp = self.parts.model, self.parts.modules, self.parts.ddp
         self.kinds = self.parts.kinds

@@ -32,7 +32,7 @@ from trainer.estimate.profile import (
 )
 from trainer.estimate.sources import dependencies
 from trainer.estimate.tracing import Tracer
-from trainer.linear.rules import check_frozen
+from trainer.linear.plain import check_frozen
 from trainer.plan.devices import Gpu
 from trainer.plan.plan import Plan
 
@@ -47,7 +47,7 @@ def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size
     tracer = _tracer(config, plan)
     outline = _outline(config, plan, tracer)
     frozen = [parameter.name for parameter in outline.anatomy.parameters() if not parameter.trainable]
-    if problems := [*check_frozen(config, outline.anatomy.name, len(frozen), ", ".join(dict.fromkeys(frozen)))]:
+    if problems := [*check_frozen(config, outline.anatomy.name, frozen)]:
         # The outline may have been traced for another engine.
         raise ConfigError(*problems)
     shape = _shape_fields(config, plan, gpu, micro_batch_size or plan.batch.micro_batch_size)

@@ -29,7 +29,7 @@ from trainer.estimate.kernels import as_on_device, quiet
 from trainer.estimate.profile import Step, Trace
 from trainer.estimate.tracker import CAST, Born, Died, Mark, StorageTracker
 from trainer.estimate.units import Unit, groups_of
-from trainer.linear.four_bit import is_quantized, packed_like
+from trainer.model.layers import as_parameter, is_packed, of_type
 
 Groups = dict[str, tuple[str, str]]
 
@@ -199,11 +199,10 @@ def _make_fake(model: nn.Module, dtype: torch.dtype, *, frozen: torch.dtype) -> 
             if parameter is not None:
                 if (fake := made.get(id(parameter))) is None:
                     kind = dtype if parameter.requires_grad else frozen
-                    if is_quantized(module, name):
-                        fake = packed_like(module, kind)
-                    else:
-                        shape = local(parameter).shape
-                        fake = nn.Parameter(torch.empty(shape, dtype=kind), parameter.requires_grad)
+                    part = local(parameter)
+                    packed = is_packed(module, name)
+                    values = module.imitate(kind) if packed else torch.empty(part.shape, dtype=kind)
+                    fake = as_parameter(parameter, of_type(part, values))
                     made[id(parameter)] = fake
                 module._parameters[name] = fake
 

@@ -123,18 +123,17 @@ class Tracer:
 
 def _between(config: Config, plan: Plan, model: PreTrainedModel) -> str:
     """The bounds of `bounds`, in words."""
-    from trainer.linear.four_bit import is_quantized, stored_bytes
+    from trainer.model.flops import count_parameters
+    from trainer.model.layers import is_packed, owned
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = 0
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if not parameter.requires_grad:
-            whole = parameter.numel() * WIDTHS[plan.param_dtype]
-            frozen += sum(stored_bytes(module)) if is_quantized(module, leaf) else whole
+    frozen = sum(
+        sum(owner.packed_bytes()) if is_packed(owner, leaf) else parameter.numel() * WIDTHS[plan.param_dtype]
+        for _, owner, leaf, parameter in owned(model)
+        if not parameter.requires_grad
+    )
     below = states_bytes(plan, trained, config.optimizer, frozen=frozen) / 2**30
-    above = upper_bytes(config, plan, sum(p.numel() for p in model.parameters()))
+    above = upper_bytes(config, plan, count_parameters(model))
     beside = f" that are trained, and {frozen / 2**30:,.2f} GiB that are not" if frozen else ""
     text = f"A GPU needs more than {below:,.2f} GiB, for the states of its {trained:,} parameters{beside}"
     if above is None:

@@ -28,8 +28,8 @@ from trainer.axes.mesh import build_mesh
 from trainer.axes.pipeline.split import Stage
 from trainer.axes.shard import sharded_modules
 from trainer.estimate.profile import Anatomy, Parameter
-from trainer.linear.four_bit import is_quantized, stored_bytes
 from trainer.model.build import decoder_layers, held_layers
+from trainer.model.layers import is_packed, owned, values_shape
 from trainer.model.roles import describe as describe_roles
 from trainer.passes import Parts, divide
 from trainer.plan.plan import Plan
@@ -157,13 +157,12 @@ def describe(unit: Unit, kinds: Sequence[int]) -> Anatomy:
     ends = set(unit.stage.tied if unit.stage else ())
     roles = describe_roles(unit.module)
     members: dict[str, list[Parameter]] = {"root": []}
-    for name, (group, leaf) in groups_of(unit).items():
-        parameter = unit.module.get_parameter(name)
+    groups = groups_of(unit)
+    for name, owner, last, parameter in owned(unit.module):
+        group, leaf = groups[name]
         summed = "tp" if name in partial else "ends" if name in ends else ""
-        owner, _, last = name.rpartition(".")
-        module = unit.module.get_submodule(owner)
-        packed = stored_bytes(module) if is_quantized(module, last) else ()
-        shape = tuple(local(parameter).shape)
+        packed = owner.packed_bytes() if is_packed(owner, last) else ()
+        shape = tuple(values_shape(owner, last, local(parameter)))
         described = Parameter(leaf, shape, parameter.requires_grad, summed, packed, replace(roles[name], name=leaf))
         members.setdefault(group, []).append(described)
     return Anatomy(

@@ -1,1 +1,118 @@
-"""What a linear layer is: plain, with an adapter, or stored in 4 bits."""
+"""What a linear layer is: kinds, each a module of this folder that answers every question about itself. Torch-free.
+
+    plain       x W + b, all of it trained
+    four_bit    W frozen, in 4-bit codes                 tuning=qlora
+    adapter     W frozen, B A x added to its result      tuning=lora, qlora
+
+Kinds combine in the order of KINDS: each one converts the layers that those before it have left. The model is on the
+meta device then and still whole, so that every later pass divides, shards and fills what it finds. A further kind is
+one module, a word in KINDS and the value of the config that chooses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from configs.schema import Config
+from trainer.linear import adapter, four_bit, plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Kind(Protocol):
+    """A module with these functions. Those after `problems` are asked of kinds that the config chooses."""
+
+    @property
+    def KEEPS_MODEL(self) -> bool:
+        """Whether the model's own parameters are trained, and saved, in layers of this kind."""
+        ...
+
+    @staticmethod
+    def chosen(config: Config) -> bool: ...
+
+    @staticmethod
+    def problems(config: Config) -> Iterator[str]:
+        """What this kind refuses, and keys that only it reads where it is not chosen. One line each."""
+        ...
+
+    @staticmethod
+    def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) -> None:
+        """Make layers of this kind, on the meta device. untrained: names of parameters that get no gradient."""
+        ...
+
+    @staticmethod
+    def imitate(model: PreTrainedModel, config: Config) -> None:
+        """Give a small model with values the parameters that this kind adds, for a check of what is computed."""
+        ...
+
+    @staticmethod
+    def report(model: PreTrainedModel) -> None:
+        """Log what of the converted model, still whole, is trained and what is not."""
+        ...
+
+    @staticmethod
+    def identity(config: Config) -> dict[str, Any]:
+        """What a checkpoint's parameters depend on besides the model."""
+        ...
+
+    @staticmethod
+    def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
+        """Add to a model on the meta device what a checkpoint of this identity has saved of this kind."""
+        ...
+
+    @staticmethod
+    def matmuls() -> set[object]:
+        """Operations that are matmuls: selective recompute keeps the results of every second one."""
+        ...
+
+
+KINDS: tuple[Kind, ...] = (plain, four_bit, adapter)
+
+
+def chosen(config: Config) -> list[Kind]:
+    return [kind for kind in KINDS if kind.chosen(config)]
+
+
+def problems(config: Config) -> Iterator[str]:
+    for kind in KINDS:
+        yield from kind.problems(config)
+
+
+def convert(model: PreTrainedModel, config: Config, untrained: Collection[str] = ()) -> None:
+    """The first pass. Raises ConfigError for a model without such layers, EnvironmentProblem without a library."""
+    for kind in chosen(config):
+        kind.convert(model, config, untrained)
+
+
+def imitate(model: PreTrainedModel, config: Config) -> None:
+    for kind in chosen(config):
+        kind.imitate(model, config)
+
+
+def report(model: PreTrainedModel, config: Config) -> None:
+    for kind in chosen(config):
+        kind.report(model)
+
+
+def keeps_model(config: Config) -> bool:
+    """Whether the model's own parameters are trained and saved; else only what kinds have added."""
+    return all(kind.KEEPS_MODEL for kind in chosen(config))
+
+
+def identity(config: Config) -> dict[str, Any]:
+    found: dict[str, Any] = {"tuning.method": str(config.tuning.method)}
+    for kind in chosen(config):
+        found |= kind.identity(config)
+    return found
+
+
+def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
+    for kind in KINDS:
+        kind.restore(model, identity)
+
+
+def matmuls() -> set[object]:
+    """Of all kinds: recompute need not know which of them a model has."""
+    return set[object]().union(*(kind.matmuls() for kind in KINDS))

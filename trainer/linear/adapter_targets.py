@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from configs.errors import ConfigError
 from trainer.model.build import decoder_layers
+from trainer.model.layers import is_linear
 
 ROUTERS = ("router", "gate")
 ALREADY_ADAPTED = "base_layer"
@@ -101,7 +101,7 @@ def _in_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _linears(model: PreTrainedModel) -> list[str]:
-    return [name for name, module in _in_layers(model) if isinstance(module, nn.Linear | Conv1D)]
+    return [name for name, module in _in_layers(model) if is_linear(module)]
 
 
 def _stacks(model: PreTrainedModel) -> list[str]:

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from configs.choices import Attention
 from configs.errors import ConfigError, CookbookError, DataError
 from configs.schema import Model
-from trainer.model.pieces import cut
+from trainer.model.layers import holding, is_packed, values_shape
 from trainer.model.stored import local_folder, not_on_the_hub, read_config
 from trainer.plan.model_fields import check_experts, check_sizes, merged, text_fields, text_part
 
@@ -244,29 +243,17 @@ def _fill_unit(
     dtype: torch.dtype,
     frozen: torch.dtype,
 ) -> None:
-    """Whole values into fresh tensors, then each target's share of them in its place. Targets of integers are the codes
-    of `quantized.Linear4bit`."""
+    """Whole values into fresh tensors, then each target's share of them in its place, stored as its layer stores it."""
     # float32 first: a random value must not depend on the dtype it is stored in.
     wide = torch.promote_types(dtype, torch.float32)
-    codes = {key: _owner(unit, key) for key, target in targets.items() if not target.is_floating_point()}
     for key, target in targets.items():
-        shape = (codes[key].out_features, codes[key].in_features) if key in codes else target.shape
+        shape = values_shape(*_place(unit, key), target)
         _set_parameter(unit, key, nn.Parameter(torch.empty(shape, dtype=wide, device=device)))
     weights.fill(name, unit, list(targets))
     for key, target in targets.items():
         whole = unit.get_parameter(key).data.to(dtype if target.requires_grad else frozen)
-        if key in codes:
-            whole = codes[key].pack(whole)
-        if isinstance(target, DTensor):
-            # Every rank computed the same whole value: cutting it needs no communication.
-            share = cut(whole, target).clone()
-            placed = DTensor.from_local(
-                share, target.device_mesh, target.placements, shape=target.shape, stride=target.stride()
-            )
-            swapped = nn.Parameter(placed, requires_grad=target.requires_grad)
-        else:
-            swapped = nn.Parameter(whole, requires_grad=target.requires_grad)
-        _set_parameter(unit, key, swapped)
+        owner, leaf = _place(unit, key)
+        _set_parameter(unit, key, holding(target, owner.pack(whole) if is_packed(owner, leaf) else whole))
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -281,12 +268,14 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    _owner(module, name)._parameters[name.rpartition(".")[2]] = parameter
+    owner, leaf = _place(module, name)
+    owner._parameters[leaf] = parameter
 
 
-def _owner(module: nn.Module, name: str) -> Any:
-    """The module that holds the parameter of this name."""
-    return module.get_submodule(name.rpartition(".")[0])
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter of this name, and its name there."""
+    owner, _, leaf = name.rpartition(".")
+    return module.get_submodule(owner), leaf
 
 
 def _one_line(error: Exception) -> str:

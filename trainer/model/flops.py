@@ -6,14 +6,12 @@ count, nor does it help that the upper half of the attention matrix is masked. T
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING
 
 from configs.schema import Config
 from trainer.plan.devices import find_gpu
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from trainer.plan.plan import Plan
@@ -21,14 +19,14 @@ if TYPE_CHECKING:
 
 def count_parameters(model: PreTrainedModel, *, frozen: bool = False) -> int:
     """Of the whole model, tied ones once, however they are spread over ranks. frozen: only those not trained."""
-    return sum(_numel(parameter) for parameter in model.parameters() if not (frozen and parameter.requires_grad))
+    from trainer.model.layers import owned, values_shape
 
-
-def _numel(parameter: nn.Parameter) -> int:
-    """What DeepSpeed leaves of a partitioned parameter is empty, what bitsandbytes leaves of one in 4 bits is bytes;
-    both keep the true size beside. A DTensor knows it."""
-    packed = getattr(parameter, "quant_state", None)
-    return getattr(parameter, "ds_numel", parameter.numel()) if packed is None else prod(packed.shape)
+    # What DeepSpeed leaves of a partitioned parameter is empty, and keeps the true size beside. A DTensor knows it.
+    return sum(
+        getattr(parameter, "ds_numel", None) or values_shape(owner, leaf, parameter).numel()
+        for _, owner, leaf, parameter in owned(model)
+        if not (frozen and parameter.requires_grad)
+    )
 
 
 def model_flops_per_token(model: PreTrainedModel, *, seq_len: int) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,6 @@ from trainer.model.miniature import shrink
 log = logging.getLogger(__name__)
 SEED = 1234
 TOKENS = 16
-SHOWN = 6
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 DEEP, SHALLOW = 20_000_000, 100_000_000  # most parameters of a copy with all layers, with a few
 TOLERANCE = 1e-3
@@ -86,13 +85,6 @@ def untrained_names(model: PreTrainedModel, found: Probe) -> list[str]:
         if name not in found.trained
         and (name in found.untrained or _pattern(name) in alike or not (of_text or _known(name, found)))
     ]
-
-
-def kinds_of(names: Iterable[str]) -> str:
-    """The names with * for a layer's number, each once, and not all of very many."""
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-    more = f" and {len(kinds) - SHOWN} more" if len(kinds) > SHOWN else ""
-    return ", ".join(kinds[:SHOWN]) + more
 
 
 def _known(name: str, found: Probe) -> bool:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to an adapter (`trainer.linear.tuning`) and not to the model."""
+    """Whether a parameter belongs to an adapter (`trainer.linear.adapter`) and not to the model."""
     return "lora_" in name
 
 

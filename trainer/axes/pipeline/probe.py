@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from configs.errors import ConfigError
 from trainer.model.build import decoder_layers
+from trainer.model.layers import owned, values_shape
 
 # What a layer returns: the hidden states, or a tuple that starts with them.
 RETURNS: tuple[Callable[[Any], Any], ...] = (
@@ -76,9 +77,10 @@ def count_costs(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[float], 
 
     def products(module: nn.Module) -> float:
         total = 0.0
-        for parameter in module.parameters():
-            share = min(1.0, active / parameter.shape[0]) if active and parameter.ndim == 3 else 1.0
-            total += share * parameter.numel() if parameter.ndim >= 2 else 0.0
+        for _, owner, leaf, parameter in owned(module):
+            shape = values_shape(owner, leaf, parameter)
+            share = min(1.0, active / shape[0]) if active and len(shape) == 3 else 1.0
+            total += share * shape.numel() if len(shape) >= 2 else 0.0
         return total
 
     layers = [products(layer) for layer in decoder_layers(model)]
@@ -123,8 +125,8 @@ class _Probe:
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 state = {
-                    name: torch.empty(parameter.shape, dtype=parameter.dtype, requires_grad=True)
-                    for name, parameter in self.model.named_parameters()
+                    name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.is_floating_point())
+                    for name, p in self.model.named_parameters()
                 }
                 buffers = {name: mode.from_tensor(buffer) for name, buffer in self.model.named_buffers()}
                 inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "use_cache": False}

@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from trainer.axes.tensor.plans import match, split_style
+from trainer.model.layers import is_linear
 from trainer.model.weights import plain_name
 
 BESIDE = {
@@ -38,7 +38,7 @@ def check_adapters(model: nn.Module) -> Iterator[str]:
     their product to the parameter, which here is a part."""
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
-        if base is not None and not isinstance(base, nn.Linear | Conv1D):
+        if base is not None and not is_linear(base):
             yield (
                 f"tuning.target_modules: {plain_name(name)} would get adapters and is no linear layer, and parallel.tp"
                 " cuts none but those of linear layers; name linear layers ([q_proj, v_proj]), or set parallel.tp=1"

@@ -32,7 +32,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from configs.errors import ConfigError, PlanError
 from trainer.axes.tensor import vocabulary
@@ -49,6 +48,7 @@ from trainer.axes.tensor.plans import (
 )
 from trainer.axes.tensor.regions import Wiring, run_on_local_parts, wire_layer, wire_module
 from trainer.model.build import decoder_layers, held_layers
+from trainer.model.layers import is_transposed
 from trainer.model.loss import Loss, cross_entropy_sum
 from trainer.model.weights import plain_name
 
@@ -237,7 +237,7 @@ def _placement(module: nn.Module, full: str, leaf: str, parameter: nn.Parameter,
     if full in wiring.slices:
         return Replicate()
     style = wiring.styles.get(full) or wiring.styles.get(full.removesuffix(f".{leaf}"))
-    share = share_of(style, leaf, parameter.ndim, transposed=isinstance(module, Conv1D))
+    share = share_of(style, leaf, parameter.ndim, transposed=is_transposed(module))
     if share.dim is None:
         return Replicate()
     length, pieces = parameter.shape[share.dim], wiring.ranks.size * share.parts

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,16 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from configs.choices import TuningMethod
 from configs.errors import ConfigError
-from configs.schema import Tuning
 from trainer.axes.tensor.apply import apply_tensor_parallel
-from trainer.linear.adapter_targets import find_targets
-from trainer.linear.tuning import insert_adapters
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.miniature import shrink
 
 log = logging.getLogger(__name__)
+Convert = Callable[[PreTrainedModel], None]
 TOLERANCE = 1e-5
 """Relative to the largest gradient. Sums in another order differ by 1e-15; architectures that compute norms or routers
 in float32 whatever the model's dtype by 1e-7; a wrong plan by 1e-2 and more."""
@@ -42,11 +39,12 @@ def self_check(
     tp_mesh: DeviceMesh,
     *,
     sequence_parallel: bool,
-    tuning: Tuning | None = None,
+    convert: Convert | None = None,
 ) -> None:
     """Raise ConfigError, on all tensor-parallel ranks, if the plan changes what the model computes. A collective.
 
-    tuning: adapters that the model has; in the copy everything is trained, the model beneath them too.
+    convert: adds to the copy what the model's linear layers have besides, adapters for example. In the copy everything
+    is trained, the model beneath adapters too.
 
     For a plan that `apply_tensor_parallel` has accepted for the model itself: here sizes are others. An architecture
     whose shrunk copy cannot be computed at all is left unchecked, with a warning.
@@ -55,7 +53,7 @@ def self_check(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
         try:
-            plain, ids, expected = _computed(config, tp_mesh, tuning)
+            plain, ids, expected = _computed(config, tp_mesh, convert)
             divided = copy.deepcopy(plain)
             divided.zero_grad()
             tensor_parallel = apply_tensor_parallel(divided, plan, tp_mesh, sequence_parallel=sequence_parallel)
@@ -102,17 +100,17 @@ def _wrong_gradients(plain: nn.Module, divided: nn.Module) -> str:
 
 
 def _computed(
-    config: PretrainedConfig, tp_mesh: DeviceMesh, tuning: Tuning | None
+    config: PretrainedConfig, tp_mesh: DeviceMesh, convert: Convert | None
 ) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
     """A shrunk model with its gradients, the token ids, and the loss.
 
     Layers that share keys and values with an earlier one (Gemma 3n) cannot lose layers: such a model keeps them all.
     """
     try:
-        plain, ids = _plain_model(shrink(config, tp_mesh.size()), config, tp_mesh, tuning)
+        plain, ids = _plain_model(shrink(config, tp_mesh.size()), config, tp_mesh, convert)
         return plain, ids, _loss_and_gradients(plain, ids, cross_entropy_sum)
     except Exception:  # a config in miniature may break any rule of its architecture
-        plain, ids = _plain_model(shrink(config, tp_mesh.size(), whole_depth=True), config, tp_mesh, tuning)
+        plain, ids = _plain_model(shrink(config, tp_mesh.size(), whole_depth=True), config, tp_mesh, convert)
         return plain, ids, _loss_and_gradients(plain, ids, cross_entropy_sum)
 
 
@@ -123,7 +121,7 @@ def _loss_and_gradients(model: PreTrainedModel, ids: torch.Tensor, loss: Any) ->
 
 
 def _plain_model(
-    small: PretrainedConfig, config: PretrainedConfig, tp_mesh: DeviceMesh, tuning: Tuning | None
+    small: PretrainedConfig, config: PretrainedConfig, tp_mesh: DeviceMesh, convert: Convert | None
 ) -> tuple[PreTrainedModel, torch.Tensor]:
     """A shrunk model with random values everywhere (a bias of zero would hide its errors), and token ids for it."""
     attention = config._attn_implementation
@@ -133,8 +131,8 @@ def _plain_model(
     # Packed kernels for experts have no float64.
     model.config._experts_implementation = "eager"
     model.tie_weights()
-    if tuning and tuning.method is not TuningMethod.full:
-        insert_adapters(model, tuning, find_targets(model, tuning.target_modules, strict=False))
+    if convert is not None:
+        convert(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)

@@ -23,14 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 
 from configs.errors import ConfigError
 from trainer.axes.tensor.collectives import Ranks
 from trainer.axes.tensor.plans import ADAPTERS, STYLES, split_style
+from trainer.model.layers import is_transposed
 
 Forward = Callable[..., Any]
 Kind = Literal["nothing", "norm", "divided", "whole"]
@@ -84,7 +83,7 @@ def wire_module(module: nn.Module, name: str, wiring: Wiring, *, entered: bool, 
     leaves divided along the sequence."""
     ranks, style = wiring.ranks, wiring.style(name)
     if style in ("colwise", "packed_colwise", "vocabulary"):
-        if isinstance(module, Conv1D):
+        if is_transposed(module):
             # Conv1D shapes its result by this number instead of the weight's.
             module.nf = -1
         if not entered:
@@ -173,14 +172,20 @@ def _edges(inner: Forward, before: Forward | None = None, after: Forward | None 
     return forward
 
 
-def _row_forward(module: Any, leave: Forward) -> Forward:
-    """A matrix of which each rank holds rows: partial product, sum, and the bias once, after the sum."""
-    transposed = isinstance(module, Conv1D)
+def _row_forward(module: nn.Module, leave: Forward) -> Forward:
+    """A matrix of which each rank holds rows: the layer's own forward without its bias, the sum, and the bias once."""
+    inner: Forward = module.forward
+    own: dict[str, Any] = module._parameters
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        weight = module.weight.t() if transposed else module.weight
-        total = leave(F.linear(x, weight))
-        return total if module.bias is None else total + module.bias
+        bias = own["bias"]
+        # A Conv1D adds its bias in the matmul itself, and cannot do without one.
+        own["bias"] = x.new_zeros(bias.shape) if bias is not None and is_transposed(module) else None
+        try:
+            total = leave(inner(x))
+        finally:
+            own["bias"] = bias
+        return total if bias is None else total + bias
 
     return forward
 

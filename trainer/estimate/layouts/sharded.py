@@ -68,9 +68,9 @@ class FullySharded:
         return ceil(shape[0] / self.ranks), *shape[1:]
 
     def _gathered(self, parameter: Parameter) -> int:
-        """Bytes that a rank gives to a gathering: its part in param_dtype, or of the codes, two in a byte."""
+        """Bytes that a rank gives to a gathering: its part in param_dtype, or of what the values are packed in."""
         shard = self._shard(parameter)
-        return shard // 2 if parameter.packed else shard * self.param
+        return parameter.packed[0] * shard // parameter.numel if parameter.packed else shard * self.param
 
     def start(self) -> None:
         for parameters in self.groups.values():

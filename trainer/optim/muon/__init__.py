@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import EngineName, Implementation, TuningMethod
+from configs.choices import EngineName, Implementation
 from configs.ranges import Range
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
+from trainer import linear
 from trainer.model.roles import Described
 from trainer.optim import common
 from trainer.optim.common import fresh
@@ -97,7 +98,7 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
             "optimizer.name=muon: orthogonalises whole matrices, and ZeRO's partitions are flat rows; use"
             " parallel=fsdp, hsdp or tensor_fsdp, which shard as much, or optimizer=adamw"
         )
-    if config.tuning.method is not TuningMethod.full:
+    if not linear.keeps_model(config):
         yield (
             f"tuning.method={config.tuning.method}: optimizer=muon would orthogonalise an adapter's two factors, and"
             " not the matrix that they make; use optimizer=adamw, or tuning=full"

@@ -1,14 +1,4 @@
-"""LoRA: a frozen model, and beside its linear layers thin matrices that are trained in its place.
-
-    x ----> W (frozen) --------------------------> (+) ---> y = W x + alpha / rank * B A x
-      \\                                            /
-       +--> dropout --> A [rank, in] --> B [out, rank]        B begins at zero: step 1 starts from the model itself
-
-peft puts them in, on the meta device, before anything is divided: to every later pass an adapter is two more small
-matrices of its decoder layer. Nothing is merged; what is saved and exported is the adapter, in peft's format.
-Hu et al. 2021 (LoRA, arXiv:2106.09685), Dettmers et al. 2023 (arXiv:2305.14314, section 4: adapters on all linear
-layers).
-"""
+"""Adapters, put into a model on the meta device by peft, and their first values."""
 
 from __future__ import annotations
 
@@ -24,11 +14,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
-from configs.choices import TuningMethod
 from configs.errors import ConfigError, EnvironmentProblem
 from configs.schema import Tuning
 from trainer.linear.adapter_targets import Targets, find_targets, kinds
-from trainer.linear.four_bit import replace_linears
 from trainer.model.build import decoder_layers
 from trainer.model.weights import Weights, is_adapter, plain_name
 
@@ -39,26 +27,21 @@ log = logging.getLogger(__name__)
 NAME = "default"  # peft's name of the only adapter
 
 
-def apply_tuning(
+def add_adapters(
     model: PreTrainedModel, tuning: Tuning, *, base: str | None = None, without: Iterable[str] = ()
 ) -> None:
     """Put the adapters that `tuning` asks for into a model on the meta device and freeze the rest, in place.
 
-    base: `model.path`. without: names of parameters that get no gradient. The model gets peft's attribute
-    `peft_config`, from which the export knows that it has adapters. Raises ConfigError for target modules that the
-    model does not have, EnvironmentProblem without peft.
+    base: `model.path`. without: names of parameters that get no gradient. Raises ConfigError for target modules that
+    the model does not have, EnvironmentProblem without peft.
     """
-    if tuning.method is TuningMethod.full:
-        return
-    if tuning.method is TuningMethod.qlora:
-        replace_linears(model, tuning)
     targets = find_targets(model, tuning.target_modules, without=without)
     with init_empty_weights(include_buffers=False):
         insert_adapters(model, tuning, targets, base=base)
 
 
 def insert_adapters(model: PreTrainedModel, tuning: Tuning, targets: Targets, *, base: str | None = None) -> None:
-    """The part of `apply_tuning` that is peft's, on any device. Raises as it does."""
+    """The part of `add_adapters` that is peft's, on any device. Raises as it does."""
     # peft rewrites targets of some families, and for that asks a model for its config: a list of layers has none.
     layers = decoder_layers(model)
     prefix = next(f"{name}." for name, module in model.named_modules() if module is layers)
@@ -98,7 +81,7 @@ def _as_peft_reads(model: PreTrainedModel, targets: Targets) -> tuple[list[str],
     ]
 
 
-def tell_adapters(model: PreTrainedModel) -> None:
+def log_adapters(model: PreTrainedModel) -> None:
     """Log what of a model with adapters, still whole and on the meta device, is trained, and what is not."""
     ranks: dict[int, list[str]] = {}
     adapted = set()

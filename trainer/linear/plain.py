@@ -1,0 +1,74 @@
+"""The plain kind: every weight of the model is trained, but those that get no gradient from text.
+
+These are frozen, alike under every layout: DDP would wait for their gradients, and checkpoints for their states.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from configs.choices import EngineName, TuningMethod
+from configs.schema import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+KEEPS_MODEL = True
+SHOWN = 6
+
+
+def chosen(config: Config) -> bool:
+    return config.tuning.method is TuningMethod.full
+
+
+def problems(config: Config) -> Iterator[str]:
+    yield from ()
+
+
+def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) -> None:
+    for name in untrained:
+        model.get_parameter(name).requires_grad_(False)
+
+
+def imitate(model: PreTrainedModel, config: Config) -> None:
+    """Nothing is added."""
+
+
+def report(model: PreTrainedModel) -> None:
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        log.info("frozen: %d parameters get no gradient from text: %s", len(frozen), patterns_of(frozen))
+
+
+def identity(config: Config) -> dict[str, Any]:
+    return {}
+
+
+def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
+    """Nothing has been added."""
+
+
+def matmuls() -> set[object]:
+    import torch
+
+    return {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+def check_frozen(config: Config, model: str, frozen: Sequence[str]) -> Iterator[str]:
+    """A problem where parameters of the model get no gradient. frozen: their names. model: its class."""
+    if frozen and config.parallel.engine is EngineName.deepspeed and chosen(config):
+        yield (
+            f"parallel.engine=deepspeed: {len(frozen)} parameters of {model} get no gradient ({patterns_of(frozen)}),"
+            " and ZeRO would save none of them; use parallel=fsdp, or tuning=lora"
+        )
+
+
+def patterns_of(names: Iterable[str]) -> str:
+    """The names with * for a layer's number, each once, and not all of very many."""
+    patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    more = f" and {len(patterns) - SHOWN} more" if len(patterns) > SHOWN else ""
+    return ", ".join(patterns[:SHOWN]) + more
