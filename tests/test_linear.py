@@ -25,7 +25,7 @@ def alone(model: str, doubled: bool) -> tuple[list[float], list[str], set[str]]:
 def test_a_replaced_layer_computes_everywhere_with_the_type_of_its_weight(layout: str, model: str) -> None:
     losses, called, at_rest = alone(model, True)
     plain, *_ = alone(model, False)
-    assert abs(losses[0] / plain[0] - 1) > 1e-3
+    assert abs(losses[0] / plain[0] - 1) > 1e-5
     expected = {"llama": "o_proj", "gpt2": "c_proj"}[model]
     assert any(expected in name for name in called) and all(name.endswith(" Typed") for name in called)
     assert at_rest == {"Typed"}
@@ -36,11 +36,10 @@ def test_a_replaced_layer_computes_everywhere_with_the_type_of_its_weight(layout
 
 
 def test_kinds_are_named_in_their_room_alone() -> None:
-    """Others ask `trainer.linear`. What a user reads may name them."""
-    named = re.compile(
-        r"TuningMethod\.|[=!]= *[\"']q?lora[\"']|[\"']q?lora[\"'] *[=!]=|Linear4bit|[\"']q?lora[\"']\)? *:"
-    )
+    """Others ask `trainer.linear`. Messages and config files may name what a user can choose."""
+    method = "[\"']q?lora[\"']"
+    asked = re.compile(rf"TuningMethod|Linear4bit|four_bit|[!=]= *{method}|{method} *[!=]=|in [\[({{]{method}")
     outside = {name: file for name, file in MODULES.items() if not name.startswith(("trainer.linear", "configs."))}
     assert len(outside) > 100
-    assert [name for name, file in outside.items() if named.search(file.read_text())] == []
-    assert named.search(MODULES["trainer.linear.adapter"].read_text())
+    assert [name for name, file in outside.items() if asked.search(file.read_text())] == []
+    assert asked.search(MODULES["trainer.linear.adapter"].read_text())

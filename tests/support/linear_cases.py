@@ -29,12 +29,19 @@ from trainer.run.step import train_step
 
 aten: Any = torch.ops.aten
 KEPT = {aten.clone.default, aten.copy_.default, aten.detach.default, aten.empty_like.default, aten.new_zeros.default}
-KEPT |= {aten.slice.Tensor, aten.split.Tensor, aten.view.default, aten._to_copy.default, aten.alias.default}
+KEPT |= {
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.view.default,
+    aten._to_copy.default,
+    aten.as_strided.default,
+    aten.alias.default,
+}
 CALLED: set[str] = set()
 
 
 class Typed(torch.Tensor):
-    """Around a plain tensor. Only what moves or cuts values gives one of these again, as torchao's float8 weights do."""
+    """Around a plain tensor. Only what moves or cuts values gives one of these again, as with torchao."""
 
     inner: torch.Tensor
 
