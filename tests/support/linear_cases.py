@@ -28,7 +28,7 @@ from trainer.process.runtime import join
 from trainer.run.step import train_step
 
 aten: Any = torch.ops.aten
-KEPT = {aten.clone.default, aten.copy_.default, aten.detach.default, aten.empty_like.default, aten.new_zeros.default}
+KEPT = {aten.clone.default, aten.copy_.default, aten.detach.default, aten.new_zeros.default}
 KEPT |= {
     aten.slice.Tensor,
     aten.split.Tensor,
@@ -41,7 +41,7 @@ CALLED: set[str] = set()
 
 
 class Typed(torch.Tensor):
-    """Around a plain tensor. Only what moves or cuts values gives one of these again, as with torchao."""
+    """Around a plain tensor. What moves or cuts values gives one of these again, as with float8 weights of torchao."""
 
     inner: torch.Tensor
 

@@ -84,9 +84,9 @@ def holding(parameter: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
 
 def of_type(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`values` in a tensor of the other's type, which itself says how one like it is made."""
-    if type(tensor) in (torch.Tensor, nn.Parameter):
+    if type(tensor) in (torch.Tensor, nn.Parameter, type(values)):
         return values
-    return torch.empty_like(tensor, dtype=values.dtype, device=values.device).copy_(values)
+    return tensor.new_zeros(values.shape, dtype=values.dtype, device=values.device).copy_(values)
 
 
 def as_parameter(parameter: nn.Parameter, values: torch.Tensor) -> nn.Parameter:

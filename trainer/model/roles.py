@@ -100,6 +100,8 @@ def describe(model: nn.Module) -> dict[str, Described]:
     parameters DTensors: what counts is their whole shape."""
     from torch import nn
 
+    from trainer.model.layers import values_shape
+
     tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     ends: Any = getattr(model, "get_output_embeddings", lambda: None)()
     heads = {id(p) for p in (ends.parameters() if isinstance(ends, nn.Module) else ()) if p.ndim == 2}
@@ -110,7 +112,8 @@ def describe(model: nn.Module) -> dict[str, Described]:
         for leaf, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            name, shape = f"{prefix}.{leaf}" if prefix else leaf, tuple(parameter.shape)
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            shape = tuple(values_shape(module, leaf, parameter))
             known = {id(parameter)}
             role = Role.vector
             matrices = None
@@ -136,12 +139,11 @@ class _Packing:
         self.styles: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
 
     def of(self, module: nn.Module, prefix: str, leaf: str, shape: tuple[int, ...]) -> tuple[Role, Matrices | None]:
-        from torch import nn
-        from transformers.pytorch_utils import Conv1D
+        from trainer.model.layers import is_linear, is_transposed
 
         name = f"{prefix}.{leaf}"
-        if len(shape) == 2 and isinstance(module, nn.Linear | Conv1D) and leaf == "weight":
-            transposed = isinstance(module, Conv1D)
+        if len(shape) == 2 and is_linear(module) and leaf == "weight":
+            transposed = is_transposed(module)
             dim = 1 if transposed else 0
             parts = self._parts(prefix, name, shape[dim])
             return Role.packed if parts else Role.matrix, Matrices(parts=parts, dim=dim, transposed=transposed)

@@ -48,7 +48,7 @@ from trainer.axes.tensor.plans import (
 )
 from trainer.axes.tensor.regions import Wiring, run_on_local_parts, wire_layer, wire_module
 from trainer.model.build import decoder_layers, held_layers
-from trainer.model.layers import is_transposed
+from trainer.model.layers import is_transposed, of_type
 from trainer.model.loss import Loss, cross_entropy_sum
 from trainer.model.weights import plain_name
 
@@ -226,6 +226,9 @@ def _distribute(model: nn.Module, wiring: Wiring, mesh: DeviceMesh) -> None:
             placement = _placement(module, full, leaf, parameter, wiring)
             if id(parameter) not in made:
                 value = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+                # Cutting what is packed joins pieces, and a tensor's type may not outlive that.
+                part = of_type(parameter.detach(), value.to_local())
+                value = DTensor.from_local(part, mesh, [placement], shape=value.shape, stride=value.stride())
                 made[id(parameter)] = (nn.Parameter(value, requires_grad=parameter.requires_grad), full)
             shared, owner = made[id(parameter)]
             if isinstance(shared.data, DTensor) and shared.data.placements[0] != placement:
