@@ -180,6 +180,13 @@ def test_muon_equals_single_process(layout: str, processes: int, model: str) -> 
     assert found.largest <= FLOAT64, found
 
 
+def test_muon_in_bfloat16_stays_near_single_process() -> None:
+    """A gradient that was summed in another order may round to the neighbouring bfloat16 before the iteration."""
+    extra = ("optimizer=muon", "optimizer.lr=0.01", *ACCUMULATE)
+    found = measure(["fsdp"], 2, model="gpt2", precision="fp32", steps=4, extra=extra)
+    assert max(found.loss, found.grad_norm) <= 1e-4, found
+
+
 def test_8bit_states_equal_single_process() -> None:
     """But for the rounding to codes: a gradient summed in another order may give a value its code's neighbour."""
     extra = ("optimizer=adamw_8bit", *ACCUMULATE)

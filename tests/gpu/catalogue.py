@@ -93,6 +93,10 @@ def _parity() -> Iterator[Case]:
         by="near",
         against=("optimizer=adafactor",),
     )
+    exact = ("optimizer=muon", "optimizer.options.dtype=float64")
+    yield parity("muon, fp64", *exact, "precision=fp64", limit=EXACT, by="all", against=exact)
+    rounded = ("optimizer=muon", "precision=fp32")
+    yield parity("muon, fp32, iterated in bf16", *rounded, limit=NEAR, by="near", against=rounded)
     for tuning in ("lora", "qlora"):
         words = (f"tuning={tuning}", "tuning.rank=4", "precision=fp32", "optimizer=sgd", "optimizer.lr=0.3")
         yield parity(f"{tuning}, fp32, first loss", *words, by="first", against=words)
@@ -136,6 +140,7 @@ def _memory() -> Iterator[Case]:
     yield memory("1B, fp16", one, "precision=fp16", f"{b}=2", "precision.loss_scale_init=128")
     yield memory("1B, tf32", one, "precision=tf32", f"{b}=2", RECOMPUTE)
     yield memory("1B, sgd, bf16", one, "optimizer=sgd", "precision=bf16", f"{b}=2")
+    yield memory("1B, muon, bf16", one, "optimizer=muon", "precision=bf16", f"{b}=2")
     yield memory("1B, adafactor, bf16", one, "optimizer=adafactor", "precision=bf16", f"{b}=2")
     yield memory("1B, adamw_8bit, bf16", one, "optimizer=adamw_8bit", "precision=bf16", f"{b}=4")
     yield memory("1B, selective recompute", one, "precision=bf16", f"{b}=4", "train.activation_checkpointing=selective")

@@ -13,31 +13,17 @@ from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
-from trainer.optim.common import decayed_and_plain as groups
-from trainer.optim.common import elementwise as work
-from trainer.optim.common import fresh
 from trainer.optim.protocol import BYTES, Group, Held, Kept, Spread, State
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "IMPLEMENTATIONS",
-    "OPTIONS",
-    "USES",
-    "build",
-    "fresh",
-    "groups",
-    "problems",
-    "said",
-    "state",
-    "temporaries",
-    "work",
-]
-
 IMPLEMENTATIONS = (Implementation.for_loop, Implementation.foreach)
 USES = frozenset({"eps", "weight_decay"})
 OPTIONS = None
+groups = common.decayed_and_plain
+work = common.elementwise
+fresh = common.fresh
 SMALLEST_EPS = 1e-18  # float32 and bfloat16 hold its square; below, a row without gradients becomes 0 * infinity
 SMALLEST_SCALE = 1e-3  # the paper's epsilon 2: a parameter whose elements are all zero still moves
 

@@ -14,26 +14,10 @@ from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
-from trainer.optim.common import decayed_and_plain as groups
-from trainer.optim.common import elementwise as work
 from trainer.optim.protocol import Group, Held, Spread, State
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "IMPLEMENTATIONS",
-    "OPTIONS",
-    "USES",
-    "build",
-    "fresh",
-    "groups",
-    "problems",
-    "said",
-    "state",
-    "temporaries",
-    "work",
-]
 
 IMPLEMENTATIONS = (
     Implementation.fused,
@@ -43,6 +27,8 @@ IMPLEMENTATIONS = (
 )
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
 OPTIONS = None
+groups = common.decayed_and_plain
+work = common.elementwise
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:

@@ -19,30 +19,16 @@ from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described, Role
 from trainer.optim import common
-from trainer.optim.common import decayed_and_plain as groups
-from trainer.optim.common import elementwise as work
 from trainer.optim.protocol import Group, Held, Kept, Spread, State
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "IMPLEMENTATIONS",
-    "OPTIONS",
-    "USES",
-    "build",
-    "fresh",
-    "groups",
-    "problems",
-    "said",
-    "state",
-    "temporaries",
-    "work",
-]
-
 IMPLEMENTATIONS = (Implementation.fused,)
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
 OPTIONS = None
+groups = common.decayed_and_plain
+work = common.elementwise
 BLOCK = 256
 SMALLEST = 4096  # values, from which on a tensor's moments are quantized
 

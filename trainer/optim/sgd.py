@@ -10,31 +10,17 @@ from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
-from trainer.optim.common import decayed_and_plain as groups
-from trainer.optim.common import elementwise as work
-from trainer.optim.common import fresh
 from trainer.optim.protocol import Group, Held, Spread, State
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "IMPLEMENTATIONS",
-    "OPTIONS",
-    "USES",
-    "build",
-    "fresh",
-    "groups",
-    "problems",
-    "said",
-    "state",
-    "temporaries",
-    "work",
-]
-
 IMPLEMENTATIONS = (Implementation.foreach, Implementation.fused, Implementation.for_loop)
 USES = frozenset({"beta1", "weight_decay"})
 OPTIONS = None
+groups = common.decayed_and_plain
+work = common.elementwise
+fresh = common.fresh
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:

@@ -24,27 +24,12 @@ from configs.schema import Optimizer as Settings
 from trainer import linear
 from trainer.model.roles import Described
 from trainer.optim import common
-from trainer.optim.common import fresh
 from trainer.optim.muon.owners import boxes, flops, update_bytes
 from trainer.optim.options import KEY, RANGE, read_options
 from trainer.optim.protocol import BYTES, Group, Held, Spread, State, Work
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "IMPLEMENTATIONS",
-    "OPTIONS",
-    "USES",
-    "build",
-    "fresh",
-    "groups",
-    "problems",
-    "said",
-    "state",
-    "temporaries",
-    "work",
-]
 
 IMPLEMENTATIONS = (Implementation.fused, Implementation.foreach, Implementation.for_loop)
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
@@ -89,6 +74,7 @@ class Options:
 
 
 OPTIONS = Options
+fresh = common.fresh
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:
