@@ -43,23 +43,23 @@ CALLED: set[str] = set()
 class Typed(torch.Tensor):
     """Around a plain tensor. What moves or cuts values gives one of these again, as with float8 weights of torchao."""
 
-    inner: torch.Tensor
+    held: torch.Tensor
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Typed:
         like = {"dtype": inner.dtype, "device": inner.device, "strides": inner.stride()}
         made = torch.Tensor._make_wrapper_subclass(cls, inner.size(), **like)  # type: ignore[attr-defined]
-        made.inner = inner
+        made.held = inner
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Typed, lambda tensor: tensor.inner, (args, kwargs or {}))
+        args, kwargs = tree_map_only(Typed, lambda tensor: tensor.held, (args, kwargs or {}))
         result = func(*args, **kwargs)
         return tree_map_only(torch.Tensor, Typed, result) if func in KEPT else result
 
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[torch.Tensor], None]:
-        return (self.inner,), None
+        return (self.held,), None
 
     def fsdp_post_all_gather(
         self, outputs: tuple[torch.Tensor], metadata: None, dtype: torch.dtype, *, out: torch.Tensor | None = None
