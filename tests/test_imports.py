@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.axes import AXES
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = [
     folder.name for folder in sorted(ROOT.iterdir()) if (folder / "__init__.py").exists() and folder.name != "tests"
@@ -104,6 +106,24 @@ def test_rooms_of_the_trainer_form_no_cycle() -> None:
         for name in ground:
             del below[name]
     assert not below
+
+
+# Where a name may stand: the schema, whose fields are the degrees' keys, and each axis' own module.
+NAMED = {"configs.schema", *(name for name in MODULES if name.startswith("trainer.axes"))}
+
+
+def axes_in_quotes(source: str) -> set[str]:
+    words = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
+    return {axis.name for axis in AXES if axis.name in words}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - NAMED))
+def test_mesh_axes_are_named_in_their_modules_alone(module: str) -> None:
+    assert not axes_in_quotes(MODULES[module].read_text())
+
+
+def test_the_rule_about_axes_can_fail() -> None:
+    assert axes_in_quotes(MODULES["trainer.axes.tensor"].read_text()) == {"tp"}
 
 
 def test_hydra_is_imported_by_the_loader_and_its_readers_alone() -> None:

@@ -16,12 +16,15 @@ from math import prod
 from configs.choices import EngineName, LauncherName, OffloadDevice
 from configs.errors import PlanError
 from configs.schema import Config
+from trainer.axes import AXES
+from trainer.axes import degrees as degrees_of
 from trainer.axes.pipeline.table import check_pipeline
 from trainer.axes.pipeline.timeline import bubble_fraction
 from trainer.plan.batch import Batch, make_batch
 from trainer.plan.machine import Machine
 from trainer.plan.model_fields import config_fields, sizes
-from trainer.plan.plan import Plan, is_sharded
+from trainer.plan.plan import Plan
+from trainer.plan.views import DENSE, View
 from trainer.rules import check_config
 
 CPU_PROCESSES = 2  # what a layout that is open to any world size gets on a machine without GPUs
@@ -31,22 +34,22 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     """Derive the plan. Raises PlanError with every problem at once, each naming key, value, rule and remedy."""
     problems: list[str] = []
     gpus_per_node = _processes_per_node(config, machine, problems)
-    mesh = _mesh(config, config.cluster.nodes * gpus_per_node, problems)
-    problems = [*check_config(config, machine.device(config.cluster.device), sharded=is_sharded(mesh)), *problems]
-    data_parallel_size = prod(size for axis, size in mesh if axis in ("dp_replicate", "dp_shard"))
+    view = _dense_view(config, config.cluster.nodes * gpus_per_node, problems)
+    problems = [*check_config(config, machine.device(config.cluster.device), sharded=view.is_sharded), *problems]
+    data_parallel_size = view.size(lambda axis: axis.reads)
     # A pipeline with fewer micro-batches than this waits for more than a third of the time.
     usual = 2 * config.parallel.pp if config.parallel.pp > 1 else 1
     batch = make_batch(config.train, config.data.seq_len, data_parallel_size, problems, usual=usual)
     if config.parallel.pp > 1 and config.parallel.engine is EngineName.torch:
         problems += _check_pipeline(config, batch)
-    problems += _check_offload(config, mesh)
+    problems += _check_offload(config, view)
     if problems:
         raise PlanError(*problems)
     return Plan(
         device=machine.device(config.cluster.device),
         nodes=config.cluster.nodes,
         gpus_per_node=gpus_per_node,
-        mesh=mesh,
+        views=(view,),
         engine=config.parallel.engine,
         zero_stage=config.parallel.zero_stage,
         offload_optimizer=config.parallel.offload.optimizer,
@@ -64,7 +67,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 def _processes_per_node(config: Config, machine: Machine, problems: list[str]) -> int:
     """cluster.gpus_per_node, or what the launcher started, or what the layout needs, or what the machine has."""
     nodes, asked = config.cluster.nodes, config.cluster.gpus_per_node
-    degrees = tuple(_degrees(config).values())
+    degrees = tuple(degrees_of(config).values())
     fixed = prod(d for d in degrees if d is not None)
     if machine.world_size is not None:
         planned = asked * nodes if asked is not None else machine.world_size
@@ -95,9 +98,9 @@ def _most_processes(cores: int) -> int:
     return max(32, 4 * cores)
 
 
-def _mesh(config: Config, world_size: int, problems: list[str]) -> tuple[tuple[str, int], ...]:
+def _dense_view(config: Config, world_size: int, problems: list[str]) -> View:
     """Fill the degree that is null and check that all of them multiply to the world size."""
-    degrees = _degrees(config)
+    degrees = degrees_of(config)
     open_axes = [name for name, size in degrees.items() if size is None]
     fixed = prod(size for size in degrees.values() if size)
     named = [f"{name} {size}" for name, size in degrees.items() if size is not None and size > 1]
@@ -117,7 +120,9 @@ def _mesh(config: Config, world_size: int, problems: list[str]) -> tuple[tuple[s
             f"parallel: {product} = {fixed}, but there are {world_size} processes"
             f" (cluster.nodes * cluster.gpus_per_node); set one degree to null to fill it, or start {fixed}"
         )
-    return tuple((name, size if size is not None else max(1, world_size // fixed)) for name, size in degrees.items())
+    filled = max(1, world_size // fixed)
+    chosen = {name: filled if size is None else size for name, size in degrees.items()}
+    return View(DENSE, tuple((axis, chosen[axis.name]) for axis in AXES if DENSE in axis.views))
 
 
 def _reshard(config: Config) -> bool:
@@ -140,10 +145,10 @@ def _check_pipeline(config: Config, batch: Batch) -> Iterator[str]:
     )
 
 
-def _check_offload(config: Config, mesh: tuple[tuple[str, int], ...]) -> Iterator[str]:
+def _check_offload(config: Config, view: View) -> Iterator[str]:
     """Engine torch offloads through FSDP2, which plain copies of the model do not pass through."""
     offloaded = config.parallel.offload.parameters
-    if config.parallel.engine is EngineName.torch and offloaded is OffloadDevice.cpu and not is_sharded(mesh):
+    if config.parallel.engine is EngineName.torch and offloaded is OffloadDevice.cpu and not view.is_sharded:
         yield (
             f"parallel.offload.parameters={offloaded}: engine torch offloads what is sharded, and here every process"
             " holds the whole model; use parallel=fsdp_offload with two or more processes, or parallel=zero3_offload"
@@ -156,15 +161,3 @@ def _bubble(config: Config, batch: Batch) -> float:
         return 0.0
     micro_batches, per_rank = batch.gradient_accumulation_steps, pipeline.stages_per_rank
     return bubble_fraction(pipeline.schedule, pp=pp, micro_batches=micro_batches, stages_per_rank=per_rank)
-
-
-def _degrees(config: Config) -> dict[str, int | None]:
-    """The mesh axes from outer to inner: what communicates most, tensor parallel, sits on neighbouring ranks."""
-    parallel = config.parallel
-    return {
-        "pp": parallel.pp,
-        "dp_replicate": parallel.dp_replicate,
-        "dp_shard": parallel.dp_shard,
-        "cp": parallel.cp,
-        "tp": parallel.tp,
-    }

@@ -21,10 +21,11 @@ from configs.choices import Checkpointing, EngineName
 from configs.errors import ConfigError
 from configs.schema import Config
 from trainer import linear
-from trainer.axes.context import apply_context_parallel
+from trainer.axes import CONTEXT, PIPELINE, TENSOR, cutting
+from trainer.axes.ddp import apply_ddp
+from trainer.axes.fsdp import apply_fsdp
 from trainer.axes.pipeline.split import Stage, split_model
-from trainer.axes.replicate import apply_ddp
-from trainer.axes.shard import apply_fsdp
+from trainer.axes.sequence import apply_context_parallel
 from trainer.axes.tensor.apply import TensorParallel, apply_tensor_parallel, shares, tensor_plan
 from trainer.axes.tensor.check import self_check
 from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
@@ -100,7 +101,7 @@ def _convert(parts: Parts) -> list[str]:
     parts.described = describe(parts.model)
     trained = [parts.described[name] for name, p in parts.model.named_parameters() if p.requires_grad]
     parts.kinds = saved_kinds(trained, parts.config.optimizer)
-    parts.router_loss = build_router_loss(parts.model, parts.config, parts.plan)
+    parts.router_loss = build_router_loss(parts.model, parts.config, cutting(parts.config))
     return []
 
 
@@ -112,7 +113,7 @@ def _mask_documents(parts: Parts) -> list[str]:
 def _split_sequences(parts: Parts) -> list[str]:
     method = parts.config.parallel.context_method
     apply_context_parallel(parts.model, parts.axis(), method=method)
-    return [f"context parallel: sequences over {parts.plan.degree('cp')} ranks by {method}"]
+    return [f"context parallel: sequences over {parts.plan.degree(CONTEXT)} ranks by {method}"]
 
 
 def _split_layers(parts: Parts) -> list[str]:
@@ -120,8 +121,8 @@ def _split_layers(parts: Parts) -> list[str]:
     parts.stages = split_model(
         parts.model,
         schedule=pipeline.schedule,
-        pp=plan.degree("pp"),
-        rank=parts.axis("pp").get_local_rank(),
+        pp=plan.degree(PIPELINE),
+        rank=parts.axis(PIPELINE).get_local_rank(),
         stages_per_rank=pipeline.stages_per_rank,
         split=pipeline.split,
     )
@@ -134,7 +135,7 @@ def _split_layers(parts: Parts) -> list[str]:
 
 
 def _split_matrices(parts: Parts) -> list[str]:
-    parallel, mesh = parts.config.parallel, parts.axis("tp")
+    parallel, mesh = parts.config.parallel, parts.axis(TENSOR)
     table, sequence = tensor_plan(parts.model, parallel.tensor_plan), parallel.sequence_parallel
     divide = partial(apply_tensor_parallel, plan=table, tp_mesh=mesh, sequence_parallel=sequence)
     parts.tensor = [divide(module) for module in parts.modules]
@@ -142,7 +143,7 @@ def _split_matrices(parts: Parts) -> list[str]:
 
 
 def _check_matrices(parts: Parts) -> list[str]:
-    parallel, mesh = parts.config.parallel, parts.axis("tp")
+    parallel, mesh = parts.config.parallel, parts.axis(TENSOR)
     table, sequence = parts.tensor[0].plan, parallel.sequence_parallel
     convert = partial(linear.imitate, config=parts.config)
     self_check(parts.model.config, table, mesh, sequence_parallel=sequence, convert=convert)
@@ -198,12 +199,12 @@ PASSES = (
     # What linear layers are, and what of the model is trained: on the whole model, before anything is divided.
     Pass(wanted=_always, apply=_convert),
     Pass(wanted=lambda config, plan: config.data.document_mask, apply=_mask_documents, traced=False),
-    Pass(wanted=lambda config, plan: plan.degree("cp") > 1, apply=_split_sequences),
+    Pass(wanted=lambda config, plan: plan.degree(CONTEXT) > 1, apply=_split_sequences),
     # Stages before all that follows: every later pass then works on what this rank will hold.
-    Pass(wanted=lambda config, plan: plan.degree("pp") > 1, apply=_split_layers),
+    Pass(wanted=lambda config, plan: plan.degree(PIPELINE) > 1, apply=_split_layers),
     # Before compile and recompute, so that its collectives are inside both.
-    Pass(wanted=lambda config, plan: plan.degree("tp") > 1, apply=_split_matrices),
-    Pass(wanted=lambda config, plan: plan.degree("tp") > 1, apply=_check_matrices, traced=False),
+    Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_split_matrices),
+    Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_check_matrices, traced=False),
     Pass(wanted=lambda config, plan: config.train.compile, apply=_compile, traced=False),
     # Around the compiled layer, whose call it repeats.
     Pass(wanted=lambda config, plan: config.train.activation_checkpointing is not Checkpointing.none, apply=_recompute),
@@ -249,15 +250,14 @@ def convert_model(model: PreTrainedModel, config: Config) -> None:
 
 def check_layout(model: PreTrainedModel, config: Config) -> None:
     """Raise ConfigError where the layout cannot train this model. The estimate keeps a model for several layouts."""
-    name, parallel = type(model).__name__, config.parallel
+    name = type(model).__name__
     problems = []
     if model.config.get_text_config() is not model.config:
         # The passes that cut a model know the names of language models alone.
         problems += [
-            f"parallel.{axis}={getattr(parallel, axis)}: cuts language models; a {name} has parts for images or sound"
+            f"parallel.{axis}={degree}: cuts language models; a {name} has parts for images or sound"
             " as well; use parallel=single, ddp or fsdp"
-            for axis in ("tp", "pp", "cp")
-            if getattr(parallel, axis) > 1
+            for axis, degree in cutting(config).items()
         ]
     frozen = [full for full, parameter in model.named_parameters() if not parameter.requires_grad]
     problems += check_frozen(config, name, frozen)

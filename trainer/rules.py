@@ -22,26 +22,12 @@ from configs.choices import (
     Weights,
 )
 from configs.schema import Config, Offload
-from trainer import linear
-from trainer.axes.context_table import check_context
-from trainer.axes.tensor.plans import check_tensor
+from trainer import axes, linear
 from trainer.model.router_loss import check_router
 from trainer.optim.rules import check_optimizer
 from trainer.plan.devices import check_gpu
 from trainer.plan.model_fields import check_sizes, config_fields, sizes
 from trainer.plan.trackers import check_tracker
-
-DEEPSPEED_SPLITS = {
-    "tp": (
-        "ZeRO 3 gathers whole parameters inside the layers, which tensor parallel has divided; use"
-        " parallel=zero2_tensor, or tensor_fsdp, which shards as ZeRO 3"
-    ),
-    "cp": "engine deepspeed runs ZeRO over data-parallel ranks only; use parallel=context, which shards as ZeRO 3",
-    "pp": (
-        "ZeRO 2 and 3 partition what a pipeline adds up over its micro-batches, so DeepSpeed forbids the pair;"
-        " use parallel=3d_zero1 or pipeline_fsdp"
-    ),
-}
 
 
 def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]:
@@ -50,10 +36,11 @@ def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]
     yield from _check_model(config, device)
     yield from _check_data(config)
     yield from _check_parallel(config)
-    yield from _check_splits(config)
+    yield from axes.problems(config)
+    yield from _check_compile(config)
     yield from _check_precision(config)
     yield from linear.problems(config)
-    yield from check_router(config)
+    yield from check_router(config, axes.cutting(config))
     yield from check_optimizer(config, sharded=sharded and config.parallel.engine is EngineName.torch)
     yield from check_gpu(config.cluster.gpu)
     yield from check_tracker(config.logging)
@@ -153,8 +140,6 @@ def _check_parallel(config: Config) -> Iterator[str]:
             "parallel.zero_stage=0: DeepSpeed without partitioning steps once on empty gradients in 16 bit and then"
             " trains differently; use parallel=ddp, or stage 1"
         )
-    if parallel.dp_replicate != 1:
-        yield f"parallel.dp_replicate={parallel.dp_replicate}: ZeRO partitions over all ranks; set it to 1"
     if parallel.zero_stage != 3:
         if offload.parameters is not OffloadDevice.none:
             yield (
@@ -178,32 +163,16 @@ def _check_parallel(config: Config) -> Iterator[str]:
         yield f"parallel.offload.nvme_path={offload.nvme_path}: nothing is offloaded to nvme; set it to null"
 
 
-def _check_splits(config: Config) -> Iterator[str]:
-    """Tensor and context parallel; the pipeline's rules need the batch and stand in `plan`."""
-    parallel, fields, seq_len = config.parallel, config_fields(config), config.data.seq_len
-    yield from check_tensor(fields, parallel.tp, parallel.sequence_parallel, seq_len // parallel.cp)
-    if parallel.tp == 1 and parallel.tensor_plan:
-        yield "parallel.tensor_plan: says how to cut matrices, but parallel.tp is 1; set tp, or take the plan away"
-    if parallel.engine is EngineName.deepspeed:
-        divided = parallel.tp if parallel.zero_stage == 3 else 1
-        for axis, degree in (("tp", divided), ("cp", parallel.cp), ("pp", parallel.pp)):
-            if degree > 1:
-                yield f"parallel.{axis}={degree}: {DEEPSPEED_SPLITS[axis]}"
-        if config.train.compile:
-            yield "train.compile=true: engine torch only; set it to false, or use parallel=fsdp"
+def _check_compile(config: Config) -> Iterator[str]:
+    if not config.train.compile:
         return
-    if config.train.compile and config.train.activation_checkpointing is Checkpointing.selective:
+    if config.parallel.engine is EngineName.deepspeed:
+        yield "train.compile=true: engine torch only; set it to false, or use parallel=fsdp"
+    elif config.train.activation_checkpointing is Checkpointing.selective:
         yield (
             "train.activation_checkpointing=selective: chooses single operations, which train.compile=true fuses;"
             " use full or none"
         )
-    if parallel.cp > 1:
-        method, tp = parallel.context_method, parallel.tp
-        yield from check_context(fields, cp=parallel.cp, tp=tp, method=method, seq_len=seq_len)
-        if config.model.attention not in (Attention.auto, Attention.sdpa):
-            yield f"model.attention={config.model.attention}: parallel.cp brings its own attention; use auto"
-    if parallel.pp == 1 and (parallel.pipeline.split or parallel.pipeline.stages_per_rank):
-        yield "parallel.pipeline: split and stages_per_rank need parallel.pp > 1; set pp, or take them away"
 
 
 def _check_torch_offload(offload: Offload) -> Iterator[str]:

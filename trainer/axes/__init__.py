@@ -1,1 +1,54 @@
-"""One file per technique: what moves where, drawn, and the function that applies it to a plain Hugging Face model."""
+"""Mesh axes: each is a module that answers for itself what it is called, what it refuses and what the plan must know of
+it. The files that change a model import torch; these here do not.
+
+    pp             `pipeline`    layers over ranks                  `pipeline.split`, `pipeline.run`
+    dp_replicate   `replicate`   copies of the model                `ddp`
+    dp_shard       `shard`       parameters divided for storage     `fsdp`
+    cp             `context`     sequences over ranks               `sequence`
+    tp             `tensor`      matrices over ranks                `tensor.apply`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from configs.schema import Config
+from trainer.axes import context, pipeline, replicate, shard, tensor
+from trainer.plan.views import Axis
+
+
+class MeshAxis(Protocol):
+    @property
+    def AXIS(self) -> Axis: ...
+
+    @staticmethod
+    def problems(config: Config) -> Iterator[str]:
+        """What the axis refuses, and keys that only it reads where its degree is 1. One line each."""
+        ...
+
+
+MODULES: tuple[MeshAxis, ...] = (pipeline, replicate, shard, context, tensor)
+"""From outer to inner: what communicates most, tensor parallel, sits on neighbouring ranks."""
+
+AXES = tuple(module.AXIS for module in MODULES)
+PIPELINE, REPLICATE, SHARD, CONTEXT, TENSOR = (axis.name for axis in AXES)
+
+
+def degrees(config: Config) -> dict[str, int | None]:
+    """As the config has them; None is filled from the world size."""
+    return {axis.name: getattr(config.parallel, axis.name) for axis in AXES}
+
+
+def cutting(config: Config) -> dict[str, int]:
+    """The degrees above 1 of axes that cut the model or its sequences, innermost first."""
+    return {
+        axis.name: degree
+        for axis in reversed(AXES)
+        if not axis.reads and (degree := getattr(config.parallel, axis.name)) > 1
+    }
+
+
+def problems(config: Config) -> Iterator[str]:
+    for module in reversed(MODULES):
+        yield from module.problems(config)

@@ -1,156 +1,44 @@
-"""Context parallel: each rank holds a slice of every sequence; only attention needs the others' slices.
-
-    rank 0   tokens 0..n/c      embed, norms, MLP, head: no communication     labels are shifted already, so the loss
-    rank 1   tokens n/c..2n/c   and no rank ever holds a whole sequence       needs no neighbour either
-
-    attention, ulysses:  all-to-all turns slices of the sequence into slices of the heads, and back
-        [all heads, n/c tokens] --> [h/c heads, all n tokens] --> attention --> [all heads, n/c tokens]
-    attention, gather:   every rank gathers all keys and values and attends with its own queries
-        [all heads, n/c queries] x [kv heads, all n keys, values]
-
-c ranks, sequence n, h heads and k key/value heads of size d, b bytes per element. Each rank sends per layer, forward
-(as much again backward): ulysses (c - 1)/c * (2 h + 2 k) d b n/c, gather (c - 1) * 2 k d b n/c. Activations fall to
-1/c. With a causal mask `gather` gives the last rank more work than the first; `ulysses` balances, but needs heads that
-divide. Ranks of one group read the same samples. Parameters are sharded over dp_shard x cp: to them, more tokens is
-more data. Jacobs et al. 2023 (DeepSpeed Ulysses), Dubey et al. 2024, section 3.3.2 (key/value gather).
-"""
+"""Context parallel, the axis `cp`: sequences are split, and attention alone communicates. `sequence` splits them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from transformers import AttentionInterface, PreTrainedModel
+from configs.choices import Attention, ContextMethod, EngineName
+from configs.schema import Config
+from trainer.plan.model_fields import config_fields, sizes
+from trainer.plan.views import Axis
 
-from configs.choices import ContextMethod
-from configs.errors import PlanError
-from trainer.axes.tensor.collectives import Ranks, paired
-from trainer.data import Batch
-
-NAME = "context_parallel"
+# Ranks that split a sequence hold the same parameters: FSDP2 shards over them too.
+AXIS = Axis(name="cp", words="sequences split over {}", shards=True)
 
 
-def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, method: ContextMethod) -> None:
-    """Make every attention of the model exchange what it needs over the mesh axis `cp`, in place.
-
-    transformers builds no mask for an attention that it does not know: causality is this function's own.
-    """
-    attention = _ulysses if method is ContextMethod.ulysses else _gather
-    AttentionInterface.register(NAME, partial(_attend, ranks=Ranks(mesh.get_group("cp")), method=attention))
-    model.set_attn_implementation(NAME)
-
-
-def slice_of(batch: Batch, mesh: DeviceMesh) -> Batch:
-    """This rank's part of every sequence, with the positions that its tokens have in the whole."""
-    size, rank = mesh["cp"].size(), mesh["cp"].get_local_rank()
-    rows, length = batch.input_ids.shape[0], batch.input_ids.shape[1] // size
-    begin = rank * length
-    return Batch(
-        batch.input_ids[:, begin : begin + length].contiguous(),
-        batch.labels[:, begin : begin + length].contiguous(),
-        torch.arange(begin, begin + length, device=batch.input_ids.device).repeat(rows, 1),
-    )
-
-
-def _attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    ranks: Ranks,
-    method: Callable[..., torch.Tensor],
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: object,
-) -> tuple[torch.Tensor, None]:
-    """An attention function as transformers calls it. query: [batch, heads, seq_len / cp, head_dim]; key, value with
-    their own number of heads. Returns [batch, seq_len / cp, heads, head_dim]."""
-    if attention_mask is not None or softcap is not None or s_aux is not None:
-        raise PlanError(
-            f"parallel.cp={ranks.size}: {type(module).__name__} needs masks, caps or sinks; use parallel.cp=1"
+def problems(config: Config) -> Iterator[str]:
+    parallel, cp = config.parallel, config.parallel.cp
+    if cp == 1:
+        return
+    if parallel.engine is EngineName.deepspeed:
+        yield (
+            f"parallel.cp={cp}: engine deepspeed runs ZeRO over data-parallel ranks only; use parallel=context, which"
+            " shards as ZeRO 3"
         )
-    attended = method(query, key, value, ranks, window=sliding_window, scale=scaling, dropout=dropout)
-    return attended.transpose(1, 2).contiguous(), None
+        return
+    method, seq_len = parallel.context_method, config.data.seq_len
+    yield from check_context(config_fields(config), cp=cp, tp=parallel.tp, method=method, seq_len=seq_len)
+    if config.model.attention not in (Attention.auto, Attention.sdpa):
+        yield f"model.attention={config.model.attention}: parallel.cp brings its own attention; use auto"
 
 
-def _ulysses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranks: Ranks, **options: Any) -> torch.Tensor:
-    copies = _copies(q.shape[1], k.shape[1], ranks.size)
-    if copies > 1:
-        k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
-    q, k, v = (paired(x, partial(_to_heads, ranks=ranks), partial(_to_sequence, ranks=ranks)) for x in (q, k, v))
-    attended = _causal_attention(q, k, v, first_query=0, **options)
-    return paired(attended, partial(_to_sequence, ranks=ranks), partial(_to_heads, ranks=ranks))
-
-
-def _gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranks: Ranks, **options: Any) -> torch.Tensor:
-    k, v = (_whole_sequence(x, ranks) for x in (k, v))
-    return _causal_attention(q, k, v, first_query=ranks.rank * q.shape[2], **options)
-
-
-def _whole_sequence(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """[batch, heads, n/c, d] -> [batch, heads, n, d], by way of the shape [batch, sequence, features]."""
-    _, heads, _, size = x.shape
-    gathered = ranks.enter_sequence(x.transpose(1, 2).flatten(2))
-    return gathered.unflatten(2, (heads, size)).transpose(1, 2)
-
-
-def _copies(heads: int, kv_heads: int, size: int) -> int:
-    """How often each key/value head is repeated so that every rank gets equally many, and those of its queries."""
-    return next(n for n in range(1, heads + 1) if kv_heads * n % size == 0 and heads % (kv_heads * n) == 0)
-
-
-def _causal_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    first_query: int,
-    window: int | None,
-    scale: float | None,
-    dropout: float,
-) -> torch.Tensor:
-    """Each query sees keys up to its own position, and not further back than `window`. first_query: position of q[0]
-    among the keys, which start at position 0."""
-    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": q.shape[1] != k.shape[1]}
-    if first_query == 0 and q.shape[2] == k.shape[2] and window is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-    behind = (first_query + torch.arange(q.shape[2], device=q.device))[:, None] - torch.arange(
-        k.shape[2], device=q.device
-    )
-    seen = behind >= 0
-    if window is not None:
-        seen &= behind < window
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **options)
-
-
-def _to_heads(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """[batch, heads, n/c, d] -> [batch, heads/c, n, d]."""
-    batch, heads, length, size = x.shape
-    dealt = x.reshape(batch, ranks.size, heads // ranks.size, length, size).movedim(1, 0)
-    return _exchange(dealt, ranks).movedim(0, 2).reshape(batch, heads // ranks.size, ranks.size * length, size)
-
-
-def _to_sequence(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """[batch, heads/c, n, d] -> [batch, heads, n/c, d]."""
-    batch, heads, length, size = x.shape
-    dealt = x.reshape(batch, heads, ranks.size, length // ranks.size, size).movedim(2, 0)
-    return _exchange(dealt, ranks).movedim(0, 1).reshape(batch, ranks.size * heads, length // ranks.size, size)
-
-
-def _exchange(dealt: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Part i of the first dimension goes to rank i; what rank i sent stands at i."""
-    dealt = dealt.contiguous()
-    received = torch.empty_like(dealt)
-    dist.all_to_all_single(received, dealt, group=ranks.group)
-    return received
+def check_context(fields: Mapping[str, Any], *, cp: int, tp: int, method: ContextMethod, seq_len: int) -> Iterator[str]:
+    """Why this model cannot be split along the sequence. fields: of the Hugging Face config, as far as known."""
+    if seq_len % cp:
+        yield f"parallel.cp={cp}: must divide data.seq_len={seq_len}; use another degree or sequence length"
+    heads = sizes(fields).heads
+    if heads and method is ContextMethod.ulysses and (heads // tp) % cp:
+        yield (
+            f"parallel.cp={cp}: ulysses deals {heads // tp} heads (num_attention_heads / tp) out to {cp} ranks, which"
+            " does not divide; use another degree, or parallel.context_method=gather"
+        )
+    if fields.get("attn_logit_softcapping"):
+        yield f"parallel.cp={cp}: {fields.get('model_type')} caps its attention logits, no fused kernel does; use 1"

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from trainer.axes import PIPELINE
+
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's piece of a DTensor; a plain tensor as it is. Shares memory with it."""
@@ -44,8 +46,8 @@ def global_norm(gradients: Sequence[torch.Tensor], *, mesh: DeviceMesh, device: 
         dist.all_reduce(split, group=groups[name])
         sums.select(dim, 1).copy_(split)
     total = sums.sum()
-    if mesh["pp"].size() > 1:
-        dist.all_reduce(total, group=mesh.get_group("pp"))
+    if mesh[PIPELINE].size() > 1:
+        dist.all_reduce(total, group=mesh.get_group(PIPELINE))
     return total.sqrt().item()
 
 

@@ -15,21 +15,23 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.plan.plan import Plan
+from trainer.plan.views import View
 
 
 def build_mesh(plan: Plan, device: torch.device) -> DeviceMesh:
     """The plan's mesh over all ranks. A collective: creates one process group per axis."""
-    names, sizes = zip(*plan.mesh, strict=True)
-    return init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    degrees = plan.mesh
+    return init_device_mesh(device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
 
 
-def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """What FSDP2 shards over: dp_shard, and cp with it, since ranks that split a sequence hold the same parameters.
+def fsdp_mesh(mesh: DeviceMesh, view: View) -> DeviceMesh:
+    """What FSDP2 shards a parameter of this view over: dp_shard, and cp with it, since ranks that split a sequence hold
+    the same parameters.
 
     One axis, or two (replicate, shard) where there are replicas.
     """
-    shard = "dp_shard"
-    if mesh["cp"].size() > 1:
-        mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
-        shard = "dp_shard_cp"
-    return mesh["dp_replicate", shard] if mesh["dp_replicate"].size() > 1 else mesh[shard]
+    axes = view.sharding
+    name = "_".join(axes)
+    if len(axes) > 1:
+        mesh[axes]._flatten(name)
+    return mesh[(*view.copying, name)] if view.copying else mesh[name]

@@ -1,60 +1,17 @@
-"""Data parallel: every rank holds the whole model and computes the gradient of its part of the batch.
-
-    rank 0   W  ----forward/backward on sequences 0..k----> g0 --\\
-    rank 1   W  ----forward/backward on sequences k..2k---> g1 ---+--> all-reduce --> mean(g) on every rank
-    ...                                                         --/
-    each rank: the same update of W with the same gradient, so the copies never part
-
-Collective: one all-reduce of the gradient per optimizer step, in buckets that leave while the backward still runs.
-Bytes per rank and step: 2 * (W - 1) / W * gradient bytes (ring all-reduce). With gradient accumulation only the last
-micro-batch communicates. Li et al. 2020, PyTorch Distributed.
-"""
+"""Copies of the model, the axis `dp_replicate`: `ddp` averages their gradients, or FSDP2 where they are sharded."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
 
-import torch
-from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.nn.parallel import DistributedDataParallel
+from configs.choices import EngineName
+from configs.schema import Config
+from trainer.plan.views import Axis
 
-from configs.choices import DType
-from trainer.model.precision import autocast
-from trainer.plan.plan import Plan
-
-COMPRESS = {DType.bfloat16: default_hooks.bf16_compress_hook, DType.float16: default_hooks.fp16_compress_hook}
+AXIS = Axis(name="dp_replicate", words="{} replicas", reads=True, copies=True)
 
 
-def apply_ddp(model: nn.Module, plan: Plan, device: torch.device) -> DistributedDataParallel:
-    """Wrap the model so that its last backward of a step averages the gradient over all ranks.
-
-    gradient_as_bucket_view: gradients live in the communication buckets; without it they would be held twice.
-    """
-    with warnings.catch_warnings():
-        # torch 2.13 has a new name for it, which 2.11 does not know.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
-    if plan.reduce_dtype is not plan.master_dtype:
-        wrapped.register_comm_hook(None, COMPRESS[plan.reduce_dtype])
-    _settle_buckets(wrapped, plan, device)
-    return wrapped
-
-
-def _settle_buckets(wrapped: DistributedDataParallel, plan: Plan, device: torch.device) -> None:
-    """One backward whose gradient is dropped, without a trace in the random state.
-
-    After its first backward DDP deals the gradients out anew, in the order in which they came. Where a gradient lies in
-    its bucket decides in which order the ranks' parts are added up, so a resumed run would repeat its first step with
-    other rounding than the run that was never stopped.
-    """
-    shape = (plan.batch.micro_batch_size, plan.batch.seq_len)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast(plan):
-        ids = torch.zeros(shape, dtype=torch.long, device=device)
-        wrapped(input_ids=ids, use_cache=False).logits.float().mean().backward()
-    wrapped.zero_grad(set_to_none=False)
+def problems(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.engine is EngineName.deepspeed and parallel.dp_replicate != 1:
+        yield f"parallel.dp_replicate={parallel.dp_replicate}: ZeRO partitions over all ranks; set it to 1"

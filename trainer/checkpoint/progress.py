@@ -81,7 +81,7 @@ def layout(plan: Plan) -> dict[str, Any]:
     return {
         "engine": str(plan.engine),
         "zero_stage": plan.zero_stage,
-        "mesh": {axis: size for axis, size in plan.mesh if size > 1},
+        "mesh": {axis: size for axis, size in plan.mesh.items() if size > 1},
         "micro_batch_size": plan.batch.micro_batch_size,
         "device": plan.device,
     }

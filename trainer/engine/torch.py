@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from configs.choices import OffloadDevice
 from configs.schema import Config
 from trainer import linear
-from trainer.axes import gradients
-from trainer.axes.context import slice_of
+from trainer.axes import CONTEXT, PIPELINE, REPLICATE, TENSOR, gradients
+from trainer.axes.fsdp import set_last_micro_batch
 from trainer.axes.mesh import build_mesh
 from trainer.axes.pipeline.run import build_pipeline
-from trainer.axes.shard import set_last_micro_batch
+from trainer.axes.sequence import slice_of
 from trainer.data import Batch
 from trainer.engine import Counters, StepReport, torch_state
 from trainer.engine.assemble import assemble
@@ -59,15 +59,14 @@ class TorchEngine:
         self.copies = dict(self._tied_copies(everything))
         kept = [(name, p) for name, p in everything if self.whole or p.requires_grad]
         self.named = {name: p for name, p in kept if self.copies.get(name) is not p}
-        replicas = self.mesh.get_group("dp_replicate") if self.ddp is not None else None
+        replicas = self.mesh.get_group(REPLICATE) if self.ddp is not None else None
         self.optimizer = build_optimizer(everything, self.parts.described, config.optimizer, replicas=replicas)
         self.states = torch_state.States(self.optimizer, config.optimizer, self.parts.described)
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         micro_batches = [self._own_slice(batch) for batch in micro_batches]
         # DDP and FSDP2 average over the ranks that share a parameter; the loss is a sum over them.
-        shared = self.plan.data_parallel_size * self.plan.degree("cp")
-        factor = shared * (self.loss_scale.value if self.loss_scale else 1.0)
+        factor = self.plan.averaged * (self.loss_scale.value if self.loss_scale else 1.0)
         if self.pipeline:
             total = self.pipeline.forward_backward(micro_batches, valid_tokens, factor=factor, loss_fn=self.loss_fn)
         else:
@@ -101,7 +100,7 @@ class TorchEngine:
         batch = self._own_slice(batch)
         if self.pipeline:
             loss = self.pipeline.evaluate(batch, loss_fn=self.loss_fn)
-            return loss if self._speaks() and self.mesh["pp"].get_local_rank() == 0 else torch.zeros_like(loss)
+            return loss if self._speaks() and self.mesh[PIPELINE].get_local_rank() == 0 else torch.zeros_like(loss)
         self.model.eval()
         loss = self.loss_fn(self._forward(self.model, batch).logits, batch.labels)
         self.model.train()
@@ -112,9 +111,9 @@ class TorchEngine:
             yield name, complete.cpu() if complete is not None and self.runtime.is_main else None
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        stage = self.plan.coordinates(self.runtime.rank)["pp"]
+        stage = self.plan.coordinates(self.runtime.rank)[PIPELINE]
         ranks = range(self.runtime.world_size)
-        holders = [rank for rank in ranks if self.plan.coordinates(rank)["pp"] == stage]
+        holders = [rank for rank in ranks if self.plan.coordinates(rank)[PIPELINE] == stage]
         yield from torch_state.save_state(self.named, self.states, holders=holders, device=self.runtime.device)
 
     def counters(self) -> Counters:
@@ -145,11 +144,11 @@ class TorchEngine:
         return torch.device("cpu") if offloaded else self.runtime.device
 
     def _own_slice(self, batch: Batch) -> Batch:
-        return slice_of(batch, self.mesh) if self.plan.degree("cp") > 1 else batch
+        return slice_of(batch, self.mesh) if self.plan.degree(CONTEXT) > 1 else batch
 
     def _speaks(self) -> bool:
         """Tensor-parallel ranks all know the loss; one of them reports it."""
-        return self.mesh["tp"].get_local_rank() == 0
+        return self.mesh[TENSOR].get_local_rank() == 0
 
     def _tied_copies(
         self, everything: list[tuple[str, torch.nn.Parameter]]

@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from configs.errors import CheckpointMismatch
 from configs.schema import Optimizer as Settings
+from trainer.axes import PIPELINE
 from trainer.engine.saved import BUFFER, Dealer, Saved
 from trainer.model.pieces import cut, join
 from trainer.model.roles import Described
@@ -44,10 +45,10 @@ def gather(parameters: Named, mesh: DeviceMesh, device: torch.device) -> Iterato
 
     parameters: those of this rank; under a pipeline each stage sends its own to the first.
     """
-    group, mine = mesh.get_group("pp"), mesh["pp"].get_local_rank()
+    group, mine = mesh.get_group(PIPELINE), mesh[PIPELINE].get_local_rank()
     held = [(name, p.shape, p.dtype) for name, p in parameters.items()]
-    names: list[list[tuple[str, torch.Size, torch.dtype]]] = [held] * mesh["pp"].size()
-    if mesh["pp"].size() > 1:
+    names: list[list[tuple[str, torch.Size, torch.dtype]]] = [held] * mesh[PIPELINE].size()
+    if mesh[PIPELINE].size() > 1:
         dist.all_gather_object(names, held, group=group)
     for owner, entries in enumerate(names):
         for name, shape, dtype in entries:

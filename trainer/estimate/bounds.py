@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from configs.choices import EngineName, OffloadDevice
 from configs.schema import Config, Optimizer
+from trainer.axes import PIPELINE, SHARD, TENSOR
 from trainer.estimate.layouts.common import WIDTHS
 from trainer.optim.table import moments
 from trainer.plan.model_fields import config_fields, sizes
@@ -25,7 +26,7 @@ def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer, *, frozen: i
     frozen: bytes of the others, whole. most: of parameters of which the optimizer keeps most, not least."""
     only_held = 0.0
     if plan.offload_parameters is OffloadDevice.none:
-        held = frozen / (plan.degree("tp") * plan.degree("pp"))
+        held = frozen / (plan.degree(TENSOR) * plan.degree(PIPELINE))
         only_held = held / plan.parameter_shards + held * _stay_gathered(plan)
     return only_held + _trained_bytes(plan, parameters, moments(optimizer, most=most))
 
@@ -37,18 +38,18 @@ def _stay_gathered(plan: Plan) -> bool:
 
 def _trained_bytes(plan: Plan, parameters: int, kept_moments: float) -> float:
     kept = 1 + kept_moments
-    held = parameters / (plan.degree("tp") * plan.degree("pp"))
+    held = parameters / (plan.degree(TENSOR) * plan.degree(PIPELINE))
     width, master = WIDTHS[plan.param_dtype], WIDTHS[plan.master_dtype]
     on_gpu = plan.offload_optimizer is OffloadDevice.none
     if plan.engine is EngineName.deepspeed:
-        shards = plan.degree("dp_shard")
+        shards = plan.degree(SHARD)
         whole = 0.0 if plan.zero_stage == 3 else held * width
         partitioned = kept * master * on_gpu + (width if plan.zero_stage == 3 and on_gpu else 0)
         return whole + held * partitioned / shards
     if not on_gpu:
         return 0.0
     gathered = held * width * _stay_gathered(plan)
-    gradients = held * master / (plan.fsdp_size if plan.degree("pp") == 1 else 1)
+    gradients = held * master / (plan.fsdp_size if plan.degree(PIPELINE) == 1 else 1)
     return gathered + gradients + kept * master * held / plan.fsdp_size
 
 
@@ -60,7 +61,7 @@ def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
     tokens, seq_len = plan.batch.micro_batch_size * plan.batch.seq_len, plan.batch.seq_len
     activations = 2 * known.layers * tokens * (34 * known.hidden + 5 * known.heads * seq_len)
     logits = 4 * 4 * tokens * known.vocabulary
-    held = parameters / (plan.degree("tp") * plan.degree("pp"))
+    held = parameters / (plan.degree(TENSOR) * plan.degree(PIPELINE))
     buffers = held * (WIDTHS[plan.param_dtype] + WIDTHS[plan.master_dtype])
     return (
         states_bytes(plan, parameters, config.optimizer, most=True) + buffers + activations + logits + WORKSPACE_BYTES

@@ -15,6 +15,7 @@ from math import prod
 
 from configs.choices import EngineName
 from configs.schema import Config
+from trainer.axes import PIPELINE
 from trainer.engine.deepspeed.config import deepspeed_config
 from trainer.estimate.compose import Layout, replay
 from trainer.estimate.layouts.common import Setting, step_inputs
@@ -93,13 +94,13 @@ class Estimate:
 
     def of_rank(self, plan: Plan, rank: int) -> RankEstimate:
         """The estimate of the kind that a rank is of: the kinds of a pipeline are named pp0, pp1, ... by its stages."""
-        stage = f"pp{plan.coordinates(rank)['pp']}"
+        stage = f"{PIPELINE}{plan.coordinates(rank)[PIPELINE]}"
         return next((kind for kind in self.ranks if kind.kind == stage), self.ranks[0])
 
     @property
     def busiest_place(self) -> int:
         """In the pipeline; 0 without one."""
-        return int(self.busiest.kind.removeprefix("pp")) if self.busiest.kind.startswith("pp") else 0
+        return int(self.busiest.kind.removeprefix(PIPELINE)) if self.busiest.kind.startswith(PIPELINE) else 0
 
     @property
     def margin_bytes(self) -> int | None:
@@ -183,9 +184,9 @@ def estimate(
     context = int(config.estimate.context_gib * GIB) if gpu else 0
     nccl = int(config.estimate.nccl_gib * GIB) * communicators(plan) if gpu else 0
     outside = context + nccl
-    if plan.degree("pp") > 1:
+    if plan.degree(PIPELINE) > 1:
         ranges = stage_layers(config, plan, profile.outline)
-        places = places or range(plan.degree("pp"))
+        places = places or range(plan.degree(PIPELINE))
         stages = {place: PipelineRank(config, plan, profile, ranges, place) for place in places}
         if heaviest:
             stages = {place: rank for place, rank in stages.items() if not _exceeded(place, stages)}
@@ -221,8 +222,8 @@ def _estimate_stages(
         if rank.work not in known:
             timeline = _begin(plan, device)
             setting = rank.replay(timeline)
-            known[rank.work] = _read(plan, timeline, setting, kind=f"pp{pp_rank}", outside=outside)
-        ranks.append(replace(known[rank.work], kind=f"pp{pp_rank}"))
+            known[rank.work] = _read(plan, timeline, setting, kind=f"{PIPELINE}{pp_rank}", outside=outside)
+        ranks.append(replace(known[rank.work], kind=f"{PIPELINE}{pp_rank}"))
     return tuple(ranks)
 
 
@@ -237,7 +238,7 @@ def _begin(plan: Plan, device: Device) -> Timeline:
 def _read(plan: Plan, timeline: Timeline, setting: Setting, *, kind: str, outside: int) -> RankEstimate:
     return RankEstimate(
         kind=kind,
-        count=plan.world_size // plan.degree("pp"),
+        count=plan.world_size // plan.degree(PIPELINE),
         components=dict(zip(COMPONENTS, timeline.peak.parts, strict=True)),
         peak_allocated_bytes=timeline.peak.total,
         peak_reserved_bytes=timeline.peak_reserved,
@@ -255,7 +256,7 @@ def communicators(plan: Plan) -> int:
     """NCCL communicators of a rank: the world's, and one for each mesh axis that another group than it talks over."""
     if plan.world_size == 1:
         return 0
-    axes = [axis for axis, size in plan.mesh if size > 1]
+    axes = [axis for axis, size in plan.mesh.items() if size > 1]
     return 1 + (len(axes) if plan.fully_sharded else 0)
 
 

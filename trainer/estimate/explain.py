@@ -7,6 +7,7 @@ from typing import Any
 
 from configs.choices import EngineName
 from configs.schema import Config
+from trainer.axes import CONTEXT, PIPELINE, TENSOR
 from trainer.axes.pipeline.timeline import in_flight, receive_buffers
 from trainer.estimate.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators, cublas_bytes
 from trainer.estimate.layouts.common import WIDTHS
@@ -25,9 +26,9 @@ def explain(config: Config, plan: Plan, found: Estimate) -> str:
 def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     anatomy = found.profile.anatomy
     master, param = WIDTHS[plan.master_dtype], WIDTHS[plan.param_dtype]
-    share = f" that one of {plan.degree('tp')} tensor-parallel ranks holds" if plan.degree("tp") > 1 else ""
+    share = f" that one of {plan.degree(TENSOR)} tensor-parallel ranks holds" if plan.degree(TENSOR) > 1 else ""
     yield f"P = {anatomy.numel:,} parameters of {anatomy.name}{share}, counted on the built model; tied ones count once"
-    if plan.degree("pp") > 1:
+    if plan.degree(PIPELINE) > 1:
         yield from _pipeline(config, plan, found)
     trained = sum(parameter.numel for parameter in anatomy.parameters() if parameter.trainable)
     if trained < anatomy.numel:
@@ -36,8 +37,8 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     yield _optimizer(config, plan, anatomy)
     yield (
         f"activations, loss, backward: traced at micro_batch_size {plan.batch.micro_batch_size} x seq_len"
-        f" {plan.batch.seq_len // plan.degree('cp')} by running the model's own code on fake tensors, and repeated for"
-        f" {len(anatomy.layers)} layers; activation checkpointing {config.train.activation_checkpointing}"
+        f" {plan.batch.seq_len // plan.degree(CONTEXT)} by running the model's own code on fake tensors, and repeated"
+        f" for {len(anatomy.layers)} layers; activation checkpointing {config.train.activation_checkpointing}"
     )
     for name, part in found.profile.parts.items():
         forward = [_kept(entry) for (phase, _), steps in part.trace.sections.items() if phase == "f" for entry in steps]
@@ -68,8 +69,8 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
 
 
 def _pipeline(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
-    pipeline, pp = config.parallel.pipeline, plan.degree("pp")
-    shape: dict[str, Any] = {"pp": pp, "micro_batches": plan.batch.gradient_accumulation_steps}
+    pipeline, pp = config.parallel.pipeline, plan.degree(PIPELINE)
+    shape: dict[str, Any] = dict(pp=pp, micro_batches=plan.batch.gradient_accumulation_steps)
     shape["stages_per_rank"] = pipeline.stages_per_rank
     layers = [len(owned) for owned in stage_layers(config, plan, found.profile.outline)]
     yield f"stages of {layers} layers (parallel.pipeline.split, or balanced by multiply-adds); tied ones at both ends"
@@ -109,7 +110,9 @@ def _states(plan: Plan, which: str, numel: int, master: int, param: int) -> Iter
         ]
         yield "; ".join(parts) + ": DeepSpeed's partitions, padded, with the buckets of its generated configuration"
     elif plan.fully_sharded:
-        size = f" = {numel * master / shard / GIB:.2f} GiB each" if plan.degree("pp") == 1 else ", of its own stages"
+        size = (
+            f" = {numel * master / shard / GIB:.2f} GiB each" if plan.degree(PIPELINE) == 1 else ", of its own stages"
+        )
         yield (
             f"parameters and gradients {master} B x {which} / {shard}{size} (ceil(rows / {shard}) rows of every"
             f" parameter); gathered copies {param} B, reduced in {WIDTHS[plan.reduce_dtype]} B"

@@ -13,6 +13,7 @@ from operator import ge
 from typing import Any
 
 from configs.schema import Config
+from trainer.axes import CONTEXT, PIPELINE
 from trainer.axes.pipeline.orders import Action, rank_orders
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, stages_of_rank
 from trainer.axes.pipeline.timeline import receive_buffers
@@ -29,12 +30,12 @@ class PipelineRank:
     """What one pipeline rank holds and does. work: ranks of which it is equal need the same memory."""
 
     def __init__(self, config: Config, plan: Plan, model: ModelProfile, ranges: Sequence[range], rank: int) -> None:
-        pipeline, pp, count = config.parallel.pipeline, plan.degree("pp"), plan.batch.gradient_accumulation_steps
+        pipeline, pp, count = config.parallel.pipeline, plan.degree(PIPELINE), plan.batch.gradient_accumulation_steps
         self.plan, self.model, self.ranges, self.schedule = plan, model, ranges, pipeline.schedule
         self.optimizer = config.optimizer
         self.per_rank = pipeline.stages_per_rank or default_stages_per_rank(self.schedule)
         self.owned = stages_of_rank(self.schedule, pp=pp, rank=rank, stages_per_rank=self.per_rank)
-        shape: dict[str, Any] = {"schedule": self.schedule, "pp": pp, "stages_per_rank": pipeline.stages_per_rank}
+        shape: dict[str, Any] = dict(schedule=self.schedule, pp=pp, stages_per_rank=pipeline.stages_per_rank)
         whole = rank_orders(**shape, micro_batches=count)[rank]
         self.order = shortest_orders(**shape, micro_batches=count)[rank] if plan.device == "cuda" else whole
         self.left_out = self._input_gradients(whole) - self._input_gradients(self.order)
@@ -103,7 +104,7 @@ def shortest_orders(
 ) -> list[Sequence[Action]]:
     """For each rank its order in a step with as few micro-batches as take it through all the states that a whole step
     does. Those that follow when the pipeline is full are no different."""
-    shape: dict[str, Any] = {"schedule": schedule, "pp": pp, "stages_per_rank": stages_per_rank}
+    shape: dict[str, Any] = dict(schedule=schedule, pp=pp, stages_per_rank=stages_per_rank)
     orders: list[Sequence[Action]] = list(rank_orders(**shape, micro_batches=micro_batches))
     wanted = {rank: _states(order) for rank, order in enumerate(orders)}
     most = {rank: max(map(max, states)) for rank, states in wanted.items()}  # of one stage's micro-batches at once
@@ -150,7 +151,7 @@ class _Neighbours:
 
     def __init__(self, rank: PipelineRank, timeline: Timeline, *, gpu: bool) -> None:
         batch, plan = rank.plan.batch, rank.plan
-        hidden = batch.micro_batch_size * (batch.seq_len // plan.degree("cp")) * rank.model.outline.hidden_size
+        hidden = batch.micro_batch_size * (batch.seq_len // plan.degree(CONTEXT)) * rank.model.outline.hidden_size
         all_sent = 1 if rank.schedule == "1f1b" else batch.gradient_accumulation_steps * len(rank.ranges)
         self.rank, self.timeline, self.size = rank, timeline, hidden * WIDTHS[plan.param_dtype]
         self.keeps_sent = 0 if gpu else all_sent

@@ -40,8 +40,8 @@ WHOLE, FIRST, MIDDLE, LAST = "whole", "first", "middle", "last"
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """name: inside its group. shape: on one tensor-parallel rank. summed: over whom its gradient is summed once more
-    at the end of a step: "tp" ranks, the two "ends" of a pipeline that share it, or nobody. packed: bytes of the
-    tensors that hold it where it is quantized. whole: what it is in the model, before tensor parallel cuts it."""
+    at the end of a step: tensor-parallel ranks, the two "ends" of a pipeline that share it, or nobody. packed: bytes of
+    the tensors that hold it where it is quantized. whole: what it is in the model, before tensor parallel cuts it."""
 
     name: str
     shape: tuple[int, ...]

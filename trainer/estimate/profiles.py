@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from configs.choices import DType, EngineName
 from configs.errors import ConfigError, PlanError
 from configs.schema import Config
+from trainer.axes import CONTEXT, PIPELINE, TENSOR
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers
 from trainer.estimate.profile import (
     Anatomy,
@@ -84,7 +85,7 @@ def _outline(config: Config, plan: Plan, tracer: Tracer) -> Outline:
 def stage_layers(config: Config, plan: Plan, outline: Outline) -> list[range]:
     """The layers of each stage, as `pipeline_split` cuts them; one stage of all layers without a pipeline."""
     count = len(outline.anatomy.layers)
-    pipeline, pp = config.parallel.pipeline, plan.degree("pp")
+    pipeline, pp = config.parallel.pipeline, plan.degree(PIPELINE)
     if pp == 1:
         return [range(count)]
     stages = pp * (pipeline.stages_per_rank or default_stages_per_rank(pipeline.schedule))
@@ -152,8 +153,8 @@ def _surroundings() -> dict[str, Any]:
 def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
     parallel, tuning = config.parallel, config.tuning
     return {
-        "pipeline": plan.degree("pp") > 1,
-        "tensor": [plan.degree("tp"), parallel.sequence_parallel, parallel.tensor_plan],
+        "pipeline": plan.degree(PIPELINE) > 1,
+        "tensor": [plan.degree(TENSOR), parallel.sequence_parallel, parallel.tensor_plan],
         "tuning": [
             str(tuning.method),
             tuning.rank,
@@ -165,7 +166,7 @@ def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
 
 
 def _shape_fields(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size: int) -> dict[str, Any]:
-    schedule, cp = config.parallel.pipeline.schedule, plan.degree("cp")
+    schedule, cp = config.parallel.pipeline.schedule, plan.degree(CONTEXT)
     return {
         "micro_batch_size": micro_batch_size,
         "seq_len": plan.batch.seq_len // cp,
@@ -176,7 +177,7 @@ def _shape_fields(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size:
         "exact_attention": _exact_attention(plan, gpu),
         "chunked_loss": config.train.chunked_loss,
         "documents": config.data.document_mask,
-        "split_backward": plan.degree("pp") > 1 and SCHEDULES[schedule].splits_backward,
+        "split_backward": plan.degree(PIPELINE) > 1 and SCHEDULES[schedule].splits_backward,
     }
 
 

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +53,7 @@ def to_dict(answer: Answer) -> dict[str, object]:
     return {
         "overrides": list(answer.overrides),
         "config": answer.config,
-        "plan": {**asdict(answer.plan), "world_size": answer.plan.world_size},
+        "plan": answer.plan.record(),
         "device": {
             "name": found.device.name,
             "capacity_bytes": found.device.capacity_bytes,

@@ -15,6 +15,7 @@ from typing import Any
 from configs.choices import Checkpointing, DType, EngineName, OffloadDevice
 from configs.errors import CookbookError
 from configs.schema import Config
+from trainer.axes import PIPELINE, REPLICATE, TENSOR
 from trainer.estimate.bounds import states_bytes
 from trainer.estimate.estimate import Estimate, estimate, with_micro_batch
 from trainer.estimate.layouts.common import WIDTHS
@@ -123,7 +124,7 @@ def largest_micro_batch(config: Config, plan: Plan, *, found_gpu: str | None = N
             low, high = (middle, high) if fits(middle, places) else (low, middle)
         return low
 
-    if plan.degree("pp") == 1:
+    if plan.degree(PIPELINE) == 1:
         return largest(None)
     found = largest([first.busiest_place])
     # With another micro-batch another place of the pipeline may be the busiest.
@@ -168,9 +169,9 @@ def _changes(config: Config, plan: Plan) -> Iterator[Change]:
     full = {"train.activation_checkpointing": Checkpointing.full}
     if plan.param_dtype is DType.float32:
         yield "compute in bfloat16", {"precision.param_dtype": DType.bfloat16}, ALL
-    if plan.degree("tp") > 1 and not parallel.sequence_parallel:
+    if plan.degree(TENSOR) > 1 and not parallel.sequence_parallel:
         yield "norms and residuals along the sequence", {"parallel.sequence_parallel": True}, PASSING
-    if plan.degree("tp") == 1 and not train.chunked_loss:
+    if plan.degree(TENSOR) == 1 and not train.chunked_loss:
         yield "loss in slices", {"train.chunked_loss": True}, frozenset({"loss", "buffers", "workspace"})
     if plan.world_size > 1:
         yield from _more_partitioning(plan)
@@ -200,23 +201,23 @@ def _more_partitioning(plan: Plan) -> Iterator[Change]:
             yield f"ZeRO {stage}", {"parallel.zero_stage": stage}, ALL
     elif not plan.fully_sharded:
         yield "shard states over all ranks (FSDP)", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}, ALL
-    elif plan.degree("dp_replicate") > 1:
+    elif plan.degree(REPLICATE) > 1:
         yield "shard over all ranks instead of groups", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}, STATES
-    elif not plan.reshard_after_forward and plan.degree("pp") == 1:
+    elif not plan.reshard_after_forward and plan.degree(PIPELINE) == 1:
         yield "drop gathered parameters after the forward", {"parallel.reshard_after_forward": True}, STATES
 
 
 def _more_division(config: Config, plan: Plan) -> Iterator[Change]:
     """More of the ranks for one model and fewer for data, where a degree is left open to fill the rest."""
-    parallel, tp = config.parallel, plan.degree("tp")
+    parallel, tp = config.parallel, plan.degree(TENSOR)
     if None not in (parallel.dp_replicate, parallel.dp_shard):
         return
     for degree in sorted({2 * tp, plan.gpus_per_node}):
         if tp < degree <= plan.gpus_per_node:
             divided = {"parallel.tp": degree, "parallel.sequence_parallel": True}
             yield f"matrices and activations over {degree} GPUs", divided, ALL
-    if plan.degree("pp") > 1:
-        yield "twice as many stages", {"parallel.pp": 2 * plan.degree("pp")}, ALL
+    if plan.degree(PIPELINE) > 1:
+        yield "twice as many stages", {"parallel.pp": 2 * plan.degree(PIPELINE)}, ALL
 
 
 def _offload(plan: Plan) -> Iterator[Change]:
@@ -242,8 +243,8 @@ def _try(
         plan = make_plan(changed, machine)
         if _states(changed, plan, before, config.parallel.tp or 1) > (before.device.capacity_bytes or inf):
             return None
-        if plan.degree("pp") > 1:
-            place = min(before.busiest_place, plan.degree("pp") - 1)
+        if plan.degree(PIPELINE) > 1:
+            place = min(before.busiest_place, plan.degree(PIPELINE) - 1)
             if not estimate(changed, plan, found_gpu=found_gpu, places=[place]).fits:
                 return None
         found = estimate(changed, plan, found_gpu=found_gpu, heaviest=True)

@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 from torch.utils._pytree import tree_iter
 
+from trainer.axes.fsdp import sharded_modules
 from trainer.axes.gradients import local
-from trainer.axes.shard import sharded_modules
 from trainer.estimate.kernels import as_on_device, quiet
 from trainer.estimate.profile import Step, Trace
 from trainer.estimate.tracker import CAST, Born, Died, Mark, StorageTracker

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from configs.choices import Attention
 from configs.errors import CookbookError
 from configs.schema import Config
+from trainer.axes import CONTEXT, PIPELINE
 from trainer.estimate.bounds import states_bytes, upper_bytes
 from trainer.estimate.layouts.common import WIDTHS
 from trainer.estimate.profile import Outline, Part, kept_layers
@@ -63,12 +64,12 @@ class Tracer:
 
         kinds = layer_kinds(self.model)
         layer_costs, head_cost, hidden_size = [], 0.0, 0
-        if self.plan.degree("pp") > 1:
+        if self.plan.degree(PIPELINE) > 1:
             found = examine(self.model)
             layer_costs, head_cost = count_costs(self.model, found)
             hidden_size = found.hidden_size
         # Of which sequences are split nothing here depends, and outlines are kept on disk without them.
-        whole = replace(self.plan, mesh=tuple((axis, 1 if axis == "cp" else size) for axis, size in self.plan.mesh))
+        whole = replace(self.plan, views=(self.plan.dense.resized(lambda axis: 1 if axis.name == CONTEXT else None),))
         layers = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         with build_unit(self.model, layers, self.config, whole) as unit:
             anatomy, per_layer = describe(unit, kinds), layer_buffers(unit)
@@ -101,7 +102,7 @@ class Tracer:
             logits_dtype=logits,
             gpu=fields["gpu"],
             exact_attention=fields["exact_attention"],
-            positions=self.plan.degree("cp") > 1 or self.config.data.document_mask,
+            positions=self.plan.degree(CONTEXT) > 1 or self.config.data.document_mask,
             documents=self.config.data.document_mask,
             split_backward=fields["split_backward"],
         )

@@ -23,10 +23,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from configs.schema import Config, Pipeline
+from trainer.axes import PIPELINE, TENSOR
+from trainer.axes.fsdp import sharded_modules
 from trainer.axes.gradients import local
 from trainer.axes.mesh import build_mesh
 from trainer.axes.pipeline.split import Stage
-from trainer.axes.shard import sharded_modules
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.model.build import decoder_layers, held_layers
 from trainer.model.layers import is_packed, owned, values_shape
@@ -107,9 +108,8 @@ def build_unit(
     split = [count for count in (len(before), len(layers), len(after)) if count]
     pipeline = Pipeline(schedule="gpipe", split=split if len(split) > 1 else None)
     config = replace(config, parallel=replace(config.parallel, pipeline=pipeline))
-    degrees = {"pp": len(split), "dp_replicate": 1, "dp_shard": 1}
-    mesh = tuple((axis, degrees.get(axis, degree)) for axis, degree in plan.mesh)
-    plan = replace(plan, nodes=1, gpus_per_node=prod(degree for _, degree in mesh), mesh=mesh)
+    view = plan.dense.resized(lambda axis: 1 if axis.reads else len(split) if axis.name == PIPELINE else None)
+    plan = replace(plan, nodes=1, gpus_per_node=prod(view.degrees.values()), views=(view,))
     # The first rank of its stage.
     rank = plan.world_size // len(split) * int(not first)
     with _fake_mesh(plan, rank) if plan.world_size > 1 else nullcontext() as ranks:
@@ -160,7 +160,7 @@ def describe(unit: Unit, kinds: Sequence[int]) -> Anatomy:
     groups = groups_of(unit)
     for name, owner, last, parameter in owned(unit.module):
         group, leaf = groups[name]
-        summed = "tp" if name in partial else "ends" if name in ends else ""
+        summed = TENSOR if name in partial else "ends" if name in ends else ""
         packed = owner.packed_bytes() if is_packed(owner, last) else ()
         shape = tuple(values_shape(owner, last, local(parameter)))
         described = Parameter(leaf, shape, parameter.requires_grad, summed, packed, replace(roles[name], name=leaf))

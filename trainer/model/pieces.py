@@ -1,17 +1,16 @@
 """A parameter and its pieces: whole to local share, and local shares to whole, for any placement on the mesh.
 
-Tensor parallel cuts first, FSDP2 then cuts what is left, so a share is found by cutting in that order and the whole by
-joining in the opposite one. DTensor's own `full_tensor` and `distribute_tensor` are right wherever each axis cuts
-evenly or along another dimension; where both axes cut one dimension of a packed matrix (GPT-2's fused query, key and
-value) they put the pieces in another order. Here each axis is done by itself, which DTensor always gets right.
+The innermost axis, tensor parallel, cuts first, FSDP2 then cuts what is left, so a share is found by cutting in that
+order and the whole by joining in the opposite one. DTensor's own `full_tensor` and `distribute_tensor` are right
+wherever each axis cuts evenly or along another dimension; where both axes cut one dimension of a packed matrix (GPT-2's
+fused query, key and value) they put the pieces in another order. Here each axis is done by itself, which DTensor always
+gets right.
 """
 
 from __future__ import annotations
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
-
-INNERMOST = "tp"  # the axis that cuts first
 
 
 def cut(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
@@ -36,16 +35,15 @@ def join(tensor: DTensor) -> torch.Tensor:
 
 
 def _cuts(tensor: DTensor) -> list[tuple[str, Placement]]:
-    """The axes that cut this tensor in the order of cutting, each with its own placement on what it finds."""
+    """The axes that cut this tensor, in the order of cutting, each with its own placement on what it finds."""
     names = tensor.device_mesh.mesh_dim_names or ()
-    placed = [(name, placement) for name, placement in zip(names, tensor.placements, strict=True)]
-    cuts: list[tuple[str, Placement]] = [(n, p) for n, p in placed if n == INNERMOST and not p.is_replicate()]
-    for name, placement in placed:
-        if name != INNERMOST and not placement.is_replicate():
-            # Beside a tensor-parallel cut of the same dimension FSDP2 writes its plain cut as a strided one.
-            dim = getattr(placement, "dim", 0)
-            cuts.append((name, Shard(dim)))
-    return cuts
+    cuts: list[tuple[str, Placement]] = [
+        (name, placement)
+        for name, placement in zip(reversed(names), reversed(tensor.placements), strict=True)
+        if not placement.is_replicate()
+    ]
+    # Beside a tensor-parallel cut of the same dimension FSDP2 writes its plain cut as a strided one.
+    return [*cuts[:1], *((name, Shard(getattr(placement, "dim", 0))) for name, placement in cuts[1:])]
 
 
 def _shape_after(shape: torch.Size, placement: Placement, tensor: DTensor, name: str) -> torch.Size:

@@ -13,7 +13,7 @@ The rule `check_router` needs no torch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import EngineName
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from trainer.plan.plan import Plan
-
 FLAG = "model.config.output_router_logits"
 COEFFICIENT = "model.config.router_aux_loss_coef"
 NAMES = ("router_aux_loss_coef", "aux_loss_coef")
 
 
-def check_router(config: Config) -> Iterator[str]:
-    """Problems of a config that asks for the balancing loss, or gives its coefficient without asking."""
+def check_router(config: Config, cutting: Mapping[str, int]) -> Iterator[str]:
+    """Problems of a config that asks for the balancing loss, or gives its coefficient without asking.
+
+    cutting: degrees of the axes that cut the model or its sequences.
+    """
     fields = config_fields(config)
     wanted = bool(fields.get("output_router_logits"))
     given = text_fields(config.model.config)
@@ -42,20 +43,17 @@ def check_router(config: Config) -> Iterator[str]:
         if name in given:
             yield f"model.config.{name}={given[name]}: is read with {FLAG}=true only; set that too, or leave it out"
     if wanted:
-        parallel = config.parallel
-        degrees = {axis: getattr(parallel, axis) for axis in ("tp", "cp", "pp")}
-        yield from _refuse(parallel.engine, degrees, compiled=config.train.compile)
+        yield from _refuse(config, cutting)
 
 
-def _refuse(engine: EngineName, degrees: dict[str, int], *, compiled: bool) -> Iterator[str]:
+def _refuse(config: Config, cutting: Mapping[str, int]) -> Iterator[str]:
     reason = f"the balancing loss that {FLAG}=true adds (with {COEFFICIENT})"
     remedy = f"use parallel=single, ddp or fsdp, or set {FLAG}=false"
-    if engine is EngineName.deepspeed:
+    if config.parallel.engine is EngineName.deepspeed:
         yield f"parallel.engine=deepspeed: leaves out {reason}; {remedy}"
-    for axis, degree in degrees.items():
-        if degree > 1:
-            yield f"parallel.{axis}={degree}: leaves out {reason}; {remedy}"
-    if compiled:
+    for axis, degree in cutting.items():
+        yield f"parallel.{axis}={degree}: leaves out {reason}; {remedy}"
+    if config.train.compile:
         yield f"train.compile=true: loses the router's logits, of which {reason} is made; set either to false"
 
 
@@ -72,8 +70,8 @@ class RouterLoss:
         return self.coefficient * output.aux_loss
 
 
-def build_router_loss(model: PreTrainedModel, config: Config, plan: Plan) -> RouterLoss | None:
-    """None where the model's config does not ask for it.
+def build_router_loss(model: PreTrainedModel, config: Config, cutting: Mapping[str, int]) -> RouterLoss | None:
+    """None where the model's config does not ask for it. cutting: as `check_router`.
 
     Raises PlanError where this layout would leave it out (the config of a hub id is seen only here), ConfigError for a
     model whose code computes none.
@@ -81,8 +79,7 @@ def build_router_loss(model: PreTrainedModel, config: Config, plan: Plan) -> Rou
     coefficient = router_coefficient(model)
     if coefficient is None:
         return None
-    degrees = {axis: plan.degree(axis) for axis in ("tp", "cp", "pp")}
-    if problems := list(_refuse(plan.engine, degrees, compiled=config.train.compile)):
+    if problems := list(_refuse(config, cutting)):
         raise PlanError(*problems)
     return RouterLoss(coefficient)
 

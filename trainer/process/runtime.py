@@ -82,9 +82,9 @@ class Runtime:
 
 
 def dropout_stream(plan: Plan, rank: int) -> int:
-    """The number of this rank's random stream: its own, but one for all ranks of a tensor-parallel group (the innermost
-    axis). What they hold alike must be dropped alike, or their hidden states part."""
-    return rank // plan.degree("tp")
+    """The number of this rank's random stream: its own, but one for all ranks of a tensor-parallel group. What they
+    hold alike must be dropped alike, or their hidden states part."""
+    return plan.dense.place(rank, lambda axis: not axis.joint)
 
 
 def local_rank() -> int:

@@ -14,7 +14,6 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -82,8 +81,7 @@ def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str, af
 
 def _plain(plan: Plan) -> dict[str, Any]:
     """The plan as JSON knows it, with the derived numbers people filter runs by."""
-    derived = {"world_size": plan.world_size, "global_batch_size": plan.batch.global_batch_size}
-    return {**json.loads(json.dumps(asdict(plan))), **derived}
+    return {**json.loads(json.dumps(plan.record())), "global_batch_size": plan.batch.global_batch_size}
 
 
 class _Wandb:

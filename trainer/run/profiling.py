@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
 from configs.schema import Config
+from trainer.axes import PIPELINE
 from trainer.estimate.compose import STEPS
 from trainer.estimate.estimate import RankEstimate
 from trainer.estimate.tracker import StorageTracker
@@ -172,7 +173,7 @@ class Profiler:
             return
         fullest: dict[int, int] = {}
         for rank, curve in enumerate(curves):
-            stage = self._plan.coordinates(rank)["pp"]
+            stage = self._plan.coordinates(rank)[PIPELINE]
             if stage not in fullest or _peak(curve) > _peak(curves[fullest[stage]]):
                 fullest[stage] = rank
         ranks = {rank: (self._estimate(rank), curves[rank]) for rank in fullest.values()}

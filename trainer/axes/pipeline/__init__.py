@@ -1,1 +1,24 @@
-"""Pipeline parallel: which rank runs which layers, and in which order."""
+"""Pipeline parallel, the axis `pp`: which rank runs which layers, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.choices import EngineName
+from configs.schema import Config
+from trainer.plan.views import Axis
+
+AXIS = Axis(name="pp", words="layers over {} pipeline ranks (which wait {bubble:.0%} of a step)")
+
+
+def problems(config: Config) -> Iterator[str]:
+    """What needs the batch is checked by `table.check_pipeline`."""
+    parallel = config.parallel
+    if parallel.engine is EngineName.deepspeed:
+        if parallel.pp > 1:
+            yield (
+                f"parallel.pp={parallel.pp}: ZeRO 2 and 3 partition what a pipeline adds up over its micro-batches, so"
+                " DeepSpeed forbids the pair; use parallel=3d_zero1 or pipeline_fsdp"
+            )
+    elif parallel.pp == 1 and (parallel.pipeline.split or parallel.pipeline.stages_per_rank):
+        yield "parallel.pipeline: split and stages_per_rank need parallel.pp > 1; set pp, or take them away"

@@ -46,6 +46,7 @@ from torch.distributed.pipelining import (
 )
 
 from configs.schema import Config
+from trainer.axes import CONTEXT, PIPELINE
 from trainer.axes.gradients import local
 from trainer.axes.pipeline.split import Stage
 from trainer.axes.pipeline.table import SCHEDULES, rank_of_stage
@@ -226,11 +227,11 @@ def build_pipeline(stages: Sequence[Stage], config: Config, plan: Plan, mesh: De
     """The pipeline of a plan, over stages that all passes have been applied to."""
     return Pipeline(
         stages,
-        group=mesh.get_group("pp"),
+        group=mesh.get_group(PIPELINE),
         schedule=config.parallel.pipeline.schedule,
         micro_batches=plan.batch.gradient_accumulation_steps,
         micro_batch_size=plan.batch.micro_batch_size,
-        seq_len=plan.batch.seq_len // plan.degree("cp"),
+        seq_len=plan.batch.seq_len // plan.degree(CONTEXT),
         dtype=torch_dtype(plan.param_dtype),
         device=torch.device(mesh.device_type, torch.cuda.current_device())
         if mesh.device_type == "cuda"

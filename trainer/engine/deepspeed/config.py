@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.choices import DType, OffloadDevice
 from configs.schema import Config
+from trainer.axes import SHARD
 from trainer.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _zero(config: Config, plan: Plan, size: ModelSize, swap_folder: str | None) 
 def _stage3(plan: Plan, size: ModelSize) -> dict[str, Any]:
     window = max(size.parameters // 4, size.largest)
     on_disk = plan.offload_parameters is OffloadDevice.nvme
-    share = ceil(size.trained / plan.degree("dp_shard") / 4)
+    share = ceil(size.trained / plan.degree(SHARD) / 4)
     return {
         # Parameters on disk are read when they are needed, not ahead: DeepSpeed remembers the order of reading ahead
         # from one pass to the next, a validation pass disturbs it, and then it runs out of buffers.
@@ -154,7 +155,7 @@ def _swapped_parameters(plan: Plan, size: ModelSize, swap_folder: str | None) ->
     align = SWAP_BYTES // WIDTHS[plan.param_dtype]
     return {
         "nvme_path": swap_folder,
-        "buffer_size": ceil(ceil(size.largest / plan.degree("dp_shard")) / align) * align,
+        "buffer_size": ceil(ceil(size.largest / plan.degree(SHARD)) / align) * align,
         "buffer_count": 4 + size.widest_module,
         # Elements per rank that stay in host memory after all. DeepSpeed's 10**9 would leave most models there.
         "max_in_cpu": 0,

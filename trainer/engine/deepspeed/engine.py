@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from configs.choices import OffloadDevice
 from configs.schema import Config
+from trainer.axes import TENSOR
 from trainer.axes.mesh import build_mesh
 from trainer.data import Batch
 from trainer.engine import Counters, StepReport
@@ -180,7 +181,7 @@ class DeepSpeedEngine:
 
     def _speaks(self) -> bool:
         """Tensor-parallel ranks all know the loss; one of them reports it."""
-        return self.mesh["tp"].get_local_rank() == 0
+        return self.mesh[TENSOR].get_local_rank() == 0
 
     def _announce_scale(self) -> None:
         """From the next backward on DeepSpeed scales the loss, and un-scales the gradient, by this number."""

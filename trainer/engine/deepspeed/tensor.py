@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
+from trainer.axes import SHARD, TENSOR
 from trainer.axes.tensor.apply import TensorParallel
 
 
@@ -27,7 +28,7 @@ class ModelParallelUnit:
     """The groups of a rank, under the names that DeepSpeed took over from Megatron-LM."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        self.tensor, self.data = mesh.get_group("tp"), mesh.get_group("dp_shard")
+        self.tensor, self.data = mesh.get_group(TENSOR), mesh.get_group(SHARD)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self.tensor

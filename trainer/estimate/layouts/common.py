@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from configs.choices import DType
 from configs.schema import Optimizer
+from trainer.axes import CONTEXT, PIPELINE, REPLICATE, TENSOR
 from trainer.estimate.profile import Profile
 from trainer.estimate.timeline import Timeline
 from trainer.model.roles import Described
@@ -47,11 +48,11 @@ def place_batch(setting: Setting) -> None:
 def step_inputs(plan: Plan, *, first: bool = False, last: bool = False) -> list[int]:
     """Bytes of what the torch engine makes of a step's batches. A context-parallel rank: its slices of tokens, labels
     and positions of each micro-batch. A pipeline's: those that its stages need, joined; first, last: which it holds."""
-    batch, cp = plan.batch, plan.degree("cp")
+    batch, cp = plan.batch, plan.degree(CONTEXT)
     count = batch.gradient_accumulation_steps
     rows = batch.micro_batch_size * batch.seq_len // cp * TOKEN_BYTES
     slices = [rows] * (3 * count) if cp > 1 else []
-    if plan.degree("pp") == 1:
+    if plan.degree(PIPELINE) == 1:
         return slices
     return [*slices, *[rows * count] * (first + last + (cp > 1))]
 
@@ -76,7 +77,7 @@ def states_bytes(setting: Setting, held: Sequence[Held]) -> int:
 def update_temporaries(setting: Setting, held: Sequence[Held]) -> None:
     """What the update needs for a moment. held: the matrices that it updates at once, in its order."""
     plan = setting.plan
-    spread = Spread(ranks=plan.fsdp_size * plan.degree("tp"), copies=plan.degree("dp_replicate"))
+    spread = Spread(ranks=plan.fsdp_size * plan.degree(TENSOR), copies=plan.degree(REPLICATE))
     workspace = ask(setting.optimizer).temporaries(held, setting.optimizer, plan.master_dtype, spread)
     setting.timeline.free(setting.timeline.allocate("workspace", workspace))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from trainer.axes import REPLICATE
 from trainer.estimate.layouts.common import (
     WIDTHS,
     Setting,
@@ -30,7 +31,7 @@ class Replicated:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.timeline = setting, setting.timeline
-        self.ddp = setting.plan.degree("dp_replicate") > 1
+        self.ddp = setting.plan.degree(REPLICATE) > 1
         width, anatomy = WIDTHS[setting.plan.master_dtype], setting.profile.anatomy
         # Of the parameters that are trained; the others are only held.
         self.sizes = {

@@ -10,7 +10,7 @@
 
 Gathering and reducing run in streams of their own, whose memory the computation cannot reuse. A rank holds
 ceil(rows / W) rows of each parameter: the first ranks' share, which none exceeds.
-Groups: `trainer.axes.shard.sharded_modules`; source: torch/distributed/fsdp/_fully_shard.
+Groups: `trainer.axes.fsdp.sharded_modules`; source: torch/distributed/fsdp/_fully_shard.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from math import ceil, prod
 
 from configs.choices import OffloadDevice
+from trainer.axes import REPLICATE, TENSOR
 from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, place_states, states_bytes, update_temporaries
 from trainer.estimate.profile import Parameter
 from trainer.estimate.timeline import COMPUTE, GATHER, REDUCE, Handle
@@ -33,8 +34,8 @@ class FullySharded:
     def __init__(self, setting: Setting) -> None:
         plan, anatomy = setting.plan, setting.profile.anatomy
         self.setting, self.timeline, self.reshard = setting, setting.timeline, plan.reshard_after_forward
-        self.ranks = plan.degree("dp_shard") * plan.degree("cp")
-        self.replicated = plan.degree("dp_replicate") > 1
+        self.ranks = plan.fsdp_size
+        self.replicated = plan.degree(REPLICATE) > 1
         self.offloaded = plan.offload_parameters is not OffloadDevice.none
         self.master, self.param, self.reduce = (
             WIDTHS[dtype] for dtype in (plan.master_dtype, plan.param_dtype, plan.reduce_dtype)
@@ -143,7 +144,7 @@ class FullySharded:
         received = self.received.setdefault(group, {})
         if parameter not in narrow and parameter not in received:
             received[parameter] = handle
-        elif self.setting.plan.degree("tp") > 1:
+        elif self.setting.plan.degree(TENSOR) > 1:
             # It passes out of the divided layer with the layer's other gradients, when that is done.
             self.late.append(handle)
         else:
@@ -198,7 +199,7 @@ class FullySharded:
         self.reducing = None
         self.held.clear()
         if self.last:
-            parts = [self._shard(p) for p in self.setting.profile.anatomy.parameters() if p.summed == "tp"]
+            parts = [self._shard(p) for p in self.setting.profile.anatomy.parameters() if p.summed == TENSOR]
             self.timeline.free(self.timeline.allocate("workspace", sum(parts) * self.master))
 
     def update(self, step: int) -> None:

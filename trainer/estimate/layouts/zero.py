@@ -17,6 +17,7 @@ from math import ceil
 from typing import Any
 
 from configs.choices import OffloadDevice
+from trainer.axes import SHARD
 from trainer.engine.deepspeed.config import ModelSize
 from trainer.estimate.layouts.common import (
     WIDTHS,
@@ -55,7 +56,7 @@ class ZeroStage12:
         plan, anatomy = setting.plan, setting.profile.anatomy
         self.setting, self.timeline = setting, setting.timeline
         self.stage = plan.zero_stage
-        self.ranks = plan.degree("dp_shard")
+        self.ranks = plan.degree(SHARD)
         self.bucket_elements = settings["zero_optimization"]["reduce_bucket_size"]
         self.param, self.reduce, self.master = (
             WIDTHS[dtype] for dtype in (plan.param_dtype, plan.reduce_dtype, plan.master_dtype)

@@ -6,6 +6,7 @@ Reads the flat groups of `zero`; source: deepspeed/runtime/bf16_optimizer.py.
 
 from __future__ import annotations
 
+from trainer.axes import SHARD
 from trainer.estimate.layouts.common import WIDTHS, Setting, flat, place_batch, place_states, update_temporaries
 from trainer.estimate.layouts.zero import ALLREDUCE_ELEMENTS, flat_groups, place_frozen
 from trainer.estimate.timeline import Handle
@@ -17,7 +18,7 @@ class Bfloat16ZeroStage1:
     def __init__(self, setting: Setting) -> None:
         plan, anatomy = setting.plan, setting.profile.anatomy
         self.setting, self.timeline = setting, setting.timeline
-        self.ranks = plan.degree("dp_shard")
+        self.ranks = plan.degree(SHARD)
         self.param, self.master = WIDTHS[plan.param_dtype], WIDTHS[plan.master_dtype]
         self.groups = flat_groups(anatomy, self.ranks)
         self.gradients: list[Handle | None] = []

@@ -19,6 +19,7 @@ from math import ceil
 from typing import Any
 
 from configs.choices import OffloadDevice
+from trainer.axes import SHARD
 from trainer.estimate.layouts.common import (
     WIDTHS,
     Setting,
@@ -59,7 +60,7 @@ class ZeroStage3:
     def __init__(self, setting: Setting, settings: dict[str, Any]) -> None:
         plan, zero = setting.plan, settings["zero_optimization"]
         self.setting, self.timeline = setting, setting.timeline
-        self.ranks = plan.degree("dp_shard")
+        self.ranks = plan.degree(SHARD)
         self.param, self.reduce, self.master = (
             WIDTHS[dtype] for dtype in (plan.param_dtype, plan.reduce_dtype, plan.master_dtype)
         )

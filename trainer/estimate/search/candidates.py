@@ -17,6 +17,7 @@ from typing import Any
 
 from configs.choices import Checkpointing, EngineName, OffloadDevice
 from configs.schema import Config, Offload, Pipeline
+from trainer.axes import CONTEXT, PIPELINE, TENSOR
 
 MICRO_BATCHES = (1, 2, 4, 8)
 PIPELINES = (1, 2, 4, 8, 16)
@@ -89,7 +90,7 @@ def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[Ca
 def _torch(*, tp: int, pp: int, cp: int, ranks: int, node: int) -> Iterator[Candidate]:
     """ranks: data-parallel ones. node: how many of them are on one node."""
     fixed: dict[str, Any] = {
-        f"parallel.{name}": size for name, size in (("tp", tp), ("pp", pp), ("cp", cp)) if size > 1
+        f"parallel.{name}": size for name, size in ((TENSOR, tp), (PIPELINE, pp), (CONTEXT, cp)) if size > 1
     }
     if tp > 1:
         fixed["parallel.sequence_parallel"] = True

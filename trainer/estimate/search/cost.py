@@ -23,6 +23,7 @@ from typing import Any
 from configs.choices import Checkpointing, ContextMethod, EngineName, OffloadDevice
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
+from trainer.axes import CONTEXT, PIPELINE, REPLICATE, SHARD, TENSOR
 from trainer.estimate.layouts.common import WIDTHS
 from trainer.estimate.profile import Anatomy
 from trainer.estimate.search.network import Network, build_network, group_of
@@ -160,7 +161,7 @@ class _Step:
     def __init__(self, config: Config, plan: Plan, size: Dimensions, gpu: Gpu) -> None:
         self.config, self.plan, self.size, self.gpu = config, plan, size, gpu
         self.network: Network = build_network(config, gpu, plan.gpus_per_node)
-        self.tp, self.pp, cp = plan.degree("tp"), plan.degree("pp"), plan.degree("cp")
+        self.tp, self.pp, cp = plan.degree(TENSOR), plan.degree(PIPELINE), plan.degree(CONTEXT)
         self.tokens = plan.batch.micro_batch_size * plan.batch.seq_len / cp
         self.layers = size.layers / self.pp
         self.width = WIDTHS[plan.param_dtype]
@@ -227,12 +228,12 @@ class _Step:
         forward's once more. Sequence parallel moves the same bytes as a gather and a scatter."""
         sums = 6 if self.recompute is Checkpointing.full else 4
         size = self.tokens * self.size.hidden * self.width
-        return sums * self.layers * self.network.all_reduce(size, group_of(self.plan, "tp"))
+        return sums * self.layers * self.network.all_reduce(size, group_of(self.plan, TENSOR))
 
     def _context(self) -> float:
         """Forward, recompute, and the reverse in the backward: heads dealt out for tokens (query, result, key, value),
         or keys and values collected."""
-        group, size = group_of(self.plan, "cp"), self.size
+        group, size = group_of(self.plan, CONTEXT), self.size
         passes = 2 if self.recompute is Checkpointing.none else 3
         per_token = self.tokens * self.width / self.tp
         if self.config.parallel.context_method is ContextMethod.ulysses:
@@ -246,16 +247,16 @@ class _Step:
         plan, network, times = self.plan, self.network, self.micro_batches
         gradients = self.trained * WIDTHS[plan.reduce_dtype]
         if plan.engine is EngineName.deepspeed:
-            group = group_of(plan, "dp_shard")
+            group = group_of(plan, SHARD)
             scatter = network.gather(gradients, group)
             if plan.zero_stage == 3:
                 return times * _exposed(2 * network.gather(self.held, group) + scatter, busy)
             # Stages 1 and 2 wait for their collectives: nothing runs beside them.
             return (times if plan.zero_stage == 2 else 1) * scatter + network.gather(self.trained * self.width, group)
-        copies = network.all_reduce(gradients / plan.fsdp_size, group_of(plan, "dp_replicate"))
+        copies = network.all_reduce(gradients / plan.fsdp_size, group_of(plan, REPLICATE))
         if plan.fsdp_size == 1:
             return _exposed(copies, 2 / 3 * busy)
-        group = group_of(plan, "dp_shard", "cp")
+        group = group_of(plan, SHARD, CONTEXT)
         gather, scatter = network.gather(self.held, group), network.gather(gradients, group)
         if self.pp > 1:
             gathers = 2 * times if plan.reshard_after_forward else 1
@@ -267,7 +268,7 @@ class _Step:
         """Hidden states to the next stage and their gradients back, at each boundary that this rank has."""
         boundaries = self.config.parallel.pipeline.stages_per_rank or 1
         size = self.tokens * self.size.hidden * self.width
-        return 2 * boundaries * self.network.send(size, group_of(self.plan, "pp"))
+        return 2 * boundaries * self.network.send(size, group_of(self.plan, PIPELINE))
 
     def _step_multiplying(self) -> float:
         """An update that multiplies whole matrices: each on one rank, which gathers it and sends the result back."""
@@ -275,14 +276,14 @@ class _Step:
         if not work.flops:
             return 0.0
         peak = _peak(self.config, plan, self.gpu) * self.config.estimate.efficiency
-        group = group_of(plan, "dp_shard", "cp")
+        group = group_of(plan, SHARD, CONTEXT)
         sent = self.network.all_to_all(work.exchanged / (self.tp * self.pp * group.size), group)
         return max(work.flops / plan.world_size, self.size.update_largest) / peak + sent
 
     def _step_update(self) -> float:
         """Optimizer states of this rank's share, read and written where they are."""
         plan, disk = self.plan, self.config.cluster.nvme_gb_per_second * GB_PER_SECOND
-        shards = plan.degree("dp_shard") if plan.engine is EngineName.deepspeed else plan.fsdp_size
+        shards = plan.degree(SHARD) if plan.engine is EngineName.deepspeed else plan.fsdp_size
         own = self.trained / shards
         kept, fetched = self.size.kept_bytes / 4 / max(1, self.size.trained), 0.0
         touched = own * update_bytes(self.size)

@@ -38,7 +38,7 @@ class Group:
 
 def group_of(plan: Plan, *axes: str) -> Group:
     """The ranks that differ along `axes`, which are neighbours in the mesh. Inner axes lie within the node first."""
-    names, sizes = [name for name, _ in plan.mesh], dict(plan.mesh)
+    names, sizes = list(plan.mesh), plan.mesh
     size = prod(sizes[axis] for axis in axes)
     stride = prod(sizes[name] for name in names[names.index(axes[-1]) + 1 :])
     return Group(size=size, per_node=max(1, min(size, plan.gpus_per_node // stride)))

@@ -106,7 +106,7 @@ def _table(best: Sequence[Found]) -> Table:
 
 
 def _layout(found: Found) -> str:
-    degrees = " ".join(f"{axis} {size}" for axis, size in found.plan.mesh if size > 1)
+    degrees = " ".join(f"{axis} {size}" for axis, size in found.plan.mesh.items() if size > 1)
     kept = ", kept gathered" if found.candidate.keys.get("parallel.reshard_after_forward") is False else ""
     schedule = found.candidate.keys.get("parallel.pipeline.schedule")
     return f"{found.candidate.preset}: {degrees}{kept}" + (f", {schedule}" if schedule else "")

@@ -1,0 +1,79 @@
+"""Fully sharded data parallel (FSDP2): each rank stores 1/W of every parameter, gradient and optimizer state.
+
+    forward   layer i:   all-gather its parameters --> compute --> drop them      (or keep: reshard_after_forward=false)
+    backward  layer i:   all-gather again --> compute --> reduce-scatter the gradient --> keep 1/W
+    update               each rank its own 1/W; no communication
+
+    rank 0 |w0|..|..|..|  --all-gather-->  |w0|w1|w2|w3|  --reduce-scatter-->  |g0|..|..|..|
+    rank 1 |..|w1|..|..|                   on all ranks                        |..|g1|..|..|
+
+Bytes per rank and step (P parameter bytes in param_dtype, G gradient bytes in reduce_dtype, one micro-batch):
+(W - 1) / W * (2 P + G); with reshard_after_forward=false (P + G). DDP moves 2 (W - 1) / W * G.
+The next layer's all-gather runs while this layer computes. Zhao et al. 2023 (PyTorch FSDP), Rajbhandari et al. 2020
+(ZeRO).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from configs.choices import OffloadDevice
+from trainer.axes.mesh import fsdp_mesh
+from trainer.model.build import held_layers, tied_names
+from trainer.model.precision import torch_dtype
+from trainer.plan.plan import Plan
+
+
+def apply_fsdp(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh, *, returns_logits: bool = True) -> None:
+    """Shard each decoder layer, the embedding and the head as groups of their own, and the rest as the root.
+
+    Groups are what is gathered at once. Tied embeddings stay in the root group: a parameter has one owner. model: whole
+    or one pipeline stage; only where it `returns_logits` is its output cast to the dtype of the loss.
+    """
+    param_dtype, reduce_dtype = torch_dtype(plan.param_dtype), torch_dtype(plan.reduce_dtype)
+    options: dict[str, Any] = {
+        "mesh": fsdp_mesh(mesh, plan.dense),
+        "reshard_after_forward": plan.reshard_after_forward,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+        "offload_policy": _offload_policy(plan),
+    }
+    for module in sharded_modules(model).values():
+        fully_shard(module, **options)
+    # Only the root may cast its output: a layer's output must stay in the dtype that the next layer computes in.
+    if returns_logits:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype, output_dtype=_loss_dtype(plan))
+    fully_shard(model, **options)
+
+
+def sharded_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The groups besides the root: the layers that are here as "0", "1", ..., and "embedding" and "head"."""
+    named: dict[str, nn.Module] = {str(place): layer for place, layer in enumerate(held_layers(model))}
+    if not tied_names(model):
+        ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+        named |= {name: end for name, end in ends.items() if end is not None and any(True for _ in end.parameters())}
+    return named
+
+
+def set_last_micro_batch(model: FSDPModule, plan: Plan, *, last: bool) -> None:
+    """When gradients travel. Sharded gradients are reduce-scattered after every micro-batch: kept whole until the last
+    one, they would take a full copy per rank. Replicas all-reduce once, after the last."""
+    if plan.fsdp_size > 1:
+        model.set_requires_all_reduce(last)
+    else:
+        model.set_requires_gradient_sync(last)
+
+
+def _offload_policy(plan: Plan) -> OffloadPolicy:
+    if plan.offload_parameters is OffloadDevice.none:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=plan.device == "cuda")
+
+
+def _loss_dtype(plan: Plan) -> torch.dtype:
+    return torch.promote_types(torch_dtype(plan.param_dtype), torch.float32)
