@@ -91,3 +91,9 @@ class OutOfMemory(TrainingFailed):
 
 class RankProblem(EnvironmentProblem):
     """A problem that the other ranks of the node do not have, so that this rank must tell it itself."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, short enough for one line."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text.rstrip(".:;, ")[:300]

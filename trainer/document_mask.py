@@ -13,7 +13,7 @@ import logging
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, first_line
 from trainer.model.miniature import shrink
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def check_document_mask(config: PretrainedConfig) -> None:
     try:
         apart = _apart(config)
     except Exception as error:  # a config in miniature may break any rule of its architecture
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         log.warning("data.document_mask not checked: a small %s does not run: %s", config.model_type, reason)
         return
     if apart > TOLERANCE:

@@ -26,11 +26,10 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import DataError
+from configs.errors import DataError, first_line
 from trainer.data.documents import Piece, content_hash, read_pieces
 from trainer.data.encoding import encode_documents
 from trainer.data.entries import META, cached, check_files, token_dtype
-from trainer.data.paths import first_line
 from trainer.data.samples import TokenFile
 from trainer.data.tokenizer import Encoder
 

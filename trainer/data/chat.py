@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import DataError
+from configs.errors import DataError, first_line
 from trainer.data.messages import NEEDS_TEMPLATE, REASONING, Conversation, Message
-from trainer.data.paths import first_line
 from trainer.data.plain_text import GUARD
 from trainer.data.tokenizer import BYTES, Encoder
 

@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.errors import DataError
-from trainer.data.paths import first_line
+from configs.errors import DataError, first_line
 
 PIECE_BYTES = 16 * 2**10
 BUILTIN_BYTES = 8 * 2**20

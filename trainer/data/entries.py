@@ -19,8 +19,7 @@ from typing import TypeVar
 import filelock
 import numpy as np
 
-from configs.errors import DataError
-from trainer.data.paths import first_line
+from configs.errors import DataError, first_line
 
 META = "meta.json"
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from configs.errors import DataError
+from configs.errors import DataError, first_line
 from trainer.data.documents import check_characters, read_rows
-from trainer.data.paths import first_line
 
 ROLES = ("system", "user", "assistant", "tool")
 FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")

@@ -9,15 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from configs.errors import DataError
+from configs.errors import DataError, first_line
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-
-
-def first_line(error: Exception) -> str:
-    """What a library's exception says, short enough for one line."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text.rstrip(".:;, ")[:300]
 
 
 def find_files(entries: Iterable[str], *, key: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:

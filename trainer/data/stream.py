@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from configs.errors import DataError
+from configs.errors import DataError, first_line
 from configs.schema import Data
 from trainer.data import Batch
 from trainer.data.cache import both_sides
 from trainer.data.documents import Piece, content_hash, text_of
 from trainer.data.encoding import encode_documents
-from trainer.data.paths import files_inside, first_line, why_not_readable
+from trainer.data.paths import files_inside, why_not_readable
 from trainer.data.positions import Share, key_of, permute
 from trainer.data.samples import make_batch
 from trainer.data.tokenizer import Encoder

@@ -24,9 +24,9 @@ import tokenizers
 from numpy.typing import NDArray
 
 from configs.choices import Bos, DataSource, Weights
-from configs.errors import DataError
+from configs.errors import DataError, first_line
 from configs.schema import Config
-from trainer.data.paths import first_line, why_not_readable
+from trainer.data.paths import why_not_readable
 from trainer.data.plain_text import Encoded, PlainText
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 from torch.utils._pytree import tree_iter
 
+from configs.errors import first_line
 from trainer.axes.fsdp import sharded_modules
 from trainer.axes.gradients import local
 from trainer.estimate.kernels import as_on_device, quiet
@@ -103,7 +104,7 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
                 else:
                     _staged(unit, feed, shape, tracker, split=split)
             except Exception as error:  # the model's own code: anything may go wrong in it without values
-                raise CannotTrace((str(error).strip().splitlines() or [type(error).__name__])[0]) from None
+                raise CannotTrace(first_line(error)) from None
             for handle in handles:
                 handle.remove()
             named = list(unit.module.named_parameters())

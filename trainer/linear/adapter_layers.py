@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
-from configs.errors import ConfigError, EnvironmentProblem
+from configs.errors import ConfigError, EnvironmentProblem, first_line
 from configs.schema import Tuning
 from trainer.linear.adapter_targets import Targets, find_targets, kinds
 from trainer.model.build import decoder_layers
@@ -55,7 +55,7 @@ def insert_adapters(model: PreTrainedModel, tuning: Tuning, targets: Targets, *,
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             inject_adapter_in_model(adapters, layers, adapter_name=NAME)
     except ValueError as error:
-        raise ConfigError(f"tuning.target_modules={tuning.target_modules}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"tuning.target_modules={tuning.target_modules}: {first_line(error)}") from None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
     del layers.peft_config

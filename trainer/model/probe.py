@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from configs.errors import first_line
 from trainer.model.miniature import shrink
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def _probe(config: PretrainedConfig) -> Probe | None:
             logits = model(input_ids=ids, use_cache=False).logits
             torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).backward()
         except Exception as error:  # a config in miniature may break any rule of its architecture
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             log.info("not probed: a small %s does not run: %s", config.model_type, reason)
             return None
     named = dict(_inside(model))

@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from configs.errors import DataError
+from configs.errors import DataError, first_line
 from configs.schema import Model
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -76,8 +76,7 @@ def find_folder(model: Model) -> Path:
 
 def not_on_the_hub(path: str, error: Exception) -> str:
     """The line about a hub id that could not be read."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"model.path={path}: no such folder here, and the hub does not give it ({said[:300]})"
+    return f"model.path={path}: no such folder here, and the hub does not give it ({first_line(error)})"
 
 
 def read_config(folder: Path, key: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from configs.errors import OutOfMemory
+from configs.errors import OutOfMemory, first_line
 
 HOST_WORDS = ("can't allocate memory", "Cannot allocate memory")
 START_WORDS = ("can't start new thread", "Resource temporarily unavailable", "failed to map segment")
@@ -27,7 +27,7 @@ def memory_told(rank: int, step: Callable[[], int]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"rank {rank}: out of memory after {step()} updates: {_first_line(error)}; memory-estimate with the"
+            f"rank {rank}: out of memory after {step()} updates: {first_line(error)}; memory-estimate with the"
             " same words says what to change so that it fits (docs/when-it-fails.md)"
         ) from None
 
@@ -49,10 +49,6 @@ def told_at_start(error: BaseException, rank: int) -> OutOfMemory | None:
         return None
     return OutOfMemory(
         f"rank {rank}: no memory, or no further thread, for the process itself, before it trained: "
-        f"{_first_line(error)}; raise what limits it (ulimit -v, ulimit -u, the memory of the job, memory and pids"
+        f"{first_line(error)}; raise what limits it (ulimit -v, ulimit -u, the memory of the job, memory and pids"
         " of the container)"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, first_line
 from trainer.axes.tensor.apply import apply_tensor_parallel
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.miniature import shrink
@@ -58,14 +58,14 @@ def self_check(
             divided.zero_grad()
             tensor_parallel = apply_tensor_parallel(divided, plan, tp_mesh, sequence_parallel=sequence_parallel)
         except Exception as error:  # a config in miniature may break any rule of its architecture
-            log.warning("tensor plan not checked: a small %s does not run: %s", config.model_type, _first_line(error))
+            log.warning("tensor plan not checked: a small %s does not run: %s", config.model_type, first_line(error))
             return
         try:
             loss = _loss_and_gradients(divided, ids, tensor_parallel.loss)
             tensor_parallel.reduce_partial_gradients(divided)
             problem = _difference(expected, loss, plain, divided)
         except Exception as error:  # the model's own code, on shapes that do not fit it
-            problem = f"the divided model does not run: {_first_line(error)}"
+            problem = f"the divided model does not run: {first_line(error)}"
     del plain, divided, tensor_parallel
     # Replaced forwards refer to their modules in circles: until the collector came by, the copies would stay.
     gc.collect()
@@ -138,7 +138,3 @@ def _plain_model(
             parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
     ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 4 * tp_mesh.size()))
     return model.eval().to(tp_mesh.device_type), ids.to(tp_mesh.device_type)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 from torch.utils import cpp_extension
 
 from configs.choices import Implementation, OffloadDevice
-from configs.errors import EnvironmentProblem
+from configs.errors import EnvironmentProblem, first_line
 from configs.schema import Config
 from trainer.plan.plan import Plan
 
@@ -97,8 +97,9 @@ def load_kernels(kernels: dict[str, str], *, local_rank: int) -> None:
         try:
             op_builder(name).load(verbose=False)
         except Exception as error:  # compiler, linker, loader, missing CUDA: each has its own
-            first_line = str(error).strip().partition("\n")[0]
-            raise EnvironmentProblem(f"{wanted_by}: DeepSpeed's {name} kernel did not compile: {first_line}") from None
+            raise EnvironmentProblem(
+                f"{wanted_by}: DeepSpeed's {name} kernel did not compile: {first_line(error)}"
+            ) from None
 
 
 def op_builder(name: str) -> Any:
