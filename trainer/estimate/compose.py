@@ -97,7 +97,7 @@ def replay_stages(
     neighbours: Neighbours,
     update: Callable[[int], None],
 ) -> None:
-    """Replay two steps of a pipeline's rank. stages: those it holds. order: what it does (`pipeline_orders`). update:
+    """Replay two steps of a pipeline's rank. stages: those it holds. order: what it does (`pipeline.orders`). update:
     the optimizer's, of all stages at once."""
     programs = {stage: Program(profile) for stage, (profile, _) in stages.items()}
     for _, layout in stages.values():

@@ -1,8 +1,8 @@
 """A pipeline rank's step: its stages, what it does in which order, what it keeps for its neighbours.
 
-Everything is read from the tables that the trainer runs by: which rank holds which stages (`pipeline_table`), the order
-of its forwards and backwards (`pipeline_orders`), how many buffers torch sets aside for what neighbours send
-(`pipeline_timeline.receive_buffers`).
+Everything is read from the tables that the trainer runs by: which rank holds which stages (`pipeline.table`), the order
+of its forwards and backwards (`pipeline.orders`), how many buffers torch sets aside for what neighbours send
+(`pipeline.timeline.receive_buffers`).
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class Part:
 class Outline:
     """What is known of a model before any part of it is traced: enough to cut it into stages.
 
-    anatomy: of the whole model. layer_costs, head_cost: see `pipeline_probe.count_costs`; empty if it was not asked
+    anatomy: of the whole model. layer_costs, head_cost: see `pipeline.probe.count_costs`; empty if it was not asked
     for. hidden_size: features of what one stage sends to the next. layer_buffers_bytes: of one layer.
     """
 

@@ -83,7 +83,7 @@ def _outline(config: Config, plan: Plan, tracer: Tracer) -> Outline:
 
 
 def stage_layers(config: Config, plan: Plan, outline: Outline) -> list[range]:
-    """The layers of each stage, as `pipeline_split` cuts them; one stage of all layers without a pipeline."""
+    """The layers of each stage, as `axes.pipeline.split` cuts them; one stage of all layers without a pipeline."""
     count = len(outline.anatomy.layers)
     pipeline, pp = config.parallel.pipeline, plan.degree(PIPELINE)
     if pp == 1:

@@ -1,7 +1,7 @@
 """Pipeline schedules as orders: which forward or backward each rank runs after which.
 
 A schedule is nothing but that: one list per rank. Inputs come from the rank of the stage before, gradients from that of
-the stage after, and a rank that has to wait for one waits; `pipeline_timeline` plays it through and draws it.
+the stage after, and a rank that has to wait for one waits; `timeline` plays it through and draws it.
 
     1f1b, rank 2 of 4, 4 micro-batches        F0 F1 B0 F2 B1 F3 B2 B3
     zbv_zero_bubble splits B                  I: gradient of the stage's input, W: gradient of its weights

@@ -6,7 +6,7 @@
 The model runs once on fake tensors, which have shapes and no values, with layers that hand their input on. The run
 shows which parts are called before the layers and which after, what a layer returns (hidden states, or a tuple that
 begins with them) and how wide hidden states are. And it proves that the chain can be cut anywhere: each layer gets
-exactly what the one before returned, and nothing else that a gradient would have to reach. Next: `pipeline_split`.
+exactly what the one before returned, and nothing else that a gradient would have to reach. Next: `split`.
 """
 
 from __future__ import annotations

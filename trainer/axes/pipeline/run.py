@@ -5,7 +5,7 @@
     rank 1   layers 8-15                       .01..aA2bB3cC4dD5eE.fF..
                 | hidden states   ^ gradient
     rank 2   layers 16-23, norm, head, loss    ..0aA1bB2cC3dD4eE5fF....    3: forward of micro-batch 3, dD: its backward
-                                               time -->                    other schedules: `pipeline_timeline`
+                                               time -->                    other schedules: `timeline`
 
 Communication: point to point, between neighbours only. Per micro-batch and border between stages one send of the hidden
 states (batch * seq * hidden_size elements in the compute dtype) and one of their gradient: far less than tensor or

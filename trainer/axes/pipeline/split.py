@@ -16,7 +16,7 @@ What it computes before its first layer is dropped: the layer before that answer
 the stage before. Slicing the list of layers would be simpler, and wrong where a layer's number chooses its attention
 (Gemma 2, GPT-OSS); feeding a slice with embeddings would scale, shift or normalise them once more on every stage.
 
-Which parts come before and after the layers: `pipeline_probe`. What is sent between stages: `pipeline`.
+Which parts come before and after the layers: `probe`. What is sent between stages: `pipeline`.
 """
 
 from __future__ import annotations

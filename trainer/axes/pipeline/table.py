@@ -11,7 +11,7 @@ head. Two stages per rank make each stage shorter, so that ranks wait less at th
                                                interleaved_zero_bubble
 
 In a V the loss is computed where the embedding is, and one border between stages (3 | 4) needs no communication.
-Torch-free: the plan, the estimator and the trainer read the same numbers here. Next: `pipeline_orders`.
+Torch-free: the plan, the estimator and the trainer read the same numbers here. Next: `orders`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ long: a is the gradient of the stage's input (the rank before waits for it), A t
 With p ranks, m micro-batches and v stages per rank the ranks wait (p-1) / (m+p-1) of the time under gpipe and 1f1b,
 (p-1) / (vm+p-1) when interleaved: more micro-batches or more stages per rank help, and every stage more sends every
 activation once more. Here the share is not taken from a formula but played through, action by action.
-Torch-free. Next: `pipeline_probe`.
+Torch-free. Next: `probe`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ plans with most decoders; those it has none for stand in PLANS below, and `paral
     rank 1              x --[ W1b ]--> the other part         --[ W2b ]--> a partial sum ---+--> y on both ranks
 
 The nonlinearity between the two works on single features (an activation) or single heads (attention), so nothing
-needs to cross before the sum. Shoeybi et al. 2019, Megatron-LM. What each style does at run time: `tensor`.
+needs to cross before the sum. Shoeybi et al. 2019, Megatron-LM. What each style does at run time: `apply`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ STYLES: dict[str, Style] = {
 """Hugging Face's words, and ours: `vocabulary`, `divide` and ADAPTERS."""
 
 ADAPTERS = {"adapter_before_columns", "adapter_after_rows"}
-"""Follow from the plan of the layer (`tensor_adapters`); no plan says them."""
+"""Follow from the plan of the layer (`adapters`); no plan says them."""
 
 ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
 
