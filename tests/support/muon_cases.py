@@ -146,7 +146,7 @@ def costs() -> tuple[dict[str, dict[str, int]], dict[tuple[str, int], int]]:
 
 
 def peak_bytes(mesh: DeviceMesh | None, limit: int) -> int:
-    """Of one update of matrices of shapes WIDE, iterated in bfloat16. mesh: None for plain tensors."""
+    """The least of several updates of matrices of shapes WIDE, iterated in bfloat16. mesh: None for plain tensors."""
     module = nn.Module()
     for number, shape in enumerate(WIDE):
         module.register_parameter(str(number), nn.Parameter(torch.ones(shape)))
@@ -158,6 +158,11 @@ def peak_bytes(mesh: DeviceMesh | None, limit: int) -> int:
     for parameter in held:
         parameter.grad = parameter.detach().clone()
     optimizer.step()
+    # gloo's thread lets go of a collective's buffers when it next gets a core: lateness only ever adds.
+    return min(_peak_of(optimizer) for _ in range(4))
+
+
+def _peak_of(optimizer: torch.optim.Optimizer) -> int:
     with StorageTracker() as tracker:
         optimizer.step()
     sizes: dict[int, int] = {}
