@@ -14,10 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import load_config
 from launch.cookbook import COMMANDS
 from launch.cookbook import main as cookbook
+from tests.support.cases import train
 from tests.support.harness import RankFailed, run_ranks
 from trainer.__main__ import main
+from trainer.estimate.estimate import estimate
+from trainer.make_plan import make_plan
+from trainer.plan.machine import find_machine
 from trainer.process.status import check_idle
 from trainer.process.world import VARIABLES, accelerate_note
 
@@ -181,3 +186,16 @@ def test_cookbook_has_every_door(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out
     assert cookbook(["trian"]) == 2
     assert capsys.readouterr().err.startswith("cookbook trian: no such command; there are train, launch, ")
+
+
+def traced_then_trained(overrides: list[str]) -> list[float]:
+    config = load_config(overrides)
+    estimate(config, make_plan(config, find_machine()))
+    return train(overrides).losses
+
+
+def test_a_rank_trains_on_its_own_mesh_after_a_trace_on_a_fake_one(tmp_path: Path) -> None:
+    """DTensor takes the two for one: the norm of the gradients would be asked of groups that are gone."""
+    words = ["parallel=3d", "data=synthetic", "data.seq_len=16", "train.steps=1", "train.micro_batch_size=1"]
+    losses = run_ranks(4, traced_then_trained, [*words, f"data.cache_dir={tmp_path}"])
+    assert losses == [losses[0]] * 4 and losses[0][0] > 0

@@ -34,6 +34,7 @@ from trainer.model.layers import is_packed, owned, values_shape
 from trainer.model.roles import describe as describe_roles
 from trainer.passes import Parts, divide
 from trainer.plan.plan import Plan
+from trainer.process.runtime import leave_world
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,7 @@ def _fake_mesh(plan: Plan, rank: int) -> Iterator[DeviceMesh]:
     try:
         yield build_mesh(plan, torch.device("cpu"))
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def layer_kinds(model: nn.Module) -> list[int]:

@@ -120,7 +120,7 @@ def join(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
             # Without it a rank that is done first tears down the store that the others still use.
             dist.barrier()
         finally:
-            dist.destroy_process_group()
+            leave_world()
 
 
 @contextmanager
@@ -182,3 +182,16 @@ def _device(plan: Plan) -> torch.device:
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device
+
+
+def leave_world() -> None:
+    """Destroy the process groups, and what DTensor has kept of them.
+
+    DTensor remembers where results lie by where their arguments do, and takes two meshes of the same ranks and names
+    for one: in the next world, or after a trace on a fake mesh, results would name groups that are gone.
+    """
+    from torch.distributed.tensor import DTensor, debug
+
+    dist.destroy_process_group()
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    getattr(debug, "_clear_sharding_prop_cache", propagator.propagate_op_sharding.cache_clear)()
