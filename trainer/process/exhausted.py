@@ -14,8 +14,13 @@ from contextlib import contextmanager
 from configs.errors import OutOfMemory, first_line
 
 HOST_WORDS = ("can't allocate memory", "Cannot allocate memory")
-START_WORDS = ("can't start new thread", "Resource temporarily unavailable", "failed to map segment")
-"""Of Python's threads, of C++'s and gloo's, of the dynamic linker."""
+START_WORDS = (
+    "can't start new thread",
+    "Resource temporarily unavailable",
+    "failed to map segment",
+    "returned NULL without setting an exception",
+)
+"""Of Python's threads, of C++'s and gloo's, of the dynamic linker, of a Python that could not even make its error."""
 
 
 @contextmanager
@@ -42,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def told_at_start(error: BaseException, rank: int) -> OutOfMemory | None:
     """What to raise in place of an error outside `memory_told`; None where it is about something else."""
-    starved = isinstance(error, (RuntimeError, OSError, ImportError)) and any(
+    starved = isinstance(error, (RuntimeError, OSError, ImportError, SystemError)) and any(
         words in str(error) for words in START_WORDS
     )
     if not starved and not is_out_of_memory(error):
