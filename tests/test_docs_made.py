@@ -1,7 +1,7 @@
 """The made parts of the pages are what the code makes today; the Chinese contents page keeps step with the README.
 
 Quick parts are made anew and compared. Tables that take runs or traces are checked in form, and so that their numbers
-add up; `python -m tests.docs.write` makes them anew.
+add up; `python -m tests.docs.write` makes them again.
 """
 
 from __future__ import annotations

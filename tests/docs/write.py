@@ -101,7 +101,7 @@ def write(page: Path, *, quick: bool) -> bool:
 def main(argv: Sequence[str]) -> int:
     """Write the pages that are named, or all."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.docs.write", description="Make the made parts of pages anew."
+        prog="python -m tests.docs.write", description="Make the made parts of pages again."
     )
     parser.add_argument("--quick", action="store_true", help="only those that need no runs and no traces")
     parser.add_argument("pages", nargs="*", type=Path, help="default: all")

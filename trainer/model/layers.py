@@ -6,6 +6,7 @@ float8, say). Whoever exchanges a parameter asks `holding` for the new one, whic
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TypeGuard
 
@@ -17,26 +18,26 @@ from transformers.pytorch_utils import Conv1D
 from trainer.model.pieces import cut
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(nn.Module, ABC):
     """Base of a layer whose `weight` is stored in another form than the values that it computes with.
 
     The parameter has the packed shape from the start, since that is what ranks divide among them.
     """
 
-    def values_shape(self) -> torch.Size:
-        raise NotImplementedError
+    @abstractmethod
+    def values_shape(self) -> torch.Size: ...
 
+    @abstractmethod
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """The stored form of the whole weight; the layer keeps what it needs besides to read it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def packed_bytes(self) -> tuple[int, ...]:
         """Bytes of each tensor that takes the weight's place. The first is the parameter; the rest is never divided."""
-        raise NotImplementedError
 
+    @abstractmethod
     def imitate(self, dtype: torch.dtype) -> torch.Tensor:
         """`pack` without values, under fake tensors. dtype: in which the layer computes from here on."""
-        raise NotImplementedError
 
 
 def is_packed(module: nn.Module | None, leaf: str) -> TypeGuard[PackedWeight]:

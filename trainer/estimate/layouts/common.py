@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from configs.choices import DType
+from configs.choices import DType, OffloadDevice
 from configs.schema import Optimizer
 from trainer.axes import CONTEXT, PIPELINE, REPLICATE, TENSOR
 from trainer.estimate.profile import Profile
@@ -34,6 +34,15 @@ class Setting:
     @property
     def gpu(self) -> bool:
         return self.plan.device == "cuda"
+
+    def place(self, what: str, size: int, where: OffloadDevice) -> None:
+        """Count bytes where the plan leaves them. A CPU's own memory is the host's: nothing is offloaded there."""
+        if where is OffloadDevice.nvme:
+            self.nvme[what] = self.nvme.get(what, 0) + size
+        elif where is OffloadDevice.cpu and self.gpu:
+            self.host[what] = self.host.get(what, 0) + size
+        else:
+            self.timeline.allocate(what, size)
 
 
 def place_batch(setting: Setting) -> None:

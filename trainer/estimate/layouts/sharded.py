@@ -77,18 +77,12 @@ class FullySharded:
         for parameters in self.groups.values():
             for parameter in parameters:
                 kept = self._shard(parameter) * self.master if parameter.trainable else self._gathered(parameter)
-                self._place("parameters", kept)
+                self.setting.place("parameters", kept, self.setting.plan.offload_parameters)
                 for scales in parameter.packed[1:]:
                     self.timeline.allocate("parameters", scales)
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
         if not self.staged:
             place_batch(self.setting)
-
-    def _place(self, what: str, size: int) -> None:
-        if self.offloaded and self.setting.gpu:
-            self.setting.host[what] = self.setting.host.get(what, 0) + size
-        else:
-            self.timeline.allocate(what, size)
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
         self.last = last

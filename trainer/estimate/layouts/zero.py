@@ -84,19 +84,15 @@ class ZeroStage12:
             self.timeline.allocate("parameters", elements * self.param)
         place_frozen(self.setting)
         share = sum(self.groups) // self.ranks
-        self._place("optimizer", share * self.master)
+        self.setting.place("optimizer", share * self.master, self.setting.plan.offload_optimizer)
         if self.offloaded:
-            self._place("gradients", share * self.master)
-            self._place("buffers", share * self.param + self.largest * self.param)
+            self.setting.place("gradients", share * self.master, self.setting.plan.offload_optimizer)
+            self.setting.place(
+                "buffers", share * self.param + self.largest * self.param, self.setting.plan.offload_optimizer
+            )
             self.timeline.allocate("buffers", self.largest * self.param)
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
         place_batch(self.setting)
-
-    def _place(self, what: str, size: int) -> None:
-        if self.offloaded and self.setting.gpu:
-            self.setting.host[what] = self.setting.host.get(what, 0) + size
-        else:
-            self.timeline.allocate(what, size)
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
         self.last = last
@@ -207,7 +203,9 @@ class ZeroStage12:
             if self.received is None:
                 self.received = self.timeline.allocate("gradients", self.touched * self.param)
         elif self.stage == 2 and not self.accumulators and self.setting.plan.batch.gradient_accumulation_steps > 1:
-            self._place("gradients of the update", self.touched * self.param)
+            self.setting.place(
+                "gradients of the update", self.touched * self.param, self.setting.plan.offload_optimizer
+            )
             self.accumulators = True
 
     def _release_bucket(self) -> None:

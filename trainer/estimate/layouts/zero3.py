@@ -97,12 +97,14 @@ class ZeroStage3:
 
     def start(self) -> None:
         elements = sum(self.shards)
-        self._place("parameters", (elements + self.frozen) * self.param, self.parameters)
+        self.setting.place("parameters", (elements + self.frozen) * self.param, self.parameters)
         for what in ("gradients", "optimizer"):
-            self._place(what, elements * self.master, self.optimizer if what == "optimizer" else self._gradients())
+            self.setting.place(
+                what, elements * self.master, self.optimizer if what == "optimizer" else self._gradients()
+            )
         if self.optimizer is not OffloadDevice.none:
             # The gradient that the update on the CPU reads, beside the one that adds up micro-batches.
-            self._place("gradients of the update", elements * self.master, self.optimizer)
+            self.setting.place("gradients of the update", elements * self.master, self.optimizer)
         self._place_staging()
         self.timeline.allocate("buffers", self.bucket_elements * self.reduce)
         self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
@@ -122,14 +124,6 @@ class ZeroStage3:
     def _gradients(self) -> OffloadDevice:
         """The gradient partition waits in host memory for an optimizer that is not on the GPU."""
         return OffloadDevice.none if self.optimizer is OffloadDevice.none else OffloadDevice.cpu
-
-    def _place(self, what: str, size: int, where: OffloadDevice) -> None:
-        if where is OffloadDevice.nvme:
-            self.setting.nvme[what] = self.setting.nvme.get(what, 0) + size
-        elif where is OffloadDevice.cpu and self.setting.gpu:
-            self.setting.host[what] = self.setting.host.get(what, 0) + size
-        else:
-            self.timeline.allocate(what, size)
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
         self.step = step
@@ -173,7 +167,7 @@ class ZeroStage3:
             update_temporaries(self.setting, [max(rows, key=lambda row: row.piece.numel)])
             self.timeline.free(gradient)
         elif step == 1:
-            self._place("optimizer states", states_bytes(self.setting, rows), self.optimizer)
+            self.setting.place("optimizer states", states_bytes(self.setting, rows), self.optimizer)
 
     def _next(self, group: str) -> str:
         """The layer after a layer, which in either direction is as large; of other groups none."""
