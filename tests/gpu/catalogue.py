@@ -63,6 +63,8 @@ def _parity() -> Iterator[Case]:
     yield parity("fsdp, fp64", "parallel=fsdp", limit=EXACT, by="all")
     for stage in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero1_offload"):
         yield parity(f"{stage}, fp32", f"parallel={stage}", "precision=fp32")
+    compiled = ("parallel=zero2_offload", "optimizer.implementation=deepspeed_cpu", "precision=fp32")
+    yield parity("zero2_offload, fp32, DeepSpeedCPUAdam", *compiled, seconds=150)
     yield parity("single, fp32, fused AdamW", "precision=fp32", "optimizer.implementation=fused")
     yield parity("single, bf16", "precision=bf16", limit=NEAR, by="near")
     yield parity("single, fp16", "precision=fp16", "precision.loss_scale_init=1024", limit=NEAR, by="near")
