@@ -2,144 +2,26 @@
 
 from enum import StrEnum
 
-
-class Weights(StrEnum):
-    random = "random"
-    pretrained = "pretrained"
-
-
-class MissingWeights(StrEnum):
-    refuse = "refuse"
-    random = "random"
-
-
-class Attention(StrEnum):
-    auto = "auto"
-    sdpa = "sdpa"
-    eager = "eager"
-    flash_attention_2 = "flash_attention_2"
-
-
-class DataSource(StrEnum):
-    builtin = "builtin"
-    files = "files"
-    chat = "chat"
-    hub = "hub"
-    synthetic = "synthetic"
-
-
-class Bos(StrEnum):
-    auto = "auto"
-    always = "always"
-    never = "never"
-
-
-class EngineName(StrEnum):
-    torch = "torch"
-    deepspeed = "deepspeed"
-
-
-class OffloadDevice(StrEnum):
-    none = "none"
-    cpu = "cpu"
-    nvme = "nvme"
-
-
-class DType(StrEnum):
-    float64 = "float64"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class TuningMethod(StrEnum):
-    full = "full"
-    lora = "lora"
-    qlora = "qlora"
-
-
-class OptimizerName(StrEnum):
-    adamw = "adamw"
-    sgd = "sgd"
-    adafactor = "adafactor"
-    adamw_8bit = "adamw_8bit"
-    muon = "muon"
-
-
-class Implementation(StrEnum):
-    auto = "auto"
-    fused = "fused"
-    foreach = "foreach"
-    for_loop = "for_loop"
-    deepspeed_cpu = "deepspeed_cpu"
-
-
-class Schedule(StrEnum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    warmup_stable_decay = "warmup_stable_decay"
-
-
-class Checkpointing(StrEnum):
-    none = "none"
-    full = "full"
-    selective = "selective"
-
-
-class NonFinite(StrEnum):
-    stop = "stop"
-    skip = "skip"
-
-
-class OnFailure(StrEnum):
-    stop = "stop"
-    warn = "warn"
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class EstimateFormat(StrEnum):
-    table = "table"
-    json = "json"
-    csv = "csv"
-
-
-class Gate(StrEnum):
-    off = "off"
-    warn = "warn"
-    refuse = "refuse"
-
-
-class LauncherName(StrEnum):
-    python = "python"
-    torchrun = "torchrun"
-    deepspeed = "deepspeed"
-    accelerate = "accelerate"
-
-
-class ClusterKind(StrEnum):
-    local = "local"
-    slurm = "slurm"
-
-
-class GpuRequest(StrEnum):
-    gpus_per_node = "gpus_per_node"
-    gres = "gres"
-    none = "none"
-
-
-class Progress(StrEnum):
-    auto = "auto"
-    bar = "bar"
-    lines = "lines"
-    off = "off"
-
-
-class ContextMethod(StrEnum):
-    ulysses = "ulysses"
-    gather = "gather"
+Weights = StrEnum("Weights", "random pretrained")
+MissingWeights = StrEnum("MissingWeights", "refuse random")
+Attention = StrEnum("Attention", "auto sdpa eager flash_attention_2")
+DataSource = StrEnum("DataSource", "builtin files chat hub synthetic")
+Bos = StrEnum("Bos", "auto always never")
+EngineName = StrEnum("EngineName", "torch deepspeed")
+OffloadDevice = StrEnum("OffloadDevice", "none cpu nvme")
+DType = StrEnum("DType", "float64 float32 bfloat16 float16")
+TuningMethod = StrEnum("TuningMethod", "full lora qlora")
+OptimizerName = StrEnum("OptimizerName", "adamw sgd adafactor adamw_8bit muon")
+Implementation = StrEnum("Implementation", "auto fused foreach for_loop deepspeed_cpu")
+Schedule = StrEnum("Schedule", "constant linear cosine warmup_stable_decay")
+Checkpointing = StrEnum("Checkpointing", "none full selective")
+NonFinite = StrEnum("NonFinite", "stop skip")
+OnFailure = StrEnum("OnFailure", "stop warn")
+Device = StrEnum("Device", "auto cpu cuda")
+EstimateFormat = StrEnum("EstimateFormat", "table json csv")
+Gate = StrEnum("Gate", "off warn refuse")
+LauncherName = StrEnum("LauncherName", "python torchrun deepspeed accelerate")
+ClusterKind = StrEnum("ClusterKind", "local slurm")
+GpuRequest = StrEnum("GpuRequest", "gpus_per_node gres none")
+Progress = StrEnum("Progress", "auto bar lines off")
+ContextMethod = StrEnum("ContextMethod", "ulysses gather")
