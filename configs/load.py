@@ -63,6 +63,13 @@ def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
     return {name: sorted({file.stem for folder in folders for file in folder.glob(f"{name}/*.yaml")}) for name in names}
 
 
+@cache
+def composed_options(group: str) -> dict[str, Any]:
+    """Each of our options of a group, as its file sets it over the schema: {"ddp": Parallel(...), ...}."""
+    ours, schema = sorted(Path(str(files("configs"))).glob(f"{group}/*.yaml")), _schema()[group]
+    return {file.stem: OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(file))) for file in ours}
+
+
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """The runs of a sweep: `a=1,2 b=3,4` gives four lists of overrides. `range(1,5)` and `glob(*)` work too."""
     with _hydra():

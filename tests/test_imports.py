@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import composed_options
 from trainer.axes import AXES
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +125,28 @@ def test_mesh_axes_are_named_in_their_modules_alone(module: str) -> None:
 
 def test_the_rule_about_axes_can_fail() -> None:
     assert axes_in_quotes(MODULES["trainer.axes.tensor"].read_text()) == {"tp"}
+
+
+PRESETS = composed_options("parallel")
+
+
+def presets_in_quotes(source: str) -> Iterator[str]:
+    """Names of layouts that decide something. A message may suggest one, `parallel=NAME`, if there is such a file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from {node.value} & PRESETS.keys()
+            suggested = re.findall(r"(?<![\w.])parallel=([a-z0-9]\w*)", node.value)
+            yield from (f"parallel={name}" for name in suggested if name not in PRESETS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_presets_are_named_in_their_files_alone(module: str) -> None:
+    assert not [*presets_in_quotes(MODULES[module].read_text())]
+
+
+def test_the_rule_about_presets_can_fail() -> None:
+    found = presets_in_quotes('name == "fsdp", "use parallel=zero9, or parallel=zero3"')
+    assert {*found} == {"fsdp", "parallel=zero9"}
 
 
 def test_hydra_is_imported_by_the_loader_and_its_readers_alone() -> None:

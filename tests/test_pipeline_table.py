@@ -101,7 +101,7 @@ def test_rules_and_orders_are_those_of_torch(schedule: str, fake_group: int) -> 
     """A number of micro-batches is refused exactly where torch refuses it, and elsewhere the orders agree."""
     pp, accepted = fake_group, 0
     arrangement = SCHEDULES[schedule].arrangement
-    for v, micro_batches in itertools.product([1] if arrangement == "single" else [2, 3], range(1, 4 * pp + 1)):
+    for v, micro_batches in itertools.product([1] if arrangement == "one" else [2, 3], range(1, 4 * pp + 1)):
         owned = stages_of_rank(schedule, pp=pp, rank=0, stages_per_rank=v)
         stages = [PipelineStage(torch.nn.Identity(), stage, pp * v, torch.device("cpu")) for stage in owned]
         problems = list(check_pipeline(pp=pp, schedule=schedule, micro_batches=micro_batches, stages_per_rank=v))

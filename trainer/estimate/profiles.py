@@ -153,8 +153,8 @@ def _surroundings() -> dict[str, Any]:
 def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
     parallel, tuning = config.parallel, config.tuning
     return {
-        "pipeline": plan.degree(PIPELINE) > 1,
-        "tensor": [plan.degree(TENSOR), parallel.sequence_parallel, parallel.tensor_plan],
+        PIPELINE: plan.degree(PIPELINE) > 1,
+        TENSOR: [plan.degree(TENSOR), parallel.sequence_parallel, parallel.tensor_plan],
         "tuning": [
             str(tuning.method),
             tuning.rank,
@@ -170,7 +170,7 @@ def _shape_fields(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size:
     return {
         "micro_batch_size": micro_batch_size,
         "seq_len": plan.batch.seq_len // cp,
-        "context": [cp, str(config.parallel.context_method) if cp > 1 else ""],
+        CONTEXT: [cp, str(config.parallel.context_method) if cp > 1 else ""],
         "dtypes": _dtypes(plan),
         "checkpointing": str(config.train.activation_checkpointing),
         "gpu": gpu is not None,

@@ -114,7 +114,7 @@ class Pipeline:
         for stage in self.stages:
             stage.border.dtype = dtype
         engine_stages = [self._engine_stage(stage) for stage in self.stages]
-        single = SCHEDULES[schedule].arrangement == "single"
+        single = SCHEDULES[schedule].arrangement == "one"
         self.runner = RUNNERS[schedule](
             engine_stages[0] if single else engine_stages,
             micro_batches,

@@ -23,7 +23,7 @@ from itertools import accumulate
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleFacts:
-    """arrangement: how stages lie on ranks: `single`, `loop` or `v`. splits_backward: whether the gradient of the
+    """arrangement: how stages lie on ranks: `one` each, `loop` or `v`. splits_backward: whether the gradient of the
     input and that of the weights are computed apart, the latter later, where the rank would wait."""
 
     arrangement: str
@@ -31,8 +31,8 @@ class ScheduleFacts:
 
 
 SCHEDULES: dict[str, ScheduleFacts] = {
-    "gpipe": ScheduleFacts(arrangement="single"),
-    "1f1b": ScheduleFacts(arrangement="single"),
+    "gpipe": ScheduleFacts(arrangement="one"),
+    "1f1b": ScheduleFacts(arrangement="one"),
     "interleaved_1f1b": ScheduleFacts(arrangement="loop"),
     "looped_bfs": ScheduleFacts(arrangement="loop"),
     "interleaved_zero_bubble": ScheduleFacts(arrangement="loop", splits_backward=True),
@@ -42,7 +42,7 @@ SCHEDULES: dict[str, ScheduleFacts] = {
 
 
 def default_stages_per_rank(schedule: str) -> int:
-    return 1 if SCHEDULES[schedule].arrangement == "single" else 2
+    return 1 if SCHEDULES[schedule].arrangement == "one" else 2
 
 
 def stages_of_rank(schedule: str, *, pp: int, rank: int, stages_per_rank: int) -> tuple[int, ...]:
@@ -170,7 +170,7 @@ def check_split(num_layers: int, stages: int, split: Sequence[int]) -> Iterator[
 def _check_arrangement(schedule: str, per_rank: int) -> Iterator[str]:
     shown = f"parallel.pipeline.stages_per_rank={per_rank}"
     match SCHEDULES[schedule].arrangement:
-        case "single" if per_rank != 1:
+        case "one" if per_rank != 1:
             yield f"{shown}: {schedule} has one stage per rank; use 1, or parallel.pipeline.schedule=interleaved_1f1b"
         case "v" if per_rank != 2:
             yield f"{shown}: {schedule} has exactly two stages per rank; use 2"

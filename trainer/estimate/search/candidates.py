@@ -4,26 +4,31 @@
     copies (DDP), shards over all ranks (FSDP), over a node and copies of that (HSDP), or ZeRO 1, 2, 3 with and without
     offload
 
-times micro-batch sizes and activation checkpointing. What does not go together is not known here: `make_plan` refuses
-it. Torch-free.
+times micro-batch sizes and activation checkpointing. What a preset is stands in `configs/parallel` alone: the search
+starts from the one whose axes are nearest. What does not go together is not known here: `make_plan` refuses it.
+Torch-free.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from configs.choices import Checkpointing, EngineName, OffloadDevice
-from configs.schema import Config, Offload, Pipeline
-from trainer.axes import CONTEXT, PIPELINE, TENSOR
+from configs.load import composed_options
+from configs.schema import Config, Offload, Parallel
+from trainer.axes import AXES, CONTEXT, PIPELINE, REPLICATE, SHARD, TENSOR
 
 MICRO_BATCHES = (1, 2, 4, 8)
 PIPELINES = (1, 2, 4, 8, 16)
 LONG = 16384
 """Tokens per sequence from which splitting sequences is tried: shorter ones are split for nothing."""
 SCHEDULES = ("1f1b", "interleaved_1f1b")
+SEARCHED = ("parallel.pipeline", "parallel.sequence_parallel", "parallel.reshard_after_forward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +53,8 @@ class Candidate:
         # The groups that are written to; a deep copy of all, a thousand times, takes longer than the times themselves.
         groups = {"parallel": config.parallel, "train": config.train, "cluster": config.cluster}
         changed = replace(config, **{name: replace(group) for name, group in groups.items()})
-        parallel = changed.parallel
-        parallel.preset, parallel.engine, parallel.zero_stage = self.preset, EngineName.torch, 0
-        parallel.dp_replicate = parallel.dp_shard = parallel.tp = parallel.cp = parallel.pp = 1
-        parallel.pipeline, parallel.offload = Pipeline(), Offload()
-        parallel.sequence_parallel, parallel.reshard_after_forward = False, None
-        if self.preset.startswith("zero"):
-            parallel.engine, parallel.zero_stage = EngineName.deepspeed, int(self.preset[4])
-            if self.preset.endswith("_offload"):
-                parallel.offload.optimizer = OffloadDevice.cpu
-                parallel.offload.parameters = OffloadDevice.cpu if parallel.zero_stage == 3 else OffloadDevice.none
+        for name in _searched():
+            setattr(changed.parallel, name, copy.copy(getattr(presets()[self.preset], name)))
         for key, value in self.keys.items():
             *path, last = key.split(".")
             owner: Any = changed
@@ -65,6 +62,22 @@ class Candidate:
                 owner = getattr(owner, name)
             setattr(owner, last, value)
         return changed
+
+
+@cache
+def presets() -> dict[str, Parallel]:
+    return composed_options("parallel")
+
+
+@cache
+def _searched() -> set[str]:
+    """The fields of `parallel` that a preset or the search decides; the others stay as the user has them."""
+    chosen = {f.name for f in fields(Parallel) for one in presets().values() if getattr(one, f.name) != f.default}
+    return chosen | {key.rpartition(".")[2] for key in SEARCHED}
+
+
+def _axes(preset: str) -> set[str]:
+    return {axis.name for axis in AXES if getattr(presets()[preset], axis.name) != 1}
 
 
 def candidates(config: Config, *, world_size: int, gpus_per_node: int) -> Iterator[Candidate]:
@@ -89,48 +102,43 @@ def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[Ca
 
 def _torch(*, tp: int, pp: int, cp: int, ranks: int, node: int) -> Iterator[Candidate]:
     """ranks: data-parallel ones. node: how many of them are on one node."""
-    fixed: dict[str, Any] = {
-        f"parallel.{name}": size for name, size in ((TENSOR, tp), (PIPELINE, pp), (CONTEXT, cp)) if size > 1
-    }
-    if tp > 1:
-        fixed["parallel.sequence_parallel"] = True
+    model = {TENSOR: tp, PIPELINE: pp, CONTEXT: cp}
+    fixed: dict[str, Any] = {"parallel.sequence_parallel": True} if tp > 1 else {}
     for schedule in SCHEDULES if pp > 1 else (None,):
         keys = fixed if schedule is None else {**fixed, "parallel.pipeline.schedule": schedule}
         if cp == 1:
-            yield Candidate(_name(tp, pp, cp, ranks, "copies"), {**keys, "parallel.dp_replicate": ranks})
+            yield nearest({**model, REPLICATE: ranks}, keys)
         if ranks * cp == 1:
             continue
-        sharded = Candidate(_name(tp, pp, cp, ranks, "shards"), {**keys, "parallel.dp_shard": ranks})
-        yield sharded
+        yield nearest({**model, SHARD: ranks}, keys)
         if pp == 1 and cp == 1:
-            yield Candidate(sharded.preset, {**sharded.keys, "parallel.reshard_after_forward": False})
+            yield nearest({**model, SHARD: ranks}, {**keys, "parallel.reshard_after_forward": False})
         if cp == 1 and 1 < node < ranks and ranks % node == 0:
-            mixed = {"parallel.dp_replicate": ranks // node, "parallel.dp_shard": node}
-            yield Candidate(_name(tp, pp, cp, ranks, "both"), {**keys, **mixed})
+            yield nearest({**model, REPLICATE: ranks // node, SHARD: node}, keys)
 
 
-def _name(tp: int, pp: int, cp: int, ranks: int, data: str) -> str:
-    """The preset nearest to a combination; every degree is given beside it."""
-    if cp > 1:
-        return "context"
-    if tp > 1 and pp > 1:
-        return "3d" if data == "copies" else "3d_zero1"
-    if tp > 1:
-        return "tensor" if ranks == 1 else "tensor_data" if data == "copies" else "tensor_fsdp"
-    if pp > 1:
-        return "pipeline" if ranks == 1 else "pipeline_data" if data == "copies" else "pipeline_fsdp"
-    if ranks == 1:
-        return "single"
-    return {"copies": "ddp", "shards": "fsdp", "both": "hsdp"}[data]
+def nearest(degrees: Mapping[str, int], keys: Mapping[str, Any]) -> Candidate:
+    """The torch preset nearest to a combination, which lacks as few of its axes as can be, sharding last of all; every
+    degree is given over it."""
+    wanted = {axis for axis, size in degrees.items() if size > 1}
+
+    def distance(name: str) -> tuple[int, int, bool]:
+        lacking = wanted - _axes(name)
+        return len(lacking), len(_axes(name) - wanted), SHARD in lacking
+
+    torch = [name for name, one in presets().items() if one.engine is EngineName.torch and one.offload == Offload()]
+    preset = min(torch, key=distance)
+    given = [axis.name for axis in AXES if axis.name in wanted | _axes(preset)]
+    return Candidate(preset, {**{f"parallel.{axis}": degrees.get(axis, 1) for axis in given}, **keys})
 
 
 def _zero(tp: int, ranks: int) -> Iterator[Candidate]:
-    if tp > 1:
-        keys = {"parallel.tp": tp, "parallel.sequence_parallel": True, "parallel.dp_shard": ranks}
-        yield from (Candidate(f"zero{stage}_tensor", keys) for stage in (1, 2))
-        return
-    for preset in ("zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload"):
-        yield Candidate(preset, {"parallel.dp_shard": ranks})
+    """Every preset of DeepSpeed's, but those that need a disk."""
+    keys = {"parallel.tp": tp, "parallel.sequence_parallel": True} if tp > 1 else {}
+    for name, one in presets().items():
+        on_disk = OffloadDevice.nvme in (one.offload.optimizer, one.offload.parameters)
+        if one.engine is EngineName.deepspeed and not on_disk and (TENSOR in _axes(name)) is (tp > 1):
+            yield Candidate(name, {**keys, "parallel.dp_shard": ranks})
 
 
 def _powers(largest: int) -> list[int]:

@@ -20,7 +20,7 @@ from trainer.estimate.bounds import states_bytes
 from trainer.estimate.estimate import Estimate, estimate, planned_device
 from trainer.estimate.layouts.common import WIDTHS
 from trainer.estimate.profiles import get_anatomy
-from trainer.estimate.search.candidates import Candidate, candidates
+from trainer.estimate.search.candidates import Candidate, candidates, nearest
 from trainer.estimate.search.cost import Dimensions, StepTime, dimensions, step_time
 from trainer.estimate.tracing import NotEstimated
 from trainer.make_plan import make_plan
@@ -219,7 +219,7 @@ def _dimensions(config: Config, machine: Machine) -> Dimensions:
             f"model={config.model.preset}: estimate.search=true needs hidden_size and vocab_size from the model's"
             " config; give a preset, a local folder, or model.config.hidden_size and model.config.vocab_size"
         )
-    plain = Candidate("single", {"cluster.nodes": 1, "cluster.gpus_per_node": 1, "train.micro_batch_size": 1})
+    plain = nearest({}, {"cluster.nodes": 1, "cluster.gpus_per_node": 1, "train.micro_batch_size": 1})
     alone = plain.apply(replace(config, train=replace(config.train, global_batch_size=1)))
     plan = make_plan(alone, machine)
     return dimensions(fields, get_anatomy(alone, plan), config.optimizer)
