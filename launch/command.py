@@ -24,7 +24,7 @@ from pathlib import Path
 from configs.choices import LauncherName
 from configs.overrides import quote_value
 from configs.schema import Config
-from slurm.words import Place, accelerate_words, deepspeed_words, torchrun_words
+from slurm.words import Place, launcher_environment, launcher_words, node_words
 from trainer.plan.plan import Plan
 
 HOST = "127.0.0.1"  # where the ranks of one node meet
@@ -71,43 +71,40 @@ def build_command(
     that is set there is left alone. cores: of this machine.
     """
     environment = os.environ if environment is None else environment
+    cores = cores or os.cpu_count() or 1
+    wanted = launcher_environment(config.launcher.name, processes=plan.gpus_per_node, device=plan.device, cores=cores)
     words = _launcher_words(config, plan, rendezvous, visible=environment.get("CUDA_VISIBLE_DEVICES", ""))
     search = ["--config-dir", config_dir] if config_dir is not None else []
     passed_on = [word for word in overrides if not word.startswith("dry_run=")]
     settled = [f"train.run_dir={quote_value(str(run_dir))}"] if config.train.run_dir is None else []
     return Command(
         argv=(*words, "trainer", *search, *passed_on, *settled),
-        environment={
-            name: value
-            for name, value in _wanted_environment(config, plan, cores or os.cpu_count() or 1).items()
-            if name not in environment
-        },
+        environment={name: value for name, value in wanted.items() if name not in environment},
     )
 
 
 def _launcher_words(config: Config, plan: Plan, rendezvous: Rendezvous, *, visible: str) -> list[str]:
     """Everything before `trainer`. visible: CUDA_VISIBLE_DEVICES of the caller."""
-    args = config.launcher.args
-    match config.launcher.name:
+    name, port = config.launcher.name, config.launcher.master_port
+    begin = [sys.executable] if name is LauncherName.python else [program(name.value)]
+    begin += ["launch"] * (name is LauncherName.accelerate)
+    match name:
         case LauncherName.python:
-            return [sys.executable, *args, "-m"]
+            world = []
+        case _ if plan.nodes > 1:
+            world = node_words(name, _place(plan, rendezvous))
         case LauncherName.torchrun:
-            return [program("torchrun"), *_torchrun(plan, rendezvous, config.launcher.master_port), *args, "-m"]
+            world = _torchrun(plan, rendezvous, port)
         case LauncherName.deepspeed:
-            # The ranks read LOCAL_RANK; an appended --local_rank would say the same twice. The log is the launcher's
-            # own: how it starts and kills each process.
-            quiet = ["--log_level=critical", "--no_local_rank"]
-            return [program("deepspeed"), *_deepspeed(plan, rendezvous, visible), *quiet, *args, "--module"]
+            world = _deepspeed(plan, rendezvous, visible)
         case LauncherName.accelerate:
-            words = _accelerate(plan, rendezvous, config.launcher.master_port)
-            return [program("accelerate"), "launch", *words, *args, "--module"]
+            world = _accelerate(plan, rendezvous, port)
+    return [*begin, *launcher_words(name, world, config.launcher.args, ranks=plan.world_size, device=plan.device)]
 
 
 def _torchrun(plan: Plan, rendezvous: Rendezvous, port: int | None) -> list[str]:
     """port: that the user has chosen; None: the rendezvous finds one and keeps it from the moment it is found."""
     processes = f"--nproc-per-node={plan.gpus_per_node}"
-    if plan.nodes > 1:
-        return torchrun_words(_place(plan, rendezvous))
     if loopback_known():
         chosen = [f"--rdzv-conf=port={port}"] if port is not None else []
         return [f"--rdzv-backend={LOOPBACK}", *chosen, processes]
@@ -123,8 +120,6 @@ def loopback_known() -> bool:
 
 def _deepspeed(plan: Plan, rendezvous: Rendezvous, visible: str) -> list[str]:
     port = f"--master_port={rendezvous.port}"
-    if plan.nodes > 1:
-        return deepspeed_words(_place(plan, rendezvous))
     if visible and plan.device == "cuda":
         # --num_gpus would take GPUs 0 to N-1, also those that CUDA_VISIBLE_DEVICES hides.
         return [f"--include=localhost:{','.join(visible.split(',')[: plan.gpus_per_node])}", port]
@@ -132,15 +127,11 @@ def _deepspeed(plan: Plan, rendezvous: Rendezvous, visible: str) -> list[str]:
 
 
 def _accelerate(plan: Plan, rendezvous: Rendezvous, port: int | None) -> list[str]:
-    """Every value stated: what is left out is taken from the user's accelerate config file, or warned about."""
-    # --multi_gpu is its name for starting ranks with torch, on CPUs too; its --cpu wants MPI.
-    kind = ["--multi_gpu"] if plan.world_size > 1 else ["--cpu"] if plan.device == "cpu" else []
     # The port of the loopback rendezvous is its own; this one is only looked at, and must be free.
-    alone = [f"--num_processes={plan.world_size}", "--num_machines=1", f"--main_process_port={rendezvous.port}"]
+    world = [f"--num_processes={plan.world_size}", "--num_machines=1", f"--main_process_port={rendezvous.port}"]
     if plan.world_size > 1 and loopback_known():
-        alone += [f"--rdzv_backend={LOOPBACK}", *([f"--rdzv_conf=port={port}"] if port is not None else [])]
-    world = accelerate_words(_place(plan, rendezvous)) if plan.nodes > 1 else alone
-    return [*kind, *world, "--mixed_precision=no", "--dynamo_backend=no"]
+        world += [f"--rdzv_backend={LOOPBACK}", *([f"--rdzv_conf=port={port}"] if port is not None else [])]
+    return world
 
 
 def _place(plan: Plan, rendezvous: Rendezvous) -> Place:
@@ -160,16 +151,3 @@ def program(name: str) -> str:
     if found is not None and (not beside.exists() or Path(found).samefile(beside)):
         return name
     return str(beside)
-
-
-def _wanted_environment(config: Config, plan: Plan, cores: int) -> dict[str, str]:
-    wanted: dict[str, str] = {}
-    if plan.gpus_per_node > 1:
-        # Each rank's thread pool would otherwise take every core, and the ranks would fight for them. Beside GPUs each
-        # gets its share, for optimizers that run on the CPU.
-        threads = cores // plan.gpus_per_node if plan.device == "cuda" else 1
-        wanted["OMP_NUM_THREADS"] = str(max(1, threads))
-    if plan.device == "cpu" and config.launcher.name is LauncherName.deepspeed:
-        # Its runner takes a GPU wherever it finds one, and warns where it finds none.
-        wanted["DS_ACCELERATOR"] = "cpu"
-    return wanted

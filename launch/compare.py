@@ -19,11 +19,11 @@ from pathlib import Path
 
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, ConfigError, CookbookError
+from launch.comparison.figures import check_installed
+from launch.comparison.page import write_page
+from launch.comparison.runs import Run, find_reference, read_run
+from launch.comparison.table import TITLES, problems, table
 from launch.points import Point, check_folder, plan_points
-from trainer.comparison.figures import check_installed
-from trainer.comparison.page import write_page
-from trainer.comparison.runs import Run, find_reference, read_run
-from trainer.comparison.table import TITLES, problems, table
 from trainer.process.disks import writing
 from trainer.process.files import replace_text
 from trainer.process.status import FINISHED, read_status
@@ -112,7 +112,7 @@ def _report(folder: Path) -> int:
     runs = find_runs(folder)
     if not runs:
         raise ConfigError(
-            f"{folder}: no run folder in it; give one that holds run folders, or runs to make: parallel=a,b"
+            f"{folder}: no run folder in it; give one that holds run folders, or runs to make: parallel=ddp,fsdp"
         )
     files = write_page(folder, runs, command=f"python -m launch compare {shlex.quote(str(folder))}")
     reference = find_reference(runs)

@@ -18,7 +18,7 @@ from configs.errors import ConfigError, CookbookError, PlanError
 from configs.load import expand_sweep, from_yaml, load_config
 from configs.overrides import quote_value
 from configs.schema import Config
-from trainer.comparison.runs import SAME, differences
+from launch.comparison.runs import SAME, differences
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
 from trainer.plan.plan import Plan

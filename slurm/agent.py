@@ -12,26 +12,22 @@ from pathlib import Path
 
 from configs.errors import CookbookError
 from slurm.job import Job, folder, read_job
-from slurm.words import Place, accelerate_words, deepspeed_words, torchrun_words
+from slurm.words import Place, launcher_environment, launcher_words, node_words
 from trainer.process.stopping import QUIET_STOP
 from trainer.process.world import for_children
 
+PROGRAMS = {
+    "torchrun": ["-m", "torch.distributed.run"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner"],
+    "accelerate": ["-m", "accelerate.commands.launch"],
+}
 
-def launcher_words(job: Job, place: Place) -> list[str]:
+
+def job_words(job: Job, place: Place) -> list[str]:
     """Everything before `trainer`."""
-    quiet = ["--log_level=critical", "--no_local_rank"]
-    plain = ["--mixed_precision=no", "--dynamo_backend=no"]
-    several = ["--multi_gpu"] if place.nodes * place.processes > 1 else ["--cpu"] if job.device == "cpu" else []
-    match job.launcher:
-        case "torchrun":
-            return ["-m", "torch.distributed.run", *torchrun_words(place), *job.launcher_args, "-m"]
-        case "deepspeed":
-            return ["-m", "deepspeed.launcher.runner", *deepspeed_words(place), *quiet, *job.launcher_args, "--module"]
-        case "accelerate":
-            words = [*several, *accelerate_words(place), *plain, *job.launcher_args]
-            return ["-m", "accelerate.commands.launch", *words, "--module"]
-        case _:
-            return [*job.launcher_args, "-m"]
+    ranks, world = place.nodes * place.processes, node_words(job.launcher, place)
+    words = launcher_words(job.launcher, world, job.launcher_args, ranks=ranks, device=job.device)
+    return [*PROGRAMS.get(job.launcher, ()), *words]
 
 
 def node_environment(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
@@ -42,12 +38,9 @@ def node_environment(job: Job, environment: Mapping[str, str]) -> dict[str, str]
     """
     ours = for_children(environment)
     ours[QUIET_STOP] = "1"
-    if job.processes > 1:
-        cpus = len(os.sched_getaffinity(0))
-        ours.setdefault("OMP_NUM_THREADS", str(max(1, cpus // job.processes) if job.device == "cuda" else 1))
-    if job.device == "cpu" and job.launcher == "deepspeed":
-        ours.setdefault("DS_ACCELERATOR", "cpu")
-    return ours
+    cores = len(os.sched_getaffinity(0))
+    wanted = launcher_environment(job.launcher, processes=job.processes, device=job.device, cores=cores)
+    return {**wanted, **ours}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         hostfile=str(folder(run_dir) / "hostfile"),
     )
     words = job.words if argv[3] == "1" else job.again
-    command = [sys.executable, *launcher_words(job, place), "trainer", *words]
+    command = [sys.executable, *job_words(job, place), "trainer", *words]
     os.execve(sys.executable, command, node_environment(job, os.environ))
 
 

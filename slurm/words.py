@@ -1,4 +1,4 @@
-"""The words that start the ranks of one of several nodes, for each launcher. Pure, standard library only.
+"""What each launcher is given, on one node and on several, by `launch.command` and on a cluster. Standard library only.
 
 Rendezvous is static: every node is told its rank and the first node's address. The dynamic kind (c10d) orders nodes by
 their names as text, joins another job's store when the port is taken, and unpickles what anyone sends it.
@@ -6,6 +6,7 @@ their names as text, joins another job's store when the port is taken, and unpic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -21,37 +22,55 @@ class Place:
     hostfile: str = "HOSTFILE"
 
 
-def torchrun_words(place: Place) -> list[str]:
-    """A worker that dies ends its node's agent, and with it the job: agents that restart workers on their own get out
-    of step with each other."""
-    return [
-        f"--nnodes={place.nodes}",
-        f"--node-rank={place.node_rank}",
-        f"--master-addr={place.address}",
-        f"--master-port={place.port}",
-        f"--nproc-per-node={place.processes}",
-    ]
+def node_words(launcher: str, place: Place) -> list[str]:
+    """The world of several nodes."""
+    match launcher:
+        case "torchrun":
+            # A worker that dies ends its node's agent, and with it the job: agents that restart workers on their own
+            # get out of step with each other.
+            world = {"--nnodes": place.nodes, "--node-rank": place.node_rank, "--master-addr": place.address}
+            world |= {"--master-port": place.port, "--nproc-per-node": place.processes}
+        case "deepspeed":
+            # Its other ways to several nodes need ssh to each of them, or MPI.
+            rest = {"--node_rank": place.node_rank, "--master_addr": place.address, "--master_port": place.port}
+            return [f"--hostfile={place.hostfile}", "--no_ssh", *(f"{flag}={value}" for flag, value in rest.items())]
+        case "accelerate":
+            world = {"--num_processes": place.nodes * place.processes, "--num_machines": place.nodes}
+            world |= {"--machine_rank": place.node_rank, "--main_process_ip": place.address}
+            world |= {"--main_process_port": place.port}
+        case _:
+            world = {}
+    return [f"{flag}={value}" for flag, value in world.items()]
 
 
-def deepspeed_words(place: Place) -> list[str]:
-    """Its other ways to several nodes need ssh to each of them, or MPI."""
-    return [
-        f"--hostfile={place.hostfile}",
-        "--no_ssh",
-        f"--node_rank={place.node_rank}",
-        f"--master_addr={place.address}",
-        f"--master_port={place.port}",
-    ]
+def launcher_words(launcher: str, world: Sequence[str], args: Sequence[str], *, ranks: int, device: str) -> list[str]:
+    """Everything between the launcher's program and `trainer`. world: how many ranks there are and where they meet.
+    args: the user's own."""
+    match launcher:
+        case "deepspeed":
+            # The ranks read LOCAL_RANK, so --local_rank would be redundant. The log is the launcher's own: how it
+            # starts and kills each process.
+            return [*world, "--log_level=critical", "--no_local_rank", *args, "--module"]
+        case "accelerate":
+            # --multi_gpu is its name for starting ranks with torch, on CPUs too; its --cpu wants MPI. Every value is
+            # stated: what is left out is taken from the user's accelerate config file, or warned about.
+            kind = ["--multi_gpu"] if ranks > 1 else ["--cpu"] if device == "cpu" else []
+            return [*kind, *world, "--mixed_precision=no", "--dynamo_backend=no", *args, "--module"]
+        case _:
+            return [*world, *args, "-m"]
 
 
-def accelerate_words(place: Place) -> list[str]:
-    return [
-        f"--num_processes={place.nodes * place.processes}",
-        f"--num_machines={place.nodes}",
-        f"--machine_rank={place.node_rank}",
-        f"--main_process_ip={place.address}",
-        f"--main_process_port={place.port}",
-    ]
+def launcher_environment(launcher: str, *, processes: int, device: str, cores: int) -> dict[str, str]:
+    """What the launcher of one node's processes needs in its environment, where it is not set already."""
+    wanted: dict[str, str] = {}
+    if processes > 1:
+        # Each rank's thread pool would otherwise take every core, and the ranks would fight for them. With GPUs each
+        # gets its share, for optimizers that run on the CPU.
+        wanted["OMP_NUM_THREADS"] = str(max(1, cores // processes) if device == "cuda" else 1)
+    if device == "cpu" and launcher == "deepspeed":
+        # Its runner takes a GPU wherever it finds one, and warns where it finds none.
+        wanted["DS_ACCELERATOR"] = "cpu"
+    return wanted
 
 
 def hostfile(hosts: list[str], processes: int) -> str:

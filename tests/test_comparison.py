@@ -12,15 +12,15 @@ import pytest
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, CookbookError, EnvironmentProblem
 from launch.__main__ import main
+from launch.comparison import figures
+from launch.comparison.page import HTML, MARKDOWN, write_page
+from launch.comparison.runs import Run, distance, read_run
+from launch.comparison.table import memory_by_rank
 from launch.points import plan_points
 from tests.support.harness import run_ranks
 from tests.support.reports import read_metrics
 from tests.support.warm import programs
 from trainer.__main__ import main as train
-from trainer.comparison import figures
-from trainer.comparison.page import HTML, MARKDOWN, write_page
-from trainer.comparison.runs import Run, distance, read_run
-from trainer.comparison.table import memory_by_rank
 
 ROOT = Path(__file__).parent.parent
 COMMON = (

@@ -10,7 +10,7 @@ import pytest
 
 from configs.load import load_config
 from launch.jobs import plan_job
-from slurm.agent import launcher_words
+from slurm.agent import job_words
 from slurm.options import check_options, sbatch_words
 from slurm.submit import make_job
 from slurm.words import Place
@@ -49,7 +49,7 @@ def test_hostile_texts_reach_the_ranks_word_for_word(tmp_path: Path) -> None:
         config.data.text_key = text
         job = make_job(config, plan_job(config), [*words, f"data.text_key={text}"], config_dir=None, run_dir=run_dir)
         assert f"data.text_key={text}" in job.words
-        command = launcher_words(job, Place(nodes=2, node_rank=0, processes=4, address="n1", port=1))
+        command = job_words(job, Place(nodes=2, node_rank=0, processes=4, address="n1", port=1))
         assert not [word for word in command if text and text in word and text != "--"]
     assert not list(tmp_path.glob("**/PWNED"))
 

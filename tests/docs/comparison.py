@@ -12,9 +12,9 @@ from pathlib import Path
 
 from configs.load import expand_sweep
 from launch.compare import find_runs
-from trainer.comparison.page import tables
-from trainer.comparison.runs import find_reference
-from trainer.comparison.table import setting
+from launch.comparison.page import tables
+from launch.comparison.runs import find_reference
+from launch.comparison.table import setting
 
 DOCS = Path(__file__).parents[2] / "docs"
 PICTURES = ("comparison-loss.png", "comparison-speed.png")

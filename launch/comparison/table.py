@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from trainer.comparison.runs import Run, differences, distance, incomparable
+from launch.comparison.runs import Run, differences, distance, incomparable
 
 MIB = 2**20
 NONE = "-"

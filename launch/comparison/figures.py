@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from configs.errors import EnvironmentProblem
-from trainer.comparison.runs import Run, incomparable
-from trainer.comparison.table import MIB
+from launch.comparison.runs import Run, incomparable
+from launch.comparison.table import MIB
 from trainer.estimate.plot import COLOURS
 
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"

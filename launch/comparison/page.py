@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 
 from configs.errors import EnvironmentProblem
-from trainer.comparison.figures import draw_losses, draw_speed_and_memory
-from trainer.comparison.runs import Run, find_reference
-from trainer.comparison.table import LEGEND, TITLES, memory_by_rank, problems, setting, table
+from launch.comparison.figures import draw_losses, draw_speed_and_memory
+from launch.comparison.runs import Run, find_reference
+from launch.comparison.table import LEGEND, TITLES, memory_by_rank, problems, setting, table
 from trainer.process.files import replace_text
 
 MADE = "<!-- made by python -m launch compare -->"

@@ -20,6 +20,7 @@ from typing import Any
 from configs.errors import CookbookError
 from configs.load import from_yaml
 from configs.schema import Config
+from trainer.axes import degrees
 from trainer.process.status import FINISHED, RUNNING, read_status
 
 # What a run leaves behind and where: two runs that differ in these alone are the same training.
@@ -121,7 +122,7 @@ def incomparable(run: Run, reference: Run) -> list[str]:
 def find_reference(runs: Sequence[Run]) -> Run | None:
     """The run that the others are held against: the first finished one on one process, else the first finished."""
     finished = [run for run in runs if run.problem is None]
-    alone = (run for run in finished if run.config is not None and run.config.parallel.preset == "single")
+    alone = (run for run in finished if run.config is not None and set(degrees(run.config).values()) == {1})
     return next(alone, finished[0] if finished else None)
 
 
