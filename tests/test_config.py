@@ -36,8 +36,12 @@ COMPANIONS = {
 
 # Published totals, tied embeddings counted once.
 PARAMETERS = {
+    "deepseek_v3": 671_026_404_352,
     "gemma2_2b": 2_614_341_888,
+    "glm_4_5_air": 106_852_245_504,
     "gpt2": 124_439_808,
+    "gpt_oss_120b": 116_829_156_672,
+    "gpt_oss_20b": 20_914_757_184,
     "llama2_13b": 13_015_864_320,
     "llama2_7b": 6_738_415_616,
     "llama3_1_405b": 405_853_388_800,
@@ -45,8 +49,23 @@ PARAMETERS = {
     "llama3_1_8b": 8_030_261_248,
     "llama3_2_1b": 1_235_814_400,
     "mistral_7b": 7_248_023_552,
+    "mixtral_8x7b": 46_702_792_704,
     "qwen2_5_7b": 7_615_616_512,
+    "qwen3_235b_a22b": 235_093_634_560,
+    "qwen3_30b_a3b": 30_532_122_624,
     "qwen3_8b": 8_190_735_360,
+}
+# Billions, total and active, as their authors give them, and how many of the two ends of the model (embedding, head)
+# they leave out: gpt-oss the embedding of the active ones; GLM both, and its authors count the layer that predicts a
+# second token, which is not here.
+PUBLISHED = {
+    "deepseek_v3": (671, 37, 0, 0),
+    "glm_4_5_air": (106, 12, 2, 2),
+    "gpt_oss_120b": (116.83, 5.13, 0, 1),
+    "gpt_oss_20b": (20.91, 3.61, 0, 1),
+    "mixtral_8x7b": (46.7, 12.9, 0, 0),
+    "qwen3_235b_a22b": (235, 22, 0, 0),
+    "qwen3_30b_a3b": (30.5, 3.3, 0, 0),
 }
 
 
@@ -58,7 +77,7 @@ def words_for(file: str) -> list[str]:
 
 
 def test_files_were_found() -> None:
-    assert len(FILES) >= 73
+    assert len(FILES) >= 80
     assert set(COMPANIONS) <= set(FILES)
 
 
@@ -105,11 +124,23 @@ def test_every_published_model_has_a_known_size() -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_of_a_published_model(name: str) -> None:
     from trainer.model.build import build_hf_config, build_model
+    from trainer.model.flops import count_parameters
 
     config = load_config([f"model={name}"])
     model = build_model(config.model, build_hf_config(config.model))
-    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
-    assert f"{PARAMETERS[name]:,} parameters" in (CONFIGS / f"model/{name}.yaml").read_text()
+    total, active = (count_parameters(model, active=active) for active in (False, True))
+    text = (CONFIGS / f"model/{name}.yaml").read_text()
+    assert total == PARAMETERS[name]
+    assert f"{total:,} parameters" in text
+    if name not in PUBLISHED:
+        assert active == total
+        return
+    assert f"{active:,} active for a token" in text
+    *published, without_total, without_active = PUBLISHED[name]
+    end = model.config.vocab_size * model.config.hidden_size
+    assert (total - without_total * end, active - without_active * end) == pytest.approx(
+        tuple(billions * 1e9 for billions in published), rel=0.02
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,7 +162,7 @@ def test_parameters_of_a_published_model(name: str) -> None:
         ),
         ("model.architecture.hidden_size=8", "published dimensions; set model.config.hidden_size"),
         ("parallel=nope", "parallel=nope: no such option; choose 3d, "),
-        ("model=", "model=: no such option; choose gemma2_2b, gpt2, "),
+        ("model=", "model=: no such option; choose deepseek_v3, gemma2_2b, "),
         ("experiment=nope", "experiment=nope: no such option; choose demo"),
         ("train.steps=abc", "train.steps=abc: must be a whole number"),
         ("train.steps=1e6", "train.steps=1e6: must be a whole number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import configs
 from configs.load import load_config
 from launch.estimate import main
 from tests.support.estimate_cases import answer_json
+from tests.support.selection import rows
 from tests.test_memory_measured import CASES
 from trainer.estimate.allocator import CudaAllocator
 from trainer.estimate.estimate import Verdict, estimate, planned_machine
@@ -87,6 +89,39 @@ def test_explained_and_drawn(cache: str, capsys: pytest.CaptureFixture[str], tmp
     out = capsys.readouterr().out
     assert "how it was counted" in out and "804,992 parameters" in out
     assert "optimizer step, step 2" in picture.read_text() or "loss, step 2" in picture.read_text()
+
+
+# The command in the head of the model's file, what is active of its parameters, and where.
+MIXTURES = {
+    "deepseek_v3": ("37,552,282,624 of 671,026,404,352", "8 of 256 experts in each of 58 layers"),
+    "glm_4_5_air": ("13,424,123,904 of 106,852,245,504", "8 of 128 experts in each of 45 layers"),
+    "gpt_oss_120b": ("5,711,982,912 of 116,829,156,672", "4 of 128 experts in each of 36 layers"),
+    "gpt_oss_20b": ("4,187,440,704 of 20,914,757,184", "4 of 32 experts in each of 24 layers"),
+    "mixtral_8x7b": ("12,879,925,248 of 46,702,792,704", "2 of 8 experts in each of 32 layers"),
+    "qwen3_235b_a22b": ("22,190,763,520 of 235,093,634,560", "8 of 128 experts in each of 94 layers"),
+    "qwen3_30b_a3b": ("3,353,032,704 of 30,532,122,624", "8 of 128 experts in each of 48 layers"),
+}
+
+
+@pytest.mark.parametrize("model", rows(((name,) for name in MIXTURES), lambda name: name == "mixtral_8x7b"))
+def test_a_published_mixture_of_experts_fits_where_its_file_says(
+    model: str, cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(configs.__file__).parent / "model" / f"{model}.yaml").read_text()
+    (words,) = re.findall(r"python -m launch (.*)", text)
+    active, where = MIXTURES[model]
+    _, found = answer_json([*words.split(), "cluster=8xh100", *_nodes(words), cache, "estimate.explain=true"], capsys)
+    assert [f"{found[key]:,}" for key in ("active_parameters", "parameters")] == active.split(" of ")
+    assert found["fits"]
+    assert main([*words.split(), "cluster=8xh100", *_nodes(words), cache, "estimate.explain=true"]) == 0
+    out = capsys.readouterr().out
+    assert f"experts    {active} parameters are active for a token: {where}\n" in out
+    assert f"of them are active for a token: {where}\n" in out.partition("how it was counted")[2]
+
+
+def _nodes(words: str) -> list[str]:
+    """The cluster's file sets them too."""
+    return [word for word in words.split() if word.startswith("cluster.nodes=")]
 
 
 @pytest.mark.parametrize(

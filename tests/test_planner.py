@@ -43,7 +43,11 @@ SMALL = ["model=tiny", "cluster=8xh100", "precision=bf16", "data.seq_len=128", "
 
 # The same beside 42 million of adapters, and with its layers' matrices in 4 bits.
 LORA = replace(
-    SIZE, parameters=SIZE.parameters + 41_943_040, matrices=SIZE.matrices + 41_943_040, frozen=SIZE.parameters
+    SIZE,
+    parameters=SIZE.parameters + 41_943_040,
+    matrices=SIZE.matrices + 41_943_040,
+    frozen=SIZE.parameters,
+    frozen_matrices=SIZE.matrices,
 )
 QLORA = replace(LORA, packed=6_979_321_856, packed_bytes=3_600_000_000)
 

@@ -77,19 +77,36 @@ def test_peak_memory_is_null_where_the_system_does_not_tell(tmp_path: Path) -> N
     assert _host_peak(tmp_path / "status") == 7 * 1024
 
 
+SMALL = ["model.config.num_hidden_layers=2", "model.config.hidden_size=256", "model.config.num_attention_heads=4"]
+SMALL += ["model.config.num_key_value_heads=4", "model.config.vocab_size=260", "model.config.pad_token_id=0"]
+LATENT = ["model.config.first_k_dense_replace=1", "model.config.topk_group=1", "model.config.num_experts_per_tok=2"]
+LATENT += ["model.config.moe_intermediate_size=256", "model.config.intermediate_size=512"]
+LATENT += ["model.config.q_lora_rank=64", "model.config.kv_lora_rank=64"]
+
+
 @pytest.mark.parametrize(
     "overrides",
-    [["model=tiny"], ["model=tiny_gpt2", "model.config.n_positions=64"], ["model=tiny_qwen3"]],
+    [
+        ["model=tiny"],
+        ["model=tiny_gpt2", "model.config.n_positions=64"],
+        ["model=tiny_qwen3"],
+        # Routed experts count as far as a token meets them; a shared one, and a dense first layer, once.
+        ["model=qwen3_30b_a3b", *SMALL, "model.config.num_experts=8", "model.config.num_experts_per_tok=2"],
+        ["model=gpt_oss_20b", *SMALL, "model.config.num_local_experts=8", "model.config.intermediate_size=256"],
+        ["model=deepseek_v3", *SMALL, *LATENT, "model.config.n_routed_experts=8", "model.config.n_group=1"],
+    ],
     ids=lambda overrides: overrides[0],
 )
 def test_flops_per_token_agree_with_a_count_of_matrix_products(overrides: list[str]) -> None:
     config = load_config([*overrides, "model.attention=eager"])
     model = tiny_model(config).to_empty(device=CPU)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
     tokens = torch.zeros(2, 64, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens, use_cache=False).logits.sum().backward()
     counted = counter.get_total_flops() / tokens.numel()
-    formula = flops_per_token(model.config, parameters=count_parameters(model), seq_len=64)
+    formula = flops_per_token(model.config, parameters=count_parameters(model, active=True), seq_len=64)
     # Norms, biases and learned positions are in N and in no product; the first layer's input needs no gradient.
     assert formula == pytest.approx(counted, rel=0.06)
 

@@ -28,6 +28,8 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     master, param = WIDTHS[plan.master_dtype], WIDTHS[plan.param_dtype]
     share = f" that one of {plan.degree(TENSOR)} tensor-parallel ranks holds" if plan.degree(TENSOR) > 1 else ""
     yield f"P = {anatomy.numel:,} parameters of {anatomy.name}{share}, counted on the built model; tied ones count once"
+    if (routing := anatomy.routing()) is not None:
+        yield f"{anatomy.active:,} of them are active for a token: {routing}"
     if plan.degree(PIPELINE) > 1:
         yield from _pipeline(config, plan, found)
     trained = sum(parameter.numel for parameter in anatomy.parameters() if parameter.trainable)

@@ -13,12 +13,13 @@ own: the first, one in the middle, the last. Under tensor parallel everything he
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from trainer.model.roles import Described, described_from_json
+from trainer.model.roles import Described, described_from_json, met
 
 Step = tuple[Any, ...]
 """One entry of a section:
@@ -53,6 +54,11 @@ class Parameter:
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def active(self) -> int:
+        """Values of this rank's part that a token meets."""
+        return met(self.numel, self.whole.routed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,29 @@ class Anatomy:
     @property
     def numel(self) -> int:
         return sum(parameter.numel for parameter in self.parameters())
+
+    @property
+    def active(self) -> int:
+        return sum(parameter.active for parameter in self.parameters())
+
+    @property
+    def whole(self) -> int:
+        """Parameters of the model, before tensor parallel divides them."""
+        return sum(parameter.whole.numel for parameter in self.parameters())
+
+    @property
+    def whole_active(self) -> int:
+        """Those of them that a token meets."""
+        return sum(parameter.whole.active for parameter in self.parameters())
+
+    def routing(self) -> str | None:
+        """How many experts a token goes to, and in how many layers; None for a model without routed experts."""
+        kinds = [next((p.whole.routed for p in kind if p.whole.routed), None) for kind in self.kinds]
+        layers = [routed for kind in self.layers if (routed := kinds[kind])]
+        said = (
+            f"{routed[0]} of {routed[1]} experts in each of {count} layers" for routed, count in Counter(layers).items()
+        )
+        return ", ".join(said) or None
 
     def frozen_tensors(self, width: int) -> Iterator[int]:
         """Bytes of each tensor that is only held, `width` per value where it is not packed into other tensors."""

@@ -62,6 +62,8 @@ def to_dict(answer: Answer) -> dict[str, object]:
             "nccl_bytes": found.nccl_bytes,
         },
         "ranks": [_rank(rank, found) for rank in found.ranks],
+        "parameters": found.profile.anatomy.whole,
+        "active_parameters": found.profile.anatomy.whole_active,
         "busiest": found.busiest.kind,
         **{total: getattr(found.busiest, total) for total in TOTALS[:3]},
         "fits": found.fits,
@@ -125,7 +127,15 @@ def render_table(answer: Answer) -> str:
     """One configuration: components and totals of each kind of rank, the verdict, what to change."""
     ranks = answer.estimate.ranks
     table = _ranks_below_each_other(answer) if len(ranks) > BESIDE else _ranks_beside_each_other(answer)
-    return "\n".join([answer.plan.describe(), "", _text(table), "", *_verdict(answer)])
+    return "\n".join([answer.plan.describe(), *_experts(answer), "", _text(table), "", *_verdict(answer)])
+
+
+def _experts(answer: Answer) -> list[str]:
+    """In the manner of `Plan.describe`; nothing for a model without routed experts."""
+    anatomy = answer.estimate.profile.anatomy
+    if (said := anatomy.routing()) is None:
+        return []
+    return [f"experts    {anatomy.whole_active:,} of {anatomy.whole:,} parameters are active for a token: {said}"]
 
 
 def _ranks_beside_each_other(answer: Answer) -> Table:

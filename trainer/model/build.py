@@ -10,13 +10,24 @@ Reads the config and `weights`. Next: `causal`.
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from configs.choices import Attention
 from configs.errors import ConfigError, CookbookError, DataError
@@ -27,6 +38,8 @@ from trainer.plan.model_fields import check_experts, check_sizes, merged, text_f
 
 if TYPE_CHECKING:
     from trainer.model.weights import Weights
+
+LARGE = 2**20  # values
 
 
 def build_hf_config(model: Model) -> PretrainedConfig:
@@ -115,6 +128,8 @@ def _check_fields(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
     known = _known_fields(config) | (_known_fields(getattr(config, part)) if part is not None else set())
     unknown = [name for name in overrides if name not in known]
     if unknown:
+        unknown = [name for name in unknown if name not in _undeclared_fields(config)]
+    if unknown:
         raise ConfigError(
             *(
                 f"model.config.{name}={overrides[name]}: {type(config).__name__} has no such field; it has"
@@ -124,12 +139,38 @@ def _check_fields(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
         )
 
 
+def _undeclared_fields(config: PretrainedConfig) -> set[str]:
+    """Fields that the model's code reads although its config's class does not declare them. The published config of
+    Qwen 3 30B-A3B has one: head_dim."""
+    text = text_config(config)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    if model is None:
+        return set()
+    source = inspect.getsource(sys.modules[model.__module__])
+    return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', source))
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Large uninitialized tensors are made on the meta device. accelerate makes each parameter in memory before it
+    moves it there, and the experts of one layer of DeepSeek V3 have 28 GiB in float32."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            sizes = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
+            if prod(sizes or kwargs.get("size", ())) >= LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
 def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
     """The model with parameters on the meta device. Buffers (rotary tables) are real: they are small, and no
     weight file holds them. Raises ConfigError when the architecture refuses the config or the attention."""
     attention = None if model.attention is Attention.auto else str(model.attention)
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _LargeOnMeta():
             built = AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=model.trust_remote_code
             )

@@ -1,7 +1,8 @@
 """Model FLOPs utilisation: the share of the devices' peak that the model's own arithmetic takes.
 
 The convention is that of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): recomputed activations do not
-count, nor does it help that the upper half of the attention matrix is masked. Torch-free.
+count, nor does it help that the upper half of the attention matrix is masked. Of a mixture of experts only the
+parameters count that a token meets: the experts that it goes to, and shared ones. Torch-free.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from configs.schema import Config
 from trainer.plan.devices import find_gpu
+from trainer.plan.model_fields import attention_width
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -17,13 +19,23 @@ if TYPE_CHECKING:
     from trainer.plan.plan import Plan
 
 
-def count_parameters(model: PreTrainedModel, *, frozen: bool = False) -> int:
-    """Of the whole model, tied ones once, however they are spread over ranks. frozen: only those not trained."""
-    from trainer.model.layers import owned, values_shape
+ATTENTION = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers, as configs name them, whose work grows with the square of the sequence."""
 
+
+def count_parameters(model: PreTrainedModel, *, frozen: bool = False, active: bool = False) -> int:
+    """Of the whole model, tied ones once, however they are spread over ranks. frozen: only those not trained. active:
+    only those that a token meets."""
+    from trainer.model.layers import owned, values_shape
+    from trainer.model.roles import met, routed_parts
+
+    routed = routed_parts(model) if active else {}
     # What DeepSpeed leaves of a partitioned parameter is empty, and keeps the true size beside. A DTensor knows it.
     return sum(
-        getattr(parameter, "ds_numel", None) or values_shape(owner, leaf, parameter).numel()
+        met(
+            getattr(parameter, "ds_numel", None) or values_shape(owner, leaf, parameter).numel(),
+            routed.get(id(parameter)),
+        )
         for _, owner, leaf, parameter in owned(model)
         if not (frozen and parameter.requires_grad)
     )
@@ -31,7 +43,7 @@ def count_parameters(model: PreTrainedModel, *, frozen: bool = False) -> int:
 
 def model_flops_per_token(model: PreTrainedModel, *, seq_len: int) -> float:
     """`flops_per_token` of a model as it is trained."""
-    parameters, frozen = count_parameters(model), count_parameters(model, frozen=True)
+    parameters, frozen = count_parameters(model, active=True), count_parameters(model, frozen=True, active=True)
     return flops_per_token(model.config, parameters=parameters, frozen=frozen, seq_len=seq_len)
 
 
@@ -40,19 +52,16 @@ def flops_per_token(config: PretrainedConfig, *, parameters: int, seq_len: int, 
 
     N: parameters that take part in a matrix product, so without the input embedding (a table look-up), unless the
     output layer uses the same table (norms, biases and learned positions are let in: about 1 % in GPT-2, less in
-    larger models); L layers, H heads of size Q, T = seq_len. parameters: all of the model, tied ones once; frozen:
-    those not trained, whose own gradient is not computed. For dense decoders: of a mixture of experts it counts every
-    expert.
+    larger models); L layers that have attention, H heads of size Q, T = seq_len. parameters: all that a token meets,
+    tied ones once; frozen: those of them not trained, whose own gradient is not computed.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
-    # Where layers differ, the attribute would ask which layer is meant.
-    head_dim = text.to_dict().get("head_dim") or text.hidden_size // heads
     embedding = 0 if getattr(text, "tie_word_embeddings", False) else text.vocab_size * text.hidden_size
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     return training_flops_per_token(
         matrices=parameters - embedding,
-        layers=text.num_hidden_layers,
-        attention=heads * head_dim,
+        layers=sum(kind in ATTENTION for kind in kinds) if kinds else text.num_hidden_layers,
+        attention=attention_width(text.to_dict()),
         seq_len=seq_len,
         frozen=max(0, frozen - embedding),
     )

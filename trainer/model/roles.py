@@ -23,7 +23,10 @@ from enum import StrEnum
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from trainer.plan.model_fields import CHOSEN, EXPERTS
+
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -54,16 +57,23 @@ class Matrices:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
-    """One parameter. shape: of all of it, whatever cuts it. matrices: None where the role has none."""
+    """One parameter. shape: of all of it, whatever cuts it. matrices: None where the role has none. routed: of routed
+    experts how many a token goes to, and of how many; None for what every token meets."""
 
     name: str
     shape: tuple[int, ...]
     role: Role = Role.vector
     matrices: Matrices | None = None
+    routed: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def active(self) -> int:
+        """Values of it that one token meets."""
+        return met(self.numel, self.routed)
 
     def cut(self, shape: tuple[int, ...]) -> Described:
         """What one rank holds of it, for questions that are answered element by element."""
@@ -80,7 +90,10 @@ PACKED: dict[str, dict[str, int | str]] = {
 }
 """By model_type and module: into how many equal parts its output features fall, or HEADS."""
 
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_moe_experts")
+
+def met(numel: int, routed: tuple[int, int] | None) -> int:
+    """See `Described.active`."""
+    return numel if routed is None else numel * routed[0] // routed[1]
 
 
 def wildcard(name: str) -> str:
@@ -92,7 +105,14 @@ def described_from_json(values: Mapping[str, Any]) -> Described:
     matrices = values["matrices"]
     if matrices is not None:
         matrices = Matrices(**{**matrices, "parts": tuple(matrices["parts"])})
-    return Described(name=values["name"], shape=tuple(values["shape"]), role=Role(values["role"]), matrices=matrices)
+    routed = values["routed"]
+    return Described(
+        name=values["name"],
+        shape=tuple(values["shape"]),
+        role=Role(values["role"]),
+        matrices=matrices,
+        routed=None if routed is None else (routed[0], routed[1]),
+    )
 
 
 def describe(model: nn.Module) -> dict[str, Described]:
@@ -105,7 +125,7 @@ def describe(model: nn.Module) -> dict[str, Described]:
     tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     ends: Any = getattr(model, "get_output_embeddings", lambda: None)()
     heads = {id(p) for p in (ends.parameters() if isinstance(ends, nn.Module) else ()) if p.ndim == 2}
-    routers = set(_routers(model))
+    routers, routed = set(_routers(model)), routed_parts(model)
     packing = _Packing(model)
     found: dict[str, Described] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -125,7 +145,9 @@ def describe(model: nn.Module) -> dict[str, Described]:
                 role = Role.router
             else:
                 role, matrices = packing.of(module, prefix, leaf, shape)
-            found[name] = Described(name=name, shape=shape, role=role, matrices=matrices)
+            found[name] = Described(
+                name=name, shape=shape, role=role, matrices=matrices, routed=routed.get(id(parameter))
+            )
     return found
 
 
@@ -133,9 +155,8 @@ class _Packing:
     """Which matrices the parameters of linear layers and stacked experts hold."""
 
     def __init__(self, model: nn.Module) -> None:
-        config: Any = getattr(model, "config", None)
-        self.text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.table = PACKED.get(getattr(config, "model_type", ""), {})
+        self.text = _text(model)
+        self.table = PACKED.get(getattr(getattr(model, "config", None), "model_type", ""), {})
         self.styles: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
 
     def of(self, module: nn.Module, prefix: str, leaf: str, shape: tuple[int, ...]) -> tuple[Role, Matrices | None]:
@@ -179,30 +200,72 @@ class _Packing:
 def _routers(model: nn.Module) -> Iterator[int]:
     """Identities of the weights that stand next to a module of experts and score each of them, or the one that all
     tokens share."""
-    from torch import nn
-
-    from trainer.model.build import decoder_layers
-
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    counts = {count for field in COUNTS if isinstance(count := getattr(text, field, None), int) and count > 1}
-    if not counts:
-        return
-    layers = decoder_layers(model)
-    for block in model.modules():
-        experts = [child for child in block.children() if child is not layers and _is_experts(child, counts)]
-        if not experts or isinstance(block, nn.ModuleList):
-            continue
+    counts = _counts(model)
+    for _, block, experts in _blocks(model):
         inside = {id(p) for child in experts for p in child.parameters()}
         for parameter in block.parameters():
             if parameter.ndim == 2 and id(parameter) not in inside and parameter.shape[0] in {*counts, 1}:
                 yield id(parameter)
 
 
-def _is_experts(module: nn.Module, counts: set[int]) -> bool:
+def routed_parts(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """Of each parameter of routed experts, by identity: how many of them a token goes to, and of how many."""
+    found: dict[int, tuple[int, int]] = {}
+    for name, _, experts in _blocks(model):
+        chosen = _chosen(model, name)
+        for child in experts if chosen else ():
+            count = _expert_count(child, _counts(model))
+            found |= {id(parameter): (min(chosen, count), count) for parameter in child.parameters()}
+    return found
+
+
+def _counts(model: nn.Module) -> set[int]:
+    """Numbers of experts that the config names."""
+    text = _text(model)
+    return {count for field in EXPERTS if isinstance(count := getattr(text, field, None), int) and count > 1}
+
+
+def _chosen(model: nn.Module, name: str) -> int:
+    """Experts that a token goes to in the layer of this name; 0 where the config does not say."""
+    text = _text(model)
+    value = next((value for field in CHOSEN if (value := getattr(text, field, None))), 0)
+    if isinstance(value, list):  # one for each layer
+        layer = next((int(word) for word in name.split(".") if word.isdigit()), 0)
+        return value[min(layer, len(value) - 1)]
+    return value
+
+
+def _text(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
+    """Each module that has routed experts below it, with its name."""
+    from torch import nn
+
+    from trainer.model.build import decoder_layers
+
+    counts = _counts(model)
+    if not counts:
+        return
+    layers = decoder_layers(model)
+    for name, block in model.named_modules():
+        experts = [child for child in block.children() if child is not layers and _expert_count(child, counts)]
+        if experts and not isinstance(block, nn.ModuleList):
+            yield name, block, experts
+
+
+def _expert_count(module: nn.Module, counts: set[int]) -> int:
+    """How many routed experts a module holds; 0 for one that is something else."""
     from torch import nn
 
     if isinstance(module, nn.ModuleList):
-        return len(module) in counts
-    own = [p for p in module._parameters.values() if p is not None]
-    return any(p.ndim == 3 and p.shape[0] in counts for p in own)
+        return len(module) if len(module) in counts else 0
+    shapes = [_whole(p) for p in module._parameters.values() if p is not None]
+    return next((shape[0] for shape in shapes if len(shape) == 3 and shape[0] in counts), 0)
+
+
+def _whole(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Its shape, also where DeepSpeed has left a part of it only."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

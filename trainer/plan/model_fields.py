@@ -90,9 +90,22 @@ def sizes(fields: Mapping[str, Any]) -> Sizes:
     return Sizes(**{size: value if isinstance(value, int) and value > 0 else None for size, value in found.items()})
 
 
+def attention_width(fields: Mapping[str, Any]) -> int:
+    """Heads times the size of one, by which the work of attention grows. fields: of the language model. Where queries
+    and keys are of another size than values (DeepSeek's latent attention) it is the mean of the two."""
+    known = sizes(fields)
+    heads, hidden = known.heads or 1, known.hidden or 1
+    if fields.get("qk_nope_head_dim") and fields.get("v_head_dim"):
+        return heads * (fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"] + fields["v_head_dim"]) // 2
+    return heads * int(fields.get("head_dim") or hidden // heads)
+
+
 COUNTS = ("hidden", "layers", "heads", "key_value_heads", "vocabulary")
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", "head_dim")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_moe_experts", "moe_num_experts")
+"""Names for the number of routed experts in a layer."""
+CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+"""Names for the number of them that a token goes to."""
 
 
 def check_sizes(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
@@ -118,9 +131,9 @@ def check_sizes(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
 def check_experts(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
     """As `check_sizes`, of routed experts: their numbers have defaults that only the config's class knows."""
     experts = next((fields[name] for name in EXPERTS if isinstance(fields.get(name), int)), None)
-    name = "num_experts_per_tok"
-    if experts and isinstance(fields.get(name), int) and fields[name] > experts:
-        yield f"{_said(name, fields, model)}: a token cannot go to more than the {experts} experts that there are"
+    for name in CHOSEN if experts else ():
+        if isinstance(fields.get(name), int) and fields[name] > experts:
+            yield f"{_said(name, fields, model)}: a token cannot go to more than the {experts} experts that there are"
 
 
 def _said(name: str, fields: Mapping[str, Any], model: Model) -> str:

@@ -77,14 +77,15 @@ class Reporter:
         memory: MemoryCheck | None = None,
     ) -> None:
         self._config, self._plan, self._runtime, self._folder, self._memory = config, plan, runtime, folder, memory
-        parameters = count_parameters(model)
+        parameters, active = count_parameters(model), count_parameters(model, active=True)
+        met = f" ({active:,} active for a token)" if active < parameters else ""
         self._flops_per_token = model_flops_per_token(model, seq_len=plan.batch.seq_len)
         gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
         self._peak_flops = peak_flops(config, plan, gpu)
         self._head = [
             plan.describe(),
             f"data       {data}",
-            f"model      {architecture(model)}, {parameters:,} parameters, {config.model.weights} weights",
+            f"model      {architecture(model)}, {parameters:,} parameters{met}, {config.model.weights} weights",
             f"run        {folder}",
         ]
         if memory is not None and runtime.is_main:

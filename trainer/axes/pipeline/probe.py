@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from configs.errors import ConfigError
 from trainer.model.build import decoder_layers
 from trainer.model.layers import owned, values_shape
+from trainer.model.roles import met, routed_parts
 
 # What a layer returns: the hidden states, or a tuple that starts with them.
 RETURNS: tuple[Callable[[Any], Any], ...] = (
@@ -73,14 +74,13 @@ def count_costs(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[float], 
     Counted are multiply-adds per token: the entries of all matrices, of experts only those that a token visits. What
     attention itself computes grows with the sequence and is left out: it is the same in every layer.
     """
-    active = getattr(model.config, "num_experts_per_tok", None)
+    routed = routed_parts(model)
 
     def products(module: nn.Module) -> float:
         total = 0.0
         for _, owner, leaf, parameter in owned(module):
             shape = values_shape(owner, leaf, parameter)
-            share = min(1.0, active / shape[0]) if active and len(shape) == 3 else 1.0
-            total += share * shape.numel() if len(shape) >= 2 else 0.0
+            total += met(shape.numel(), routed.get(id(parameter))) if len(shape) >= 2 else 0
         return total
 
     layers = [products(layer) for layer in decoder_layers(model)]

@@ -31,7 +31,7 @@ from trainer.model.flops import training_flops_per_token
 from trainer.optim.protocol import Work
 from trainer.optim.table import ask, kept_bytes
 from trainer.plan.devices import GB_PER_SECOND, Gpu
-from trainer.plan.model_fields import sizes
+from trainer.plan.model_fields import attention_width, sizes
 from trainer.plan.plan import Plan
 
 NOTHING = Work()
@@ -56,7 +56,8 @@ HOST_MEMORY_GB_PER_SECOND = 20.0
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dimensions:
     """Sizes of a decoder. attention: heads * head_dim; key_value: the same of keys. matrices: parameters that take
-    part in a matrix product (all but a look-up table). frozen: parameters that are not trained; packed: those of them
+    part in a matrix product (all but a look-up table, and of routed experts those that a token goes to). frozen:
+    parameters that are not trained; frozen_matrices: those of `matrices` whose own gradient is left out; packed: those
     that are held in `packed_bytes` of other tensors. kept_bytes: the optimizer's states, in float32. update: its work
     on all parameters; update_largest: FLOPs of the largest."""
 
@@ -68,6 +69,7 @@ class Dimensions:
     key_value: int
     vocabulary: int
     frozen: int = 0
+    frozen_matrices: int = 0
     packed: int = 0
     packed_bytes: int = 0
     kept_bytes: int = 0
@@ -77,11 +79,6 @@ class Dimensions:
     @property
     def trained(self) -> int:
         return self.parameters - self.frozen
-
-    @property
-    def frozen_matrices(self) -> int:
-        """Frozen parameters whose own gradient is a matrix product that is left out."""
-        return max(0, self.frozen - (self.parameters - self.matrices))
 
     def frozen_bytes(self, width: int) -> int:
         """width: bytes of a value that is not packed."""
@@ -112,19 +109,21 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy, settings: Settings) 
     hidden, heads, vocabulary = known.hidden or 1, known.heads or 1, known.vocabulary or 1
     head_dim = int(fields.get("head_dim") or hidden // heads)
     tied = "head" not in dict(anatomy.groups)
+    table = 0 if tied else vocabulary * hidden
     frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
     packed = [parameter for parameter in frozen if parameter.packed]
     trained = [parameter.whole for parameter in anatomy.parameters() if parameter.trainable]
     works = [ask(settings).work(about, settings) for about in trained]
     return Dimensions(
         parameters=anatomy.numel,
-        matrices=anatomy.numel - (0 if tied else vocabulary * hidden),
+        matrices=anatomy.active - table,
         layers=len(anatomy.layers),
         hidden=hidden,
-        attention=heads * head_dim,
+        attention=attention_width(fields),
         key_value=(known.key_value_heads or heads) * head_dim,
         vocabulary=vocabulary,
         frozen=sum(parameter.numel for parameter in frozen),
+        frozen_matrices=max(0, sum(parameter.active for parameter in frozen) - table),
         packed=sum(parameter.numel for parameter in packed),
         packed_bytes=sum(sum(parameter.packed) for parameter in packed),
         kept_bytes=kept_bytes(trained, settings, "float32"),
