@@ -86,7 +86,7 @@ def build_command(
 def _launcher_words(config: Config, plan: Plan, rendezvous: Rendezvous, *, visible: str) -> list[str]:
     """Everything before `trainer`. visible: CUDA_VISIBLE_DEVICES of the caller."""
     name, port = config.launcher.name, config.launcher.master_port
-    begin = [sys.executable] if name is LauncherName.python else [program(name.value)]
+    begin = [sys.executable] if name is LauncherName.python else [program(str(name))]
     begin += ["launch"] * (name is LauncherName.accelerate)
     match name:
         case LauncherName.python:

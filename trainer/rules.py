@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configs.choices import (
+    BYTES,
     Attention,
     Bos,
     Checkpointing,
@@ -193,8 +194,7 @@ def _check_precision(config: Config) -> Iterator[str]:
         yield f"precision.loss_scale={precision.loss_scale}: only float16 scales the loss; set it to null"
     if precision.param_dtype is DType.float16 and precision.master_dtype is DType.float16:
         yield "precision.master_dtype=float16: updates smaller than a float16 step are lost; use float32"
-    wide = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
-    if wide[precision.master_dtype] < wide[precision.param_dtype]:
+    if BYTES[precision.master_dtype] < BYTES[precision.param_dtype]:
         yield (
             f"precision.master_dtype={precision.master_dtype}: is narrower than precision.param_dtype="
             f"{precision.param_dtype}; use at least {precision.param_dtype}"

@@ -10,10 +10,9 @@ The planner drops by the first what cannot fit; where a model's code cannot be t
 
 from __future__ import annotations
 
-from configs.choices import EngineName, OffloadDevice
+from configs.choices import BYTES, EngineName, OffloadDevice
 from configs.schema import Config, Optimizer
 from trainer.axes import PIPELINE, SHARD, TENSOR
-from trainer.estimate.layouts.common import WIDTHS
 from trainer.optim.table import moments
 from trainer.plan.model_fields import config_fields, sizes
 from trainer.plan.plan import Plan
@@ -39,7 +38,7 @@ def _stay_gathered(plan: Plan) -> bool:
 def _trained_bytes(plan: Plan, parameters: int, kept_moments: float) -> float:
     kept = 1 + kept_moments
     held = parameters / (plan.degree(TENSOR) * plan.degree(PIPELINE))
-    width, master = WIDTHS[plan.param_dtype], WIDTHS[plan.master_dtype]
+    width, master = BYTES[plan.param_dtype], BYTES[plan.master_dtype]
     on_gpu = plan.offload_optimizer is OffloadDevice.none
     if plan.engine is EngineName.deepspeed:
         shards = plan.degree(SHARD)
@@ -62,7 +61,7 @@ def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
     activations = 2 * known.layers * tokens * (34 * known.hidden + 5 * known.heads * seq_len)
     logits = 4 * 4 * tokens * known.vocabulary
     held = parameters / (plan.degree(TENSOR) * plan.degree(PIPELINE))
-    buffers = held * (WIDTHS[plan.param_dtype] + WIDTHS[plan.master_dtype])
+    buffers = held * (BYTES[plan.param_dtype] + BYTES[plan.master_dtype])
     return (
         states_bytes(plan, parameters, config.optimizer, most=True) + buffers + activations + logits + WORKSPACE_BYTES
     )

@@ -16,45 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from trainer.axes.pipeline.orders import Action
+from trainer.estimate.layouts.common import Layout
+from trainer.estimate.layouts.staged import Staged
 from trainer.estimate.profile import Profile
 from trainer.estimate.program import Program, Running
-from trainer.estimate.timeline import Handle, Timeline
+from trainer.estimate.timeline import Timeline
 
 STEPS = 2
-
-
-class Layout(Protocol):
-    """What an engine does around the model's own code. Groups are those of `Anatomy`."""
-
-    def start(self) -> None:
-        """Allocate what is there before step 1."""
-        ...
-
-    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None: ...
-
-    def before_forward(self, group: str) -> None: ...
-
-    def after_forward(self, group: str) -> None: ...
-
-    def before_backward(self, group: str) -> None: ...
-
-    def after_backward(self, group: str) -> None: ...
-
-    def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
-        """This micro-batch's gradient of a parameter is complete. The layout owns it from here on."""
-        ...
-
-    def end_backward(self) -> None: ...
-
-    def update(self, step: int) -> None:
-        """Clip, update the parameters, clear the gradients."""
-        ...
-
-
-class StageLayout(Layout, Protocol):
-    """A layout under a pipeline, where nothing is reduced before a rank's last backward."""
-
-    def reduce_all(self) -> None: ...
 
 
 class Neighbours(Protocol):
@@ -81,15 +49,14 @@ def replay(
             running = Running(program, layout, timeline, step)
             running.run("f")
             running.run("b")
-        for handle in given:
-            timeline.free(handle)
+        timeline.free_all(given)
         timeline.phase("optimizer step", step)
         layout.update(step)
     timeline.sample()
 
 
 def replay_stages(
-    stages: Mapping[int, tuple[Profile, StageLayout]],
+    stages: Mapping[int, tuple[Profile, Staged]],
     order: Sequence[Action],
     timeline: Timeline,
     *,
@@ -125,8 +92,7 @@ def replay_stages(
         for _, layout in stages.values():
             layout.reduce_all()
         neighbours.end_step()
-        for handle in given:
-            timeline.free(handle)
+        timeline.free_all(given)
         timeline.phase("optimizer step", step)
         update(step)
     timeline.sample()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from configs.choices import EngineName
+from configs.choices import BYTES, EngineName
 from configs.schema import Config
 from trainer.axes import CONTEXT, PIPELINE, TENSOR
 from trainer.axes.pipeline.timeline import in_flight, receive_buffers
 from trainer.estimate.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators, cublas_bytes
-from trainer.estimate.layouts.common import WIDTHS
 from trainer.estimate.profile import Anatomy
 from trainer.estimate.profiles import stage_layers
 from trainer.optim.protocol import Held, Spread
@@ -25,7 +24,7 @@ def explain(config: Config, plan: Plan, found: Estimate) -> str:
 
 def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     anatomy = found.profile.anatomy
-    master, param = WIDTHS[plan.master_dtype], WIDTHS[plan.param_dtype]
+    master, param = BYTES[plan.master_dtype], BYTES[plan.param_dtype]
     share = f" that one of {plan.degree(TENSOR)} tensor-parallel ranks holds" if plan.degree(TENSOR) > 1 else ""
     yield f"P = {anatomy.numel:,} parameters of {anatomy.name}{share}, counted on the built model; tied ones count once"
     if (routing := anatomy.routing()) is not None:
@@ -117,7 +116,7 @@ def _states(plan: Plan, which: str, numel: int, master: int, param: int) -> Iter
         )
         yield (
             f"parameters and gradients {master} B x {which} / {shard}{size} (ceil(rows / {shard}) rows of every"
-            f" parameter); gathered copies {param} B, reduced in {WIDTHS[plan.reduce_dtype]} B"
+            f" parameter); gathered copies {param} B, reduced in {BYTES[plan.reduce_dtype]} B"
         )
     else:
         size = f"{numel * master / GIB:.2f} GiB"

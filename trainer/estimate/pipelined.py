@@ -12,13 +12,14 @@ from functools import cache, partial
 from operator import ge
 from typing import Any
 
+from configs.choices import BYTES
 from configs.schema import Config
 from trainer.axes import CONTEXT, PIPELINE
 from trainer.axes.pipeline.orders import Action, rank_orders
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, stages_of_rank
 from trainer.axes.pipeline.timeline import receive_buffers
 from trainer.estimate.compose import replay_stages
-from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, step_inputs
+from trainer.estimate.layouts.common import Setting, step_inputs
 from trainer.estimate.layouts.sharded import update_together
 from trainer.estimate.layouts.staged import Staged
 from trainer.estimate.profile import ModelProfile, Profile, role
@@ -64,7 +65,7 @@ class PipelineRank:
             host = settings[0].host if settings else {}
             settings.append(self._setting(profile, timeline, host))
             modules[stage] = (profile, Staged(settings[-1], ahead=self.per_rank > 1, exchanged=exchanged))
-        place_batch(settings[0])
+        settings[0].place_batch()
         replay_stages(
             modules,
             self.order,
@@ -153,16 +154,14 @@ class _Neighbours:
         batch, plan = rank.plan.batch, rank.plan
         hidden = batch.micro_batch_size * (batch.seq_len // plan.degree(CONTEXT)) * rank.model.outline.hidden_size
         all_sent = 1 if rank.schedule == "1f1b" else batch.gradient_accumulation_steps * len(rank.ranges)
-        self.rank, self.timeline, self.size = rank, timeline, hidden * WIDTHS[plan.param_dtype]
+        self.rank, self.timeline, self.size = rank, timeline, hidden * BYTES[plan.param_dtype]
         self.keeps_sent = 0 if gpu else all_sent
         self.waiting = [timeline.allocate("buffers", self.size) for _ in range(rank.buffers)]
         self.sent: list[Handle | None] = []
         self.gradients: list[Handle | None] = []
 
     def start_step(self) -> None:
-        for handle in self.gradients:
-            self.timeline.free(handle)
-        self.gradients.clear()
+        self.timeline.free_all(self.gradients)
 
     def after(self, action: Action) -> None:
         (kind, stage, _), owned = action, self.rank.owned
@@ -189,6 +188,4 @@ class _Neighbours:
             self.sent.append(self.timeline.allocate("buffers", self.size))
 
     def end_step(self) -> None:
-        for handle in self.sent:
-            self.timeline.free(handle)
-        self.sent.clear()
+        self.timeline.free_all(self.sent)

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-from configs.choices import Checkpointing, DType, EngineName, OffloadDevice
+from configs.choices import BYTES, Checkpointing, DType, EngineName, OffloadDevice
 from configs.errors import CookbookError
 from configs.schema import Config
 from trainer.axes import PIPELINE, REPLICATE, TENSOR
 from trainer.estimate.bounds import states_bytes
 from trainer.estimate.estimate import Estimate, estimate, with_micro_batch
-from trainer.estimate.layouts.common import WIDTHS
 from trainer.estimate.profile import ModelProfile, Trace
 from trainer.estimate.profiles import get_profile
 from trainer.estimate.timeline import COMPONENTS
@@ -278,5 +277,5 @@ def _states(config: Config, plan: Plan, before: Estimate, tp: int) -> float:
     """A bound from below that needs no trace. tp: of the estimate before."""
     anatomy = before.profile.outline.anatomy
     trained = sum(parameter.numel for parameter in anatomy.parameters() if parameter.trainable)
-    frozen = sum(anatomy.frozen_tensors(WIDTHS[plan.param_dtype]))
+    frozen = sum(anatomy.frozen_tensors(BYTES[plan.param_dtype]))
     return states_bytes(plan, trained * tp, config.optimizer, frozen=frozen * tp)

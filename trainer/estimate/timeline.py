@@ -9,6 +9,7 @@ timeline.peak                     bytes, component by component, phase and step 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.estimate.allocator import Block, CudaAllocator, PlainAllocator
 
@@ -87,6 +88,12 @@ class Timeline:
             index, held, block = handle
             self._parts[index] -= held
             self._allocator.free(block)
+
+    def free_all(self, held: list[Handle | None] | dict[Any, Handle | None]) -> None:
+        """Free these and forget them."""
+        for handle in held.values() if isinstance(held, dict) else held:
+            self.free(handle)
+        held.clear()
 
     def move(self, handle: Handle | None, component: str) -> Handle | None:
         """Count a storage under another component from here on."""

@@ -10,12 +10,11 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import Attention
+from configs.choices import BYTES, Attention
 from configs.errors import CookbookError
 from configs.schema import Config
 from trainer.axes import CONTEXT, PIPELINE
 from trainer.estimate.bounds import states_bytes, upper_bytes
-from trainer.estimate.layouts.common import WIDTHS
 from trainer.estimate.profile import Outline, Part, kept_layers
 from trainer.plan.plan import Plan
 
@@ -129,7 +128,7 @@ def _between(config: Config, plan: Plan, model: PreTrainedModel) -> str:
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(
-        sum(owner.packed_bytes()) if is_packed(owner, leaf) else parameter.numel() * WIDTHS[plan.param_dtype]
+        sum(owner.packed_bytes()) if is_packed(owner, leaf) else parameter.numel() * BYTES[plan.param_dtype]
         for _, owner, leaf, parameter in owned(model)
         if not parameter.requires_grad
     )

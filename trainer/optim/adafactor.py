@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import EngineName, Implementation
+from configs.choices import BYTES, EngineName, Implementation
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
-from trainer.optim.protocol import BYTES, Group, Held, Kept, Spread, State
+from trainer.optim.protocol import Group, Held, Kept, Spread, State
 
 if TYPE_CHECKING:
     import torch

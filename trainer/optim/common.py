@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import Implementation
+from configs.choices import BYTES, Implementation
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
-from trainer.optim.protocol import BYTES, COUNTER, Group, Held, Kept, State, Work
+from trainer.optim.protocol import COUNTER, Group, Held, Kept, State, Work
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from configs.choices import Implementation
+from configs.choices import BYTES, Implementation
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 COUNTER = "step"
 """Kind of the tensor in which an optimizer counts its updates. A checkpoint holds one number for all parameters."""
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

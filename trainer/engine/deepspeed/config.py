@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import DType, OffloadDevice
+from configs.choices import BYTES, DType, OffloadDevice
 from configs.schema import Config
 from trainer.axes import SHARD
 from trainer.plan.plan import Plan
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 DTYPE_NAMES = {DType.float32: "fp32", DType.bfloat16: "bf16", DType.float16: "fp16"}
 # DeepSpeed swaps a tensor only if its part on a rank has at least this many bytes; smaller ones stay in memory.
 SWAP_BYTES = 2**20
-WIDTHS = {DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,14 +144,14 @@ def _stage3(plan: Plan, size: ModelSize) -> dict[str, Any]:
         "stage3_max_reuse_distance": 0 if on_disk else min(10**9, window),
         # The optimizer updates one sub-group at a time; DeepSpeed's 10**9 means a temporary float32 gradient of
         # 4 GB, and with NVMe four pinned buffers of 4 GB, on each rank.
-        "sub_group_size": min(10**8, max(share, 4 * SWAP_BYTES // WIDTHS[plan.master_dtype])),
+        "sub_group_size": min(10**8, max(share, 4 * SWAP_BYTES // BYTES[plan.master_dtype])),
         "stage3_gather_16bit_weights_on_model_save": False,
     }
 
 
 def _swapped_parameters(plan: Plan, size: ModelSize, swap_folder: str | None) -> dict[str, Any]:
     """A buffer must hold the largest rank's part of a parameter; DeepSpeed's fixed 10**8 elements fit no rule."""
-    align = SWAP_BYTES // WIDTHS[plan.param_dtype]
+    align = SWAP_BYTES // BYTES[plan.param_dtype]
     return {
         "nvme_path": swap_folder,
         "buffer_size": ceil(ceil(size.largest / plan.degree(SHARD)) / align) * align,

@@ -1,23 +1,21 @@
-"""What all layouts share: sizes of dtypes, the batch on the device, the optimizer's states and temporaries."""
+"""What all layouts share: their hooks, the batch on the device, the optimizer's states and temporaries."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from configs.choices import DType, OffloadDevice
+from configs.choices import BYTES, OffloadDevice
 from configs.schema import Optimizer
 from trainer.axes import CONTEXT, PIPELINE, REPLICATE, TENSOR
 from trainer.estimate.profile import Profile
-from trainer.estimate.timeline import Timeline
+from trainer.estimate.timeline import Handle, Timeline
 from trainer.model.roles import Described
 from trainer.optim.protocol import Held, Spread
-from trainer.optim.table import ask, kept, kept_bytes, shared
+from trainer.optim.table import ask, kept, kept_bytes
 from trainer.plan.plan import Plan
 
-WIDTHS = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2}
 TOKEN_BYTES = 8  # int64
-NORM_CHUNK = 65536  # elements per partial sum of torch's multi-tensor norm on CUDA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,14 +42,69 @@ class Setting:
         else:
             self.timeline.allocate(what, size)
 
+    def place_batch(self) -> None:
+        """Tokens and labels of all micro-batches of a step are on the device before its first forward; on the CPU they
+        are there already."""
+        batch = self.plan.batch
+        if self.gpu:
+            for _ in range(2 * batch.gradient_accumulation_steps):
+                self.timeline.allocate("activations", batch.micro_batch_size * batch.seq_len * TOKEN_BYTES)
 
-def place_batch(setting: Setting) -> None:
-    """Tokens and labels of all micro-batches of a step are on the device before its first forward; on the CPU they
-    are there already."""
-    batch = setting.plan.batch
-    if setting.gpu:
-        for _ in range(2 * batch.gradient_accumulation_steps):
-            setting.timeline.allocate("activations", batch.micro_batch_size * batch.seq_len * TOKEN_BYTES)
+    def place_states(self, held: Sequence[Held]) -> None:
+        """The optimizer's states of these parameters."""
+        for one in held:
+            for tensor in kept(one.piece, self.optimizer, self.plan.master_dtype):
+                self.timeline.allocate("optimizer", tensor.nbytes)
+
+    def states_bytes(self, held: Sequence[Held]) -> int:
+        return kept_bytes([one.piece for one in held], self.optimizer, self.plan.master_dtype)
+
+    def update(self, held: Sequence[Held]) -> None:
+        """What the update needs for a moment. held: the matrices that it updates at once, in its order."""
+        plan = self.plan
+        spread = Spread(ranks=plan.fsdp_size * plan.degree(TENSOR), copies=plan.degree(REPLICATE))
+        workspace = ask(self.optimizer).temporaries(held, self.optimizer, plan.master_dtype, spread)
+        self.timeline.free(self.timeline.allocate("workspace", workspace))
+
+
+class Layout:
+    """What an engine does around the model's own code, at the points at which its hooks fire; by default nothing.
+    Groups are those of `Anatomy`."""
+
+    def __init__(self, setting: Setting) -> None:
+        plan = setting.plan
+        self.setting, self.timeline, self.plan = setting, setting.timeline, plan
+        self.anatomy = setting.profile.anatomy
+        self.param, self.reduce, self.master = (
+            BYTES[dtype] for dtype in (plan.param_dtype, plan.reduce_dtype, plan.master_dtype)
+        )
+        self.last = True
+
+    def start(self) -> None:
+        """Allocate what is there before step 1: here what all layouts have."""
+        self.timeline.allocate("parameters", self.anatomy.buffers_bytes)
+        self.setting.place_batch()
+
+    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
+        self.last = last
+
+    def before_forward(self, group: str) -> None: ...
+
+    def after_forward(self, group: str) -> None: ...
+
+    def before_backward(self, group: str) -> None: ...
+
+    def after_backward(self, group: str) -> None: ...
+
+    def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
+        """This micro-batch's gradient of a parameter is complete. The layout owns it from here on."""
+        raise NotImplementedError
+
+    def end_backward(self) -> None: ...
+
+    def update(self, step: int) -> None:
+        """Clip, update the parameters, clear the gradients."""
+        raise NotImplementedError
 
 
 def step_inputs(plan: Plan, *, first: bool = False, last: bool = False) -> list[int]:
@@ -64,31 +117,6 @@ def step_inputs(plan: Plan, *, first: bool = False, last: bool = False) -> list[
     if plan.degree(PIPELINE) == 1:
         return slices
     return [*slices, *[rows * count] * (first + last + (cp > 1))]
-
-
-def place_states(setting: Setting, held: Sequence[Held]) -> None:
-    """The optimizer's states of these parameters."""
-    for one in held:
-        for tensor in kept(one.piece, setting.optimizer, setting.plan.master_dtype):
-            setting.timeline.allocate("optimizer", tensor.nbytes)
-
-
-def place_shared_states(setting: Setting, held: Sequence[Held]) -> None:
-    """What the optimizer keeps once for all parameters, which is there from the start."""
-    tables = shared([one.piece for one in held], setting.optimizer, setting.plan.master_dtype)
-    setting.timeline.allocate("optimizer", sum(tensor.nbytes for tensor in tables.values()))
-
-
-def states_bytes(setting: Setting, held: Sequence[Held]) -> int:
-    return kept_bytes([one.piece for one in held], setting.optimizer, setting.plan.master_dtype)
-
-
-def update_temporaries(setting: Setting, held: Sequence[Held]) -> None:
-    """What the update needs for a moment. held: the matrices that it updates at once, in its order."""
-    plan = setting.plan
-    spread = Spread(ranks=plan.fsdp_size * plan.degree(TENSOR), copies=plan.degree(REPLICATE))
-    workspace = ask(setting.optimizer).temporaries(held, setting.optimizer, plan.master_dtype, spread)
-    setting.timeline.free(setting.timeline.allocate("workspace", workspace))
 
 
 def flat(elements: int) -> Held:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.choices import DType, OffloadDevice
-from trainer.estimate.compose import Layout
-from trainer.estimate.layouts.common import Setting
+from trainer.estimate.layouts.common import Layout, Setting
 from trainer.estimate.layouts.zero import ZeroStage12
 from trainer.estimate.layouts.zero1 import Bfloat16ZeroStage1
 from trainer.estimate.layouts.zero3 import ZeroStage3

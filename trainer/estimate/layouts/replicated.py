@@ -10,63 +10,48 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from trainer.axes import REPLICATE
-from trainer.estimate.layouts.common import (
-    WIDTHS,
-    Setting,
-    place_batch,
-    place_shared_states,
-    place_states,
-    update_temporaries,
-)
+from trainer.estimate.layouts.common import Layout, Setting
 from trainer.estimate.timeline import Handle
 from trainer.optim.protocol import Held
+from trainer.optim.table import shared
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
 Key = tuple[str, str]
 
 
-class Replicated:
-    """Fulfils `compose.Layout`."""
-
+class Replicated(Layout):
     def __init__(self, setting: Setting) -> None:
-        self.setting, self.timeline = setting, setting.timeline
-        self.ddp = setting.plan.degree(REPLICATE) > 1
-        width, anatomy = WIDTHS[setting.plan.master_dtype], setting.profile.anatomy
+        super().__init__(setting)
+        self.ddp = self.plan.degree(REPLICATE) > 1
+        anatomy = self.anatomy
         # Of the parameters that are trained; the others are only held.
         self.sizes = {
-            (group, parameter.name): parameter.numel * width
+            (group, parameter.name): parameter.numel * self.master
             for group, parameters in anatomy.all_groups()
             for parameter in parameters
             if parameter.trainable
         }
         self.held = [Held(whole=p.whole, shape=p.shape) for p in anatomy.parameters() if p.trainable]
-        self.frozen = list(anatomy.frozen_tensors(WIDTHS[setting.plan.param_dtype]))
+        self.frozen = list(anatomy.frozen_tensors(self.param))
         self.gradients: dict[Key, Handle | None] = {}
         self.buckets: list[tuple[set[Key], Handle | None]] = []
-        self.last = False
 
     def start(self) -> None:
         for size in (*self.sizes.values(), *self.frozen):
             self.timeline.allocate("parameters", size)
-        self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
+        self.timeline.allocate("parameters", self.anatomy.buffers_bytes)
         if self.ddp:
             self.buckets = self._make_buckets(self.sizes)
-        place_shared_states(self.setting, self.held)
-        place_batch(self.setting)
+        # What the optimizer keeps once for all parameters is there from the start.
+        tables = shared([one.piece for one in self.held], self.setting.optimizer, self.plan.master_dtype)
+        self.timeline.allocate("optimizer", sum(tensor.nbytes for tensor in tables.values()))
+        self.setting.place_batch()
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
-        self.last = last
+        super().begin_micro_batch(step, first=first, last=last)
         if self.ddp and first and step == 1:
             self.buckets = self._make_buckets(reversed(self.sizes), old=self.buckets)
-
-    def before_forward(self, group: str) -> None: ...
-
-    def after_forward(self, group: str) -> None: ...
-
-    def before_backward(self, group: str) -> None: ...
-
-    def after_backward(self, group: str) -> None: ...
 
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
         key = (group, parameter)
@@ -80,15 +65,11 @@ class Replicated:
         else:
             self.gradients[key] = self.timeline.move(handle, "gradients")
 
-    def end_backward(self) -> None: ...
-
     def update(self, step: int) -> None:
         if step == 1:
-            place_states(self.setting, self.held)
-        update_temporaries(self.setting, [one for one in self.held if len(one.shape) > 1])
-        for handle in self.gradients.values():
-            self.timeline.free(handle)
-        self.gradients.clear()
+            self.setting.place_states(self.held)
+        self.setting.update([one for one in self.held if len(one.shape) > 1])
+        self.timeline.free_all(self.gradients)
 
     def _make_buckets(
         self, keys: Iterable[Key], old: Iterable[tuple[set[Key], Handle | None]] = ()
@@ -112,10 +93,9 @@ class Replicated:
 
     def _compress(self, key: Key) -> None:
         """The bucket that this gradient completes travels as a copy in reduce_dtype."""
-        plan = self.setting.plan
-        if plan.reduce_dtype is plan.master_dtype:
+        if self.plan.reduce_dtype is self.plan.master_dtype:
             return
-        ratio = WIDTHS[plan.reduce_dtype] / WIDTHS[plan.master_dtype]
+        ratio = self.reduce / self.master
         for members, handle in self.buckets:
             if key in members and handle is not None:
                 self.timeline.free(self.timeline.allocate("buffers", int(handle[1] * ratio)))

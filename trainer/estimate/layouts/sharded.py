@@ -20,26 +20,24 @@ from math import ceil, prod
 
 from configs.choices import OffloadDevice
 from trainer.axes import REPLICATE, TENSOR
-from trainer.estimate.layouts.common import WIDTHS, Setting, place_batch, place_states, states_bytes, update_temporaries
+from trainer.estimate.layouts.common import Layout, Setting
 from trainer.estimate.profile import Parameter
 from trainer.estimate.timeline import COMPUTE, GATHER, REDUCE, Handle
 from trainer.optim.protocol import Held
 
 
-class FullySharded:
-    """Fulfils `compose.Layout`. Stages of a pipeline: `layouts.staged`."""
+class FullySharded(Layout):
+    """Stages of a pipeline: `layouts.staged`."""
 
     staged = False
 
     def __init__(self, setting: Setting) -> None:
-        plan, anatomy = setting.plan, setting.profile.anatomy
-        self.setting, self.timeline, self.reshard = setting, setting.timeline, plan.reshard_after_forward
+        super().__init__(setting)
+        plan, anatomy = self.plan, self.anatomy
+        self.reshard = plan.reshard_after_forward
         self.ranks = plan.fsdp_size
         self.replicated = plan.degree(REPLICATE) > 1
         self.offloaded = plan.offload_parameters is not OffloadDevice.none
-        self.master, self.param, self.reduce = (
-            WIDTHS[dtype] for dtype in (plan.master_dtype, plan.param_dtype, plan.reduce_dtype)
-        )
         # Groups without parameters of their own gather nothing.
         self.groups = {name: parameters for name, parameters in anatomy.all_groups() if parameters}
         self.shards = {name: [self._gathered(p) for p in parameters] for name, parameters in self.groups.items()}
@@ -58,7 +56,6 @@ class FullySharded:
         self.sharded: dict[str, Handle | None] = {}
         self.partial: dict[str, Handle | None] = {}
         self.held: list[Handle | None] = []
-        self.last = True
 
     def _shard(self, parameter: Parameter) -> int:
         """Elements of a rank's part, padding included."""
@@ -77,15 +74,15 @@ class FullySharded:
         for parameters in self.groups.values():
             for parameter in parameters:
                 kept = self._shard(parameter) * self.master if parameter.trainable else self._gathered(parameter)
-                self.setting.place("parameters", kept, self.setting.plan.offload_parameters)
+                self.setting.place("parameters", kept, self.plan.offload_parameters)
                 for scales in parameter.packed[1:]:
                     self.timeline.allocate("parameters", scales)
-        self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
+        self.timeline.allocate("parameters", self.anatomy.buffers_bytes)
         if not self.staged:
-            place_batch(self.setting)
+            self.setting.place_batch()
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
-        self.last = last
+        super().begin_micro_batch(step, first=first, last=last)
         self.order = []
 
     def before_forward(self, group: str) -> None:
@@ -138,7 +135,7 @@ class FullySharded:
         received = self.received.setdefault(group, {})
         if parameter not in narrow and parameter not in received:
             received[parameter] = handle
-        elif self.setting.plan.degree(TENSOR) > 1:
+        elif self.plan.degree(TENSOR) > 1:
             # It passes out of the divided layer with the layer's other gradients, when that is done.
             self.late.append(handle)
         else:
@@ -149,16 +146,13 @@ class FullySharded:
         for group in ("root", "embedding"):
             self.after_backward(group)
         # Gathered ahead for a backward that had no need of it: that of a frozen embedding.
-        for group in list(self.pending):
-            self.timeline.free(self.pending.pop(group))
+        self.timeline.free_all(self.pending)
         if not self.delayed:
             self._finish()
 
     def _add_up(self, group: str) -> None:
         """Gradients that are not reduced yet: kept whole, in the dtype in which they will be."""
-        for handle in self.late:
-            self.timeline.free(handle)
-        self.late.clear()
+        self.timeline.free_all(self.late)
         added = self.added.setdefault(group, {})
         numel = {parameter.name: parameter.numel for parameter in self.groups[group]}
         for name, handle in self.received.pop(group, {}).items():
@@ -170,9 +164,7 @@ class FullySharded:
             self.timeline.free(handle)
 
     def _reduce(self, group: str) -> None:
-        for handle in self.late:
-            self.timeline.free(handle)
-        self.late.clear()
+        self.timeline.free_all(self.late)
         received, added = self.received.pop(group, {}), self.added.pop(group, {})
         for name in added.keys() & received.keys():
             self.timeline.free(received.pop(name))
@@ -182,18 +174,16 @@ class FullySharded:
             return
         self.timeline.free(self.reducing)
         self.reducing = self.timeline.allocate("buffers", shard * self.ranks * self.reduce)
-        for handle in (*received.values(), *added.values()):
-            self.timeline.free(handle)
+        self.timeline.free_all([*received.values(), *added.values()])
         self._keep(group, shard)
 
     def _finish(self) -> None:
         """After the last group's reduction. Parts of gradients are joined and summed over the tensor-parallel ranks."""
-        for handle in (self.reducing, *self.held):
-            self.timeline.free(handle)
+        self.timeline.free_all([self.reducing, *self.held])
         self.reducing = None
         self.held.clear()
         if self.last:
-            parts = [self._shard(p) for p in self.setting.profile.anatomy.parameters() if p.summed == TENSOR]
+            parts = [self._shard(p) for p in self.anatomy.parameters() if p.summed == TENSOR]
             self.timeline.free(self.timeline.allocate("workspace", sum(parts) * self.master))
 
     def update(self, step: int) -> None:
@@ -205,9 +195,7 @@ class FullySharded:
         return [Held(whole=p.whole, shape=self._piece(p)) for p in members if p.trainable]
 
     def clear(self) -> None:
-        for handle in self.sharded.values():
-            self.timeline.free(handle)
-        self.sharded.clear()
+        self.timeline.free_all(self.sharded)
 
     def _gather(self, group: str) -> None:
         """Start the all-gather: its output is one flat tensor."""
@@ -234,8 +222,7 @@ class FullySharded:
         self.whole[group] = copies
 
     def _drop(self, group: str) -> None:
-        for handle in self.whole.pop(group, []):
-            self.timeline.free(handle)
+        self.timeline.free_all(self.whole.pop(group, []))
 
     def _keep(self, group: str, shard: int) -> None:
         """This rank's part of the reduced gradient: kept, or added to what is kept."""
@@ -265,11 +252,11 @@ def update_together(layouts: Sequence[FullySharded], step: int) -> None:
     setting = layouts[0].setting
     held = [one for layout in layouts for one in layout.updated()]
     if layouts[0].offloaded and setting.gpu:
-        setting.host["optimizer"] = states_bytes(setting, held)
+        setting.host["optimizer"] = setting.states_bytes(held)
         setting.host["gradients"] = sum(one.piece.numel for one in held) * layouts[0].master
     else:
         if step == 1:
-            place_states(setting, held)
-        update_temporaries(setting, [one for one in held if len(one.shape) > 1])
+            setting.place_states(held)
+        setting.update([one for one in held if len(one.shape) > 1])
     for layout in layouts:
         layout.clear()

@@ -15,7 +15,7 @@ from trainer.estimate.layouts.sharded import FullySharded
 
 
 class Staged(FullySharded):
-    """Fulfils `compose.StageLayout`. ahead: gathered before the first forward. exchanged: the two ends of the pipeline
+    """ahead: gathered before the first forward. exchanged: the two ends of the pipeline
     are different ranks."""
 
     staged = True
@@ -45,7 +45,7 @@ class Staged(FullySharded):
         self._finish()
         if self.exchanged:
             # The other end's gradient of a tied embedding.
-            for parameter in self.setting.profile.anatomy.parameters():
+            for parameter in self.anatomy.parameters():
                 if parameter.summed == "ends" and parameter.trainable:
                     other = self.timeline.allocate("workspace", self._shard(parameter) * self.master)
                     self.timeline.free(other)

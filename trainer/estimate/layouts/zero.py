@@ -19,15 +19,7 @@ from typing import Any
 from configs.choices import OffloadDevice
 from trainer.axes import SHARD
 from trainer.engine.deepspeed.config import ModelSize
-from trainer.estimate.layouts.common import (
-    WIDTHS,
-    Setting,
-    flat,
-    place_batch,
-    place_states,
-    states_bytes,
-    update_temporaries,
-)
+from trainer.estimate.layouts.common import Layout, Setting, flat
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.estimate.timeline import Handle
 
@@ -48,19 +40,52 @@ def model_size(anatomy: Anatomy) -> ModelSize:
     )
 
 
-class ZeroStage12:
-    """Fulfils `compose.Layout` for DeepSpeed's optimizer of stages 1 and 2 (but see `zero1` for stage 1 in bfloat16).
-    settings: DeepSpeed's, as the engine gets them."""
+class Zero(Layout):
+    """DeepSpeed's partitions over the data-parallel ranks."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.ranks = self.plan.degree(SHARD)
+
+
+class Bucketed(Zero):
+    """Gradients are copied into a bucket of a fixed size, but those that are larger. settings: DeepSpeed's, as the
+    engine gets them."""
 
     def __init__(self, setting: Setting, settings: dict[str, Any]) -> None:
-        plan, anatomy = setting.plan, setting.profile.anatomy
-        self.setting, self.timeline = setting, setting.timeline
-        self.stage = plan.zero_stage
-        self.ranks = plan.degree(SHARD)
+        super().__init__(setting)
         self.bucket_elements = settings["zero_optimization"]["reduce_bucket_size"]
-        self.param, self.reduce, self.master = (
-            WIDTHS[dtype] for dtype in (plan.param_dtype, plan.reduce_dtype, plan.master_dtype)
-        )
+        self.numel = {(group, p.name): p.numel for group, members in self.anatomy.all_groups() for p in members}
+        self.filled = 0
+        self.outside: list[Handle | None] = []
+
+    def fill(self, elements: int, handle: Handle | None) -> None:
+        if self.filled and self.filled + elements > self.bucket_elements:
+            self.empty()
+        self.filled += elements
+        if elements > self.bucket_elements:
+            self.outside.append(handle)
+        else:
+            self.timeline.free(handle)
+
+    def empty(self) -> None:
+        """Reduce what is in the bucket."""
+        if self.filled:
+            self.reduce_bucket()
+            self.timeline.free_all(self.outside)
+            self.filled = 0
+
+    def reduce_bucket(self) -> None:
+        raise NotImplementedError
+
+
+class ZeroStage12(Bucketed):
+    """DeepSpeed's optimizer of stages 1 and 2 (but see `zero1` for stage 1 in bfloat16)."""
+
+    def __init__(self, setting: Setting, settings: dict[str, Any]) -> None:
+        super().__init__(setting, settings)
+        plan, anatomy = self.plan, self.anatomy
+        self.stage = plan.zero_stage
         self.offloaded = plan.offload_optimizer is not OffloadDevice.none
         # Gradients in 16 bit add up in float32: in a partition of their own, under stage 1 also while they are whole.
         self.compact = self.param != self.master
@@ -68,42 +93,21 @@ class ZeroStage12:
         self.groups = flat_groups(anatomy, self.ranks)
         self.largest = max(p.numel for p in trained(anatomy))
         self.touched = touched_elements(anatomy, self.groups, self.ranks)
-        self.numel = {(group, p.name): p.numel for group, members in anatomy.all_groups() for p in members}
         self.whole: dict[tuple[str, str], Handle | None] = {}
-        self.oversized: list[Handle | None] = []
         self.bucket: Handle | None = None
-        self.filled = 0
         self.received: Handle | None = None
         self.partition: list[Handle | None] = []
         self.accumulators = False
-        self.last = True
 
     def start(self) -> None:
-        # While a group is flattened it exists twice; where that does not fit DeepSpeed goes through host memory.
-        for elements in self.groups:
-            self.timeline.allocate("parameters", elements * self.param)
-        place_frozen(self.setting)
+        place_flat(self, self.groups)
         share = sum(self.groups) // self.ranks
-        self.setting.place("optimizer", share * self.master, self.setting.plan.offload_optimizer)
+        self.setting.place("optimizer", share * self.master, self.plan.offload_optimizer)
         if self.offloaded:
-            self.setting.place("gradients", share * self.master, self.setting.plan.offload_optimizer)
-            self.setting.place(
-                "buffers", share * self.param + self.largest * self.param, self.setting.plan.offload_optimizer
-            )
+            self.setting.place("gradients", share * self.master, self.plan.offload_optimizer)
+            self.setting.place("buffers", share * self.param + self.largest * self.param, self.plan.offload_optimizer)
             self.timeline.allocate("buffers", self.largest * self.param)
-        self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
-        place_batch(self.setting)
-
-    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
-        self.last = last
-
-    def before_forward(self, group: str) -> None: ...
-
-    def after_forward(self, group: str) -> None: ...
-
-    def before_backward(self, group: str) -> None: ...
-
-    def after_backward(self, group: str) -> None: ...
+        super().start()
 
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
         key = group, parameter
@@ -112,16 +116,16 @@ class ZeroStage12:
         if self.stage == 1:
             self._accumulate(key, handle)
         else:
-            self._fill(self.numel[key], handle)
+            self.fill(self.numel[key], handle)
 
     def end_backward(self) -> None:
         if self.stage == 1:
             if not self.last:
                 return
             for key, handle in self.whole.items():
-                self._fill(self.numel[key], handle)
+                self.fill(self.numel[key], handle)
             self.whole.clear()
-        self._reduce()
+        self.empty()
         if self.partition:
             self.timeline.free(self.received)
         elif self.received is not None:
@@ -140,14 +144,13 @@ class ZeroStage12:
             if not self.compact:
                 copy = self.timeline.allocate("gradients", shares[0].piece.numel * self.master)
         if self.offloaded and self.setting.gpu:
-            self.setting.host["optimizer states"] = states_bytes(self.setting, shares)
+            self.setting.host["optimizer states"] = self.setting.states_bytes(shares)
         else:
             if step == 1:
-                place_states(self.setting, shares)
-            update_temporaries(self.setting, shares[:1])
-        for handle in (copy, *self.partition):
-            self.timeline.free(handle)
-        self.partition.clear()
+                self.setting.place_states(shares)
+            self.setting.update(shares[:1])
+        self.timeline.free(copy)
+        self.timeline.free_all(self.partition)
         self._release_bucket()
 
     def _accumulate(self, key: tuple[str, str], handle: Handle | None) -> None:
@@ -165,19 +168,8 @@ class ZeroStage12:
         else:
             self.whole[key] = wide
 
-    def _fill(self, elements: int, handle: Handle | None) -> None:
-        if self.filled and self.filled + elements > self.bucket_elements:
-            self._reduce()
-        self.filled += elements
-        if elements > self.bucket_elements:
-            self.oversized.append(handle)
-        else:
-            self.timeline.free(handle)
-
-    def _reduce(self) -> None:
+    def reduce_bucket(self) -> None:
         """What is in the bucket: copied together, cast to reduce_dtype; this rank's share of it is kept."""
-        if not self.filled:
-            return
         if self.compact and not self.partition:
             # On the GPU also where the optimizer is not: from there it is copied to the host.
             self.partition = [
@@ -192,20 +184,14 @@ class ZeroStage12:
             self.timeline.free(handle)
         if not self.compact:
             self._keep()
-        for handle in self.oversized:
-            self.timeline.free(handle)
-        self.oversized.clear()
-        self.filled = 0
 
     def _keep(self) -> None:
         """Without a partition of their own: gradients of this rank, parameters that it shares with others whole."""
         if not self.offloaded:
             if self.received is None:
                 self.received = self.timeline.allocate("gradients", self.touched * self.param)
-        elif self.stage == 2 and not self.accumulators and self.setting.plan.batch.gradient_accumulation_steps > 1:
-            self.setting.place(
-                "gradients of the update", self.touched * self.param, self.setting.plan.offload_optimizer
-            )
+        elif self.stage == 2 and not self.accumulators and self.plan.batch.gradient_accumulation_steps > 1:
+            self.setting.place("gradients of the update", self.touched * self.param, self.plan.offload_optimizer)
             self.accumulators = True
 
     def _release_bucket(self) -> None:
@@ -218,10 +204,13 @@ def trained(anatomy: Anatomy) -> Iterator[Parameter]:
     return (parameter for parameter in anatomy.parameters() if parameter.trainable)
 
 
-def place_frozen(setting: Setting) -> None:
-    """Parameters that are only held: whole, each a tensor of its own."""
-    for size in setting.profile.anatomy.frozen_tensors(WIDTHS[setting.plan.param_dtype]):
-        setting.timeline.allocate("parameters", size)
+def place_flat(layout: Layout, groups: list[int]) -> None:
+    """Parameters in their flat groups, and those that are only held: whole, each a tensor of its own."""
+    # While a group is flattened it exists twice; where that does not fit DeepSpeed goes through host memory.
+    for elements in groups:
+        layout.timeline.allocate("parameters", elements * layout.param)
+    for size in layout.anatomy.frozen_tensors(layout.param):
+        layout.timeline.allocate("parameters", size)
 
 
 def flat_groups(anatomy: Anatomy, ranks: int) -> list[int]:

@@ -6,47 +6,27 @@ Reads the flat groups of `zero`; source: deepspeed/runtime/bf16_optimizer.py.
 
 from __future__ import annotations
 
-from trainer.axes import SHARD
-from trainer.estimate.layouts.common import WIDTHS, Setting, flat, place_batch, place_states, update_temporaries
-from trainer.estimate.layouts.zero import ALLREDUCE_ELEMENTS, flat_groups, place_frozen
+from trainer.estimate.layouts.common import Setting, flat
+from trainer.estimate.layouts.zero import ALLREDUCE_ELEMENTS, Zero, flat_groups, place_flat
 from trainer.estimate.timeline import Handle
 
 
-class Bfloat16ZeroStage1:
-    """Fulfils `compose.Layout`."""
-
+class Bfloat16ZeroStage1(Zero):
     def __init__(self, setting: Setting) -> None:
-        plan, anatomy = setting.plan, setting.profile.anatomy
-        self.setting, self.timeline = setting, setting.timeline
-        self.ranks = plan.degree(SHARD)
-        self.param, self.master = WIDTHS[plan.param_dtype], WIDTHS[plan.master_dtype]
-        self.groups = flat_groups(anatomy, self.ranks)
+        super().__init__(setting)
+        self.groups = flat_groups(self.anatomy, self.ranks)
         self.gradients: list[Handle | None] = []
-        self.last = True
 
     def start(self) -> None:
-        # While a group is flattened it exists twice; where that does not fit DeepSpeed goes through host memory.
-        for elements in self.groups:
-            self.timeline.allocate("parameters", elements * self.param)
-        place_frozen(self.setting)
+        place_flat(self, self.groups)
         for elements in self.groups:
             self.timeline.allocate("optimizer", elements // self.ranks * self.master)
             self.timeline.allocate("gradients", elements * self.master)
-        self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
-        place_batch(self.setting)
-
-    def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
-        self.last = last
-
-    def before_forward(self, group: str) -> None: ...
-
-    def after_forward(self, group: str) -> None: ...
+        super().start()
 
     def before_backward(self, group: str) -> None:
         if group == "root":
-            self._clear()
-
-    def after_backward(self, group: str) -> None: ...
+            self.timeline.free_all(self.gradients)
 
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
         self.gradients.append(self.timeline.move(handle, "gradients"))
@@ -59,11 +39,6 @@ class Bfloat16ZeroStage1:
     def update(self, step: int) -> None:
         shares = [flat(elements // self.ranks) for elements in self.groups]
         if step == 1:
-            place_states(self.setting, shares)
-        update_temporaries(self.setting, shares[:1])
-        self._clear()
-
-    def _clear(self) -> None:
-        for handle in self.gradients:
-            self.timeline.free(handle)
-        self.gradients.clear()
+            self.setting.place_states(shares)
+        self.setting.update(shares[:1])
+        self.timeline.free_all(self.gradients)

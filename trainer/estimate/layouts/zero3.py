@@ -19,17 +19,8 @@ from math import ceil
 from typing import Any
 
 from configs.choices import OffloadDevice
-from trainer.axes import SHARD
-from trainer.estimate.layouts.common import (
-    WIDTHS,
-    Setting,
-    flat,
-    place_batch,
-    place_states,
-    states_bytes,
-    update_temporaries,
-)
-from trainer.estimate.layouts.zero import trained
+from trainer.estimate.layouts.common import Setting, flat
+from trainer.estimate.layouts.zero import Bucketed, trained
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.estimate.timeline import GATHER, Handle
 
@@ -54,33 +45,23 @@ def sub_groups(anatomy: Anatomy, ranks: int, size: int) -> list[tuple[int, int]]
     return groups
 
 
-class ZeroStage3:
-    """Fulfils `compose.Layout`. settings: DeepSpeed's, as the engine gets them."""
-
+class ZeroStage3(Bucketed):
     def __init__(self, setting: Setting, settings: dict[str, Any]) -> None:
+        super().__init__(setting, settings)
         plan, zero = setting.plan, settings["zero_optimization"]
-        self.setting, self.timeline = setting, setting.timeline
-        self.ranks = plan.degree(SHARD)
-        self.param, self.reduce, self.master = (
-            WIDTHS[dtype] for dtype in (plan.param_dtype, plan.reduce_dtype, plan.master_dtype)
-        )
         self.optimizer, self.parameters = plan.offload_optimizer, plan.offload_parameters
-        self.bucket_elements = zero["reduce_bucket_size"]
         self.threshold = zero["stage3_param_persistence_threshold"]
         self.reuse = zero["stage3_max_reuse_distance"]
         self.ahead = zero["stage3_prefetch_bucket_size"]
-        self.groups = dict(setting.profile.anatomy.all_groups())
-        self.numel = {(group, p.name): p.numel for group, members in self.groups.items() for p in members}
-        self.frozen = sum(ceil(p.numel / self.ranks) for p in setting.profile.anatomy.parameters() if not p.trainable)
-        self.shards = [ceil(p.numel / self.ranks) for p in trained(setting.profile.anatomy)]
-        self.sub_groups = sub_groups(setting.profile.anatomy, self.ranks, zero["sub_group_size"])
+        self.groups = dict(self.anatomy.all_groups())
+        self.frozen = sum(ceil(p.numel / self.ranks) for p in self.anatomy.parameters() if not p.trainable)
+        self.shards = [ceil(p.numel / self.ranks) for p in trained(self.anatomy)]
+        self.sub_groups = sub_groups(self.anatomy, self.ranks, zero["sub_group_size"])
         self.swapped = zero.get("offload_param", {})
         self.swap_buffers = zero.get("offload_optimizer", {}).get("buffer_count", 0)
         self.after = self._elements_after()
         self.whole: dict[str, list[Handle | None]] = {}
         self.persistent: set[str] = set()
-        self.filled = 0
-        self.outside: list[Handle | None] = []
         self.step = 0
 
     def _elements_after(self) -> dict[str, int]:
@@ -107,8 +88,7 @@ class ZeroStage3:
             self.setting.place("gradients of the update", elements * self.master, self.optimizer)
         self._place_staging()
         self.timeline.allocate("buffers", self.bucket_elements * self.reduce)
-        self.timeline.allocate("parameters", self.setting.profile.anatomy.buffers_bytes)
-        place_batch(self.setting)
+        super().start()
 
     def _place_staging(self) -> None:
         """Pinned host memory between the GPU and the disk. Its allocation goes past torch."""
@@ -142,17 +122,10 @@ class ZeroStage3:
         self._drop(group)
 
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
-        elements = self.numel[group, parameter]
-        if self.filled and self.filled + elements > self.bucket_elements:
-            self._reduce()
-        self.filled += elements
-        if elements > self.bucket_elements:
-            self.outside.append(handle)
-        else:
-            self.timeline.free(handle)
+        self.fill(self.numel[group, parameter], handle)
 
     def end_backward(self) -> None:
-        self._reduce()
+        self.empty()
         for group in list(self.whole):
             self._drop(group)
 
@@ -162,16 +135,16 @@ class ZeroStage3:
         on_disk = self.optimizer is OffloadDevice.nvme
         if self.optimizer is OffloadDevice.none or not (self.setting.gpu or on_disk):
             if step == 1:
-                place_states(self.setting, rows)
+                self.setting.place_states(rows)
             gradient = self.timeline.allocate("workspace", max(sizes))
-            update_temporaries(self.setting, [max(rows, key=lambda row: row.piece.numel)])
+            self.setting.update([max(rows, key=lambda row: row.piece.numel)])
             self.timeline.free(gradient)
         elif step == 1:
-            self.setting.place("optimizer states", states_bytes(self.setting, rows), self.optimizer)
+            self.setting.place("optimizer states", self.setting.states_bytes(rows), self.optimizer)
 
     def _next(self, group: str) -> str:
         """The layer after a layer, which in either direction is as large; of other groups none."""
-        return group if group.isdigit() and len(self.setting.profile.anatomy.layers) > 1 else ""
+        return group if group.isdigit() and len(self.anatomy.layers) > 1 else ""
 
     def _gather(self, group: str) -> None:
         members = self.groups.get(group, ())
@@ -190,17 +163,10 @@ class ZeroStage3:
         self.whole[group] = [self.timeline.allocate("buffers", most * self.param, GATHER)]
 
     def _drop(self, group: str) -> None:
-        for handle in self.whole.pop(group, []):
-            self.timeline.free(handle)
+        self.timeline.free_all(self.whole.pop(group, []))
 
-    def _reduce(self) -> None:
-        if not self.filled:
-            return
+    def reduce_bucket(self) -> None:
         copy = self.timeline.allocate("buffers", self.filled * self.reduce)
         if self._gradients() is not OffloadDevice.none:
             self.timeline.free(self.timeline.allocate("workspace", max(self.shards) * NORM_BYTES))
         self.timeline.free(copy)
-        for handle in self.outside:
-            self.timeline.free(handle)
-        self.outside.clear()
-        self.filled = 0

@@ -20,11 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.choices import Checkpointing, ContextMethod, EngineName, OffloadDevice
+from configs.choices import BYTES, Checkpointing, ContextMethod, EngineName, OffloadDevice
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.axes import CONTEXT, PIPELINE, REPLICATE, SHARD, TENSOR
-from trainer.estimate.layouts.common import WIDTHS
 from trainer.estimate.profile import Anatomy
 from trainer.estimate.search.network import Network, build_network, group_of
 from trainer.model.flops import training_flops_per_token
@@ -163,7 +162,7 @@ class _Step:
         self.tp, self.pp, cp = plan.degree(TENSOR), plan.degree(PIPELINE), plan.degree(CONTEXT)
         self.tokens = plan.batch.micro_batch_size * plan.batch.seq_len / cp
         self.layers = size.layers / self.pp
-        self.width = WIDTHS[plan.param_dtype]
+        self.width = BYTES[plan.param_dtype]
         # What data parallel shards or copies: bytes as they are gathered, and the parameters that are trained.
         self.held = (size.trained * self.width + size.frozen_bytes(self.width)) / (self.tp * self.pp)
         self.trained = size.trained / (self.tp * self.pp)
@@ -244,7 +243,7 @@ class _Step:
     def _step_sharding(self, busy: float) -> float:
         """What the data-parallel ranks exchange in a step, as far as the computation does not hide it."""
         plan, network, times = self.plan, self.network, self.micro_batches
-        gradients = self.trained * WIDTHS[plan.reduce_dtype]
+        gradients = self.trained * BYTES[plan.reduce_dtype]
         if plan.engine is EngineName.deepspeed:
             group = group_of(plan, SHARD)
             scatter = network.gather(gradients, group)
@@ -291,7 +290,7 @@ class _Step:
             fetched = 2 * self.micro_batches * self.held / shards / min(speed, self.network.host)
         if plan.offload_optimizer is OffloadDevice.none:
             return touched / self.bandwidth + fetched + self._step_multiplying()
-        moved = own * (WIDTHS[plan.reduce_dtype] + self.width) / self.network.host
+        moved = own * (BYTES[plan.reduce_dtype] + self.width) / self.network.host
         computed = touched / (HOST_MEMORY_GB_PER_SECOND * GB_PER_SECOND)
         swapped = own * 2 * 4 * (1 + kept) / disk if plan.offload_optimizer is OffloadDevice.nvme else 0.0
         return moved + computed + swapped + fetched

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from configs.choices import Checkpointing, EngineName
+from configs.choices import BYTES, Checkpointing, EngineName
 from configs.errors import ConfigError, CookbookError
 from configs.schema import Config
 from trainer.axes import CONTEXT, TENSOR
 from trainer.estimate.bounds import states_bytes
 from trainer.estimate.estimate import Estimate, estimate, planned_device
-from trainer.estimate.layouts.common import WIDTHS
 from trainer.estimate.profiles import get_anatomy
 from trainer.estimate.search.candidates import Candidate, candidates, nearest
 from trainer.estimate.search.cost import Dimensions, StepTime, dimensions, step_time
@@ -112,7 +111,7 @@ def search(config: Config, machine: Machine) -> Search:
         if gpu is None:
             raise ConfigError("estimate.search=true: plans for GPUs; name them: cluster=8xh100, or cluster.gpu=...")
         capacity = planned_device(changed, plan).capacity_bytes or inf
-        frozen = size.frozen_bytes(WIDTHS[plan.param_dtype])
+        frozen = size.frozen_bytes(BYTES[plan.param_dtype])
         states = states_bytes(plan, size.trained, config.optimizer, frozen=frozen)
         if states < capacity:
             time = step_time(changed, plan, size, gpu)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import EngineName, Implementation
+from configs.choices import BYTES, EngineName, Implementation
 from configs.ranges import Range
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
@@ -26,7 +26,7 @@ from trainer.model.roles import Described
 from trainer.optim import common
 from trainer.optim.muon.owners import boxes, flops, update_bytes
 from trainer.optim.options import KEY, RANGE, read_options
-from trainer.optim.protocol import BYTES, Group, Held, Spread, State, Work
+from trainer.optim.protocol import Group, Held, Spread, State, Work
 
 if TYPE_CHECKING:
     import torch
