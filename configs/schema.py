@@ -353,6 +353,9 @@ class Cluster:
     rtx4090. Null: the one that is found."""
     gpu_memory_gib: float | None = None
     """Memory of the GPU that an estimate is compared with; null: that of `gpu`."""
+    expandable_segments: bool = True
+    """The CUDA allocator grows one segment per stream instead of asking for further ones, and gives back what is free
+    before it fails: `PYTORCH_ALLOC_CONF=expandable_segments:True` for the run, and the rules of the estimate."""
     network_gb_per_second: float | None = None
     """Read by `estimate.search`: what one GPU sends to other nodes, 1e9 bytes/s in one direction (an adapter of
     400 Gb/s per GPU: 50). Null: 50."""

@@ -20,7 +20,7 @@ from launch.estimate import main
 from tests.support.estimate_cases import answer_json
 from tests.support.selection import rows
 from tests.test_memory_measured import CASES
-from trainer.estimate.allocator import CudaAllocator
+from trainer.estimate.allocator import CudaAllocator, ExpandableAllocator
 from trainer.estimate.estimate import Verdict, estimate, planned_machine
 from trainer.estimate.gate import DoesNotFit, check_memory
 from trainer.estimate.tracing import NotEstimated
@@ -209,7 +209,7 @@ def test_gate_refuses_warns_or_looks_away(cache: str, tmp_path: Path) -> None:
     ]
     config = load_config(words)
     plan = make_plan(config, Machine(gpus=1))
-    with pytest.raises(DoesNotFit, match=r"L4 has 22\.5: does not fit") as refused:
+    with pytest.raises(DoesNotFit, match=r"L4 has 22\.0: does not fit") as refused:
         check_memory(config, plan, driver=tmp_path)
     assert refused.value.exit_code == 3
     warned = load_config([*words, "estimate.gate=warn"])
@@ -255,6 +255,38 @@ def test_allocator_follows_the_documented_rules() -> None:
     # Freed neighbours have merged: the 20 MiB segment serves one request again.
     whole = allocator.malloc(20 * MIB)
     assert whole.size == 20 * MIB and allocator.reserved == 84 * MIB
+
+
+def test_expandable_segments_grow_and_leave_nothing_between_them() -> None:
+    allocator = ExpandableAllocator()
+    first, second, third = (allocator.malloc(size * MIB) for size in (30, 15, 12))
+    assert (allocator.allocated, allocator.reserved) == (57 * MIB, 60 * MIB)
+    # What is free in the middle goes before the end, and is cut to the byte.
+    allocator.free(second)
+    inner = allocator.malloc(14 * MIB)
+    assert inner.number < third.number and inner.size == 14 * MIB
+    # The free end of 3 MiB grows by one granule; the gap of 1 MiB is too small.
+    end = allocator.malloc(20 * MIB)
+    assert allocator.reserved == 80 * MIB and end.size == 20 * MIB
+    small, other = allocator.malloc(1), allocator.malloc(MIB, stream=1)
+    assert allocator.reserved == 84 * MIB
+    for block in (first, inner, third, end, small, other):
+        allocator.free(block)
+    assert allocator.allocated == 0
+    # All has merged: the whole segment serves one request, and grows for one that is larger.
+    assert allocator.malloc(80 * MIB).size == 80 * MIB and allocator.reserved == 84 * MIB
+    assert allocator.malloc(1 + 20 * MIB).size == 512 + 20 * MIB and allocator.reserved == 124 * MIB
+
+
+def test_the_estimate_follows_the_segments_of_the_run(cache: str) -> None:
+    words = ["model=llama3_2_1b", "parallel=fsdp", "cluster=8xh100", "precision=bf16", cache]
+    ranks = {}
+    for expandable in (True, False):
+        config = load_config([*words, f"cluster.expandable_segments={str(expandable).lower()}"])
+        ranks[expandable] = estimate(config, make_plan(config, Machine(gpus=8))).busiest
+    grown, fixed = ranks[True], ranks[False]
+    assert grown.peak_allocated_bytes <= fixed.peak_allocated_bytes
+    assert grown.peak_allocated_bytes <= grown.peak_reserved_bytes != fixed.peak_reserved_bytes
 
 
 def test_every_layout_is_measured_or_refused(cache: str) -> None:

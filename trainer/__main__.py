@@ -39,6 +39,7 @@ from trainer.plan.machine import find_machine
 from trainer.process.disks import told_anywhere
 from trainer.process.exhausted import told_at_start
 from trainer.process.lifeline import watch
+from trainer.process.segments import set_segments
 from trainer.process.stopping import QUIET_STOP
 from trainer.process.world import accelerate_note, check_world, speaks_for_node
 
@@ -94,6 +95,8 @@ def train(arguments: Arguments) -> int:
             " start it with python -m launch, or set cluster.gpus_per_node=1"
         )
     watch()
+    if plan.device == "cuda":
+        set_segments(config.cluster.expandable_segments, os.environ)
     if config.profile:
         # Kineto, which reads it as torch is loaded, otherwise writes a line whenever it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")

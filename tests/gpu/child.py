@@ -30,6 +30,7 @@ def begin(text: str, file: str, log: str) -> None:
     result: dict[str, Any] = {"status": "failed", "numbers": {}, "note": None}
     try:
         module = import_module("tests.gpu.run")
+        module.set_segments(task)
         numbers = module.predict(task) if task["predicts"] else module.CALLS[task["case"]["call"]](task)
         result["note"] = numbers.pop("failed", None)
         result.update(status="failed" if result["note"] else "passed", numbers=numbers)

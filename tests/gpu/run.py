@@ -54,6 +54,13 @@ WARM = 3  # steps that are not timed
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # what `join` leaves behind
 
 
+def set_segments(task: Task) -> None:
+    """As `cluster.expandable_segments` says. The fork server has read the environment before any case was known."""
+    if task["device"] == "cuda":
+        wanted = "cluster.expandable_segments=false" not in task["case"]["words"]
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{wanted}")
+
+
 def probe(task: Task) -> Numbers:
     """What machine this is; fails where CUDA does not work in a forked process."""
     numbers: Numbers = {"python": platform.python_version(), "cores": os.cpu_count()}

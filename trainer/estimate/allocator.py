@@ -5,9 +5,11 @@
     below 10 MiB       cut from segments of 20 MiB         (large pool)
     from 10 MiB        a segment of its own, rounded up to 2 MiB; reused for later requests that fit
 
+With expandable segments, every stream and pool has one segment, which grows by 2 MiB (small) or 20 MiB (large).
+
 Best fit among the free blocks of its stream and pool; a large block is cut only where more than 1 MiB remains; free
 neighbours merge. Nothing returns to the driver before an allocation fails. Reserved is the sum of the segments: what
-`torch.cuda.memory_reserved` says. Source: c10/cuda/CUDACachingAllocator.cpp with its default settings.
+`torch.cuda.memory_reserved` says. Source: c10/cuda/CUDACachingAllocator.cpp of torch 2.13.
 """
 
 from __future__ import annotations
@@ -98,6 +100,58 @@ class CudaAllocator:
         block.after, block.size = rest, size
         rest.free = True
         insort(block.pool, (rest.size, rest.number, rest))
+
+
+class ExpandableAllocator(CudaAllocator):
+    """The same with `expandable_segments:True`: nothing is left over between segments, and every block may be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends: dict[tuple[int, bool], Block] = {}
+
+    def malloc(self, size: int, stream: int = 0) -> Block:
+        size = -(-max(size, 1) // ROUND) * ROUND
+        place = stream, size <= SMALL
+        pool = self._pools[place]
+        # The end of the segment counts as large as it can grow: it is taken when nothing else fits.
+        index = bisect_left(pool, (size,))
+        while index < len(pool) and pool[index][2] is self._ends[place]:
+            index += 1
+        block = pool.pop(index)[2] if index < len(pool) else self._grown(place, size)
+        block.free = False
+        if block.size - size >= ROUND:
+            last = self._ends[place] is block
+            self._split(block, size)
+            if last:
+                assert block.after is not None
+                self._ends[place] = block.after
+        self.allocated += block.size
+        return block
+
+    def free(self, block: Block) -> None:
+        super().free(block)
+        for place, end in self._ends.items():
+            if block.after is None and end.pool is block.pool:
+                self._ends[place] = block
+
+    def _grown(self, place: tuple[int, bool], size: int) -> Block:
+        """The end of the segment, with room for a request."""
+        pool, end = self._pools[place], self._ends.get(place)
+        if end is not None and end.free:
+            pool.pop(bisect_left(pool, (end.size, end.number)))
+            block = end
+        else:
+            self._count += end is None
+            block = Block(self._count << 40 if end is None else end.number + end.size, 0, pool)
+            block.before = end
+            if end is not None:
+                end.after = block
+            self._ends[place] = block
+        granule = SMALL_SEGMENT if place[1] else LARGE_SEGMENT
+        added = -(-max(size - block.size, 0) // granule) * granule
+        self.reserved += added
+        block.size += added
+        return block
 
 
 class PlainAllocator:

@@ -49,11 +49,13 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What the estimate is compared with. capacity_bytes: None on the CPU. assumed: nobody named it."""
+    """What the estimate is compared with. capacity_bytes: None on the CPU. expandable_segments: how its allocator is
+    set up. assumed: nobody named it."""
 
     name: str
     capacity_bytes: int | None
     gpu: Gpu | None
+    expandable_segments: bool
     assumed: bool = False
 
 
@@ -144,7 +146,7 @@ def on_part_of_the_cluster(config: Config, machine: Machine) -> Config:
 def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) -> Device:
     """The device of the verdict. found_gpu: torch's name of the GPU that is here, if one is."""
     if plan.device != "cuda":
-        return Device(name="cpu", capacity_bytes=None, gpu=None)
+        return Device(name="cpu", capacity_bytes=None, gpu=None, expandable_segments=False)
     named = config.cluster.gpu or found_gpu
     gpu = find_gpu(named) if named else None
     memory = config.cluster.gpu_memory_gib
@@ -156,9 +158,16 @@ def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) 
             name=gpu.name if not assumed else f"{memory:g} GiB GPU",
             capacity_bytes=int(memory * GIB),
             gpu=gpu,
+            expandable_segments=config.cluster.expandable_segments,
             assumed=assumed,
         )
-    return Device(name=gpu.name, capacity_bytes=gpu.memory_bytes, gpu=gpu, assumed=assumed)
+    return Device(
+        name=gpu.name,
+        capacity_bytes=gpu.memory_bytes,
+        gpu=gpu,
+        expandable_segments=config.cluster.expandable_segments,
+        assumed=assumed,
+    )
 
 
 def estimate(
@@ -228,7 +237,7 @@ def _estimate_stages(
 
 
 def _begin(plan: Plan, device: Device) -> Timeline:
-    timeline = Timeline(gpu=plan.device == "cuda")
+    timeline = Timeline(gpu=plan.device == "cuda", expandable=device.expandable_segments)
     if device.gpu is not None:
         for _ in range(CUBLAS_HANDLES):
             timeline.allocate("workspace", cublas_bytes(device.gpu))

@@ -51,10 +51,10 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
         return
     rank = found.busiest
     waste = rank.peak_reserved_bytes - rank.peak_allocated_bytes
+    segments = "segments that grow" if found.device.expandable_segments else "segments of 2 MiB, 20 MiB or the request"
     yield (
         f"reserved = allocated + {waste / GIB:.2f} GiB: the same requests replayed through the rules of the CUDA"
-        " caching allocator (512-byte rounding, 2 MiB and 20 MiB segments, best fit, a pool per stream; no"
-        " expandable_segments)"
+        f" caching allocator (512-byte rounding, best fit, a pool per stream; {segments})"
     )
     if found.device.gpu is not None:
         yield (

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.estimate.allocator import Block, CudaAllocator, PlainAllocator
+from trainer.estimate.allocator import Block, CudaAllocator, ExpandableAllocator, PlainAllocator
 
 COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "loss", "buffers", "workspace")
 """optimizer: states and master copies. buffers: communication, gathered and cast parameters. loss: the head's output
@@ -39,11 +39,11 @@ class Moment:
 
 
 class Timeline:
-    """Replays one rank's step. gpu: with the CUDA allocator's rounding and segments, or plain bytes. `peak` and `curve`
-    know of everything up to the last `sample`."""
+    """Replays one rank's step. gpu: with the CUDA allocator's rounding and segments, expandable or not; else plain
+    bytes. `peak` and `curve` know of everything up to the last `sample`."""
 
-    def __init__(self, *, gpu: bool) -> None:
-        self._allocator = CudaAllocator() if gpu else PlainAllocator()
+    def __init__(self, *, gpu: bool, expandable: bool = False) -> None:
+        self._allocator = (ExpandableAllocator() if expandable else CudaAllocator()) if gpu else PlainAllocator()
         self._parts = [0] * len(COMPONENTS)
         self._now = ("start", 0)
         self._high, self._high_parts = 0, tuple(self._parts)
