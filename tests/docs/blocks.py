@@ -23,7 +23,7 @@ from configs.errors import CookbookError
 from configs.load import group_options, load_config
 from configs.schema import Config
 from launch.command import Rendezvous, build_command
-from trainer.axes.pipeline.table import SCHEDULES, split_layers, stages_of_rank
+from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers, stages_of_rank
 from trainer.axes.pipeline.timeline import bubble_fraction, draw, in_flight
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
@@ -235,7 +235,7 @@ def _rank_row(config: Config, plan: Plan, rank: int) -> dict[str, str]:
 
 def _layers(config: Config, plan: Plan, rank: int) -> str:
     pipeline, pp = config.parallel.pipeline, plan.degree("pp")
-    each = pipeline.stages_per_rank or (1 if SCHEDULES[pipeline.schedule].arrangement == "single" else 2)
+    each = pipeline.stages_per_rank or default_stages_per_rank(pipeline.schedule)
     fields = config_fields(config)
     count = int(fields.get("num_hidden_layers") or fields["n_layer"])
     ranges = split_layers(count, pp * each, split=pipeline.split)
@@ -245,7 +245,7 @@ def _layers(config: Config, plan: Plan, rank: int) -> str:
 
 def _most_held(name: str, pp: int, micro_batches: int) -> str:
     """Micro-batches whose activations a rank holds at the most, in whole ranks' worth of layers."""
-    weight = 1.0 if SCHEDULES[name].arrangement == "single" else 0.5
+    weight = 1 / default_stages_per_rank(name)
     peaks = in_flight(name, pp=pp, micro_batches=micro_batches)
     return " ".join(f"{sum(peak.values()) * weight:g}" for peak in peaks)
 
