@@ -36,6 +36,16 @@ def test_parts_of_a_packed_weight_may_differ() -> None:
     assert (found["mlp.down_proj.weight"].matrices, found["lm_head.weight"].role) == (PLAIN, Role.head)
 
 
+def test_a_users_plan_can_say_that_a_weight_is_packed() -> None:
+    """Tensor parallel divides its parts one by one, and so does Muon."""
+    model = build_causal(load_config(["model=tiny"]))
+    plan = {"model.layers.*.mlp.up_proj": "packed_colwise:2", "model.layers.*.mlp.gate_proj": "replicate"}
+    found = describe(model, plan)
+    up, gate = (found[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("up", "gate"))
+    assert (up.role, up.matrices) == (Role.packed, Matrices(parts=(176, 176)))
+    assert (gate.role, gate.matrices) == (Role.matrix, PLAIN)
+
+
 @pytest.mark.parametrize(
     ("kind", "gate_up", "router"),
     [

@@ -98,7 +98,7 @@ def _convert(parts: Parts) -> list[str]:
     convert_model(parts.model, parts.config)
     check_layout(parts.model, parts.config)
     linear.report(parts.model, parts.config)
-    parts.described = describe(parts.model)
+    parts.described = describe(parts.model, parts.config.parallel.tensor_plan)
     trained = [parts.described[name] for name, p in parts.model.named_parameters() if p.requires_grad]
     parts.kinds = saved_kinds(trained, parts.config.optimizer)
     parts.router_loss = build_router_loss(parts.model, parts.config, cutting(parts.config))

@@ -156,7 +156,7 @@ def describe(unit: Unit, kinds: Sequence[int]) -> Anatomy:
     """The unit's parameters in groups. kinds: of all layers of the model. Only the buffers outside its layers."""
     partial = {name for tensor in unit.parts.tensor for name in tensor.partial}
     ends = set(unit.stage.tied if unit.stage else ())
-    roles = describe_roles(unit.module)
+    roles = describe_roles(unit.module, unit.parts.config.parallel.tensor_plan)
     members: dict[str, list[Parameter]] = {"root": []}
     groups = groups_of(unit)
     for name, owner, last, parameter in owned(unit.module):

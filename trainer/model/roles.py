@@ -115,9 +115,12 @@ def described_from_json(values: Mapping[str, Any]) -> Described:
     )
 
 
-def describe(model: nn.Module) -> dict[str, Described]:
+def describe(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str, Described]:
     """Every parameter by name, a tied one under each of its names. The model may be a stage of a pipeline, and its
-    parameters DTensors: what counts is their whole shape."""
+    parameters DTensors: what counts is their whole shape.
+
+    plan: `parallel.tensor_plan`, which may say that a matrix holds several.
+    """
     from torch import nn
 
     from trainer.model.layers import values_shape
@@ -126,7 +129,7 @@ def describe(model: nn.Module) -> dict[str, Described]:
     ends: Any = getattr(model, "get_output_embeddings", lambda: None)()
     heads = {id(p) for p in (ends.parameters() if isinstance(ends, nn.Module) else ()) if p.ndim == 2}
     routers, routed = set(_routers(model)), routed_parts(model)
-    packing = _Packing(model)
+    packing = _Packing(model, plan or {})
     found: dict[str, Described] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module._parameters.items():
@@ -154,10 +157,12 @@ def describe(model: nn.Module) -> dict[str, Described]:
 class _Packing:
     """Which matrices the parameters of linear layers and stacked experts hold."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, plan: Mapping[str, str]) -> None:
         self.text = _text(model)
         self.table = PACKED.get(getattr(getattr(model, "config", None), "model_type", ""), {})
-        self.styles: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+        # Whatever else the user does with a matrix, what it holds stays so.
+        packed = {name: style for name, style in plan.items() if style.startswith("packed")}
+        self.styles: Mapping[str, str] = {**(getattr(model, "tp_plan", None) or {}), **packed}
 
     def of(self, module: nn.Module, prefix: str, leaf: str, shape: tuple[int, ...]) -> tuple[Role, Matrices | None]:
         from trainer.model.layers import is_linear, is_transposed

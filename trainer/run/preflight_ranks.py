@@ -152,7 +152,7 @@ def _room(config: Config, folder: Path) -> tuple[int, int]:
     """Bytes that checkpoints and the exported model take at most, and that are free."""
     model = prepare_model(config)
     # Adapters are saved without the model beneath them.
-    described, dtype = describe(model), config.precision.master_dtype
+    described, dtype = describe(model, config.parallel.tensor_plan), config.precision.master_dtype
     trained = [described[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
     weights = sum(about.numel for about in trained) * torch_dtype(dtype).itemsize
     states = kept_bytes(trained, config.optimizer, dtype)
