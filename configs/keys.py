@@ -54,6 +54,16 @@ def value_at(config: Config, key: str) -> Any:
     return value
 
 
+def set_value(config: Config, key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    setattr(value_at(config, ".".join(path)) if path else config, last, value)
+
+
+def as_text(value: Any) -> str:
+    """A value as it is typed in an override."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def plain_kind(key: str) -> Any:
     """The type of a key without its null."""
     kind = schema_keys()[key]

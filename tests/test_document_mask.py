@@ -17,7 +17,7 @@ from trainer.data.samples import make_batch
 from trainer.document_mask import check_document_mask
 from trainer.model.build import build_hf_config, build_model, materialize
 from trainer.model.loss import cross_entropy_sum
-from trainer.model.weights import build_weights
+from trainer.model.weights import open_weights
 
 END = 256
 DOCUMENTS = [[5, 9, 17, END], [END], [40, 41, 42, 43, 44, 45, END], [7, 3, 250]]
@@ -61,7 +61,7 @@ def test_positions_begin_anew_and_borders_are_not_learnt() -> None:
 def test_a_packed_sample_is_its_documents(name: str, attention: str) -> None:
     config = load_config([*MODELS[name], f"model.attention={attention}"])
     model = build_model(config.model, build_hf_config(config.model))
-    weights = build_weights(config.model, model, seed=0)
+    weights = open_weights(config.model, model, seed=0)(model)
     materialize(model, weights, device=torch.device("cpu"), dtype=torch.float64)
     model.eval()
     row = torch.tensor([[token for document in DOCUMENTS for token in document]])

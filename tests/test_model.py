@@ -20,7 +20,7 @@ from trainer.checkpoint.hub import export_model
 from trainer.data.tokenizer import build_byte_tokenizer
 from trainer.model.build import build_hf_config, build_model, decoder_layers, materialize, tied_names, units
 from trainer.model.fitting import persistent_buffers
-from trainer.model.weights import build_weights
+from trainer.model.weights import open_weights
 
 EXPERTS: dict[str, dict[str, int]] = {
     "mixtral": {"num_local_experts": 2},
@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 def build(*overrides: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     config = load_config(list(overrides))
     model = build_model(config.model, build_hf_config(config.model))
-    materialize(model, build_weights(config.model, model, seed=seed), device=CPU, dtype=dtype)
+    materialize(model, open_weights(config.model, model, seed=seed)(model), device=CPU, dtype=dtype)
     return model.eval()
 
 
@@ -86,7 +86,7 @@ def test_random_weights_do_not_depend_on_order_dtype_or_what_else_is_filled() ->
     whole = build("model=tiny_gpt2")
     config = config_of("model=tiny_gpt2").model
     other = build_model(config, build_hf_config(config))
-    weights = build_weights(config, other, seed=0)
+    weights = open_weights(config, other, seed=0)(other)
     torch.manual_seed(123)
     for name, unit in reversed(list(units(other))):
         keys = [key for key, p in unit.named_parameters() if p.is_meta and f"{name}.{key}" not in tied_names(other)]

@@ -12,7 +12,8 @@ from transformers import get_scheduler
 
 from configs.errors import PlanError
 from configs.load import load_config
-from trainer.estimate.tracker import StorageTracker, balance
+from tests.support.balance import balance
+from trainer.estimate.tracker import StorageTracker
 from trainer.make_plan import make_plan
 from trainer.model.roles import Described, Role, describe
 from trainer.optim.build import build_optimizer, learning_rates, lr_at, set_lr

@@ -27,7 +27,7 @@ from tests.test_data_tokenizer import save_bpe
 from trainer.checkpoint.__main__ import main as checkpoint_door
 from trainer.model.build import build_hf_config, build_model, materialize, units
 from trainer.model.constructed import Constructors
-from trainer.model.weights import RandomWeights, build_weights
+from trainer.model.weights import RandomWeights, open_weights
 
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 TOKENS = 267
@@ -72,7 +72,9 @@ def test_float8_is_multiplied_exactly(pieced: tuple[Path, dict[str, torch.Tensor
     config = load_config([f"model.path={folder}", "model.weights=pretrained", "model.missing_weights=random"])
     assert config.model.path is not None
     model = build_model(config.model, build_hf_config(config.model))
-    materialize(model, build_weights(config.model, model, seed=0), device=torch.device("cpu"), dtype=torch.float32)
+    materialize(
+        model, open_weights(config.model, model, seed=0)(model), device=torch.device("cpu"), dtype=torch.float32
+    )
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(model.get_parameter(name), expected[name])
 

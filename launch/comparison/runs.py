@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import CookbookError
+from configs.keys import as_text
 from configs.load import from_yaml
 from configs.schema import Config
 from trainer.axes import degrees
@@ -136,7 +137,7 @@ def differences(config: Config, other: Config) -> list[str]:
         if key.endswith(".preset"):
             words.append(f"{key.removesuffix('.preset')}={here[key]}")
         elif not (groups and key.startswith(groups)):
-            words.append(f"{key}={_word(here[key])}")
+            words.append(f"{key}={as_text(here[key])}")
     return words
 
 
@@ -151,10 +152,6 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _state(folder: Path, reason: str | None) -> str | None:

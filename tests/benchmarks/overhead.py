@@ -37,7 +37,7 @@ from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config, build_model, decoder_layers, materialize
 from trainer.model.precision import autocast, torch_dtype
 from trainer.model.roles import describe
-from trainer.model.weights import build_weights
+from trainer.model.weights import open_weights
 from trainer.optim.build import build_optimizer
 from trainer.plan.machine import find_machine
 from trainer.plan.plan import Plan
@@ -189,7 +189,7 @@ def by_transformers(config: Config, plan: Plan, runtime: Runtime) -> Contender:
 
 def _model(config: Config, plan: Plan, runtime: Runtime):
     model = build_model(config.model, build_hf_config(config.model))
-    weights = build_weights(config.model, model, seed=config.train.seed)
+    weights = open_weights(config.model, model, seed=config.train.seed)(model)
     materialize(model, weights, device=runtime.device, dtype=torch_dtype(plan.master_dtype))
     return model.train()
 

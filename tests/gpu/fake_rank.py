@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from configs.load import load_config
+from tests.support.balance import balance
 from trainer.axes import gradients
 from trainer.data import Batch
 from trainer.engine import build_engine
 from trainer.estimate.compose import STEPS
-from trainer.estimate.tracker import StorageTracker, balance
+from trainer.estimate.tracker import StorageTracker
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 from trainer.process.runtime import Runtime

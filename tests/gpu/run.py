@@ -32,13 +32,14 @@ from configs.load import load_config
 from configs.schema import Config
 from tests.benchmarks.overhead import by_hand, by_transformers, by_us
 from tests.gpu.fake_rank import measure as measure_rank
+from tests.support.balance import balance
 from tests.support.cases import Trained, train
 from tests.support.parity import COMMON, MODELS, distance
 from trainer.data.build import build_data
 from trainer.engine import build_engine
 from trainer.estimate.compose import STEPS
 from trainer.estimate.estimate import estimate
-from trainer.estimate.tracker import StorageTracker, balance
+from trainer.estimate.tracker import StorageTracker
 from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config
 from trainer.model.flops import mfu, model_flops_per_token, peak_flops

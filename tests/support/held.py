@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from configs.load import load_config
+from tests.support.balance import balance
 from tests.support.harness import run_ranks
 from trainer.data import Batch
 from trainer.engine import build_engine
-from trainer.estimate.tracker import StorageTracker, balance
+from trainer.estimate.tracker import StorageTracker
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
 from trainer.process.runtime import join

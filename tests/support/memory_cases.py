@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from configs.choices import DType, EngineName
+from tests.support.balance import balance
 from tests.support.deepspeed_cases import allow_float16
 from tests.support.harness import Overrides, composed, composes
 from trainer.data import Batch
 from trainer.engine import build_engine
-from trainer.estimate.tracker import StorageTracker, balance
+from trainer.estimate.tracker import StorageTracker
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
 from trainer.process.runtime import join

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch.distributed as dist
 
 from configs.errors import DataError
+from trainer.process.runtime import gather
 
 T = TypeVar("T")
 
@@ -58,8 +59,4 @@ class Agreement:
             )
 
     def _gather(self, mine: T) -> list[T]:
-        if self._group is None:
-            return [mine]
-        everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, mine, group=self._group)
-        return everyones
+        return [mine] if self._group is None else gather(mine, self._group)

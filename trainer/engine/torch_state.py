@@ -22,6 +22,7 @@ from trainer.model.pieces import cut, join
 from trainer.model.roles import Described
 from trainer.optim.protocol import COUNTER
 from trainer.optim.table import ask, saved_state
+from trainer.process.runtime import gather as everyones
 
 Named = Mapping[str, torch.Tensor]
 
@@ -47,10 +48,7 @@ def gather(parameters: Named, mesh: DeviceMesh, device: torch.device) -> Iterato
     """
     group, mine = mesh.get_group(PIPELINE), mesh[PIPELINE].get_local_rank()
     held = [(name, p.shape, p.dtype) for name, p in parameters.items()]
-    names: list[list[tuple[str, torch.Size, torch.dtype]]] = [held] * mesh[PIPELINE].size()
-    if mesh[PIPELINE].size() > 1:
-        dist.all_gather_object(names, held, group=group)
-    for owner, entries in enumerate(names):
+    for owner, entries in enumerate(everyones(held, group) if mesh[PIPELINE].size() > 1 else [held]):
         for name, shape, dtype in entries:
             complete = whole(parameters[name], device).contiguous() if owner == mine else None
             if owner > 0 and complete is not None:

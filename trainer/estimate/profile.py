@@ -26,12 +26,11 @@ Step = tuple[Any, ...]
 ("+", number, bytes, category)      a storage is born
 ("-", phase, section, number)       a storage dies; phase and section: where it was born
 ("g", group, parameter, number)     a parameter's gradient of this micro-batch is complete, in that storage
-("m", event, group)                 forward enters or leaves a group, or backward does: see `MARKS`
+("m", event, group)                 forward enters or leaves a group, or backward does
 Numbers count the births of a section from 0.
 """
 
 UNKNOWN = Described(name="", shape=())
-MARKS = ("forward_enter", "forward_exit", "loss", "backward", "backward_enter", "backward_exit")
 
 
 LIKE_LAYERS = 3  # the first, one between two of its kind, the last

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ from trainer.estimate.tracing import Tracer
 from trainer.linear.plain import check_frozen
 from trainer.plan.devices import Gpu
 from trainer.plan.plan import Plan
+from trainer.process.files import replace_text
 
 Made = TypeVar("Made")
 
@@ -121,13 +122,9 @@ def _folder(config: Config) -> Path:
 
 def _save(file: Path, values: Mapping[str, Any]) -> None:
     """Whole or not at all. A cache that cannot be written costs time, nothing else."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(values))
-        partial.rename(file)
-    except OSError:
-        partial.unlink(missing_ok=True)
+        replace_text(file, json.dumps(values), shared=True)
 
 
 def _key(config: Config, fields: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from configs.choices import BYTES, Checkpointing, DType, EngineName, OffloadDevice
 from configs.errors import CookbookError
+from configs.keys import as_text, set_value
 from configs.schema import Config
 from trainer.axes import PIPELINE, REPLICATE, TENSOR
 from trainer.estimate.bounds import states_bytes
@@ -249,7 +250,7 @@ def _try(
         found = estimate(changed, plan, found_gpu=found_gpu, heaviest=True)
     except CookbookError:
         return None
-    words = tuple(f"{key}={'null' if value is None else str(value).lower()}" for key, value in keys.items())
+    words = tuple(f"{key}={as_text(value)}" for key, value in keys.items())
     return Suggestion(overrides=words, why=why, estimate=found)
 
 
@@ -265,11 +266,7 @@ def _allowed(config: Config, machine: Machine, keys: dict[str, Any]) -> bool:
 def _changed(config: Config, keys: dict[str, Any]) -> Config:
     changed = deepcopy(config)
     for key, value in keys.items():
-        section, *rest = key.split(".")
-        owner = getattr(changed, section)
-        for name in rest[:-1]:
-            owner = getattr(owner, name)
-        setattr(owner, rest[-1], value)
+        set_value(changed, key, value)
     return changed
 
 

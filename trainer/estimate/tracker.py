@@ -12,7 +12,7 @@ the same, which is how a model of 405B parameters is traced on a laptop.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -146,15 +146,21 @@ class StorageTracker(TorchDispatchMode):
             self._on_event(Born(self._count, size, "resize_"))
 
 
-def balance(events: Iterable[Event]) -> Iterator[tuple[str, int]]:
-    """Bytes alive after each event, beside the name of a mark ("" for the others)."""
-    sizes: dict[int, int] = {}
-    total = 0
-    for event in events:
+class Alive:
+    """Bytes alive after each event."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+        self.total = 0
+
+    def count(self, event: Event) -> bool:
+        """Whether the event changed it."""
         match event:
             case Born(number, size, _):
-                sizes[number] = size
-                total += size
+                self._sizes[number] = size
+                self.total += size
             case Died(number):
-                total -= sizes.pop(number)
-        yield (event.name if isinstance(event, Mark) else ""), total
+                self.total -= self._sizes.pop(number)
+            case _:
+                return False
+        return True

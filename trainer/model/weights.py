@@ -171,11 +171,6 @@ def open_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Callabl
     return lambda part: LoadedWeights(loaded, fitted, RandomWeights(part, seed, constructors))
 
 
-def build_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Weights:
-    """`open_weights` of a model that is not divided."""
-    return open_weights(choice, model, seed=seed)(model)
-
-
 def check_weights(choice: Model, model: PreTrainedModel) -> tuple[Path, dict[str, Stored], Fit]:
     """Compare the folder of `model.path` with the model, from the headers of its files. Raises DataError, with a line
     for each problem, when the folder or hub id cannot be read or does not hold what the model needs."""

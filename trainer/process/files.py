@@ -30,9 +30,10 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Give a file a new content: a reader, or a power cut, meets the old or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
+def replace_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Give a file a new content: a reader, or a power cut, meets the old or the new one, never a part. shared: several
+    processes may do so at once."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     try:
         write_synced(partial, text)

@@ -76,9 +76,14 @@ class Runtime:
     def gather(self, value: T) -> list[T]:
         """The value of every rank, on every rank; small, and of this project's own making, for it is pickled. A
         collective."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return gather(value)
+
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The value of every rank of a group, on each of them. A collective."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def dropout_stream(plan: Plan, rank: int) -> int:

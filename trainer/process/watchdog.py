@@ -27,6 +27,7 @@ from typing import Self, TypeVar
 
 from configs.errors import EXIT_FAILED, CookbookError, RankStuck
 from trainer.process.disks import writing
+from trainer.process.files import replace_text
 from trainer.process.runtime import Runtime
 
 T = TypeVar("T")
@@ -134,10 +135,7 @@ class Watchdog:
                 file.writelines(traceback.format_tb(trace))
                 file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        position = self._folder / f"position-rank-{rank:05d}.json"
-        partial = position.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self._position(trace))))
-        partial.rename(position)
+        replace_text(self._folder / f"position-rank-{rank:05d}.json", json.dumps(asdict(self._position(trace))))
 
     def _position(self, trace: TracebackType | None) -> Position:
         while trace is not None and trace.tb_next is not None:

@@ -22,7 +22,7 @@ from typing import Any
 from trainer.estimate.estimate import RankEstimate
 from trainer.estimate.plot import COLOURS
 from trainer.estimate.timeline import COMPONENTS
-from trainer.estimate.tracker import Born, Died, Event
+from trainer.estimate.tracker import Alive, Event
 from trainer.process.files import replace_text
 
 PARTS = ("forward_backward", "optimizer")
@@ -40,26 +40,17 @@ class Recorder:
     """Bytes alive after each event of a StorageTracker, sorted by what the run was doing."""
 
     def __init__(self) -> None:
-        self._sizes: dict[int, int] = {}
-        self._alive = 0
+        self._alive = Alive()
         self._found: Curve = {}
         self._now: list[int] | None = None
 
     def __call__(self, event: Event) -> None:
-        match event:
-            case Born(number, size, _):
-                self._sizes[number] = size
-                self._alive += size
-            case Died(number):
-                self._alive -= self._sizes.pop(number)
-            case _:
-                return
-        if self._now is not None:
-            self._now.append(self._alive)
+        if self._alive.count(event) and self._now is not None:
+            self._now.append(self._alive.total)
 
     def mark(self, step: int, part: str) -> None:
         """From here on it is this part of this step; one that is not in PARTS is not kept."""
-        self._now = self._found.setdefault((step, part), [self._alive]) if part in PARTS else None
+        self._now = self._found.setdefault((step, part), [self._alive.total]) if part in PARTS else None
 
     def curve(self) -> Curve:
         return {key: _shares(sizes) for key, sizes in self._found.items()}

@@ -26,7 +26,7 @@ from configs.schema import Config
 from trainer.estimate.compose import STEPS
 from trainer.estimate.estimate import Estimate, RankEstimate, estimate
 from trainer.estimate.tracing import why_not
-from trainer.estimate.tracker import Born, Died, Event, StorageTracker
+from trainer.estimate.tracker import Alive, Event, StorageTracker
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime, local_rank
 from trainer.report.measure import peak_memory
@@ -151,16 +151,8 @@ class _Peak:
     """The most bytes that were ever alive, from the tracker's events."""
 
     def __init__(self) -> None:
-        self.highest = self._alive = 0
-        self._sizes: dict[int, int] = {}
+        self._alive, self.highest = Alive(), 0
 
     def __call__(self, event: Event) -> None:
-        match event:
-            case Born(number, bytes_, _):
-                self._sizes[number] = bytes_
-                self._alive += bytes_
-                self.highest = max(self.highest, self._alive)
-            case Died(number):
-                self._alive -= self._sizes.pop(number)
-            case _:
-                pass
+        self._alive.count(event)
+        self.highest = max(self.highest, self._alive.total)

@@ -8,7 +8,6 @@ Fields are parted by two spaces and keep their order; a field that is not known 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,20 +22,19 @@ GIB = 2**30
 MIB = 2**20
 
 
-class Terminal(Protocol):
+class Terminal:
     def say(self, text: str) -> None:
         """Lines that stay."""
-        ...
+        raise NotImplementedError
 
     def begin(self) -> None:
         """Before the first step."""
-        ...
 
     def advance(self, step: int) -> None:
         """A step is done."""
-        ...
 
-    def show(self, metrics: Shown) -> None: ...
+    def show(self, metrics: Shown) -> None:
+        raise NotImplementedError
 
     def close(self) -> None: ...
 
@@ -51,7 +49,7 @@ def open_terminal(progress: choices.Progress, steps: int, *, console: Console | 
     return _Lines(console, steps, quiet=progress is choices.Progress.off)
 
 
-class _Lines:
+class _Lines(Terminal):
     def __init__(self, console: Console, steps: int, *, quiet: bool) -> None:
         self._file, self._steps, self._quiet = console.file, steps, quiet
 
@@ -59,21 +57,12 @@ class _Lines:
         # Flushed: in a batch job's log a line is there when its step is done.
         print(text, file=self._file, flush=True)
 
-    def begin(self) -> None:
-        pass
-
-    def advance(self, step: int) -> None:
-        pass
-
     def show(self, metrics: Shown) -> None:
         if not self._quiet:
             self.say(render(metrics, self._steps))
 
-    def close(self) -> None:
-        pass
 
-
-class _Bar:
+class _Bar(Terminal):
     def __init__(self, console: Console, steps: int) -> None:
         self._steps = steps
         fixed, rest = Column(no_wrap=True), Column(no_wrap=True, ratio=1)

@@ -24,13 +24,15 @@ from trainer.axes.tensor.plans import match, split_style
 from trainer.model.layers import is_linear
 from trainer.model.weights import plain_name
 
-BESIDE = {
+BESIDE: dict[str, tuple[str, ...]] = {
     "colwise": ("adapter_before_columns", "{style}"),
     "packed_colwise": ("adapter_before_columns", "{style}"),
     "rowwise": ("rowwise", "adapter_after_rows"),
     "replicated_with_grad_allreduce": ("{style}", "{style}"),
+    "mla_kv_a_proj": (),
 }
-"""Style of a layer -> styles of its adapter's A and B. Beside all others both are whole."""
+"""Style of a layer -> styles of its adapter's A and B. Beside all others both are whole. None: some of the layer's
+results go to every head, which must be said of the sum of layer and adapter."""
 
 
 def check_adapters(model: nn.Module) -> Iterator[str]:
@@ -54,12 +56,9 @@ def styles_of(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     styles = {name: style for name in names if (style := plain.get(plain_name(name)))}
     for layer in (name.removesuffix(".base_layer") for name in names if name.endswith(".base_layer")):
         style = styles.get(layer, "replicate")
-        if split_style(style)[0] == "mla_kv_a_proj":
-            # Some of its results go to every head: that must be said of the sum of layer and adapter.
-            del styles[f"{layer}.base_layer"]
-            continue
-        styles.pop(layer, None)
-        for matrix, beside in zip("AB", BESIDE.get(split_style(style)[0], ("replicate",) * 2), strict=True):
+        both = BESIDE.get(split_style(style)[0], ("replicate",) * 2)
+        styles.pop(layer if both else f"{layer}.base_layer", None)
+        for matrix, beside in zip("AB", both, strict=False):
             prefix = f"{layer}.lora_{matrix}."
             modules = {
                 name.rpartition(".")[0] for name in names if name.startswith(prefix) and name.endswith(".weight")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,6 +23,7 @@ from configs.errors import ConfigError, first_line
 from trainer.axes.tensor.apply import apply_tensor_parallel
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.miniature import shrink
+from trainer.process.runtime import gather
 
 log = logging.getLogger(__name__)
 Convert = Callable[[PreTrainedModel], None]
@@ -69,9 +69,7 @@ def self_check(
     del plain, divided, tensor_parallel
     # Replaced forwards refer to their modules in circles: until the collector came by, the copies would stay.
     gc.collect()
-    problems: list[str] = [""] * tp_mesh.size()
-    dist.all_gather_object(problems, problem, group=tp_mesh.get_group())
-    if found := next(filter(None, problems), None):
+    if found := next(filter(None, gather(problem, tp_mesh.get_group())), None):
         off = "set parallel.sequence_parallel=false or " if sequence_parallel else ""
         raise ConfigError(f"parallel.tensor_plan: wrong for {config.model_type}: {found}; {off}correct the plan")
 

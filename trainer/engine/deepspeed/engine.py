@@ -47,7 +47,7 @@ from trainer.engine.deepspeed.setup import (
     needed_kernels,
 )
 from trainer.engine.deepspeed.swap import SwapFolder
-from trainer.engine.deepspeed.tensor import ModelParallelUnit, make_plain
+from trainer.engine.deepspeed.tensor import make_plain, model_parallel_unit
 from trainer.engine.saved import Saved
 from trainer.model.build import materialize
 from trainer.model.pieces import join
@@ -99,7 +99,7 @@ class DeepSpeedEngine:
 
     def _hand_over(self, deepspeed: ModuleType, settings: dict[str, Any], parts: Parts) -> None:
         self.cuts = make_plain(parts.model, parts.tensor[0]) if parts.tensor else {}
-        unit = ModelParallelUnit(self.mesh) if parts.tensor else None
+        unit = model_parallel_unit(self.mesh) if parts.tensor else None
         self.settings = parts.config.optimizer
         self.optimizer = build_optimizer(parts.model.named_parameters(), parts.described, self.settings)
         with redirect_stdout(io.StringIO()):  # memory readings that its bfloat16 optimizer prints unasked

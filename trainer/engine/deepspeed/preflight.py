@@ -20,7 +20,14 @@ from packaging.version import Version
 from configs.choices import DType, OffloadDevice
 from configs.errors import EnvironmentProblem
 from configs.schema import Config
-from trainer.engine.deepspeed.setup import LOWEST_VERSION, find_ninja, import_deepspeed, needed_kernels, op_builder
+from trainer.engine.deepspeed.setup import (
+    LOWEST_VERSION,
+    VERSIONS,
+    find_ninja,
+    import_deepspeed,
+    needed_kernels,
+    op_builder,
+)
 from trainer.plan.plan import Plan
 
 
@@ -34,7 +41,7 @@ def check_deepspeed(config: Config, plan: Plan) -> None:
 
 
 def _check_version() -> Iterator[str]:
-    remedy = f"pip install 'deepspeed>={LOWEST_VERSION},<0.20'"
+    remedy = f"pip install 'deepspeed{VERSIONS}'"
     try:
         found = version("deepspeed")
     except PackageNotFoundError:

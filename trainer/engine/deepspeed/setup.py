@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 # From this version on every stage leaves out an update whose gradient is not finite, whatever the dtype, and ZeRO 2
 # adds up 16-bit gradients in float32.
-LOWEST_VERSION = "0.19.8"
+VERSIONS = ">=0.19.8,<0.20"  # as in pyproject.toml
+LOWEST_VERSION = VERSIONS.removeprefix(">=").partition(",")[0]
 
 
 def import_deepspeed(device: str) -> ModuleType:

@@ -13,6 +13,8 @@ parameter once. With stage 3 DeepSpeed would gather and partition inside the reg
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -24,32 +26,19 @@ from trainer.axes import SHARD, TENSOR
 from trainer.axes.tensor.apply import TensorParallel
 
 
-class ModelParallelUnit:
+def model_parallel_unit(mesh: DeviceMesh) -> SimpleNamespace:
     """The groups of a rank, under the names that DeepSpeed took over from Megatron-LM."""
+    unit = SimpleNamespace()
+    for name, group in (("model", mesh.get_group(TENSOR)), ("data", mesh.get_group(SHARD))):
+        answers = {"group": group, "rank": dist.get_rank(group), "world_size": dist.get_world_size(group)}
+        answers["group_ranks"] = dist.get_process_group_ranks(group)
+        for what, answer in answers.items():
+            setattr(unit, f"get_{name}_parallel_{what}", partial(_same, answer))
+    return unit
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.tensor, self.data = mesh.get_group(TENSOR), mesh.get_group(SHARD)
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.tensor
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self.tensor)
-
-    def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.tensor)
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.data
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self.data)
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.data)
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.data)
+def _same(answer: object) -> object:
+    return answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from enum import Enum
 from functools import cache
 from typing import Any
 
 from configs.choices import Checkpointing, EngineName, OffloadDevice
+from configs.keys import as_text, set_value
 from configs.load import composed_options
 from configs.schema import Config, Offload, Parallel
 from trainer.axes import AXES, CONTEXT, PIPELINE, REPLICATE, SHARD, TENSOR
@@ -41,7 +41,7 @@ class Candidate:
     @property
     def words(self) -> tuple[str, ...]:
         """The overrides, as typed on the command line."""
-        return (f"parallel={self.preset}", *(f"{key}={_word(value)}" for key, value in self.keys.items()))
+        return (f"parallel={self.preset}", *(f"{key}={as_text(value)}" for key, value in self.keys.items()))
 
     @property
     def layout(self) -> tuple[str, ...]:
@@ -56,11 +56,7 @@ class Candidate:
         for name in _searched():
             setattr(changed.parallel, name, copy.copy(getattr(presets()[self.preset], name)))
         for key, value in self.keys.items():
-            *path, last = key.split(".")
-            owner: Any = changed
-            for name in path:
-                owner = getattr(owner, name)
-            setattr(owner, last, value)
+            set_value(changed, key, value)
         return changed
 
 
@@ -143,9 +139,3 @@ def _zero(tp: int, ranks: int) -> Iterator[Candidate]:
 
 def _powers(largest: int) -> list[int]:
     return [2**exponent for exponent in range(largest.bit_length())]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, Enum):
-        return str(value.value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
