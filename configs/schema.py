@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.choices import (
     Attention,
+    Balance,
     Bos,
     Checkpointing,
     ClusterKind,
@@ -203,6 +204,21 @@ class Tuning:
     [experts.down_proj]; each must match. Empty: all linear layers of the decoder layers but routers."""
     double_quantization: bool = True
     """`qlora`: the scales of the 4-bit weights in 8 bits too; false: in float32, 0.05 bytes more per value."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Moe:
+    """Models with routed experts alone."""
+
+    balance: Balance = Balance.none
+    """Term of the loss that keeps the experts' load even: `none`; `micro_batch` (transformers' own, of each
+    micro-batch), `sequence` (of each sequence), `global_batch` (by the load of the whole step before)."""
+    coefficient: float | None = None
+    """What the term is multiplied by; null: what the model's config asks for (`router_aux_loss_coef` and the like)."""
+    z_loss: float = 0.0
+    """Coefficient of the router z-loss, which keeps the routers' logits small; 0: none."""
+    bias_update_rate: float = 0.0
+    """Step of the bias by which routers correct themselves without a loss (`e_score_correction_bias`); 0: it stays."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -430,6 +446,7 @@ class Config:
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     tuning: Tuning = field(default_factory=Tuning)
+    moe: Moe = field(default_factory=Moe)
     optimizer: Optimizer = field(default_factory=Optimizer)
     scheduler: Scheduler = field(default_factory=Scheduler)
     train: Train = field(default_factory=Train)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.cases import Trained
 from tests.support.harness import run_ranks
+from tests.support.moe_cases import apart
 from tests.support.mutations import BUGS, train_with
 from tests.support.parity import distance, reference, words
 from tests.support.shared import once
@@ -26,8 +27,17 @@ STEPS = 4
 EXTRA = ("train.gradient_accumulation_steps=2",)
 
 
+# bug -> (layout, processes, keys); all on samples with padding.
+BALANCE = ("moe=global_batch", "moe.coefficient=0.5", "train.gradient_accumulation_steps=2")
+OF_EXPERTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "load_of_each_rank": ("ddp", 2, ()),
+    "padding_counted_as_load": ("ddp", 2, ()),
+    "recompute_counted_twice": ("fsdp", 2, ("train.activation_checkpointing=full",)),
+}
+
+
 def test_every_bug_is_planted() -> None:
-    assert BUGS.keys() - {"none"} == PLANTED.keys()
+    assert BUGS.keys() - {"none"} == PLANTED.keys() | OF_EXPERTS.keys()
 
 
 def test_what_sees_a_bug_runs_with_every_change() -> None:
@@ -46,3 +56,10 @@ def test_parity_sees_the_bug(bug: str) -> None:
     assert distance(trained(*PLANTED[bug], "none"), expected).largest <= FLOAT64
     broken = distance(trained(*PLANTED[bug], bug), expected)
     assert math.isnan(broken.largest) or broken.largest > 1e4 * FLOAT64, broken
+
+
+@pytest.mark.parametrize("bug", OF_EXPERTS)
+def test_parity_sees_the_bug_of_balancing(bug: str) -> None:
+    layout, processes, keys = OF_EXPERTS[bug]
+    assert apart(layout, processes, keys, BALANCE).largest <= FLOAT64
+    assert apart(layout, processes, keys, BALANCE, bug).largest > 1e4 * FLOAT64

@@ -22,6 +22,7 @@ STEP = StepMetrics(
     grad_norm=1.234,
     lr=3e-4,
     lr_of=None,
+    moe=None,
     tokens_per_second=12345.4,
     step_seconds=0.3321,
     data_seconds=0.001,
@@ -70,7 +71,7 @@ def test_the_step_line_can_be_parsed(metrics: StepMetrics) -> None:
 
 def test_the_keys_of_each_kind_of_line() -> None:
     assert list(to_dict(STEP)) == [
-        "kind", "step", "loss", "grad_norm", "lr", "lr_of", "tokens_per_second", "step_seconds",
+        "kind", "step", "loss", "grad_norm", "lr", "lr_of", "moe", "tokens_per_second", "step_seconds",
         "data_seconds", "forward_backward_seconds", "optimizer_seconds", "mfu", "peak_allocated_bytes",
         "peak_reserved_bytes", "peak_host_bytes", "loss_scale", "skipped_steps", "tokens", "valid_tokens",
     ]  # fmt: skip

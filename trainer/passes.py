@@ -37,7 +37,7 @@ from trainer.model.causal import build_causal
 from trainer.model.loss import Loss, cross_entropy_sum
 from trainer.model.probe import probe, untrained_names
 from trainer.model.roles import Described, describe
-from trainer.model.router_loss import RouterLoss, build_router_loss
+from trainer.moe.balancing import Balancing, build_balancing
 from trainer.optim.table import saved_kinds
 from trainer.plan.plan import Plan
 from trainer.recompute import apply_checkpointing
@@ -51,8 +51,9 @@ class Parts:
 
     mesh: None where nothing is divided, in an estimate. model: whole, with all its names. modules: the model, or this
     rank's pipeline stages. stages: the latter; empty without a pipeline. tensor: one for each module; empty without
-    tensor parallel. described: of the whole model. kinds: of tensors that the optimizer keeps of each parameter. fill,
-    zero: the engine's own, which give a module its values, and the model to DeepSpeed.
+    tensor parallel. balancing: of routed experts; None for a dense model. described: of the whole model. kinds: of
+    tensors that the optimizer keeps of each parameter. fill, zero: the engine's own, which give a module its values,
+    and the model to DeepSpeed.
     """
 
     config: Config
@@ -66,7 +67,7 @@ class Parts:
     tensor: list[TensorParallel] = field(default_factory=list)
     described: dict[str, Described] = field(default_factory=dict)
     kinds: dict[str, frozenset[str]] = field(default_factory=dict)
-    router_loss: RouterLoss | None = None
+    balancing: Balancing | None = None
     ddp: DistributedDataParallel | None = None
 
     def __post_init__(self) -> None:
@@ -101,7 +102,6 @@ def _convert(parts: Parts) -> list[str]:
     parts.described = describe(parts.model, parts.config.parallel.tensor_plan)
     trained = [parts.described[name] for name, p in parts.model.named_parameters() if p.requires_grad]
     parts.kinds = saved_kinds(trained, parts.config.optimizer)
-    parts.router_loss = build_router_loss(parts.model, parts.config, cutting(parts.config))
     return []
 
 
@@ -147,6 +147,12 @@ def _check_matrices(parts: Parts) -> list[str]:
     table, sequence = parts.tensor[0].plan, parallel.sequence_parallel
     convert = partial(linear.imitate, config=parts.config)
     self_check(parts.model.config, table, mesh, sequence_parallel=sequence, convert=convert)
+    return []
+
+
+def _watch_routers(parts: Parts) -> list[str]:
+    group = parts.axis(CONTEXT).get_group() if parts.plan.degree(CONTEXT) > 1 else None
+    parts.balancing = build_balancing(parts.config, parts.plan, parts.model, parts.modules, group)
     return []
 
 
@@ -205,6 +211,8 @@ PASSES = (
     # Before compile and recompute, so that its collectives are inside both.
     Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_split_matrices),
     Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_check_matrices, traced=False),
+    # Inside recompute, which must find the terms of the routers again.
+    Pass(wanted=_always, apply=_watch_routers),
     Pass(wanted=lambda config, plan: config.train.compile, apply=_compile, traced=False),
     # Around the compiled layer, whose call it repeats.
     Pass(wanted=lambda config, plan: config.train.activation_checkpointing is not Checkpointing.none, apply=_recompute),

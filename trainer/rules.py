@@ -23,8 +23,7 @@ from configs.choices import (
     Weights,
 )
 from configs.schema import Config, Offload
-from trainer import axes, linear
-from trainer.model.router_loss import check_router
+from trainer import axes, linear, moe
 from trainer.optim.rules import check_optimizer
 from trainer.plan.devices import check_gpu
 from trainer.plan.model_fields import check_sizes, config_fields, sizes
@@ -41,7 +40,7 @@ def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]
     yield from _check_compile(config)
     yield from _check_precision(config)
     yield from linear.problems(config)
-    yield from check_router(config, axes.cutting(config))
+    yield from moe.problems(config)
     yield from check_optimizer(config, sharded=sharded and config.parallel.engine is EngineName.torch)
     yield from check_gpu(config.cluster.gpu)
     yield from check_tracker(config.logging)

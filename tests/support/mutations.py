@@ -15,6 +15,7 @@ from trainer.axes.pipeline.run import Pipeline
 from trainer.axes.tensor.apply import TensorParallel
 from trainer.data import IGNORED
 from trainer.engine.torch import TorchEngine
+from trainer.moe.balancing import Balancing, MicroBatch
 
 
 def train_with(bug: str, overrides: list[str]) -> Trained:
@@ -100,6 +101,34 @@ def local_norm() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def load_of_each_rank() -> Iterator[None]:
+    """Every rank balances by what it has counted itself."""
+
+    def finish(self: Balancing, rank: int) -> torch.Tensor:
+        own = self.counts.double()
+        share = original(self, rank)
+        self.counts = own
+        return share
+
+    original = Balancing.finish
+    with patch.object(Balancing, "finish", finish):
+        yield
+
+
+@contextmanager
+def padding_counted_as_load() -> Iterator[None]:
+    with patch.object(MicroBatch, "counted", lambda self, device: None):
+        yield
+
+
+@contextmanager
+def recompute_counted_twice() -> Iterator[None]:
+    """A layer that runs again in the backward counts its tokens again."""
+    with patch("trainer.moe.balancing.recomputing", lambda: False):
+        yield
+
+
 BUGS: dict[str, Callable[[], Any]] = {
     "none": nullcontext,
     "skipped_all_reduce": skipped_all_reduce,
@@ -108,4 +137,7 @@ BUGS: dict[str, Callable[[], Any]] = {
     "partial_gradients_not_summed": partial_gradients_not_summed,
     "tied_gradients_not_summed": tied_gradients_not_summed,
     "local_norm": local_norm,
+    "load_of_each_rank": load_of_each_rank,
+    "padding_counted_as_load": padding_counted_as_load,
+    "recompute_counted_twice": recompute_counted_twice,
 }

@@ -56,6 +56,7 @@ def slice_of(batch: Batch, mesh: DeviceMesh) -> Batch:
         batch.input_ids[:, begin : begin + length].contiguous(),
         batch.labels[:, begin : begin + length].contiguous(),
         torch.arange(begin, begin + length, device=batch.input_ids.device).repeat(rows, 1),
+        None if batch.lengths is None else (batch.lengths - begin).clamp(min=0, max=length),
     )
 
 

@@ -26,11 +26,13 @@ class Batch:
     """input_ids: [micro_batch_size, seq_len] int64. labels: the same shape; labels[b, i] is the token that follows
     input_ids[b, i] (already shifted), or IGNORED. position_ids: the same shape, where they are not 0, 1, 2, ... in each
     row: of a rank's slice of a longer sequence, and where every document has positions of its own, from which
-    transformers builds a mask that keeps them apart (`data.document_mask`)."""
+    transformers builds a mask that keeps them apart (`data.document_mask`). lengths: [micro_batch_size], the tokens of
+    each row before its padding, where there may be any."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -40,8 +42,8 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        positions = None if self.position_ids is None else change(self.position_ids)
-        return Batch(change(self.input_ids), change(self.labels), positions)
+        positions, lengths = (None if one is None else change(one) for one in (self.position_ids, self.lengths))
+        return Batch(change(self.input_ids), change(self.labels), positions, lengths)
 
     def valid_tokens(self) -> int:
         return int((self.labels != IGNORED).sum())

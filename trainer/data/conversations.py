@@ -197,6 +197,7 @@ class ConversationSamples:
         samples, starts, lengths = _arrange(self)
         shape = (len(numbers), self.seq_len)
         ids, labels = np.full(shape, self.padding, np.int64), np.full(shape, IGNORED, np.int64)
+        filled = np.zeros(len(numbers), np.int64)
         positions = np.tile(np.arange(self.seq_len, dtype=np.int64), (len(numbers), 1))
         for row, number in enumerate(numbers):
             place = 0
@@ -210,10 +211,11 @@ class ConversationSamples:
                 )
                 positions[row, here] = np.arange(length)
                 place += length
+            filled[row] = place
             # Padding continues the last conversation: it sees it, and nothing sees the padding.
             positions[row, place:] = np.arange(self.seq_len - place) + (positions[row, place - 1] + 1)
         batch = (torch.from_numpy(ids), torch.from_numpy(labels))
-        return Batch(*batch, torch.from_numpy(positions) if self.separate else None)
+        return Batch(*batch, torch.from_numpy(positions) if self.separate else None, torch.from_numpy(filled))
 
 
 @lru_cache

@@ -12,7 +12,7 @@ attention stays inside a document, and no document is asked for the first token 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -86,13 +86,14 @@ class PackedSamples:
     def read(self, numbers: NDArray[np.int64]) -> Batch:
         tokens = self.tokens.array()
         rows = np.full((len(numbers), self.seq_len + 1), self.padding, np.int64)
-        lengths = np.empty(len(numbers), np.int64)
+        lengths, filled = (np.empty(len(numbers), np.int64) for _ in range(2))
         for row, number in enumerate(numbers):
             window = tokens[number * self.seq_len : (number + 1) * self.seq_len + 1]
             rows[row, : len(window)] = window
-            lengths[row] = len(window) - 1
+            lengths[row], filled[row] = len(window) - 1, min(len(window), self.seq_len)
         ignored = np.arange(self.seq_len) >= lengths[:, None]
-        return make_batch(rows, ignored, end=self.padding if self.separate else None)
+        batch = make_batch(rows, ignored, end=self.padding if self.separate else None)
+        return replace(batch, lengths=torch.from_numpy(filled))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,7 +53,7 @@ def share(batch: Any) -> Any:
     if isinstance(batch, DataError):
         return batch
     try:
-        for tensor in (batch.input_ids, batch.labels, batch.position_ids):
+        for tensor in (batch.input_ids, batch.labels, batch.position_ids, batch.lengths):
             if tensor is not None:
                 tensor.share_memory_()
     except (RuntimeError, OSError) as error:

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 class StepReport:
     """What one `step` did. grad_norm: global L2 norm before clipping, over all parameters and ranks (may be inf
     or nan). updated: False when the update was left out. loss_scale: the fp16 scale this step's gradient was
-    computed with; None without scaling. learning_rates: of each group of parameters, where they differ."""
+    computed with; None without scaling. learning_rates: of each group of parameters, where they differ.
+    experts: what `trainer.moe.balancing` says of the load of routed experts."""
 
     grad_norm: float
     updated: bool
     loss_scale: float | None = None
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+    experts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +77,8 @@ class Engine(Protocol):
 
         The loss is the sum of the cross-entropy over valid tokens, divided by `valid_tokens` (a scalar on the
         device): their number in the whole step, over all micro-batches and data-parallel ranks. Never a mean of
-        means, which would weigh tokens differently in each layout. `trainer.model.router_loss`
-        may add a term to it. Returns this rank's share of that loss (a float32 or float64 scalar on the device,
+        means, which would weigh tokens differently in each layout. `trainer.moe` may add terms
+        to it. Returns this rank's share of that loss (a float32 or float64 scalar on the device,
         detached); the sum over all ranks is the loss of the step.
         """
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -38,3 +38,12 @@ class Dealer:
         rank = min(self._bytes, key=lambda rank: self._bytes[rank])
         self._bytes[rank] += size
         return rank
+
+
+def write_buffers(buffers: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by name, under the keys that a checkpoint has for them."""
+    yield from ((f"{BUFFER}/{name}", buffer) for name, buffer in buffers.items())
+
+
+def read_buffer(saved: Saved, name: str) -> torch.Tensor | None:
+    return saved.read(key) if (key := f"{BUFFER}/{name}") in saved else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from trainer.axes.sequence import slice_of
 from trainer.data import Batch
 from trainer.engine import Counters, StepReport, torch_state
 from trainer.engine.assemble import assemble
-from trainer.engine.saved import Saved
+from trainer.engine.saved import Saved, read_buffer, write_buffers
 from trainer.model.build import materialize
 from trainer.model.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
 from trainer.model.weights import Weights
@@ -53,7 +54,7 @@ class TorchEngine:
         self.model, self.modules, self.ddp = self.parts.model, self.parts.modules, self.parts.ddp
         self.kinds = self.parts.kinds
         self.pipeline = build_pipeline(self.parts.stages, config, plan, self.mesh) if self.parts.stages else None
-        self.loss_fn, self.router_loss = self.parts.loss, self.parts.router_loss
+        self.loss_fn, self.balancing = self.parts.loss, self.parts.balancing
         # Kept: after a forward that leaves FSDP's parameters gathered, the modules would name other tensors.
         everything = [(name, p) for module in self.modules for name, p in module.named_parameters()]
         self.copies = dict(self._tied_copies(everything))
@@ -67,12 +68,16 @@ class TorchEngine:
         micro_batches = [self._own_slice(batch) for batch in micro_batches]
         # DDP and FSDP2 average over the ranks that share a parameter; the loss is a sum over them.
         factor = self.plan.averaged * (self.loss_scale.value if self.loss_scale else 1.0)
+        if self.balancing is not None:
+            self.balancing.begin(micro_batches, factor=factor)
         if self.pipeline:
             total = self.pipeline.forward_backward(micro_batches, valid_tokens, factor=factor, loss_fn=self.loss_fn)
         else:
             total = self._accumulate(micro_batches, valid_tokens, factor)
         for module, tensor in zip(self.modules, self.parts.tensor, strict=False):
             tensor.reduce_partial_gradients(module)
+        if self.balancing is not None:
+            total = total + self.balancing.finish(self.runtime.rank)
         return total if self._speaks() else torch.zeros_like(total)
 
     def step(self, lr: float) -> StepReport:
@@ -87,9 +92,12 @@ class TorchEngine:
             gradients.scale([*counted, *copied], self._clip_factor(grad_norm) / (scale or 1.0))
             set_lr(self.optimizer, lr)
             self.optimizer.step()
+            if self.balancing is not None:
+                self.balancing.commit()
         self.discard()
         rates = learning_rates(self.optimizer)
-        return StepReport(grad_norm=grad_norm, updated=finite, loss_scale=scale, learning_rates=rates)
+        experts = self.balancing.report() if self.balancing is not None else {}
+        return StepReport(grad_norm=grad_norm, updated=finite, loss_scale=scale, learning_rates=rates, experts=experts)
 
     def discard(self) -> None:
         # Under DDP gradients are views of its buckets; set to None, accumulation would hold a second copy beside them.
@@ -115,6 +123,8 @@ class TorchEngine:
         ranks = range(self.runtime.world_size)
         holders = [rank for rank in ranks if self.plan.coordinates(rank)[PIPELINE] == stage]
         yield from torch_state.save_state(self.named, self.states, holders=holders, device=self.runtime.device)
+        if self.balancing is not None:
+            yield from write_buffers(self.balancing.kept() if self.runtime.is_main else {})
 
     def counters(self) -> Counters:
         return Counters(
@@ -126,6 +136,8 @@ class TorchEngine:
     def load_state(self, saved: Saved, counters: Counters) -> None:
         for parameters in (self.named, self.copies):
             torch_state.load_state(parameters, self.states, saved, steps=counters.optimizer_steps)
+        if self.balancing is not None:
+            self.balancing.restore(partial(read_buffer, saved))
         if self.loss_scale:
             self.loss_scale.restore(counters.loss_scale, counters.good_steps)
 
@@ -162,10 +174,6 @@ class TorchEngine:
             with self._synchronise(last=number == len(micro_batches)):
                 output = self._forward(self.ddp or self.model, batch)
                 loss = self.loss_fn(output.logits, batch.labels) / valid_tokens
-                if self.router_loss is not None:
-                    # Every micro-batch of every rank counts the same.
-                    count = len(micro_batches) * self.plan.data_parallel_size
-                    loss = loss + self.router_loss.of(output) / count
                 del output
                 (loss * factor).backward()
             total += loss.detach()

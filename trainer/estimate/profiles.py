@@ -174,6 +174,7 @@ def _shape_fields(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size:
         "exact_attention": _exact_attention(plan, gpu),
         "chunked_loss": config.train.chunked_loss,
         "documents": config.data.document_mask,
+        "moe": [str(config.moe.balance), config.moe.z_loss > 0],
         "split_backward": plan.degree(PIPELINE) > 1 and SCHEDULES[schedule].splits_backward,
     }
 

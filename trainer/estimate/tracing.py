@@ -84,13 +84,7 @@ class Tracer:
         from trainer.estimate.trace import CannotTrace, Shape, trace_unit
         from trainer.estimate.units import build_unit, describe
         from trainer.model.precision import torch_dtype
-        from trainer.model.router_loss import FLAG, router_coefficient
 
-        if router_coefficient(self.model) is not None:
-            raise NotEstimated(
-                f"{FLAG}=true: the balancing loss keeps a table of routes for each layer, which a trace of a few layers"
-                f" cannot count: not estimated; set {FLAG}=false for all the rest, which does not depend on it"
-            )
         storage, compute, logits = (None if dtype is None else torch_dtype(dtype) for dtype in fields["dtypes"])
         assert storage is not None
         shape = Shape(

@@ -31,13 +31,17 @@ class StepMetrics:
     step: int
     """Optimizer updates so far, this one included."""
     loss: float
-    """Mean cross-entropy over the step's valid tokens, before the update."""
+    """Mean cross-entropy over the step's valid tokens, and the terms of `moe`, before the update."""
     grad_norm: float | None
     """Global L2 norm before clipping; null when the loss was not finite and there was no gradient."""
     lr: float
     """The schedule's. A group of parameters may have its own multiple of it."""
     lr_of: Mapping[str, float] | None
     """The learning rate of each group by its name; null where all have `lr`."""
+    moe: Mapping[str, float] | None
+    """Routed experts in this step. load: tokens of a layer's busiest expert over the mean, averaged over the layers;
+    load_worst_layer: the same of the worst layer; balance, z: terms of the loss, without their coefficients. null: a
+    dense model, or compiled layers."""
     tokens_per_second: float
     """Of all ranks together, ignored labels included: what the hardware worked through."""
     step_seconds: float
@@ -186,6 +190,7 @@ def numbers(line: Line | Comparison) -> Mapping[str, int | float]:
     """What a tracker plots: the numbers of the line that are known, without the step, which is its own axis."""
     values = asdict(line)
     groups = {f"lr/{name}": rate for name, rate in (values.get("lr_of") or {}).items()}
+    groups |= {f"moe/{name}": value for name, value in (values.get("moe") or {}).items()}
     known = {key: value for key, value in values.items() if isinstance(value, int | float) and key != "step"}
     return {**known, **groups}
 

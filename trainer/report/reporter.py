@@ -154,6 +154,7 @@ class Reporter:
                 grad_norm=report.grad_norm if report else None,
                 lr=lr,
                 lr_of=dict(report.learning_rates) or None if report else None,
+                moe=dict(report.experts) or None if report else None,
                 tokens_per_second=speed,
                 step_seconds=slowest.step,
                 data_seconds=slowest.data,

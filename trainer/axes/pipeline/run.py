@@ -27,7 +27,6 @@ torch.distributed.pipelining runs the schedule. Gradients are not scaled there: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -240,9 +239,8 @@ def build_pipeline(stages: Sequence[Stage], config: Config, plan: Plan, mesh: De
 
 
 def _extras(batch: Batch) -> dict[str, torch.Tensor]:
-    """What a batch holds beside tokens and labels (position_ids): every stage gets it."""
-    named = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value for name, value in named.items() if name not in ("input_ids", "labels") and value is not None}
+    """What the model's code wants of a batch beside tokens and labels: every stage gets it."""
+    return {} if batch.position_ids is None else {"position_ids": batch.position_ids}
 
 
 def _gradient(module: nn.Module, name: str) -> torch.Tensor:

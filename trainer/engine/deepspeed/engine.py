@@ -48,7 +48,7 @@ from trainer.engine.deepspeed.setup import (
 )
 from trainer.engine.deepspeed.swap import SwapFolder
 from trainer.engine.deepspeed.tensor import make_plain, model_parallel_unit
-from trainer.engine.saved import Saved
+from trainer.engine.saved import Saved, read_buffer, write_buffers
 from trainer.model.build import materialize
 from trainer.model.pieces import join
 from trainer.model.precision import apply_tf32, build_loss_scale, torch_dtype
@@ -94,7 +94,7 @@ class DeepSpeedEngine:
         self.mesh = build_mesh(plan, self.runtime.device)
         zero = partial(self._hand_over, deepspeed, settings)
         parts = assemble(config, plan, self.runtime, self.mesh, fill=fill, zero=zero)
-        self.model, self.loss_fn, self.kinds = parts.model, parts.loss, parts.kinds
+        self.model, self.loss_fn, self.kinds, self.balancing = parts.model, parts.loss, parts.kinds, parts.balancing
         self._announce_scale()
 
     def _hand_over(self, deepspeed: ModuleType, settings: dict[str, Any], parts: Parts) -> None:
@@ -109,12 +109,17 @@ class DeepSpeedEngine:
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), device=valid_tokens.device, dtype=torch.float64)
+        if self.balancing is not None:
+            factor = self.plan.data_parallel_size * (self.loss_scale.value if self.loss_scale else 1.0)
+            self.balancing.begin(micro_batches, factor=factor)
         for number, batch in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             loss = self._loss(batch) / valid_tokens
             # DeepSpeed averages over the ranks; the loss is a sum over them, and over the micro-batches.
             self.engine.backward(loss * self.plan.data_parallel_size, scale_wrt_gas=False)
             total += loss.detach()
+        if self.balancing is not None:
+            total = total + self.balancing.finish(self.runtime.rank)
         return total if self._speaks() else torch.zeros_like(total)
 
     def step(self, lr: float) -> StepReport:
@@ -122,6 +127,8 @@ class DeepSpeedEngine:
         set_lr(self.optimizer, lr)
         self.engine.step()
         updated = self.engine.was_step_applied()
+        if updated and self.balancing is not None:
+            self.balancing.commit()
         if not updated:
             # DeepSpeed has done so too, but in 16 bit with offload it forgets a buffer: all later steps would overflow.
             self.discard()
@@ -129,7 +136,8 @@ class DeepSpeedEngine:
             self.loss_scale.update(finite=updated)
             self._announce_scale()
         norm, rates = float(self.engine.get_global_grad_norm()), learning_rates(self.optimizer)
-        return StepReport(grad_norm=norm, updated=updated, loss_scale=scale, learning_rates=rates)
+        experts = self.balancing.report() if self.balancing is not None else {}
+        return StepReport(grad_norm=norm, updated=updated, loss_scale=scale, learning_rates=rates, experts=experts)
 
     def discard(self) -> None:
         drop_gradient(self.engine.optimizer)
@@ -153,6 +161,8 @@ class DeepSpeedEngine:
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         yield from deepspeed_state.save_state(self.model, self.engine.optimizer, self.cuts)
+        if self.balancing is not None:
+            yield from write_buffers(self.balancing.kept() if self.runtime.is_main else {})
 
     def counters(self) -> Counters:
         return Counters(
@@ -165,6 +175,8 @@ class DeepSpeedEngine:
         stage, steps = self.plan.zero_stage, counters.optimizer_steps
         fresh = deepspeed_state.Fresh(self.settings, steps)
         deepspeed_state.load_state(self.model, self.engine.optimizer, saved, self.cuts, stage=stage, fresh=fresh)
+        if self.balancing is not None:
+            self.balancing.restore(partial(read_buffer, saved))
         if self.loss_scale:
             self.loss_scale.restore(counters.loss_scale, counters.good_steps)
             self._announce_scale()

@@ -1,0 +1,121 @@
+"""`moe`: balancing of routed experts equals one process under every layout, and transformers' own term where it is that
+one; what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs.errors import PlanError
+from configs.load import load_config
+from launch.estimate import main as memory_estimate
+from tests.support.cases import train
+from tests.support.harness import run_ranks
+from tests.support.moe_cases import COEFFICIENT, EXPERTS, KINDS, apart, beside_transformers, expected, found
+from tests.support.parity import distance
+from tests.support.selection import rows
+from tests.test_parity import FLOAT64
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
+
+COMMON = ["model=tiny", "data=synthetic", "data.seq_len=32", "data.ignore_fraction=0.6", "train.micro_batch_size=2"]
+COMMON += ["train.eval_samples=2", "train.clip_grad_norm=0.25", "train.steps=2", "optimizer.lr=3e-3"]
+DEEPSEEK = ["model.config.model_type=deepseek_v3", "model.config.n_routed_experts=4", "model.config.n_group=1"]
+DEEPSEEK += ["model.config.topk_group=1", "model.config.num_experts_per_tok=2", "model.config.first_k_dense_replace=0"]
+DEEPSEEK += ["model.config.moe_intermediate_size=32"]
+GLOBAL = ("moe=global_batch", f"moe.coefficient={COEFFICIENT}", "moe.z_loss=0.01")
+SEQUENCE = ("moe=sequence", f"moe.coefficient={COEFFICIENT}")
+MICRO = ("moe=micro_batch", f"moe.coefficient={COEFFICIENT}")
+TWO, FOUR = "train.gradient_accumulation_steps=2", "train.gradient_accumulation_steps=4"
+FULL, SELECTIVE = "train.activation_checkpointing=full", "train.activation_checkpointing=selective"
+SCHEDULE = "parallel.pipeline.schedule"
+# What makes each of them a case of its own: replicas, shards and recompute, shared tokens, stages, parts of sequences.
+LAYOUTS = [
+    (GLOBAL, "ddp", 2, (TWO,)),
+    (GLOBAL, "fsdp", 2, (TWO, FULL)),
+    (GLOBAL, "tensor", 2, (TWO, "parallel.sequence_parallel=true", SELECTIVE)),
+    (GLOBAL, "pipeline", 2, (FOUR, f"{SCHEDULE}=zbv_zero_bubble")),
+    (SEQUENCE, "context", 2, (TWO,)),
+    (SEQUENCE, "3d", 8, (TWO, FULL)),
+]
+MORE = [
+    (GLOBAL, "hsdp", 4, (TWO,)),
+    (GLOBAL, "3d", 8, (TWO,)),
+    (GLOBAL, "context", 4, (TWO, "parallel.tp=2")),
+    (SEQUENCE, "fsdp", 4, (TWO,)),
+    *((GLOBAL, "pipeline", 2, (FOUR, f"{SCHEDULE}={name}")) for name in ("gpipe", "1f1b", "interleaved_1f1b")),
+    *((SEQUENCE, "pipeline", 2, (FOUR, f"{SCHEDULE}={name}")) for name in ("interleaved_zero_bubble", "dualpipev")),
+]
+
+
+@pytest.mark.parametrize(
+    ("balance", "layout", "processes", "keys"), rows([*LAYOUTS, *MORE], lambda *row: row in LAYOUTS)
+)
+def test_layout_equals_single_process(
+    balance: tuple[str, ...], layout: str, processes: int, keys: tuple[str, ...]
+) -> None:
+    far = apart(layout, processes, keys, balance)
+    assert far.largest <= FLOAT64, far
+
+
+def test_micro_batches_of_other_ranks_are_as_good_as_own() -> None:
+    """Layouts that cut a step into the same micro-batches have the same term, whichever ranks they are on."""
+    two_ranks, alone = found("fsdp", 2, "none", *MICRO, TWO, FULL), expected(*MICRO, FOUR)
+    assert distance(two_ranks, alone).largest <= FLOAT64
+    assert two_ranks.losses[0] != expected(*MICRO, TWO).losses[0], "the term does not depend on the cut"
+
+
+def words(kind: str, *extra: str) -> list[str]:
+    return [*COMMON, f"model.config.model_type={kind}", *KINDS[kind], *extra]
+
+
+@pytest.mark.parametrize(("kind", "accumulation"), [("mixtral", 2), ("qwen3_moe", 1)])
+def test_micro_batch_is_transformers_own(kind: str, accumulation: int) -> None:
+    extra = [*MICRO, "parallel=single", f"train.gradient_accumulation_steps={accumulation}"]
+    ours, plain = run_ranks(1, beside_transformers, words(kind, *extra))[0]
+    assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def test_float64_trains_with_experts_one_by_one() -> None:
+    """torch's grouped product of experts has no float64."""
+    losses = run_ranks(1, train, words("mixtral", "precision=fp64"))[0].losses
+    assert losses[1] < losses[0] < 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("moe=micro_batch parallel=pipeline", "moe.balance=micro_batch: is a mean over all layers and tokens of a"),
+        ("moe=micro_batch parallel=context", "moe.balance=micro_batch: is a mean .* and parallel.cp=2 gives each"),
+        ("moe.coefficient=0.1", r"moe.coefficient=0.1: is read with moe.balance only; set that too \(moe=global_batch"),
+        ("model.config.router_aux_loss_coef=0.1", "model.config.router_aux_loss_coef=0.1: is read with moe.balance"),
+        ("model.config.output_router_logits=true", "model.config.output_router_logits=true: moe.balance chooses the"),
+        ("moe=sequence train.compile=true", "train.compile=true: fuses the routers that moe.balance=sequence reaches"),
+        ("moe=bias tuning=lora", "moe.bias_update_rate=0.001: changes the model's own routers, which tuning=lora"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(overrides: str, says: str) -> None:
+    with pytest.raises(PlanError, match=f"(?m)^{says}"):
+        make_plan(load_config(words("mixtral", *overrides.split())), Machine(gpus=2))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["moe=global_batch"], "moe.balance=global_batch: LlamaForCausalLM has no routed experts; leave it out"),
+        (["moe=bias", *EXPERTS], "moe.bias_update_rate=0.001: the routers of Qwen3MoeForCausalLM have no bias"),
+        (
+            ["moe=sequence", *DEEPSEEK],
+            "moe.coefficient=null: the config of DeepseekV3ForCausalLM says none; give one",
+        ),
+    ],
+)
+def test_a_model_without_what_is_asked_is_refused(
+    overrides: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert memory_estimate([*COMMON, *overrides]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_memory_is_estimated_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert memory_estimate(words("mixtral", *GLOBAL, "parallel=ddp", "cluster=8xh100", "estimate.format=json")) == 0
+    assert '"verdict": "fits"' in capsys.readouterr().out
