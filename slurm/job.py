@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from configs.errors import EnvironmentProblem
-from trainer.process.files import replace_text
+from trainer.process.files import read_json, replace_text
 
 JOB, STATUS, MEMORY, JOB_IDS = "job.json", "status.json", "memory.json", "jobs.txt"
 
@@ -79,8 +79,8 @@ def write_memory(run_dir: Path, memory: Memory) -> None:
 
 def read_memory(run_dir: Path) -> Memory:
     try:
-        return Memory(**json.loads((folder(run_dir) / MEMORY).read_text()))
-    except (OSError, ValueError, TypeError):
+        return Memory(**read_json(folder(run_dir) / MEMORY))
+    except TypeError:
         return Memory()
 
 
@@ -91,10 +91,7 @@ def write_status(run_dir: Path, state: str, **more: object) -> None:
 
 
 def read_job_status(run_dir: Path) -> Mapping[str, object]:
-    try:
-        return json.loads((folder(run_dir) / STATUS).read_text())
-    except (OSError, ValueError):
-        return {}
+    return read_json(folder(run_dir) / STATUS)
 
 
 def job_ids(run_dir: Path) -> list[str]:

@@ -22,6 +22,7 @@ from configs.keys import as_text
 from configs.load import from_yaml
 from configs.schema import Config
 from trainer.axes import degrees
+from trainer.process.files import read_json
 from trainer.process.status import FINISHED, RUNNING, read_status
 
 # What a run leaves behind and where: two runs that differ in these alone are the same training.
@@ -94,7 +95,7 @@ def read_run(name: str, folder: Path, reason: str | None = None) -> Run:
         validations=_column([line for line in lines if line["kind"] == "validation"], "validation_loss"),
         tokens_per_step=steps[0]["tokens"] // steps[0]["step"] if steps else None,
         summary=summaries[-1] if summaries else {},
-        versions=_read_json(folder / "versions.json"),
+        versions=read_json(folder / "versions.json"),
     )
 
 
@@ -184,14 +185,6 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
             return found, f"metrics.jsonl: line {number} is damaged"
         found.append(line)
     return found, None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _column(lines: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
+from enum import StrEnum
+from functools import cache
+from itertools import repeat
 from math import prod
-from typing import Any
+from types import UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
-from trainer.model.roles import Described, described_from_json, met
+from trainer.model.roles import Described, met
 
 Step = tuple[Any, ...]
 """One entry of a section:
@@ -222,27 +226,6 @@ def kept_layers(kinds: Sequence[int]) -> list[int]:
     return chosen
 
 
-def outline_to_json(outline: Outline) -> dict[str, Any]:
-    return asdict(outline)
-
-
-def outline_from_json(values: dict[str, Any]) -> Outline:
-    anatomy = values["anatomy"]
-    return Outline(
-        anatomy=Anatomy(
-            kinds=tuple(_parameters(kind) for kind in anatomy["kinds"]),
-            layers=tuple(anatomy["layers"]),
-            groups=_groups(anatomy["groups"]),
-            buffers_bytes=anatomy["buffers_bytes"],
-            name=anatomy["name"],
-        ),
-        layer_costs=tuple(values["layer_costs"]),
-        head_cost=values["head_cost"],
-        hidden_size=values["hidden_size"],
-        layer_buffers_bytes=values["layer_buffers_bytes"],
-    )
-
-
 def part_to_json(part: Part) -> dict[str, Any]:
     values = asdict(part)
     values["trace"]["sections"] = [[*key, steps] for key, steps in part.trace.sections.items()]
@@ -251,29 +234,21 @@ def part_to_json(part: Part) -> dict[str, Any]:
 
 def part_from_json(values: dict[str, Any]) -> Part:
     trace = values["trace"]
-    return Part(
-        groups=_groups(values["groups"]),
-        buffers_bytes=values["buffers_bytes"],
-        trace=Trace(
-            templates=tuple(trace["templates"]),
-            sections={(phase, name): tuple(tuple(step) for step in steps) for phase, name, steps in trace["sections"]},
-        ),
-    )
+    trace["sections"] = {(phase, name): tuple(map(tuple, steps)) for phase, name, steps in trace["sections"]}
+    return from_json(Part, values)
 
 
-def _groups(items: list[Any]) -> tuple[tuple[str, tuple[Parameter, ...]], ...]:
-    return tuple((name, _parameters(members)) for name, members in items)
+def from_json(kind: Any, value: Any) -> Any:
+    """A value of this type, from what `asdict` and JSON have made of it; dictionaries stay as they are."""
+    if is_dataclass(kind) and isinstance(value, dict):
+        hints = _hints(kind)
+        return cast(Any, kind)(**{name: from_json(hints[name], each) for name, each in value.items()})
+    inner = get_args(kind)
+    if isinstance(value, list):
+        return tuple(map(from_json, repeat(inner[0]) if inner[-1] is Ellipsis else inner, value))
+    if get_origin(kind) is UnionType:
+        return None if value is None else from_json(inner[0], value)
+    return kind(value) if isinstance(kind, type) and issubclass(kind, StrEnum) else value
 
 
-def _parameters(items: list[dict[str, Any]]) -> tuple[Parameter, ...]:
-    return tuple(
-        Parameter(
-            **{
-                **item,
-                "shape": tuple(item["shape"]),
-                "packed": tuple(item["packed"]),
-                "whole": described_from_json(item["whole"]),
-            }
-        )
-        for item in items
-    )
+_hints = cache(get_type_hints)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +26,7 @@ from trainer.estimate.profile import (
     ModelProfile,
     Outline,
     Part,
-    outline_from_json,
-    outline_to_json,
+    from_json,
     part_from_json,
     part_name,
     part_to_json,
@@ -80,7 +80,7 @@ def _tracer(config: Config, plan: Plan) -> Tracer:
 
 def _outline(config: Config, plan: Plan, tracer: Tracer) -> Outline:
     key = _key(config, _outline_fields(config, plan))
-    return _cached(config, key, read=outline_from_json, write=outline_to_json, make=tracer.outline)
+    return _cached(config, key, read=partial(from_json, Outline), write=asdict, make=tracer.outline)
 
 
 def stage_layers(config: Config, plan: Plan, outline: Outline) -> list[range]:

@@ -101,20 +101,6 @@ def wildcard(name: str) -> str:
     return ".".join("*" if word.isdigit() else word for word in name.split("."))
 
 
-def described_from_json(values: Mapping[str, Any]) -> Described:
-    matrices = values["matrices"]
-    if matrices is not None:
-        matrices = Matrices(**{**matrices, "parts": tuple(matrices["parts"])})
-    routed = values["routed"]
-    return Described(
-        name=values["name"],
-        shape=tuple(values["shape"]),
-        role=Role(values["role"]),
-        matrices=matrices,
-        routed=None if routed is None else (routed[0], routed[1]),
-    )
-
-
 def describe(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str, Described]:
     """Every parameter by name, a tied one under each of its names. The model may be a stage of a pipeline, and its
     parameters DTensors: what counts is their whole shape.

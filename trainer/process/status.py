@@ -37,7 +37,7 @@ from configs.errors import (
 )
 from configs.schema import Config
 from trainer.process.disks import readable, reason, told_anywhere, writing
-from trainer.process.files import overwrite_text, replace_text
+from trainer.process.files import overwrite_text, read_json, replace_text
 
 log = logging.getLogger(__name__)
 
@@ -156,11 +156,7 @@ def report_death(folder: Path, why: str) -> None:
 
 def read_status(folder: Path) -> dict[str, object]:
     """What status.json says; empty where there is none that can be read."""
-    try:
-        content = json.loads((folder / STATUS).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json(folder / STATUS)
 
 
 def check_unfinished(config: Config, folder: Path) -> None:

@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from trainer.process.lifeline import lost
@@ -49,9 +49,7 @@ class StopRequests:
             self._before = {number: signal.signal(number, self._note) for number in ours}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._obeyed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # A launcher that sees the first rank leave sends SIGTERM to the others, which are on their way out too.
             return

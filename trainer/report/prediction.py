@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
@@ -81,9 +80,7 @@ class MemoryCheck:
             self._counting.enter_context(StorageTracker(on_event=self._peak))
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._counting.close()
 
     def describe(self) -> str:

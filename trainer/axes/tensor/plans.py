@@ -61,6 +61,13 @@ ADAPTERS = {"adapter_before_columns", "adapter_after_rows"}
 
 ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
 
+
+def _plan(layer: str, *, columns: str, rows: str, divide: tuple[str, str]) -> dict[str, str]:
+    """The plan of a layer's modules. divide: the module with the attributes to divide, and these."""
+    styles = {name: "colwise" for name in columns.split()} | {name: "rowwise" for name in rows.split()}
+    return {f"{layer}.{name}": style for name, style in {divide[0]: f"divide:{divide[1]}", **styles}.items()}
+
+
 PLANS: dict[str, dict[str, str]] = {
     # transformers' own plan passes over the activation's learned slopes, which see only this rank's features.
     "apertus": {"model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
@@ -69,49 +76,38 @@ PLANS: dict[str, dict[str, str]] = {
         ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj", "model.layers.*.mlp.down_proj"), "replicate"
     ),
     "gpt2": {
-        "transformer.h.*.attn": "divide:split_size",
         "transformer.h.*.attn.c_attn": f"packed_colwise:{PACKED['gpt2']['transformer.h.*.attn.c_attn']}",
-        "transformer.h.*.attn.c_proj": "rowwise",
-        "transformer.h.*.mlp.c_fc": "colwise",
-        "transformer.h.*.mlp.c_proj": "rowwise",
+        **_plan(
+            "transformer.h.*",
+            columns="mlp.c_fc",
+            rows="attn.c_proj mlp.c_proj",
+            divide=("attn", "split_size"),
+        ),
     },
-    "gpt_neo": {
-        "transformer.h.*.attn.attention": "divide:num_heads",
-        "transformer.h.*.attn.attention.q_proj": "colwise",
-        "transformer.h.*.attn.attention.k_proj": "colwise",
-        "transformer.h.*.attn.attention.v_proj": "colwise",
-        "transformer.h.*.attn.attention.out_proj": "rowwise",
-        "transformer.h.*.mlp.c_fc": "colwise",
-        "transformer.h.*.mlp.c_proj": "rowwise",
-    },
-    "gptj": {
-        "transformer.h.*.attn": "divide:num_attention_heads",
-        "transformer.h.*.attn.q_proj": "colwise",
-        "transformer.h.*.attn.k_proj": "colwise",
-        "transformer.h.*.attn.v_proj": "colwise",
-        "transformer.h.*.attn.out_proj": "rowwise",
-        "transformer.h.*.mlp.fc_in": "colwise",
-        "transformer.h.*.mlp.fc_out": "rowwise",
-    },
-    "opt": {
-        "model.decoder.layers.*.self_attn": "divide:num_heads",
-        "model.decoder.layers.*.self_attn.q_proj": "colwise",
-        "model.decoder.layers.*.self_attn.k_proj": "colwise",
-        "model.decoder.layers.*.self_attn.v_proj": "colwise",
-        "model.decoder.layers.*.self_attn.out_proj": "rowwise",
-        "model.decoder.layers.*.fc1": "colwise",
-        "model.decoder.layers.*.fc2": "rowwise",
-    },
-    "stablelm": {
-        "model.layers.*.self_attn": "divide:num_heads,num_key_value_heads",
-        "model.layers.*.self_attn.q_proj": "colwise",
-        "model.layers.*.self_attn.k_proj": "colwise",
-        "model.layers.*.self_attn.v_proj": "colwise",
-        "model.layers.*.self_attn.o_proj": "rowwise",
-        "model.layers.*.mlp.gate_proj": "colwise",
-        "model.layers.*.mlp.up_proj": "colwise",
-        "model.layers.*.mlp.down_proj": "rowwise",
-    },
+    "gpt_neo": _plan(
+        "transformer.h.*",
+        columns="attn.attention.q_proj attn.attention.k_proj attn.attention.v_proj mlp.c_fc",
+        rows="attn.attention.out_proj mlp.c_proj",
+        divide=("attn.attention", "num_heads"),
+    ),
+    "gptj": _plan(
+        "transformer.h.*",
+        columns="attn.q_proj attn.k_proj attn.v_proj mlp.fc_in",
+        rows="attn.out_proj mlp.fc_out",
+        divide=("attn", "num_attention_heads"),
+    ),
+    "opt": _plan(
+        "model.decoder.layers.*",
+        columns="self_attn.q_proj self_attn.k_proj self_attn.v_proj fc1",
+        rows="self_attn.out_proj fc2",
+        divide=("self_attn", "num_heads"),
+    ),
+    "stablelm": _plan(
+        "model.layers.*",
+        columns="self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj",
+        rows="self_attn.o_proj mlp.down_proj",
+        divide=("self_attn", "num_heads,num_key_value_heads"),
+    ),
 }
 """By model_type; entries go over those of transformers. Attributes to `divide` are sizes that the model's code reads
 instead of the tensor's own shape."""
