@@ -35,6 +35,10 @@ AXES = tuple(module.AXIS for module in MODULES)
 PIPELINE, REPLICATE, SHARD, CONTEXT, TENSOR = (axis.name for axis in AXES)
 
 
+SENDING = {TENSOR: tensor.sends, CONTEXT: context.sends}
+"""The axes whose ranks communicate inside of layers, and what they send there."""
+
+
 def degrees(config: Config) -> dict[str, int | None]:
     """As the config has them; None is filled from the world size."""
     return {axis.name: getattr(config.parallel, axis.name) for axis in AXES}

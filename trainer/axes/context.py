@@ -8,10 +8,20 @@ from typing import Any
 from configs.choices import Attention, ContextMethod, EngineName
 from configs.schema import Config
 from trainer.plan.model_fields import config_fields, sizes
+from trainer.plan.traffic import LayerWork, Sent
 from trainer.plan.views import Axis
 
 # Ranks that split a sequence hold the same parameters: FSDP2 shards over them too.
 AXIS = Axis(name="cp", words="sequences split over {}", shards=True)
+
+
+def sends(config: Config, work: LayerWork) -> Sent:
+    """Forward, recompute, and the reverse in the backward: heads dealt out for tokens (query, result, key, value), or
+    keys and values collected."""
+    parallel, times, per_rank = config.parallel, work.forwards + 1, work.tokens / config.parallel.tp
+    if parallel.context_method is ContextMethod.ulysses:
+        return Sent(how="all_to_all", size_bytes=2 * (work.attention + work.key_value) * per_rank, times=times)
+    return Sent(how="gather", size_bytes=2 * work.key_value * per_rank * parallel.cp, times=times)
 
 
 def problems(config: Config) -> Iterator[str]:

@@ -8,9 +8,17 @@ from configs.choices import EngineName
 from configs.schema import Config
 from trainer.axes.tensor.plans import check_tensor
 from trainer.plan.model_fields import config_fields
+from trainer.plan.traffic import LayerWork, Sent
 from trainer.plan.views import Axis
 
 AXIS = Axis(name="tp", words="matrices split over {}", joint=True)
+
+
+def sends(config: Config, work: LayerWork) -> Sent:
+    """Sums of the hidden states: two per layer forward and two backward; whole layers recomputed, the forward's once
+    more. Sequence parallel moves the same bytes as a gather and a scatter."""
+    forwards = 1 if work.partly else work.forwards
+    return Sent(how="all_reduce", size_bytes=work.tokens * work.hidden, times=2 * (forwards + 1))
 
 
 def problems(config: Config) -> Iterator[str]:

@@ -20,10 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.choices import BYTES, Checkpointing, ContextMethod, EngineName, OffloadDevice
+from configs.choices import BYTES, Checkpointing, EngineName, OffloadDevice
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
-from trainer.axes import CONTEXT, PIPELINE, REPLICATE, SHARD, TENSOR
+from trainer.axes import CONTEXT, PIPELINE, REPLICATE, SENDING, SHARD, TENSOR
 from trainer.estimate.profile import Anatomy
 from trainer.estimate.search.network import Network, build_network, group_of
 from trainer.model.flops import training_flops_per_token
@@ -32,6 +32,7 @@ from trainer.optim.table import ask, kept_bytes
 from trainer.plan.devices import GB_PER_SECOND, Gpu
 from trainer.plan.model_fields import attention_width, sizes
 from trainer.plan.plan import Plan
+from trainer.plan.traffic import LayerWork
 
 NOTHING = Work()
 MEMORY_ACHIEVED = 0.8
@@ -173,7 +174,7 @@ class _Step:
     def terms(self) -> dict[str, float]:
         products, around, times = self._products(), self._around(), self.micro_batches
         again, unpacking = self._recompute(products, around), self._unpacking()
-        tensor, context = self._tensor(), self._context()
+        tensor, context = self._inside_layers(TENSOR), self._inside_layers(CONTEXT)
         every = products + max(products, 2 * products - self._left_out())
         busy = every + 3 * around + unpacking + again + tensor + context
         return {
@@ -221,24 +222,20 @@ class _Step:
             return 0.0
         return (products if self.recompute is Checkpointing.full else SELECTIVE * products) + around
 
-    def _tensor(self) -> float:
-        """Sums over the tensor-parallel ranks: two per layer forward and two backward; whole layers recomputed, the
-        forward's once more. Sequence parallel moves the same bytes as a gather and a scatter."""
-        sums = 6 if self.recompute is Checkpointing.full else 4
-        size = self.tokens * self.size.hidden * self.width
-        return sums * self.layers * self.network.all_reduce(size, group_of(self.plan, TENSOR))
-
-    def _context(self) -> float:
-        """Forward, recompute, and the reverse in the backward: heads dealt out for tokens (query, result, key, value),
-        or keys and values collected."""
-        group, size = group_of(self.plan, CONTEXT), self.size
-        passes = 2 if self.recompute is Checkpointing.none else 3
-        per_token = self.tokens * self.width / self.tp
-        if self.config.parallel.context_method is ContextMethod.ulysses:
-            one = self.network.all_to_all(2 * (size.attention + size.key_value) * per_token, group)
-        else:
-            one = self.network.gather(2 * size.key_value * per_token * group.size, group)
-        return passes * self.layers * one
+    def _inside_layers(self, axis: str) -> float:
+        """What the ranks along an axis send in all layers; nothing hides it."""
+        size, again = self.size, self.recompute
+        work = LayerWork(
+            tokens=self.tokens,
+            hidden=size.hidden * self.width,
+            attention=size.attention * self.width,
+            key_value=size.key_value * self.width,
+            forwards=1 if again is Checkpointing.none else 2,
+            partly=again is Checkpointing.selective,
+        )
+        sent = SENDING[axis](self.config, work)
+        collective = getattr(self.network, sent.how)
+        return sent.times * self.layers * collective(sent.size_bytes, group_of(self.plan, axis))
 
     def _step_sharding(self, busy: float) -> float:
         """What the data-parallel ranks exchange in a step, as far as the computation does not hide it."""
