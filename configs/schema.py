@@ -151,6 +151,8 @@ class Parallel:
     """Ranks that split each sequence among themselves."""
     pp: int = 1
     """Ranks that split the stack of layers among themselves."""
+    ep: int | None = 1
+    """Of the ranks of dp_shard * cp * tp: how many split the experts of each layer among themselves; null: all."""
     tensor_plan: dict[str, str] = field(default_factory=dict)
     """With `tp`: how modules are cut, laid over the architecture's own plan:
     `'parallel.tensor_plan={model.layers.*.mlp.up_proj: colwise}'`."""
@@ -427,6 +429,8 @@ class Estimate:
     """Instead of one layout, rank all that this trainer can run on the cluster: those that fit, by predicted speed."""
     efficiency: float = 0.6
     """Assumed by `estimate.search`: part of the GPU's peak FLOP/s that large matrix products get."""
+    imbalance: float = 1.0
+    """With `parallel.ep`: tokens that the busiest rank's experts get, over the average. 1: the router is balanced."""
     gate: Gate = Gate.refuse
     """`python -m launch` on GPUs, when the prediction exceeds the device: `off` does not look, `warn` starts
     nevertheless, `refuse` does not start."""

@@ -32,6 +32,8 @@ COMPANIONS = {
     "data/hub.yaml": ["data.name=some/name"],
     "launcher/python.yaml": ["parallel=single"],
     "parallel/zero3_nvme.yaml": ["parallel.offload.nvme_path=/nvme"],
+    "parallel/expert.yaml": ["model=mixtral_8x7b"],
+    "parallel/expert_fsdp.yaml": ["model=mixtral_8x7b"],
 }
 
 # Published totals, tied embeddings counted once.

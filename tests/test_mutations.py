@@ -22,6 +22,8 @@ PLANTED: dict[str, tuple[str, int, str]] = {
     "partial_gradients_not_summed": ("tensor", 2, "qwen3"),
     "tied_gradients_not_summed": ("pipeline", 2, "gpt2"),
     "local_norm": ("fsdp", 2, "llama"),
+    "expert_gradients_not_averaged": ("expert_fsdp", 4, "mixtral"),
+    "expert_shards_swapped": ("expert_fsdp", 4, "mixtral"),
 }
 STEPS = 4
 EXTRA = ("train.gradient_accumulation_steps=2",)

@@ -19,7 +19,7 @@ import configs
 from configs.load import load_config
 from tests.support.cases import train, train_compiled
 from tests.support.harness import run_ranks
-from tests.support.parity import MODELS, distance, measure, reference, words
+from tests.support.parity import MIXTURES, MODELS, distance, measure, reference, words
 from tests.support.selection import rows
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
@@ -47,7 +47,10 @@ TORCH: dict[str, tuple[int, tuple[str, ...]]] = {
     "3d": (8, ("gpt2",)),
     "3d_zero1": (8, ("llama",)),
     "context": (2, ("llama", "gpt2")),
+    "expert": (4, ("qwen3_moe",)),
+    "expert_fsdp": (4, ("mixtral",)),
 }
+DIVIDED_EXPERTS = {"expert", "expert_fsdp"}
 VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "ddp on 4": ("ddp", 4, ()),
     "fsdp on 4": ("fsdp", 4, ()),
@@ -73,6 +76,20 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "context on 4, with tensor parallel": ("context", 4, ("parallel.tp=2",)),
     "context on 4, with a pipeline": ("context", 4, ("parallel.pp=2",)),
     "context on 4, sharded over data as well": ("context", 4, ("parallel.dp_shard=2",)),
+}
+# Of mixtures: tokens are exchanged by ranks that share them, summed where all of the group do, among replicas, stages
+# and ranks that split sequences.
+MIXED: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "tensor parallel": ("qwen3_moe", "expert_fsdp", ("parallel.tp=2", "parallel.sequence_parallel=true")),
+    "tensor parallel inside the group": ("qwen3_moe", "expert", ("parallel.tp=2",)),
+    "tensor parallel, tokens that do not divide": (
+        "mixtral",
+        "expert_fsdp",
+        ("parallel.dp_shard=1", "parallel.tp=4", "train.activation_checkpointing=full"),
+    ),
+    "a pipeline": ("qwen3_moe", "expert_fsdp", ("parallel.pp=2", "parallel.pipeline.schedule=interleaved_1f1b")),
+    "divided sequences": ("qwen3_moe", "expert_fsdp", ("parallel.cp=2",)),
+    "replicas": ("mixtral", "expert_fsdp", ("parallel.dp_replicate=2", "parallel.reshard_after_forward=false")),
 }
 # Other sizes of an axis, and what a later variant has in it as well.
 REPEATED = {"ddp on 4", "fsdp on 4", "tensor_fsdp, sequence parallel", "pipeline, recompute"}
@@ -101,6 +118,7 @@ EXPERTS += ("model.config.moe_intermediate_size=32",)
 MUON = [
     *(("ddp", 2, "experts"), ("fsdp", 2, "gpt2"), ("fsdp", 2, "experts"), ("tensor", 2, "gpt2")),
     *(("tensor_fsdp", 4, "gpt2"), ("pipeline", 2, "gpt2"), ("context", 2, "llama"), ("3d_zero1", 8, "gpt2")),
+    ("expert_fsdp", 4, "experts"),
     *(pytest.param(*row, marks=nightly) for row in (("hsdp", 4, "llama"), ("3d", 8, "llama"), ("ddp", 2, "gpt2"))),
 ]
 
@@ -115,12 +133,15 @@ def test_every_layout_has_a_row() -> None:
 
 def test_every_pair_of_axes_has_a_row() -> None:
     """With every change, each two axes that a plan can have together."""
-    axes = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
+    axes = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")
     often = [(layout, processes, ()) for layout, (processes, _) in TORCH.items()]
     often += [row for name, row in VARIANTS.items() if name not in REPEATED]
     found: set[tuple[str, str]] = set()
+    often += [(layout, 4, keys) for _, layout, keys in MIXED.values()]
     for layout, processes, keys in often:
-        overrides = words("llama", layout, "fp64", STEPS, *ACCUMULATE, *keys)
+        overrides = words(
+            "mixtral" if layout in DIVIDED_EXPERTS else "llama", layout, "fp64", STEPS, *ACCUMULATE, *keys
+        )
         plan = make_plan(load_config(overrides), Machine(world_size=processes, local_world_size=processes))
         found |= set(combinations([axis for axis in axes if plan.degree(axis) > 1], 2))
     # Copies of a model whose sequences are divided: cp counts as sharding, so that hsdp with cp is the same code.
@@ -128,7 +149,11 @@ def test_every_pair_of_axes_has_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "model"), rows(product(TORCH, MODELS), lambda layout, model: model in TORCH[layout][1])
+    ("layout", "model"),
+    rows(
+        ((layout, model) for layout in TORCH for model in (MIXTURES if layout in DIVIDED_EXPERTS else MODELS)),
+        lambda layout, model: model in TORCH[layout][1],
+    ),
 )
 def test_layout_equals_single_process(layout: str, model: str) -> None:
     found = measure([layout], TORCH[layout][0], model=model, precision="fp64", steps=STEPS, extra=ACCUMULATE)
@@ -139,6 +164,13 @@ def test_layout_equals_single_process(layout: str, model: str) -> None:
 def test_variant_equals_single_process(variant: str) -> None:
     layout, processes, keys = VARIANTS[variant]
     found = measure([layout, *keys], processes, model="llama", precision="fp64", steps=STEPS, extra=ACCUMULATE)
+    assert found.largest <= FLOAT64, found
+
+
+@pytest.mark.parametrize("variant", MIXED)
+def test_divided_experts_with_another_axis_equal_single_process(variant: str) -> None:
+    model, layout, keys = MIXED[variant]
+    found = measure([layout, *keys], 4, model=model, precision="fp64", steps=3, extra=ACCUMULATE)
     assert found.largest <= FLOAT64, found
 
 

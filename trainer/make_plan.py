@@ -16,7 +16,7 @@ from math import prod
 from configs.choices import EngineName, LauncherName, OffloadDevice
 from configs.errors import PlanError
 from configs.schema import Config
-from trainer.axes import AXES
+from trainer.axes import AXES, expert
 from trainer.axes import degrees as degrees_of
 from trainer.axes.pipeline.table import check_pipeline
 from trainer.axes.pipeline.timeline import bubble_fraction
@@ -35,6 +35,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     problems: list[str] = []
     gpus_per_node = _processes_per_node(config, machine, problems)
     view = _dense_view(config, config.cluster.nodes * gpus_per_node, problems)
+    experts = expert.view(config, view, problems)
     problems = [*check_config(config, machine.device(config.cluster.device), sharded=view.is_sharded), *problems]
     data_parallel_size = view.size(lambda axis: axis.reads)
     # A pipeline with fewer micro-batches than this waits for more than a third of the time.
@@ -49,7 +50,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         device=machine.device(config.cluster.device),
         nodes=config.cluster.nodes,
         gpus_per_node=gpus_per_node,
-        views=(view,),
+        views=(view,) if experts is None else (view, experts),
         engine=config.parallel.engine,
         zero_stage=config.parallel.zero_stage,
         offload_optimizer=config.parallel.offload.optimizer,

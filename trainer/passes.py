@@ -21,9 +21,11 @@ from configs.choices import Checkpointing, EngineName
 from configs.errors import ConfigError
 from configs.schema import Config
 from trainer import linear
-from trainer.axes import CONTEXT, PIPELINE, TENSOR, cutting
+from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR, cutting
 from trainer.axes.ddp import apply_ddp
+from trainer.axes.expert.apply import apply_expert_parallel, check_stacks
 from trainer.axes.fsdp import apply_fsdp
+from trainer.axes.mesh import Meshes
 from trainer.axes.pipeline.split import Stage, split_model
 from trainer.axes.sequence import apply_context_parallel
 from trainer.axes.tensor.apply import TensorParallel, apply_tensor_parallel, shares, tensor_plan
@@ -40,6 +42,7 @@ from trainer.model.roles import Described, describe
 from trainer.moe.balancing import Balancing, build_balancing
 from trainer.optim.table import saved_kinds
 from trainer.plan.plan import Plan
+from trainer.plan.views import EXPERT
 from trainer.recompute import apply_checkpointing
 
 log = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ log = logging.getLogger(__name__)
 class Parts:
     """A model on its way through the passes, and at the end what this rank runs.
 
-    mesh: None where nothing is divided, in an estimate. model: whole, with all its names. modules: the model, or this
+    meshes: None where nothing is divided, in an estimate. model: whole, with all its names. modules: the model, or this
     rank's pipeline stages. stages: the latter; empty without a pipeline. tensor: one for each module; empty without
     tensor parallel. balancing: of routed experts; None for a dense model. described: of the whole model. kinds: of
     tensors that the optimizer keeps of each parameter. fill, zero: the engine's own, which give a module its values,
@@ -58,7 +61,7 @@ class Parts:
 
     config: Config
     plan: Plan
-    mesh: DeviceMesh | None
+    meshes: Meshes | None
     model: PreTrainedModel
     fill: Callable[[PreTrainedModel], None] | None = None
     zero: Callable[[Parts], None] | None = None
@@ -74,8 +77,8 @@ class Parts:
         self.modules = [self.model]
 
     def axis(self, *names: str) -> DeviceMesh:
-        assert self.mesh is not None
-        return self.mesh[names] if names else self.mesh
+        assert self.meshes is not None
+        return self.meshes.dense[names] if names else self.meshes.dense
 
     @property
     def loss(self) -> Loss:
@@ -134,6 +137,16 @@ def _split_layers(parts: Parts) -> list[str]:
     ]
 
 
+def _split_experts(parts: Parts) -> list[str]:
+    assert parts.meshes is not None
+    tensor = parts.axis(TENSOR) if parts.plan.degree(TENSOR) > 1 else None
+    mesh = parts.meshes.of(parts.plan.view(EXPERT))[EXPERTS]
+    divide = partial(apply_expert_parallel, mesh=mesh, tensor=tensor, imbalance=parts.config.estimate.imbalance)
+    check_stacks(parts.model, mesh.size())
+    lines = [divide(module) for module in parts.modules]
+    return [line for line in lines if line]
+
+
 def _split_matrices(parts: Parts) -> list[str]:
     parallel, mesh = parts.config.parallel, parts.axis(TENSOR)
     table, sequence = tensor_plan(parts.model, parallel.tensor_plan), parallel.sequence_parallel
@@ -171,8 +184,9 @@ def _recompute(parts: Parts) -> list[str]:
 
 def _shard(parts: Parts) -> list[str]:
     plan, last = parts.plan, [stage.is_last for stage in parts.stages] or [True]
+    assert parts.meshes is not None
     for module, returns_logits in zip(parts.modules, last, strict=True):
-        apply_fsdp(module, plan, parts.axis(), returns_logits=returns_logits)
+        apply_fsdp(module, plan, parts.meshes, parts.described, returns_logits=returns_logits)
     kept = "dropped after the forward" if plan.reshard_after_forward else "kept for the backward"
     shards = f"over {plan.fsdp_size} ranks, gathered parameters {kept}" if plan.fsdp_size > 1 else "nothing"
     return [f"FSDP2: shards {shards}; gradients reduced in {plan.reduce_dtype}"]
@@ -208,6 +222,8 @@ PASSES = (
     Pass(wanted=lambda config, plan: plan.degree(CONTEXT) > 1, apply=_split_sequences),
     # Stages before all that follows: every later pass then works on what this rank will hold.
     Pass(wanted=lambda config, plan: plan.degree(PIPELINE) > 1, apply=_split_layers),
+    # Before tensor parallel, which then leaves the experts as they are.
+    Pass(wanted=lambda config, plan: plan.degree(EXPERTS) > 1, apply=_split_experts),
     # Before compile and recompute, so that its collectives are inside both.
     Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_split_matrices),
     Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_check_matrices, traced=False),

@@ -16,12 +16,15 @@ from configs.schema import Config, Offload
 from tests.docs.blocks import GPUS
 from trainer.make_plan import make_plan
 
+MIXTURE = ("model.config.model_type=qwen3_moe", "model.config.num_experts=8")
 Change = Callable[[Config], None]
 
 
 def matrix() -> str:
     """Tables for precision and engine, offload and recompute, optimizer and tuning; below them the reasons."""
     loaded = {name: load_config([f"parallel={name}"]) for name in group_options()["parallel"]}
+    divided = {name for name, config in loaded.items() if config.parallel.ep != 1}
+    loaded |= {name: load_config([f"parallel={name}", *MIXTURE]) for name in divided}
     reasons: dict[str, int] = {}
     groups = (
         _options_of("precision") | _engines(),

@@ -129,6 +129,27 @@ def recompute_counted_twice() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def expert_gradients_not_averaged() -> Iterator[None]:
+    """Those of experts count once for every rank that sends them tokens: ep times too much."""
+    with patch("trainer.engine.torch.average_gradients", lambda *args, **kwargs: None):
+        yield
+
+
+@contextmanager
+def expert_shards_swapped() -> Iterator[None]:
+    """Each rank holds its experts in another order than the router counts them in."""
+    from trainer.model import layers
+
+    def swapped(whole: torch.Tensor, like: Any) -> torch.Tensor:
+        share = original(whole, like)
+        return share.flip(0) if share.ndim == 3 else share
+
+    original = layers.cut
+    with patch.object(layers, "cut", swapped):
+        yield
+
+
 BUGS: dict[str, Callable[[], Any]] = {
     "none": nullcontext,
     "skipped_all_reduce": skipped_all_reduce,
@@ -140,4 +161,6 @@ BUGS: dict[str, Callable[[], Any]] = {
     "load_of_each_rank": load_of_each_rank,
     "padding_counted_as_load": padding_counted_as_load,
     "recompute_counted_twice": recompute_counted_twice,
+    "expert_gradients_not_averaged": expert_gradients_not_averaged,
+    "expert_shards_swapped": expert_shards_swapped,
 }

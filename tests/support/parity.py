@@ -39,6 +39,12 @@ QWEN3 = [
 ]
 GPT2 = ["model=tiny_gpt2", "model.config.n_embd=64", "model.config.vocab_size=261"]
 MODELS = {"llama": LLAMA, "qwen3": QWEN3, "gpt2": GPT2}
+EXPERTS = ["model.config.num_experts_per_tok=2", "model.config.moe_intermediate_size=32"]
+MIXTURES = {
+    "qwen3_moe": [*LLAMA, "model.config.model_type=qwen3_moe", "model.config.num_experts=8", *EXPERTS],
+    "mixtral": [*LLAMA, "model.config.model_type=mixtral", "model.config.num_local_experts=8", EXPERTS[0]],
+}
+"""Each token to 2 of 8 experts, by routers in float32."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,14 @@ def reference(model: str, precision: str, steps: int, *extra: str) -> Trained:
 
 
 def words(model: str, layout: str, precision: str, steps: int, *extra: str) -> list[str]:
-    return [*COMMON, *MODELS[model], f"parallel={layout}", f"precision={precision}", f"train.steps={steps}", *extra]
+    return [
+        *COMMON,
+        *{**MODELS, **MIXTURES}[model],
+        f"parallel={layout}",
+        f"precision={precision}",
+        f"train.steps={steps}",
+        *extra,
+    ]
 
 
 def distance(found: Trained, expected: Trained) -> Distance:

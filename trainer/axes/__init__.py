@@ -6,6 +6,7 @@ it. The files that change a model import torch; these here do not.
     dp_shard       `shard`       parameters divided for storage     `fsdp`
     cp             `context`     sequences over ranks               `sequence`
     tp             `tensor`      matrices over ranks                `tensor.apply`
+    ep             `expert`      experts over the ranks of dp_shard, cp and tp, in a view of its own   `expert.apply`
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from configs.schema import Config
-from trainer.axes import context, pipeline, replicate, shard, tensor
-from trainer.plan.views import Axis
+from trainer.axes import context, expert, pipeline, replicate, shard, tensor
+from trainer.plan.views import DENSE, Axis
 
 
 class MeshAxis(Protocol):
@@ -28,11 +29,11 @@ class MeshAxis(Protocol):
         ...
 
 
-MODULES: tuple[MeshAxis, ...] = (pipeline, replicate, shard, context, tensor)
+MODULES: tuple[MeshAxis, ...] = (pipeline, replicate, shard, context, tensor, expert)
 """From outer to inner: what communicates most, tensor parallel, sits on neighbouring ranks."""
 
 AXES = tuple(module.AXIS for module in MODULES)
-PIPELINE, REPLICATE, SHARD, CONTEXT, TENSOR = (axis.name for axis in AXES)
+PIPELINE, REPLICATE, SHARD, CONTEXT, TENSOR, EXPERTS = (axis.name for axis in AXES)
 
 
 SENDING = {TENSOR: tensor.sends, CONTEXT: context.sends}
@@ -40,16 +41,16 @@ SENDING = {TENSOR: tensor.sends, CONTEXT: context.sends}
 
 
 def degrees(config: Config) -> dict[str, int | None]:
-    """As the config has them; None is filled from the world size."""
-    return {axis.name: getattr(config.parallel, axis.name) for axis in AXES}
+    """Of the dense view, as the config has them; None is filled from the world size."""
+    return {axis.name: getattr(config.parallel, axis.name) for axis in AXES if DENSE in axis.views}
 
 
 def cutting(config: Config) -> dict[str, int]:
-    """The degrees above 1 of axes that cut the model or its sequences, innermost first."""
+    """The degrees above 1 of axes that cut every layer or its sequences, innermost first."""
     return {
         axis.name: degree
         for axis in reversed(AXES)
-        if not axis.reads and (degree := getattr(config.parallel, axis.name)) > 1
+        if not axis.reads and DENSE in axis.views and (degree := getattr(config.parallel, axis.name)) > 1
     }
 
 

@@ -15,40 +15,80 @@ The next layer's all-gather runs while this layer computes. Zhao et al. 2023 (Py
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from configs.choices import OffloadDevice
-from trainer.axes.mesh import fsdp_mesh
+from trainer.axes.gradients import scale
+from trainer.axes.mesh import Meshes, fsdp_mesh
 from trainer.model.build import held_layers, tied_names
 from trainer.model.precision import torch_dtype
+from trainer.model.roles import Described
 from trainer.plan.plan import Plan
+from trainer.plan.views import View
 
 
-def apply_fsdp(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh, *, returns_logits: bool = True) -> None:
-    """Shard each decoder layer, the embedding and the head as groups of their own, and the rest as the root.
+def apply_fsdp(
+    model: PreTrainedModel,
+    plan: Plan,
+    meshes: Meshes,
+    described: Mapping[str, Described],
+    *,
+    returns_logits: bool = True,
+) -> None:
+    """Shard each decoder layer, the embedding and the head as groups of their own, and the rest as the root. Parameters
+    that lie in another view of the ranks than the dense one are groups inside these.
 
     Groups are what is gathered at once. Tied embeddings stay in the root group: a parameter has one owner. model: whole
-    or one pipeline stage; only where it `returns_logits` is its output cast to the dtype of the loss.
+    or one pipeline stage; only where it `returns_logits` is its output cast to the dtype of the loss. described: of the
+    whole model.
     """
     param_dtype, reduce_dtype = torch_dtype(plan.param_dtype), torch_dtype(plan.reduce_dtype)
     options: dict[str, Any] = {
-        "mesh": fsdp_mesh(mesh, plan.dense),
+        "mesh": fsdp_mesh(meshes.dense, plan.dense),
         "reshard_after_forward": plan.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
         "offload_policy": _offload_policy(plan),
     }
+    for module, view in _in_other_views(model, plan, described):
+        fully_shard(module, **{**options, "mesh": fsdp_mesh(meshes.of(view), view)})
     for module in sharded_modules(model).values():
         fully_shard(module, **options)
     # Only the root may cast its output: a layer's output must stay in the dtype that the next layer computes in.
     if returns_logits:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype, output_dtype=_loss_dtype(plan))
     fully_shard(model, **options)
+
+
+def _in_other_views(
+    model: nn.Module, plan: Plan, described: Mapping[str, Described]
+) -> Iterator[tuple[nn.Module, View]]:
+    """Modules all of whose own parameters are divided along the axes of one view that is not the dense one."""
+    for name, module in model.named_modules():
+        own = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
+        views = {plan.view(described[f"{name}.{leaf}"].view).name for leaf in own} - {plan.dense.name}
+        if views:
+            view = plan.view(views.pop())
+            assert not views and all(plan.view(described[f"{name}.{leaf}"].view) is view for leaf in own), name
+            yield module, view
+
+
+def average_gradients(parameters: Mapping[str, torch.Tensor], plan: Plan, described: Mapping[str, Described]) -> None:
+    """FSDP2 averages over the ranks that hold a parameter, and the loss counts on the average over those that hold a
+    dense one. Where these are not as many, the rest of the factor is made up for, once a step.
+
+    `set_gradient_divide_factor` would do it at each reduction, but over one rank torch 2.13 divides twice in 16 and in
+    64 bit, and gloo has no sum with a factor.
+    """
+    views = {name: plan.view(described[name].view) for name in parameters}
+    for view in plan.views:
+        held = [p.grad for name, p in parameters.items() if views[name] is view and p.grad is not None]
+        scale(held, view.holders / plan.averaged)
 
 
 def sharded_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

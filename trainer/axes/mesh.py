@@ -1,4 +1,4 @@
-"""The ranks as a grid with named axes: pp, dp_replicate, dp_shard, cp, tp, outer to inner.
+"""The ranks as grids with named axes. The dense one: pp, dp_replicate, dp_shard, cp, tp, outer to inner.
 
     8 ranks, dp_shard 4 x tp 2:          tp 0   tp 1
                               dp_shard 0    0      1
@@ -11,22 +11,42 @@ Every axis is always there; one of size 1 costs nothing and spares each reader a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.plan.plan import Plan
-from trainer.plan.views import View
+from trainer.plan.views import DENSE, View
 
 
-def build_mesh(plan: Plan, device: torch.device) -> DeviceMesh:
-    """The plan's mesh over all ranks. A collective: creates one process group per axis."""
-    degrees = plan.mesh
-    return init_device_mesh(device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+@dataclass(frozen=True, slots=True)
+class Meshes:
+    """The ranks as each view of the plan sees them. views: by name, the dense one always among them."""
+
+    views: Mapping[str, DeviceMesh]
+
+    @property
+    def dense(self) -> DeviceMesh:
+        return self.views[DENSE]
+
+    def of(self, view: View) -> DeviceMesh:
+        return self.views[view.name]
+
+
+def build_meshes(plan: Plan, device: torch.device) -> Meshes:
+    """All of the same ranks. A collective: creates one process group per axis and view."""
+
+    def build(degrees: dict[str, int]) -> DeviceMesh:
+        return init_device_mesh(device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+
+    return Meshes({view.name: build(view.degrees) for view in plan.views})
 
 
 def fsdp_mesh(mesh: DeviceMesh, view: View) -> DeviceMesh:
-    """What FSDP2 shards a parameter of this view over: dp_shard, and cp with it, since ranks that split a sequence hold
-    the same parameters.
+    """What FSDP2 shards a parameter of this view over, as one axis. In the dense view dp_shard, and cp with it, since
+    ranks that split a sequence hold the same parameters; in the expert one efsdp.
 
     One axis, or two (replicate, shard) where there are replicas.
     """

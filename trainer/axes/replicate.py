@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from configs.choices import EngineName
 from configs.schema import Config
-from trainer.plan.views import Axis
+from trainer.plan.views import DENSE, EXPERT, Axis
 
-AXIS = Axis(name="dp_replicate", words="{} replicas", reads=True, copies=True)
+AXIS = Axis(name="dp_replicate", words="{} replicas", views=(DENSE, EXPERT), reads=True, copies=True)
 
 
 def problems(config: Config) -> Iterator[str]:

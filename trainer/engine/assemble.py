@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from configs.schema import Config
+from trainer.axes.mesh import Meshes
 from trainer.linear.adapter_layers import AdapterWeights
 from trainer.model.causal import build_causal
 from trainer.model.weights import Weights, open_weights
@@ -22,7 +22,7 @@ def assemble(
     config: Config,
     plan: Plan,
     runtime: Runtime,
-    mesh: DeviceMesh,
+    meshes: Meshes,
     *,
     fill: Fill,
     zero: Callable[[Parts], None] | None = None,
@@ -34,7 +34,7 @@ def assemble(
     parts = Parts(
         config=config,
         plan=plan,
-        mesh=mesh,
+        meshes=meshes,
         model=model,
         fill=lambda module: fill(module, AdapterWeights(weights_of(module), seed)),
         zero=zero,

@@ -20,8 +20,8 @@ from configs.choices import OffloadDevice
 from configs.schema import Config
 from trainer import linear
 from trainer.axes import CONTEXT, PIPELINE, REPLICATE, TENSOR, gradients
-from trainer.axes.fsdp import set_last_micro_batch
-from trainer.axes.mesh import build_mesh
+from trainer.axes.fsdp import average_gradients, set_last_micro_batch
+from trainer.axes.mesh import build_meshes
 from trainer.axes.pipeline.run import build_pipeline
 from trainer.axes.sequence import slice_of
 from trainer.data import Batch
@@ -48,9 +48,10 @@ class TorchEngine:
         self.plan, self.runtime = plan, runtime
         self.clip_grad_norm = config.train.clip_grad_norm
         self.loss_scale = build_loss_scale(config.precision)
-        self.mesh = build_mesh(plan, runtime.device)
+        meshes = build_meshes(plan, runtime.device)
+        self.mesh = meshes.dense
         self.whole = linear.keeps_model(config)
-        self.parts = assemble(config, plan, runtime, self.mesh, fill=self._fill)
+        self.parts = assemble(config, plan, runtime, meshes, fill=self._fill)
         self.model, self.modules, self.ddp = self.parts.model, self.parts.modules, self.parts.ddp
         self.kinds = self.parts.kinds
         self.pipeline = build_pipeline(self.parts.stages, config, plan, self.mesh) if self.parts.stages else None
@@ -76,6 +77,7 @@ class TorchEngine:
             total = self._accumulate(micro_batches, valid_tokens, factor)
         for module, tensor in zip(self.modules, self.parts.tensor, strict=False):
             tensor.reduce_partial_gradients(module)
+        average_gradients(self.named, self.plan, self.parts.described)
         if self.balancing is not None:
             total = total + self.balancing.finish(self.runtime.rank)
         return total if self._speaks() else torch.zeros_like(total)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from configs.choices import DType, EngineName
 from configs.errors import ConfigError, PlanError
 from configs.schema import Config
-from trainer.axes import CONTEXT, PIPELINE, TENSOR
+from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers
 from trainer.estimate.profile import (
     Anatomy,
@@ -151,6 +151,7 @@ def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
     parallel, tuning = config.parallel, config.tuning
     return {
         PIPELINE: plan.degree(PIPELINE) > 1,
+        EXPERTS: plan.degree(EXPERTS),
         TENSOR: [plan.degree(TENSOR), parallel.sequence_parallel, parallel.tensor_plan],
         "tuning": [
             str(tuning.method),
@@ -168,6 +169,7 @@ def _shape_fields(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size:
         "micro_batch_size": micro_batch_size,
         "seq_len": plan.batch.seq_len // cp,
         CONTEXT: [cp, str(config.parallel.context_method) if cp > 1 else ""],
+        "imbalance": config.estimate.imbalance if plan.degree(EXPERTS) > 1 else None,
         "dtypes": _dtypes(plan),
         "checkpointing": str(config.train.activation_checkpointing),
         "gpu": gpu is not None,

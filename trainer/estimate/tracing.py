@@ -68,7 +68,8 @@ class Tracer:
             layer_costs, head_cost = count_costs(self.model, found)
             hidden_size = found.hidden_size
         # Of which sequences are split nothing here depends, and outlines are kept on disk without them.
-        whole = replace(self.plan, views=(self.plan.dense.resized(lambda axis: 1 if axis.name == CONTEXT else None),))
+        dense = self.plan.dense.resized(lambda axis: 1 if axis.name == CONTEXT else None)
+        whole = replace(self.plan, views=(dense, *self.plan.views[1:]))
         layers = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         with build_unit(self.model, layers, self.config, whole) as unit:
             anatomy, per_layer = describe(unit, kinds), layer_buffers(unit)

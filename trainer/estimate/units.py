@@ -13,20 +13,19 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from configs.schema import Config, Pipeline
-from trainer.axes import PIPELINE, TENSOR
+from trainer.axes import CONTEXT, EXPERTS, PIPELINE, REPLICATE, SHARD, TENSOR, expert
 from trainer.axes.fsdp import sharded_modules
 from trainer.axes.gradients import local
-from trainer.axes.mesh import build_mesh
+from trainer.axes.mesh import Meshes, build_meshes
 from trainer.axes.pipeline.split import Stage
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.model.build import decoder_layers, held_layers
@@ -34,6 +33,7 @@ from trainer.model.layers import is_packed, owned, values_shape
 from trainer.model.roles import describe as describe_roles
 from trainer.passes import Parts, divide
 from trainer.plan.plan import Plan
+from trainer.plan.views import View
 from trainer.process.runtime import leave_world
 
 
@@ -62,13 +62,13 @@ class Unit:
 
 
 @contextmanager
-def _fake_mesh(plan: Plan, rank: int) -> Iterator[DeviceMesh]:
-    """The plan's mesh, whose other ranks do not exist."""
+def _fake_mesh(plan: Plan, rank: int) -> Iterator[Meshes]:
+    """The plan's meshes, whose other ranks do not exist."""
     if dist.is_initialized():
         raise RuntimeError("this process is a rank of a real group; ask before it joins")
     dist.init_process_group("fake", rank=rank, world_size=plan.world_size, store=FakeStore())
     try:
-        yield build_mesh(plan, torch.device("cpu"))
+        yield build_meshes(plan, torch.device("cpu"))
     finally:
         leave_world()
 
@@ -109,14 +109,23 @@ def build_unit(
     split = [count for count in (len(before), len(layers), len(after)) if count]
     pipeline = Pipeline(schedule="gpipe", split=split if len(split) > 1 else None)
     config = replace(config, parallel=replace(config.parallel, pipeline=pipeline))
-    view = plan.dense.resized(lambda axis: 1 if axis.reads else len(split) if axis.name == PIPELINE else None)
-    plan = replace(plan, nodes=1, gpus_per_node=prod(view.degrees.values()), views=(view,))
+    views = _shrunk(plan, len(split))
+    plan = replace(plan, nodes=1, gpus_per_node=prod(views[0].degrees.values()), views=views)
     # The first rank of its stage.
     rank = plan.world_size // len(split) * int(not first)
     with _fake_mesh(plan, rank) if plan.world_size > 1 else nullcontext() as ranks:
-        parts = Parts(config=config, plan=plan, mesh=ranks, model=module)
+        parts = Parts(config=config, plan=plan, meshes=ranks, model=module)
         divide(parts)
         yield Unit(kinds=tuple(kinds[index] for index in layers), parts=parts)
+
+
+def _shrunk(plan: Plan, stages: int) -> tuple[View, ...]:
+    """The plan's views with as few ranks as hold the same parts of a layer and work together on them."""
+    ep, inner = plan.degree(EXPERTS), plan.degree(CONTEXT) * plan.degree(TENSOR)
+    fewest = {SHARD: ep // gcd(ep, inner), PIPELINE: stages}
+    dense = plan.dense.resized(lambda axis: fewest.get(axis.name, 1 if axis.reads else None))
+    left = {**fewest, expert.SHARD.name: fewest[SHARD] * inner // ep, REPLICATE: 1}
+    return dense, *(view.resized(lambda axis: left.get(axis.name)) for view in plan.views[1:])
 
 
 def _shortened(model: PreTrainedModel, chosen: Sequence[int]) -> PreTrainedModel:

@@ -24,6 +24,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from trainer.plan.model_fields import CHOSEN, EXPERTS
+from trainer.plan.views import DENSE, EXPERT
 
 if TYPE_CHECKING:
     import torch
@@ -58,13 +59,18 @@ class Matrices:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
     """One parameter. shape: of all of it, whatever cuts it. matrices: None where the role has none. routed: of routed
-    experts how many a token goes to, and of how many; None for what every token meets."""
+    experts how many a token goes to, and of how many; None for what every token meets.
+
+    view: of the ranks (`trainer.plan.views`) along whose axes it is divided: experts and their biases have their own,
+    where the plan does.
+    """
 
     name: str
     shape: tuple[int, ...]
     role: Role = Role.vector
     matrices: Matrices | None = None
     routed: tuple[int, int] | None = None
+    view: str = DENSE
 
     @property
     def numel(self) -> int:
@@ -118,6 +124,7 @@ def describe(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[st
     packing = _Packing(model, plan or {})
     found: dict[str, Described] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
+        stacked = stack_of(module)
         for leaf, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -134,10 +141,20 @@ def describe(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[st
                 role = Role.router
             else:
                 role, matrices = packing.of(module, prefix, leaf, shape)
-            found[name] = Described(
-                name=name, shape=shape, role=role, matrices=matrices, routed=routed.get(id(parameter))
-            )
+            view = EXPERT if stacked and shape[:1] == (stacked,) else DENSE
+            chosen = routed.get(id(parameter))
+            found[name] = Described(name=name, shape=shape, role=role, matrices=matrices, routed=chosen, view=view)
     return found
+
+
+def stack_of(module: nn.Module) -> int:
+    """How many experts the module holds in stacked parameters of its own, as transformers runs them; 0 for others."""
+    count = getattr(module, "num_experts", None)
+    if not isinstance(count, int) or not hasattr(module, "is_concatenated"):
+        return 0
+    # A divided stack counts its own experts; its parameters know of all of them.
+    lengths = {p.shape[0] for p in module._parameters.values() if p is not None and p.ndim == 3}
+    return next(iter(lengths)) if len(lengths) == 1 and next(iter(lengths)) % count == 0 else 0
 
 
 class _Packing:

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 def decayed_and_plain(parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]:
-    """Two groups: matrices and embeddings decay, norms and biases do not."""
-    decayed = tuple(item for item in parameters if len(item[0].shape) >= 2)
-    plain = tuple(item for item in parameters if len(item[0].shape) < 2)
-    groups = [
-        Group(name="decayed", parameters=decayed, weight_decay=settings.weight_decay),
-        Group(name="plain", parameters=plain, weight_decay=0.0),
-    ]
-    return [group for group in groups if group.parameters]
+    """Two groups: matrices and embeddings decay, norms and biases do not. Where they lie on several meshes, each mesh
+    has its own: torch updates the DTensors of a group together."""
+    groups = []
+    for name, decays, weight_decay in (("decayed", True, settings.weight_decay), ("plain", False, 0.0)):
+        by_mesh: dict[Any, list[tuple[Described, torch.nn.Parameter]]] = {}
+        for described, parameter in parameters:
+            if (len(described.shape) >= 2) is decays:
+                by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append((described, parameter))
+        groups += [Group(name=name, parameters=tuple(items), weight_decay=weight_decay) for items in by_mesh.values()]
+    return groups
 
 
 def like(parameter: Described, dtype: str, *kinds: str) -> dict[str, Kept]:

@@ -128,9 +128,15 @@ def check_sizes(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
     yield from check_experts(fields, model)
 
 
+def experts_of(fields: Mapping[str, Any]) -> int | None:
+    """Experts of a layer, as far as the fields tell; None for a dense model too."""
+    found = next((fields[name] for name in EXPERTS if isinstance(fields.get(name), int)), None)
+    return found if found is not None and found > 1 else None
+
+
 def check_experts(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
     """As `check_sizes`, of routed experts: their numbers have defaults that only the config's class knows."""
-    experts = next((fields[name] for name in EXPERTS if isinstance(fields.get(name), int)), None)
+    experts = experts_of(fields)
     for name in CHOSEN if experts else ():
         if isinstance(fields.get(name), int) and fields[name] > experts:
             yield f"{_said(name, fields, model)}: a token cannot go to more than the {experts} experts that there are"

@@ -42,6 +42,10 @@ class Plan:
     def dense(self) -> View:
         return self.views[0]
 
+    def view(self, name: str) -> View:
+        """The view of this name, or the dense one where the plan does not see the ranks that way."""
+        return next((view for view in self.views if view.name == name), self.dense)
+
     @property
     def mesh(self) -> dict[str, int]:
         """The degree of each axis of the dense view, from outer to inner."""
@@ -64,13 +68,13 @@ class Plan:
 
     @property
     def fsdp_size(self) -> int:
-        """Ranks that FSDP2 shards a parameter over: those that split a sequence hold the same parameters too."""
-        return self.dense.size(lambda axis: axis.shards)
+        """Ranks that FSDP2 shards a dense parameter over: those that split a sequence hold the same parameters too."""
+        return self.dense.shards
 
     @property
     def averaged(self) -> int:
-        """Ranks that hold the same parameters, whose gradients DDP or FSDP2 averages."""
-        return self.dense.size(lambda axis: axis.copies or axis.shards)
+        """Ranks that hold the same dense parameters, whose gradients DDP or FSDP2 averages."""
+        return self.dense.holders
 
     @property
     def parameter_shards(self) -> int:
@@ -128,5 +132,6 @@ class Plan:
     def _torch_layout(self) -> str:
         if not self.fully_sharded:
             return "" if self.data_parallel_size == 1 else ", every rank holds the whole model (DDP)"
-        said = (axis.words.format(size, bubble=self.bubble) for axis, size in self.dense.axes if size > 1)
+        every = {axis.name: (axis, size) for view in self.views for axis, size in view.axes if size > 1}
+        said = (axis.words.format(size, bubble=self.bubble) for axis, size in every.values())
         return ", " + ", ".join(said)

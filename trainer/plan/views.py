@@ -1,9 +1,12 @@
 """The ranks as grids with named axes. A view is one such grid; the same ranks may be seen in several.
 
     dense    pp x dp_replicate x dp_shard x cp x tp      every parameter but experts
-    expert   room for one: experts are divided over the same ranks along other axes
+    experts  pp x dp_replicate x efsdp x ep              stacked experts, where `parallel.ep` divides them
 
-What an axis is says its module in `trainer.axes`; here is what the plan knows of it. Torch-free.
+    efsdp * ep = dp_shard * cp * tp: what ep leaves over divides each expert's parameters.
+
+A parameter names its view (`trainer.model.roles`). What an axis is says its module in `trainer.axes`; here is what the
+plan knows of it. Torch-free.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-DENSE = "dense"
+DENSE, EXPERT = "dense", "experts"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +76,16 @@ class View:
     def copying(self) -> tuple[str, ...]:
         """The axes whose ranks hold a parameter of this view alike."""
         return tuple(axis.name for axis, size in self.axes if axis.copies and size > 1)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that FSDP divides a parameter of this view over."""
+        return self.size(lambda axis: axis.shards)
+
+    @property
+    def holders(self) -> int:
+        """Ranks that hold one parameter of this view, whole or in shards: FSDP averages its gradient over them."""
+        return self.size(lambda axis: axis.shards or axis.copies)
 
     @property
     def is_sharded(self) -> bool:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from configs.choices import EngineName
 from configs.schema import Config
-from trainer.plan.views import Axis
+from trainer.plan.views import DENSE, EXPERT, Axis
 
-AXIS = Axis(name="pp", words="layers over {} pipeline ranks (which wait {bubble:.0%} of a step)")
+WORDS = "layers over {} pipeline ranks (which wait {bubble:.0%} of a step)"
+AXIS = Axis(name="pp", words=WORDS, views=(DENSE, EXPERT))
 
 
 def problems(config: Config) -> Iterator[str]:

@@ -130,9 +130,11 @@ def apply_tensor_parallel(
     config, size = model.config.get_text_config(), tp_mesh.size()
     if problems := list(check_tensor(config.to_dict(), size, sequence_parallel and size > 1, size)):
         raise PlanError(*problems)
+    apart = _divided_elsewhere(model)
     wiring = Wiring(
         ranks=Ranks(tp_mesh.get_group()),
-        styles=styles_of(plan, _names(model)),
+        styles=styles_of(plan, [name for name in _names(model) if not name.startswith(apart)]),
+        apart=apart,
         sequence_parallel=sequence_parallel,
         rope_dim=getattr(config, "qk_rope_head_dim", None),
     )
@@ -168,6 +170,15 @@ def shares(model: nn.Module, tensor: TensorParallel) -> str:
 def _names(model: nn.Module) -> list[str]:
     """Of all modules and parameters."""
     return [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
+
+
+def _divided_elsewhere(model: nn.Module) -> tuple[str, ...]:
+    """Modules that another axis has divided: it runs them, and what they are given and give is whole."""
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+    )
 
 
 def _divide_attributes(model: nn.Module, wiring: Wiring) -> None:
@@ -221,7 +232,7 @@ def _distribute(model: nn.Module, wiring: Wiring, mesh: DeviceMesh) -> None:
     """Make every parameter a DTensor. One that has two names (tied embeddings) stays one object."""
     made: dict[int, tuple[nn.Parameter, str]] = {}
     for name, module in model.named_modules():
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
+        for leaf, parameter in list(module.named_parameters(recurse=False)) if name not in wiring.apart else ():
             full = f"{name}.{leaf}" if name else leaf
             placement = _placement(module, full, leaf, parameter, wiring)
             if id(parameter) not in made:

@@ -58,6 +58,10 @@ class Ranks:
     def join(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         return _Pair.apply(x, partial(self._all_gather, dim=dim), partial(self._part, dim=dim))
 
+    def gathered(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks, one after the other. No gradient passes."""
+        return self._all_gather(x, dim=0)
+
     def _all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
@@ -69,7 +73,8 @@ class Ranks:
         part = x.movedim(dim, 0).contiguous()
         whole = part.new_empty((self.size * part.shape[0], *part.shape[1:]))
         _gather(whole, part, group=self.group)
-        return whole.movedim(0, dim).contiguous()
+        # Moving nothing would give a view, and FSDP2 takes no views from a module.
+        return whole.movedim(0, dim).contiguous() if dim else whole
 
     def _reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         self._check_divisible(x, dim)

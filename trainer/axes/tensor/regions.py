@@ -40,11 +40,13 @@ DIVIDED = {"colwise", "packed_colwise", "rowwise", "replicated_with_grad_allredu
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wiring:
     """What the edges need to know. styles: by name of module or parameter. slices: rows of a whole parameter that
-    this rank uses. partial: collects the names of parameters whose gradient is a part."""
+    this rank uses. partial: collects the names of parameters whose gradient is a part. apart: modules that another
+    axis has divided."""
 
     ranks: Ranks
     styles: Mapping[str, str]
     sequence_parallel: bool
+    apart: tuple[str, ...] = ()
     rope_dim: int | None = None
     slices: dict[str, slice] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
@@ -121,6 +123,7 @@ def run_on_local_parts(module: nn.Module, name: str, wiring: Wiring, *, recurse:
     places = [
         (owner._parameters, leaf, wiring.slices.get(f"{owner_name}.{leaf}"))
         for owner_name, owner in (module.named_modules(prefix=name) if recurse else [(name, module)])
+        if owner_name not in wiring.apart
         for leaf in _own(owner)
     ]
 

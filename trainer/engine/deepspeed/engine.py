@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from configs.choices import OffloadDevice
 from configs.schema import Config
 from trainer.axes import TENSOR
-from trainer.axes.mesh import build_mesh
+from trainer.axes.mesh import build_meshes
 from trainer.data import Batch
 from trainer.engine import Counters, StepReport
 from trainer.engine.assemble import assemble
@@ -91,9 +91,10 @@ class DeepSpeedEngine:
             dtype = torch_dtype(plan.param_dtype)
             materialize(module, weights, device=self.runtime.device, dtype=dtype, after_unit=partition)
 
-        self.mesh = build_mesh(plan, self.runtime.device)
+        meshes = build_meshes(plan, self.runtime.device)
+        self.mesh = meshes.dense
         zero = partial(self._hand_over, deepspeed, settings)
-        parts = assemble(config, plan, self.runtime, self.mesh, fill=fill, zero=zero)
+        parts = assemble(config, plan, self.runtime, meshes, fill=fill, zero=zero)
         self.model, self.loss_fn, self.kinds, self.balancing = parts.model, parts.loss, parts.kinds, parts.balancing
         self._announce_scale()
 

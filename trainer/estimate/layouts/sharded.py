@@ -9,7 +9,8 @@
     delayed   over one rank before the last micro-batch, and under a pipeline: whole gradients add up in reduce_dtype
 
 Gathering and reducing run in streams of their own, whose memory the computation cannot reuse. A rank holds
-ceil(rows / W) rows of each parameter: the first ranks' share, which none exceeds.
+ceil(rows / W) rows of each parameter: the first ranks' share, which none exceeds. W is that of the parameter's view of
+the ranks: of what divided experts leave of themselves, fewer than of the rest of their layer.
 Groups: `trainer.axes.fsdp.sharded_modules`; source: torch/distributed/fsdp/_fully_shard.
 """
 
@@ -40,10 +41,16 @@ class FullySharded(Layout):
         self.offloaded = plan.offload_parameters is not OffloadDevice.none
         # Groups without parameters of their own gather nothing.
         self.groups = {name: parameters for name, parameters in anatomy.all_groups() if parameters}
-        self.shards = {name: [self._gathered(p) for p in parameters] for name, parameters in self.groups.items()}
+        self.shards = {
+            name: [(self._gathered(p), self._ranks(p)) for p in parameters] for name, parameters in self.groups.items()
+        }
         # Frozen parameters are gathered as all others, and neither reduced nor updated.
         self.trained = {
             name: sum(self._shard(p) for p in parameters if p.trainable) for name, parameters in self.groups.items()
+        }
+        self.reduced = {
+            name: sum(self._shard(p) * self._ranks(p) for p in parameters if p.trainable)
+            for name, parameters in self.groups.items()
         }
         self.whole: dict[str, list[Handle | None]] = {}
         self.pending: dict[str, Handle | None] = {}
@@ -57,13 +64,16 @@ class FullySharded(Layout):
         self.partial: dict[str, Handle | None] = {}
         self.held: list[Handle | None] = []
 
+    def _ranks(self, parameter: Parameter) -> int:
+        return self.setting.plan.view(parameter.whole.view).shards
+
     def _shard(self, parameter: Parameter) -> int:
         """Elements of a rank's part, padding included."""
         return prod(self._piece(parameter))
 
     def _piece(self, parameter: Parameter) -> tuple[int, ...]:
         shape = parameter.shape or (1,)
-        return ceil(shape[0] / self.ranks), *shape[1:]
+        return ceil(shape[0] / self._ranks(parameter)), *shape[1:]
 
     def _gathered(self, parameter: Parameter) -> int:
         """Bytes that a rank gives to a gathering: its part in param_dtype, or of what the values are packed in."""
@@ -173,7 +183,7 @@ class FullySharded(Layout):
         if not shard:
             return
         self.timeline.free(self.reducing)
-        self.reducing = self.timeline.allocate("buffers", shard * self.ranks * self.reduce)
+        self.reducing = self.timeline.allocate("buffers", self.reduced[group] * self.reduce)
         self.timeline.free_all([*received.values(), *added.values()])
         self._keep(group, shard)
 
@@ -199,25 +209,25 @@ class FullySharded(Layout):
 
     def _gather(self, group: str) -> None:
         """Start the all-gather: its output is one flat tensor."""
-        if group in self.whole or group in self.pending or self.ranks == 1:
+        gathered = sum(shard * ranks for shard, ranks in self.shards[group] if ranks > 1)
+        if group in self.whole or group in self.pending or not gathered:
             return
-        shard = sum(self.shards[group])
         cast = None
         if self.param != self.master or (self.offloaded and self.setting.gpu):
             cast = self.timeline.allocate("buffers", self.trained[group] * self.param, GATHER)
-        self.pending[group] = self.timeline.allocate("buffers", shard * self.ranks, GATHER)
+        self.pending[group] = self.timeline.allocate("buffers", gathered, GATHER)
         self.timeline.free(cast)
 
     def _copy_out(self, group: str) -> None:
         """Whole parameters, each in a tensor of its own. Over one rank they are cast here, one after the other."""
         copies: list[Handle | None] = []
         cast: Handle | None = None
-        for shard in self.shards[group]:
+        for shard, ranks in self.shards[group]:
             previous, cast = cast, None
-            if self.ranks == 1 and self.param != self.master:
+            if ranks == 1 and self.param != self.master:
                 cast = self.timeline.allocate("buffers", shard, COMPUTE)
             self.timeline.free(previous)
-            copies.append(self.timeline.allocate("buffers", shard * self.ranks, COMPUTE))
+            copies.append(self.timeline.allocate("buffers", shard * ranks, COMPUTE))
         self.timeline.free(cast)
         self.whole[group] = copies
 

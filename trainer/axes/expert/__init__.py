@@ -1,0 +1,71 @@
+"""Expert parallel, the axis `ep`: the experts of each layer over ranks, and tokens on their way to them.
+
+It lies in a view of its own, over the same ranks (`trainer.plan.views`): whatever of dp_shard x cp x tp it leaves over
+is `efsdp`, which FSDP2 divides each expert's parameters over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd
+
+from configs.choices import EngineName
+from configs.schema import Config
+from trainer import linear
+from trainer.plan.model_fields import config_fields, experts_of
+from trainer.plan.views import EXPERT, Axis, View
+
+AXIS = Axis(name="ep", words="experts over {}", views=(EXPERT,))
+SHARD = Axis(name="efsdp", words="each expert's parameters sharded over {}", views=(EXPERT,), shards=True)
+REMEDY = "use parallel.ep=1"
+
+
+def problems(config: Config) -> Iterator[str]:
+    parallel, ep = config.parallel, config.parallel.ep
+    if ep == 1:
+        return
+    said = f"parallel.ep={_word(ep)}"
+    if parallel.engine is EngineName.deepspeed:
+        yield f"{said}: ZeRO partitions every parameter over all ranks; use parallel=expert, which shards as ZeRO 3"
+    fields = config_fields(config)
+    experts = experts_of(fields)
+    # Without a number, a type that was given by hand may have one by default: `apply` sees it.
+    if experts is None and fields and "model_type" not in config.model.config:
+        yield f"{said}: {fields.get('model_type', 'this model')} has no experts to divide; {REMEDY}, or another model"
+    elif experts is not None and ep is not None and experts % ep:
+        yield f"{said}: does not divide the {experts} experts of a layer; use {_divisors(experts, ep)}"
+    if not linear.keeps_model(config):
+        method = config.tuning.method
+        yield f"tuning.method={method}: has no adapters for experts that parallel.ep divides; {REMEDY}, or tuning=full"
+    if config.train.compile:
+        yield (
+            "train.compile=true: with parallel.ep sizes depend on what the router chooses, and cannot be compiled; set"
+            f" it to false, or {REMEDY}"
+        )
+
+
+def view(config: Config, dense: View, found: list[str]) -> View | None:
+    """The ranks as experts see them; None where they are not divided. found: gets what does not fit the ranks."""
+    ep = config.parallel.ep
+    shared = dense.size(lambda axis: EXPERT not in axis.views)
+    experts = experts_of(config_fields(config))
+    if ep is None:
+        ep = gcd(shared, experts) if experts else shared
+    if ep == 1:
+        return None
+    if shared % ep:
+        found.append(
+            f"parallel.ep={ep}: does not divide the {shared} ranks of dp_shard * cp * tp; use"
+            f" {_divisors(shared, ep)}, or other degrees"
+        )
+        return None
+    axes = [(axis, size) for axis, size in dense.axes if EXPERT in axis.views]
+    return View(EXPERT, (*axes, (SHARD, shared // ep), (AXIS, ep)))
+
+
+def _word(ep: int | None) -> str:
+    return "null" if ep is None else str(ep)
+
+
+def _divisors(number: int, ep: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(number, max(64, ep)) + 1) if number % n == 0)
