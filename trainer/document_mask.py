@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from configs.errors import ConfigError, first_line
-from trainer.model.miniature import shrink
+from trainer.model.miniature import small_model
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5
@@ -40,19 +40,8 @@ def check_document_mask(config: PretrainedConfig) -> None:
 @torch.no_grad()
 def _apart(config: PretrainedConfig) -> float:
     """Largest difference of the logits between one row and two."""
-    attention = config._attn_implementation
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1234)
-        model = AutoModelForCausalLM.from_config(
-            shrink(config, 1),
-            dtype=torch.float64,
-            attn_implementation=attention if attention in ("sdpa", "eager") else None,
-        ).eval()
-        # Packed kernels for experts have no float64.
-        model.config._experts_implementation = "eager"
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        ids = torch.randint(3, model.config.get_text_config().vocab_size, (1, sum(LENGTHS)))
+    model = small_model(config)
+    ids = torch.arange(3, 3 + sum(LENGTHS))[None]
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     alone = [model(input_ids=document, use_cache=False).logits for document in ids.split(LENGTHS, dim=1)]

@@ -28,6 +28,7 @@ from trainer.axes.fsdp import apply_fsdp
 from trainer.axes.mesh import Meshes
 from trainer.axes.pipeline.split import Stage, split_model
 from trainer.axes.sequence import apply_context_parallel
+from trainer.axes.sequence_check import check_sequence
 from trainer.axes.tensor.apply import TensorParallel, apply_tensor_parallel, shares, tensor_plan
 from trainer.axes.tensor.check import self_check
 from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
@@ -111,6 +112,11 @@ def _convert(parts: Parts) -> list[str]:
 def _mask_documents(parts: Parts) -> list[str]:
     check_document_mask(parts.model.config.get_text_config())
     return ["document mask: attention stays inside each document"]
+
+
+def _check_sequences(parts: Parts) -> list[str]:
+    check_sequence(parts.model.config.get_text_config(), cp=parts.plan.degree(CONTEXT))
+    return []
 
 
 def _split_sequences(parts: Parts) -> list[str]:
@@ -219,6 +225,7 @@ PASSES = (
     # What linear layers are, and what of the model is trained: on the whole model, before anything is divided.
     Pass(wanted=_always, apply=_convert),
     Pass(wanted=lambda config, plan: config.data.document_mask, apply=_mask_documents, traced=False),
+    Pass(wanted=lambda config, plan: plan.degree(CONTEXT) > 1, apply=_check_sequences, traced=False),
     Pass(wanted=lambda config, plan: plan.degree(CONTEXT) > 1, apply=_split_sequences),
     # Stages before all that follows: every later pass then works on what this rank will hold.
     Pass(wanted=lambda config, plan: plan.degree(PIPELINE) > 1, apply=_split_layers),

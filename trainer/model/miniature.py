@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> PretrainedConfig:
@@ -47,6 +48,40 @@ def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> P
         small["rotary_dim"] = head_dim // 2
     layers = {} if whole_depth else _few_layers(config, names)
     return type(config)(**{**fields, **small, **layers, **_plain_rotary(fields)})
+
+
+def small_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of `shrink(config, 1)` on the CPU, in float64, with random values everywhere: a bias of zero would hide
+    what it does. Where the narrow layers break a rule of their architecture, they keep their width."""
+    attention = config._attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1234)
+        for make in (lambda: shrink(config, 1), lambda: _shallow(config)):
+            try:
+                model = AutoModelForCausalLM.from_config(
+                    make(),
+                    dtype=torch.float64,
+                    attn_implementation=attention if attention in ("sdpa", "eager") else None,
+                ).eval()
+                # Packed kernels for experts have no float64.
+                model.config._experts_implementation = "eager"
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                    model(input_ids=torch.tensor([[3, 4, 5, 6]]), use_cache=False)
+            except Exception as error:
+                failed = error
+            else:
+                return model
+    raise failed
+
+
+def _shallow(config: PretrainedConfig) -> PretrainedConfig:
+    fields, names = config.to_dict(), config.attribute_map
+    fields.pop("per_layer_config", None)
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1)
+    small = {"vocab_size": 64, **{name: value for name, value in tokens.items() if fields.get(name) is not None}}
+    return type(config)(**{**fields, **small, **_few_layers(config, names), **_plain_rotary(fields)})
 
 
 def _few_layers(config: PretrainedConfig, names: Mapping[str, str]) -> dict[str, Any]:

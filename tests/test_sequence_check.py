@@ -1,0 +1,40 @@
+"""Context parallel begins with a check that attention alone carries anything along the sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from configs.errors import ConfigError
+from tests.zoo.tiny import tiny
+from trainer.axes.sequence_check import check_sequence
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3", "gemma2", "mixtral", "deepseek_v3", "olmo2", "opt"])
+def test_attention_alone_is_accepted(model_type: str) -> None:
+    check_sequence(tiny(model_type), cp=2)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "qwen3_next", "jamba", "rwkv", "recurrent_gemma", "bloom"])
+def test_what_runs_along_the_sequence_is_refused(model_type: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_sequence(tiny(model_type), cp=4)
+    (line,) = refused.value.problems
+    assert line.startswith(f"parallel.cp=4: a {model_type} carries something along the sequence outside of attention")
+
+
+def test_what_cannot_be_tried_is_refused() -> None:
+    config = tiny("llama")
+    config.hidden_act = "no such function"
+    with pytest.raises(ConfigError, match="nothing shows that a llama can be split along its sequences"):
+        check_sequence(config, cp=2)
+
+
+def test_tiny_models_of_the_zoo_are_tiny_and_compute() -> None:
+    for model_type in ("llama", "gpt2", "gpt_oss", "mamba"):
+        model = AutoModelForCausalLM.from_config(tiny(model_type))
+        assert sum(parameter.numel() for parameter in model.parameters()) < 1e6
+        assert torch.isfinite(model(input_ids=torch.arange(3, 11)[None]).logits).all()

@@ -1,0 +1,66 @@
+"""Start-up check of context parallel: does attention alone carry anything from one position to another?
+
+Slices of a sequence meet inside attention. A state that runs along the sequence, a convolution or a shifted token would
+begin anew on every rank, and the run would train another model. So a shrunk copy computes with an attention in which
+each position sees itself alone: a change of the first token must then leave all other positions as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PretrainedConfig
+
+from configs.errors import ConfigError, first_line
+from trainer.model.miniature import small_model
+
+log = logging.getLogger(__name__)
+NAME = "each_position_alone"
+TOLERANCE = 1e-6
+"""Of float64 logits; what is not zero is far from it, also where an architecture computes in float32."""
+
+
+def check_sequence(config: PretrainedConfig, *, cp: int) -> None:
+    """Raise ConfigError where something else than attention mixes positions. Computes on the CPU."""
+    kind = config.model_type
+    remedy = "use parallel.cp=1, with parallel=fsdp and train.activation_checkpointing=full for long sequences"
+    try:
+        leaked = _leaked(config)
+    except Exception as error:
+        raise ConfigError(
+            f"parallel.cp={cp}: nothing shows that a {kind} can be split along its sequences, since a small copy does"
+            f" not run: {first_line(error)}; {remedy}"
+        ) from None
+    if leaked > TOLERANCE:
+        raise ConfigError(
+            f"parallel.cp={cp}: a {kind} carries something along the sequence outside of attention (a state, a"
+            f" convolution, an attention of its own), which ends at the border of a slice; {remedy}"
+        )
+
+
+@torch.no_grad()
+def _leaked(config: PretrainedConfig) -> float:
+    """Largest change of the logits at other positions than the changed one."""
+    AttentionInterface.register(NAME, _alone)
+    model = small_model(config)
+    model.set_attn_implementation(NAME)
+    first, second = torch.arange(3, 11).repeat(2, 1)
+    second = second.clone()
+    second[0] = 12
+    logits = model(input_ids=torch.stack([first, second]), use_cache=False).logits
+    assert (logits[0, 0] - logits[1, 0]).abs().max() > TOLERANCE, "the change of a token changes nothing"
+    return (logits[0, 1:] - logits[1, 1:]).abs().max().item()
+
+
+def _alone(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """An attention function as transformers calls it, without the attending."""
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
