@@ -3,7 +3,12 @@ one; what it refuses."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.errors import PlanError
 from configs.load import load_config
@@ -12,16 +17,20 @@ from tests.support.cases import train
 from tests.support.harness import run_ranks
 from tests.support.moe_cases import COEFFICIENT, EXPERTS, KINDS, apart, beside_transformers, expected, found
 from tests.support.parity import distance
+from tests.support.parity import words as words_of
+from tests.support.resuming import resume_each, train_then_resume_each
 from tests.support.selection import rows
 from tests.test_parity import FLOAT64
 from trainer.make_plan import make_plan
+from trainer.model.miniature import shrink
+from trainer.moe.routers import find_routers, probabilities, read, to_logits
 from trainer.plan.machine import Machine
 
 COMMON = ["model=tiny", "data=synthetic", "data.seq_len=32", "data.ignore_fraction=0.6", "train.micro_batch_size=2"]
 COMMON += ["train.eval_samples=2", "train.clip_grad_norm=0.25", "train.steps=2", "optimizer.lr=3e-3"]
 DEEPSEEK = ["model.config.model_type=deepseek_v3", "model.config.n_routed_experts=4", "model.config.n_group=1"]
 DEEPSEEK += ["model.config.topk_group=1", "model.config.num_experts_per_tok=2", "model.config.first_k_dense_replace=0"]
-DEEPSEEK += ["model.config.moe_intermediate_size=32"]
+DEEPSEEK += ["model.config.moe_intermediate_size=32", "model.config.num_key_value_heads=4"]
 GLOBAL = ("moe=global_batch", f"moe.coefficient={COEFFICIENT}", "moe.z_loss=0.01")
 SEQUENCE = ("moe=sequence", f"moe.coefficient={COEFFICIENT}")
 MICRO = ("moe=micro_batch", f"moe.coefficient={COEFFICIENT}")
@@ -119,3 +128,70 @@ def test_a_model_without_what_is_asked_is_refused(
 def test_memory_is_estimated_with_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert memory_estimate(words("mixtral", *GLOBAL, "parallel=ddp", "cluster=8xh100", "estimate.format=json")) == 0
     assert '"verdict": "fits"' in capsys.readouterr().out
+
+
+SCORES = {  # family -> whether experts are scored one by one, and where it keeps a bias that corrects itself
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "gpt_oss", "granitemoe"), (False, "")),
+    **dict.fromkeys(("ernie4_5_moe", "minimax", "jamba", "flex_olmo"), (False, "")),
+    **dict.fromkeys(("llama4_text", "afmoe"), (True, "")),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe"), (True, "mlp.gate")),
+    "minimax_m2": (True, "mlp"),
+    "longcat_flash": (False, "mlp.router"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", SCORES)
+def test_routers_are_found_and_read(family: str) -> None:
+    """The probabilities that are balanced are those that weigh the experts: of each token they differ by one factor."""
+    config = shrink(AutoConfig.for_model(family), 1, whole_depth=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    routers, outputs = find_routers(model), []
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    routers[0].module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    model(input_ids=torch.randint(3, model.config.get_text_config().vocab_size, (2, 8)), use_cache=False)
+    routed = read(routers[0], outputs[0])
+    assert routed.chosen.shape == (16, routers[0].module.top_k) and routed.logits.shape == (16, routers[0].experts)
+    scores = outputs[0][routed.scores]
+    scores = scores.gather(1, routed.chosen) if scores.shape == routed.logits.shape else scores
+    factor = scores / probabilities(routed.logits, sigmoid=routers[0].sigmoid).gather(1, routed.chosen)
+    torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-5, atol=0)
+    bias = routers[0].bias_name.rpartition(".")[0].partition("layers.")[2][2:] if routers[0].bias else ""
+    assert (routers[0].sigmoid, bias) == SCORES[family]
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_gradients_of_probabilities_reach_the_logits(sigmoid: bool) -> None:
+    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(5, 4, dtype=torch.float64)
+    (probabilities(logits, sigmoid=sigmoid) * weights).sum().backward()
+    torch.testing.assert_close(to_logits(weights, logits.detach(), sigmoid=sigmoid), logits.grad)
+
+
+def test_load_and_biases_resume_under_another_layout(tmp_path: Path) -> None:
+    """Bit for bit under the same one. The load of all ranks and the biases that it moves are in it."""
+    balance = ["moe=global_batch", "moe.coefficient=0.5", "moe.bias_update_rate=0.05", *DEEPSEEK]
+
+    def overrides(layout: str) -> list[str]:
+        return words_of("llama", layout, "fp64", 5, *balance, FOUR)
+
+    alone, own = run_ranks(2, train_then_resume_each, overrides("fsdp"), str(tmp_path / "run"), [], 3)[0]
+    assert sorted(own.lines) == [4, 5] and all(own.lines[step] == alone.lines[step] for step in own.lines)
+    other = run_ranks(
+        2, resume_each, [*overrides("pipeline")[:-1], "train.gradient_accumulation_steps=8"], [str(tmp_path / "run")], 2
+    )[0][0]
+    # Micro-batches of one shape: their router multiplies in float32, which rounds a larger matrix otherwise.
+    for step in (4, 5):
+        assert (other.losses[step], other.grad_norms[step]) == pytest.approx(
+            (alone.losses[step], alone.grad_norms[step]), rel=FLOAT64
+        )
+    saved = {}
+    for file in tmp_path.rglob("step-*/*.safetensors"):
+        saved |= load_file(file)
+    gate = saved["buffer/model.layers.1.mlp.gate.e_score_correction_bias"]
+    steps = gate / 0.05
+    assert gate.any() and torch.equal(steps, steps.round()) and steps.abs().max() <= 3
+    load = saved["buffer/moe.load"]
+    # Four layers, and the two experts of each of the step's 8 x 32 tokens.
+    assert load.shape == (4, 4) and (load.sum(dim=1) == 2 * 8 * 32).all()

@@ -16,6 +16,7 @@ import configs
 from tests.support.cases import Trained, train
 from tests.support.deepspeed_cases import WIDE, build_or_skip, train_validating
 from tests.support.harness import run_ranks
+from tests.support.moe_cases import EXPERTS
 from tests.support.parity import MODELS, ROWS, Row, distance, measure, reference, words
 from tests.support.selection import rows
 
@@ -53,12 +54,14 @@ KEYS: dict[str, tuple[str, ...]] = {
     "four micro-batches": ("train.gradient_accumulation_steps=4",),
     "full recompute": ("train.activation_checkpointing=full",),
     "chunked loss": ("train.chunked_loss=true",),
+    "balanced experts": (*EXPERTS, "moe=global_batch", "moe.coefficient=0.5", "moe.z_loss=0.01"),
     "sgd": ("optimizer=sgd", "optimizer.lr=0.5", "optimizer.eps=1e-8"),
     "no clipping": ("train.clip_grad_norm=0",),
 }
 # Partitioned gradients meet accumulation, partitioned and offloaded parameters the rest. Every key has a row.
 MEETS = {
     *(("zero2", "four micro-batches"), ("zero2", "full recompute"), ("zero2", "chunked loss")),
+    *(("zero2", "balanced experts"), ("zero3_offload", "balanced experts")),
     *(("zero3_offload", "no accumulation"), ("zero3_offload", "sgd"), ("zero3_offload", "no clipping")),
 }
 ON_DISK: dict[str, tuple[str, ...]] = {

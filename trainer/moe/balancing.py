@@ -280,7 +280,7 @@ def _lengths(lengths: torch.Tensor | None, shape: Sequence[int], device: torch.d
 def _check(config: Config, model: PreTrainedModel, routers: list[Router]) -> None:
     """Raise ConfigError where the model lacks what the config asks for."""
     name, asked = type(model).__name__, config.moe
-    problems = list(moe.check_flag(vars(model.config)))
+    problems = list(moe.check_flag({**vars(model.config), **vars(model.config.get_text_config())}))
     if asked.balance in moe.KINDS and moe.coefficient(config, model.config.get_text_config()) is None:
         problems.append(
             f"moe.coefficient=null: the config of {name} says none; give one, such as moe.coefficient=0.001"

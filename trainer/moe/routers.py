@@ -33,7 +33,8 @@ class Router:
 
     @property
     def experts(self) -> int:
-        return int(getattr(self.module, "num_experts", 0) or getattr(self.module, "n_routed_experts", 0))
+        # The second, where a router has both, counts experts that return their input as well.
+        return max(int(getattr(self.module, name, 0)) for name in ("num_experts", "n_routed_experts"))
 
     @property
     def bias_name(self) -> str:
