@@ -61,6 +61,12 @@ def _parity() -> Iterator[Case]:
     for model in ("llama", "gpt2", "qwen3"):
         yield parity(f"single, {model}, fp64", "precision=fp64", limit=EXACT, by="all", model=model)
     yield parity("fsdp, fp64", "parallel=fsdp", limit=EXACT, by="all")
+    # The reference balances as well, and its router computes in float32. In float64 experts run one by one, in 16 bits
+    # through the grouped kernels.
+    balance = ("moe=global_batch", "moe.coefficient=0.1", "moe.z_loss=0.01")
+    experts: dict[str, Any] = {"model": "qwen3_moe", "against": balance}
+    yield parity("qwen3_moe, balanced, fp64", *balance, "precision=fp64", limit=SINGLE, **experts)
+    yield parity("qwen3_moe, balanced, bf16", *balance, "precision=bf16", **experts | {"limit": NEAR, "by": "near"})
     for stage in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero1_offload"):
         yield parity(f"{stage}, fp32", f"parallel={stage}", "precision=fp32")
     compiled = ("parallel=zero2_offload", "optimizer.implementation=deepspeed_cpu", "precision=fp32")
@@ -166,6 +172,8 @@ def _memory() -> Iterator[Case]:
     yield memory("qwen3 shape, bf16", "model=qwen3_8b", "model.config.num_hidden_layers=6", "precision=bf16", f"{b}=2")
     yield memory("8B shape, bf16", *EIGHT_B, "precision=bf16", long, f"{b}=2", CHUNKED)
     yield memory("8B shape, compiled", *EIGHT_B, "precision=bf16", long, f"{b}=2", "train.compile=true", limit=90)
+    thirty = ("model=qwen3_30b_a3b", "model.config.num_hidden_layers=4")
+    yield memory("30B-A3B shape, bf16", *thirty, "precision=bf16", f"{b}=2", RECOMPUTE)
     yield memory("1B, compiled", one, "precision=bf16", f"{b}=4", "train.compile=true", limit=90)
     yield memory("1B, accumulation", one, "precision=bf16", f"{b}=2", "train.gradient_accumulation_steps=4")
     yield memory("1B, fp32, batch 8 of 2,048", one, "precision=fp32", f"{b}=8", long)
@@ -201,6 +209,9 @@ def _ranks(*, first: bool) -> Iterator[Case]:
     yield fake("8B, fsdp_offload on 8, rank 0", 0, 8, eight, "parallel=fsdp_offload", *LARGE)
     yield fake("8B, tp 8 + sp, rank 0", 0, 8, eight, *TENSOR, *LARGE)
     yield fake("70B, fsdp on 64, rank 0", 0, 64, seventy, "parallel=fsdp", *LARGE)
+    thirty = "model=qwen3_30b_a3b"
+    yield fake("30B-A3B, fsdp on 8, rank 0", 0, 8, thirty, "parallel=fsdp", *LARGE)
+    yield fake("30B-A3B, ep 8, rank 0", 0, 8, thirty, "parallel=expert_fsdp", "parallel.ep=8", *LARGE)
     yield fake("8B, pp 4, rank 0", 0, 4, eight, *PIPELINE, *LARGE)
     yield fake("8B, pp 4, rank 3", 3, 4, eight, *PIPELINE, *LARGE)
     yield fake("70B, pp 4 x fsdp 8, rank 8", 8, 32, seventy, *SHARDED_PIPELINE, *LARGE)

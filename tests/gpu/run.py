@@ -34,7 +34,7 @@ from tests.benchmarks.overhead import by_hand, by_transformers, by_us
 from tests.gpu.fake_rank import measure as measure_rank
 from tests.support.balance import balance
 from tests.support.cases import Trained, train
-from tests.support.parity import COMMON, MODELS, distance
+from tests.support.parity import COMMON, MIXTURES, MODELS, distance
 from trainer.data.build import build_data
 from trainer.engine import build_engine
 from trainer.estimate.compose import STEPS
@@ -109,7 +109,14 @@ def parity(task: Task) -> Numbers:
     options = task["case"]["options"]
     kernel = options.get("kernel")
     weights = _weights(task, options["model"])
-    shared = [*COMMON, *MODELS[options["model"]], "parallel=single", "precision=fp64", "train.steps=5", *weights]
+    shared = [
+        *COMMON,
+        *{**MODELS, **MIXTURES}[options["model"]],
+        "parallel=single",
+        "precision=fp64",
+        "train.steps=5",
+        *weights,
+    ]
     reference = _reference(task, [*shared, *options["against"]])
     with sdpa_kernel(SDPBackend[kernel]) if kernel and task["device"] == "cuda" else nullcontext():
         found = train([*shared, *_on_device(task), *task["case"]["words"]])
@@ -367,7 +374,9 @@ def _weights(task: Task, model: str) -> list[str]:
     with _alone(folder):
         if not (folder / "config.json").exists():
             torch.manual_seed(0)
-            plain = AutoModelForCausalLM.from_config(build_hf_config(load_config([*COMMON, *MODELS[model]]).model))
+            plain = AutoModelForCausalLM.from_config(
+                build_hf_config(load_config([*COMMON, *{**MODELS, **MIXTURES}[model]]).model)
+            )
             plain.save_pretrained(folder)
     return [f"model.path={folder}", "model.weights=pretrained", "data.tokenizer=bytes"]
 
