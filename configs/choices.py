@@ -24,7 +24,7 @@ Gate = StrEnum("Gate", "off warn refuse")
 LauncherName = StrEnum("LauncherName", "python torchrun deepspeed accelerate")
 ClusterKind = StrEnum("ClusterKind", "local slurm")
 GpuRequest = StrEnum("GpuRequest", "gpus_per_node gres none")
-Progress = StrEnum("Progress", "auto bar lines off")
+ProgressDisplay = StrEnum("ProgressDisplay", "auto bar lines off")
 ContextMethod = StrEnum("ContextMethod", "ulysses gather")
 
 BYTES: dict[str, int] = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2, "uint8": 1}

@@ -31,7 +31,7 @@ from configs.choices import (
     OffloadDevice,
     OnFailure,
     OptimizerName,
-    Progress,
+    ProgressDisplay,
     Schedule,
     TuningMethod,
     Weights,
@@ -403,7 +403,7 @@ class Launcher:
 class Logging:
     every: int = 1
     """Steps between two lines of metrics."""
-    progress: Progress = Progress.auto
+    progress: ProgressDisplay = ProgressDisplay.auto
     """`auto`: a live bar on a terminal, single lines elsewhere."""
     tracker: str = "none"
     """`none`, `wandb`, or another that Accelerate knows: aim, clearml, comet_ml, dvclive, mlflow, swanlab,

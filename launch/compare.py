@@ -19,7 +19,7 @@ from pathlib import Path
 
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, ConfigError, CookbookError
-from launch.comparison.figures import check_installed
+from launch.comparison.figures import check_matplotlib
 from launch.comparison.page import write_page
 from launch.comparison.runs import Run, find_reference, read_run
 from launch.comparison.table import TITLES, problems, table
@@ -50,7 +50,7 @@ def compare(words: Sequence[str], *, launch: Launch) -> int:
     if arguments.show is not None:
         print(show(DOOR, arguments))
         return EXIT_FINISHED
-    check_installed()
+    check_matplotlib()
     if len(arguments.overrides) == 1 and "=" not in arguments.overrides[0]:
         return _report(Path(arguments.overrides[0]).expanduser())
     return _compare(arguments, launch)

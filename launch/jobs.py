@@ -17,7 +17,7 @@ from configs.errors import EXIT_FINISHED, ConfigError
 from configs.load import load_config
 from configs.schema import Cluster, Config
 from slurm.control import cancel, status_lines
-from slurm.submit import Point, beside_script, check, check_sweep, command, script_text, submit, submit_sweep
+from slurm.submit import SweepPoint, beside_script, check, check_sweep, command, script_text, submit, submit_sweep
 from trainer.estimate.gate import check_memory
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
@@ -64,7 +64,7 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
 
 def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> int:
     """Plan every point of a sweep and submit them as one array. Raises CookbookError before anything is submitted."""
-    planned: list[Point] = []
+    planned: list[SweepPoint] = []
     for number, overrides in enumerate(points):
         config = load_config(overrides, config_dir=config_dir)
         plan = plan_job(config)
@@ -72,7 +72,7 @@ def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> 
         if config.dry_run or memory:
             shown = [plan.describe()] if config.dry_run else []
             print(f"== point {number}: {shlex.join(overrides)}", *shown, *memory, "", sep="\n")
-        planned.append(Point(config=config, plan=plan, overrides=overrides))
+        planned.append(SweepPoint(config=config, plan=plan, overrides=overrides))
     first = planned[0].config
     sweep_dir = Path(first.train.run_dir or default_run_dir(first, datetime.now())).expanduser().absolute()
     if first.dry_run:

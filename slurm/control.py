@@ -39,7 +39,7 @@ def cancel(run_dir: Path) -> str:
     job = living_job(run_dir)
     if job is None:
         return f"job {ids[-1]} is not in the queue any more"
-    run(["scancel", job])
+    run_slurm(["scancel", job])
     return f"job {job} is cancelled; the same `python -m launch` with train.run_dir={run_dir} goes on with the run"
 
 
@@ -48,11 +48,11 @@ def living_job(run_dir: Path) -> str | None:
     ids = job_ids(run_dir)
     if not ids:
         return None
-    states = run(["squeue", "--noheader", f"--jobs={ids[-1]}", "--format=%T"], unknown_is_over=True).split()
+    states = run_slurm(["squeue", "--noheader", f"--jobs={ids[-1]}", "--format=%T"], unknown_is_over=True).split()
     return ids[-1] if any(state not in OVER for state in states) else None
 
 
-def run(words: Sequence[str], *, unknown_is_over: bool = False) -> str:
+def run_slurm(words: Sequence[str], *, unknown_is_over: bool = False) -> str:
     """A Slurm program's output. unknown_is_over: an id that Slurm has forgotten gives no output.
 
     Raises EnvironmentProblem with its first line where it fails.
@@ -71,7 +71,7 @@ def run(words: Sequence[str], *, unknown_is_over: bool = False) -> str:
 
 
 def _queue(job_id: str) -> str:
-    shown = run(
+    shown = run_slurm(
         ["squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%i %T %r %N"], unknown_is_over=True
     )
     lines = [f"job {' '.join(line.split())}" for line in shown.splitlines()]

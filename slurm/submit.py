@@ -62,7 +62,7 @@ def submit(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
+class SweepPoint:
     """One run of a sweep."""
 
     config: Config
@@ -70,7 +70,7 @@ class Point:
     overrides: Sequence[str]
 
 
-def submit_sweep(points: Sequence[Point], *, config_dir: str | None, sweep_dir: Path, root: Path) -> str:
+def submit_sweep(points: Sequence[SweepPoint], *, config_dir: str | None, sweep_dir: Path, root: Path) -> str:
     """Hand a sweep to Slurm as one array; each point's run folder is sweep_dir/NUMBER. Returns the array's id.
 
     Raises CookbookError before anything is written, also where the points ask Slurm for different things.
@@ -88,7 +88,7 @@ def submit_sweep(points: Sequence[Point], *, config_dir: str | None, sweep_dir: 
     return job_id
 
 
-def check_sweep(points: Sequence[Point], sweep_dir: Path) -> list[str]:
+def check_sweep(points: Sequence[SweepPoint], sweep_dir: Path) -> list[str]:
     """The sbatch command of the array. Raises CookbookError with what is wrong before Slurm is asked."""
     for number, point in enumerate(points):
         check(point.config, sweep_dir / str(number), sweep=True)

@@ -34,7 +34,7 @@ from slurm.words import hostfile
 from trainer.process.status import FINISHED, LOCK, STOPPED
 from trainer.process.stopping import STOP_FILE
 from trainer.process.world import for_children
-from trainer.run.restarts import Attempts, Standing, Verdict, judge, stand
+from trainer.run.restarts import Attempts, Decision, Standing, judge, stand
 
 POLL_SECONDS = 0.2
 PAUSE_SECONDS = 5.0  # a lost node or a full disk may need a moment; times the starts in vain
@@ -132,7 +132,7 @@ class Supervisor:
     def _address(self) -> str:
         return "127.0.0.1" if self._job.nodes == 1 else self._hosts[0]
 
-    def _judge(self, code: int, before: Standing, after: Standing) -> Verdict:
+    def _judge(self, code: int, before: Standing, after: Standing) -> Decision:
         memory = self._memory
         attempts = Attempts(in_vain=memory.in_vain, step=memory.step)
         verdict = judge(code, before=before, after=after, attempts=attempts, max_restarts=self._job.max_restarts)

@@ -17,7 +17,7 @@ from tests.support.harness import RankFailed, run_ranks
 from tests.support.parity import words
 from tests.support.resuming import Journal, count_file_operations, train_and_die, train_and_save
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
-from trainer.checkpoint.manifest import check_contents, check_sizes, read_manifest
+from trainer.checkpoint.manifest import check_contents, check_file_sizes, read_manifest
 
 STEPS = 4
 # Each save follows a step, and deletes the checkpoint before it: three saves, two deletions. Dropout is on.
@@ -49,7 +49,7 @@ def whole(folder: Path) -> list[int]:
     steps = []
     for path in committed(folder / CHECKPOINTS):
         manifest = read_manifest(path)
-        check_sizes(path, manifest)
+        check_file_sizes(path, manifest)
         check_contents(path, manifest, manifest.files)
         steps.append(manifest.step)
     return steps

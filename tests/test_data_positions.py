@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trainer.data.positions import Order, Share, key_of, permute
-from trainer.plan.batch import Batch
+from trainer.plan.batch import BatchPlan
 
 
 def test_shuffle_is_a_permutation_of_any_size() -> None:
@@ -89,5 +89,7 @@ def test_validation_rounds_are_equally_many_on_every_rank(
 
 
 def shares(ranks: int, accumulation: int, micro: int) -> list[Share]:
-    batch = Batch(micro_batch_size=micro, gradient_accumulation_steps=accumulation, data_parallel_size=ranks, seq_len=4)
+    batch = BatchPlan(
+        micro_batch_size=micro, gradient_accumulation_steps=accumulation, data_parallel_size=ranks, seq_len=4
+    )
     return [Share(batch=batch, data_rank=rank) for rank in range(ranks)]

@@ -28,7 +28,7 @@ from trainer.data.build import build_data
 from trainer.data.loader import next_item
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 from trainer.process.status import RunStatus, read_status
 
 
@@ -42,7 +42,7 @@ def build_on_rank(overrides_by_rank: list[list[str]]) -> list[str]:
     rank = int(os.environ["RANK"])
     config = load_config(["parallel=ddp", "cluster.device=cpu", "data.seq_len=16", *overrides_by_rank[rank]])
     plan = make_plan(config, find_machine())
-    with join(plan, timeout_minutes=1):
+    with join_world(plan, timeout_minutes=1):
         try:
             # Each rank as if it was the first of a node of its own.
             build_data(config, plan, data_rank=rank, vocab_size=512, local_rank=0)

@@ -28,7 +28,7 @@ from trainer.axes.pipeline.table import (
     split_layers,
     stages_of_rank,
 )
-from trainer.axes.pipeline.timeline import bubble_fraction, draw, in_flight, receive_buffers
+from trainer.axes.pipeline.timeline import bubble_fraction, draw_schedule, in_flight, receive_buffers
 
 
 def test_split_is_the_best_there_is() -> None:
@@ -172,7 +172,7 @@ def test_drawings_are_what_runs() -> None:
         *((pipeline_timeline, name, 4, 8) for name in ("gpipe", "1f1b", "zbv_zero_bubble")),
     ]
     for module, schedule, pp, micro_batches in heads:
-        for line in draw(schedule, pp=pp, micro_batches=micro_batches).splitlines():
+        for line in draw_schedule(schedule, pp=pp, micro_batches=micro_batches).splitlines():
             assert line.split()[-1] in (module.__doc__ or "")
     words = [f"{a.kind}{a.micro_batch}" for a in rank_orders("1f1b", pp=4, micro_batches=4)[2]]
     assert " ".join(words) in (pipeline_orders.__doc__ or "")

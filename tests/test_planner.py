@@ -18,7 +18,7 @@ from trainer.estimate.bounds import states_bytes, upper_bytes
 from trainer.estimate.estimate import estimate
 from trainer.estimate.search.candidates import candidates
 from trainer.estimate.search.cost import Dimensions, StepTime, step_time
-from trainer.estimate.search.network import Group, Network, group_of
+from trainer.estimate.search.network import Network, RankGroup, group_of
 from trainer.estimate.search.render import command
 from trainer.estimate.search.search import Search, search
 from trainer.make_plan import make_plan
@@ -150,21 +150,21 @@ def test_four_bit_weights_are_unpacked_at_each_use(recompute: str, times: float)
 def test_group_lies_within_the_node_first() -> None:
     config = load_config([*BASE, "cluster.nodes=4", "parallel=3d_zero1", "parallel.tp=4", "parallel.pp=2"])
     plan = make_plan(config, Machine(gpus=8))
-    assert group_of(plan, "tp") == Group(size=4, per_node=4)
-    assert group_of(plan, "dp_shard") == Group(size=4, per_node=2)
-    assert group_of(plan, "pp") == Group(size=2, per_node=1)
-    assert group_of(plan, "dp_shard", "cp") == Group(size=4, per_node=2)
+    assert group_of(plan, "tp") == RankGroup(size=4, per_node=4)
+    assert group_of(plan, "dp_shard") == RankGroup(size=4, per_node=2)
+    assert group_of(plan, "pp") == RankGroup(size=2, per_node=1)
+    assert group_of(plan, "dp_shard", "cp") == RankGroup(size=4, per_node=2)
 
 
 def test_collectives_take_as_long_as_their_slowest_wire() -> None:
     network = Network(link=100e9, network=10e9, host=1e9)
-    node, apart, both = Group(8, 8), Group(8, 1), Group(16, 8)
+    node, apart, both = RankGroup(8, 8), RankGroup(8, 1), RankGroup(16, 8)
     assert network.gather(8e9, node) == pytest.approx(7e9 / 100e9, rel=1e-3)
     assert network.gather(8e9, apart) == pytest.approx(7e9 / 10e9, rel=1e-3)
     assert network.gather(8e9, both) == pytest.approx(max(7e9 / 100e9, 4e9 / 80e9), rel=1e-3)
     assert network.all_reduce(8e9, node) == 2 * network.gather(8e9, node)
     assert network.all_to_all(8e9, apart) == pytest.approx(7e9 / 10e9, rel=1e-3)
-    assert network.gather(8e9, Group(1, 1)) == network.all_to_all(1e9, Group(1, 1)) == 0
+    assert network.gather(8e9, RankGroup(1, 1)) == network.all_to_all(1e9, RankGroup(1, 1)) == 0
 
 
 @pytest.fixture(scope="module")

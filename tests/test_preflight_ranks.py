@@ -13,7 +13,7 @@ from configs.load import load_config
 from tests.support.harness import run_ranks
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine, find_machine
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 from trainer.run.preflight_ranks import MARK, Rank, _compare, _count, _room, _slowest, check_ranks, wanted
 
 WORDS = ["cluster=cpu", "parallel=ddp", "cluster.gpus_per_node=2"]
@@ -25,7 +25,7 @@ def ask(words: list[str], folders: list[str]) -> list[str]:
     """On each rank, with its own idea of where the run folder is."""
     config = load_config(words)
     plan = make_plan(config, find_machine())
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         try:
             return check_ranks(config, plan, runtime, Path(folders[int(os.environ["RANK"])]))
         except CookbookError as error:

@@ -17,7 +17,7 @@ from configs.load import from_yaml, load_config
 from tests.support.harness import run_ranks
 from tests.support.reports import config_and_plan, lone_runtime
 from trainer.plan.trackers import TRACKERS
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 from trainer.report.folder import claim_run_dir, default_run_dir, make_run_dir, open_run_folder, run_label
 from trainer.report.provenance import git_state
 
@@ -130,7 +130,7 @@ def open_twice(folder: str) -> tuple[str, tuple[str, ...]]:
     """On each rank: a folder with the default name, then one that is taken."""
     os.chdir(folder)
     config, plan = config_and_plan(None, "parallel=ddp")
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         opened = open_run_folder(config, plan, runtime)
         (opened / "metrics.jsonl").touch()
         config.train.run_dir, config.train.resume = str(opened), "never"

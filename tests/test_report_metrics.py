@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from configs.choices import Progress
+from configs.choices import ProgressDisplay
 from trainer.report.metrics import MetricsFile, StepMetrics, Summary, Totals, ValidationMetrics, numbers, to_dict
 from trainer.report.terminal import open_terminal, render, render_summary
 
@@ -113,7 +113,7 @@ def test_totals_keep_the_first_and_the_last_loss() -> None:
     assert (totals.validation_loss_first, totals.validation_loss_last) == (2.5, 2.5)
 
 
-def written(progress: Progress, *, terminal: bool) -> str:
+def written(progress: ProgressDisplay, *, terminal: bool) -> str:
     """What a run of two lines shows."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
     shown = open_terminal(progress, 200, console=console)
@@ -128,15 +128,15 @@ def written(progress: Progress, *, terminal: bool) -> str:
 
 
 def test_lines_where_nobody_watches_a_bar_where_somebody_does() -> None:
-    lines = written(Progress.auto, terminal=False)
+    lines = written(ProgressDisplay.auto, terminal=False)
     assert lines == f"[plan]\n{render(STEP, 200)}\n{render(VALIDATION, 200)}\n"
-    assert written(Progress.lines, terminal=True) == lines
-    bar = written(Progress.auto, terminal=True)
+    assert written(ProgressDisplay.lines, terminal=True) == lines
+    bar = written(ProgressDisplay.auto, terminal=True)
     assert " 12/200 " in bar
     assert "loss 4.1234  grad_norm 1.23" in bar
     assert "\x1b[" in bar
     assert f"{render(VALIDATION, 200)}\n" in bar.replace("\r", "")
-    assert written(Progress.off, terminal=True) == "[plan]\n"
+    assert written(ProgressDisplay.off, terminal=True) == "[plan]\n"
 
 
 def test_the_summary_tells_before_and_after() -> None:

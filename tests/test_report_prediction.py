@@ -16,7 +16,7 @@ from tests.support.harness import run_ranks
 from tests.support.reports import config_and_plan
 from trainer.__main__ import main
 from trainer.estimate.estimate import Estimate
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 from trainer.report import prediction
 from trainer.report.metrics import Comparison
 from trainer.report.prediction import MemoryCheck, predict
@@ -134,7 +134,7 @@ def compare(folder: str) -> Comparison:
     """Rank 1 took a half more than predicted, rank 2 half as much: twice too little is further off."""
     config, plan = config_and_plan(Path(folder), "parallel=ddp", f"data.cache_dir={folder}")
     predicted = predict(config, plan)
-    with join(plan, timeout_minutes=1) as runtime, MemoryCheck(config, plan, runtime, predicted) as memory:
+    with join_world(plan, timeout_minutes=1) as runtime, MemoryCheck(config, plan, runtime, predicted) as memory:
         estimated = runtime.gather(predicted.estimate and predicted.estimate.busiest.peak_allocated_bytes)[0]
         assert estimated is not None
         memory._measured = ((estimated, None), (estimated * 3 // 2, None), (estimated // 2, None))[runtime.rank]

@@ -12,7 +12,7 @@ import pytest
 from configs.errors import EnvironmentProblem
 from tests.support.harness import run_ranks
 from tests.support.reports import config_and_plan, lone_runtime, read_metrics, report_run, result, tiny_model
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 from trainer.report import reporter as reporter_module
 from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepSeconds
@@ -130,7 +130,7 @@ def two_ranks(folder: str) -> tuple[int, int]:
     """Rank 1 is the slower one, and the larger one."""
     config, plan = config_and_plan(Path(folder), "parallel=ddp", "train.steps=2")
     block = b"\1" * (2**27)
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         if not runtime.is_main:
             block += block
         slow = 1.0 + runtime.rank
@@ -153,7 +153,7 @@ def test_the_slowest_and_the_fullest_rank_are_reported(tmp_path: Path) -> None:
 def refused(folder: str) -> tuple[str, ...]:
     """The tracker's client refuses on rank 0, which alone starts it."""
     config, plan = config_and_plan(Path(folder), "parallel=ddp", "logging=tensorboard", "logging.options.nonsense=1")
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         try:
             report_run(config, plan, runtime, [result()], SECONDS)
         except EnvironmentProblem as error:

@@ -17,7 +17,7 @@ from tests.support.harness import run_ranks
 from tests.support.reports import config_and_plan, lone_runtime, read_metrics, report_run, result
 from trainer.__main__ import main
 from trainer.plan.trackers import TRACKERS, check_tracker
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 from trainer.report.measure import StepSeconds
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +168,7 @@ def beside_accelerate(folder: str) -> dict[str, object]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     torch.set_num_threads(3)
     config, plan = config_and_plan(Path(folder), "parallel=ddp", "logging=tensorboard")
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         before = dict(os.environ)
         report_run(config, plan, runtime, [result()], SECONDS)
         return {

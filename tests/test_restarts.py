@@ -13,10 +13,10 @@ from tests.support.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, step_name
 from trainer.process.status import STATUS, read_status
-from trainer.run.restarts import Attempts, Standing, Verdict, judge, stand
+from trainer.run.restarts import Attempts, Decision, Standing, judge, stand
 
 
-def verdicts(*ends: tuple[int, int], cap: int = 3) -> list[Verdict]:
+def verdicts(*ends: tuple[int, int], cap: int = 3) -> list[Decision]:
     """What is decided after each start, until there is no further one. ends: exit code and newest checkpoint's step."""
     decided, attempts, step = [], Attempts(), 0
     for code, reached in ends:
@@ -67,7 +67,7 @@ def test_progress_of_an_earlier_job_is_not_this_ones() -> None:
 def test_the_ranks_word_counts_more_than_the_launchers_exit_code() -> None:
     before = Standing(step=0, status={"state": "running"})
 
-    def decide(**word: object) -> Verdict:
+    def decide(**word: object) -> Decision:
         after = Standing(step=0, status={"state": "failed", **word})
         return judge(1, before=before, after=after, attempts=Attempts(), max_restarts=3)
 

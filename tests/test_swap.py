@@ -11,13 +11,13 @@ import pytest
 from tests.support.harness import RankFailed, run_ranks
 from tests.support.reports import config_and_plan
 from trainer.engine.deepspeed.swap import SwapFolder, remove_dead
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 
 
 def swap(nvme: str, end: str) -> str:
     """Swap a file as DeepSpeed does, and close, be killed, or look what another start leaves of it."""
     _, plan = config_and_plan(None, "parallel=ddp", "cluster.gpus_per_node=2")
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         folder = SwapFolder(nvme, runtime)
         mine = folder.path / "zero_stage_3" / "optimizer" / f"rank{runtime.rank}"
         mine.mkdir(parents=True)
@@ -46,7 +46,7 @@ def test_a_killed_run_leaves_nothing_behind_for_long(tmp_path: Path) -> None:
 
 def close_at_once(nvme: str, times: int) -> None:
     _, plan = config_and_plan(None, "parallel=ddp", "cluster.gpus_per_node=2")
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         for _ in range(times):
             folder = SwapFolder(nvme, runtime)
             (folder.path / "zero_stage_3" / "optimizer" / f"rank{runtime.rank}").mkdir(parents=True)

@@ -20,7 +20,7 @@ from trainer.axes import AXES, expert
 from trainer.axes import degrees as degrees_of
 from trainer.axes.pipeline.table import check_pipeline
 from trainer.axes.pipeline.timeline import bubble_fraction
-from trainer.plan.batch import Batch, make_batch
+from trainer.plan.batch import BatchPlan, plan_batch
 from trainer.plan.machine import Machine
 from trainer.plan.model_fields import config_fields, sizes
 from trainer.plan.plan import Plan
@@ -40,7 +40,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     data_parallel_size = view.size(lambda axis: axis.reads)
     # A pipeline with fewer micro-batches than this waits for more than a third of the time.
     usual = 2 * config.parallel.pp if config.parallel.pp > 1 else 1
-    batch = make_batch(config.train, config.data.seq_len, data_parallel_size, problems, usual=usual)
+    batch = plan_batch(config.train, config.data.seq_len, data_parallel_size, problems, usual=usual)
     if config.parallel.pp > 1 and config.parallel.engine is EngineName.torch:
         problems += _check_pipeline(config, batch)
     problems += _check_offload(config, view)
@@ -132,7 +132,7 @@ def _reshard(config: Config) -> bool:
     return asked if asked is not None else config.parallel.pp == 1
 
 
-def _check_pipeline(config: Config, batch: Batch) -> Iterator[str]:
+def _check_pipeline(config: Config, batch: BatchPlan) -> Iterator[str]:
     pipeline = config.parallel.pipeline
     return check_pipeline(
         pp=config.parallel.pp,
@@ -156,7 +156,7 @@ def _check_offload(config: Config, view: View) -> Iterator[str]:
         )
 
 
-def _bubble(config: Config, batch: Batch) -> float:
+def _bubble(config: Config, batch: BatchPlan) -> float:
     pipeline, pp = config.parallel.pipeline, config.parallel.pp
     if pp == 1:
         return 0.0

@@ -17,7 +17,7 @@ STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
 MEASURED, PREDICTED = COLOURS[0], "#cccccc"
 
 
-def check_installed() -> None:
+def check_matplotlib() -> None:
     """Raise EnvironmentProblem where nothing can be drawn: a comparison of hours should know at its begin."""
     if find_spec("matplotlib") is None:
         raise EnvironmentProblem("compare: draws with matplotlib, which is not installed; pip install matplotlib")

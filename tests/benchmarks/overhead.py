@@ -41,7 +41,7 @@ from trainer.model.weights import open_weights
 from trainer.optim.build import build_optimizer
 from trainer.plan.machine import find_machine
 from trainer.plan.plan import Plan
-from trainer.process.runtime import Runtime, join
+from trainer.process.runtime import Runtime, join_world
 from trainer.run.step import train_step
 
 Contender = Callable[[int], float]
@@ -58,7 +58,7 @@ def main(words: list[str]) -> None:
     layout = "ddp" if ranks > 1 else "single"
     config = load_config([*DEFAULTS, f"parallel={layout}", *overrides])
     plan = make_plan(config, find_machine())
-    with join(plan, timeout_minutes=10) as runtime:
+    with join_world(plan, timeout_minutes=10) as runtime:
         contenders = {"hand-written loop": by_hand(config, plan, runtime), "this trainer": by_us(config, plan, runtime)}
         if plan.device == "cuda" or not plan.fully_sharded:
             contenders["transformers Trainer"] = by_transformers(config, plan, runtime)

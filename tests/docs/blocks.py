@@ -24,7 +24,7 @@ from configs.load import group_options, load_config
 from configs.schema import Config
 from launch.command import Rendezvous, build_command
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers, stages_of_rank
-from trainer.axes.pipeline.timeline import bubble_fraction, draw, in_flight
+from trainer.axes.pipeline.timeline import bubble_fraction, draw_schedule, in_flight
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
@@ -100,7 +100,7 @@ def commands(words: str) -> str:
 def schedule(name: str, pp: str, micro_batches: str) -> str:
     """A pipeline's step in time."""
     share = bubble_fraction(name, pp=int(pp), micro_batches=int(micro_batches))
-    picture = draw(name, pp=int(pp), micro_batches=int(micro_batches))
+    picture = draw_schedule(name, pp=int(pp), micro_batches=int(micro_batches))
     return _fenced(f"{name}: the ranks wait {share:.0%} of the step\n\n{picture}")
 
 

@@ -45,7 +45,7 @@ from trainer.model.build import build_hf_config
 from trainer.model.flops import mfu, model_flops_per_token, peak_flops
 from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
-from trainer.process.runtime import Runtime, join
+from trainer.process.runtime import Runtime, join_world
 from trainer.run.step import train_step
 
 Task = dict[str, Any]
@@ -142,7 +142,7 @@ def memory(task: Task) -> Numbers:
     """The peaks of two steps of the real engine, in bytes."""
     config, plan = _config_and_plan(task)
     tracker = StorageTracker() if task["device"] == "cpu" else nullcontext()
-    with join(plan, timeout_minutes=5) as runtime, tracker:
+    with join_world(plan, timeout_minutes=5) as runtime, tracker:
         step = _stepper(config, plan, runtime)
         losses = [step() for _ in range(STEPS)]
         if isinstance(tracker, StorageTracker):
@@ -160,7 +160,7 @@ def fake(task: Task) -> Numbers:
 def speed(task: Task) -> Numbers:
     """Steps of this trainer's engine: `seconds` of them, after some that warm up."""
     config, plan = _config_and_plan(task)
-    with join(plan, timeout_minutes=5) as runtime:
+    with join_world(plan, timeout_minutes=5) as runtime:
         begun = time.perf_counter()
         engine = build_engine(config, plan, runtime)
         step = _stepper(config, plan, runtime, engine)
@@ -206,7 +206,7 @@ def versus(task: Task) -> Numbers:
     alone = Runtime(rank=0, local_rank=0, world_size=1, device=device)
     if not plan.fully_sharded:
         contend("transformers Trainer", lambda: by_transformers(config, plan, alone))
-    with join(plan, timeout_minutes=5) as runtime:
+    with join_world(plan, timeout_minutes=5) as runtime:
         contend("hand-written loop", lambda: by_hand(config, plan, runtime))
         contend("this trainer", lambda: by_us(config, plan, runtime))
     return {"contenders": found}

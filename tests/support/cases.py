@@ -15,7 +15,7 @@ from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config, text_config
 from trainer.optim.build import lr_at
 from trainer.plan.machine import find_machine
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 from trainer.run.step import train_step, validate
 
 
@@ -37,7 +37,7 @@ def train(overrides: Overrides) -> Trained:
     """Run `train.steps` steps of the config on this rank."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         data = build_data(
             config,
             plan,

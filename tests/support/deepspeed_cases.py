@@ -30,7 +30,7 @@ from trainer.model.build import build_hf_config
 from trainer.optim.build import lr_at
 from trainer.plan.machine import find_machine
 from trainer.plan.plan import Plan
-from trainer.process.runtime import Runtime, join
+from trainer.process.runtime import Runtime, join_world
 from trainer.run.step import StepResult, train_step
 
 # Wide enough that a rank's half of a matrix has the 1 MiB from which DeepSpeed swaps.
@@ -103,7 +103,7 @@ def spoil_and_drop(overrides: Overrides, spoilt: int, dropped: int) -> Spoilt:
     discarded; then train once more without these steps."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         reports: list[StepReport] = []
 
         def with_bad_steps(engine: Engine, step: int, forward_backward: Callable[[], float]) -> list[float]:

@@ -27,7 +27,7 @@ from trainer.checkpoint import catalog
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 from trainer.checkpoint.manifest import (
     check_contents,
-    check_sizes,
+    check_file_sizes,
     read_manifest,
 )
 
@@ -111,7 +111,7 @@ def survive(bench: Bench, run: Path, layout: str, *more: str) -> int:
 def whole(checkpoint: Path) -> int:
     """The step of a checkpoint that is complete to the last byte. Raises CheckpointDamaged."""
     manifest = read_manifest(checkpoint)
-    check_sizes(checkpoint, manifest)
+    check_file_sizes(checkpoint, manifest)
     check_contents(checkpoint, manifest, manifest.files)
     return manifest.step
 

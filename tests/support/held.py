@@ -22,7 +22,7 @@ from trainer.engine import build_engine
 from trainer.estimate.tracker import StorageTracker
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 
 MICRO_BATCHES, SEQ_LEN = 2, 16
 COMMON = [
@@ -56,7 +56,7 @@ def held(words: list[str], ranks: int) -> Held:
 def _hold(overrides: list[str]) -> Held:
     config = load_config(overrides)
     plan = make_plan(config, find_machine())
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         batches = [Batch(rows, rows) for rows in torch.randint(0, 100, (MICRO_BATCHES, 1, SEQ_LEN))]
         valid_tokens = torch.tensor(float(plan.batch.tokens), dtype=torch.float64)
         with StorageTracker() as tracker:

@@ -24,7 +24,7 @@ from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config, decoder_layers, text_config
 from trainer.model.layers import is_linear, is_transposed
 from trainer.plan.machine import find_machine
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 from trainer.run.step import train_step
 
 aten: Any = torch.ops.aten
@@ -130,7 +130,7 @@ def train_doubled(overrides: list[str], doubled: bool) -> tuple[list[float], lis
     config = load_config(overrides)
     plan = make_plan(config, find_machine())
     kinds = (*linear.KINDS, Doubling) if doubled else linear.KINDS
-    with patch.object(linear, "KINDS", kinds), join(plan, timeout_minutes=1) as runtime:
+    with patch.object(linear, "KINDS", kinds), join_world(plan, timeout_minutes=1) as runtime:
         vocabulary = text_config(build_hf_config(config.model)).vocab_size
         data = build_data(config, plan, data_rank=plan.data_rank(runtime.rank), vocab_size=vocabulary)
         engine = build_engine(config, plan, runtime)

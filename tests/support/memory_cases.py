@@ -16,7 +16,7 @@ from trainer.engine import build_engine
 from trainer.estimate.tracker import StorageTracker
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 
 STEPS = 2
 
@@ -36,7 +36,7 @@ def measure(overrides: Overrides) -> Measured:
     if plan.engine is EngineName.deepspeed and plan.param_dtype is DType.float16:
         allow_float16()
     shape = (plan.batch.micro_batch_size, plan.batch.seq_len)
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         tokens = [torch.randint(0, 100, shape) for _ in range(plan.batch.gradient_accumulation_steps)]
         # Two documents in each row, where they are to be kept apart.
         positions = (

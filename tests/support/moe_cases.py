@@ -23,7 +23,7 @@ from trainer.engine import build_engine
 from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config
 from trainer.plan.machine import find_machine
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 from trainer.run.step import train_step
 
 KINDS = {
@@ -87,7 +87,7 @@ def beside_transformers(overrides: Overrides) -> list[tuple[float, float]]:
     """Loss and gradient norm of step 1: the trainer's, and those of transformers' model called with labels."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
-    with padded_samples(), join(plan, timeout_minutes=1) as runtime:
+    with padded_samples(), join_world(plan, timeout_minutes=1) as runtime:
         vocabulary = build_hf_config(config.model).vocab_size
         batches = next(build_data(config, plan, data_rank=0, vocab_size=vocabulary).steps())
         engine = build_engine(config, plan, runtime)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.cases import Trained, train
-from trainer.axes.pipeline.run import Pipeline
+from trainer.axes.pipeline.run import PipelineRun
 from trainer.axes.tensor.apply import TensorParallel
 from trainer.data import IGNORED
 from trainer.engine.torch import TorchEngine
@@ -84,7 +84,7 @@ def partial_gradients_not_summed() -> Iterator[None]:
 @contextmanager
 def tied_gradients_not_summed() -> Iterator[None]:
     """The embedding on the first stage and the head on the last drift apart."""
-    with patch.object(Pipeline, "sum_tied_gradients", lambda self: None):
+    with patch.object(PipelineRun, "sum_tied_gradients", lambda self: None):
         yield
 
 

@@ -10,7 +10,7 @@ from trainer.engine.torch import TorchEngine
 from trainer.make_plan import make_plan
 from trainer.model.pieces import cut, join
 from trainer.plan.machine import find_machine
-from trainer.process.runtime import join as join_group
+from trainer.process.runtime import join_world as join_group
 
 
 @composes

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from configs.load import load_config
 from configs.schema import Config
 from trainer.axes.pipeline.orders import Action, rank_orders
-from trainer.axes.pipeline.run import Pipeline
+from trainer.axes.pipeline.run import PipelineRun
 from trainer.axes.pipeline.timeline import receive_buffers
 from trainer.data import IGNORED, Batch
 from trainer.engine.torch import TorchEngine
@@ -27,7 +27,7 @@ from trainer.model.weights import RandomWeights
 from trainer.optim.build import build_optimizer
 from trainer.plan.machine import find_machine
 from trainer.plan.plan import Plan
-from trainer.process.runtime import Runtime, join
+from trainer.process.runtime import Runtime, join_world
 from trainer.run.step import train_step
 
 STEPS, CLIP, LR = 4, 0.5, 1e-2
@@ -171,7 +171,7 @@ def reference(model: str, layers: int, count: int, packed: bool = False) -> Outc
 
 def train_pipelines(cases: list[Case]) -> list[Outcome]:
     """The same trainings on this rank, each through the plan, the engine and the step."""
-    with join(make_plan(cases[0].config, find_machine()), timeout_minutes=1) as runtime:
+    with join_world(make_plan(cases[0].config, find_machine()), timeout_minutes=1) as runtime:
         return [_train(case, make_plan(case.config, find_machine()), runtime) for case in cases]
 
 
@@ -209,7 +209,7 @@ def _validate(engine: TorchEngine, case: Case) -> float:
     return loss.item() / case.dp_shard
 
 
-def _recorded(pipeline: Pipeline) -> list[Action]:
+def _recorded(pipeline: PipelineRun) -> list[Action]:
     """A list that grows with every computation that torch's engine starts."""
     actions: list[Action] = []
     for stage in _engine_stages(pipeline):
@@ -222,11 +222,11 @@ def _recorded(pipeline: Pipeline) -> list[Action]:
     return actions
 
 
-def _engine_stages(pipeline: Pipeline) -> list[Any]:
+def _engine_stages(pipeline: PipelineRun) -> list[Any]:
     return getattr(pipeline.runner, "_stages", None) or [pipeline.runner._stage]
 
 
-def _buffers(pipeline: Pipeline) -> int:
+def _buffers(pipeline: PipelineRun) -> int:
     """Tensors that torch's engine has set aside for what neighbours send."""
     rows = [row for stage in _engine_stages(pipeline) for row in (stage.args_recv_info, stage.grad_recv_info)]
     return sum(getattr(info, "buffer", None) is not None for row in rows for infos in row.values() for info in infos)

@@ -18,7 +18,7 @@ from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config, build_model
 from trainer.plan.machine import Machine, find_machine
 from trainer.plan.plan import Plan
-from trainer.process.runtime import Runtime, join
+from trainer.process.runtime import Runtime, join_world
 from trainer.report.folder import open_run_folder
 from trainer.report.measure import StepSeconds
 from trainer.report.reporter import Reporter
@@ -34,7 +34,7 @@ def lone_runtime(plan: Plan) -> Iterator[Runtime]:
         for name in RANK_VARIABLES:
             patch.setenv(name, "")
             patch.delenv(name)
-        with join(plan, timeout_minutes=1) as runtime:
+        with join_world(plan, timeout_minutes=1) as runtime:
             yield runtime
 
 

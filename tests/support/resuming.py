@@ -27,7 +27,7 @@ from trainer.model.build import build_hf_config
 from trainer.optim.build import lr_at
 from trainer.plan.machine import find_machine
 from trainer.plan.plan import Plan
-from trainer.process.runtime import Runtime, dropout_stream, join
+from trainer.process.runtime import Runtime, dropout_stream, join_world
 from trainer.process.stopping import StopRequests
 from trainer.run.step import train_step
 
@@ -53,7 +53,7 @@ def train_and_save(overrides: Overrides, folder: str, *, upto: int | None = None
     """Train in `folder`, from its newest checkpoint if there is one, to step `upto` (the end, if None)."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         return _train(config, plan, runtime, Path(folder), upto or config.train.steps)
 
 
@@ -62,7 +62,7 @@ def resume_each(overrides: Overrides, folders: list[str], steps: int) -> list[Jo
     """For each run folder: build the engine anew, resume, train `steps` more. Saves nothing."""
     config = saving(composed(overrides), every=0)
     plan = make_plan(config, find_machine())
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         return [_train(config, plan, runtime, Path(folder), steps, further=True) for folder in folders]
 
 
@@ -75,7 +75,7 @@ def train_then_resume_each(overrides: Overrides, folder: str, others: list[str],
     config = saving(composed(overrides), every=0)
     plan = make_plan(config, find_machine())
     left = config.train.steps - saved
-    with join(plan, timeout_minutes=2) as runtime:
+    with join_world(plan, timeout_minutes=2) as runtime:
         alone = _train(whole, plan, runtime, Path(folder), config.train.steps)
         return [alone, *(_train(config, plan, runtime, Path(f), left, further=True) for f in (folder, *others))]
 
@@ -159,7 +159,7 @@ def resume_often(overrides: Overrides, folder: str, starts: int) -> tuple[dict[i
     plan = make_plan(config, find_machine())
     lines: dict[int, str] = {}
     opened: list[int] = []
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         for _ in range(starts):
             lines |= _train(config, plan, runtime, Path(folder), 1, further=True).lines
             opened.append(len(os.listdir("/proc/self/fd")))

@@ -16,7 +16,7 @@ from trainer.engine.torch import TorchEngine
 from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config
 from trainer.plan.machine import find_machine
-from trainer.process.runtime import join
+from trainer.process.runtime import join_world
 from trainer.run.step import train_step
 
 STEPS, LEARNING_RATE = 10, 1e-4
@@ -51,7 +51,7 @@ def rounded(words: list[str]) -> Rounded:
 def _train(overrides: Overrides) -> Rounded:
     config = composed(overrides)
     plan = make_plan(config, find_machine())
-    with join(plan, timeout_minutes=1) as runtime:
+    with join_world(plan, timeout_minutes=1) as runtime:
         vocabulary = build_hf_config(config.model).vocab_size
         steps = build_data(config, plan, data_rank=0, vocab_size=vocabulary).steps()
         engine = TorchEngine(config, plan, runtime)

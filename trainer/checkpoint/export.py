@@ -28,7 +28,7 @@ from trainer.checkpoint.manifest import (
     TOKENIZER,
     Manifest,
     check_contents,
-    check_sizes,
+    check_file_sizes,
     read_manifest,
 )
 from trainer.checkpoint.progress import read_progress
@@ -92,7 +92,7 @@ def newest_whole(source: Path, *, newest: bool = False) -> tuple[Path, Manifest]
             log.warning(problem)
         try:
             manifest = read_manifest(folder)
-            check_sizes(folder, manifest)
+            check_file_sizes(folder, manifest)
             check_contents(folder, manifest, manifest.files)
             read_progress(folder, manifest)
         except CheckpointDamaged as damage:

@@ -24,7 +24,7 @@ from configs.errors import CheckpointDamaged, CheckpointFailed, CheckpointMismat
 from configs.schema import Config
 from trainer import linear
 from trainer.checkpoint import catalog
-from trainer.checkpoint.manifest import STATE, Manifest, check_contents, check_sizes, read_manifest
+from trainer.checkpoint.manifest import STATE, Manifest, check_contents, check_file_sizes, read_manifest
 from trainer.checkpoint.progress import Progress, check_same, layout, read_progress
 from trainer.checkpoint.saving import Save
 from trainer.checkpoint.tensors import TensorReader
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Saved:
+class SavedCheckpoint:
     """A committed checkpoint. blocked_seconds: training stood still for it. seconds: from its begin to its commit."""
 
     step: int
@@ -85,7 +85,7 @@ class Keeper:
         self._found: Found | None = None
         self._pending: Save | None = None
         self._begun = self._blocked = 0.0
-        self._tell: Callable[[Saved], None] = lambda saved: None
+        self._tell: Callable[[SavedCheckpoint], None] = lambda saved: None
         self.step = 0
 
     def find(self) -> Progress | None:
@@ -119,7 +119,7 @@ class Keeper:
         self.step = self._found.progress.step
         return self._found.progress
 
-    def report_to(self, tell: Callable[[Saved], None]) -> None:
+    def report_to(self, tell: Callable[[SavedCheckpoint], None]) -> None:
         """tell: called on every rank for each checkpoint that was committed."""
         self._tell = tell
 
@@ -193,7 +193,7 @@ class Keeper:
         now = time.perf_counter()
         aside = self._config.checkpoint.async_save
         self._tell(
-            Saved(
+            SavedCheckpoint(
                 step=save.progress.step,
                 folder=folder,
                 bytes=size,
@@ -282,7 +282,7 @@ class Keeper:
         def check() -> Found | CheckpointDamaged:
             try:
                 manifest = read_manifest(folder)
-                check_sizes(folder, manifest)
+                check_file_sizes(folder, manifest)
                 names = list(manifest.files)
                 check_contents(folder, manifest, names[self._runtime.rank :: self._runtime.world_size])
                 return Found(folder=folder, manifest=manifest, progress=read_progress(folder, manifest))

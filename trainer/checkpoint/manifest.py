@@ -106,7 +106,7 @@ def check_missing(path: Path, error: OSError) -> None:
         ) from None
 
 
-def check_sizes(folder: Path, manifest: Manifest) -> None:
+def check_file_sizes(folder: Path, manifest: Manifest) -> None:
     """Raises CheckpointDamaged naming each file that is missing, cut off, or not in the manifest, and a folder whose
     name is of another step. Reads no content."""
     problems = []

@@ -24,7 +24,7 @@ from trainer.data.loader import OrderedSamples, RankData, build_loader
 from trainer.data.paths import SUFFIXES, find_files
 from trainer.data.positions import Order, Share, key_of
 from trainer.data.samples import PackedSamples, SyntheticSamples, TokenArray
-from trainer.data.stream import Held, StreamedBatches, TextStream, hold_out, open_stream, take
+from trainer.data.stream import HeldOut, StreamedBatches, TextStream, hold_out, open_stream, take
 from trainer.data.tokenizer import Encoder, build_encoder, tokenizer_key, tokenizer_to_export
 from trainer.data.workers import check_workers
 from trainer.plan.plan import Plan
@@ -239,14 +239,14 @@ def _hub(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData
     )
 
 
-def _validation_of_stream(config: Config, stream: TextStream, encoder: Encoder, *, seq_len: int) -> Held:
+def _validation_of_stream(config: Config, stream: TextStream, encoder: Encoder, *, seq_len: int) -> HeldOut:
     """Text for `train.eval_samples` samples, from a split of its own or held out of the one that is trained on."""
     data, samples = config.data, config.train.eval_samples
     split = data.validation_split or data.split
     tokens = samples * seq_len + 1 if samples else 0
     if data.validation_split is not None:
         texts = TextStream(rows=open_stream(data, split=split), data=data, split=split).texts()
-        held = Held(tokens=take(texts, encoder, tokens=tokens), threshold=0)
+        held = HeldOut(tokens=take(texts, encoder, tokens=tokens), threshold=0)
     else:
         held = hold_out(stream, encoder, fraction=data.validation_fraction, tokens=tokens)
     if samples and len(held.tokens) < 2:

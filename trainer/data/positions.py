@@ -18,7 +18,7 @@ from itertools import count as count_from
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.plan.batch import Batch as BatchPlan
+from trainer.plan.batch import BatchPlan
 
 ROUNDS = 8  # with fewer, shuffles of less than ten samples favour some orders
 _MASK = 2**64 - 1

@@ -131,14 +131,14 @@ def shuffle_in_buffer(texts: Iterable[str], *, size: int, key: int) -> Iterator[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
+class HeldOut:
     """Validation text: its tokens, and the threshold of the content hash below which training leaves text out."""
 
     tokens: NDArray[np.int64]
     threshold: int
 
 
-def hold_out(stream: TextStream, encoder: Encoder, *, fraction: float, tokens: int) -> Held:
+def hold_out(stream: TextStream, encoder: Encoder, *, fraction: float, tokens: int) -> HeldOut:
     """Take `tokens` of validation text (fewer if the stream ends) out of a stream that is trained on."""
     threshold = int(fraction * 2**64)
     hashes: list[int] = []
@@ -155,8 +155,8 @@ def hold_out(stream: TextStream, encoder: Encoder, *, fraction: float, tokens: i
         better = both_sides(threshold, min(hashes), max(hashes))
         if better != threshold:
             texts = (text for text in stream.texts() if content_hash(text) < better)
-            return Held(tokens=take(texts, encoder, tokens=tokens), threshold=better)
-    return Held(tokens=found, threshold=threshold)
+            return HeldOut(tokens=take(texts, encoder, tokens=tokens), threshold=better)
+    return HeldOut(tokens=found, threshold=threshold)
 
 
 def take(texts: Iterable[str], encoder: Encoder, *, tokens: int) -> NDArray[np.int64]:

@@ -10,12 +10,12 @@ from configs.schema import Config
 from trainer.axes.mesh import Meshes
 from trainer.linear.adapter_layers import AdapterWeights
 from trainer.model.causal import build_causal
-from trainer.model.weights import Weights, open_weights
+from trainer.model.weights import WeightSource, open_weights
 from trainer.passes import Parts, parallelize
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
 
-Fill = Callable[[PreTrainedModel, Weights], None]
+Fill = Callable[[PreTrainedModel, WeightSource], None]
 
 
 def assemble(

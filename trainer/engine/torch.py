@@ -30,7 +30,7 @@ from trainer.engine.assemble import assemble
 from trainer.engine.saved import Saved, read_buffer, write_buffers
 from trainer.model.build import materialize
 from trainer.model.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
-from trainer.model.weights import Weights
+from trainer.model.weights import WeightSource
 from trainer.optim.build import build_optimizer, learning_rates, set_lr
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
@@ -117,7 +117,7 @@ class TorchEngine:
         return loss if self._speaks() else torch.zeros_like(loss)
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        for name, complete in torch_state.gather(self.named, self.mesh, self.runtime.device):
+        for name, complete in torch_state.gather_parameters(self.named, self.mesh, self.runtime.device):
             yield name, complete.cpu() if complete is not None and self.runtime.is_main else None
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -146,7 +146,7 @@ class TorchEngine:
     def close(self) -> None:
         """Nothing is held outside the process."""
 
-    def _fill(self, module: PreTrainedModel, weights: Weights) -> None:
+    def _fill(self, module: PreTrainedModel, weights: WeightSource) -> None:
         # What adapters leave frozen needs no precision beyond that of its use.
         frozen = None if self.whole else torch_dtype(self.plan.param_dtype)
         dtype = torch_dtype(self.plan.master_dtype)

@@ -22,7 +22,7 @@ from trainer.model.pieces import cut, join
 from trainer.model.roles import Described
 from trainer.optim.protocol import COUNTER
 from trainer.optim.table import ask, saved_state
-from trainer.process.runtime import gather as everyones
+from trainer.process.runtime import gather
 
 Named = Mapping[str, torch.Tensor]
 
@@ -41,14 +41,16 @@ def whole(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return join(tensor)
 
 
-def gather(parameters: Named, mesh: DeviceMesh, device: torch.device) -> Iterator[tuple[str, torch.Tensor | None]]:
+def gather_parameters(
+    parameters: Named, mesh: DeviceMesh, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Every parameter of the model by name, whole on rank 0, one at a time. A collective over all ranks.
 
     parameters: those of this rank; under a pipeline each stage sends its own to the first.
     """
     group, mine = mesh.get_group(PIPELINE), mesh[PIPELINE].get_local_rank()
     held = [(name, p.shape, p.dtype) for name, p in parameters.items()]
-    for owner, entries in enumerate(everyones(held, group) if mesh[PIPELINE].size() > 1 else [held]):
+    for owner, entries in enumerate(gather(held, group) if mesh[PIPELINE].size() > 1 else [held]):
         for name, shape, dtype in entries:
             complete = whole(parameters[name], device).contiguous() if owner == mine else None
             if owner > 0 and complete is not None:

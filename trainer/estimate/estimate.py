@@ -48,7 +48,7 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Device:
+class TargetDevice:
     """What the estimate is compared with. capacity_bytes: None on the CPU. expandable_segments: how its allocator is
     set up. assumed: nobody named it."""
 
@@ -85,7 +85,7 @@ class Estimate:
     """context_bytes, nccl_bytes: assumed, per GPU (`estimate.context_gib`, `estimate.nccl_gib`)."""
 
     ranks: tuple[RankEstimate, ...]
-    device: Device
+    device: TargetDevice
     context_bytes: int
     nccl_bytes: int
     profile: ModelProfile
@@ -143,10 +143,10 @@ def on_part_of_the_cluster(config: Config, machine: Machine) -> Config:
     return replace(config, cluster=replace(cluster, nodes=nodes, gpus_per_node=needed // nodes))
 
 
-def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) -> Device:
+def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) -> TargetDevice:
     """The device of the verdict. found_gpu: torch's name of the GPU that is here, if one is."""
     if plan.device != "cuda":
-        return Device(name="cpu", capacity_bytes=None, gpu=None, expandable_segments=False)
+        return TargetDevice(name="cpu", capacity_bytes=None, gpu=None, expandable_segments=False)
     named = config.cluster.gpu or found_gpu
     gpu = find_gpu(named) if named else None
     memory = config.cluster.gpu_memory_gib
@@ -154,14 +154,14 @@ def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) 
     gpu = gpu or find_gpu(ASSUMED_GPU)
     assert gpu is not None
     if memory is not None:
-        return Device(
+        return TargetDevice(
             name=gpu.name if not assumed else f"{memory:g} GiB GPU",
             capacity_bytes=int(memory * GIB),
             gpu=gpu,
             expandable_segments=config.cluster.expandable_segments,
             assumed=assumed,
         )
-    return Device(
+    return TargetDevice(
         name=gpu.name,
         capacity_bytes=gpu.memory_bytes,
         gpu=gpu,
@@ -205,7 +205,9 @@ def estimate(
     return Estimate(ranks=ranks, device=device, context_bytes=context, nccl_bytes=nccl, profile=profile)
 
 
-def _estimate_whole(config: Config, plan: Plan, profile: ModelProfile, device: Device, *, outside: int) -> RankEstimate:
+def _estimate_whole(
+    config: Config, plan: Plan, profile: ModelProfile, device: TargetDevice, *, outside: int
+) -> RankEstimate:
     """Without a pipeline all ranks hold the same. outside: bytes that torch's allocator does not know of."""
     timeline = _begin(plan, device)
     module = profile.stage(range(len(profile.anatomy.layers)), stages=1, index=0)
@@ -223,7 +225,7 @@ def _exceeded(place: int, ranks: Mapping[int, PipelineRank]) -> bool:
 
 
 def _estimate_stages(
-    plan: Plan, stages: Mapping[int, PipelineRank], device: Device, *, outside: int
+    plan: Plan, stages: Mapping[int, PipelineRank], device: TargetDevice, *, outside: int
 ) -> tuple[RankEstimate, ...]:
     """One for each place in the pipeline. Places that do the same are replayed once."""
     known, ranks = dict[Hashable, RankEstimate](), []
@@ -236,7 +238,7 @@ def _estimate_stages(
     return tuple(ranks)
 
 
-def _begin(plan: Plan, device: Device) -> Timeline:
+def _begin(plan: Plan, device: TargetDevice) -> Timeline:
     timeline = Timeline(gpu=plan.device == "cuda", expandable=device.expandable_segments)
     if device.gpu is not None:
         for _ in range(CUBLAS_HANDLES):

@@ -59,7 +59,7 @@ class Tracer:
 
     def outline(self) -> Outline:
         from trainer.axes.pipeline.probe import count_costs, examine
-        from trainer.estimate.units import build_unit, describe, layer_buffers, layer_kinds
+        from trainer.estimate.units import build_unit, describe_unit, layer_buffers, layer_kinds
 
         kinds = layer_kinds(self.model)
         layer_costs, head_cost, hidden_size = [], 0.0, 0
@@ -72,7 +72,7 @@ class Tracer:
         whole = replace(self.plan, views=(dense, *self.plan.views[1:]))
         layers = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         with build_unit(self.model, layers, self.config, whole) as unit:
-            anatomy, per_layer = describe(unit, kinds), layer_buffers(unit)
+            anatomy, per_layer = describe_unit(unit, kinds), layer_buffers(unit)
         return Outline(
             anatomy=replace(anatomy, buffers_bytes=anatomy.buffers_bytes + len(kinds) * per_layer),
             layer_costs=tuple(layer_costs),
@@ -83,7 +83,7 @@ class Tracer:
 
     def part(self, fields: Mapping[str, Any], kinds: tuple[int, ...], owned: range, *, stages: int, index: int) -> Part:
         from trainer.estimate.trace import CannotTrace, Shape, trace_unit
-        from trainer.estimate.units import build_unit, describe
+        from trainer.estimate.units import build_unit, describe_unit
         from trainer.model.precision import torch_dtype
 
         storage, compute, logits = (None if dtype is None else torch_dtype(dtype) for dtype in fields["dtypes"])
@@ -103,7 +103,7 @@ class Tracer:
         layers = [owned[place] for place in kept_layers(kinds[owned.start : owned.stop])]
         first, last = index == 0, index == stages - 1
         with build_unit(self.model, layers, self.config, self.plan, first=first, last=last) as unit:
-            anatomy = describe(unit, kinds)
+            anatomy = describe_unit(unit, kinds)
             try:
                 trace = trace_unit(unit, shape)
             except CannotTrace as error:

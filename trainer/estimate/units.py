@@ -30,7 +30,7 @@ from trainer.axes.pipeline.split import Stage
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.model.build import decoder_layers, held_layers
 from trainer.model.layers import is_packed, owned, values_shape
-from trainer.model.roles import describe as describe_roles
+from trainer.model.roles import describe
 from trainer.passes import Parts, divide
 from trainer.plan.plan import Plan
 from trainer.plan.views import View
@@ -161,11 +161,11 @@ def groups_of(unit: Unit) -> dict[str, tuple[str, str]]:
     return found
 
 
-def describe(unit: Unit, kinds: Sequence[int]) -> Anatomy:
+def describe_unit(unit: Unit, kinds: Sequence[int]) -> Anatomy:
     """The unit's parameters in groups. kinds: of all layers of the model. Only the buffers outside its layers."""
     partial = {name for tensor in unit.parts.tensor for name in tensor.partial}
     ends = set(unit.stage.tied if unit.stage else ())
-    roles = describe_roles(unit.module, unit.parts.config.parallel.tensor_plan)
+    roles = describe(unit.module, unit.parts.config.parallel.tensor_plan)
     members: dict[str, list[Parameter]] = {"root": []}
     groups = groups_of(unit)
     for name, owner, last, parameter in owned(unit.module):

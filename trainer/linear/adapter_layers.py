@@ -18,7 +18,7 @@ from configs.errors import ConfigError, EnvironmentProblem, first_line
 from configs.schema import Tuning
 from trainer.linear.adapter_targets import Targets, find_targets, kinds
 from trainer.model.build import decoder_layers
-from trainer.model.weights import Weights, is_adapter, plain_name
+from trainer.model.weights import WeightSource, is_adapter, plain_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -106,7 +106,7 @@ class AdapterWeights:
     Each A draws from a generator seeded with the run's seed and its name: the same numbers under every layout.
     """
 
-    def __init__(self, base: Weights, seed: int) -> None:
+    def __init__(self, base: WeightSource, seed: int) -> None:
         self.base, self.seed = base, seed
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:

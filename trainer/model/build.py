@@ -37,7 +37,7 @@ from trainer.model.stored import local_folder, not_on_the_hub, read_config
 from trainer.plan.model_fields import check_experts, check_sizes, merged, text_fields, text_part
 
 if TYPE_CHECKING:
-    from trainer.model.weights import Weights
+    from trainer.model.weights import WeightSource
 
 LARGE = 2**20  # values
 
@@ -236,7 +236,7 @@ def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def materialize(
     model: PreTrainedModel,
-    weights: Weights,
+    weights: WeightSource,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -278,7 +278,7 @@ def _fill_unit(
     name: str,
     unit: nn.Module,
     targets: dict[str, nn.Parameter],
-    weights: Weights,
+    weights: WeightSource,
     *,
     device: torch.device,
     dtype: torch.dtype,

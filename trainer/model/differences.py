@@ -34,7 +34,7 @@ def row(name: str) -> str:
     return re.sub(r"\d+", "{}", name)
 
 
-def describe(
+def describe_differences(
     found: Differences, stored: Mapping[str, Stored], choice: Model, *, grown: set[str], allowed: int
 ) -> Iterator[str]:
     """One line for each problem. grown: tensors that lack only rows for new tokens. allowed: missing ones to draw."""

@@ -30,7 +30,7 @@ from transformers.utils import logging as their_logging
 from configs.choices import MissingWeights
 from configs.errors import DataError
 from configs.schema import Model
-from trainer.model.differences import Differences, describe, row
+from trainer.model.differences import Differences, describe_differences, row
 from trainer.model.stored import Stored, some
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -88,7 +88,7 @@ def fit(
     if choice.resize_vocabulary:
         found.shapes = {name: pair for name, pair in found.shapes.items() if name not in grown}
     drawn = frozenset(found.missing) if choice.missing_weights is MissingWeights.random else frozenset()
-    problems = list(describe(found, stored, choice, grown=set(grown), allowed=len(drawn)))
+    problems = list(describe_differences(found, stored, choice, grown=set(grown), allowed=len(drawn)))
     problems += _differing_ties(model, stored, folder, key) if not problems and whole is None else ()
     if problems:
         raise DataError(*problems)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from configs.choices import Weights as WeightsChoice
+from configs.choices import Weights
 from configs.errors import DataError
 from configs.schema import Model
 from trainer.model.build import build_model
@@ -40,7 +40,7 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
-class Weights(Protocol):
+class WeightSource(Protocol):
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
         """Write the values of the parameters `keys` of `unit`; `name` is the unit's place in the model."""
         ...
@@ -142,14 +142,14 @@ class LoadedWeights:
                 parameter.copy_(grow(self.values[full_name], parameter.shape))
 
 
-def open_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Callable[[PreTrainedModel], Weights]:
+def open_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Callable[[PreTrainedModel], WeightSource]:
     """What `model.weights` asks for: given the model or a pipeline stage of it, what fills that. Buffers that belong to
     a saved model get their stored values here.
 
     model: whole, on the meta device, before any pass. Raises DataError as `check_weights` does.
     """
     constructors = Constructors(model)
-    if choice.weights is WeightsChoice.random:
+    if choice.weights is Weights.random:
         return lambda part: RandomWeights(part, seed, constructors)
     folder, stored, fitted = check_weights(choice, model)
     if fitted.drawn:
@@ -182,7 +182,7 @@ def check_weights(choice: Model, model: PreTrainedModel) -> tuple[Path, dict[str
 
 def check_early(choice: Model, config: PretrainedConfig) -> None:
     """`check_weights` before there is data or an engine: a mistake costs seconds. config: from `build_hf_config`."""
-    if choice.weights is WeightsChoice.pretrained:
+    if choice.weights is Weights.pretrained:
         check_weights(choice, build_model(choice, config))
 
 

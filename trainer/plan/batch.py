@@ -13,7 +13,7 @@ DEFAULT_MICRO_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
+class BatchPlan:
     """Sequences and tokens of one optimizer update."""
 
     micro_batch_size: int
@@ -30,7 +30,7 @@ class Batch:
         return self.global_batch_size * self.seq_len
 
 
-def make_batch(train: Train, seq_len: int, ranks: int, problems: list[str], *, usual: int) -> Batch:
+def plan_batch(train: Train, seq_len: int, ranks: int, problems: list[str], *, usual: int) -> BatchPlan:
     """Derive what is missing of the batch identity; a remainder is an error. usual: gradient_accumulation_steps where
     it is free."""
     micro, accumulation, total = train.micro_batch_size, train.gradient_accumulation_steps, train.global_batch_size
@@ -39,7 +39,7 @@ def make_batch(train: Train, seq_len: int, ranks: int, problems: list[str], *, u
     else:
         accumulation = accumulation or (usual if micro is None else None)
         micro, accumulation = _divide_batch(total, micro, accumulation, ranks, problems)
-    return Batch(
+    return BatchPlan(
         micro_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         data_parallel_size=ranks,

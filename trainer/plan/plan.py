@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from configs.choices import DType, EngineName, OffloadDevice
-from trainer.plan.batch import Batch
+from trainer.plan.batch import BatchPlan
 from trainer.plan.views import View
 
 
@@ -26,7 +26,7 @@ class Plan:
     zero_stage: int
     offload_optimizer: OffloadDevice
     offload_parameters: OffloadDevice
-    batch: Batch
+    batch: BatchPlan
     param_dtype: DType
     reduce_dtype: DType
     master_dtype: DType

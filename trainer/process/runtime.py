@@ -97,7 +97,7 @@ def local_rank() -> int:
 
 
 @contextmanager
-def join(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
+def join_world(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
     """Enter the process group of the plan's world and leave it at the end.
 
     The environment is left as it was found. Raises RankProblem when the device is missing. A collective that waits

@@ -32,7 +32,7 @@ from trainer.process.disks import readable, writing
 from trainer.process.private import write_private
 from trainer.process.status import FINISHED, check_unfinished, lock, read_status, restarted_in
 from trainer.report import provenance
-from trainer.report.trackers import check_installed
+from trainer.report.trackers import check_tracker_installed
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ def open_run_folder(config: Config, plan: Plan, runtime: Runtime, *, argv: Seque
 
 
 def _open(config: Config, plan: Plan, device: torch.device, argv: Sequence[str]) -> Path:
-    check_installed(config.logging.tracker)
+    check_tracker_installed(config.logging.tracker)
     folder = claim_run_dir(config, datetime.now())
     with writing(folder):
         _set_model_aside(folder)

@@ -95,11 +95,11 @@ def save_curves(folder: Path, ranks: Mapping[int, tuple[RankEstimate | None, Cur
     replace_text(folder / "memory.json", json.dumps(content) + "\n")
     if find_spec("matplotlib") is None:
         return [folder / "memory.json"]
-    draw(ranks, folder / "memory.png")
+    draw_curves(ranks, folder / "memory.png")
     return [folder / "memory.json", folder / "memory.png"]
 
 
-def draw(ranks: Mapping[int, tuple[RankEstimate | None, Curve]], path: Path) -> None:
+def draw_curves(ranks: Mapping[int, tuple[RankEstimate | None, Curve]], path: Path) -> None:
     """One panel for each rank: predicted components stacked, the measured total as a line over them."""
     figure: Any = import_module("matplotlib.figure").Figure(figsize=(10, 4 * len(ranks)), layout="constrained")
     panels = figure.subplots(len(ranks), 1, squeeze=False)[:, 0]

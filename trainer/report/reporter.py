@@ -54,7 +54,7 @@ from trainer.report.trackers import Tracker, start_tracker
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from trainer.checkpoint.keeper import Saved
+    from trainer.checkpoint.keeper import SavedCheckpoint
     from trainer.engine import StepResult
 
 UNKNOWN = -1  # a number that a rank does not know, in a maximum over ranks
@@ -185,7 +185,7 @@ class Reporter:
         """What a later start of this run needs to go on with the same sums."""
         return {**asdict(self.totals), "seconds": self._ended - self._started}
 
-    def checkpoint(self, saved: Saved) -> None:
+    def checkpoint(self, saved: SavedCheckpoint) -> None:
         """A checkpoint is committed."""
         self._write(
             CheckpointMetrics(

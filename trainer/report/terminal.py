@@ -39,14 +39,14 @@ class Terminal:
     def close(self) -> None: ...
 
 
-def open_terminal(progress: choices.Progress, steps: int, *, console: Console | None = None) -> Terminal:
+def open_terminal(progress: choices.ProgressDisplay, steps: int, *, console: Console | None = None) -> Terminal:
     """The terminal for `logging.progress`. console: where to write; standard output by default."""
     console = console or Console()
-    if progress is choices.Progress.auto:
-        progress = choices.Progress.bar if console.is_terminal else choices.Progress.lines
-    if progress is choices.Progress.bar:
+    if progress is choices.ProgressDisplay.auto:
+        progress = choices.ProgressDisplay.bar if console.is_terminal else choices.ProgressDisplay.lines
+    if progress is choices.ProgressDisplay.bar:
         return _Bar(console, steps)
-    return _Lines(console, steps, quiet=progress is choices.Progress.off)
+    return _Lines(console, steps, quiet=progress is choices.ProgressDisplay.off)
 
 
 class _Lines(Terminal):

@@ -47,7 +47,7 @@ class Tracker(Protocol):
         ...
 
 
-def check_installed(tracker: str) -> None:
+def check_tracker_installed(tracker: str) -> None:
     """Raises EnvironmentProblem when the tracker's package is missing."""
     if tracker != NO_TRACKER and find_spec(tracker) is None:
         raise EnvironmentProblem(

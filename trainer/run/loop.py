@@ -27,7 +27,7 @@ from trainer.optim.build import lr_at
 from trainer.plan.plan import Plan
 from trainer.process.disks import written
 from trainer.process.exhausted import memory_told
-from trainer.process.runtime import Runtime, dropout_stream, join
+from trainer.process.runtime import Runtime, dropout_stream, join_world
 from trainer.process.status import RunStatus
 from trainer.process.stopping import StopRequests
 from trainer.process.watchdog import Watchdog, watched
@@ -47,7 +47,7 @@ def run(config: Config, plan: Plan) -> int:
     """
     settle_vocabulary(config)
     predicted = predict(config, plan)
-    with join(plan, timeout_minutes=config.train.timeout_minutes) as runtime:
+    with join_world(plan, timeout_minutes=config.train.timeout_minutes) as runtime:
         folder = open_run_folder(config, plan, runtime)
         status = RunStatus(folder, runtime.rank)
         runtime.agree(status.begin)

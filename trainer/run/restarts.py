@@ -45,7 +45,7 @@ class Attempts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class Decision:
     """reason: one line, why the job ended and what is done about it. attempts: for the next verdict."""
 
     restart: bool
@@ -59,7 +59,7 @@ def stand(run_dir: Path) -> Standing:
     return Standing(step=(step_of(checkpoints[-1]) or 0) if checkpoints else 0, status=read_status(run_dir))
 
 
-def judge(code: int, *, before: Standing, after: Standing, attempts: Attempts, max_restarts: int) -> Verdict:
+def judge(code: int, *, before: Standing, after: Standing, attempts: Attempts, max_restarts: int) -> Decision:
     """Whether to start a job again that ended with this exit code.
 
     before, after: the run folder at the job's start and after its end. max_restarts: how many may follow each other
@@ -74,12 +74,12 @@ def judge(code: int, *, before: Standing, after: Standing, attempts: Attempts, m
     in_vain = 0 if after.step > furthest else attempts.in_vain
     now = Attempts(in_vain=in_vain, step=max(furthest, after.step))
     if code in NEVER_AGAIN:
-        return Verdict(restart=False, reason=NEVER_AGAIN[code], attempts=now)
+        return Decision(restart=False, reason=NEVER_AGAIN[code], attempts=now)
     if word.get("retry") is False:
-        return Verdict(restart=False, reason=f"{why}; it would end the same way again", attempts=now)
+        return Decision(restart=False, reason=f"{why}; it would end the same way again", attempts=now)
     place = f"step {after.step}" if after.step else "the beginning"
     if in_vain >= max_restarts:
         gave_up = f"given up after {in_vain} restarts in a row from {place} (launcher.max_restarts={max_restarts})"
-        return Verdict(restart=False, reason=f"{why}; {gave_up}" if max_restarts else why, attempts=now)
+        return Decision(restart=False, reason=f"{why}; {gave_up}" if max_restarts else why, attempts=now)
     goes_on = f"starting again from {place} (restart {in_vain + 1} of {max_restarts} from there)"
-    return Verdict(restart=True, reason=f"{why}; {goes_on}", attempts=Attempts(in_vain=in_vain + 1, step=now.step))
+    return Decision(restart=True, reason=f"{why}; {goes_on}", attempts=Attempts(in_vain=in_vain + 1, step=now.step))

@@ -37,7 +37,7 @@ RETURNS: tuple[Callable[[Any], Any], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Anatomy:
+class Examined:
     """before, after: names of the modules that own parameters outside the layers, by when they are called; what is
     never called counts as before. returns: makes a layer's return value out of hidden states [batch, seq, hidden_size].
     """
@@ -48,7 +48,7 @@ class Anatomy:
     hidden_size: int
 
 
-def examine(model: PreTrainedModel) -> Anatomy:
+def examine(model: PreTrainedModel) -> Examined:
     """Run the model once without memory and see in which order it calls its parts. Raises ConfigError if its layers
     are not a chain that can be cut."""
     furthest, problem = -1, ""
@@ -68,7 +68,7 @@ def examine(model: PreTrainedModel) -> Anatomy:
     )
 
 
-def count_costs(model: PreTrainedModel, anatomy: Anatomy) -> tuple[list[float], float]:
+def count_costs(model: PreTrainedModel, anatomy: Examined) -> tuple[list[float], float]:
     """Cost of each layer and of the parts after the layers, in units of the average layer.
 
     Counted are multiply-adds per token: the entries of all matrices, of experts only those that a token visits. What
@@ -112,7 +112,7 @@ class _Probe:
         self.called_after: dict[str, int] = {}  # name: layers that had been called
         self.hidden: torch.Tensor | None = None
 
-    def run(self) -> Anatomy:
+    def run(self) -> Examined:
         for name, module in self.others.items():
             if any(part is self.layers[0] for part in module.modules()):
                 raise _NotAChain(f"{name or 'the model'} owns parameters beside its layers")
@@ -158,12 +158,12 @@ class _Probe:
         self.hidden = hidden.clone()
         return self.returns(self.hidden)
 
-    def _anatomy(self) -> Anatomy:
+    def _anatomy(self) -> Examined:
         if self.layer_calls != len(self.layers):
             raise _NotAChain(f"of {len(self.layers)} layers {self.layer_calls} are called")
         assert self.hidden is not None
         after = tuple(name for name, calls in self.called_after.items() if calls == len(self.layers))
-        return Anatomy(
+        return Examined(
             before=tuple(name for name in self.others if name not in after),
             after=after,
             returns=self.returns,

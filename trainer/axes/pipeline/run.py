@@ -81,7 +81,7 @@ LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(output of the last stage, labels) -> sum of the cross-entropy over the valid labels."""
 
 
-class Pipeline:
+class PipelineRun:
     """This rank's stages and the schedule that drives them, for micro-batches of one shape."""
 
     def __init__(
@@ -222,9 +222,9 @@ class Pipeline:
         )
 
 
-def build_pipeline(stages: Sequence[Stage], config: Config, plan: Plan, mesh: DeviceMesh) -> Pipeline:
+def build_pipeline(stages: Sequence[Stage], config: Config, plan: Plan, mesh: DeviceMesh) -> PipelineRun:
     """The pipeline of a plan, over stages that all passes have been applied to."""
-    return Pipeline(
+    return PipelineRun(
         stages,
         group=mesh.get_group(PIPELINE),
         schedule=config.parallel.pipeline.schedule,

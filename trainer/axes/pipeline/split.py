@@ -31,7 +31,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from configs.errors import ConfigError, PlanError
-from trainer.axes.pipeline.probe import Anatomy, count_costs, examine, first_argument
+from trainer.axes.pipeline.probe import Examined, count_costs, examine, first_argument
 from trainer.axes.pipeline.table import (
     check_split,
     default_stages_per_rank,
@@ -143,7 +143,7 @@ def split_model(
     return [_build_stage(model, anatomy, ranges, index) for index in owned]
 
 
-def _build_stage(model: PreTrainedModel, anatomy: Anatomy, ranges: list[range], index: int) -> Stage:
+def _build_stage(model: PreTrainedModel, anatomy: Examined, ranges: list[range], index: int) -> Stage:
     """Copy the model, and at every part of another stage put a substitute into the copy."""
     layers, first, last = ranges[index], index == 0, index == len(ranges) - 1
     border = Border()
@@ -198,7 +198,7 @@ def _set_forward(module: PreTrainedModel, border: Border, *, first: bool, last: 
     module.forward = forward
 
 
-def _tied_over_the_ends(model: PreTrainedModel, anatomy: Anatomy) -> tuple[str, ...]:
+def _tied_over_the_ends(model: PreTrainedModel, anatomy: Examined) -> tuple[str, ...]:
     """Parameters of `before` that a module of `after` shares. Raises ConfigError for ties of another kind."""
 
     def place(name: str) -> str:

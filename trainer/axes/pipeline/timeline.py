@@ -140,7 +140,7 @@ def receive_buffers(schedule: str, *, pp: int, micro_batches: int, stages_per_ra
     return [micro_batches * sum((stage > 0) + (stage < last) for stage in stages) for stages in owned]
 
 
-def draw(schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None = None) -> str:
+def draw_schedule(schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None = None) -> str:
     """The timeline as text, one line per rank, for up to 10 micro-batches. One column is one forward of a stage;
     of several stages per rank, which one is meant is left to the order."""
     assert micro_batches <= 10

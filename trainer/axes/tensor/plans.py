@@ -114,7 +114,7 @@ instead of the tensor's own shape."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
+class TensorShare:
     """How a parameter is cut. dim: the dimension that is divided, None if every rank holds all of it. parts: blocks
     along it, each divided on its own (3 for query, key and value in one matrix)."""
 
@@ -148,7 +148,7 @@ def match(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     return {name: style for name, style in found.items() if style}
 
 
-def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = False) -> Share:
+def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = False) -> TensorShare:
     """How a style cuts one parameter of its module.
 
     leaf: the parameter's own name; a bias has the output side only. transposed: stored [in, out] (GPT-2's Conv1D)
@@ -159,13 +159,13 @@ def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = Fals
     parts = int(argument or 2) if name.startswith("packed") else 1
     one_sided = ndim == 1 or leaf.endswith("bias")
     if cut == "none" or (one_sided and cut == "input"):
-        return Share()
+        return TensorShare()
     if cut == "vocabulary":
-        return Share(dim=0)
+        return TensorShare(dim=0)
     if one_sided:
-        return Share(dim=ndim - 1, parts=parts)
+        return TensorShare(dim=ndim - 1, parts=parts)
     output, input_ = (ndim - 1, ndim - 2) if transposed else (ndim - 2, ndim - 1)
-    return Share(dim=output if cut == "output" else input_, parts=parts)
+    return TensorShare(dim=output if cut == "output" else input_, parts=parts)
 
 
 def check_tensor(fields: Mapping[str, Any], tp: int, sequence_parallel: bool, seq_len: int) -> Iterator[str]:

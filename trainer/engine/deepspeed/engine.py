@@ -52,7 +52,7 @@ from trainer.engine.saved import Saved, read_buffer, write_buffers
 from trainer.model.build import materialize
 from trainer.model.pieces import join
 from trainer.model.precision import apply_tf32, build_loss_scale, torch_dtype
-from trainer.model.weights import Weights
+from trainer.model.weights import WeightSource
 from trainer.optim.build import build_optimizer, learning_rates, set_lr
 from trainer.passes import Parts
 from trainer.plan.plan import Plan
@@ -66,7 +66,7 @@ class DeepSpeedEngine:
         runtime.agree(lambda: check_deepspeed(config, plan))
         deepspeed = import_deepspeed(plan.device)
         runtime.agree(lambda: load_kernels(needed_kernels(config, plan), local_rank=runtime.local_rank))
-        # Takes over the process group that `runtime.join` has made; zero.Init needs it before `initialize`.
+        # Takes over the process group that `runtime.join_world` has made; zero.Init needs it before `initialize`.
         deepspeed.init_distributed(verbose=False)
         apply_tf32(config.precision)
         self.plan, self.runtime = plan, runtime
@@ -85,7 +85,7 @@ class DeepSpeedEngine:
         plan, swap_folder = self.plan, str(self.swap.path) if self.swap else None
         settings: dict[str, Any] = {}
 
-        def fill(module: PreTrainedModel, weights: Weights) -> None:
+        def fill(module: PreTrainedModel, weights: WeightSource) -> None:
             settings.update(deepspeed_config(config, plan, model_size(module), swap_folder=swap_folder))
             partition = Partitioner(deepspeed, settings) if plan.zero_stage == 3 else None
             dtype = torch_dtype(plan.param_dtype)

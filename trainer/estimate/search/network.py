@@ -25,7 +25,7 @@ ASSUMED_NETWORK_GB_PER_SECOND = 50.0
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RankGroup:
     """Ranks that communicate. per_node: how many of them share a node."""
 
     size: int
@@ -36,12 +36,12 @@ class Group:
         return ceil(self.size / self.per_node)
 
 
-def group_of(plan: Plan, *axes: str) -> Group:
+def group_of(plan: Plan, *axes: str) -> RankGroup:
     """The ranks that differ along `axes`, which are neighbours in the mesh. Inner axes lie within the node first."""
     names, sizes = list(plan.mesh), plan.mesh
     size = prod(sizes[axis] for axis in axes)
     stride = prod(sizes[name] for name in names[names.index(axes[-1]) + 1 :])
-    return Group(size=size, per_node=max(1, min(size, plan.gpus_per_node // stride)))
+    return RankGroup(size=size, per_node=max(1, min(size, plan.gpus_per_node // stride)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Network:
     network: float
     host: float
 
-    def gather(self, whole_bytes: float, group: Group) -> float:
+    def gather(self, whole_bytes: float, group: RankGroup) -> float:
         """Seconds until every rank has `whole_bytes`, of which each had its part. Also a reduce-scatter."""
         if group.size == 1:
             return 0.0
@@ -61,11 +61,11 @@ class Network:
         between = whole_bytes * (group.nodes - 1) / group.nodes / (self.network * group.per_node)
         return max(inside, between) + self._latency(group)
 
-    def all_reduce(self, size_bytes: float, group: Group) -> float:
+    def all_reduce(self, size_bytes: float, group: RankGroup) -> float:
         """Seconds until every rank of the group has the sum of what each had, `size_bytes`."""
         return 2 * self.gather(size_bytes, group)
 
-    def all_to_all(self, size_bytes: float, group: Group) -> float:
+    def all_to_all(self, size_bytes: float, group: RankGroup) -> float:
         """Seconds to deal out `size_bytes` of each rank to all of the group."""
         if group.size == 1:
             return 0.0
@@ -73,7 +73,7 @@ class Network:
         between = size_bytes * (group.size - group.per_node) / group.size / self.network
         return max(inside, between) + self._latency(group)
 
-    def send(self, size_bytes: float, group: Group) -> float:
+    def send(self, size_bytes: float, group: RankGroup) -> float:
         """Seconds to hand `size_bytes` to the next rank of the group, on another node if there is one."""
         if group.size == 1:
             return 0.0
@@ -82,7 +82,7 @@ class Network:
         return size_bytes / self.link + HOP_SECONDS
 
     @staticmethod
-    def _latency(group: Group) -> float:
+    def _latency(group: RankGroup) -> float:
         return (group.per_node - 1) * HOP_SECONDS + (group.nodes - 1) * NETWORK_HOP_SECONDS
 
 

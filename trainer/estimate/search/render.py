@@ -18,7 +18,7 @@ from trainer.estimate.search.cost import (
     update_bytes,
 )
 from trainer.estimate.search.network import ACHIEVED, ASSUMED_NETWORK_GB_PER_SECOND
-from trainer.estimate.search.search import Found, Search
+from trainer.estimate.search.search import Ranked, Search
 
 GIB = 2**30
 # Words that the search puts in itself; the rest of the command goes before them.
@@ -28,7 +28,7 @@ WIDTH = 150
 SAME = 0.02
 
 
-def command(found: Found, search: Search, overrides: Sequence[str]) -> str:
+def command(found: Ranked, search: Search, overrides: Sequence[str]) -> str:
     """What to type to run it. overrides: those that the search was given."""
     kept = [word for word in overrides if not word.startswith(REPLACED)]
     batch = f"train.global_batch_size={search.config.train.global_batch_size}"
@@ -82,7 +82,7 @@ def render_search_json(search: Search, overrides: Sequence[str]) -> str:
     return json.dumps(search_to_dict(search, overrides), indent=2)
 
 
-def _table(best: Sequence[Found]) -> Table:
+def _table(best: Sequence[Ranked]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("", "layout", "recompute"):
         table.add_column(name)
@@ -105,7 +105,7 @@ def _table(best: Sequence[Found]) -> Table:
     return table
 
 
-def _layout(found: Found) -> str:
+def _layout(found: Ranked) -> str:
     degrees = " ".join(f"{axis} {size}" for axis, size in found.plan.mesh.items() if size > 1)
     kept = ", kept gathered" if found.candidate.keys.get("parallel.reshard_after_forward") is False else ""
     schedule = found.candidate.keys.get("parallel.pipeline.schedule")

@@ -37,7 +37,7 @@ TOKENS_PER_STEP = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class Ranked:
     """A layout with its predicted time and memory."""
 
     candidate: Candidate
@@ -54,8 +54,8 @@ class Search:
     the global batch filled in. size: of the model."""
 
     config: Config
-    best: Sequence[Found]
-    too_large: Found | None
+    best: Sequence[Ranked]
+    too_large: Ranked | None
     timed: int
     asked: int
     size: Dimensions
@@ -135,13 +135,13 @@ class _Questions:
     the same pieces, so one estimate answers for many shapes."""
 
     def __init__(self, timed: Sequence[_Timed]) -> None:
-        self.answers: dict[tuple[str, ...], Found | None] = {}
+        self.answers: dict[tuple[str, ...], Ranked | None] = {}
         self.beyond: dict[tuple[object, ...], dict[int, _Beyond]] = defaultdict(dict)
         self.smallest: dict[tuple[object, ...], _Timed] = {}
         for one in sorted(timed, key=lambda each: -each.size):
             self.smallest[one.candidate.layout, one.recompute] = one
 
-    def fits(self, one: _Timed) -> Found | None:
+    def fits(self, one: _Timed) -> Ranked | None:
         """Its estimate, if it fits. Not asked where something smaller of its kind is known to be too large."""
         if one.pieces not in self.beyond:
             self.ask(self.smallest[one.candidate.layout, one.recompute])
@@ -152,13 +152,13 @@ class _Questions:
         found = self.ask(one)
         return found if found is not None and found.estimate.fits else None
 
-    def ask(self, one: _Timed) -> Found | None:
+    def ask(self, one: _Timed) -> Ranked | None:
         """Its estimate, made once; None where memory cannot be told."""
         if one.candidate.words not in self.answers:
             self.answers[one.candidate.words] = self._estimate(one)
         return self.answers[one.candidate.words]
 
-    def _estimate(self, one: _Timed) -> Found | None:
+    def _estimate(self, one: _Timed) -> Ranked | None:
         try:
             predicted = estimate(one.config, one.plan, heaviest=True)
         except NotEstimated:
@@ -167,13 +167,13 @@ class _Questions:
         more = _Beyond(fixed=predicted.busiest.device_bytes - one.states - growing, growing=growing)
         known = self.beyond[one.pieces]
         known[one.size] = min(more, known.get(one.size, more), key=lambda each: each.fixed + each.growing)
-        return Found(candidate=one.candidate, plan=one.plan, time=one.time, estimate=predicted)
+        return Ranked(candidate=one.candidate, plan=one.plan, time=one.time, estimate=predicted)
 
 
 def _fitting(config: Config, timed: Sequence[_Timed], size: Dimensions) -> Search:
     """timed: fastest first."""
     questions = _Questions(timed)
-    best: dict[tuple[str, ...], Found] = {}
+    best: dict[tuple[str, ...], Ranked] = {}
     for one in timed:
         if len(best) == SHOWN:
             break
@@ -190,8 +190,8 @@ def _fitting(config: Config, timed: Sequence[_Timed], size: Dimensions) -> Searc
 
 
 def _fastest_too_large(
-    timed: Sequence[_Timed], best: Mapping[tuple[str, ...], Found], questions: _Questions
-) -> Found | None:
+    timed: Sequence[_Timed], best: Mapping[tuple[str, ...], Ranked], questions: _Questions
+) -> Ranked | None:
     """The layout that would be the fastest if it fitted, at the shape that needs least, if that does not fit either."""
     layout = next((one.candidate.layout for one in timed), None)
     if layout is None or layout in best:
