@@ -37,7 +37,8 @@ MICRO = ("moe=micro_batch", f"moe.coefficient={COEFFICIENT}")
 TWO, FOUR = "train.gradient_accumulation_steps=2", "train.gradient_accumulation_steps=4"
 FULL, SELECTIVE = "train.activation_checkpointing=full", "train.activation_checkpointing=selective"
 SCHEDULE = "parallel.pipeline.schedule"
-# What makes each of them a case of its own: replicas, shards and recompute, shared tokens, stages, parts of sequences.
+# What makes each of them a case of its own: replicas, shards and recompute, shared tokens, stages, parts of sequences,
+# experts of other ranks.
 LAYOUTS = [
     (GLOBAL, "ddp", 2, (TWO,)),
     (GLOBAL, "fsdp", 2, (TWO, FULL)),
@@ -45,8 +46,12 @@ LAYOUTS = [
     (GLOBAL, "pipeline", 2, (FOUR, f"{SCHEDULE}=zbv_zero_bubble")),
     (SEQUENCE, "context", 2, (TWO,)),
     (SEQUENCE, "3d", 8, (TWO, FULL)),
+    (GLOBAL, "expert_fsdp", 4, (TWO, FULL)),
 ]
 MORE = [
+    (SEQUENCE, "expert", 4, (TWO, "parallel.tp=2")),
+    (GLOBAL, "expert_fsdp", 4, (TWO, "parallel.pp=2", f"{SCHEDULE}=interleaved_1f1b")),
+    (SEQUENCE, "expert_fsdp", 4, (TWO, "parallel.cp=2")),
     (GLOBAL, "hsdp", 4, (TWO,)),
     (GLOBAL, "3d", 8, (TWO,)),
     (GLOBAL, "context", 4, (TWO, "parallel.tp=2")),
