@@ -1,4 +1,4 @@
-"""The finished model as a Hugging Face folder, written shard by shard from any layout.
+"""The finished model as a Hugging Face folder, written shard by shard from any layout, with the hub's own names.
 
 The engine hands over one whole parameter at a time; rank 0 holds at most one shard file's worth of them.
 """
@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 
 from configs.errors import DataError
 from configs.schema import Model
+from trainer.checkpoint.hub_layout import HubLayout
 from trainer.checkpoint.manifest import GENERATION
 from trainer.model.fitting import persistent_buffers
 from trainer.model.stored import local_folder
@@ -76,16 +77,20 @@ def export_model(
     if folder.exists():
         raise FileExistsError(folder)
     writer: ShardWriter | None = None
+    config = _config_for_export(model, dtype)
+    layout: HubLayout | None = None
     for name, tensor in parameters:
         if tensor is not None:
-            if writer is None:
+            if writer is None or layout is None:
+                layout = HubLayout(config)
                 writer = ShardWriter(folder.with_name(folder.name + ".partial"), shard_bytes)
-            writer.add(name, tensor.to(dtype))
-    if writer is not None:
+            writer.add_all(layout.add(name, tensor.to(dtype)))
+    if writer is not None and layout is not None:
         for name, buffer in persistent_buffers(model):
-            writer.add(name, buffer.cpu())
+            writer.add_all(layout.add(name, buffer.cpu()))
+        writer.add_all(layout.rest())
         writer.close()
-        _config_for_export(model, dtype).save_pretrained(writer.folder)
+        config.save_pretrained(writer.folder)
         if generation is not None:
             (writer.folder / GENERATION).write_bytes(generation)
         elif model.generation_config is not None:
@@ -137,11 +142,15 @@ class ShardWriter:
         self.shards: list[list[str]] = []
         self.total_bytes = 0
 
+    def add_all(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            self.add(name, tensor)
+
     def add(self, name: str, tensor: torch.Tensor) -> None:
         held = sum(t.nbytes for t in self.pending.values())
         if self.pending and held + tensor.nbytes > self.shard_bytes:
             self._flush()
-        self.pending[name] = tensor.contiguous()
+        self.pending[name] = tensor
         self.total_bytes += tensor.nbytes
 
     def close(self) -> None:
