@@ -304,7 +304,10 @@ def test_users_plan_goes_over_the_models() -> None:
 @pytest.mark.parametrize(
     ("plan", "told"),
     [
-        ({"model.layers.*.mlp.up_proj": "columns"}, "columns: there is no such style; use one of colwise, "),
+        (
+            {"model.layers.*.mlp.up_proj": "columns"},
+            "columns: there is no such style; use one of added_once, colwise, ",
+        ),
         ({"model.layers.*.mlp.c_fc": "colwise"}, "LlamaForCausalLM has nothing of this name"),
         ({"model.layers.*.mlp.up_proj": "packed_colwise:x"}, "takes the number of packed matrices"),
         ({"model.layers.*.mlp.up_proj": "colwise:2"}, "only divide takes names"),

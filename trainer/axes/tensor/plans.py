@@ -51,6 +51,7 @@ STYLES: dict[str, Style] = {
     "adapter_before_columns": Style(cut="none", about="whole on every rank, before a colwise part of an adapter"),
     "adapter_after_rows": Style(cut="none", about="whole on every rank, after the sum of an adapter's rowwise part"),
     "divide": Style(cut="none", about="a module's integer attributes (:name,name) are divided by tp"),
+    "added_once": Style(cut="none", about="a bias of results that are summed: each rank adds its share of it"),
     "local_params": Style(cut="none", about="holds parameters with entries of their own"),
     "replicate": Style(cut="none", about="whole on every rank"),
 }
@@ -62,10 +63,11 @@ ADAPTERS = {"adapter_before_columns", "adapter_after_rows"}
 ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
 
 
-def _plan(layer: str, *, columns: str, rows: str, divide: tuple[str, str]) -> dict[str, str]:
+def _plan(layer: str, *, columns: str, rows: str, divide: tuple[str, str] | None = None) -> dict[str, str]:
     """The plan of a layer's modules. divide: the module with the attributes to divide, and these."""
     styles = {name: "colwise" for name in columns.split()} | {name: "rowwise" for name in rows.split()}
-    return {f"{layer}.{name}": style for name, style in {divide[0]: f"divide:{divide[1]}", **styles}.items()}
+    divided = {divide[0]: f"divide:{divide[1]}"} if divide else {}
+    return {f"{layer}.{name}": style for name, style in {**divided, **styles}.items()}
 
 
 PLANS: dict[str, dict[str, str]] = {
@@ -90,6 +92,19 @@ PLANS: dict[str, dict[str, str]] = {
         rows="attn.attention.out_proj mlp.c_proj",
         divide=("attn.attention", "num_heads"),
     ),
+    # The columns of gate_up_proj alternate between gate and up: a block of an even number of them is whole pairs.
+    "gpt_oss": {
+        **_plan(
+            "model.layers.*",
+            columns="self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.sinks",
+            rows="self_attn.o_proj",
+        ),
+        "model.layers.*.mlp.experts": "moe_tp_experts",
+        "model.layers.*.mlp.experts.gate_up_proj": "packed_rowwise:1",
+        "model.layers.*.mlp.experts.gate_up_proj_bias": "colwise",
+        "model.layers.*.mlp.experts.down_proj": "colwise",
+        "model.layers.*.mlp.experts.down_proj_bias": "added_once",
+    },
     "gptj": _plan(
         "transformer.h.*",
         columns="attn.q_proj attn.k_proj attn.v_proj mlp.fc_in",

@@ -120,19 +120,22 @@ def run_on_local_parts(module: nn.Module, name: str, wiring: Wiring, *, recurse:
     The parameters are looked up at each call: sharding exchanges them between calls.
     """
     inner = module.forward
-    places = [
-        (owner._parameters, leaf, wiring.slices.get(f"{owner_name}.{leaf}"))
-        for owner_name, owner in (module.named_modules(prefix=name) if recurse else [(name, module)])
-        if owner_name not in wiring.apart
-        for leaf in _own(owner)
-    ]
+    places = []
+    for owner_name, owner in module.named_modules(prefix=name) if recurse else [(name, module)]:
+        for leaf in _own(owner) if owner_name not in wiring.apart else ():
+            full = f"{owner_name}.{leaf}"
+            once = wiring.style(full) == "added_once"
+            if once:
+                wiring.partial.add(full)
+            places.append((owner._parameters, leaf, wiring.slices.get(full), once))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        kept = [(table, leaf, table[leaf]) for table, leaf, _ in places]
+        kept = [(table, leaf, table[leaf]) for table, leaf, _, _ in places]
         try:
-            for (table, leaf, rows), (_, _, parameter) in zip(places, kept, strict=True):
+            for (table, leaf, rows, once), (_, _, parameter) in zip(places, kept, strict=True):
                 part: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                table[leaf] = part if rows is None else part[rows]
+                part = part if rows is None else part[rows]
+                table[leaf] = part / wiring.ranks.size if once else part
             return inner(*args, **kwargs)
         finally:
             for table, leaf, parameter in kept:

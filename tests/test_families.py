@@ -1,0 +1,85 @@
+"""Families of mixtures of experts: each trains alike under every layout, and goes to the hub and back by its names."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.support.cases import Trained
+from tests.support.families import FAMILIES, fields_of, train_all, words_of
+from tests.support.harness import run_ranks
+from tests.support.parity import distance
+from tests.support.selection import rows
+from tests.support.shared import once
+from trainer.checkpoint.hub import export_model
+from trainer.data.tokenizer import build_byte_tokenizer
+from trainer.model.fitting import persistent_buffers, quiet
+
+OFTEN = ("deepseek_v3", "gpt_oss", "qwen2_moe")
+"""With every change: latent attention, dense layers before the others, a shared expert; biases, sinks and windows; a
+gated shared expert. The rest has their parts in other orders."""
+LAYOUTS = {
+    "fsdp": ["parallel=fsdp"],
+    "tensor": ["parallel=tensor", "parallel.tp=2"],
+    "tensor, sequence parallel": ["parallel=tensor", "parallel.tp=2", "parallel.sequence_parallel=true"],
+}
+GROUPS = {"often": OFTEN, "rest": tuple(name for name in FAMILIES if name not in OFTEN)}
+
+
+def their_model(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields_of(family)), dtype=torch.float32)
+    model.config.architectures = [type(model).__name__]
+    for _, buffer in persistent_buffers(model):
+        buffer.uniform_()
+    return model
+
+
+@once
+def alone(group: str) -> dict[str, Trained]:
+    found = run_ranks(1, train_all, {name: words_of(name, "single") for name in GROUPS[group]}, timeout=300)[0]
+    for trained in found.values():
+        assert all(math.isfinite(loss) for loss in trained.losses)
+        assert max(trained.grad_norms) > 0.25, "clipping was never active"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "group"),
+    rows(((layout, group) for layout in LAYOUTS for group in GROUPS), lambda _, group: group == "often"),
+)
+def test_a_family_equals_one_process(layout: str, group: str) -> None:
+    runs = {name: words_of(name, "single", *LAYOUTS[layout]) for name in GROUPS[group]}
+    found = run_ranks(2, train_all, runs, timeout=300)[0]
+    apart = {name: distance(found[name], expected) for name, expected in alone(group).items()}
+    assert all(one.largest <= 1e-10 for one in apart.values()), apart
+
+
+def test_a_folder_with_the_hubs_names_begins_every_layout_alike(tmp_path: Path) -> None:
+    """Its experts lie one by one, and the model holds them stacked."""
+    with quiet():
+        their_model("mixtral").save_pretrained(tmp_path / "there")
+    path = f"model.path={tmp_path}/there"
+    expected = run_ranks(1, train_all, {"one": words_of("mixtral", "single", path)})[0]["one"]
+    runs = {layout: words_of("mixtral", "single", *words, path) for layout, words in LAYOUTS.items()}
+    for layout, found in run_ranks(2, train_all, runs)[0].items():
+        assert distance(found, expected).largest <= 1e-10, layout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_folder_has_the_names_that_save_pretrained_writes(family: str, tmp_path: Path) -> None:
+    model = their_model(family)
+    with quiet():
+        model.save_pretrained(tmp_path / "theirs")
+    export_model(model.named_parameters(), model, build_byte_tokenizer(), tmp_path / "ours", dtype=torch.float32)
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+    with quiet():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
