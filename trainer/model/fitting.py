@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as their_logging
 
 from configs.choices import MissingWeights
-from configs.errors import DataError
+from configs.errors import DataError, first_line
 from configs.schema import Model
 from trainer.model.differences import Differences, describe_differences, row
 from trainer.model.stored import Stored, some
@@ -253,7 +253,7 @@ def _ask_transformers(
             )
     except Exception as error:  # its conversions fail in many ways, and say where in a log
         holes = _holes(list(stored))
-        said = f"it lacks {some(holes)}" if holes else str(error).partition("\n")[0][:200]
+        said = f"it lacks {some(holes)}" if holes else first_line(error)
         return Differences(broken=[f"transformers cannot put its tensors together ({said}); copy the folder again"])
     needed = {name: names for names, _ in _needed(model) for name in names}
     missing = {needed[name][0] for name in info["missing_keys"] if name in needed}

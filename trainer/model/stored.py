@@ -90,7 +90,7 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{key}: {CONFIG} cannot be read ({error.strerror}); make it readable") from None
     except (ValueError, RecursionError) as error:
-        said = str(error).partition("\n")[0] if isinstance(error, ValueError) else "nested too deeply"
+        said = first_line(error) if isinstance(error, ValueError) else "nested too deeply"
         raise DataError(f"{key}: {CONFIG} is not JSON ({said}); {_how_damaged(folder / CONFIG)}") from None
     if not isinstance(fields, dict):
         raise DataError(
@@ -185,7 +185,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error}); make it readable") from None
     except (SafetensorError, ValueError) as error:
-        said = str(error).partition("\n")[0].removeprefix("Error while deserializing header: ")
+        said = first_line(error).removeprefix("Error while deserializing header: ")
         raise DataError(f"is damaged ({said}); copy or download it again") from None
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.choices import Weights
-from configs.errors import DataError
+from configs.errors import DataError, first_line
 from configs.schema import Model
 from trainer.model.build import build_model
 from trainer.model.constructed import Constructors
@@ -215,5 +215,5 @@ def _load_whole(
             )
     except Exception as error:  # conversions and dequantization raise what their libraries raise
         raise DataError(
-            f"model.path={choice.path}: transformers cannot load it ({str(error).partition(chr(10))[0][:300]})"
+            f"model.path={choice.path}: transformers cannot load it ({first_line(error)})"
         ) from None
