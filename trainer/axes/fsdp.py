@@ -82,8 +82,8 @@ def average_gradients(parameters: Mapping[str, torch.Tensor], plan: Plan, descri
     """FSDP2 averages over the ranks that hold a parameter, and the loss counts on the average over those that hold a
     dense one. Where these are not as many, the rest of the factor is made up for, once a step.
 
-    `set_gradient_divide_factor` would do it at each reduction, but over one rank torch 2.13 divides twice in 16 and in
-    64 bit, and gloo has no sum with a factor.
+    `set_gradient_divide_factor` would do it at each reduction, but over one rank torch 2.13 divides twice in float16
+    and float64, gloo has no sum with a factor, and NCCL's zeroes bfloat16 (pytorch issue 190747).
     """
     views = {name: plan.view(described[name].view) for name in parameters}
     for view in plan.views:

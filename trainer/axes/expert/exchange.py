@@ -12,8 +12,8 @@ routes of its group first, 4 bytes per token and expert: then all know who sends
 Collectives per layer: that gather and two all-to-alls forward, two all-to-alls backward. Bytes that each rank sends in
 one all-to-all, N tokens of H features, ep ranks, r ranks per token (`expected_rows`): N r (ep - 1) / ep * H.
 
-`transformers.distributed.expert_parallel.AllToAllEP` sends a token once per expert, and its FSDP has no replicas and no
-pipeline; what it computes is the same.
+`transformers.distributed.expert_parallel.AllToAllEP` computes the same, and sends a token once per expert. Version 5.23
+refuses it with a pipeline and where ep is no multiple of tp, and splits no sequences.
 """
 
 from __future__ import annotations
