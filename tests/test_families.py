@@ -23,7 +23,9 @@ from trainer.model.fitting import persistent_buffers, quiet
 OFTEN = ("deepseek_v3", "gpt_oss", "qwen2_moe")
 """With every change: latent attention, dense layers before the others, a shared expert; biases, sinks and windows; a
 gated shared expert. The rest has their parts in other orders."""
+ADAPTED = ("deepseek_v3", "gpt_oss")
 LAYOUTS = {
+    "expert": ["parallel=expert"],
     "fsdp": ["parallel=fsdp"],
     "tensor": ["parallel=tensor", "parallel.tp=2"],
     "tensor, sequence parallel": ["parallel=tensor", "parallel.tp=2", "parallel.sequence_parallel=true"],
@@ -51,13 +53,30 @@ def alone(group: str) -> dict[str, Trained]:
 
 @pytest.mark.parametrize(
     ("layout", "group"),
-    rows(((layout, group) for layout in LAYOUTS for group in GROUPS), lambda _, group: group == "often"),
+    rows(
+        ((layout, group) for layout in LAYOUTS for group in GROUPS),
+        lambda layout, group: group == "often" and "," not in layout,
+    ),
 )
 def test_a_family_equals_one_process(layout: str, group: str) -> None:
     runs = {name: words_of(name, "single", *LAYOUTS[layout]) for name in GROUPS[group]}
     found = run_ranks(2, train_all, runs, timeout=300)[0]
     apart = {name: distance(found[name], expected) for name, expected in alone(group).items()}
     assert all(one.largest <= 1e-10 for one in apart.values()), apart
+
+
+@pytest.mark.parametrize(("layout", "experts"), [("tensor", False), ("fsdp", True)])
+def test_adapters_of_a_family_equal_one_process(layout: str, experts: bool) -> None:
+    """Those of an empty list can be cut by tensor parallel; stacked experts get them where they are named."""
+    words = [
+        "tuning=lora",
+        "tuning.rank=2",
+        *(["tuning.target_modules=[experts.gate_up_proj,o_proj]"] if experts else []),
+    ]
+    expected = run_ranks(1, train_all, {name: words_of(name, "single", *words) for name in ADAPTED})[0]
+    found = run_ranks(2, train_all, {name: words_of(name, "single", *LAYOUTS[layout], *words) for name in ADAPTED})[0]
+    apart = {name: distance(found[name], one) for name, one in expected.items()}
+    assert all(one.largest <= 1e-8 for one in apart.values()), apart
 
 
 def test_a_folder_with_the_hubs_names_begins_every_layout_alike(tmp_path: Path) -> None:
