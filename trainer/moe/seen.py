@@ -1,4 +1,4 @@
-"""What a kind of balancing is told of one router and one micro-batch, and of the step that they belong to."""
+"""What a kind of balancing gets to know of one router and one micro-batch, and of the step that they belong to."""
 
 from __future__ import annotations
 
