@@ -214,6 +214,4 @@ def _load_whole(
                 folder, config=config, dtype=torch.float32, trust_remote_code=choice.trust_remote_code
             )
     except Exception as error:  # conversions and dequantization raise what their libraries raise
-        raise DataError(
-            f"model.path={choice.path}: transformers cannot load it ({first_line(error)})"
-        ) from None
+        raise DataError(f"model.path={choice.path}: transformers cannot load it ({first_line(error)})") from None
