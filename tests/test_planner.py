@@ -18,15 +18,16 @@ from trainer.estimate.bounds import states_bytes, upper_bytes
 from trainer.estimate.estimate import estimate
 from trainer.estimate.search.candidates import candidates
 from trainer.estimate.search.cost import Dimensions, StepTime, step_time
-from trainer.estimate.search.network import Network, RankGroup, group_of
+from trainer.estimate.search.network import Network, RankGroup, build_network, group_of
 from trainer.estimate.search.render import command
 from trainer.estimate.search.search import Search, search
 from trainer.make_plan import make_plan
 from trainer.optim.protocol import Work
 from trainer.optim.table import moments
-from trainer.plan.devices import find_gpu
+from trainer.plan.devices import GPUS
 from trainer.plan.machine import Machine
 
+H100 = next(gpu for gpu in GPUS if gpu.name == "H100-SXM")
 # Llama 3.1 8B
 SIZE = Dimensions(
     parameters=8_030_261_248,
@@ -54,10 +55,40 @@ QLORA = replace(LORA, packed=6_979_321_856, packed_bytes=3_600_000_000)
 
 def timed(*words: str, size: Dimensions = SIZE) -> StepTime:
     config = load_config([*BASE, "train.micro_batch_size=1", *words])
-    gpu = find_gpu("H100-SXM")
-    assert gpu is not None
     size = replace(size, kept_bytes=int(4 * moments(config.optimizer) * size.trained))
-    return step_time(config, make_plan(config, Machine(gpus=8)), size, gpu)
+    return step_time(config, make_plan(config, Machine(gpus=8)), size, H100)
+
+
+MIXTURE = replace(SIZE, experts=8, chosen=2, in_experts=5_637_144_576)
+"""The same with its MLPs divided into experts, of which a token meets all it met before."""
+
+
+def test_divided_experts_send_tokens_and_are_not_gathered() -> None:
+    fields = [
+        "model.config.model_type=mixtral",
+        "model.config.num_local_experts=8",
+        "parallel.reshard_after_forward=true",
+    ]
+    gathered = timed("parallel=fsdp", *fields, size=MIXTURE).seconds
+    divided = timed("parallel=expert", *fields, size=MIXTURE).seconds
+    # A token goes to 8 * (1 - C(7, 2) / C(8, 2)) = 2 ranks; there and back, forward and backward, in 32 layers.
+    network, group = build_network(load_config(BASE), H100, 8), RankGroup(size=8, per_node=8)
+    sent = 4 * 32 * network.all_to_all(4096 * 2 * 4096 * 2, group)
+    assert divided["expert parallel"] == pytest.approx(16 * 8 * sent)
+    assert "expert parallel" not in gathered
+    assert divided["sharding, gradients"] < 0.5 * gathered["sharding, gradients"]
+    assert divided["update"] == pytest.approx(gathered["update"])
+
+
+def test_the_search_proposes_experts_over_ranks_for_mixtures_alone() -> None:
+    def degrees(*words: str) -> set[int]:
+        config = load_config([*SMALL, *words])
+        found = candidates(config, world_size=16, gpus_per_node=8)
+        return {candidate.keys["parallel.ep"] for candidate in found if "parallel.ep" in candidate.keys}
+
+    assert degrees() == set()
+    assert degrees("model.config.model_type=qwen3_moe", "model.config.num_experts=128") == {8, 16}
+    assert degrees("model.config.model_type=qwen3_moe", "model.config.num_experts=4") == {4}
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ AXES = tuple(module.AXIS for module in MODULES)
 PIPELINE, REPLICATE, SHARD, CONTEXT, TENSOR, EXPERTS = (axis.name for axis in AXES)
 
 
-SENDING = {TENSOR: tensor.sends, CONTEXT: context.sends}
+SENDING = {TENSOR: tensor.sends, CONTEXT: context.sends, EXPERTS: expert.sends}
 """The axes whose ranks communicate inside of layers, and what they send there."""
 
 

@@ -1,7 +1,7 @@
 """Start-up check of context parallel: does attention alone carry anything from one position to another?
 
 Slices of a sequence meet inside attention. A state that runs along the sequence, a convolution or a shifted token would
-begin anew on every rank, and the run would train another model. So a shrunk copy computes with an attention in which
+start over on every rank, and the run would train another model. So a shrunk copy computes with an attention in which
 each position sees itself alone: a change of the first token must then leave all other positions as they were.
 """
 

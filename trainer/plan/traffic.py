@@ -12,6 +12,7 @@ class LayerWork:
 
     tokens: that the rank has.
     hidden, attention, key_value: bytes of one token's hidden state, of its queries, of its keys.
+    experts, chosen: routed experts of the layer, and how many of them a token goes to; 0 in a dense model.
     forwards: passes over the layer forward in a step: 2 where it is computed again, wholly or (`partly`) not.
     """
 
@@ -19,6 +20,8 @@ class LayerWork:
     hidden: float
     attention: float
     key_value: float
+    experts: int
+    chosen: int
     forwards: int
     partly: bool = False
 

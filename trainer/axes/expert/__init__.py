@@ -7,17 +7,34 @@ is `efsdp`, which FSDP2 divides each expert's parameters over.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import gcd
+from math import comb, gcd
 
 from configs.choices import EngineName
 from configs.schema import Config
 from trainer import linear
 from trainer.plan.model_fields import config_fields, experts_of
+from trainer.plan.traffic import LayerWork, Sent
 from trainer.plan.views import EXPERT, Axis, View
 
 AXIS = Axis(name="ep", words="experts over {}", views=(EXPERT,))
 SHARD = Axis(name="efsdp", words="each expert's parameters sharded over {}", views=(EXPERT,), shards=True)
 REMEDY = "use parallel.ep=1"
+
+
+def sends(config: Config, work: LayerWork) -> Sent:
+    """Forward, recompute, and the reverse in the backward: tokens to the ranks of their experts and back, or one sum
+    where these ranks have the same tokens."""
+    ep, tp, times = config.parallel.ep or work.experts, config.parallel.tp, work.forwards + 1
+    if ep == tp:
+        return Sent(how="all_reduce", size_bytes=work.tokens * work.hidden, times=times)
+    rows = expected_rows(ep, work.experts, work.chosen)
+    return Sent(how="all_to_all", size_bytes=work.tokens / tp * rows * work.hidden, times=2 * times)
+
+
+def expected_rows(ranks: int, experts: int, chosen: int) -> float:
+    """To how many ranks a token goes on average, where all experts are as likely."""
+    elsewhere = comb(experts - experts // ranks, chosen) / comb(experts, chosen)
+    return ranks * (1 - elsewhere)
 
 
 def problems(config: Config) -> Iterator[str]:

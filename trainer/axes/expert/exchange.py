@@ -21,12 +21,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import comb
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trainer.axes.expert import expected_rows
 from trainer.axes.tensor.collectives import Ranks, paired
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -110,12 +110,6 @@ def pairs_here(index: torch.Tensor, first: int, count: int, number: int | None =
     number = int((expert < count).sum()) if number is None else number
     slot = order[:number]
     return Pairs(row=slot // index.shape[1], slot=slot, expert=expert[:number])
-
-
-def expected_rows(ranks: int, experts: int, chosen: int) -> float:
-    """To how many ranks a token goes on average, where all experts are as likely."""
-    elsewhere = comb(experts - experts // ranks, chosen) / comb(experts, chosen)
-    return ranks * (1 - elsewhere)
 
 
 def _routes(index: torch.Tensor, ranks: Ranks, count: int) -> Routes:

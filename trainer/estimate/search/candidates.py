@@ -2,7 +2,7 @@
 
     tp 1, 2, 4 .. a node   x   pp 1, 2, 4 .. 16   x   cp 1, and more for long sequences   x   what data parallel does:
     copies (DDP), shards over all ranks (FSDP), over a node and copies of that (HSDP), or ZeRO 1, 2, 3 with and without
-    offload
+    offload   x   experts over the ranks of a node, or over as many as there are, where FSDP alone divides the rest
 
 times micro-batch sizes and activation checkpointing. What a preset is stands in `configs/parallel` alone: the search
 starts from the one whose axes are nearest. What does not go together is not known here: `make_plan` refuses it.
@@ -15,13 +15,15 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from math import gcd
 from typing import Any
 
 from configs.choices import Checkpointing, EngineName, OffloadDevice
 from configs.keys import as_text, set_value
 from configs.load import composed_options
 from configs.schema import Config, Offload, Parallel
-from trainer.axes import AXES, CONTEXT, PIPELINE, REPLICATE, SHARD, TENSOR
+from trainer.axes import AXES, CONTEXT, EXPERTS, PIPELINE, REPLICATE, SHARD, TENSOR
+from trainer.plan.model_fields import config_fields, experts_of
 
 MICRO_BATCHES = (1, 2, 4, 8)
 PIPELINES = (1, 2, 4, 8, 16)
@@ -86,6 +88,9 @@ def candidates(config: Config, *, world_size: int, gpus_per_node: int) -> Iterat
 
 
 def _layouts(config: Config, world_size: int, gpus_per_node: int) -> Iterator[Candidate]:
+    experts = experts_of(config_fields(config)) or 1
+    for ep in sorted({gcd(ranks, experts) for ranks in (gpus_per_node, world_size)} - {1}):
+        yield nearest({SHARD: world_size, EXPERTS: ep}, {})
     for tp in _powers(gpus_per_node):
         for pp in PIPELINES:
             for cp in _powers(16) if config.data.seq_len >= LONG else (1,):

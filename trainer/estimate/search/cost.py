@@ -6,6 +6,7 @@
     recompute              what activation checkpointing computes a second time
     tensor parallel        four sums of the hidden states per layer and micro-batch; nothing hides them
     context parallel       keys and values, or heads, exchanged around attention
+    expert parallel        tokens to the ranks of their experts and back, at even routing
     sharding, gradients    gathers and reductions over the data-parallel ranks, behind the computation as far as it goes
     pipeline               waiting (`plan.bubble`) and handing on hidden states
     update                 optimizer states read and written where they live; the way there and back; matrix products
@@ -23,7 +24,7 @@ from typing import Any
 from configs.choices import BYTES, Checkpointing, EngineName, OffloadDevice
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
-from trainer.axes import CONTEXT, PIPELINE, REPLICATE, SENDING, SHARD, TENSOR
+from trainer.axes import CONTEXT, EXPERTS, PIPELINE, REPLICATE, SENDING, SHARD, TENSOR
 from trainer.estimate.profile import Anatomy
 from trainer.estimate.search.network import Network, build_network, group_of
 from trainer.model.flops import training_flops_per_token
@@ -33,6 +34,7 @@ from trainer.plan.devices import GB_PER_SECOND, Gpu
 from trainer.plan.model_fields import attention_width, sizes
 from trainer.plan.plan import Plan
 from trainer.plan.traffic import LayerWork
+from trainer.plan.views import EXPERT
 
 NOTHING = Work()
 MEMORY_ACHIEVED = 0.8
@@ -58,7 +60,8 @@ class Dimensions:
     """Sizes of a decoder. attention: heads * head_dim; key_value: the same of keys. matrices: parameters that take
     part in a matrix product (all but a look-up table, and of routed experts those that a token goes to). frozen:
     parameters that are not trained; frozen_matrices: those of `matrices` whose own gradient is left out; packed: those
-    that are held in `packed_bytes` of other tensors. kept_bytes: the optimizer's states, in float32. update: its work
+    that are held in `packed_bytes` of other tensors. experts: routed ones of a layer, of which a token goes to
+    `chosen`; in_experts: trained parameters of theirs. kept_bytes: the optimizer's states, in float32. update: its work
     on all parameters; update_largest: FLOPs of the largest."""
 
     parameters: int
@@ -72,6 +75,9 @@ class Dimensions:
     frozen_matrices: int = 0
     packed: int = 0
     packed_bytes: int = 0
+    experts: int = 0
+    chosen: int = 0
+    in_experts: int = 0
     kept_bytes: int = 0
     update: Work = NOTHING
     update_largest: float = 0.0
@@ -113,6 +119,7 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy, settings: Settings) 
     frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
     packed = [parameter for parameter in frozen if parameter.packed]
     trained = [parameter.whole for parameter in anatomy.parameters() if parameter.trainable]
+    chosen, experts = next((about.routed for about in trained if about.routed), (0, 0))
     works = [ask(settings).work(about, settings) for about in trained]
     return Dimensions(
         parameters=anatomy.numel,
@@ -126,6 +133,9 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy, settings: Settings) 
         frozen_matrices=max(0, sum(parameter.active for parameter in frozen) - table),
         packed=sum(parameter.numel for parameter in packed),
         packed_bytes=sum(sum(parameter.packed) for parameter in packed),
+        experts=experts,
+        chosen=chosen,
+        in_experts=sum(about.numel for about in trained if about.view == EXPERT),
         kept_bytes=kept_bytes(trained, settings, "float32"),
         update=Work(flops=sum(one.flops for one in works), exchanged=sum(one.exchanged for one in works)),
         update_largest=max((one.flops for one in works), default=0.0),
@@ -164,9 +174,13 @@ class _Step:
         self.tokens = plan.batch.micro_batch_size * plan.batch.seq_len / cp
         self.layers = size.layers / self.pp
         self.width = BYTES[plan.param_dtype]
-        # What data parallel shards or copies: bytes as they are gathered, and the parameters that are trained.
-        self.held = (size.trained * self.width + size.frozen_bytes(self.width)) / (self.tp * self.pp)
-        self.trained = size.trained / (self.tp * self.pp)
+        self.ep = plan.degree(EXPERTS)
+        # What data parallel shards or copies: bytes as they are gathered, and the parameters that are trained. Experts
+        # that are divided have a view of their own.
+        apart = size.in_experts if self.ep > 1 else 0
+        self.held = ((size.trained - apart) * self.width + size.frozen_bytes(self.width)) / (self.tp * self.pp)
+        self.trained = (size.trained - apart) / (self.tp * self.pp)
+        self.in_experts = apart / (self.ep * self.pp)
         self.bandwidth = gpu.memory_bandwidth * MEMORY_ACHIEVED
         self.micro_batches = plan.batch.gradient_accumulation_steps
         self.recompute = config.train.activation_checkpointing
@@ -175,8 +189,9 @@ class _Step:
         products, around, times = self._products(), self._around(), self.micro_batches
         again, unpacking = self._recompute(products, around), self._unpacking()
         tensor, context = self._inside_layers(TENSOR), self._inside_layers(CONTEXT)
+        experts = self._inside_layers(EXPERTS) if self.ep > 1 else 0.0
         every = products + max(products, 2 * products - self._left_out())
-        busy = every + 3 * around + unpacking + again + tensor + context
+        busy = every + 3 * around + unpacking + again + tensor + context + experts
         return {
             "matrix products": every * times,
             "around them": 3 * around * times,
@@ -184,6 +199,7 @@ class _Step:
             "recompute": again * times,
             "tensor parallel": tensor * times,
             "context parallel": context * times,
+            "expert parallel": experts * times,
             "sharding, gradients": self._step_sharding(busy),
             "pipeline waits": busy * times * self.plan.bubble / (1 - self.plan.bubble),
             "pipeline sends": self._sends() * times,
@@ -193,7 +209,8 @@ class _Step:
     def _products(self) -> float:
         """Forward of the matrix products. torch's attention skips the masked half."""
         attention = 2.0 * self.size.layers * self.size.attention * self.plan.batch.seq_len
-        return max(self._multiplying(2.0 * self.size.matrices + attention), self.held / self.bandwidth)
+        read = self.held + self.in_experts * self.width
+        return max(self._multiplying(2.0 * self.size.matrices + attention), read / self.bandwidth)
 
     def _left_out(self) -> float:
         """Of the backward: the gradients of frozen matrices themselves."""
@@ -230,6 +247,8 @@ class _Step:
             hidden=size.hidden * self.width,
             attention=size.attention * self.width,
             key_value=size.key_value * self.width,
+            experts=size.experts,
+            chosen=size.chosen,
             forwards=1 if again is Checkpointing.none else 2,
             partly=again is Checkpointing.selective,
         )
@@ -253,6 +272,10 @@ class _Step:
             return _exposed(copies, 2 / 3 * busy)
         group = group_of(plan, SHARD, CONTEXT)
         gather, scatter = network.gather(self.held, group), network.gather(gradients, group)
+        if self.in_experts:
+            group = group_of(plan, *plan.view(EXPERT).sharding)
+            gather += network.gather(self.in_experts * self.width, group)
+            scatter += network.gather(self.in_experts * BYTES[plan.reduce_dtype], group)
         if self.pp > 1:
             gathers = 2 * times if plan.reshard_after_forward else 1
             return _exposed(gathers * gather + scatter + copies, times * busy)
@@ -279,7 +302,7 @@ class _Step:
         """Optimizer states of this rank's share, read and written where they are."""
         plan, disk = self.plan, self.config.cluster.nvme_gb_per_second * GB_PER_SECOND
         shards = plan.degree(SHARD) if plan.engine is EngineName.deepspeed else plan.fsdp_size
-        own = self.trained / shards
+        own = self.trained / shards + self.in_experts / plan.view(EXPERT).shards
         kept, fetched = self.size.kept_bytes / 4 / max(1, self.size.trained), 0.0
         touched = own * update_bytes(self.size)
         if plan.offload_parameters is not OffloadDevice.none:

@@ -37,8 +37,9 @@ class RankGroup:
 
 
 def group_of(plan: Plan, *axes: str) -> RankGroup:
-    """The ranks that differ along `axes`, which are neighbours in the mesh. Inner axes lie within the node first."""
-    names, sizes = list(plan.mesh), plan.mesh
+    """The ranks that differ along `axes`, neighbours in the view that has these. Inner axes lie within a node first."""
+    sizes = next((view.degrees for view in plan.views if axes[0] in view.degrees), plan.mesh)
+    names = list(sizes)
     size = prod(sizes[axis] for axis in axes)
     stride = prod(sizes[name] for name in names[names.index(axes[-1]) + 1 :])
     return RankGroup(size=size, per_node=max(1, min(size, plan.gpus_per_node // stride)))

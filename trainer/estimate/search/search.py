@@ -15,7 +15,7 @@ from math import inf
 from configs.choices import BYTES, Checkpointing, EngineName
 from configs.errors import ConfigError, CookbookError
 from configs.schema import Config
-from trainer.axes import CONTEXT, TENSOR
+from trainer.axes import CONTEXT, EXPERTS, TENSOR
 from trainer.estimate.bounds import states_bytes
 from trainer.estimate.estimate import Estimate, estimate, planned_device
 from trainer.estimate.profiles import get_anatomy
@@ -85,7 +85,7 @@ class _Timed:
         """What of the plan decides the activations that a rank holds. A pipeline's first rank holds a micro-batch of
         each stage: as many layers as there are without it."""
         cast = self.plan.fully_sharded or self.plan.engine is EngineName.deepspeed
-        return (self.plan.degree(TENSOR), self.plan.degree(CONTEXT), cast, self.recompute)
+        return (self.plan.degree(TENSOR), self.plan.degree(CONTEXT), self.plan.degree(EXPERTS), cast, self.recompute)
 
 
 def search(config: Config, machine: Machine) -> Search:
