@@ -249,7 +249,9 @@ def _spoil(spoil: str, engine: TorchEngine) -> None:
         case "tied gradients not summed":
             engine.pipeline.sum_tied_gradients = lambda: None
         case "embedding counted twice in the norm":
-            engine.named.update({f"copy of {name}": copy for name, copy in engine.copies.items()})
+            for name, copy in engine.copies.items():
+                engine.named[f"copy of {name}"] = copy
+                engine.parts.described[f"copy of {name}"] = engine.parts.described[name]
             engine.copies.clear()
         case "first stage trained on its last micro-batch only":
             for stage in engine.pipeline.stages:
