@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from configs.choices import Balance, TuningMethod
+from configs.choices import Balance
 from configs.schema import Config
+from trainer import linear
 from trainer.moe import global_batch, micro_batch, sequence
 from trainer.plan.model_fields import config_fields, text_fields
 
@@ -71,7 +72,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from check_flag(config_fields(config))
     if acts(config) and config.train.compile:
         yield f"train.compile=true: fuses the routers that {asked(config)} reaches into; set it to false"
-    if moe.bias_update_rate and config.tuning.method is not TuningMethod.full:
+    if moe.bias_update_rate and not linear.keeps_model(config):
         yield (
             f"moe.bias_update_rate={moe.bias_update_rate}: changes the model's own routers, which"
             f" tuning={config.tuning.method} leaves as they are; set it to 0"

@@ -7,7 +7,7 @@ reads images or sound as well, keeps the sizes of its language model in a config
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,17 @@ def check_sizes(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
 
 def experts_of(fields: Mapping[str, Any]) -> int | None:
     """Experts of a layer, as far as the fields tell; None for a dense model too."""
-    found = next((fields[name] for name in EXPERTS if isinstance(fields.get(name), int)), None)
+    found = _first(fields, EXPERTS)
     return found if found is not None and found > 1 else None
+
+
+def _first(fields: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    return next((fields[name] for name in names if isinstance(fields.get(name), int)), None)
 
 
 def check_experts(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
     """As `check_sizes`, of routed experts: their numbers have defaults that only the config's class knows."""
-    experts = experts_of(fields)
+    experts = _first(fields, EXPERTS)
     for name in CHOSEN if experts else ():
         if isinstance(fields.get(name), int) and fields[name] > experts:
             yield f"{_said(name, fields, model)}: a token cannot go to more than the {experts} experts that there are"
