@@ -8,7 +8,7 @@
 # of one rank has a shortcut in place of the collective, which divides by the whole factor as well. So float16 and float64
 # come out as 1/16, and float32 and bfloat16 as 1/4. A factor of 1, and none, hide it.
 # Why it matters: a factor of their own is what modules get whose ranks are fewer than the data's, as experts have; a mesh
-# of one rank is where parity is tried first, and float64 is what it is tried in. The float32 run beside it is right.
+# of one rank is where parity is tried first, and float64 is what it is tried in. The same run in float32 is right.
 # Versions: torch 2.13.0 (CPU, gloo); Python 3.11. torch 2.11.0 does the same.
 set -euo pipefail
 folder=$(mktemp -d)

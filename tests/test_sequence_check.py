@@ -33,6 +33,12 @@ def test_what_cannot_be_tried_is_refused() -> None:
         check_sequence(config, cp=2)
 
 
+def test_no_rank_builds_a_large_model_for_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.model.miniature.LARGEST", 1000)
+    with pytest.raises(ConfigError, match="small copy does not run: its layers are too large to try"):
+        check_sequence(tiny("llama"), cp=2)
+
+
 def test_tiny_models_of_the_zoo_are_tiny_and_compute() -> None:
     for model_type in ("llama", "gpt2", "gpt_oss", "mamba"):
         model = AutoModelForCausalLM.from_config(tiny(model_type))

@@ -50,16 +50,25 @@ def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> P
     return type(config)(**{**fields, **small, **layers, **_plain_rotary(fields)})
 
 
+LARGEST = 200_000_000
+"""Parameters of a model that every rank may build on the CPU for a check: 1.6 GB in float64."""
+
+
 def small_model(config: PretrainedConfig) -> PreTrainedModel:
     """A model of `shrink(config, 1)` on the CPU, in float64, with random values everywhere: a bias of zero would hide
-    what it does. Where the narrow layers break a rule of their architecture, they keep their width."""
+    what it does. Where the narrow layers break a rule of their architecture, they keep their width. Raises what the
+    architecture does, and ValueError where layers of that width are too large."""
     attention = config._attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
         for make in (lambda: shrink(config, 1), lambda: _shallow(config)):
             try:
+                small = make()
+                with torch.device("meta"):
+                    if (size := AutoModelForCausalLM.from_config(small).num_parameters()) > LARGEST:
+                        raise ValueError(f"its layers are too large to try, {size:,} parameters")
                 model = AutoModelForCausalLM.from_config(
-                    make(),
+                    small,
                     dtype=torch.float64,
                     attn_implementation=attention if attention in ("sdpa", "eager") else None,
                 ).eval()

@@ -5,8 +5,10 @@
 Fields are parted by two spaces and keep their order; a field that is not known is left out.
 """
 
+# ruff: noqa: B027  (what a terminal may leave as it is)
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -22,10 +24,10 @@ GIB = 2**30
 MIB = 2**20
 
 
-class Terminal:
+class Terminal(ABC):
+    @abstractmethod
     def say(self, text: str) -> None:
         """Lines that stay."""
-        raise NotImplementedError
 
     def begin(self) -> None:
         """Before the first step."""
@@ -33,8 +35,8 @@ class Terminal:
     def advance(self, step: int) -> None:
         """A step is done."""
 
-    def show(self, metrics: Shown) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def show(self, metrics: Shown) -> None: ...
 
     def close(self) -> None: ...
 

@@ -1,7 +1,9 @@
 """What all layouts share: their hooks, the batch on the device, the optimizer's states and temporaries."""
 
+# ruff: noqa: B027  (what a layout may leave as it is)
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -67,7 +69,7 @@ class Setting:
         self.timeline.free(self.timeline.allocate("workspace", workspace))
 
 
-class Layout:
+class Layout(ABC):
     """What an engine does around the model's own code, at the points at which its hooks fire; by default nothing.
     Groups are those of `Anatomy`."""
 
@@ -96,15 +98,15 @@ class Layout:
 
     def after_backward(self, group: str) -> None: ...
 
+    @abstractmethod
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
         """This micro-batch's gradient of a parameter is complete. The layout owns it from here on."""
-        raise NotImplementedError
 
     def end_backward(self) -> None: ...
 
+    @abstractmethod
     def update(self, step: int) -> None:
         """Clip, update the parameters, clear the gradients."""
-        raise NotImplementedError
 
 
 def step_inputs(plan: Plan, *, first: bool = False, last: bool = False) -> list[int]:

@@ -11,6 +11,7 @@ GPU has an optimizer of its own: see `zero1`.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from math import ceil
@@ -75,8 +76,8 @@ class Bucketed(Zero):
             self.timeline.free_all(self.outside)
             self.filled = 0
 
-    def reduce_bucket(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def reduce_bucket(self) -> None: ...
 
 
 class ZeroStage12(Bucketed):
