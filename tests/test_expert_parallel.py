@@ -92,6 +92,21 @@ def test_a_skewed_router_takes_more_memory(tmp_path: Path, capsys: pytest.Captur
     assert peaks[1] > 1.02 * peaks[0]
 
 
+def test_more_ranks_than_experts_hold_equal_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shares = []
+    for nodes in (1, 2):
+        asked = [
+            *MIXTURE,
+            "parallel=fsdp",
+            "cluster=8xh100",
+            f"cluster.nodes={nodes}",
+            "model.config.num_hidden_layers=8",
+        ]
+        assert memory_estimate([*asked, "estimate.format=json", f"data.cache_dir={tmp_path}"]) == 0
+        shares.append(json.loads(capsys.readouterr().out)["ranks"][0]["components"]["parameters_bytes"])
+    assert shares[1] < 0.52 * shares[0]
+
+
 def test_checkpoints_go_on_under_any_number_of_expert_ranks(tmp_path: Path) -> None:
     """Written by divided experts and by one process; read under other divisions, cut matrices and shards."""
 

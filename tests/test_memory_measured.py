@@ -120,10 +120,13 @@ CASES = {
     "ddp fp32, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT]),
     "ddp autocast, accumulation": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE]),
     "fsdp fp32": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT]),
-    "fsdp bf16, routed experts, sgd": (
+    "fsdp bf16, routed experts that the ranks do not divide, sgd": (
         2,
         TORCH,
-        ["parallel=fsdp", *MIXTRAL, *SHORT, *BF16, "optimizer=sgd", "moe=global_batch", "moe.coefficient=0.01"],
+        [
+            *("parallel=fsdp", *MIXTRAL, *SHORT, *BF16, *TWICE, "model.config.num_local_experts=3", "optimizer=sgd"),
+            *("moe=global_batch", "moe.coefficient=0.01"),
+        ],
     ),
     "fsdp bf16, uneven, recompute": (3, TORCH, ["parallel=fsdp", *LLAMA, *LONG, *BF16, *FULL, *TWICE]),
     "fsdp kept, reduced in bf16": (

@@ -174,6 +174,14 @@ def test_divided_experts_with_another_axis_equal_single_process(variant: str) ->
     assert found.largest <= FLOAT64, found
 
 
+@pytest.mark.parametrize(("layout", "processes"), [("fsdp", 2), ("tensor_fsdp", 4)])
+def test_experts_that_the_ranks_do_not_divide_equal_single_process(layout: str, processes: int) -> None:
+    """FSDP cuts their features: by rows, the last ranks would hold fewer experts or none. Whole matrices for Muon."""
+    extra = (*MUON_KEYS, *ACCUMULATE, *EXPERTS, "model.config.num_experts=3")
+    found = measure([layout], processes, model="llama", precision="fp64", steps=4, extra=extra)
+    assert found.largest <= FLOAT64, found
+
+
 # Tied embeddings under every schedule: test_pipeline_parallel.
 @pytest.mark.parametrize(
     ("schedule", "model"), rows(product(SCHEDULES, ("llama", "gpt2")), lambda _, model: model == "llama")

@@ -16,16 +16,19 @@ The next layer's all-gather runs while this layer computes. Zhao et al. 2023 (Py
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from configs.choices import OffloadDevice
 from trainer.axes.gradients import scale
 from trainer.axes.mesh import Meshes, fsdp_mesh
+from trainer.axes.shard import shard_dim
 from trainer.model.build import held_layers, tied_names
 from trainer.model.precision import torch_dtype
 from trainer.model.roles import Described
@@ -51,18 +54,25 @@ def apply_fsdp(
     param_dtype, reduce_dtype = torch_dtype(plan.param_dtype), torch_dtype(plan.reduce_dtype)
     options: dict[str, Any] = {
         "mesh": fsdp_mesh(meshes.dense, plan.dense),
+        "shard_placement_fn": partial(_placement, ranks=plan.fsdp_size),
         "reshard_after_forward": plan.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
         "offload_policy": _offload_policy(plan),
     }
     for module, view in _in_other_views(model, plan, described):
-        fully_shard(module, **{**options, "mesh": fsdp_mesh(meshes.of(view), view)})
+        other = {"mesh": fsdp_mesh(meshes.of(view), view), "shard_placement_fn": partial(_placement, ranks=view.shards)}
+        fully_shard(module, **options | other)
     for module in sharded_modules(model).values():
         fully_shard(module, **options)
     # Only the root may cast its output: a layer's output must stay in the dtype that the next layer computes in.
     if returns_logits:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype, output_dtype=_loss_dtype(plan))
     fully_shard(model, **options)
+
+
+def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return Shard(shard_dim(local.shape, parameter.shape, ranks))
 
 
 def _in_other_views(

@@ -116,7 +116,7 @@ def _states(plan: Plan, which: str, numel: int, master: int, param: int) -> Iter
         )
         yield (
             f"parameters and gradients {master} B x {which} / {shard}{size} (ceil(rows / {shard}) rows of every"
-            f" parameter); gathered copies {param} B, reduced in {BYTES[plan.reduce_dtype]} B"
+            f" matrix and vector); gathered copies {param} B, reduced in {BYTES[plan.reduce_dtype]} B"
         )
     else:
         size = f"{numel * master / GIB:.2f} GiB"

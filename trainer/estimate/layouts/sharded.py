@@ -10,7 +10,8 @@
 
 Gathering and reducing run in streams of their own, whose memory the computation cannot reuse. A rank holds
 ceil(rows / W) rows of each parameter: the first ranks' share, which none exceeds. W is that of the parameter's view of
-the ranks: of what divided experts leave of themselves, fewer than of the rest of their layer.
+the ranks: of what divided experts leave of themselves, fewer than of the rest of their layer. What is cut along another
+dimension (`trainer.axes.shard.shard_dim`) is copied once more when it is gathered and before it is reduced.
 Groups: `trainer.axes.fsdp.sharded_modules`; source: torch/distributed/fsdp/_fully_shard.
 """
 
@@ -21,6 +22,7 @@ from math import ceil, prod
 
 from configs.choices import OffloadDevice
 from trainer.axes import REPLICATE, TENSOR
+from trainer.axes.shard import shard_dim
 from trainer.estimate.layouts.common import Layout, Setting
 from trainer.estimate.profile import Parameter
 from trainer.estimate.timeline import COMPUTE, GATHER, REDUCE, Handle
@@ -42,7 +44,8 @@ class FullySharded(Layout):
         # Groups without parameters of their own gather nothing.
         self.groups = {name: parameters for name, parameters in anatomy.all_groups() if parameters}
         self.shards = {
-            name: [(self._gathered(p), self._ranks(p)) for p in parameters] for name, parameters in self.groups.items()
+            name: [(self._gathered(p), self._ranks(p), self._dim(p) > 0) for p in parameters]
+            for name, parameters in self.groups.items()
         }
         # Frozen parameters are gathered as all others, and neither reduced nor updated.
         self.trained = {
@@ -67,13 +70,18 @@ class FullySharded(Layout):
     def _ranks(self, parameter: Parameter) -> int:
         return self.setting.plan.view(parameter.whole.view).shards
 
+    def _dim(self, parameter: Parameter) -> int:
+        return shard_dim(parameter.shape, parameter.whole.shape, self._ranks(parameter))
+
     def _shard(self, parameter: Parameter) -> int:
         """Elements of a rank's part, padding included."""
         return prod(self._piece(parameter))
 
     def _piece(self, parameter: Parameter) -> tuple[int, ...]:
-        shape = parameter.shape or (1,)
-        return ceil(shape[0] / self._ranks(parameter)), *shape[1:]
+        shape = list(parameter.shape or (1,))
+        dim = self._dim(parameter)
+        shape[dim] = ceil(shape[dim] / self._ranks(parameter))
+        return tuple(shape)
 
     def _gathered(self, parameter: Parameter) -> int:
         """Bytes that a rank gives to a gathering: its part in param_dtype, or of what the values are packed in."""
@@ -183,8 +191,14 @@ class FullySharded(Layout):
         if not shard:
             return
         self.timeline.free(self.reducing)
+        width = {**dict.fromkeys(received, self.param), **dict.fromkeys(added, self.reduce)}
+        gradients = received | added
+        for parameter in (p for p in self.groups[group] if p.name in gradients and self._dim(p) > 0):
+            before = gradients[parameter.name]
+            gradients[parameter.name] = self.timeline.allocate("gradients", parameter.numel * width[parameter.name])
+            self.timeline.free(before)
         self.reducing = self.timeline.allocate("buffers", self.reduced[group] * self.reduce)
-        self.timeline.free_all([*received.values(), *added.values()])
+        self.timeline.free_all(gradients)
         self._keep(group, shard)
 
     def _finish(self) -> None:
@@ -209,7 +223,7 @@ class FullySharded(Layout):
 
     def _gather(self, group: str) -> None:
         """Start the all-gather: its output is one flat tensor."""
-        gathered = sum(shard * ranks for shard, ranks in self.shards[group] if ranks > 1)
+        gathered = sum(shard * ranks for shard, ranks, _ in self.shards[group] if ranks > 1)
         if group in self.whole or group in self.pending or not gathered:
             return
         cast = None
@@ -221,14 +235,17 @@ class FullySharded(Layout):
     def _copy_out(self, group: str) -> None:
         """Whole parameters, each in a tensor of its own. Over one rank they are cast here, one after the other."""
         copies: list[Handle | None] = []
+        joined: list[Handle | None] = []
         cast: Handle | None = None
-        for shard, ranks in self.shards[group]:
+        for shard, ranks, again in self.shards[group]:
             previous, cast = cast, None
             if ranks == 1 and self.param != self.master:
                 cast = self.timeline.allocate("buffers", shard, COMPUTE)
             self.timeline.free(previous)
             copies.append(self.timeline.allocate("buffers", shard * ranks, COMPUTE))
-        self.timeline.free(cast)
+            if again:
+                joined.append(self.timeline.allocate("buffers", shard * ranks, COMPUTE))
+        self.timeline.free_all([cast, *joined])
         self.whole[group] = copies
 
     def _drop(self, group: str) -> None:
