@@ -166,6 +166,16 @@ def test_routers_are_found_and_read(family: str) -> None:
     assert (routers[0].sigmoid, bias) == SCORES[family]
 
 
+def test_a_router_that_sorts_tokens_by_expert_is_read() -> None:
+    """JetMoE's returns no row of experts for each token."""
+    model = AutoModelForCausalLM.from_config(shrink(AutoConfig.for_model("jetmoe"), 1), dtype=torch.float32)
+    (router, *_), outputs = find_routers(model), []
+    router.module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    model(input_ids=torch.arange(3, 11)[None], use_cache=False)
+    routed = read(router, outputs[0])
+    assert torch.equal(routed.chosen, routed.logits.topk(2, dim=-1).indices)
+
+
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_gradients_of_probabilities_reach_the_logits(sigmoid: bool) -> None:
     logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)

@@ -7,14 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.errors import ConfigError
 from configs.load import load_config
 from launch.estimate import main as memory_estimate
 from tests.support.cases import run_trainer, train
 from tests.support.harness import run_ranks
+from tests.zoo.tiny import tiny
 from trainer.passes import check_layout, prepare_model
 
 COMMON = ["data=synthetic", "data.seq_len=32", "train.micro_batch_size=2", "train.eval_samples=2"]
@@ -67,6 +69,20 @@ def test_the_remedy_for_bert_trains_and_saves(tmp_path: Path) -> None:
     model = folder(tmp_path / "bert", "bert", SMALL)
     words = [f"model.path={model}", "data.tokenizer=bytes", *RUN, "model.config.is_decoder=true", "train.steps=1"]
     assert run_ranks(1, run_trainer, [*words, f"train.run_dir={tmp_path / 'run'}"]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("deepseek_v4", 32), ("deepseek_v4", 256), ("mllama", 32), ("dots3_note", 32)]
+)
+def test_what_gets_no_gradient_in_a_run_is_what_is_frozen(kind: str, tokens: int, tmp_path: Path) -> None:
+    """Layers of other kinds than in the narrow copy's places, and blocks of tokens longer than its sequence."""
+    tiny(kind).save_pretrained(tmp_path)
+    config = load_config([f"model.path={tmp_path}", "data.tokenizer=bytes", f"data.seq_len={tokens}"])
+    frozen = {name for name, parameter in prepare_model(config).named_parameters() if not parameter.requires_grad}
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), dtype=torch.float32)
+    model(input_ids=torch.arange(tokens)[None], use_cache=False).logits.logsumexp(-1).sum().backward()
+    assert frozen == {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert (kind == "mllama") is any("cross_attn" in name for name in frozen)
 
 
 def test_parameters_without_gradient_are_frozen_in_every_layout(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def prepare_model(config: Config) -> PreTrainedModel:
 def convert_model(model: PreTrainedModel, config: Config) -> None:
     """Make of the linear layers what the config asks for, and freeze what gets no gradient. Raises as
     `linear.convert`."""
-    found = probe(text_config(model.config))
+    found = probe(text_config(model.config), config.data.seq_len)
     linear.convert(model, config, untrained_names(model, found) if found is not None else ())
 
 

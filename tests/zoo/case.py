@@ -2,16 +2,86 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from configs.errors import CookbookError
+from configs.schema import Config
 from tests.support.cases import Trained, train
+from trainer.data.build import build_data
+from trainer.engine import build_engine
+from trainer.make_plan import make_plan
+from trainer.model.build import build_hf_config, text_config
+from trainer.model.loss import cross_entropy_sum
+from trainer.model.precision import torch_dtype
+from trainer.plan.machine import find_machine
+from trainer.process.runtime import join_world
 
 
-def attempt(overrides: list[str]) -> Trained | str:
+def attempt(config: Config) -> Trained | str:
     """What was trained, or the line of a refusal."""
-    warnings.simplefilter("ignore")
+    _quietly()
     try:
-        return train(overrides)
+        return train(config)
     except CookbookError as error:
         return " ".join(error.problems)
+
+
+def computes(folder: Path) -> tuple[str, str]:
+    """The precision, of fp64 and fp32, in which transformers' own model of this config runs forward and backward; or
+    an empty word and why it does not."""
+    _quietly()
+    failed = ""
+    for precision, dtype in (("fp64", torch.float64), ("fp32", torch.float32)):
+        try:
+            model = _plain(AutoConfig.from_pretrained(folder), dtype)
+            logits = model(input_ids=torch.randint(3, 250, (2, 32)), use_cache=False).logits
+            cross_entropy_sum(logits[..., :261], torch.randint(3, 250, (2, 32))).backward()
+        except Exception as error:  # any architecture, on a config that nobody has tried
+            failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        else:
+            return precision, ""
+    return "", failed
+
+
+def _plain(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    if dtype is torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the packed one has no float64
+    return model
+
+
+def theirs(config: Config) -> tuple[float, float]:
+    """Loss and gradient norm of step 1, by the model that transformers builds itself, with the values that the trainer
+    gives its own."""
+    _quietly()
+    plan = make_plan(config, find_machine())
+    with join_world(plan, timeout_minutes=1) as runtime:
+        hf_config = build_hf_config(config.model)
+        data = build_data(config, plan, data_rank=0, vocab_size=text_config(hf_config).vocab_size)
+        values = {n: value for n, value in build_engine(config, plan, runtime).parameters() if value is not None}
+        model = _plain(hf_config, torch_dtype(config.precision.param_dtype))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(values[name])
+        batches = next(data.steps())
+        tokens = sum(batch.valid_tokens() for batch in batches)
+        total = 0.0
+        for batch in batches:
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits
+            loss = cross_entropy_sum(logits, batch.labels) / tokens
+            loss.backward()
+            total += loss.item()
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return total, float(torch.nn.utils.get_total_norm(grads))
+
+
+def _quietly() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()

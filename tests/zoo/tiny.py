@@ -23,6 +23,7 @@ HEAD_NAMES = (
     "encoder_attention_heads",
     "decoder_attention_heads",
 )
+KEY_VALUE_NAMES = ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "swa_num_key_value_heads")
 SIZES = {
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "dim", "emb_dim"), HIDDEN
@@ -36,22 +37,58 @@ SIZES = {
         ("n_inner", "d_inner", "shared_expert_intermediate_size", "shared_intermediate_size", "d_ff"), INNER
     ),
     **dict.fromkeys(("ffn_hidden_size", "mlp_hidden_size"), INNER),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(LAYER_NAMES, LAYERS),
     **dict.fromkeys(("qk_rope_head_dim", "linear_key_head_dim", "linear_value_head_dim", "index_head_dim"), 8),
     **dict.fromkeys(("hidden_size_per_layer_input", "mamba_d_state", "state_size", "ssm_state_size"), 8),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_moe_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "index_n_heads"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"), 2),
+    "qk_head_dim": HEAD_DIM + 8,
     **dict.fromkeys(("kv_lora_rank", "index_topk", "sliding_window", "attention_window"), 16),
-    "q_lora_rank": 24,
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "mamba_n_groups"), 1),
+    **dict.fromkeys(("q_lora_rank", "o_lora_rank", "attn_lora_rank", "hc_lowrank", "adapter_rank", "laurel_rank"), 24),
+    **dict.fromkeys(
+        (
+            "linear_head_dim",
+            "mamba_headdim",
+            "mamba_head_dim",
+            "d_head",
+            "dim_head",
+            "swa_head_dim",
+            "indexer_head_dim",
+        ),
+        HEAD_DIM,
+    ),
+    **dict.fromkeys(("linear_num_heads", "swa_num_attention_heads"), HEADS),
+    **dict.fromkeys(("mamba_num_heads",), 8),
+    **dict.fromkeys(("dim_ff", "dff", "expert_ffn_hidden_size", "mlp_dim"), INNER),
+    **dict.fromkeys(("shared_experts_intermediate_size", "moe_shared_expert_intermediate_size"), INNER),
+    **dict.fromkeys(
+        ("lru_width", "hidden_size_global", "adapter_in_dim", "adapter_out_dim", "adapter_input_size"), HIDDEN
+    ),
+    **dict.fromkeys(("text_hidden_size", "out_hidden_size", "backbone_hidden_size", "projection_dim"), HIDDEN),
+    **dict.fromkeys(("ext_pw_out_channel", "depthwise_separable_out_channel", "nemo_conv_channels"), HIDDEN),
+    **dict.fromkeys(("output_channels", "downsample_hidden_size", "shape_embed_dim", "pronunciation_embed_dim"), 32),
+    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size", "encoder_hash_byte_group_vocab"), VOCABULARY),
+    **dict.fromkeys(("depth", "num_blocks", "conf_num_hidden_layers", "zero_expert_num"), 2),
+    **dict.fromkeys(("rel_extent", "sliding_window_size", "attention_window_size"), 16),
+    **dict.fromkeys(("n_group", "num_group", "topk_group", "first_k_dense_replace", "mamba_n_groups"), 1),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "image_token_id"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions"), 128),
 }
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1}
-PLAIN_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+WITH_HEADS = {"rope_parameters": PLAIN, "head_dim": HEAD_DIM}
+PLAIN_OF_IMAGES = {**PLAIN, "mrope_section": [4, 2, 2]}
+ZAMBA = {
+    **{"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
+    **{"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
+}
+QWEN4 = {
+    **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM},
+    **{"indexer_budget": 16, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 512, "split_ngram_parts": 1},
+}
 OWN: dict[str, Mapping[str, Any]] = {
     "bamba": MAMBA,
     "granitemoehybrid": MAMBA,
@@ -59,9 +96,24 @@ OWN: dict[str, Mapping[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
-    "hunyuan_v1_dense": PLAIN_ROTARY,
-    "hunyuan_v1_moe": PLAIN_ROTARY,
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), PLAIN_OF_IMAGES)},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dots3_note_text": {"head_dim": HEAD_DIM + 8},
+    "hunyuan_v1_dense": WITH_HEADS,
+    "hunyuan_v1_moe": WITH_HEADS,
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "ministral": WITH_HEADS,
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": QWEN4,
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "rwkv": {"attention_hidden_size": HIDDEN, "intermediate_size": INNER},
+    "xlnet": {"d_head": HEAD_DIM},
+    "xlstm": {"embedding_dim": HIDDEN, "num_blocks": LAYERS},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": ZAMBA,
+    "zamba2": {**ZAMBA, "hybrid_layer_ids": [2, 5], "kv_channels": HEAD_DIM, "num_query_groups": HEADS},
 }
 """What a type needs besides: sizes that are products of others, and values that its class leaves open."""
 
@@ -73,52 +125,69 @@ def types() -> list[str]:
 
 def tiny(model_type: str) -> PretrainedConfig:
     made = CONFIG_MAPPING[model_type]()
-    fields = _shrunk(made.to_dict(), made.attribute_map)
-    fields.update(OWN.get(model_type, {}))
-    return type(made)(**fields)
+    return type(made)(**_shrunk(made))
 
 
-def _shrunk(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
+    fields = config.to_dict()
     small = dict(fields)
+    # Written as the published file spells them, which may be another name than the class's own.
+    own = {written: name for name, written in config.attribute_map.items()}
     for name, value in fields.items():
-        if isinstance(value, Mapping) and ("model_type" in value or name.endswith("_config")):
-            small[name] = _shrunk(value, {})
+        part = vars(config).get(name)
+        known = name if name in SIZES else own.get(name, name)
+        if isinstance(part, PretrainedConfig):
+            small[name] = _shrunk(part)
         elif isinstance(value, float) and ("dropout" in name or "pdrop" in name or name == "layerdrop"):
             small[name] = 0.0  # ranks draw other numbers
-        elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
-            small[name] = min(SIZES[name], value) if value > 0 else value
-    key_value = ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads")
+        elif known in SIZES:
+            small[name] = _small(known, value)
     heads = next((fields[name] for name in HEAD_NAMES if isinstance(fields.get(name), int)), None)
-    for name in key_value:
+    for name in KEY_VALUE_NAMES:
         if isinstance(fields.get(name), int):
             small[name] = HEADS if fields[name] == heads else min(2, fields[name])
     if "qk_rope_head_dim" in small and "head_dim" in small:
         small["head_dim"] = small["qk_rope_head_dim"]  # latent attention turns this part alone
-    return {**small, **_few_layers(fields), **_rotary(fields)}
+    if fields.get("is_decoder") is False and not fields.get("is_encoder_decoder"):
+        small["is_decoder"] = True  # of a type that is an encoder as well
+    return {**small, **_few_layers(fields), **_rotary(fields), **OWN.get(config.model_type, {})}
+
+
+def _small(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_small(name, one) for one in value]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return min(SIZES.get(name, value), value) if whole and value > 0 else value
 
 
 def _few_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The first layers, as many as show every kind; what has an entry for each layer is cut to them."""
     count = next((fields[name] for name in LAYER_NAMES if isinstance(fields.get(name), int)), 0)
     lists = {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == count > 1}
-    kinds = list(map(str, zip(*lists.values(), strict=True)))
+    # A list of the layers' own numbers makes no kinds of them.
+    kinds = list(map(str, zip(*(value for value in lists.values() if len(set(map(str, value))) < count), strict=True)))
     kept = min(count, max([LAYERS, *(kinds.index(kind) + 1 for kind in set(kinds))]))
     small: dict[str, Any] = {}
     if fields.get("num_kv_shared_layers"):
         kept = min(count, 2 * kept)
         small["num_kv_shared_layers"] = kept // 2
     small |= {name: min(kept, fields[name]) for name in LAYER_NAMES if isinstance(fields.get(name), int)}
-    small |= {name: value[:kept] for name, value in lists.items()}
+    small |= {name: _small(name, value[:kept]) for name, value in lists.items()}
     own = fields.get("per_layer_config")
     if isinstance(own, Mapping):
         small["per_layer_config"] = {
-            layer: {
-                name: 2 * SIZES[name] if name == "head_dim" else SIZES.get(name, value) for name, value in other.items()
-            }
+            layer: {name: _of_one_layer(name, value) for name, value in other.items()}
             for layer, other in own.items()
             if int(layer) < kept
         }
     return small
+
+
+def _of_one_layer(name: str, value: Any) -> Any:
+    """Heads of another size stay of another size."""
+    if name in KEY_VALUE_NAMES:
+        return HEADS
+    return 2 * HEAD_DIM if name == "head_dim" else _small(name, value)
 
 
 def _rotary(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def build_causal(config: Config) -> PreTrainedModel:
     if config.precision.param_dtype is DType.float64 and model._can_set_experts_implementation():
         # torch's grouped product of experts has no float64.
         model.set_experts_implementation("eager")
-    found = probe(language)
+    found = probe(language, config.data.seq_len)
     if found is not None and not found.causal:
         named = f"model.path={config.model.path}" if config.model.path is not None else f"model={config.model.preset}"
         remedy = "set model.config.is_decoder=true" if hasattr(language, "is_decoder") else "choose a causal model"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> PretrainedConfig:
@@ -54,6 +55,19 @@ LARGEST = 200_000_000
 """Parameters of a model that every rank may build on the CPU for a check: 1.6 GB in float64."""
 
 
+def language_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The causal language model of this config. Some transformers builds from the config of the composite model alone:
+    their class lies beside the composite's."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM.from_config(config, **options)
+    module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    kinds = [kind for name, kind in vars(module).items() if name.endswith("ForCausalLM")]
+    kind = next((kind for kind in kinds if kind.config_class is type(config)), None)
+    if kind is None:
+        raise ValueError(f"transformers has no causal language model for a {type(config).__name__}")
+    return kind._from_config(config, **options)
+
+
 def small_model(config: PretrainedConfig) -> PreTrainedModel:
     """A model of `shrink(config, 1)` on the CPU, in float64, with random values everywhere: a bias of zero would hide
     what it does. Where the narrow layers break a rule of their architecture, they keep their width. Raises what the
@@ -65,7 +79,7 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
             try:
                 small = make()
                 with torch.device("meta"):
-                    if (size := AutoModelForCausalLM.from_config(small).num_parameters()) > LARGEST:
+                    if (size := language_model(small).num_parameters()) > LARGEST:
                         raise ValueError(f"its layers are too large to try, {size:,} parameters")
                 model = AutoModelForCausalLM.from_config(
                     small,
@@ -95,14 +109,36 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
 
 def _few_layers(config: PretrainedConfig, names: Mapping[str, str]) -> dict[str, Any]:
     """Two layers, and one of each kind where the config has lists of what each layer is."""
-    fields, count = config.to_dict(), config.num_hidden_layers
-    lists = {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == count}
-    kinds = list(map(str, zip(*lists.values(), strict=True)))
-    chosen = sorted({kinds.index(kind) for kind in kinds} | set(range(min(2, count))))
+    lists = _layer_lists(config)
+    chosen = _chosen(config, lists)
     return {
         names.get("num_hidden_layers", "num_hidden_layers"): len(chosen),
         **{name: [value[layer] for layer in chosen] for name, value in lists.items()},
     }
+
+
+def stand_ins(config: PretrainedConfig) -> list[int]:
+    """For each layer of the model the layer of its copy with few layers that is of its kind."""
+    lists = _layer_lists(config)
+    chosen, kinds = _chosen(config, lists), _kinds(lists)
+    if not kinds:
+        return [min(layer, len(chosen) - 1) for layer in range(config.num_hidden_layers)]
+    first = {kind: number for number, kind in reversed([*enumerate(kinds[layer] for layer in chosen)])}
+    return [chosen.index(layer) if layer in chosen else first[kind] for layer, kind in enumerate(kinds)]
+
+
+def _layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
+    count = config.num_hidden_layers
+    return {name: value for name, value in config.to_dict().items() if isinstance(value, list) and len(value) == count}
+
+
+def _kinds(lists: Mapping[str, list[Any]]) -> list[str]:
+    return list(map(str, zip(*lists.values(), strict=True)))
+
+
+def _chosen(config: PretrainedConfig, lists: Mapping[str, list[Any]]) -> list[int]:
+    kinds = _kinds(lists)
+    return sorted({kinds.index(kind) for kind in kinds} | set(range(min(2, config.num_hidden_layers))))
 
 
 def _plain_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import first_line
-from trainer.model.miniature import shrink
+from trainer.model.miniature import language_model, shrink, stand_ins
 
 log = logging.getLogger(__name__)
 SEED = 1234
-TOKENS = 16
+TOKENS, MANY = 16, 512
+"""Many where few leave a parameter without gradient: what compresses blocks of tokens gets it from whole blocks."""
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 DEEP, SHALLOW = 20_000_000, 100_000_000  # most parameters of a copy with all layers, with a few
 TOLERANCE = 1e-3
@@ -32,46 +33,56 @@ TOLERANCE = 1e-3
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
     """causal: whether logits depend on earlier tokens alone. trained, untrained: the copy's parameters, by their names
-    inside the decoder or else in the model, that get a gradient and that get none."""
+    inside the decoder or else in the model, that get a gradient and that get none. layers: for each layer of the model
+    the one of the copy that stands for it; empty where the copy has all."""
 
     causal: bool
     trained: frozenset[str]
     untrained: frozenset[str]
+    layers: tuple[int, ...] = ()
 
 
 _found: dict[str, Probe | None] = {}
 
 
-def probe(config: PretrainedConfig) -> Probe | None:
-    """None, with a line in the log, for an architecture whose narrow copy does not run. config: of a language model. A
-    process that is asked twice, by the estimate and by the engine, computes once."""
+def probe(config: PretrainedConfig, tokens: int = TOKENS) -> Probe | None:
+    """None, with a line in the log, for an architecture whose narrow copy does not run. config: of a language model.
+    tokens: in a sequence of the run. A process that is asked twice, by the estimate and by the engine, computes
+    once."""
     # What building the model writes into its config is no other architecture.
     fields = {
         name: value for name, value in config.to_dict().items() if name not in ("architectures", "use_cache", "dtype")
     }
-    key = repr(sorted(fields.items()))
+    key = repr((sorted(fields.items()), tokens))
     if key not in _found:
         _found.clear()
-        _found[key] = _probe(config)
+        _found[key] = _probe(config, tokens)
     return _found[key]
 
 
-def _probe(config: PretrainedConfig) -> Probe | None:
+def _probe(config: PretrainedConfig, tokens: int) -> Probe | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         try:
-            model = _narrow_copy(config)
+            model, layers = _narrow_copy(config)
             ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, TOKENS))
             causal = _is_causal(model, ids)
-            logits = model(input_ids=ids, use_cache=False).logits
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).backward()
+            untrained = _without_gradient(model, ids[:, :tokens])
+            if untrained and tokens > TOKENS:
+                untrained = _without_gradient(model, ids.repeat(1, -(-min(tokens, MANY) // TOKENS))[:, :tokens])
         except Exception as error:  # a config in miniature may break any rule of its architecture
             reason = first_line(error)
             log.info("not probed: a small %s does not run: %s", config.model_type, reason)
             return None
-    named = dict(_inside(model))
-    untrained = {name for name, parameter in named.items() if parameter.grad is None}
-    return Probe(causal=causal, trained=frozenset(named.keys() - untrained), untrained=frozenset(untrained))
+    trained = frozenset(name for name, _ in _inside(model)) - untrained
+    return Probe(causal=causal, trained=trained, untrained=untrained, layers=tuple(layers))
+
+
+def _without_gradient(model: PreTrainedModel, ids: torch.Tensor) -> frozenset[str]:
+    model.zero_grad()
+    logits = model(input_ids=ids, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).backward()
+    return frozenset(name for name, parameter in _inside(model) if parameter.grad is None)
 
 
 def untrained_names(model: PreTrainedModel, found: Probe) -> list[str]:
@@ -80,12 +91,23 @@ def untrained_names(model: PreTrainedModel, found: Probe) -> list[str]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     of_text = model.config.get_text_config() is model.config
     alike = {_pattern(name) for name in found.untrained} - {_pattern(name) for name in found.trained}
-    return [
-        names[id(parameter)]
-        for name, parameter in _inside(model)
-        if name not in found.trained
-        and (name in found.untrained or _pattern(name) in alike or not (of_text or _known(name, found)))
-    ]
+    untrained = []
+    for name, parameter in _inside(model):
+        stand_in = _stand_in(name, found.layers)
+        if stand_in not in found.trained and (
+            stand_in in found.untrained or _pattern(name) in alike or not (of_text or _known(name, found))
+        ):
+            untrained.append(names[id(parameter)])
+    return untrained
+
+
+def _stand_in(name: str, layers: Sequence[int]) -> str:
+    """The name of the copy's parameter that this one is like."""
+    parts = name.split(".")
+    place = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    if place is not None and int(parts[place]) < len(layers):
+        parts[place] = str(layers[int(parts[place])])
+    return ".".join(parts)
 
 
 def _known(name: str, found: Probe) -> bool:
@@ -106,26 +128,28 @@ def _pattern(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _narrow_copy(config: PretrainedConfig) -> PreTrainedModel:
-    """As deep as the model, or of a few layers where a deep copy is too large. Raises ValueError where both are."""
+def _narrow_copy(config: PretrainedConfig) -> tuple[PreTrainedModel, list[int]]:
+    """As deep as the model, or of a few layers where a deep copy is too large: then with which of them stands for each
+    layer. Raises ValueError where both are too large."""
     # A recurrence runs token by token where its kernel is not installed: every layer more would take a second.
     kinds = set(getattr(config, "layer_types", None) or ())
-    small, size = config, 0
+    small, size, layers = config, 0, list[int]()
     for whole_depth in (True, False) if kinds <= ATTENTION else (False,):
         small = shrink(config, 1, whole_depth=whole_depth)
+        layers = [] if whole_depth else stand_ins(config)
         with torch.device("meta"):
-            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
+            size = sum(p.numel() for p in language_model(small).parameters())
         if size <= (DEEP if whole_depth else SHALLOW):
             break
     else:
         raise ValueError(f"{size:,} parameters are left of it")
-    model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    model = language_model(small, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Floating point alone can have a gradient.
             if parameter.is_floating_point():
                 parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
-    return model
+    return model, layers
 
 
 @torch.no_grad()

@@ -78,10 +78,13 @@ def _recorders(model: PreTrainedModel) -> Iterator[OutputRecorder]:
 
 
 def read(router: Router, output: Any) -> Routed:
-    """What its forward returned: a tuple with the logits, the scores and, for most, the chosen experts."""
+    """What its forward returned: a tuple with the logits, the scores and, for most, the chosen experts. JetMoe's has
+    the tokens sorted by expert."""
     logits = output[router.logits]
-    chosen = next((value for value in output if not value.is_floating_point()), None)
-    scores = next(place for place, value in enumerate(output) if place != router.logits and value.is_floating_point())
+    tensors = {place: value for place, value in enumerate(output) if isinstance(value, torch.Tensor)}
+    numbers = [value for value in tensors.values() if not value.is_floating_point()]
+    chosen = next((value for value in numbers if value.shape[:-1] == logits.shape[:-1]), None)
+    scores = next(place for place, value in tensors.items() if place != router.logits and value.is_floating_point())
     if chosen is None:
         chosen = logits.detach().topk(int(router.module.top_k), dim=-1).indices  # pyright: ignore[reportArgumentType]
     return Routed(logits=logits, scores=scores, chosen=chosen)

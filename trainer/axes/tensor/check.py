@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError, first_line
 from trainer.axes.tensor.apply import apply_tensor_parallel
 from trainer.model.loss import cross_entropy_sum
-from trainer.model.miniature import shrink
+from trainer.model.miniature import language_model, shrink
 from trainer.process.runtime import gather
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def _plain_model(
 ) -> tuple[PreTrainedModel, torch.Tensor]:
     """A shrunk model with random values everywhere (a bias of zero would hide its errors), and token ids for it."""
     attention = config._attn_implementation
-    model = AutoModelForCausalLM.from_config(
+    model = language_model(
         small, dtype=torch.float64, attn_implementation=attention if attention in ("sdpa", "eager") else None
     )
     # Packed kernels for experts have no float64.
@@ -135,4 +135,5 @@ def _plain_model(
         for parameter in model.parameters():
             parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
     ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 4 * tp_mesh.size()))
-    return model.eval().to(tp_mesh.device_type), ids.to(tp_mesh.device_type)
+    model.eval().to(tp_mesh.device_type)  # pyright: ignore[reportArgumentType] (transformers hides self)
+    return model, ids.to(tp_mesh.device_type)

@@ -1,0 +1,168 @@
+"""One type under one layout: trained, and held against one process; one process, against transformers' own model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from configs.load import load_config
+from configs.schema import Config
+from tests.support.cases import Trained
+from tests.support.harness import RankFailed, run_ranks
+from tests.support.parity import COMMON, distance
+from tests.zoo.case import attempt, computes, theirs
+from tests.zoo.tiny import tiny
+
+LIMIT = 1e-4
+"""Of losses and gradient norms. Some types compute parts in float32 whatever the precision; what is wrong is further
+away."""
+SECONDS = 150
+STABLE = ("optimizer.lr=1e-3", "optimizer.eps=1e-5")
+FLOAT32 = 1e-3
+"""The limit in float32, of DeepSpeed and of types that transformers cannot run in float64. With a small second moment
+Adam would magnify rounding."""
+ADAPTED = ("tuning=lora", "tuning.rank=4")
+Verdict = dict[str, Any]
+"""verdict: ok, differs, refused, crash, hang or no model. distance, note: where there are such."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """words: of the layout. alike: of the process that it is held against, too. wide: in float64."""
+
+    processes: int
+    words: tuple[str, ...]
+    alike: tuple[str, ...] = ()
+    wide: bool = True
+
+
+LAYOUTS = {
+    "single": Layout(processes=1, words=()),
+    "recompute": Layout(processes=1, words=("train.activation_checkpointing=full",)),
+    "chunked loss": Layout(processes=1, words=("train.chunked_loss=true",)),
+    "ddp": Layout(processes=2, words=("parallel=ddp",)),
+    "fsdp": Layout(processes=2, words=("parallel=fsdp",)),
+    "zero2": Layout(processes=2, words=("parallel=zero2",), wide=False),
+    "zero3": Layout(processes=2, words=("parallel=zero3",), wide=False),
+    "lora": Layout(processes=2, words=("parallel=fsdp",), alike=ADAPTED),
+    "context": Layout(processes=2, words=("parallel=context",)),
+    "expert": Layout(processes=2, words=("parallel=expert",)),
+    "tensor": Layout(processes=2, words=("parallel=tensor",)),
+    "sequence": Layout(processes=2, words=("parallel=tensor", "parallel.sequence_parallel=true")),
+    "pipeline": Layout(processes=2, words=("parallel=pipeline", "train.gradient_accumulation_steps=2")),
+}
+"""`single` is held against transformers' own model."""
+
+
+@functools.cache
+def _composed(words: tuple[str, ...]) -> Config:
+    """Composing takes as long as a run: once for each layout."""
+    own = ["train.steps=3", "parallel=single", "model.weights=random", "estimate.gate=off"]
+    return load_config([*COMMON, *own, "model.path=FOLDER", "data.tokenizer=bytes", *words])
+
+
+def _config(folder: Path, words: Sequence[str]) -> Config:
+    config = copy.deepcopy(_composed(tuple(words)))
+    config.model.path = str(folder)
+    return config
+
+
+@dataclass
+class Visit:
+    """Of one type, whose config lies in `folder`. precision: the widest that transformers computes it in. known: its
+    verdicts by layout, which `judge` adds to."""
+
+    folder: Path
+    precision: str
+    known: dict[str, Verdict]
+    references: dict[tuple[str, ...], Trained | Verdict] = field(default_factory=dict)
+
+    def judge(self, name: str) -> None:
+        self.known[name] = self._against_theirs() if name == "single" else self._against_one(LAYOUTS[name])
+
+    def _against_one(self, layout: Layout) -> Verdict:
+        alike = (*layout.alike, *self._precisely(layout))
+        expected = self._reference(alike)
+        if isinstance(expected, dict):
+            return {**expected, "note": f"one process: {expected['note']}"}
+        found = self._train(layout.processes, (*alike, *layout.words))
+        if isinstance(found, dict):
+            return found
+        try:
+            apart = distance(found, expected)
+        except AssertionError:
+            return {"verdict": "differs", "note": "other parameters are trained"}
+        return self._judged(max(apart.loss, apart.grad_norm), alike, "one process")
+
+    def _against_theirs(self) -> Verdict:
+        alike = self._precisely(LAYOUTS["single"])
+        found = self._reference(alike)
+        if isinstance(found, dict):
+            return found
+        if not min(found.grad_norms) > 0:
+            return {"verdict": "differs", "note": f"it does not learn: gradient norms {found.grad_norms}"}
+        try:
+            loss, norm = run_ranks(1, theirs, _config(self.folder, alike), timeout=SECONDS)[0]
+        except RankFailed as failed:
+            return {"verdict": "crash", "note": _last_line(failed), "trace": str(failed)[-4000:]}
+        apart = max(abs(found.losses[0] - loss) / abs(loss), abs(found.grad_norms[0] - norm) / norm)
+        return self._judged(apart, alike, "transformers")
+
+    def _precisely(self, layout: Layout) -> tuple[str, ...]:
+        return ("precision=fp64",) if layout.wide and self.precision == "fp64" else ("precision=fp32", *STABLE)
+
+    def _judged(self, apart: float, alike: tuple[str, ...], other: str) -> Verdict:
+        if math.isfinite(apart) and apart <= (LIMIT if "precision=fp64" in alike else FLOAT32):
+            return {"verdict": "ok", "distance": apart}
+        return {"verdict": "differs", "distance": apart, "note": f"{apart:.1g} from {other}"}
+
+    def _reference(self, words: tuple[str, ...]) -> Trained | Verdict:
+        if words not in self.references:
+            self.references[words] = self._train(1, words)
+        return self.references[words]
+
+    def _train(self, processes: int, words: tuple[str, ...]) -> Trained | Verdict:
+        try:
+            ranks = run_ranks(processes, attempt, _config(self.folder, words), timeout=SECONDS)
+        except RankFailed as failed:
+            hung = "hung or died" in str(failed) and "Traceback" not in str(failed)
+            return {"verdict": "hang" if hung else "crash", "note": _last_line(failed), "trace": str(failed)[-4000:]}
+        if isinstance(ranks[0], str):
+            return {"verdict": "refused", "note": ranks[0]}
+        if any(rank.losses != ranks[0].losses or rank.grad_norms != ranks[0].grad_norms for rank in ranks):
+            return {"verdict": "differs", "note": "ranks report different losses"}
+        return ranks[0]
+
+
+def visit(model_type: str, layouts: Sequence[str], known: dict[str, Verdict]) -> Iterator[str]:
+    """Judge those layouts of the type that `known` does not have. Yields each name when it has."""
+    wanted = [name for name in layouts if name not in known]
+    if not wanted or known.get("single", {}).get("verdict") == "no model":
+        return
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            tiny(model_type).save_pretrained(folder)
+            precision, failed = run_ranks(1, computes, folder, timeout=SECONDS)[0]
+        except Exception as error:  # each architecture validates in its own way
+            precision, failed = "", " ".join(f"{type(error).__name__}: {error}".split())
+        if not precision:
+            known["single"] = {"verdict": "no model", "note": failed[:300]}
+            yield "single"
+            return
+        one = Visit(folder, precision, known)
+        for layout in wanted:
+            one.judge(layout)
+            yield layout
+
+
+def _last_line(failed: RankFailed) -> str:
+    """The first rank's exception."""
+    text = str(failed).split("\nrank 1:")[0]
+    return text.strip().splitlines()[-1][:300]

@@ -1,0 +1,109 @@
+"""docs/models.md, from what `python -m tests.zoo` has seen."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from time import strftime
+from typing import Any
+
+from tests.zoo.judge import LAYOUTS, Verdict
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+HEAD = """\
+# Models: every type under every layout
+
+Every model type that transformers registers for causal language models, in a tiny version of its published config (its
+kinds of layers, switches and ratios; small widths, few layers and experts), trained for three steps under every layout
+with two processes on a CPU, and held against one process. A number is the largest relative distance of the loss or of
+the gradient norm, at any step and in the validation at the end. One process (*single*) is held against the model that
+transformers builds itself. All in float64 within 1e-4 (some types compute parts in float32 whatever the precision),
+but ZeRO, which has no float64, and types that transformers cannot run in it: float32 within 1e-3.
+
+*refused* stands for a line that the run prints before it begins; the lines are below the table. What *differs* or
+*crashes* is open.
+"""
+
+
+def versions() -> str:
+    names = ("torch", "transformers", "deepspeed")
+    return ", ".join(f"{name} {version(name)}" for name in names) + f", Python {platform.python_version()}"
+
+
+def render(seen: Mapping[str, Mapping[str, Verdict]]) -> str:
+    there = {name: known for name, known in seen.items() if known["single"]["verdict"] != "no model"}
+    counts = {name: Counter(_short(known.get(name)) for known in there.values()) for name in LAYOUTS}
+    lines = [
+        HEAD,
+        f"Written {strftime('%Y-%m-%d')} by `python -m tests.zoo --write` with {versions()}.",
+        "",
+        f"| of {len(there)} types | equal | refused | other |",
+        "| --- | ---: | ---: | ---: |",
+        *(f"| {name} | {_equal(row)} | {row['refused']} | {_other(row)} |" for name, row in counts.items()),
+        "",
+        "| type | " + " | ".join(LAYOUTS) + " |",
+        "| --- |" + " --- |" * len(LAYOUTS),
+        *(
+            f"| {name} | " + " | ".join(_short(there[name].get(one)) for one in LAYOUTS) + " |"
+            for name in sorted(there)
+        ),
+        "",
+        "## Refused, and why",
+        "",
+        *_reasons(there, "refused"),
+        "## Open",
+        "",
+        *_reasons(there, "differs", "crash", "hang"),
+        "## Not tried",
+        "",
+        "Registered for causal language models, but transformers' own class does not run forward and backward on token",
+        "ids alone:",
+        "",
+        *(
+            f"- {name}: {_plain(str(known['single']['note']))}"
+            for name, known in sorted(seen.items())
+            if name not in there
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _short(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
+    return f"{verdict['distance']:.0e}" if verdict["verdict"] == "ok" else str(verdict["verdict"])
+
+
+def _equal(row: Counter[str]) -> int:
+    return sum(count for cell, count in row.items() if "e" in cell and cell[:1].isdigit())
+
+
+def _other(row: Counter[str]) -> int:
+    return sum(row.values()) - _equal(row) - row["refused"]
+
+
+def _reasons(there: Mapping[str, Mapping[str, Verdict]], *kinds: str) -> Iterator[str]:
+    """One line for each reason: the layouts and types that it is given for."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for layout in LAYOUTS:
+        for name, known in sorted(there.items()):
+            verdict: Any = known.get(layout, {})
+            if verdict.get("verdict") in kinds:
+                reason = _plain(str(verdict["note"]))
+                reason = re.sub(rf"\b(a|an|A|An) {re.escape(name)}\b", r"\1 TYPE", reason)
+                found[layout, re.sub(rf"\b{re.escape(name)}\b", "TYPE", reason)].append(name)
+    for (layout, reason), names in found.items():
+        yield f"- **{layout}**: {', '.join(names)}: {reason}"
+    yield ""
+
+
+def _plain(reason: str) -> str:
+    """Without what differs from type to type: folders, classes, numbers and names of parameters."""
+    reason = re.sub(r"\b[A-Z]\w+(ForCausalLM|ForConditionalGeneration|LMHeadModel|ModelWithLMHead)\b", "CLASS", reason)
+    reason = re.sub(r"model\.path=\S+?(?=[:,])", "model.path=FOLDER", reason)
+    reason = re.sub(r"\d+ parameters of CLASS get no gradient \(.*?\)", "parameters of CLASS get no gradient", reason)
+    return " ".join(reason.removeprefix("one process: ").replace("|", "/").split())
