@@ -12,9 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import ConfigError, PlanError
+from configs.schema import Model
+from tests.zoo.tiny import tiny
+from trainer.axes.pipeline.check import check_stages
 from trainer.axes.pipeline.probe import count_costs, examine
 from trainer.axes.pipeline.split import Stage, split_model
-from trainer.model.build import decoder_layers, held_layers, materialize, tied_names, units
+from trainer.model.build import build_model, decoder_layers, held_layers, materialize, tied_names, units
 from trainer.model.weights import RandomWeights
 
 LAYERS = 5
@@ -177,13 +180,15 @@ def test_models_that_are_no_chain_are_refused(defect: str, reason: str) -> None:
     blocks = copy.copy(body.h)
 
     def forward(input_ids: torch.Tensor, **_: Any) -> Any:
-        embedded = hidden = body.wte(input_ids) + body.wpe(torch.arange(input_ids.shape[1]))
+        hidden = body.wte(input_ids) + body.wpe(torch.arange(input_ids.shape[1]))
+        kept = None
         for number, block in enumerate(blocks):
             if defect == "skip" and number == 0:
                 continue
             if defect == "called between" and number == 2:
                 body.ln_f(hidden)
-            hidden = block(hidden, embedded if defect == "second stream" else None)
+            hidden = block(hidden, kept if defect == "second stream" else None)
+            kept = hidden * 2 if number == 0 else kept
             hidden = hidden * 2 if defect == "changed between" else hidden
         return model.lm_head(body.ln_f(hidden))
 
@@ -192,3 +197,29 @@ def test_models_that_are_no_chain_are_refused(defect: str, reason: str) -> None:
         body.scale = nn.Parameter(torch.empty(1, device="meta"))
     with pytest.raises(ConfigError, match=reason):
         examine(model)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "camembert", "deepseek_v4"])
+def test_stages_train_the_whole_model(model_type: str) -> None:
+    """Embeddings for each layer, made again on every stage; a head before the body, with parts; streams of hidden
+    states that are not as wide as an embedding."""
+    model = build_model(Model(path=model_type), tiny(model_type))
+    stages = every_stage(model, "1f1b", 2)
+    assert stages[0].repeated == (model_type == "gemma4_text")
+    assert (stages[1].hidden == (64,)) == (model_type != "deepseek_v4")
+    assert isinstance(model.get_output_embeddings(), nn.Linear) and stages[0].module.get_output_embeddings() is not None
+    check_stages(model.config, stages[0].lengths)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("gemma3n_text", "a stage does not run: 'sliding_attention'"), ("prophetnet", "a stage does not run: ")],
+)
+def test_what_layers_keep_for_later_ones_is_found(model_type: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^parallel\.pp: a {model_type} cannot be cut into .*: {reason}"):
+        check_stages(tiny(model_type), (2, 2))
+
+
+def test_repeated_parts_want_one_stage_per_rank() -> None:
+    with pytest.raises(PlanError, match=r"^parallel\.pipeline\.schedule=.* use gpipe or 1f1b$"):
+        every_stage(build_model(Model(path=""), tiny("gemma4_text")), "interleaved_1f1b", 2)

@@ -225,10 +225,10 @@ def test_adapters_of_experts_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"^tuning\.target_modules: model\.layers\.0\.mlp\.experts\S* would get adapters"
     ):
-        tensor_plan(model)
+        tensor_plan(model, 2)
     model = tensor_cases.build("mixtral")
     add_adapters(model, tensor_cases.ADAPTERS)
-    assert tensor_plan(model)["model.layers.*.self_attn.q_proj"] == "colwise"
+    assert tensor_plan(model, 2)["model.layers.*.self_attn.q_proj"] == "colwise"
 
 
 def test_styles_of_adapters() -> None:
@@ -296,7 +296,7 @@ def test_plans_of_ours_are_well_formed() -> None:
 
 def test_users_plan_goes_over_the_models() -> None:
     model = tensor_cases.build("llama")
-    plan = tensor_plan(model, {"model.layers.*.mlp.gate_proj": "replicate", "lm_head": "replicate"})
+    plan = tensor_plan(model, 2, {"model.layers.*.mlp.gate_proj": "replicate", "lm_head": "replicate"})
     names = ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj", "model.embed_tokens", "lm_head"]
     assert list(match(plan, names).values()) == ["replicate", "colwise", "embedding_rowwise", "replicate"]
 
@@ -306,7 +306,7 @@ def test_users_plan_goes_over_the_models() -> None:
     [
         (
             {"model.layers.*.mlp.up_proj": "columns"},
-            "columns: there is no such style; use one of added_once, colwise, ",
+            "columns: there is no such style; use one of added_once, all_reduce, channels, colwise, ",
         ),
         ({"model.layers.*.mlp.c_fc": "colwise"}, "LlamaForCausalLM has nothing of this name"),
         ({"model.layers.*.mlp.up_proj": "packed_colwise:x"}, "takes the number of packed matrices"),
@@ -315,10 +315,10 @@ def test_users_plan_goes_over_the_models() -> None:
 )
 def test_users_mistakes_in_a_plan(plan: dict[str, str], told: str) -> None:
     with pytest.raises(ConfigError, match=r"parallel\.tensor_plan\.model") as caught:
-        tensor_plan(tensor_cases.build("llama"), plan)
+        tensor_plan(tensor_cases.build("llama"), 2, plan)
     assert told in str(caught.value)
 
 
 def test_an_architecture_without_a_plan_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"plan for bloom; use parallel.tp=1, or give one: parallel.tensor_plan=\{"):
-        tensor_plan(tensor_cases.build("bloom"))
+    with pytest.raises(ConfigError, match=r"plan for bloom, and none can be derived; use parallel.tp=1, or give one: "):
+        tensor_plan(tensor_cases.build("bloom"), 5)

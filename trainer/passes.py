@@ -26,6 +26,7 @@ from trainer.axes.ddp import apply_ddp
 from trainer.axes.expert.apply import apply_expert_parallel, check_stacks
 from trainer.axes.fsdp import apply_fsdp
 from trainer.axes.mesh import Meshes
+from trainer.axes.pipeline.check import check_stages
 from trainer.axes.pipeline.split import Stage, split_model
 from trainer.axes.sequence import apply_context_parallel
 from trainer.axes.sequence_check import check_sequence
@@ -143,6 +144,11 @@ def _split_layers(parts: Parts) -> list[str]:
     ]
 
 
+def _check_stages(parts: Parts) -> list[str]:
+    check_stages(parts.model.config.get_text_config(), parts.stages[0].lengths)
+    return []
+
+
 def _split_experts(parts: Parts) -> list[str]:
     assert parts.meshes is not None
     tensor = parts.axis(TENSOR) if parts.plan.degree(TENSOR) > 1 else None
@@ -155,7 +161,7 @@ def _split_experts(parts: Parts) -> list[str]:
 
 def _split_matrices(parts: Parts) -> list[str]:
     parallel, mesh = parts.config.parallel, parts.axis(TENSOR)
-    table, sequence = tensor_plan(parts.model, parallel.tensor_plan), parallel.sequence_parallel
+    table, sequence = tensor_plan(parts.model, mesh.size(), parallel.tensor_plan), parallel.sequence_parallel
     divide = partial(apply_tensor_parallel, plan=table, tp_mesh=mesh, sequence_parallel=sequence)
     parts.tensor = [divide(module) for module in parts.modules]
     return [shares(module, tensor) for module, tensor in zip(parts.modules, parts.tensor, strict=True)]
@@ -229,6 +235,7 @@ PASSES = (
     Pass(wanted=lambda config, plan: plan.degree(CONTEXT) > 1, apply=_split_sequences),
     # Stages before all that follows: every later pass then works on what this rank will hold.
     Pass(wanted=lambda config, plan: plan.degree(PIPELINE) > 1, apply=_split_layers),
+    Pass(wanted=lambda config, plan: plan.degree(PIPELINE) > 1, apply=_check_stages, traced=False),
     # Before tensor parallel, which then leaves the experts as they are.
     Pass(wanted=lambda config, plan: plan.degree(EXPERTS) > 1, apply=_split_experts),
     # Before compile and recompute, so that its collectives are inside both.

@@ -129,7 +129,8 @@ def _train(case: Case, mesh: DeviceMesh) -> Trained:
     if case.adapters:
         add_adapters(model, replace(ADAPTERS, dropout=0.1 if case.model == "gpt2_dropout" else 0.0))
     if mesh["tp"].size() > 1:
-        tensor = apply_tensor_parallel(model, tensor_plan(model), mesh["tp"], sequence_parallel=case.sequence_parallel)
+        plan = tensor_plan(model, mesh["tp"].size())
+        tensor = apply_tensor_parallel(model, plan, mesh["tp"], sequence_parallel=case.sequence_parallel)
     if case.recompute:
         apply_checkpointing(model, Checkpointing.full)
     weights = AdapterWeights(RandomWeights(model, seed=0), seed=0)
@@ -225,7 +226,7 @@ def collectives_of_a_step(model_name: str, sequence_parallel: bool) -> tuple[Cou
     """Names and numbers of collectives in one forward with loss, and in its backward."""
     mesh = world()
     model = build(model_name)
-    tensor = apply_tensor_parallel(model, tensor_plan(model), mesh["tp"], sequence_parallel=sequence_parallel)
+    tensor = apply_tensor_parallel(model, tensor_plan(model, 2), mesh["tp"], sequence_parallel=sequence_parallel)
     materialize(model, RandomWeights(model, seed=0), device=torch.device("cpu"), dtype=torch.float32)
     ids, labels = next(_batches(model.config.vocab_size))
     with _counted() as forward:
@@ -270,7 +271,7 @@ def checked(
             insert_adapters(small, tuning, find_targets(small, tuning.target_modules, strict=False))
 
     try:
-        plan = tensor_plan(plain, user_plan)
+        plan = tensor_plan(plain, 2, user_plan)
         tensor_check.self_check(plain.config, plan, mesh["tp"], sequence_parallel=sequence_parallel, convert=convert)
     except CookbookError as error:
         return str(error), warnings
@@ -286,7 +287,7 @@ def checked_without_sums(model: str) -> str:
 def ties(model_name: str) -> dict[str, str]:
     mesh = world()
     model = build(model_name)
-    apply_tensor_parallel(model, tensor_plan(model), mesh["tp"], sequence_parallel=False)
+    apply_tensor_parallel(model, tensor_plan(model, 2), mesh["tp"], sequence_parallel=False)
     return tied_names(model)
 
 
@@ -296,7 +297,7 @@ def refused(fields: dict[str, Any]) -> str:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
     try:
-        apply_tensor_parallel(model, tensor_plan(model), mesh["tp"], sequence_parallel=False)
+        apply_tensor_parallel(model, tensor_plan(model, 2), mesh["tp"], sequence_parallel=False)
     except CookbookError as error:
         return str(error)
     return ""
@@ -308,7 +309,7 @@ def compiled_losses(model_name: str) -> tuple[list[float], int]:
     losses = []
     for compiled in (False, True):
         model = build(model_name)
-        tensor = apply_tensor_parallel(model, tensor_plan(model), mesh["tp"], sequence_parallel=True)
+        tensor = apply_tensor_parallel(model, tensor_plan(model, 2), mesh["tp"], sequence_parallel=True)
         materialize(model, RandomWeights(model, seed=0), device=torch.device("cpu"), dtype=torch.float64)
         if compiled:
             for layer in held_layers(model):

@@ -133,12 +133,14 @@ def _feed(unit: Unit, shape: Shape) -> Feed:
     tokens = torch.zeros(size, dtype=torch.long)
     inputs, received = tokens, None
     if unit.stage is not None:
-        hidden = (*size, unit.stage.hidden_size)
+        hidden = (*size, *unit.stage.hidden)
         if not unit.stage.is_first:
             inputs = torch.zeros(hidden, dtype=shape.storage, requires_grad=True)
         if not unit.stage.is_last:
             received = torch.zeros(hidden, dtype=shape.storage)
     extras = {"position_ids": torch.zeros(size, dtype=torch.long)} if shape.positions else {}
+    if unit.stage is not None and unit.stage.repeated:
+        extras["tokens"] = tokens
     return Feed(inputs=inputs, labels=tokens, extras=extras, received=received)
 
 

@@ -182,8 +182,18 @@ def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
     # FSDP2 puts a class of its own in the model's place; what is exported must name the architecture.
     built.config.architectures = [type(built).__name__]
     built.tie_weights()
+    body_first(built)
     built.config.use_cache = False
     return built
+
+
+def body_first(model: PreTrainedModel) -> None:
+    """A tied weight has the name of its first owner, which is to be the embedding on every pipeline stage. Some models
+    (CamemBERT) register their head before their body."""
+    embedding = model.get_input_embeddings()
+    body = next((name for name, part in model.named_children() if any(m is embedding for m in part.modules())), None)
+    if body is not None:
+        model._modules = {body: model._modules[body], **model._modules}
 
 
 def named(model: Model) -> str:

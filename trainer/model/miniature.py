@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from trainer.model.build import body_first
+
+T = TypeVar("T")
+Convert = Callable[[PreTrainedModel], None]
 
 
 def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> PretrainedConfig:
@@ -44,6 +50,8 @@ def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> P
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
     }
     small = {names.get(name, name): value for name, value in sizes.items() if get(name) is not None}
+    # Ranks would draw other numbers, and nothing could be compared.
+    small |= _no_dropout(fields)
     # Its width in the real model may exceed a whole head here.
     if isinstance(fields.get("rotary_dim"), int):
         small["rotary_dim"] = head_dim // 2
@@ -69,34 +77,11 @@ def language_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 
 
 def small_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of `shrink(config, 1)` on the CPU, in float64, with random values everywhere: a bias of zero would hide
-    what it does. Where the narrow layers break a rule of their architecture, they keep their width. Raises what the
-    architecture does, and ValueError where layers of that width are too large."""
-    attention = config._attn_implementation
+    """One that computes logits, for checks of what depends on what. Raises what the architecture does."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
-        for make in (lambda: shrink(config, 1), lambda: _shallow(config)):
-            try:
-                small = make()
-                with torch.device("meta"):
-                    if (size := language_model(small).num_parameters()) > LARGEST:
-                        raise ValueError(f"its layers are too large to try, {size:,} parameters")
-                model = AutoModelForCausalLM.from_config(
-                    small,
-                    dtype=torch.float64,
-                    attn_implementation=attention if attention in ("sdpa", "eager") else None,
-                ).eval()
-                # Packed kernels for experts have no float64.
-                model.config._experts_implementation = "eager"
-                with torch.no_grad():
-                    for parameter in model.parameters():
-                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
-                    model(input_ids=torch.tensor([[3, 4, 5, 6]]), use_cache=False)
-            except Exception as error:
-                failed = error
-            else:
-                return model
-    raise failed
+        ids = torch.tensor([[3, 4, 5, 6]])
+        return first_that_runs(config, 1, lambda model: model(input_ids=ids, use_cache=False))[0].eval()
 
 
 def _shallow(config: PretrainedConfig) -> PretrainedConfig:
@@ -104,7 +89,69 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
     fields.pop("per_layer_config", None)
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1)
     small = {"vocab_size": 64, **{name: value for name, value in tokens.items() if fields.get(name) is not None}}
-    return type(config)(**{**fields, **small, **_few_layers(config, names), **_plain_rotary(fields)})
+    return type(config)(
+        **{**fields, **small, **_no_dropout(fields), **_few_layers(config, names), **_plain_rotary(fields)}
+    )
+
+
+def _no_dropout(fields: Mapping[str, Any]) -> dict[str, float]:
+    named = ("dropout", "pdrop", "layerdrop")
+    return {
+        name: 0.0 for name, value in fields.items() if isinstance(value, float) and any(word in name for word in named)
+    }
+
+
+def first_that_runs(
+    config: PretrainedConfig,
+    tp: int,
+    run: Callable[[PreTrainedModel], T],
+    *,
+    convert: Convert | None = None,
+    deep: bool = False,
+) -> tuple[PreTrainedModel, T]:
+    """A random model of this architecture on the CPU that `run` can work with, and its answer. Raises the last error.
+
+    Narrow with few layers or, `deep`, with all; where that breaks a rule of the architecture, of another kind. In
+    float64, or in float32 where its code knows no other. convert: changes the model before it gets its values.
+    """
+    failed: Exception = ValueError("no small config")
+    shapes = [partial(shrink, config, tp), partial(shrink, config, tp, whole_depth=True), partial(_shallow, config)]
+    for dtype in (torch.float64, torch.float32):
+        for make in (shapes[1], shapes[0], shapes[2]) if deep else shapes:
+            try:
+                model = _random_model(make(), config, dtype, convert)
+                return model, run(model)
+            except Exception as error:  # a config in miniature may break any rule of its architecture
+                failed = error
+    raise failed
+
+
+def _random_model(
+    small: PretrainedConfig,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    convert: Callable[[PreTrainedModel], None] | None,
+) -> PreTrainedModel:
+    """Random values everywhere: a bias of zero would hide its errors. All of them are trained."""
+    with torch.device("meta"):
+        if (size := language_model(small).num_parameters()) > LARGEST:
+            raise ValueError(f"its layers are too large to try, {size:,} parameters")
+    attention = config._attn_implementation
+    model = language_model(
+        small, dtype=dtype, attn_implementation=attention if attention in ("sdpa", "eager") else None
+    )
+    # Packed kernels for experts have no float64.
+    model.config._experts_implementation = "eager"
+    model.tie_weights()
+    body_first(model)
+    if convert is not None:
+        convert(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Floating point alone can have a gradient.
+            if parameter.is_floating_point():
+                parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
+    return model.train()
 
 
 def _few_layers(config: PretrainedConfig, names: Mapping[str, str]) -> dict[str, Any]:

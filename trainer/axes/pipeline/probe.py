@@ -6,13 +6,15 @@
 The model runs once on fake tensors, which have shapes and no values, with layers that hand their input on. The run
 shows which parts are called before the layers and which after, what a layer returns (hidden states, or a tuple that
 begins with them) and how wide hidden states are. And it proves that the chain can be cut anywhere: each layer gets
-exactly what the one before returned, and nothing else that a gradient would have to reach. Next: `split`.
+exactly what the one before returned, and nothing else that a gradient would have to reach, unless that is made of the
+tokens alone (embeddings for each layer, positions that are learnt): then every stage makes it. Next: `split`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -39,13 +41,22 @@ RETURNS: tuple[Callable[[Any], Any], ...] = (
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Examined:
     """before, after: names of the modules that own parameters outside the layers, by when they are called; what is
-    never called counts as before. returns: makes a layer's return value out of hidden states [batch, seq, hidden_size].
+    never called counts as before. returns: makes a layer's return value out of hidden states. hidden: their shape
+    after [batch, seq]. embedded: that of what stands for embeddings. repeated: whether layers get more than hidden
+    states, which every stage has to make out of the tokens.
     """
 
     before: tuple[str, ...]
     after: tuple[str, ...]
     returns: Callable[[Any], Any]
-    hidden_size: int
+    hidden: tuple[int, ...]
+    embedded: tuple[int, ...]
+    repeated: bool = False
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of a token between two layers."""
+        return prod(self.hidden)
 
 
 def examine(model: PreTrainedModel) -> Examined:
@@ -111,6 +122,9 @@ class _Probe:
         self.layer_calls = 0
         self.called_after: dict[str, int] = {}  # name: layers that had been called
         self.hidden: torch.Tensor | None = None
+        self.embedded: tuple[int, ...] = ()
+        self.passed: set[Any] = set()  # places in the graph of gradients where layers were
+        self.repeated = False
 
     def run(self) -> Examined:
         for name, module in self.others.items():
@@ -120,6 +134,7 @@ class _Probe:
             module.register_forward_pre_hook(lambda *_, name=name: self._note(name))
             for name, module in self.others.items()
         ]
+        handles.append(self.model.get_input_embeddings().register_forward_hook(self._embed))
         for number, layer in enumerate(self.layers):
             layer.forward = lambda *args, number=number, **kwargs: self._pass_on(number, args, kwargs)
         try:
@@ -143,6 +158,9 @@ class _Probe:
         if 0 < self.layer_calls < len(self.layers):
             raise _NotAChain(f"{name} is called between layers")
 
+    def _embed(self, _: nn.Module, __: Any, output: Any) -> None:
+        self.embedded = self.embedded or tuple(output.shape[2:])
+
     def _pass_on(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = first_argument(args, kwargs)
         if number != self.layer_calls:
@@ -151,12 +169,26 @@ class _Probe:
             raise _NotAChain(f"layer {number} does not get what the layer before returned")
         for other in tree_leaves((args, kwargs)):
             if isinstance(other, torch.Tensor) and other is not hidden and other.requires_grad:
-                raise _NotAChain(
-                    f"layer {number} gets more than the hidden states, and a gradient would have to flow there"
-                )
+                self.repeated = True
+                if self._comes_from_layers(other):
+                    raise _NotAChain(
+                        f"layer {number} gets more than the hidden states, and a gradient would have to flow there"
+                    )
         self.layer_calls += 1
         self.hidden = hidden.clone()
+        self.passed.add(self.hidden.grad_fn)
         return self.returns(self.hidden)
+
+    def _comes_from_layers(self, tensor: torch.Tensor) -> bool:
+        waiting, met = [tensor.grad_fn], set[Any]()
+        while waiting:
+            node = waiting.pop()
+            if node in self.passed:
+                return True
+            if node is not None and node not in met:
+                met.add(node)
+                waiting += [before for before, _ in node.next_functions]
+        return False
 
     def _anatomy(self) -> Examined:
         if self.layer_calls != len(self.layers):
@@ -167,5 +199,7 @@ class _Probe:
             before=tuple(name for name in self.others if name not in after),
             after=after,
             returns=self.returns,
-            hidden_size=self.hidden.shape[-1],
+            hidden=tuple(self.hidden.shape[2:]),
+            embedded=self.embedded or tuple(self.hidden.shape[2:]),
+            repeated=self.repeated,
         )

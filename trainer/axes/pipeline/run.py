@@ -16,7 +16,8 @@ Gradients: each rank adds up those of its micro-batches and under data parallel 
 data parallel therefore shards parameters and optimizer states here, and gradients only between steps: within one, a
 rank holds whole gradients of its layers, and their parameters gathered. Tied embeddings are two copies, on the first
 and the last stage; their gradients (vocabulary * hidden_size) are exchanged and added once per step, so that both make
-the same update and stay equal.
+the same update and stay equal. Where layers get embeddings of their own besides the hidden states (Gemma 3n and 4),
+every stage makes them from the tokens: a copy of the tables on each, whose gradients are summed over all.
 
 Memory besides: the activations of the micro-batches in flight, and torch's receive buffers, one per micro-batch of the
 step in either direction (`in_flight`, `receive_buffers`).
@@ -136,7 +137,7 @@ class PipelineRun:
         self._total = torch.zeros((), dtype=torch.float64, device=self.device)
         inputs = (torch.cat([batch.input_ids for batch in micro_batches]),) if self.holds_first else ()
         labels = torch.cat([batch.labels for batch in micro_batches]) if self.holds_last else None
-        extras = [_extras(batch) for batch in micro_batches]
+        extras = [self._extras(batch) for batch in micro_batches]
         joined = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
         self.runner.step(*inputs, target=labels, return_outputs=False, **joined)
         self.sum_tied_gradients()
@@ -153,9 +154,9 @@ class PipelineRun:
             if stage.is_first:
                 hidden = batch.input_ids
             elif (before := self._rank_of(stage.index - 1)) != self.group.rank():
-                hidden = torch.empty(*batch.input_ids.shape, stage.hidden_size, dtype=self.dtype, device=self.device)
+                hidden = torch.empty(*batch.input_ids.shape, *stage.hidden, dtype=self.dtype, device=self.device)
                 dist.recv(hidden, group=self.group, group_src=before)
-            hidden = stage.module(hidden, **_extras(batch))
+            hidden = stage.module(hidden, **self._extras(batch))
             if stage.is_last:
                 loss.copy_(loss_fn(hidden, batch.labels))
             elif (after := self._rank_of(stage.index + 1)) != self.group.rank():
@@ -165,13 +166,15 @@ class PipelineRun:
         return loss
 
     def sum_tied_gradients(self) -> None:
-        """Add the gradients of the two copies of each tied parameter, in both places. `forward_backward` calls it."""
+        """Add the gradients of the copies of each tied parameter, in all places. `forward_backward` calls it."""
         for name in self.stages[0].tied or self.stages[-1].tied:
-            ends = [stage for stage in self.stages if stage.is_first or stage.is_last]
+            ends = [stage for stage in self.stages if name in stage.tied]
             if not ends[0].module.get_parameter(name).requires_grad:
                 continue
             gradients = [_gradient(stage.module, name) for stage in ends]
-            if len(gradients) == 2:
+            if ends[0].repeated:
+                self._sum(gradients[0])
+            elif len(gradients) == 2:
                 gradients[0].add_(gradients[1])
                 gradients[1].copy_(gradients[0])
             else:
@@ -183,6 +186,13 @@ class PipelineRun:
         for stage in self.stages:
             for name in stage.copies:
                 yield stage.module.get_parameter(name)
+
+    def _sum(self, tensor: torch.Tensor) -> None:
+        """Over all stages: each rank has one."""
+        total = tensor.to(self.device)
+        dist.all_reduce(total, group=self.group)
+        if total is not tensor:
+            tensor.copy_(total)
 
     def _exchange(self, tensor: torch.Tensor, *, first: bool) -> torch.Tensor:
         """The tensor that the rank at the other end of the pipeline gives for this one."""
@@ -198,6 +208,11 @@ class PipelineRun:
             work.wait()
         return other.to(tensor.device)
 
+    def _extras(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the model's code wants of a batch besides tokens and labels: every stage gets it."""
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        return positions | ({"tokens": batch.input_ids} if self.stages[0].repeated else {})
+
     def _loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = self._loss_fn(output, labels) / self._valid_tokens
         self._total += loss.detach()
@@ -209,7 +224,7 @@ class PipelineRun:
     def _engine_stage(self, stage: Stage) -> EngineStage:
         """Told the shapes, it need not run a micro-batch to find them out."""
         tokens = torch.empty(self.shape, dtype=torch.int64, device="meta")
-        hidden = torch.empty(*self.shape, stage.hidden_size, dtype=self.dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(*self.shape, *stage.hidden, dtype=self.dtype, device="meta", requires_grad=True)
         return EngineStage(
             stage.module,
             stage.index,
@@ -238,13 +253,9 @@ def build_pipeline(stages: Sequence[Stage], config: Config, plan: Plan, mesh: De
     )
 
 
-def _extras(batch: Batch) -> dict[str, torch.Tensor]:
-    """What the model's code wants of a batch beside tokens and labels: every stage gets it."""
-    return {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-
-
 def _gradient(module: nn.Module, name: str) -> torch.Tensor:
-    """This rank's piece of a parameter's gradient."""
-    gradient = module.get_parameter(name).grad
-    assert gradient is not None
-    return local(gradient)
+    """This rank's piece of a parameter's gradient. A stage may have no use for one that another stage needs."""
+    parameter = module.get_parameter(name)
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return local(parameter.grad)

@@ -54,9 +54,11 @@ class Border:
         assert self.received is not None
         return self.received
 
-    def blank(self) -> torch.Tensor:
-        """For code whose result is dropped. Memory of its own: some models scale embeddings in place."""
-        return torch.zeros_like(self.answer(), requires_grad=False)
+    def blank(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """For code whose result is dropped. Memory of its own: some models scale embeddings in place. shape: after
+        [batch, seq]."""
+        received = self.answer()
+        return received.new_zeros((*received.shape[:2], *shape))
 
     def capture(self, hidden: torch.Tensor) -> torch.Tensor:
         self.sent = hidden
@@ -73,15 +75,19 @@ class Border:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """One stage of the pipeline. module: the model with this stage's parts; it takes input_ids [batch, seq] on the
-    first stage and hidden states [batch, seq, hidden_size] on the others, and returns hidden states, on the last
-    logits. tied: names of the parameters that the first and the last stage each have a copy of."""
+    first stage and hidden states [batch, seq, *hidden] on the others, and returns hidden states, on the last logits.
+    tied: names of the parameters that the first and the last stage each have a copy of; of which all stages have one if
+    the parts before the layers are `repeated` on each, which then wants `tokens` too. lengths: numbers of layers of all
+    stages."""
 
     module: PreTrainedModel
     index: int
     count: int
     layers: range
-    hidden_size: int
+    lengths: tuple[int, ...]
+    hidden: tuple[int, ...]
     tied: tuple[str, ...]
+    repeated: bool = False
     border: Border = field(default_factory=Border)
 
     @property
@@ -95,21 +101,24 @@ class Stage:
     @property
     def copies(self) -> frozenset[str]:
         """Names of parameters that belong to the first stage: not counted, saved or exported from here."""
-        return frozenset(self.tied) if self.is_last else frozenset()
+        return frozenset() if self.is_first else frozenset(self.tied)
 
 
 class Substitute(Elsewhere):
     """Answers a call of the module it stands for, from the call's first argument. Has its plain attributes, which some
-    models read (a layer's attention type)."""
+    models read (a layer's attention type), and its parts as names without content, which a model's list of its ends
+    may point at (`cls.predictions.decoder`)."""
 
     answer: Callable[[Any], Any]
 
-    def __init__(self, original: nn.Module, answer: Callable[[Any], Any]) -> None:
+    def __init__(self, original: nn.Module, answer: Callable[[Any], Any], *, parts: bool = False) -> None:
         super().__init__()
         plain = {
             name: value for name, value in vars(original).items() if not name.startswith("_") and name != "forward"
         }
         self.__dict__.update({**plain, "answer": answer})
+        for name, part in original.named_children() if parts else ():
+            self.add_module(name, Substitute(part, answer, parts=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.answer(first_argument(args, kwargs))
@@ -137,18 +146,26 @@ def split_model(
     if problems:
         raise PlanError(*problems)
     anatomy = examine(model)
+    if anatomy.repeated and per_rank > 1:
+        raise PlanError(
+            f"parallel.pipeline.schedule={schedule}: layers of a {type(model).__name__} get embeddings of their own,"
+            f" which each stage repeats, and here a rank holds {per_rank} stages; use gpipe or 1f1b"
+        )
     layer_costs, head_cost = count_costs(model, anatomy)
     ranges = split_layers(num_layers, count, layer_costs=layer_costs, head_cost=head_cost, split=split)
     owned = stages_of_rank(schedule, pp=pp, rank=rank, stages_per_rank=per_rank)
-    return [_build_stage(model, anatomy, ranges, index) for index in owned]
+    return [build_stage(model, anatomy, ranges, index) for index in owned]
 
 
-def _build_stage(model: PreTrainedModel, anatomy: Examined, ranges: list[range], index: int) -> Stage:
+def build_stage(model: PreTrainedModel, anatomy: Examined, ranges: Sequence[range], index: int) -> Stage:
     """Copy the model, and at every part of another stage put a substitute into the copy."""
     layers, first, last = ranges[index], index == 0, index == len(ranges) - 1
     border = Border()
     returns = anatomy.returns
-    tied = _tied_over_the_ends(model, anatomy)
+    repeated, tied = anatomy.repeated, _tied_over_the_ends(model, anatomy)
+    if repeated:
+        owners = dict.fromkeys(anatomy.before)
+        tied = tuple(sorted(name for name, _ in model.named_parameters() if name.rpartition(".")[0] in owners))
     held = {name.rpartition(".")[0] for name in tied}  # the last stage keeps the embedding whose weight its head uses
     answers: dict[int, Callable[[Any], Any]] = {}
     for number, layer in enumerate(decoder_layers(model)):
@@ -159,37 +176,47 @@ def _build_stage(model: PreTrainedModel, anatomy: Examined, ranges: list[range],
         elif number > layers.stop:
             answers[id(layer)] = returns
     for name in anatomy.before:
-        if not first and not (last and name in held):
-            answers[id(model.get_submodule(name))] = lambda _: border.blank()
+        if not first and not repeated and not (last and name in held):
+            answers[id(model.get_submodule(name))] = lambda _: border.blank(anatomy.embedded)
     for name in anatomy.after:
         if not last:
             answers[id(model.get_submodule(name))] = lambda hidden: hidden
     # deepcopy takes what the memo says in place of a copy. The config stays one object for all stages.
     memo: dict[int, Any] = {id(model.config): model.config}
-    memo.update({id(m): Substitute(m, answers[id(m)]) for m in model.modules() if id(m) in answers})
+    of_layers = {id(layer) for layer in decoder_layers(model)}
+    memo.update(
+        {
+            id(m): Substitute(m, answers[id(m)], parts=id(m) not in of_layers)
+            for m in model.modules()
+            if id(m) in answers
+        }
+    )
     module = copy.deepcopy(model, memo)
-    _set_forward(module, border, first=first, last=last)
+    _set_forward(module, border, anatomy, first=first, last=last)
     return Stage(
         module=module,
         index=index,
         count=len(ranges),
         layers=layers,
-        hidden_size=anatomy.hidden_size,
-        tied=tied if first or last else (),
+        lengths=tuple(map(len, ranges)),
+        hidden=anatomy.hidden,
+        tied=tied if first or last or repeated else (),
+        repeated=repeated,
         border=border,
     )
 
 
-def _set_forward(module: PreTrainedModel, border: Border, *, first: bool, last: bool) -> None:
+def _set_forward(module: PreTrainedModel, border: Border, anatomy: Examined, *, first: bool, last: bool) -> None:
     """Give the module the forward of a stage. Non-last stages stop at the base model, before the head."""
     body: Callable[..., Any] = module.forward if last or module.base_model is module else module.base_model
 
-    def forward(inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(inputs: torch.Tensor, tokens: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if first:
             output = body(input_ids=inputs, use_cache=False, **kwargs)
         else:
             border.received = inputs
-            output = body(inputs_embeds=border.blank(), use_cache=False, **kwargs)
+            given = {"input_ids": tokens} if anatomy.repeated else {"inputs_embeds": border.blank(anatomy.embedded)}
+            output = body(**given, use_cache=False, **kwargs)
         if not last:
             return border.take()
         border.received = None

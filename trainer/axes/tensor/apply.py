@@ -37,6 +37,7 @@ from configs.errors import ConfigError, PlanError
 from trainer.axes.tensor import vocabulary
 from trainer.axes.tensor.adapters import check_adapters, styles_of
 from trainer.axes.tensor.collectives import Ranks
+from trainer.axes.tensor.derive import derive
 from trainer.axes.tensor.plans import (
     PLANS,
     STYLES,
@@ -85,11 +86,12 @@ class TensorParallel:
             piece.copy_(whole.view_as(piece))
 
 
-def tensor_plan(model: PreTrainedModel, user_plan: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The plan of a whole model: transformers' or ours for its architecture, `user_plan` laid over it.
+def tensor_plan(model: PreTrainedModel, tp: int, user_plan: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The plan of a whole model: transformers' or ours for its architecture or, where neither cuts anything inside its
+    layers, one that is derived; `user_plan` laid over it.
 
-    Raises ConfigError for an architecture without a plan, for entries of the user that say nothing, and for adapters
-    that cannot be cut.
+    Raises ConfigError for an architecture that no plan can cut, for entries of the user that say nothing, and for
+    adapters that cannot be cut.
     """
     names = [plain_name(name) for name in _names(model)]
     user_plan = dict(user_plan or {})
@@ -102,22 +104,36 @@ def tensor_plan(model: PreTrainedModel, user_plan: Mapping[str, str] | None = No
     ]
     if problems:
         raise ConfigError(*problems)
-    plan = {**(model.tp_plan or {}), **PLANS.get(model.config.model_type, {})}
-    ends = ((model.get_input_embeddings(), "embedding_rowwise"), (model.get_output_embeddings(), "vocabulary"))
-    plan |= {name: style for name, module in model.named_modules() for end, style in ends if module is end}
-    plan |= user_plan
-    used = {pattern: style for pattern, style in plan.items() if match({pattern: style}, names)}
-    if unknown := [f"{line}, or parallel.tp=1" for line in check_plan(used, KEY)]:
+    layers = next(name for name, module in model.named_modules() if module is decoder_layers(model))
+    written = {**(model.tp_plan or {}), **PLANS.get(model.config.model_type, {})}
+    plan, unknown = _completed(model, written, user_plan, names)
+    if (unknown or not _cuts_layers(plan, names, layers)) and (derived := derive(model, tp)):
+        plan, unknown = _completed(model, derived, user_plan, names)
+    if unknown:
         raise ConfigError(*unknown)
-    layers = [name for name, module in model.named_modules() if module is decoder_layers(model)]
-    inside = match(used, (name for name in names if name.startswith(f"{layers[0]}.")))
-    if all(STYLES[split_style(style)[0]].cut == "none" for style in inside.values()):
+    if not _cuts_layers(plan, names, layers):
         raise ConfigError(
             f"parallel.tp: neither transformers nor this trainer has a tensor-parallel plan for"
-            f" {model.config.model_type}; use parallel.tp=1, or give one:"
-            f" parallel.tensor_plan={{'{layers[0]}.*.NAME': colwise, '{layers[0]}.*.NAME': rowwise}}"
+            f" {model.config.model_type}, and none can be derived; use parallel.tp=1, or give one:"
+            f" parallel.tensor_plan={{'{layers}.*.NAME': colwise, '{layers}.*.NAME': rowwise}}"
         )
-    return used
+    return plan
+
+
+def _completed(
+    model: PreTrainedModel, plan: Mapping[str, str], user_plan: Mapping[str, str], names: list[str]
+) -> tuple[dict[str, str], list[str]]:
+    """The entries that speak of the model, with both ends of the vocabulary; and a line for each style unknown here."""
+    ends = ((model.get_input_embeddings(), "embedding_rowwise"), (model.get_output_embeddings(), "vocabulary"))
+    both = {name: style for name, module in model.named_modules() for end, style in ends if module is end}
+    whole = {**plan, **both, **user_plan}
+    used = {pattern: style for pattern, style in whole.items() if match({pattern: style}, names)}
+    return used, [f"{line}, or parallel.tp=1" for line in check_plan(used, KEY)]
+
+
+def _cuts_layers(plan: Mapping[str, str], names: list[str], layers: str) -> bool:
+    inside = match(plan, (name for name in names if name.startswith(f"{layers}.")))
+    return any(STYLES[split_style(style)[0]].cut != "none" for style in inside.values())
 
 
 def apply_tensor_parallel(

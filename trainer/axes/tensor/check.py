@@ -11,6 +11,7 @@ import copy
 import gc
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from configs.errors import ConfigError, first_line
 from trainer.axes.tensor.apply import apply_tensor_parallel
 from trainer.model.loss import cross_entropy_sum
-from trainer.model.miniature import language_model, shrink
+from trainer.model.miniature import first_that_runs
 from trainer.process.runtime import gather
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,9 @@ def self_check(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)
         try:
-            plain, ids, expected = _computed(config, tp_mesh, convert)
+            plain, (ids, expected) = first_that_runs(
+                config, tp_mesh.size(), partial(_computed, tp_mesh), convert=convert
+            )
             divided = copy.deepcopy(plain)
             divided.zero_grad()
             tensor_parallel = apply_tensor_parallel(divided, plan, tp_mesh, sequence_parallel=sequence_parallel)
@@ -97,43 +100,16 @@ def _wrong_gradients(plain: nn.Module, divided: nn.Module) -> str:
     return f"wrong gradient of {', '.join(wrong[:3])}{more}" if wrong else ""
 
 
-def _computed(
-    config: PretrainedConfig, tp_mesh: DeviceMesh, convert: Convert | None
-) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
-    """A shrunk model with its gradients, the token ids, and the loss.
-
-    Layers that share keys and values with an earlier one (Gemma 3n) cannot lose layers: such a model keeps them all.
-    """
-    try:
-        plain, ids = _plain_model(shrink(config, tp_mesh.size()), config, tp_mesh, convert)
-        return plain, ids, _loss_and_gradients(plain, ids, cross_entropy_sum)
-    except Exception:  # a config in miniature may break any rule of its architecture
-        plain, ids = _plain_model(shrink(config, tp_mesh.size(), whole_depth=True), config, tp_mesh, convert)
-        return plain, ids, _loss_and_gradients(plain, ids, cross_entropy_sum)
+def _computed(tp_mesh: DeviceMesh, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and the loss; the gradients stay in the model."""
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 4 * tp_mesh.size())).to(tp_mesh.device_type)
+    model.to(tp_mesh.device_type)  # pyright: ignore[reportArgumentType] (transformers hides self)
+    return ids, _loss_and_gradients(model, ids, cross_entropy_sum)
 
 
 def _loss_and_gradients(model: PreTrainedModel, ids: torch.Tensor, loss: Any) -> torch.Tensor:
+    # Routers may draw noise.
+    torch.manual_seed(SEED)
     total = loss(model(input_ids=ids, use_cache=False).logits, ids.roll(-1, dims=1))
     total.backward()
     return total.detach()
-
-
-def _plain_model(
-    small: PretrainedConfig, config: PretrainedConfig, tp_mesh: DeviceMesh, convert: Convert | None
-) -> tuple[PreTrainedModel, torch.Tensor]:
-    """A shrunk model with random values everywhere (a bias of zero would hide its errors), and token ids for it."""
-    attention = config._attn_implementation
-    model = language_model(
-        small, dtype=torch.float64, attn_implementation=attention if attention in ("sdpa", "eager") else None
-    )
-    # Packed kernels for experts have no float64.
-    model.config._experts_implementation = "eager"
-    model.tie_weights()
-    if convert is not None:
-        convert(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
-    ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, 4 * tp_mesh.size()))
-    model.eval().to(tp_mesh.device_type)  # pyright: ignore[reportArgumentType] (transformers hides self)
-    return model, ids.to(tp_mesh.device_type)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from trainer.model.roles import PACKED, wildcard
 from trainer.plan.model_fields import sizes
 
-Side = Literal["output", "input", "vocabulary", "none"]
+Side = Literal["output", "input", "first", "vocabulary", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,21 +41,24 @@ STYLES: dict[str, Style] = {
     "colwise_gather_output": Style(cut="output", about="colwise, the result gathered"),
     "rowwise_split_input": Style(cut="input", about="rowwise on a whole input"),
     "embedding_rowwise": Style(cut="vocabulary", about="embedding: each rank looks up its part of the vocabulary"),
+    "embedding_colwise": Style(cut="input", about="embedding: each rank looks up its part of every vector; gathered"),
     "vocabulary": Style(
         cut="vocabulary", about="head: each rank scores its part of the vocabulary; logits stay divided"
     ),
     "moe_tp_experts": Style(cut="none", about="each rank computes its part of every expert; results are summed"),
+    "all_reduce": Style(cut="none", about="a module with divided parameters of its own; its results are summed"),
     "moe_identity_expert": Style(cut="none", about="an expert that returns its input, counted once"),
     "mla_kv_a_proj": Style(cut="none", about="latent attention's first projection, whole on every rank"),
     "replicated_with_grad_allreduce": Style(cut="none", about="whole on every rank, used on this rank's heads"),
     "adapter_before_columns": Style(cut="none", about="whole on every rank, before a colwise part of an adapter"),
     "adapter_after_rows": Style(cut="none", about="whole on every rank, after the sum of an adapter's rowwise part"),
+    "channels": Style(cut="first", about="a parameter with one row for each head or channel, divided with them"),
     "divide": Style(cut="none", about="a module's integer attributes (:name,name) are divided by tp"),
     "added_once": Style(cut="none", about="a bias of results that are summed: each rank adds its share of it"),
     "local_params": Style(cut="none", about="holds parameters with entries of their own"),
     "replicate": Style(cut="none", about="whole on every rank"),
 }
-"""Hugging Face's words, and ours: `vocabulary`, `divide` and ADAPTERS."""
+"""Hugging Face's words, and ours: `vocabulary`, `channels`, `divide` and ADAPTERS."""
 
 ADAPTERS = {"adapter_before_columns", "adapter_after_rows"}
 """Follow from the plan of the layer (`adapters`); no plan says them."""
@@ -175,7 +178,7 @@ def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = Fals
     one_sided = ndim == 1 or leaf.endswith("bias")
     if cut == "none" or (one_sided and cut == "input"):
         return TensorShare()
-    if cut == "vocabulary":
+    if cut in ("vocabulary", "first"):
         return TensorShare(dim=0)
     if one_sided:
         return TensorShare(dim=ndim - 1, parts=parts)

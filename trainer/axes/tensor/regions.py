@@ -33,7 +33,7 @@ from trainer.model.layers import is_transposed
 
 Forward = Callable[..., Any]
 Kind = Literal["nothing", "norm", "divided", "whole"]
-DIVIDED = {"colwise", "packed_colwise", "rowwise", "replicated_with_grad_allreduce", "divide"} | ADAPTERS
+DIVIDED = {"colwise", "packed_colwise", "rowwise", "replicated_with_grad_allreduce", "channels", "divide"} | ADAPTERS
 """Styles of a region that is divided throughout."""
 
 
@@ -105,8 +105,10 @@ def wire_module(module: nn.Module, name: str, wiring: Wiring, *, entered: bool, 
         or (style == "adapter_after_rows" and sequence)
     ):
         wiring.partial.update(f"{name}.{leaf}" for leaf in _own(module))
-    elif style == "moe_tp_experts":
-        module.forward = _experts_forward(module.forward, ranks)
+    elif style == "embedding_colwise":
+        module.forward = _edges(module.forward, None, lambda y: ranks.join(y, dim=-1))
+    elif style in ("moe_tp_experts", "all_reduce"):
+        module.forward = _summed_forward(module.forward, ranks)
     elif style == "moe_identity_expert":
         # The sum over ranks that follows the experts would count it once for each.
         module.forward = _edges(module.forward, lambda x: x / ranks.size)
@@ -196,13 +198,15 @@ def _row_forward(module: nn.Module, leave: Forward) -> Forward:
     return forward
 
 
-def _experts_forward(inner: Forward, ranks: Ranks) -> Forward:
-    """Called with (hidden_states, expert indices, expert weights): the router's weights are used on each rank for its
-    part of every expert, so their gradient is a sum over ranks, as that of the hidden states is."""
+def _summed_forward(inner: Forward, ranks: Ranks) -> Forward:
+    """Experts, called with hidden states, expert indices and weights: the router's weights are used on each rank for
+    its part of every expert, so their gradient is a sum over ranks, as that of the hidden states is."""
 
-    def forward(hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-        indices, weights, rest = routing[:1], routing[1:2], routing[2:]
-        return ranks.leave(inner(ranks.enter(hidden_states), *indices, *map(ranks.enter, weights), *rest))
+    def enter(value: Any) -> Any:
+        return ranks.enter(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return ranks.leave(inner(*map(enter, args), **{name: enter(value) for name, value in kwargs.items()}))
 
     return forward
 
