@@ -26,6 +26,12 @@ def test_what_runs_along_the_sequence_is_refused(model_type: str) -> None:
     assert line.startswith(f"parallel.cp=4: a {model_type} carries something along the sequence outside of attention")
 
 
+@pytest.mark.parametrize("model_type", ["bart", "data2vec-text"])
+def test_positions_that_a_model_counts_itself_are_refused(model_type: str) -> None:
+    with pytest.raises(ConfigError, match=f"a {model_type} counts positions from the first token that it is given"):
+        check_sequence(tiny(model_type), cp=2)
+
+
 def test_what_cannot_be_tried_is_refused() -> None:
     config = tiny("llama")
     config.hidden_act = "no such function"

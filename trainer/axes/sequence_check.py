@@ -1,8 +1,9 @@
-"""Start-up check of context parallel: does attention alone carry anything from one position to another?
+"""Start-up check of context parallel: is a slice of a sequence to the model what it is inside the whole?
 
 Slices of a sequence meet inside attention. A state that runs along the sequence, a convolution or a shifted token would
-start over on every rank, and the run would train another model. So a shrunk copy computes with an attention in which
-each position sees itself alone: a change of the first token must then leave all other positions as they were.
+start over on every rank, and so would positions that the model counts itself: the run would train another model. So a
+shrunk copy computes with an attention in which each position sees itself alone. A change of the first token must then
+leave all other positions as they were, and the second half by itself, told its positions, must be as in the whole.
 """
 
 from __future__ import annotations
@@ -27,22 +28,28 @@ def check_sequence(config: PretrainedConfig, *, cp: int) -> None:
     kind = config.model_type
     remedy = "use parallel.cp=1, with parallel=fsdp and train.activation_checkpointing=full for long sequences"
     try:
-        leaked = _leaked(config)
+        leaked, moved = _differences(config)
     except Exception as error:
         raise ConfigError(
             f"parallel.cp={cp}: nothing shows that a {kind} can be split along its sequences, since a small copy does"
             f" not run: {first_line(error)}; {remedy}"
         ) from None
-    if leaked > TOLERANCE:
+    if not leaked <= TOLERANCE:
         raise ConfigError(
             f"parallel.cp={cp}: a {kind} carries something along the sequence outside of attention (a state, a"
             f" convolution, an attention of its own), which ends at the border of a slice; {remedy}"
         )
+    if not moved <= TOLERANCE:
+        raise ConfigError(
+            f"parallel.cp={cp}: a {kind} counts positions from the first token that it is given, whatever position_ids"
+            f" say, and each slice would begin at 0; {remedy}"
+        )
 
 
 @torch.no_grad()
-def _leaked(config: PretrainedConfig) -> float:
-    """Largest change of the logits at other positions than the changed one."""
+def _differences(config: PretrainedConfig) -> tuple[float, float]:
+    """Largest change of the logits at other positions than that of a changed token, and of the second half's without
+    the first."""
     AttentionInterface.register(NAME, _alone)
     model = small_model(config)
     model.set_attn_implementation(NAME)
@@ -51,7 +58,9 @@ def _leaked(config: PretrainedConfig) -> float:
     second[0] = 12
     logits = model(input_ids=torch.stack([first, second]), use_cache=False).logits
     assert (logits[0, 0] - logits[1, 0]).abs().max() > TOLERANCE, "the change of a token changes nothing"
-    return (logits[0, 1:] - logits[1, 1:]).abs().max().item()
+    half = model(input_ids=first[None, 4:], position_ids=torch.arange(4, 8)[None], use_cache=False).logits
+    moved = (half[0] - logits[0, 4:]).abs().max().item()
+    return (logits[0, 1:] - logits[1, 1:]).abs().max().item(), moved
 
 
 def _alone(
@@ -62,5 +71,6 @@ def _alone(
     attention_mask: torch.Tensor | None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function as transformers calls it, without the attending."""
-    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
+    """An attention function as transformers calls it, without the attending. The query shows its turned position."""
+    own = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1) + query.mean(dim=-1, keepdim=True)
+    return own.transpose(1, 2).contiguous(), None
