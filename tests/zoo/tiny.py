@@ -24,6 +24,7 @@ HEAD_NAMES = (
     "decoder_attention_heads",
 )
 KEY_VALUE_NAMES = ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "swa_num_key_value_heads")
+NOISE = ("dropout", "pdrop", "layerdrop", "jitter")
 SIZES = {
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "dim", "emb_dim"), HIDDEN
@@ -70,7 +71,8 @@ SIZES = {
     **dict.fromkeys(("ext_pw_out_channel", "depthwise_separable_out_channel", "nemo_conv_channels"), HIDDEN),
     **dict.fromkeys(("output_channels", "downsample_hidden_size", "shape_embed_dim", "pronunciation_embed_dim"), 32),
     **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size", "encoder_hash_byte_group_vocab"), VOCABULARY),
-    **dict.fromkeys(("depth", "num_blocks", "conf_num_hidden_layers", "zero_expert_num"), 2),
+    **dict.fromkeys(("depth", "num_blocks", "conf_num_hidden_layers"), 2),
+    "zero_expert_num": 1,
     **dict.fromkeys(("rel_extent", "sliding_window_size", "attention_window_size"), 16),
     **dict.fromkeys(("n_group", "num_group", "topk_group", "first_k_dense_replace", "mamba_n_groups"), 1),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "image_token_id"), 1),
@@ -138,7 +140,7 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
         known = name if name in SIZES else own.get(name, name)
         if isinstance(part, PretrainedConfig):
             small[name] = _shrunk(part)
-        elif isinstance(value, float) and ("dropout" in name or "pdrop" in name or name == "layerdrop"):
+        elif isinstance(value, float) and any(noise in name for noise in NOISE):
             small[name] = 0.0  # ranks draw other numbers
         elif known in SIZES:
             small[name] = _small(known, value)

@@ -15,6 +15,7 @@ The next layer's all-gather runs while this layer computes. Zhao et al. 2023 (Py
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -102,8 +103,15 @@ def average_gradients(parameters: Mapping[str, torch.Tensor], plan: Plan, descri
 
 
 def sharded_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The groups besides the root: the layers that are here as "0", "1", ..., and "embedding" and "head"."""
-    named: dict[str, nn.Module] = {str(place): layer for place, layer in enumerate(held_layers(model))}
+    """The groups besides the root: the layers that are here as "0", "1", ..., and "embedding" and "head". Layers that
+    share a parameter (Zamba's attention) stay in the root group."""
+    layers = held_layers(model)
+    owners = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
+    named: dict[str, nn.Module] = {
+        str(place): layer
+        for place, layer in enumerate(layers)
+        if all(owners[id(parameter)] == 1 for parameter in layer.parameters())
+    }
     if not tied_names(model):
         ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
         named |= {name: end for name, end in ends.items() if end is not None and any(True for _ in end.parameters())}

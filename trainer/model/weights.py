@@ -79,7 +79,7 @@ class RandomWeights:
             # Children first: some models re-draw a child's weight in the parent (GPT-2's scaled c_proj).
             for module_name, module in reversed(list(unit.named_modules())):
                 _seed(device, self._seed_of(plain_name(f"{name}.{module_name}")))
-                self.model._init_weights(module)
+                self._initialise(f"{name}.{module_name}", module)
         for owner, leaf, parameter in filled:
             owner._parameters[leaf] = parameter
         for key in keys:
@@ -87,6 +87,15 @@ class RandomWeights:
             if parameter.sum().isnan():
                 place, _, leaf = plain_name(f"{name}.{key}" if name else key).rpartition(".")
                 self.constructors.fill(place, leaf, parameter, self._seed_of)
+
+    def _initialise(self, name: str, module: nn.Module) -> None:
+        """By the recipe of the innermost model that it lies in, as transformers does: an image tower has its own."""
+        inner, place = self.model, self.model
+        for part in filter(None, name.split(".")):
+            if (place := place._modules.get(part)) is None:
+                break
+            inner = place if isinstance(place, PreTrainedModel) else inner
+        inner._init_weights(module)
 
     def _seed_of(self, name: str) -> int:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()

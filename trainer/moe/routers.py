@@ -33,8 +33,9 @@ class Router:
 
     @property
     def experts(self) -> int:
-        # The second, where a router has both, counts experts that return their input as well.
-        return max(int(getattr(self.module, name, 0)) for name in ("num_experts", "n_routed_experts"))
+        # The others, where a router has them, count experts that return their input as well.
+        names = ("num_experts", "n_routed_experts", "num_router_classes")
+        return max(int(getattr(self.module, name, 0)) for name in names)
 
     @property
     def bias_name(self) -> str:
