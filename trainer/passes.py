@@ -35,7 +35,6 @@ from trainer.axes.tensor.check import self_check
 from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
 from trainer.compile import apply_compile
 from trainer.document_mask import check_document_mask
-from trainer.linear.plain import check_frozen
 from trainer.model.build import text_config
 from trainer.model.causal import build_causal
 from trainer.model.loss import Loss, cross_entropy_sum
@@ -297,7 +296,5 @@ def check_layout(model: PreTrainedModel, config: Config) -> None:
             " as well; use parallel=single, ddp or fsdp"
             for axis, degree in cutting(config).items()
         ]
-    frozen = [full for full, parameter in model.named_parameters() if not parameter.requires_grad]
-    problems += check_frozen(config, name, frozen)
     if problems:
         raise ConfigError(*problems)

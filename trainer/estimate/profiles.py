@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from configs.choices import DType, EngineName
-from configs.errors import ConfigError, PlanError
+from configs.errors import PlanError
 from configs.schema import Config
 from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers
@@ -33,7 +33,6 @@ from trainer.estimate.profile import (
 )
 from trainer.estimate.sources import dependencies
 from trainer.estimate.tracing import Tracer
-from trainer.linear.plain import check_frozen
 from trainer.plan.devices import Gpu
 from trainer.plan.plan import Plan
 from trainer.process.files import replace_text
@@ -48,10 +47,6 @@ def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size
     """
     tracer = _tracer(config, plan)
     outline = _outline(config, plan, tracer)
-    frozen = [parameter.name for parameter in outline.anatomy.parameters() if not parameter.trainable]
-    if problems := [*check_frozen(config, outline.anatomy.name, frozen)]:
-        # The outline may have been traced for another engine.
-        raise ConfigError(*problems)
     shape = _shape_fields(config, plan, gpu, micro_batch_size or plan.batch.micro_batch_size)
     parts: dict[str, Part] = {}
     layers, stages = outline.anatomy.layers, stage_layers(config, plan, outline)

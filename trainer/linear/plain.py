@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import EngineName, TuningMethod
+from configs.choices import TuningMethod
 from configs.schema import Config
 
 if TYPE_CHECKING:
@@ -56,15 +56,6 @@ def matmuls() -> set[object]:
     import torch
 
     return {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-
-
-def check_frozen(config: Config, model: str, frozen: Sequence[str]) -> Iterator[str]:
-    """A problem where parameters of the model get no gradient. frozen: their names. model: its class."""
-    if frozen and config.parallel.engine is EngineName.deepspeed and chosen(config):
-        yield (
-            f"parallel.engine=deepspeed: {len(frozen)} parameters of {model} get no gradient ({patterns_of(frozen)}),"
-            " and ZeRO would save none of them; use parallel=fsdp, or tuning=lora"
-        )
 
 
 def patterns_of(names: Iterable[str]) -> str:

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from configs.choices import OffloadDevice
 from configs.schema import Config
+from trainer import linear
 from trainer.axes import TENSOR
 from trainer.axes.mesh import build_meshes
 from trainer.data import Batch
@@ -71,6 +72,7 @@ class DeepSpeedEngine:
         apply_tf32(config.precision)
         self.plan, self.runtime = plan, runtime
         self.loss_scale = build_loss_scale(config.precision)
+        self.whole = linear.keeps_model(config)
         path = config.parallel.offload.nvme_path
         swaps = OffloadDevice.nvme in (plan.offload_optimizer, plan.offload_parameters)
         self.swap = SwapFolder(path, runtime) if swaps and path is not None else None
@@ -159,9 +161,11 @@ class DeepSpeedEngine:
             if name in self.cuts:
                 whole = join(self.cuts[name].around(whole))
             yield name, whole.cpu() if self.runtime.is_main else None
+        for name, whole in deepspeed_state.frozen(self.model, self.cuts) if self.whole else ():
+            yield name, whole.cpu() if self.runtime.is_main else None
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        yield from deepspeed_state.save_state(self.model, self.engine.optimizer, self.cuts)
+        yield from deepspeed_state.save_state(self.model, self.engine.optimizer, self.cuts, whole=self.whole)
         if self.balancing is not None:
             yield from write_buffers(self.balancing.kept() if self.runtime.is_main else {})
 
@@ -175,7 +179,9 @@ class DeepSpeedEngine:
     def load_state(self, saved: Saved, counters: Counters) -> None:
         stage, steps = self.plan.zero_stage, counters.optimizer_steps
         fresh = deepspeed_state.Fresh(self.settings, steps)
-        deepspeed_state.load_state(self.model, self.engine.optimizer, saved, self.cuts, stage=stage, fresh=fresh)
+        deepspeed_state.load_state(
+            self.model, self.engine.optimizer, saved, self.cuts, stage=stage, fresh=fresh, whole=self.whole
+        )
         if self.balancing is not None:
             self.balancing.restore(partial(read_buffer, saved))
         if self.loss_scale:

@@ -32,8 +32,20 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def save_state(model: nn.Module, zero: Any, cuts: Cuts) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """As `Engine.state`. zero: `engine.optimizer` of any stage. cuts: of the divided parameters, by name."""
+def frozen(model: nn.Module, cuts: Cuts) -> Iterator[tuple[str, torch.Tensor]]:
+    """What gets no gradient, whole. ZeRO has no master weights of it. A collective."""
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                part = parameter.detach().float()
+                yield name, join(cuts[name].around(part)) if name in cuts else part.clone()
+
+
+def save_state(model: nn.Module, zero: Any, cuts: Cuts, *, whole: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """As `Engine.state`. zero: `engine.optimizer` of any stage. cuts: of the divided parameters, by name. whole: what
+    gets no gradient too."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     dealer, rank, kinds = Dealer(range(dist.get_world_size())), dist.get_rank(), _kinds(zero)
@@ -48,6 +60,8 @@ def save_state(model: nn.Module, zero: Any, cuts: Cuts) -> Iterator[tuple[str, t
             if name in cuts:
                 complete = join(cuts[name].around(complete))
             yield f"{kind}/{name}", complete if dealer.owner(complete.nbytes) == rank else None
+    for name, complete in frozen(model, cuts) if whole else ():
+        yield f"frozen/{name}", complete if dealer.owner(complete.nbytes) == rank else None
 
 
 def optimizer_steps(zero: Any) -> int:
@@ -70,15 +84,27 @@ class Fresh:
 
 
 @torch.no_grad()
-def load_state(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, *, stage: int, fresh: Fresh) -> None:
+def load_state(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, *, stage: int, fresh: Fresh, whole: bool) -> None:
     """Write this rank's share of every tensor into master weights and optimizer, then refresh what is computed with."""
-    for name, parameter in trained(model):
-        shape = cuts[name].shape if name in cuts else getattr(parameter, "ds_shape", parameter.shape)
-        check_shape(saved, f"model/{name}", shape)
+    for name, parameter in model.named_parameters():
+        if whole or parameter.requires_grad:
+            shape = cuts[name].shape if name in cuts else getattr(parameter, "ds_shape", parameter.shape)
+            check_shape(saved, f"{'model' if parameter.requires_grad else 'frozen'}/{name}", shape)
+    if whole:
+        _load_frozen(model, saved, cuts)
     if stage == 3:
         _load_partitions(dict(trained(model)), zero, saved, fresh)
     else:
         _load_rows(model, zero, saved, cuts, fresh)
+
+
+def _load_frozen(model: nn.Module, saved: Saved, cuts: Cuts) -> None:
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(_part(saved, f"frozen/{name}", cuts.get(name), parameter))
 
 
 def _load_rows(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, fresh: Fresh) -> None:
