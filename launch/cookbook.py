@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "launch": ("launch.__main__", (), "start the ranks of a run on this machine, or submit it to SLURM"),
     "estimate": ("launch.estimate", (), "predict the memory of a run; the same as memory-estimate"),
     "compare": ("launch.__main__", ("compare",), "run several layouts and write one page about them"),
+    "generate": ("launch.generate", (), "let the model of a run write"),
     "checkpoint": ("trainer.checkpoint.__main__", (), "list, verify, export, convert checkpoints"),
     "status": ("launch.__main__", ("status",), "how a submitted run stands"),
     "cancel": ("launch.__main__", ("cancel",), "cancel a submitted run"),

@@ -79,12 +79,17 @@ class Encoder:
 
 def build_byte_tokenizer() -> PreTrainedTokenizerBase:
     """257 tokens: id(byte b) == b, <|endoftext|> == 256."""
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # No character is in the vocabulary, so each falls back to the tokens of its bytes.
-    core = Tokenizer(models.BPE(vocab={f"<0x{b:02X}>": b for b in range(256)}, merges=[], byte_fallback=True))
-    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    # Bytes as characters, GPT-2's way: those that print are themselves, and the others follow from 256 on. Tokens named
+    # <0x41> would do as well until they are decoded: one byte that is no UTF-8 makes every byte of its text unreadable.
+    printed = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = [byte for byte in range(256) if byte not in printed]
+    characters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + place) for place, byte in enumerate(other)}
+    core = Tokenizer(models.BPE(vocab={character: byte for byte, character in characters.items()}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=END_OF_TEXT,

@@ -32,7 +32,7 @@ from trainer.report.measure import peak_memory
 from trainer.report.metrics import Comparison
 from trainer.report.terminal import size
 
-NOTHING_MEASURED = "a CPU process has no counter of its tensors; estimate.measure=true counts them"
+NOT_COUNTED = "a CPU process has no counter of its tensors; estimate.measure=true counts them"
 TOO_SHORT = f"fewer than {STEPS} steps with an update do not reach the predicted peak"
 
 
@@ -73,6 +73,7 @@ class MemoryCheck:
         self._counting = ExitStack()
         self._updates = 0
         self._measured: Measured | None = None
+        self._before = peak_memory(runtime.device).host_bytes
 
     def __enter__(self) -> MemoryCheck:
         if self._config.estimate.measure:
@@ -116,7 +117,7 @@ class MemoryCheck:
         by_rank = [rank.peak_allocated_bytes for rank in predicted]
         pairs = [(p, m, rank) for rank, (p, m) in enumerate(zip(predicted, everyone, strict=True)) if m is not None]
         if not pairs:
-            note = TOO_SHORT if self._updates < STEPS else NOTHING_MEASURED
+            note = TOO_SHORT if self._updates < STEPS else self._nothing_measured()
             return _comparison(self._estimate.busiest, memory_note=note, predicted_bytes_by_rank=by_rank)
         # A ratio of 0.8 is as far off as one of 1.25.
         furthest = max(pairs, key=lambda pair: max(_ratio(*pair[:2]), 1 / _ratio(*pair[:2])))
@@ -130,6 +131,11 @@ class MemoryCheck:
             predicted_bytes_by_rank=by_rank,
             measured_bytes_by_rank=[pair[1][0] for pair in pairs] if len(pairs) == len(everyone) else None,
         )
+
+    def _nothing_measured(self) -> str:
+        if self._before is None:
+            return NOT_COUNTED
+        return f"Python and its libraries took {size(self._before)} before the model was built; {NOT_COUNTED}"
 
 
 def _ratio(predicted: RankEstimate, measured: Measured) -> float:

@@ -1,0 +1,91 @@
+"""`cookbook generate`: a trained model writes.
+
+    cookbook generate runs/demo                        the newest model of a run, on its own
+    cookbook generate runs/demo "def main(" --tokens 80
+    cookbook generate runs/demo/checkpoints/step-00000100 -    the prompt is read from standard input
+    cookbook generate runs/demo --initial              the weights that the run began with, for comparison
+
+SOURCE is the folder of a run, of one checkpoint, of a Hugging Face model or of an adapter: `trainer.generation`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.door import turn_away
+from configs.errors import EXIT_FINISHED, ConfigError, CookbookError
+from configs.output import delivered, guard_output
+from trainer.process.disks import told_anywhere
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write text. Returns the exit code: 0, 1 for a damaged checkpoint, 2 for a mistake in the words or a folder that
+    cannot be read."""
+    guard_output()
+    words = _parser().parse_intermixed_args(argv)
+    try:
+        _check(words)
+        prompt = sys.stdin.read() if words.prompt == "-" else words.prompt
+        # Seconds of imports, which `--help` and a misspelt word need not wait for.
+        from trainer.generation import Request, write
+
+        write(
+            Request(
+                source=words.source,
+                prompt=prompt,
+                tokens=words.tokens,
+                temperature=words.temperature,
+                top_p=words.top_p,
+                seed=words.seed,
+                chat=words.chat,
+                initial=words.initial,
+                base=words.base,
+                device=words.device,
+            )
+        )
+    except CookbookError as error:
+        return turn_away(error)
+    except OSError as error:
+        if (told := told_anywhere(error)) is None:
+            raise
+        return turn_away(told)
+    return delivered(EXIT_FINISHED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cookbook generate", description="Let a trained model write, as it goes.")
+    parser.add_argument("source", type=Path, help="folder of a run, a checkpoint, a Hugging Face model or an adapter")
+    parser.add_argument("prompt", nargs="?", default="", help="text to go on from; - reads standard input")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to write at most (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of the likeliest tokens, this share (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice among tokens (%(default)s)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message in the model's template")
+    parser.add_argument("--initial", action="store_true", help="the weights that the run began with")
+    parser.add_argument("--base", help="folder or hub id of the model that an adapter belongs to")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (a GPU where there is one)")
+    return parser
+
+
+def _check(words: argparse.Namespace) -> None:
+    """Raises ConfigError, with all problems at once."""
+    problems = [
+        f"--{name}={value}: {rule}"
+        for name, value, bad, rule in (
+            ("tokens", words.tokens, words.tokens < 1, "must be at least 1"),
+            ("temperature", words.temperature, not 0 <= words.temperature < float("inf"), "must be 0 or more"),
+            ("top-p", words.top_p, not 0 < words.top_p <= 1, "must be above 0 and at most 1"),
+        )
+        if bad
+    ]
+    if not words.source.exists():
+        problems.append(f"{words.source}: no such folder; give RUN_DIR, a checkpoint, a model or an adapter")
+    if problems:
+        raise ConfigError(*problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
