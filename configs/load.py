@@ -5,7 +5,8 @@
 is composed from left to right: the defaults of `schema.py`, the group files that `config.yaml` names (here
 with `model/gpt2.yaml` and `parallel/zero2.yaml` chosen), the experiment if one is given, the single keys.
 The same overrides give the same `Config` on every rank: nothing in the YAML asks for the time. Before the
-`Config` is returned every number lies in its range, so that whoever derives from it need not ask again.
+`Config` is returned every number lies in its range, so that whoever derives from it need not ask again. An adapter
+that is to be gone on from is asked for its settings (`adapter_folder`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs import files as user_files
+from configs.adapter_folder import adopt
 from configs.errors import ConfigError
 from configs.explain import explain
 from configs.interpolation import Resolved, on_record, remember
@@ -124,6 +126,7 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, 
     problems = list(check_ranges(config))
     if problems:
         raise ConfigError(*problems)
+    adopt(config, {word.partition("=")[0].lstrip("+") for word in overrides})
     return config, chosen
 
 

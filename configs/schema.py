@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from configs.choices import (
+    AdapterInit,
     Attention,
     Balance,
     Bos,
@@ -199,11 +200,26 @@ class Tuning:
     """Adapters: rows of an adapter's first matrix, columns of its second."""
     alpha: float = 32.0
     """Adapters: what an adapter adds is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Adapters: multiplied by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly."""
+    dora: bool = False
+    """Adapters: a trained length for each row of a matrix too; the adapter then changes the row's direction."""
+    init: AdapterInit = AdapterInit.kaiming
+    """Adapters: their first values. `kaiming`, `gaussian`: the first matrix random, the second 0. `pissa` (largest
+    singular values), `olora` (QR): the adapter begins as a part of the frozen matrix, which keeps the rest."""
     dropout: float = 0.0
     """Adapters: part of an adapter's inputs that is dropped in training."""
     target_modules: list[str] = field(default_factory=list)
     """Adapters: names of what gets one, or their last parts: linear layers [q_proj, v_proj], or stacked experts
-    [experts.down_proj]; each must match. Empty: all linear layers of the decoder layers but routers."""
+    [experts.down_proj]; each must match. An entry with one of *+?()[]|\\^$ is a regular expression for whole names.
+    Empty, or all-linear: all linear layers of the decoder layers but routers."""
+    layers: list[int] = field(default_factory=list)
+    """Adapters: numbers of the decoder layers that get some, from 0; empty: all."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Adapters: names of modules, or their last parts, that are trained whole as well [lm_head, norm]."""
+    adapter: str | None = None
+    """Folder of an adapter, as peft or this trainer writes it, to go on from; `model.path` is then its base, and the
+    keys above are those of the folder. `model.path=FOLDER` sets both."""
     double_quantization: bool = True
     """`qlora`: the scales of the 4-bit weights in 8 bits too; false: in float32, 0.05 bytes more per value."""
 

@@ -38,8 +38,14 @@ OF_EXPERTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 }
 
 
+# bug -> (layout, processes, keys)
+OF_TUNING: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "adapters_drawn_by_each_rank": ("tensor", 2, ("tuning=lora", "tuning.rank=4", "optimizer.lr=0.03")),
+}
+
+
 def test_every_bug_is_planted() -> None:
-    assert BUGS.keys() - {"none"} == PLANTED.keys() | OF_EXPERTS.keys()
+    assert BUGS.keys() - {"none"} == PLANTED.keys() | OF_EXPERTS.keys() | OF_TUNING.keys()
 
 
 def test_what_sees_a_bug_runs_with_every_change() -> None:
@@ -65,3 +71,11 @@ def test_parity_sees_the_bug_of_balancing(bug: str) -> None:
     layout, processes, keys = OF_EXPERTS[bug]
     assert apart(layout, processes, keys, BALANCE).largest <= FLOAT64
     assert apart(layout, processes, keys, BALANCE, bug).largest > 1e4 * FLOAT64
+
+
+@pytest.mark.parametrize("bug", OF_TUNING)
+def test_parity_sees_the_bug_of_tuning(bug: str) -> None:
+    """The layout without the bug has a row of its own."""
+    layout, processes, keys = OF_TUNING[bug]
+    found = run_ranks(processes, train_with, bug, words("llama", layout, "fp64", STEPS, *keys))[0]
+    assert distance(found, reference("llama", "fp64", STEPS, *keys)).largest > 1e4 * FLOAT64

@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Damage | None, list[str], list[str]]] = {
             (f / "adapter_config.json").write_text('{"base_model_name_or_path": "B"}'),
         ),
         [],
-        ["holds an adapter, not a model; merge it into its model (B)"],
+        ["adapter_model.safetensors cannot be read (No such file"],
     ),
     "no such folder": (shutil.rmtree, [], ["no such folder"]),
     "attention": (None, ["model.attention=flash_attention_2"], ["model.attention=flash_attention_2"]),

@@ -19,6 +19,7 @@ from tests.support.cases import run_trainer, train
 from tests.support.harness import run_ranks
 from tests.support.parity import MODELS, Trained, measure, reference, words
 from tests.support.selection import rows
+from trainer.axes.pipeline.split import split_model
 from trainer.checkpoint.export import export
 from trainer.linear import convert, report
 from trainer.make_plan import make_plan
@@ -54,6 +55,34 @@ def test_layout_trains_the_adapters_of_one_process(layout: str, model: str) -> N
     found = measure(layout.split(), LAYOUTS[layout], model=model, precision="fp64", steps=STEPS, extra=LORA)
     assert found.largest <= FLOAT64
     assert all(".lora_" in name for name in reference(model, "fp64", STEPS, *LORA).parameters)
+
+
+# What changes an adapter's arithmetic, its first values, or what is trained with it.
+VARIANTS = {
+    "pissa": ("tuning.init=pissa", "tuning.rslora=true", "tuning.modules_to_save=[lm_head,norm]"),
+    "dora": ("tuning.dora=true", "tuning.init=olora"),
+    "layers": ("tuning.layers=[1,2]", "tuning.init=gaussian", 'tuning.target_modules=[".*[qv]_proj",down_proj]'),
+}
+VARIED = {(layout, variant) for layout in ("ddp", "fsdp", "tensor", "pipeline", "zero2") for variant in VARIANTS}
+VARIED -= {("tensor", "dora")}
+SHOWN = {("tensor", "pissa"), ("fsdp", "dora"), ("pipeline", "layers")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "variant"), rows(sorted(VARIED), lambda layout, variant: (layout, variant) in SHOWN)
+)
+def test_layout_trains_the_variant_of_one_process(layout: str, variant: str) -> None:
+    precision, keys = ("fp32", SLOWER) if layout in ZERO else ("fp64", LORA)
+    extra = (*keys, *VARIANTS[variant])
+    found = measure([layout], 2, model="llama", precision=precision, steps=STEPS, extra=extra)
+    assert found.largest <= (FLOAT32 if layout in ZERO else FLOAT64)
+
+
+def test_a_stage_without_anything_to_train_is_one_line() -> None:
+    model = adapted("tuning.layers=[0]")
+    with pytest.raises(PlanError) as refused:
+        split_model(model, schedule="1f1b", pp=2, rank=0)
+    assert refused.value.problems[0].startswith("parallel.pp=2: stage 1 has layers 2 to 3, of which nothing is trained")
 
 
 @pytest.mark.parametrize("layout", ZERO)
@@ -255,8 +284,13 @@ def test_each_entry_must_match(targets: str, says: str) -> None:
     ("override", "says"),
     [
         ("train.compile=true", r"^train.compile=true: compiles no layers with adapters"),
+        ("tuning.dora=true parallel=tensor", r"^tuning.dora=true: needs whole rows of each matrix, and parallel.tp=2"),
+        ("tuning.dora=true parallel=zero3", r"^tuning.dora=true: reads the frozen matrix where ZeRO 3 has not gathe"),
+        ("tuning.dora=true tuning=qlora", r"^tuning.dora=true: reads the frozen matrix, which tuning=qlora keeps pac"),
+        ('tuning.target_modules=["(q"]', r"^tuning.target_modules=\['\(q'\]: \(q is no regular expression"),
+        ("tuning=full tuning.rslora=true", r"^tuning.rslora=true: is for adapters, this is tuning=full"),
     ],
 )
 def test_what_adapters_cannot_is_refused(override: str, says: str) -> None:
     with pytest.raises(PlanError, match=says):
-        make_plan(load_config(["tuning=lora", override]), Machine(gpus=2))
+        make_plan(load_config(["tuning=lora", *override.split()]), Machine(gpus=2))

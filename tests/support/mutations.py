@@ -15,6 +15,7 @@ from trainer.axes.pipeline.run import PipelineRun
 from trainer.axes.tensor.apply import TensorParallel
 from trainer.data import IGNORED
 from trainer.engine.torch import TorchEngine
+from trainer.linear.adapter_layers import AdapterWeights
 from trainer.moe.balancing import Balancing, MicroBatch
 
 
@@ -150,6 +151,17 @@ def expert_shards_swapped() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def adapters_drawn_by_each_rank() -> Iterator[None]:
+    """The first values of an adapter depend on the rank that draws them."""
+
+    def generator(self: AdapterWeights, layer: str, leaf: str, device: torch.device) -> torch.Generator:
+        return torch.Generator(device).manual_seed(dist.get_rank())
+
+    with patch.object(AdapterWeights, "_generator", generator):
+        yield
+
+
 BUGS: dict[str, Callable[[], Any]] = {
     "none": nullcontext,
     "skipped_all_reduce": skipped_all_reduce,
@@ -163,4 +175,5 @@ BUGS: dict[str, Callable[[], Any]] = {
     "recompute_counted_twice": recompute_counted_twice,
     "expert_gradients_not_averaged": expert_gradients_not_averaged,
     "expert_shards_swapped": expert_shards_swapped,
+    "adapters_drawn_by_each_rank": adapters_drawn_by_each_rank,
 }

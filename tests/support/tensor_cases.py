@@ -133,7 +133,7 @@ def _train(case: Case, mesh: DeviceMesh) -> Trained:
         tensor = apply_tensor_parallel(model, plan, mesh["tp"], sequence_parallel=case.sequence_parallel)
     if case.recompute:
         apply_checkpointing(model, Checkpointing.full)
-    weights = AdapterWeights(RandomWeights(model, seed=0), seed=0)
+    weights = AdapterWeights(RandomWeights(model, seed=0), ADAPTERS, seed=0)
     materialize(model, weights, device=torch.device("cpu"), dtype=torch.float64)
     model.train()
     trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -268,7 +268,7 @@ def checked(
 
     def convert(small: PreTrainedModel) -> None:
         if tuning is not None:
-            insert_adapters(small, tuning, find_targets(small, tuning.target_modules, strict=False))
+            insert_adapters(small, tuning, find_targets(small, tuning, strict=False))
 
     try:
         plan = tensor_plan(plain, 2, user_plan)

@@ -1,6 +1,7 @@
 """The door to checkpoints.
 
 python -m trainer.checkpoint export RUN_DIR_OR_CHECKPOINT OUT     a Hugging Face folder; needs no GPU
+python -m trainer.checkpoint merge RUN_DIR_OR_ADAPTER OUT         the same, of an adapter merged into its base
 python -m trainer.checkpoint verify RUN_DIR_OR_CHECKPOINT         read every byte and compare
 """
 
@@ -28,9 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     export_words = commands.add_parser("export", help="write a Hugging Face folder, without a GPU and in little memory")
     export_words.add_argument("source", type=Path, help=source)
     export_words.add_argument("target", type=Path, help="folder to make")
-    export_words.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the exported tensors (%(default)s)"
-    )
+    merge_words = commands.add_parser("merge", help="write a Hugging Face folder of an adapter merged into its base")
+    merge_words.add_argument("source", type=Path, help=f"folder of an adapter, {source}")
+    merge_words.add_argument("target", type=Path, help="folder to make")
+    merge_words.add_argument("--base", help="folder or hub id of the model beneath (default: what the adapter names)")
+    for words in (export_words, merge_words):
+        words.add_argument("--dtype", choices=DTYPES, default="float32", help="of the exported tensors (%(default)s)")
     verify_words = commands.add_parser("verify", help="compare every file with its size and SHA-256")
     verify_words.add_argument("source", type=Path, help=source)
     guard_output()
@@ -45,6 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words.command == "export":
             folder = export(words.source.absolute(), words.target.absolute(), dtype=getattr(torch, words.dtype))
             print(f"{words.target}: the model of {folder} in {words.dtype}")
+        elif words.command == "merge":
+            from trainer.checkpoint.merge import merge
+
+            source, target = words.source.absolute(), words.target.absolute()
+            said = merge(source, target, dtype=getattr(torch, words.dtype), base=words.base)
+            print(f"{words.target}: {said}, in {words.dtype}")
         else:
             folder, manifest = newest_whole(words.source.absolute(), newest=True)
             print(

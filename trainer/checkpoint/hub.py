@@ -21,6 +21,7 @@ from configs.errors import DataError
 from configs.schema import Model
 from trainer.checkpoint.hub_layout import HubLayout
 from trainer.checkpoint.manifest import GENERATION
+from trainer.linear.adapter_layers import stored_name
 from trainer.model.fitting import persistent_buffers
 from trainer.model.stored import local_folder
 
@@ -113,8 +114,7 @@ def _export_adapter(
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in parameters:
         if tensor is not None:
-            # The files leave the adapter's own name out: whoever loads it may give it another.
-            tensors[f"base_model.model.{name.replace('.default.', '.')}"] = tensor.to(dtype).contiguous()
+            tensors[stored_name(name)] = tensor.to(dtype).contiguous()
     if not tensors:
         return
     partial = folder.with_name(folder.name + ".partial")

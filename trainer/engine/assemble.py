@@ -36,7 +36,7 @@ def assemble(
         plan=plan,
         meshes=meshes,
         model=model,
-        fill=lambda module: fill(module, AdapterWeights(weights_of(module), seed)),
+        fill=lambda module: fill(module, AdapterWeights(weights_of(module), config.tuning, seed)),
         zero=zero,
     )
     parallelize(parts)

@@ -148,13 +148,7 @@ def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
         PIPELINE: plan.degree(PIPELINE) > 1,
         EXPERTS: plan.degree(EXPERTS),
         TENSOR: [plan.degree(TENSOR), parallel.sequence_parallel, parallel.tensor_plan],
-        "tuning": [
-            str(tuning.method),
-            tuning.rank,
-            tuning.dropout > 0,
-            sorted(tuning.target_modules),
-            tuning.double_quantization,
-        ],
+        "tuning": {**asdict(tuning), "alpha": 0, "dropout": tuning.dropout > 0, "adapter": None},
     }
 
 

@@ -12,16 +12,24 @@ layers).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import TuningMethod
+from configs.choices import AdapterInit, EngineName, TuningMethod
+from configs.keys import as_text
 from configs.schema import Config, Tuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEEPS_MODEL = False
+SAVED = ("rank", "alpha", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save")
+"""Fields of `Tuning` on which the saved tensors and their use depend."""
+OWN = ("rslora", "dora", "init", "target_modules", "layers", "modules_to_save", "adapter")
+"""Those that have no meaning for other methods. Rank and alpha come with a preset's defaults."""
+RESIDUAL = (AdapterInit.pissa, AdapterInit.olora)
+"""Adapters that begin as a part of the frozen matrix, which keeps the rest."""
 
 
 def chosen(config: Config) -> bool:
@@ -31,27 +39,55 @@ def chosen(config: Config) -> bool:
 def problems(config: Config) -> Iterator[str]:
     tuning = config.tuning
     if not chosen(config):
-        if tuning.target_modules:
-            yield (
-                f"tuning.target_modules={tuning.target_modules}: is for adapters, this is tuning={tuning.method};"
-                " choose tuning=lora, or leave it out"
-            )
-    elif config.train.compile:
+        plain = Tuning()
+        for name in OWN:
+            if (value := getattr(tuning, name)) != getattr(plain, name):
+                yield (
+                    f"tuning.{name}={as_text(value)}: is for adapters, this is tuning={tuning.method};"
+                    " choose tuning=lora, or leave it out"
+                )
+        return
+    if config.train.compile:
         yield "train.compile=true: compiles no layers with adapters; set it to false, or use tuning=full"
+    for entry in tuning.target_modules:
+        try:
+            re.compile(entry)
+        except re.error as error:
+            yield f"tuning.target_modules={tuning.target_modules}: {entry} is no regular expression ({error})"
+    if tuning.dora:
+        yield from _dora_problems(config)
+
+
+def _dora_problems(config: Config) -> Iterator[str]:
+    """The length of a row of W + B A needs the row, in values, outside of the layer's own forward."""
+    parallel = config.parallel
+    if config.tuning.method is TuningMethod.qlora:
+        yield "tuning.dora=true: reads the frozen matrix, which tuning=qlora keeps packed; use tuning=lora"
+    if parallel.tp > 1:
+        yield (
+            f"tuning.dora=true: needs whole rows of each matrix, and parallel.tp={parallel.tp} cuts them; use"
+            " parallel=fsdp"
+        )
+    if parallel.engine is EngineName.deepspeed and parallel.zero_stage == 3:
+        yield (
+            "tuning.dora=true: reads the frozen matrix where ZeRO 3 has not gathered it; use parallel=fsdp, or"
+            " parallel.zero_stage=2"
+        )
 
 
 def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) -> None:
     """The model gets peft's attribute `peft_config`, from which the export knows that it has adapters."""
-    from trainer.linear.adapter_layers import add_adapters
+    from trainer.linear.adapter_layers import add_adapters, check_stored
 
     add_adapters(model, config.tuning, base=config.model.path, without=untrained)
+    check_stored(model, config.tuning)
 
 
 def imitate(model: PreTrainedModel, config: Config) -> None:
     from trainer.linear.adapter_layers import insert_adapters
     from trainer.linear.adapter_targets import find_targets
 
-    insert_adapters(model, config.tuning, find_targets(model, config.tuning.target_modules, strict=False))
+    insert_adapters(model, config.tuning, find_targets(model, config.tuning, strict=False), strict=False)
 
 
 def report(model: PreTrainedModel) -> None:
@@ -64,9 +100,10 @@ def identity(config: Config) -> dict[str, Any]:
     """What makes saved adapters those of this run: the model beneath them is not saved with them."""
     tuning, model = config.tuning, config.model
     return {
-        "tuning.rank": tuning.rank,
-        "tuning.alpha": tuning.alpha,
-        "tuning.target_modules": sorted(tuning.target_modules),
+        **{
+            f"tuning.{name}": sorted(value) if isinstance(value := getattr(tuning, name), list) else value
+            for name in SAVED
+        },
         "tuning.base": [str(model.weights), model.path, model.revision],
     }
 
@@ -75,7 +112,8 @@ def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
     from trainer.linear.adapter_layers import add_adapters
 
     if "tuning.base" in identity:
-        fields = {key: identity[f"tuning.{key}"] for key in ("rank", "alpha", "target_modules")}
+        fields = {name: identity[f"tuning.{name}"] for name in SAVED if f"tuning.{name}" in identity}
+        fields["init"] = AdapterInit(fields.get("init", AdapterInit.kaiming))
         add_adapters(model, Tuning(method=TuningMethod.lora, **fields), base=identity["tuning.base"][1])
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from configs.errors import ConfigError, EnvironmentProblem, first_line
+from configs.adapter_folder import TENSORS, read_adapter
+from configs.errors import ConfigError, DataError, EnvironmentProblem, first_line
 from configs.schema import Tuning
-from trainer.linear.adapter_targets import Targets, find_targets, kinds
+from trainer.linear.adapter import RESIDUAL
+from trainer.linear.adapter_start import NAME, PEFT_INIT, begin
+from trainer.linear.adapter_targets import Targets, find_targets, find_whole, kinds
 from trainer.model.build import decoder_layers
 from trainer.model.weights import WeightSource, is_adapter, plain_name
 
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 log = logging.getLogger(__name__)
-NAME = "default"  # peft's name of the only adapter
+SHOWN = 4
 
 
 def add_adapters(
@@ -35,18 +40,27 @@ def add_adapters(
     base: `model.path`. without: names of parameters that get no gradient. Raises ConfigError for target modules that
     the model does not have, EnvironmentProblem without peft.
     """
-    targets = find_targets(model, tuning.target_modules, without=without)
+    targets = find_targets(model, tuning, without=without)
     with init_empty_weights(include_buffers=False):
         insert_adapters(model, tuning, targets, base=base)
 
 
-def insert_adapters(model: PreTrainedModel, tuning: Tuning, targets: Targets, *, base: str | None = None) -> None:
+def insert_adapters(
+    model: PreTrainedModel, tuning: Tuning, targets: Targets, *, base: str | None = None, strict: bool = True
+) -> None:
     """The part of `add_adapters` that is peft's, on any device. Raises as it does."""
+    if targets.stacks and (tuning.dora or tuning.init in RESIDUAL):
+        raise ConfigError(
+            f"tuning.target_modules={tuning.target_modules}: {targets.stacks[0]} is no linear layer, and"
+            f" {'tuning.dora' if tuning.dora else f'tuning.init={tuning.init}'} is for linear layers; name those"
+        )
+    whole = find_whole(model, tuning, targets, strict=strict)
     # peft rewrites targets of some families, and for that asks a model for its config: a list of layers has none.
     layers = decoder_layers(model)
     prefix = next(f"{name}." for name, module in model.named_modules() if module is layers)
     names = [[name.removeprefix(prefix) for name in group] for group in (targets.linears, targets.stacks)]
-    adapters = lora_config(tuning, base, *names)
+    # First values need the frozen matrix, which is not here yet: `AdapterWeights` writes them.
+    adapters = lora_config(tuning, base, *names, init=True)
     from peft import inject_adapter_in_model
 
     try:
@@ -57,9 +71,11 @@ def insert_adapters(model: PreTrainedModel, tuning: Tuning, targets: Targets, *,
     except ValueError as error:
         raise ConfigError(f"tuning.target_modules={tuning.target_modules}: {first_line(error)}") from None
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_adapter(name))
+        parameter.requires_grad_(is_adapter(name) or plain_name(name) in whole)
     del layers.peft_config
-    described: Any = {NAME: lora_config(tuning, base, *_as_peft_reads(model, targets))}
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in whole))
+    init = PEFT_INIT[tuning.init]
+    described: Any = {NAME: lora_config(tuning, base, *_as_peft_reads(model, targets), init=init, whole=modules)}
     model.peft_config = described
 
 
@@ -92,43 +108,87 @@ def log_adapters(model: PreTrainedModel) -> None:
             whose = f"{plain_name(name)}.{getattr(module, 'parameter_name', 'weight')}"
             adapted.add(whose)
             ranks.setdefault(rank[NAME], []).append(whose)
+    layers = {word for name in adapted for word in name.split(".") if word.isdigit()}
+    some = "" if len(layers) == len(decoder_layers(model)) else f" of layers {', '.join(sorted(layers, key=int))}"
     for rank, names in ranks.items():
-        log.info("adapters: rank %d for %s", rank, ", ".join(kinds(names)))
-    alone = [plain_name(name) for name, p in model.named_parameters() if not is_adapter(name) and p.ndim > 1]
-    log.info("adapters: frozen without one are %s", ", ".join(kinds(name for name in alone if name not in adapted)))
+        log.info("adapters: rank %d for %s%s", rank, ", ".join(kinds(names)), some)
+    apart = {plain_name(name): p for name, p in model.named_parameters() if not is_adapter(name)}
+    if whole := [name.rpartition(".")[0] for name, p in apart.items() if p.requires_grad]:
+        log.info("adapters: trained whole are %s", ", ".join(kinds(whole)))
+    alone = kinds(name for name, p in apart.items() if p.ndim > 1 and not p.requires_grad and name not in adapted)
+    having = kinds(adapted)
+    log.info("adapters: frozen without one are %s", ", ".join(name for name in alone if name not in having))
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
     log.info("adapters: %s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
 
 
 class AdapterWeights:
-    """Fills the frozen model from `base` and the adapters by LoRA's recipe: A as a linear layer, B with zeros.
+    """Fills the frozen model from `base` and the adapters by `tuning.init`'s recipe, or from `tuning.adapter`.
 
-    Each A draws from a generator seeded with the run's seed and its name: the same numbers under every layout.
+    Each A draws from a generator seeded with the run's seed and its name: the same numbers under every layout. Where
+    the adapter begins as a part of the frozen matrix, every rank that fills the matrix takes the same part out of it.
     """
 
-    def __init__(self, base: WeightSource, seed: int) -> None:
-        self.base, self.seed = base, seed
+    def __init__(self, base: WeightSource, tuning: Tuning, seed: int) -> None:
+        self.base, self.tuning, self.seed = base, tuning, seed
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
         plain = [key for key in keys if not is_adapter(key)]
         if plain:
             self.base.fill(name, unit, plain)
-        for key in keys:
-            if is_adapter(key):
-                self._fill_adapter(f"{name}.{key}", unit.get_parameter(key))
+        prefix = f"{name}." if name else ""
+        adapted = dict.fromkeys(key.partition(".lora_")[0] for key in keys if is_adapter(key))
+        for layer in adapted:
+            begin(unit.get_submodule(layer), self.tuning.init, partial(self._generator, f"{prefix}{layer}"))
+        if self.tuning.adapter is not None:
+            with safe_open(Path(self.tuning.adapter) / TENSORS, framework="pt") as file:
+                stored = set(file.keys())
+                for key in keys:
+                    if (there := stored_name(prefix + key)) in stored:
+                        unit.get_parameter(key).copy_(file.get_tensor(there))
 
-    def _fill_adapter(self, name: str, parameter: nn.Parameter) -> None:
-        if ".lora_B." in name:
-            nn.init.zeros_(parameter)
-            return
-        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+    def _generator(self, layer: str, leaf: str, device: torch.device) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed}:{layer}.{leaf}".encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def lora_config(tuning: Tuning, base: str | None, linears: list[str], parameters: list[str]) -> LoraConfig:
+def stored_name(name: str) -> str:
+    """A parameter's name in the file of an adapter, which leaves the adapter's own name out: whoever loads it may give
+    it another."""
+    plain = name.replace(f"lora_magnitude_vector.{NAME}.weight", "lora_magnitude_vector")
+    return f"base_model.model.{plain.replace(f'.{NAME}.', '.')}"
+
+
+def check_stored(model: PreTrainedModel, tuning: Tuning) -> None:
+    """Raise DataError where the tensors of `tuning.adapter` are not the ones that are trained."""
+    if tuning.adapter is None:
+        return
+    key = f"tuning.adapter={tuning.adapter}"
+    there = dict(read_adapter(tuning.adapter, key).shapes)
+    here = {stored_name(name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    problems = [f"{key}: lacks {name}, which the model would train" for name in here.keys() - there.keys()]
+    problems += [f"{key}: holds {name}, for which the model has no place" for name in there.keys() - here.keys()]
+    problems += [
+        f"{key}: {name} has the shape {list(there[name])}, in the model it is {list(here[name])}"
+        for name in here.keys() & there.keys()
+        if here[name] != there[name]
+    ]
+    if problems:
+        more = [f"{key}: and {len(problems) - SHOWN} more such differences"] if len(problems) > SHOWN else []
+        raise DataError(*sorted(problems)[:SHOWN], *more, f"{key}: give the base of this adapter as model.path")
+
+
+def lora_config(
+    tuning: Tuning,
+    base: str | None,
+    linears: list[str],
+    parameters: list[str],
+    *,
+    init: bool | str,
+    whole: Sequence[str] = (),
+) -> LoraConfig:
     """peft's description of the adapters. base: `model.path`, which peft loads them upon. linears, parameters: the
-    names of what gets one. Raises EnvironmentProblem."""
+    names of what gets one. whole: modules that are trained beside them. Raises EnvironmentProblem."""
     # peft imports it where it is installed, and it tells every process of faster kernels that are not.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -141,8 +201,12 @@ def lora_config(tuning: Tuning, base: str | None, linears: list[str], parameters
         r=tuning.rank,
         lora_alpha=tuning.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=tuning.dropout,
+        use_rslora=tuning.rslora,
+        use_dora=tuning.dora,
+        init_lora_weights=init,  # pyright: ignore[reportArgumentType]
         target_modules=sorted(linears),
         target_parameters=sorted(parameters) or None,
+        modules_to_save=sorted(whole) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )

@@ -4,9 +4,10 @@
     stacked experts   one parameter [experts, ..., ...] that no linear layer holds: experts.gate_up_proj, ...
 
 Empty: every linear layer of the decoder layers, except routers and gates. Stacked experts get adapters where they are
-named; the adapter of such a parameter has `tuning.rank` rows for each expert. peft's own "all-linear" means other
-things for some families, whose targets it rewrites to names of transformers 4, so it gets the names that are found
-here.
+named; the adapter of such a parameter has `tuning.rank` rows for each expert. ALL says the same as an empty list.
+peft's own "all-linear" means other things for some families, whose targets it rewrites to names of transformers 4, so
+it gets the names that are found here. An entry with a character that no name has is a regular expression for whole
+names. `tuning.layers` keeps the layers of these numbers alone.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from configs.errors import ConfigError
+from configs.schema import Tuning
 from trainer.model.build import decoder_layers
-from trainer.model.layers import is_linear
+from trainer.model.layers import is_linear, is_packed
 
 ROUTERS = ("router", "gate")
 ALREADY_ADAPTED = "base_layer"
+ALL = "all-linear"
+PATTERN = re.compile(r"[*+?()\[\]|\\^$]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,32 +39,92 @@ class Targets:
 
 
 def find_targets(
-    model: PreTrainedModel, entries: Sequence[str], *, without: Iterable[str] = (), strict: bool = True
+    model: PreTrainedModel, tuning: Tuning, *, without: Iterable[str] = (), strict: bool = True
 ) -> Targets:
-    """What `tuning.target_modules` names, in the model without adapters.
+    """What `tuning.target_modules` and `tuning.layers` name, in the model without adapters.
 
     without: parameters that get no gradient: an adapter of theirs would get none either. strict: false for a model with
-    fewer layers, where an entry may name a layer that is not there.
+    fewer layers, which then has adapters in all of them, and where an entry may name a layer that is not there.
 
     Raises ConfigError with a line for each entry that matches nothing.
     """
     untrained = {name.rpartition(".")[0] for name in without}
     linears = [name for name in _linears(model) if name not in untrained]
     stacks = [name for name in _stacks(model) if name not in without]
+    entries = [entry for entry in tuning.target_modules if entry != ALL]
     unmatched = _unmatched(entries, linears, stacks) if strict else ()
-    if problems := [_nothing(model, entries, entry, linears, stacks) for entry in unmatched]:
+    problems = [_nothing(model, tuning.target_modules, entry, linears, stacks) for entry in unmatched]
+    problems += _not_layers(model, tuning.layers) if strict else ()
+    if problems:
         raise ConfigError(*problems)
+    if tuning.layers and strict:
+        linears, stacks = (_inside(model, names, tuning.layers) for names in (linears, stacks))
+    everything = [name for name in linears if not _is_router(model, name)]
     if entries:
-        chosen = [name for name in linears if _named(name, entries)]
+        also = everything if len(entries) < len(tuning.target_modules) else []
+        chosen = [name for name in linears if _named(name, entries) or name in also]
         chosen_stacks = [name for name in stacks if _named(name, entries)]
     else:
-        chosen, chosen_stacks = [name for name in linears if not _is_router(model, name)], []
+        chosen, chosen_stacks = everything, []
     if not chosen and not chosen_stacks:
-        raise ConfigError(
-            f"tuning.target_modules={list(entries)}: the decoder layers of {type(model).__name__} have no linear layer;"
-            f" name what else is to get adapters{_there_is([], stacks)}"
-        )
+        raise ConfigError(_none_chosen(model, tuning, stacks))
     return Targets(linears=tuple(chosen), stacks=tuple(chosen_stacks))
+
+
+def find_whole(model: PreTrainedModel, tuning: Tuning, targets: Targets, *, strict: bool = True) -> list[str]:
+    """Names of the parameters that `tuning.modules_to_save` asks to train, in the model without adapters.
+
+    Raises ConfigError with a line for each entry that matches no module with parameters, or one that cannot be trained
+    beside adapters.
+    """
+    problems, found = [], []
+    adapted = {*targets.linears, *(name.rpartition(".")[0] for name in targets.stacks)}
+    owners: dict[int, list[str]] = {}
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(full)
+    for entry in tuning.modules_to_save:
+        modules = [name for name, _ in model.named_modules() if name and _named(name, (entry,))]
+        names = [f"{name}.{leaf}" for name in modules for leaf, _ in model.get_submodule(name).named_parameters()]
+        key = f"tuning.modules_to_save={list(tuning.modules_to_save)}: {entry}"
+        if not names and strict:
+            problems.append(f"{key} matches no module of {type(model).__name__} that has parameters")
+        elif shared := next((name for name in names if len(owners[id(model.get_parameter(name))]) > 1), None):
+            both = " and ".join(owners[id(model.get_parameter(shared))])
+            problems.append(f"{key} is tied ({both} are one parameter), and peft would part them; leave it out")
+        elif clash := next((m for m in adapted if any(name.startswith(f"{m}.") for name in names)), None):
+            problems.append(f"{key} is to be trained whole, and {clash} is to get an adapter; take out either")
+        elif any(is_packed(*_owner(model, name)) for name in names):
+            problems.append(f"{key} is kept in 4 bits, which cannot be trained; take it out, or use tuning=lora")
+        found += names
+    if problems:
+        raise ConfigError(*problems)
+    return list(dict.fromkeys(found))
+
+
+def _owner(model: PreTrainedModel, name: str) -> tuple[nn.Module, str]:
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module), leaf
+
+
+def _none_chosen(model: PreTrainedModel, tuning: Tuning, stacks: Sequence[str]) -> str:
+    if tuning.layers and tuning.target_modules:
+        return f"tuning.layers={tuning.layers}: these layers have nothing that tuning.target_modules names; add others"
+    return (
+        f"tuning.target_modules={list(tuning.target_modules)}: the decoder layers of {type(model).__name__} have no"
+        f" linear layer; name what else is to get adapters{_there_is([], stacks)}"
+    )
+
+
+def _not_layers(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[str]:
+    count = len(decoder_layers(model))
+    if wrong := [layer for layer in layers if layer >= count]:
+        yield f"tuning.layers={list(layers)}: {wrong[0]} is no layer of the model, which has 0 to {count - 1}"
+
+
+def _inside(model: PreTrainedModel, names: Iterable[str], layers: Sequence[int]) -> list[str]:
+    stack = decoder_layers(model)
+    prefix = next(name for name, module in model.named_modules() if module is stack)
+    return [name for name in names if int(name.removeprefix(f"{prefix}.").partition(".")[0]) in layers]
 
 
 def kinds(names: Iterable[str]) -> list[str]:
@@ -88,7 +152,10 @@ def _there_is(linears: Sequence[str], stacks: Sequence[str]) -> str:
 
 
 def _named(name: str, entries: Iterable[str]) -> bool:
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+    return any(
+        re.fullmatch(entry, name) if PATTERN.search(entry) else name == entry or name.endswith(f".{entry}")
+        for entry in entries
+    )
 
 
 def _in_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

@@ -86,7 +86,7 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
             raise DataError(f"{key}: {CONFIG} is no file; give the model's own")
         fields = json.loads((folder / CONFIG).read_bytes())
     except FileNotFoundError:
-        raise DataError(_without_config(folder, key)) from None
+        raise DataError(_without_config(key)) from None
     except OSError as error:
         raise DataError(f"{key}: {CONFIG} cannot be read ({error.strerror}); make it readable") from None
     except (ValueError, RecursionError) as error:
@@ -218,17 +218,13 @@ def _how_damaged(path: Path) -> str:
     return f"it {reason}" if known else "copy or download it again"
 
 
-def _without_config(folder: Path, key: str) -> str:
-    if (folder / "adapter_config.json").exists():
-        return f"{key}: holds an adapter, not a model; {_merge(folder)}"
+def _without_config(key: str) -> str:
     return f"{key}: has no {CONFIG}; give the folder of a model in the Hugging Face format"
 
 
 def _without_safetensors(folder: Path, key: str) -> str:
     names = sorted(path.name for path in _listing(folder))
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if "adapter_model.safetensors" in names:
-        return f"{key}: holds an adapter, not a model; {_merge(folder)}"
     if pickles:
         return (
             f"{key}: {some(pickles)} can run code when it is read, so it is not read; convert it to {SINGLE}"
@@ -244,12 +240,3 @@ def _listing(folder: Path) -> Iterator[Path]:
         yield from folder.iterdir()
     except OSError:
         return
-
-
-def _merge(folder: Path) -> str:
-    try:
-        base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
-    on = f" ({base})" if isinstance(base, str) else ""
-    return f"merge it into its model{on} with peft's merge_and_unload, and give that folder"

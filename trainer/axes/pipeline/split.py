@@ -153,8 +153,23 @@ def split_model(
         )
     layer_costs, head_cost = count_costs(model, anatomy)
     ranges = split_layers(num_layers, count, layer_costs=layer_costs, head_cost=head_cost, split=split)
+    if idle := [index for index in range(count) if not _trains(model, anatomy, ranges, index)]:
+        layers = ranges[idle[0]]
+        raise PlanError(
+            f"parallel.pp={pp}: stage {idle[0]} has layers {layers.start} to {layers.stop - 1}, of which nothing is"
+            " trained; train something of each stage, set parallel.pipeline.split, or use parallel=fsdp"
+        )
     owned = stages_of_rank(schedule, pp=pp, rank=rank, stages_per_rank=per_rank)
     return [build_stage(model, anatomy, ranges, index) for index in owned]
+
+
+def _trains(model: PreTrainedModel, anatomy: Examined, ranges: list[range], index: int) -> bool:
+    """Whether the stage has a parameter that is trained."""
+    stack = decoder_layers(model)
+    modules = [stack[number] for number in ranges[index]]
+    ends = (anatomy.before if index == 0 else ()), (anatomy.after if index == len(ranges) - 1 else ())
+    modules += [model.get_submodule(name) for names in ends for name in names]
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
 def build_stage(model: PreTrainedModel, anatomy: Examined, ranges: Sequence[range], index: int) -> Stage:
