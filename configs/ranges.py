@@ -91,6 +91,7 @@ RANGES: Mapping[str, Range] = {
     "train.gradient_accumulation_steps": _whole(1, 1_000_000),
     "train.global_batch_size": COUNT,
     "train.clip_grad_norm": NOT_NEGATIVE,
+    "train.clip_grad_value": NOT_NEGATIVE,
     "train.eval_every": COUNT_OR_NONE,
     "train.eval_samples": COUNT_OR_NONE,
     # torch takes 64 bits, and a rank adds its own number.

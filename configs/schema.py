@@ -256,6 +256,8 @@ class Optimizer:
     implementation: Implementation = Implementation.auto
     """`auto`: adamw, and AdamW within muon, fused; sgd foreach, adafactor for_loop. `deepspeed_cpu`: DeepSpeed's, for
     offload (needs g++)."""
+    in_backward: bool = False
+    """Apply and free each gradient as the backward computes it, so that no rank holds those of the whole model."""
     options: dict[str, Any] = field(default_factory=dict)
     """What one optimizer alone reads; its file below configs/optimizer/ lists them."""
 
@@ -290,6 +292,8 @@ class Train:
     """Compile each decoder layer with torch.compile: faster steps after a slow first one. Engine torch."""
     clip_grad_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
+    clip_grad_value: float = 0.0
+    """Largest absolute value of a gradient's element; 0: no limit. Needs no norm: set `clip_grad_norm` to 0."""
     non_finite: NonFinite = NonFinite.stop
     """When loss or gradient is NaN or infinite: end the run, or leave out the update (fp16 overflows always skip)."""
     eval_every: int = 0

@@ -46,6 +46,7 @@ SIX = ["train.gradient_accumulation_steps=6"]
 ADAFACTOR = ["optimizer=adafactor"]
 EIGHT_BITS = ["optimizer=adamw_8bit"]
 MUON = ["optimizer=muon", "optimizer.options.dtype=float32"]
+LOMO = ["optimizer=lomo"]
 FULL = ["train.activation_checkpointing=full"]
 SELECTIVE = ["train.activation_checkpointing=selective"]
 
@@ -117,6 +118,24 @@ CASES = {
     "expert bf16": (4, TORCH, ["parallel=expert", *MIXTRAL, *SHORT, *BF16, *TWICE]),
     "expert_fsdp fp32, muon": (4, TORCH, ["parallel=expert_fsdp", *MIXTRAL, *SHORT, *MUON]),
     "tensor_fsdp bf16, muon, tied": (4, TORCH, ["parallel=tensor_fsdp", *GPT2, *SHORT, *BF16, *MUON]),
+    "single fp32, adafactor in the backward": (
+        1,
+        TORCH,
+        ["parallel=single", "model=tiny", *SHORT, "optimizer=adalomo", "train.clip_grad_norm=0"],
+    ),
+    "ddp fp32, adamw in the backward, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT, "optimizer.in_backward=true"]),
+    "ddp bf16, lomo, reduced in bf16": (
+        2,
+        TORCH,
+        ["parallel=ddp", *LLAMA, *SHORT, *BF16, *LOMO, "precision.reduce_dtype=bfloat16"],
+    ),
+    "fsdp fp32, lomo": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT, *LOMO, "train.clip_grad_norm=0"]),
+    "fsdp bf16, adamw in the backward, uneven": (
+        3,
+        TORCH,
+        ["parallel=fsdp", *QWEN3, *SHORT, *BF16, *FULL, "optimizer.in_backward=true"],
+    ),
+    "hsdp bf16, lomo": (4, TORCH, ["parallel=hsdp", *QWEN3, *SHORT, *BF16, *LOMO]),
     "ddp fp32, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT]),
     "ddp autocast, accumulation": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE]),
     "fsdp fp32": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT]),
@@ -218,7 +237,7 @@ NIGHTLY = {
     *("single fp32, routed experts", "ddp fp32, tied", "ddp autocast, accumulation", "fsdp fp32", "tensor fp32"),
     *("tensor fp32, loss in slices", "tensor bf16, adapters", "tensor_fsdp", "zero2_tensor fp32, tied, recompute"),
     *("pipeline_fsdp", "zero1 bf16", "zero1 fp32", "zero2 fp32, adapters", "zero2 bf16, offload", "zero3 bf16"),
-    "zero3 fp32",
+    *("zero3 fp32", "ddp fp32, adamw in the backward, tied", "hsdp bf16, lomo"),
 }
 
 

@@ -16,6 +16,7 @@ from math import prod
 from configs.choices import EngineName, LauncherName, OffloadDevice
 from configs.errors import PlanError
 from configs.schema import Config
+from trainer import update
 from trainer.axes import AXES, expert
 from trainer.axes import degrees as degrees_of
 from trainer.axes.pipeline.table import check_pipeline
@@ -44,6 +45,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     if config.parallel.pp > 1 and config.parallel.engine is EngineName.torch:
         problems += _check_pipeline(config, batch)
     problems += _check_offload(config, view)
+    problems += update.problems(config, batch)
     if problems:
         raise PlanError(*problems)
     return Plan(

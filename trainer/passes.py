@@ -45,6 +45,7 @@ from trainer.optim.table import saved_kinds
 from trainer.plan.plan import Plan
 from trainer.plan.views import EXPERT
 from trainer.recompute import apply_checkpointing
+from trainer.update import ask
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +252,7 @@ PASSES = (
     ),
     Pass(wanted=_always, apply=_fill, traced=False),
     # These two copy parameters into buckets of their own, so they come when there are values.
-    Pass(wanted=lambda config, plan: plan.copied, apply=_replicate, traced=False),
+    Pass(wanted=lambda config, plan: plan.copied and ask(config.optimizer).GRADIENTS, apply=_replicate, traced=False),
     Pass(wanted=lambda config, plan: plan.engine is EngineName.deepspeed, apply=_partition, traced=False),
 )
 

@@ -23,32 +23,58 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def global_norm(gradients: Sequence[torch.Tensor], *, mesh: DeviceMesh, device: torch.device) -> float:
-    """L2 norm over all gradients of all ranks. A collective: one number is all-reduced per axis that splits anything.
+class GlobalNorm:
+    """L2 norm over all gradients of all ranks, which may come one after the other.
 
     Squares are added up in float64, so that the norm does not depend on how many pieces there are.
     """
-    groups: dict[str, dist.ProcessGroup] = {}
-    pieces: dict[frozenset[str], list[torch.Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        axes = _splitting_axes(gradient, groups)
-        if local(gradient).numel():
-            pieces[axes].append(local(gradient))
-    names = sorted(groups)
-    # One sum for every combination of axes, also those this rank has no piece of: each all-reduce must have the
-    # same shape on all its ranks.
-    sums = torch.zeros([2] * len(names), dtype=torch.float64, device=device)
-    for axes, tensors in pieces.items():
-        index = tuple(int(name in axes) for name in names)
-        sums[index] = torch.stack(_norms(tensors)).to(device).square().sum()
-    for dim, name in enumerate(names):
-        split = sums.select(dim, 1).contiguous()
-        dist.all_reduce(split, group=groups[name])
-        sums.select(dim, 1).copy_(split)
-    total = sums.sum()
-    if mesh[PIPELINE].size() > 1:
-        dist.all_reduce(total, group=mesh.get_group(PIPELINE))
-    return total.sqrt().item()
+
+    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
+        self._mesh, self._device = mesh, device
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._norms: dict[frozenset[str], list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, gradients: Sequence[torch.Tensor]) -> None:
+        pieces: dict[frozenset[str], list[torch.Tensor]] = defaultdict(list)
+        for gradient in gradients:
+            axes = _splitting_axes(gradient, self._groups)
+            if local(gradient).numel():
+                pieces[axes].append(local(gradient))
+        for axes, tensors in pieces.items():
+            self._norms[axes] += _norms(tensors)
+
+    def total(self) -> float:
+        """A collective: one number is all-reduced per axis that splits anything."""
+        names = sorted(self._groups)
+        # One sum for every combination of axes, also those this rank has no piece of: each all-reduce must have the
+        # same shape on all its ranks.
+        sums = torch.zeros([2] * len(names), dtype=torch.float64, device=self._device)
+        for axes, norms in self._norms.items():
+            index = tuple(int(name in axes) for name in names)
+            sums[index] = torch.stack(norms).to(self._device).square().sum()
+        for dim, name in enumerate(names):
+            split = sums.select(dim, 1).contiguous()
+            dist.all_reduce(split, group=self._groups[name])
+            sums.select(dim, 1).copy_(split)
+        total = sums.sum()
+        if self._mesh[PIPELINE].size() > 1:
+            dist.all_reduce(total, group=self._mesh.get_group(PIPELINE))
+        return total.sqrt().item()
+
+
+def global_norm(gradients: Sequence[torch.Tensor], *, mesh: DeviceMesh, device: torch.device) -> float:
+    """As `GlobalNorm`, of gradients that are all there. A collective."""
+    norm = GlobalNorm(mesh, device)
+    norm.add(gradients)
+    return norm.total()
+
+
+def clamp(gradients: Sequence[torch.Tensor], largest: float) -> None:
+    """Limit every element in place to -largest ... largest; 0: no limit."""
+    pieces = [local(gradient) for gradient in gradients if local(gradient).numel()]
+    if largest and pieces:
+        torch._foreach_clamp_min_(pieces, -largest)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_clamp_max_(pieces, largest)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def scale(gradients: Sequence[torch.Tensor], factor: float) -> None:

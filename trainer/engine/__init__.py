@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from configs.choices import EngineName
 from configs.schema import Config
 from trainer.plan.plan import Plan
+from trainer.update import ask
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,6 @@ def build_engine(config: Config, plan: Plan, runtime: Runtime) -> Engine:
         from trainer.engine.deepspeed.engine import DeepSpeedEngine
 
         return DeepSpeedEngine(config, plan, runtime)
-    from trainer.engine.torch import TorchEngine
+    from trainer.engine.updating import ENGINES
 
-    return TorchEngine(config, plan, runtime)
+    return ENGINES[ask(config.optimizer).NAME](config, plan, runtime)

@@ -46,7 +46,7 @@ class TorchEngine:
     def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
         apply_tf32(config.precision)
         self.plan, self.runtime = plan, runtime
-        self.clip_grad_norm = config.train.clip_grad_norm
+        self.clip_grad_norm, self.clip_grad_value = config.train.clip_grad_norm, config.train.clip_grad_value
         self.loss_scale = build_loss_scale(config.precision)
         meshes = build_meshes(plan, runtime.device)
         self.mesh = meshes.dense
@@ -92,6 +92,7 @@ class TorchEngine:
         if finite:
             copied = [p.grad for p in self.copies.values() if p.grad is not None]
             gradients.scale([*counted, *copied], self._clip_factor(grad_norm) / (scale or 1.0))
+            gradients.clamp([*counted, *copied], self.clip_grad_value)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
             if self.balancing is not None:

@@ -16,6 +16,7 @@ from trainer.axes import PIPELINE, SHARD, TENSOR
 from trainer.optim.table import moments
 from trainer.plan.model_fields import config_fields, sizes
 from trainer.plan.plan import Plan
+from trainer.update import ask
 
 WORKSPACE_BYTES = 2**28
 
@@ -27,7 +28,8 @@ def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer, *, frozen: i
     if plan.offload_parameters is OffloadDevice.none:
         held = frozen / (plan.degree(TENSOR) * plan.degree(PIPELINE))
         only_held = held / plan.parameter_shards + held * _stay_gathered(plan)
-    return only_held + _trained_bytes(plan, parameters, moments(optimizer, most=most))
+    gradients = ask(optimizer).GRADIENTS
+    return only_held + _trained_bytes(plan, parameters, moments(optimizer, most=most), gradients=gradients)
 
 
 def _stay_gathered(plan: Plan) -> bool:
@@ -35,7 +37,7 @@ def _stay_gathered(plan: Plan) -> bool:
     return plan.engine is EngineName.torch and plan.fsdp_size > 1 and not plan.reshard_after_forward
 
 
-def _trained_bytes(plan: Plan, parameters: int, kept_moments: float) -> float:
+def _trained_bytes(plan: Plan, parameters: int, kept_moments: float, *, gradients: bool) -> float:
     kept = 1 + kept_moments
     held = parameters / (plan.degree(TENSOR) * plan.degree(PIPELINE))
     width, master = BYTES[plan.param_dtype], BYTES[plan.master_dtype]
@@ -48,8 +50,8 @@ def _trained_bytes(plan: Plan, parameters: int, kept_moments: float) -> float:
     if not on_gpu:
         return 0.0
     gathered = held * width * _stay_gathered(plan)
-    gradients = held * master / (plan.fsdp_size if plan.degree(PIPELINE) == 1 else 1)
-    return gathered + gradients + kept * master * held / plan.fsdp_size
+    kept_gradients = gradients * held * master / (plan.fsdp_size if plan.degree(PIPELINE) == 1 else 1)
+    return gathered + kept_gradients + kept * master * held / plan.fsdp_size
 
 
 def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:

@@ -13,6 +13,7 @@ pipeline micro-batches overlap, so that a rank's actions are replayed in the ord
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Protocol
 
 from trainer.axes.pipeline.orders import Action
@@ -42,10 +43,12 @@ def replay(
     program = Program(profile)
     layout.start()
     numbers = [0] if micro_batches == 1 else [0, micro_batches - 1]
+    count = layout.setting.passes.backwards
     for step in range(1, STEPS + 1):
         given = [timeline.allocate("activations", size) for size in inputs]
-        for number in numbers:
+        for number, again in product(numbers, range(count)):
             layout.begin_micro_batch(step, first=number == 0, last=number == micro_batches - 1)
+            layout.begin_pass(applying=again == count - 1 and not layout.setting.gradients)
             running = Running(program, layout, timeline, step)
             running.run("f")
             running.run("b")

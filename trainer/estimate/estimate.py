@@ -31,6 +31,7 @@ from trainer.model.resize import settle_vocabulary
 from trainer.plan.devices import Gpu, find_gpu
 from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
+from trainer.update import ask
 
 GIB = 2**30
 ASSUMED_GPU, ASSUMED_GPUS_PER_NODE = "H100-SXM", 8
@@ -211,7 +212,8 @@ def _estimate_whole(
     """Without a pipeline all ranks hold the same. outside: bytes that torch's allocator does not know of."""
     timeline = _begin(plan, device)
     module = profile.stage(range(len(profile.anatomy.layers)), stages=1, index=0)
-    setting = Setting(profile=module, plan=plan, optimizer=config.optimizer, timeline=timeline)
+    passes = ask(config.optimizer).passes(config)
+    setting = Setting(profile=module, plan=plan, optimizer=config.optimizer, timeline=timeline, passes=passes)
     count = plan.batch.gradient_accumulation_steps
     replay(module, _layout(config, setting), timeline, micro_batches=count, inputs=step_inputs(plan))
     return _read(plan, timeline, setting, kind="all", outside=outside)

@@ -15,6 +15,7 @@ from trainer.estimate.profiles import stage_layers
 from trainer.optim.protocol import Held, Spread
 from trainer.optim.table import ask
 from trainer.plan.plan import Plan
+from trainer.update import ask as ask_update
 
 
 def explain(config: Config, plan: Plan, found: Estimate) -> str:
@@ -34,7 +35,14 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     trained = sum(parameter.numel for parameter in anatomy.parameters() if parameter.trainable)
     if trained < anatomy.numel:
         yield from _frozen(plan, anatomy, trained, param)
-    yield from _states(plan, "P" if trained == anatomy.numel else "T", trained, master, param)
+    yield from _states(
+        plan,
+        "P" if trained == anatomy.numel else "T",
+        trained,
+        master,
+        param,
+        gradients=ask_update(config.optimizer).GRADIENTS,
+    )
     yield _optimizer(config, plan, anatomy)
     yield (
         f"activations, loss, backward: traced at micro_batch_size {plan.batch.micro_batch_size} x seq_len"
@@ -100,9 +108,10 @@ def _frozen(plan: Plan, anatomy: Anatomy, trained: int, param: int) -> Iterator[
         )
 
 
-def _states(plan: Plan, which: str, numel: int, master: int, param: int) -> Iterator[str]:
-    """which: the letter for the number of parameters that have states."""
+def _states(plan: Plan, which: str, numel: int, master: int, param: int, *, gradients: bool) -> Iterator[str]:
+    """which: the letter for the number of parameters that have states. gradients: whether they are kept."""
     shard = plan.fsdp_size
+    kept, each = ("parameters and gradients", " each") if gradients else ("parameters", "")
     if plan.engine is EngineName.deepspeed:
         parts = [
             f"parameters {param} B x {which}" + (f" / {shard}" if plan.zero_stage == 3 else ""),
@@ -112,25 +121,29 @@ def _states(plan: Plan, which: str, numel: int, master: int, param: int) -> Iter
         yield "; ".join(parts) + ": DeepSpeed's partitions, padded, with the buckets of its generated configuration"
     elif plan.fully_sharded:
         size = (
-            f" = {numel * master / shard / GIB:.2f} GiB each" if plan.degree(PIPELINE) == 1 else ", of its own stages"
+            f" = {numel * master / shard / GIB:.2f} GiB{each}" if plan.degree(PIPELINE) == 1 else ", of its own stages"
         )
         yield (
-            f"parameters and gradients {master} B x {which} / {shard}{size} (ceil(rows / {shard}) rows of every"
+            f"{kept} {master} B x {which} / {shard}{size} (ceil(rows / {shard}) rows of every"
             f" matrix and vector); gathered copies {param} B, reduced in {BYTES[plan.reduce_dtype]} B"
         )
     else:
         size = f"{numel * master / GIB:.2f} GiB"
-        yield f"parameters and gradients {master} B x {which} = {size} each, whole on every rank"
+        yield f"{kept} {master} B x {which} = {size}{each}, whole on every rank"
 
 
 def _optimizer(config: Config, plan: Plan, anatomy: Anatomy) -> str:
     """Temporaries are those of a rank that holds the parameters of this table, all at once."""
     chosen, settings = ask(config.optimizer), config.optimizer
     held = [Held(whole=p.whole, shape=p.shape) for p in anatomy.parameters() if p.trainable and len(p.shape) > 1]
+    update = ask_update(settings)
+    said = f"; {update.said(config)}" if update.said(config) else ""
+    if not update.GRADIENTS:
+        held = sorted(held, key=lambda one: one.piece.numel)[-1:]
     needed = chosen.temporaries(held, settings, plan.master_dtype, Spread())
     return (
         f"optimizer {settings.name}, {settings.implementation}: {chosen.said(settings)}, from the end of step 1;"
-        f" temporaries {needed / GIB:.3f} GiB where nothing is sharded"
+        f" temporaries {needed / GIB:.3f} GiB where nothing is sharded{said}"
     )
 
 

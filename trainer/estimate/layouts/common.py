@@ -16,18 +16,22 @@ from trainer.model.roles import Described
 from trainer.optim.protocol import Held, Spread
 from trainer.optim.table import ask, kept, kept_bytes
 from trainer.plan.plan import Plan
+from trainer.update import ask as ask_update
+from trainer.update.passes import Passes
 
 TOKEN_BYTES = 8  # int64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What a layout works on. host: bytes it adds to the host's memory, by what they are; nvme likewise."""
+    """What a layout works on. passes: how often a step runs the model. host, nvme: bytes that the layout leaves there,
+    by what they are."""
 
     profile: Profile
     plan: Plan
     optimizer: Optimizer
     timeline: Timeline
+    passes: Passes = field(default_factory=Passes)
     host: dict[str, int] = field(default_factory=dict)
     nvme: dict[str, int] = field(default_factory=dict)
 
@@ -51,6 +55,11 @@ class Setting:
         if self.gpu:
             for _ in range(2 * batch.gradient_accumulation_steps):
                 self.timeline.allocate("activations", batch.micro_batch_size * batch.seq_len * TOKEN_BYTES)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether they are kept until the whole backward is done; else each is applied as it comes."""
+        return ask_update(self.optimizer).GRADIENTS
 
     def place_states(self, held: Sequence[Held]) -> None:
         """The optimizer's states of these parameters."""
@@ -81,6 +90,8 @@ class Layout(ABC):
             BYTES[dtype] for dtype in (plan.param_dtype, plan.reduce_dtype, plan.master_dtype)
         )
         self.last = True
+        self.applied: set[str] = set()
+        self.applying = False
 
     def start(self) -> None:
         """Allocate what is there before step 1: here what all layouts have."""
@@ -89,6 +100,21 @@ class Layout(ABC):
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:
         self.last = last
+
+    def begin_pass(self, *, applying: bool) -> None:
+        """One of several runs of a micro-batch. applying: whether its gradients are applied as they come."""
+        self.applying = applying
+
+    def apply_at_once(self, key: str, held: Sequence[Held]) -> None:
+        """The updates of a few parameters inside the backward, one after the other."""
+        if not self.applying:
+            return
+        if key not in self.applied:
+            self.applied.add(key)
+            self.setting.place_states(held)
+        for one in held:
+            if len(one.shape) > 1:
+                self.setting.update([one])
 
     def before_forward(self, group: str) -> None: ...
 

@@ -3,6 +3,9 @@
 Under DDP gradients live in its buckets. DDP learns in its first backward, which the trainer runs before step 1
 (`parallel.ddp`), in which order gradients become ready, and builds its buckets anew at the start of step 1, one after
 another; an old one is freed when its last gradient has moved.
+
+Gradients that are applied inside the backward have no buckets: of two replicas each is sent alone, and waits for the
+next one.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ Key = tuple[str, str]
 class Replicated(Layout):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.ddp = self.plan.degree(REPLICATE) > 1
+        self.copied = self.plan.degree(REPLICATE) > 1
+        self.ddp = self.copied and setting.gradients
         anatomy = self.anatomy
         # Of the parameters that are trained; the others are only held.
         self.sizes = {
@@ -32,7 +36,14 @@ class Replicated(Layout):
             for parameter in parameters
             if parameter.trainable
         }
-        self.held = [Held(whole=p.whole, shape=p.shape) for p in anatomy.parameters() if p.trainable]
+        self.pieces = {
+            (group, p.name): Held(whole=p.whole, shape=p.shape)
+            for group, parameters in anatomy.all_groups()
+            for p in parameters
+            if p.trainable
+        }
+        self.held = list(self.pieces.values())
+        self.flying: tuple[Key, Handle | None] | None = None
         self.frozen = list(anatomy.frozen_tensors(self.param))
         self.gradients: dict[Key, Handle | None] = {}
         self.buckets: list[tuple[set[Key], Handle | None]] = []
@@ -55,7 +66,9 @@ class Replicated(Layout):
 
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
         key = (group, parameter)
-        if self.ddp:
+        if not self.setting.gradients:
+            self._came(key, self.timeline.move(handle, "gradients"))
+        elif self.ddp:
             # Added to a view of a bucket.
             self.timeline.free(handle)
             if self.last:
@@ -65,7 +78,38 @@ class Replicated(Layout):
         else:
             self.gradients[key] = self.timeline.move(handle, "gradients")
 
+    def end_backward(self) -> None:
+        self._land()
+
+    def _came(self, key: Key, handle: Handle | None) -> None:
+        if not self.copied:
+            self._use(key, handle)
+            return
+        if self.reduce != self.master:
+            sent = self.timeline.allocate("gradients", self.sizes[key] * self.reduce // self.master)
+            self.timeline.free(handle)
+            handle = sent
+        self._land()
+        self.flying = key, handle
+
+    def _land(self) -> None:
+        if self.flying is None:
+            return
+        (key, handle), self.flying = self.flying, None
+        if self.reduce != self.master:
+            whole = self.timeline.allocate("gradients", self.sizes[key])
+            self._use(key, whole)
+            self.timeline.free(handle)
+        else:
+            self._use(key, handle)
+
+    def _use(self, key: Key, handle: Handle | None) -> None:
+        self.apply_at_once("/".join(key), [self.pieces[key]])
+        self.timeline.free(handle)
+
     def update(self, step: int) -> None:
+        if not self.setting.gradients:
+            return
         if step == 1:
             self.setting.place_states(self.held)
         self.setting.update([one for one in self.held if len(one.shape) > 1])

@@ -200,6 +200,23 @@ class FullySharded(Layout):
         self.reducing = self.timeline.allocate("buffers", self.reduced[group] * self.reduce)
         self.timeline.free_all(gradients)
         self._keep(group, shard)
+        if not self.setting.gradients:
+            self._apply(group)
+
+    def _apply(self, group: str) -> None:
+        """Update a group's shards. FSDP2 keeps what replicas have all-reduced until the backward is done."""
+        if not self.in_host_memory:
+            self.apply_at_once(group, [self._held(p) for p in self.groups[group] if p.trainable])
+        kept = self.sharded.pop(group, None)
+        if self.replicated and self.reduce == self.master:
+            self.held.append(kept)
+        else:
+            self.timeline.free(kept)
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Where the shards are updated."""
+        return self.offloaded and self.setting.gpu
 
     def _finish(self) -> None:
         """After the last group's reduction. Parts of gradients are joined and summed over the tensor-parallel ranks."""
@@ -216,7 +233,10 @@ class FullySharded(Layout):
     def updated(self) -> list[Held]:
         """This rank's pieces of what is trained."""
         members = [parameter for group in self.groups.values() for parameter in group]
-        return [Held(whole=p.whole, shape=self._piece(p)) for p in members if p.trainable]
+        return [self._held(p) for p in members if p.trainable]
+
+    def _held(self, parameter: Parameter) -> Held:
+        return Held(whole=parameter.whole, shape=self._piece(parameter))
 
     def clear(self) -> None:
         self.timeline.free_all(self.sharded)
@@ -227,7 +247,7 @@ class FullySharded(Layout):
         if group in self.whole or group in self.pending or not gathered:
             return
         cast = None
-        if self.param != self.master or (self.offloaded and self.setting.gpu):
+        if self.param != self.master or self.in_host_memory:
             cast = self.timeline.allocate("buffers", self.trained[group] * self.param, GATHER)
         self.pending[group] = self.timeline.allocate("buffers", gathered, GATHER)
         self.timeline.free(cast)
@@ -268,7 +288,7 @@ class FullySharded(Layout):
             else:
                 self.timeline.free(reduced)
             reduced = cast
-        if group in self.sharded or (self.offloaded and self.setting.gpu):
+        if group in self.sharded or self.in_host_memory:
             self.timeline.free(reduced)
         else:
             self.sharded[group] = reduced
@@ -278,10 +298,11 @@ def update_together(layouts: Sequence[FullySharded], step: int) -> None:
     """The update of all parameters of a rank, whichever of its modules they are in."""
     setting = layouts[0].setting
     held = [one for layout in layouts for one in layout.updated()]
-    if layouts[0].offloaded and setting.gpu:
+    if layouts[0].in_host_memory:
         setting.host["optimizer"] = setting.states_bytes(held)
-        setting.host["gradients"] = sum(one.piece.numel for one in held) * layouts[0].master
-    else:
+        gradients = [size for layout in layouts for size in layout.trained.values()]
+        setting.host["gradients"] = (sum if setting.gradients else max)(gradients) * layouts[0].master
+    elif setting.gradients:
         if step == 1:
             setting.place_states(held)
         setting.update([one for one in held if len(one.shape) > 1])

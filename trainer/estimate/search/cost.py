@@ -35,6 +35,7 @@ from trainer.plan.model_fields import attention_width, sizes
 from trainer.plan.plan import Plan
 from trainer.plan.traffic import LayerWork
 from trainer.plan.views import EXPERT
+from trainer.update import ask as ask_update
 
 NOTHING = Work()
 MEMORY_ACHIEVED = 0.8
@@ -184,17 +185,20 @@ class _Step:
         self.bandwidth = gpu.memory_bandwidth * MEMORY_ACHIEVED
         self.micro_batches = plan.batch.gradient_accumulation_steps
         self.recompute = config.train.activation_checkpointing
+        self.passes = ask_update(config.optimizer).passes(config)
 
     def terms(self) -> dict[str, float]:
         products, around, times = self._products(), self._around(), self.micro_batches
         again, unpacking = self._recompute(products, around), self._unpacking()
         tensor, context = self._inside_layers(TENSOR), self._inside_layers(CONTEXT)
         experts = self._inside_layers(EXPERTS) if self.ep > 1 else 0.0
-        every = products + max(products, 2 * products - self._left_out())
-        busy = every + 3 * around + unpacking + again + tensor + context + experts
+        forwards, backwards = self.passes.forwards, self.passes.backwards
+        every = forwards * products + backwards * max(products, 2 * products - self._left_out())
+        around, again = (forwards + 2 * backwards) * around, backwards * again
+        busy = every + around + unpacking + again + tensor + context + experts
         return {
             "matrix products": every * times,
-            "around them": 3 * around * times,
+            "around them": around * times,
             "unpacking": unpacking * times,
             "recompute": again * times,
             "tensor parallel": tensor * times,
@@ -224,7 +228,7 @@ class _Step:
         """In the forward, in the backward, and in what is computed again."""
         again = {Checkpointing.none: 0.0, Checkpointing.selective: SELECTIVE, Checkpointing.full: 1.0}[self.recompute]
         moved = (self.size.packed_bytes + self.size.packed * self.width) / (self.tp * self.pp)
-        return (2 + again) * moved / self.bandwidth
+        return (self.passes.forwards + (1 + again) * self.passes.backwards) * moved / self.bandwidth
 
     def _around(self) -> float:
         """Forward of everything else; a third of the loss, which is here for forward and backward."""
@@ -254,7 +258,8 @@ class _Step:
         )
         sent = SENDING[axis](self.config, work)
         collective = getattr(self.network, sent.how)
-        return sent.times * self.layers * collective(sent.size_bytes, group_of(self.plan, axis))
+        both = (self.passes.forwards + self.passes.backwards) / 2
+        return both * sent.times * self.layers * collective(sent.size_bytes, group_of(self.plan, axis))
 
     def _step_sharding(self, busy: float) -> float:
         """What the data-parallel ranks exchange in a step, as far as the computation does not hide it."""
@@ -267,26 +272,31 @@ class _Step:
                 return times * _exposed(2 * network.gather(self.held, group) + scatter, busy)
             # Stages 1 and 2 wait for their collectives: nothing runs beside them.
             return (times if plan.zero_stage == 2 else 1) * scatter + network.gather(self.trained * self.width, group)
-        copies = network.all_reduce(gradients / plan.fsdp_size, group_of(plan, REPLICATE))
+        forwards, backwards = self.passes.forwards, self.passes.backwards
+        copies = backwards * network.all_reduce(gradients / plan.fsdp_size, group_of(plan, REPLICATE))
         if plan.fsdp_size == 1:
             return _exposed(copies, 2 / 3 * busy)
         group = group_of(plan, SHARD, CONTEXT)
-        gather, scatter = network.gather(self.held, group), network.gather(gradients, group)
+        gather, scatter = network.gather(self.held, group), backwards * network.gather(gradients, group)
         if self.in_experts:
             group = group_of(plan, *plan.view(EXPERT).sharding)
             gather += network.gather(self.in_experts * self.width, group)
-            scatter += network.gather(self.in_experts * BYTES[plan.reduce_dtype], group)
+            scatter += backwards * network.gather(self.in_experts * BYTES[plan.reduce_dtype], group)
         if self.pp > 1:
-            gathers = 2 * times if plan.reshard_after_forward else 1
+            gathers = (forwards + backwards) * times if plan.reshard_after_forward else 1
             return _exposed(gathers * gather + scatter + copies, times * busy)
-        gathers = 2 if plan.reshard_after_forward else 1
+        gathers = forwards + backwards if plan.reshard_after_forward else forwards
         return times * _exposed(gathers * gather + scatter, busy) + _exposed(copies, busy)
 
     def _sends(self) -> float:
         """Hidden states to the next stage and their gradients back, at each boundary that this rank has."""
         boundaries = self.config.parallel.pipeline.stages_per_rank or 1
         size = self.tokens * self.size.hidden * self.width
-        return 2 * boundaries * self.network.send(size, group_of(self.plan, PIPELINE))
+        return (
+            (self.passes.forwards + self.passes.backwards)
+            * boundaries
+            * self.network.send(size, group_of(self.plan, PIPELINE))
+        )
 
     def _step_multiplying(self) -> float:
         """An update that multiplies whole matrices: each on one rank, which gathers it and sends the result back."""

@@ -84,6 +84,11 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
             "optimizer.name=muon: orthogonalises whole matrices, and ZeRO's partitions are flat rows; use"
             " parallel=fsdp, hsdp or tensor_fsdp, which shard as much, or optimizer=adamw"
         )
+    if config.optimizer.in_backward:
+        yield (
+            "optimizer.in_backward=true: muon deals all matrices of a rank out at once, after the backward; use"
+            " optimizer=adalomo, or set it to false"
+        )
     if not linear.keeps_model(config):
         yield (
             f"tuning.method={config.tuning.method}: optimizer=muon would orthogonalise an adapter's two factors, and"

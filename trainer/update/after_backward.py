@@ -1,0 +1,31 @@
+"""The usual way: gradients add up over the micro-batches, the last backward communicates, then one update of all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.choices import EngineName
+from configs.schema import Config, Optimizer
+from trainer.plan.batch import BatchPlan
+from trainer.update.passes import Passes
+
+NAME = "after_backward"
+GRADIENTS = True
+
+
+def wanted(settings: Optimizer) -> bool:
+    return True
+
+
+def problems(config: Config, batch: BatchPlan) -> Iterator[str]:
+    value = config.train.clip_grad_value
+    if value and config.parallel.engine is EngineName.deepspeed:
+        yield f"train.clip_grad_value={value}: DeepSpeed clips by the global norm alone; use train.clip_grad_norm"
+
+
+def passes(config: Config) -> Passes:
+    return Passes()
+
+
+def said(config: Config) -> str:
+    return ""
