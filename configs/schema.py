@@ -287,7 +287,7 @@ class Train:
     activation_checkpointing: Checkpointing = Checkpointing.none
     """Recompute activations in the backward: of nothing, of whole decoder layers, or of every second product."""
     chunked_loss: bool = False
-    """Compute the loss in slices of tokens: no float32 copy of all logits. Tensor parallel always does."""
+    """Compute head and loss in slices of tokens, forward and backward: no rank ever holds all its logits."""
     compile: bool = False
     """Compile each decoder layer with torch.compile: faster steps after a slow first one. Engine torch."""
     clip_grad_norm: float = 1.0

@@ -37,7 +37,9 @@ from trainer.compile import apply_compile
 from trainer.document_mask import check_document_mask
 from trainer.model.build import text_config
 from trainer.model.causal import build_causal
-from trainer.model.loss import Loss, cross_entropy_sum
+from trainer.model.head import slice_head
+from trainer.model.loss import cross_entropy_sum
+from trainer.model.objective import Objective
 from trainer.model.probe import probe, untrained_names
 from trainer.model.roles import Described, describe
 from trainer.moe.balancing import Balancing, build_balancing
@@ -56,9 +58,9 @@ class Parts:
 
     meshes: None where nothing is divided, in an estimate. model: whole, with all its names. modules: the model, or this
     rank's pipeline stages. stages: the latter; empty without a pipeline. tensor: one for each module; empty without
-    tensor parallel. balancing: of routed experts; None for a dense model. described: of the whole model. kinds: of
-    tensors that the optimizer keeps of each parameter. fill, zero: the engine's own, which give a module its values,
-    and the model to DeepSpeed.
+    tensor parallel. objective: where the loss is computed. balancing: of routed experts; None for a dense model.
+    described: of the whole model. kinds: of tensors that the optimizer keeps of each parameter. fill, zero: the
+    engine's own, which give a module its values, and the model to DeepSpeed.
     """
 
     config: Config
@@ -72,6 +74,7 @@ class Parts:
     tensor: list[TensorParallel] = field(default_factory=list)
     described: dict[str, Described] = field(default_factory=dict)
     kinds: dict[str, frozenset[str]] = field(default_factory=dict)
+    objective: Objective = field(default_factory=lambda: Objective(loss=cross_entropy_sum))
     balancing: Balancing | None = None
     ddp: DistributedDataParallel | None = None
 
@@ -83,11 +86,11 @@ class Parts:
         return self.meshes.dense[names] if names else self.meshes.dense
 
     @property
-    def loss(self) -> Loss:
-        """The loss of logits as these modules return them."""
-        if self.tensor:
-            return self.tensor[0].loss
-        return chunked_cross_entropy_sum if self.config.train.chunked_loss else cross_entropy_sum
+    def with_head(self) -> PreTrainedModel | None:
+        """What of this rank returns logits; None for stages that send hidden states on."""
+        if not self.stages:
+            return self.model
+        return next((stage.module for stage in self.stages if stage.is_last), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +170,23 @@ def _split_matrices(parts: Parts) -> list[str]:
     return [shares(module, tensor) for module, tensor in zip(parts.modules, parts.tensor, strict=True)]
 
 
+def _slice_head(parts: Parts) -> list[str]:
+    parts.objective.sliced = True
+    if parts.with_head is not None:
+        slice_head(parts.with_head)
+    return ["loss: computed in the head, in slices of tokens"]
+
+
+def _choose_loss(parts: Parts) -> list[str]:
+    if parts.tensor:
+        parts.objective.loss, parts.objective.words = parts.tensor[0].loss, parts.tensor[0].words
+    elif parts.config.train.chunked_loss:
+        parts.objective.loss = chunked_cross_entropy_sum
+    if parts.with_head is not None and (parts.stages or parts.objective.sliced):
+        parts.objective.attach(parts.with_head, staged=bool(parts.stages))
+    return []
+
+
 def _check_matrices(parts: Parts) -> list[str]:
     parallel, mesh = parts.config.parallel, parts.axis(TENSOR)
     table, sequence = parts.tensor[0].plan, parallel.sequence_parallel
@@ -195,10 +215,10 @@ def _recompute(parts: Parts) -> list[str]:
 
 
 def _shard(parts: Parts) -> list[str]:
-    plan, last = parts.plan, [stage.is_last for stage in parts.stages] or [True]
+    plan, inside = parts.plan, bool(parts.stages) or parts.objective.inside
     assert parts.meshes is not None
-    for module, returns_logits in zip(parts.modules, last, strict=True):
-        apply_fsdp(module, plan, parts.meshes, parts.described, returns_logits=returns_logits)
+    for module in parts.modules:
+        apply_fsdp(module, plan, parts.meshes, parts.described, returns_logits=not inside)
     kept = "dropped after the forward" if plan.reshard_after_forward else "kept for the backward"
     shards = f"over {plan.fsdp_size} ranks, gathered parameters {kept}" if plan.fsdp_size > 1 else "nothing"
     return [f"FSDP2: shards {shards}; gradients reduced in {plan.reduce_dtype}"]
@@ -213,7 +233,7 @@ def _fill(parts: Parts) -> list[str]:
 
 
 def _replicate(parts: Parts) -> list[str]:
-    parts.ddp = apply_ddp(parts.model, parts.plan, next(parts.model.parameters()).device)
+    parts.ddp = apply_ddp(parts.model, parts.plan, next(parts.model.parameters()).device, parts.objective)
     return []
 
 
@@ -238,9 +258,12 @@ PASSES = (
     Pass(wanted=lambda config, plan: plan.degree(PIPELINE) > 1, apply=_check_stages, traced=False),
     # Before tensor parallel, which then leaves the experts as they are.
     Pass(wanted=lambda config, plan: plan.degree(EXPERTS) > 1, apply=_split_experts),
+    # Before tensor parallel, whose collectives then stand around all slices.
+    Pass(wanted=lambda config, plan: config.train.chunked_loss, apply=_slice_head),
     # Before compile and recompute, so that its collectives are inside both.
     Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_split_matrices),
     Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_check_matrices, traced=False),
+    Pass(wanted=_always, apply=_choose_loss),
     # Inside recompute, which must find the terms of the routers again.
     Pass(wanted=_always, apply=_watch_routers),
     Pass(wanted=lambda config, plan: config.train.compile, apply=_compile, traced=False),

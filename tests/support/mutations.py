@@ -41,8 +41,8 @@ def mean_of_means() -> Iterator[None]:
             valid = int((labels != IGNORED).sum())
             return right(logits, labels) * _step_tokens(valid) / max(1, valid)
 
-        right = self.loss_fn
-        with patch.object(self, "loss_fn", loss):
+        right = self.objective.loss
+        with patch.object(self.objective, "loss", loss):
             return original(self, micro_batches, valid_tokens, factor)
 
     original = TorchEngine._accumulate

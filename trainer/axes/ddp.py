@@ -13,6 +13,8 @@ micro-batch communicates. Li et al. 2020, PyTorch Distributed.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,9 +28,12 @@ from trainer.plan.plan import Plan
 COMPRESS = {DType.bfloat16: default_hooks.bf16_compress_hook, DType.float16: default_hooks.fp16_compress_hook}
 
 
-def apply_ddp(model: nn.Module, plan: Plan, device: torch.device) -> DistributedDataParallel:
+def apply_ddp(
+    model: nn.Module, plan: Plan, device: torch.device, objective: Callable[..., torch.Tensor]
+) -> DistributedDataParallel:
     """Wrap the model so that its last backward of a step averages the gradient over all ranks.
 
+    objective: the loss of what a call returns, and labels.
     gradient_as_bucket_view: gradients live in the communication buckets; without it they would be held twice.
     """
     with warnings.catch_warnings():
@@ -42,11 +47,13 @@ def apply_ddp(model: nn.Module, plan: Plan, device: torch.device) -> Distributed
         )
     if plan.reduce_dtype is not plan.master_dtype:
         wrapped.register_comm_hook(None, COMPRESS[plan.reduce_dtype])
-    _settle_buckets(wrapped, plan, device)
+    _settle_buckets(wrapped, plan, device, objective)
     return wrapped
 
 
-def _settle_buckets(wrapped: DistributedDataParallel, plan: Plan, device: torch.device) -> None:
+def _settle_buckets(
+    wrapped: DistributedDataParallel, plan: Plan, device: torch.device, objective: Callable[..., torch.Tensor]
+) -> None:
     """One backward whose gradient is dropped, without a trace in the random state.
 
     After its first backward DDP deals the gradients out anew, in the order in which they came. Where a gradient lies in
@@ -56,5 +63,5 @@ def _settle_buckets(wrapped: DistributedDataParallel, plan: Plan, device: torch.
     shape = (plan.batch.micro_batch_size, plan.batch.seq_len)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast(plan):
         ids = torch.zeros(shape, dtype=torch.long, device=device)
-        wrapped(input_ids=ids, use_cache=False).logits.float().mean().backward()
+        objective(partial(wrapped, input_ids=ids, use_cache=False), ids).backward()
     wrapped.zero_grad(set_to_none=False)

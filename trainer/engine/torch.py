@@ -55,7 +55,7 @@ class TorchEngine:
         self.model, self.modules, self.ddp = self.parts.model, self.parts.modules, self.parts.ddp
         self.kinds = self.parts.kinds
         self.pipeline = build_pipeline(self.parts.stages, config, plan, self.mesh) if self.parts.stages else None
-        self.loss_fn, self.balancing = self.parts.loss, self.parts.balancing
+        self.objective, self.balancing = self.parts.objective, self.parts.balancing
         # Kept: after a forward that leaves FSDP's parameters gathered, the modules would name other tensors.
         everything = [(name, p) for module in self.modules for name, p in module.named_parameters()]
         self.copies = dict(self._tied_copies(everything))
@@ -72,7 +72,7 @@ class TorchEngine:
         if self.balancing is not None:
             self.balancing.begin(micro_batches, factor=factor)
         if self.pipeline:
-            total = self.pipeline.forward_backward(micro_batches, valid_tokens, factor=factor, loss_fn=self.loss_fn)
+            total = self.pipeline.forward_backward(micro_batches, valid_tokens, factor=factor)
         else:
             total = self._accumulate(micro_batches, valid_tokens, factor)
         for module, tensor in zip(self.modules, self.parts.tensor, strict=False):
@@ -110,10 +110,10 @@ class TorchEngine:
     def evaluate(self, batch: Batch) -> torch.Tensor:
         batch = self._own_slice(batch)
         if self.pipeline:
-            loss = self.pipeline.evaluate(batch, loss_fn=self.loss_fn)
+            loss = self.pipeline.evaluate(batch)
             return loss if self._speaks() and self.mesh[PIPELINE].get_local_rank() == 0 else torch.zeros_like(loss)
         self.model.eval()
-        loss = self.loss_fn(self._forward(self.model, batch).logits, batch.labels)
+        loss = self._loss(self.model, batch)
         self.model.train()
         return loss if self._speaks() else torch.zeros_like(loss)
 
@@ -175,18 +175,19 @@ class TorchEngine:
         total = torch.zeros((), device=valid_tokens.device, dtype=torch.float64)
         for number, batch in enumerate(micro_batches, start=1):
             with self._synchronise(last=number == len(micro_batches)):
-                output = self._forward(self.ddp or self.model, batch)
-                loss = self.loss_fn(output.logits, batch.labels) / valid_tokens
-                del output
+                loss = self._loss(self.ddp or self.model, batch) / valid_tokens
                 (loss * factor).backward()
             total += loss.detach()
         return total
 
-    def _forward(self, module: torch.nn.Module, batch: Batch) -> Any:
+    def _loss(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return self.objective(partial(self._forward, module, batch), batch.labels)
+
+    def _forward(self, module: torch.nn.Module, batch: Batch, **more: torch.Tensor) -> Any:
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
         # FSDP2 casts by its own policy; autocast on top would cast again.
         with nullcontext() if self.plan.fully_sharded else autocast(self.plan):
-            return module(input_ids=batch.input_ids, use_cache=False, **positions)
+            return module(input_ids=batch.input_ids, use_cache=False, **positions, **more)
 
     def _synchronise(self, *, last: bool) -> AbstractContextManager[None]:
         """Only the last micro-batch's backward may average over replicas; `no_sync` must cover the forward too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +15,7 @@ from transformers import masking_utils
 from transformers.integrations import moe
 
 from trainer.axes.tensor import vocabulary
+from trainer.model import head
 
 
 @contextmanager
@@ -55,15 +56,17 @@ def as_on_device(*, gpu: bool, exact_attention: bool, documents: bool = False) -
         # stand-in of transformers has the same inputs and results.
         return weight.dtype is torch.bfloat16 and usable(hidden, weight, offsets)
 
-    all_slices = vocabulary.slices
-
-    def few_slices(logits: torch.Tensor) -> list[slice]:
+    def few(all_slices: Callable[..., Iterable[slice]]) -> Callable[..., list[slice]]:
         # All but the last have one size, and the third finds memory as the second did: hundreds would tell no more.
-        every = list(all_slices(logits))
-        return every if len(every) < 3 else [every[0], every[1], every[1]]
+        def few_slices(*args: Any) -> list[slice]:
+            every = list(all_slices(*args))
+            return every if len(every) < 3 else [every[0], every[1], every[1]]
+
+        return few_slices
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(vocabulary, "slices", few_slices))
+        for module in (vocabulary, head):
+            stack.enter_context(patch.object(module, "slices", few(module.slices)))
         stack.enter_context(patch.object(moe, "_can_use_grouped_mm", can_use_grouped_mm))
         # Hugging Face builds a mask of seq_len x seq_len for tensors whose values it cannot read. On real tensors it
         # builds one for packed positions only.

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 from torch.utils._pytree import tree_iter
 
-from configs.errors import first_line
+from configs.errors import CookbookError, first_line
 from trainer.axes.fsdp import sharded_modules
 from trainer.axes.gradients import local
 from trainer.estimate.kernels import as_on_device, quiet
@@ -31,6 +31,7 @@ from trainer.estimate.profile import Step, Trace
 from trainer.estimate.tracker import CAST, Born, Died, Mark, StorageTracker
 from trainer.estimate.units import Unit, groups_of
 from trainer.model.layers import as_parameter, is_packed, of_type
+from trainer.model.objective import Objective
 
 Groups = dict[str, tuple[str, str]]
 
@@ -103,6 +104,8 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
                     _micro_batch(unit, feed, shape, tracker)
                 else:
                     _staged(unit, feed, shape, tracker, split=split)
+            except CookbookError:
+                raise
             except Exception as error:  # the model's own code: anything may go wrong in it without values
                 raise CannotTrace(first_line(error)) from None
             for handle in handles:
@@ -146,30 +149,27 @@ def _feed(unit: Unit, shape: Shape) -> Feed:
 
 def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker) -> None:
     """As the engines do it: forward under autocast or not, loss over the sum of valid tokens, backward."""
-    with torch.autocast("cpu", shape.compute) if shape.compute else nullcontext():
-        logits = unit.module(input_ids=feed.inputs, use_cache=False, **feed.extras).logits
-    tracker.mark("forward_exit root")
-    if shape.logits_dtype is not None:
-        logits = logits.to(shape.logits_dtype)
-    tracker.mark("loss")
-    loss = unit.parts.loss(logits, feed.labels)
-    del logits
+
+    def run(**more: torch.Tensor) -> Any:
+        with torch.autocast("cpu", shape.compute) if shape.compute else nullcontext():
+            output = unit.module(input_ids=feed.inputs, use_cache=False, **feed.extras, **more)
+        tracker.mark("forward_exit root")
+        if shape.logits_dtype is not None and not unit.parts.objective.inside:
+            output.logits = output.logits.to(shape.logits_dtype)
+        return output
+
+    loss = unit.parts.objective(run, feed.labels)
     tracker.mark("backward")
     loss.backward()
 
 
 def _staged(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, split: bool) -> None:
-    """As torch's pipeline engine does it: it keeps the output, logits too, until the backward of the stage is done.
+    """As torch's pipeline engine does it: it keeps the output until the backward of the stage is done.
     split: the gradient of the input first, that of the weights afterwards."""
     assert unit.stage is not None
-    output = unit.module(feed.inputs, **feed.extras)
+    output = unit.module(feed.inputs, targets=feed.labels, **feed.extras)
     tracker.mark("forward_exit root")
     result = output
-    if unit.stage.is_last:
-        if shape.logits_dtype is not None:
-            output = output.to(shape.logits_dtype)
-        tracker.mark("loss")
-        result = unit.parts.loss(output, feed.labels)
     values = [feed.inputs, *feed.extras.values()]
     if not split:
         tracker.mark("backward")
@@ -219,7 +219,29 @@ def _set_marks(unit: Unit, tracker: StorageTracker, groups: Groups) -> list[Any]
     for name, parameter in unit.module.named_parameters():
         if parameter.requires_grad:
             handles.append(parameter.register_post_accumulate_grad_hook(_complete(name, tracker)))
+    objective, head = unit.parts.objective, unit.module.get_output_embeddings()
+    if objective.sliced and unit.returns_logits and isinstance(head, nn.Module):
+        # All that follows is the loss's, a tied head's too.
+        handles.append(head.register_forward_pre_hook(lambda *_: tracker.mark("loss")))
+    elif unit.returns_logits:
+        handles.append(_marking(objective, tracker))
     return handles
+
+
+class _marking:
+    """Marks where the loss begins."""
+
+    def __init__(self, objective: Objective, tracker: StorageTracker) -> None:
+        self.objective, self.loss = objective, objective.loss
+
+        def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            tracker.mark("loss")
+            return self.loss(logits, labels)
+
+        objective.loss = loss
+
+    def remove(self) -> None:
+        self.objective.loss = self.loss
 
 
 def _first_with_gradient(values: object) -> torch.Tensor | None:

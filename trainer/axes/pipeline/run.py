@@ -78,10 +78,6 @@ class EngineStage(PipelineStage):
         return [operation for operation in operations if operation.group_peer != self.group_rank]
 
 
-LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(output of the last stage, labels) -> sum of the cross-entropy over the valid labels."""
-
-
 class PipelineRun:
     """This rank's stages and the schedule that drives them, for micro-batches of one shape."""
 
@@ -123,29 +119,31 @@ class PipelineRun:
         )
 
     def forward_backward(
-        self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor, *, factor: float, loss_fn: LossFn
+        self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor, *, factor: float
     ) -> torch.Tensor:
         """Run the schedule over one step's micro-batches and leave the gradient of factor * loss in the parameters.
 
-        The loss is the sum over micro-batches of `loss_fn` divided by valid_tokens. Returns this rank's share of it
-        without the factor (float64, detached): zero where the last stage is not. A collective over the pipeline.
+        The loss is what the last stage returns of all micro-batches, divided by valid_tokens. Returns this rank's share
+        of it without the factor (float64, detached): zero where the last stage is not. A collective over the pipeline.
         """
         for batch in micro_batches:
             assert batch.input_ids.shape == self.shape, "a pipeline is built for one shape of micro-batch"
         assert len(micro_batches) == self.micro_batches
-        self._loss_fn, self._valid_tokens, self._factor = loss_fn, valid_tokens, factor
+        self._valid_tokens, self._factor = valid_tokens, factor
         self._total = torch.zeros((), dtype=torch.float64, device=self.device)
         inputs = (torch.cat([batch.input_ids for batch in micro_batches]),) if self.holds_first else ()
         labels = torch.cat([batch.labels for batch in micro_batches]) if self.holds_last else None
         extras = [self._extras(batch) for batch in micro_batches]
         joined = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
+        if labels is not None:
+            joined["targets"] = labels
         self.runner.step(*inputs, target=labels, return_outputs=False, **joined)
         self.sum_tied_gradients()
         return self._total
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, *, loss_fn: LossFn) -> torch.Tensor:
-        """`loss_fn` of one batch of any shape, forward only: the same number on every rank of the pipeline (float64).
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """The loss of one batch of any shape, forward only: the same number on every rank of the pipeline (float64).
         The batch passes the stages one after the other. A collective over the pipeline."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         hidden = torch.empty(0)
@@ -156,9 +154,9 @@ class PipelineRun:
             elif (before := self._rank_of(stage.index - 1)) != self.group.rank():
                 hidden = torch.empty(*batch.input_ids.shape, *stage.hidden, dtype=self.dtype, device=self.device)
                 dist.recv(hidden, group=self.group, group_src=before)
-            hidden = stage.module(hidden, **self._extras(batch))
+            hidden = stage.module(hidden, targets=batch.labels, **self._extras(batch))
             if stage.is_last:
-                loss.copy_(loss_fn(hidden, batch.labels))
+                loss.copy_(hidden)
             elif (after := self._rank_of(stage.index + 1)) != self.group.rank():
                 dist.send(hidden, group=self.group, group_dst=after)
             stage.module.train()
@@ -214,7 +212,7 @@ class PipelineRun:
         return positions | ({"tokens": batch.input_ids} if self.stages[0].repeated else {})
 
     def _loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = self._loss_fn(output, labels) / self._valid_tokens
+        loss = output / self._valid_tokens
         self._total += loss.detach()
         return loss * self._factor
 

@@ -225,7 +225,9 @@ def _set_forward(module: PreTrainedModel, border: Border, anatomy: Examined, *, 
     """Give the module the forward of a stage. Non-last stages stop at the base model, before the head."""
     body: Callable[..., Any] = module.forward if last or module.base_model is module else module.base_model
 
-    def forward(inputs: torch.Tensor, tokens: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        inputs: torch.Tensor, tokens: torch.Tensor | None = None, targets: object = None, **kwargs: Any
+    ) -> torch.Tensor:
         if first:
             output = body(input_ids=inputs, use_cache=False, **kwargs)
         else:

@@ -63,6 +63,7 @@ class TensorParallel:
     plan: what it was divided by. partial: names of the parameters whose gradients are summed over the tp ranks once per
     step.
     loss: takes the place of `trainer.model.loss.cross_entropy_sum`; logits hold this rank's part of the vocabulary.
+    words: of the vocabulary, that a rank scores, or the one that scores the most.
     """
 
     mesh: DeviceMesh
@@ -70,6 +71,7 @@ class TensorParallel:
     sequence_parallel: bool
     partial: tuple[str, ...]
     loss: Loss
+    words: int
 
     def reduce_partial_gradients(self, model: nn.Module) -> None:
         """Complete the gradients of `partial`, after the last backward of the step. A collective, one in all.
@@ -167,6 +169,7 @@ def apply_tensor_parallel(
         sequence_parallel=sequence_parallel,
         partial=tuple(sorted(wiring.partial & trained)),
         loss=loss,
+        words=len(vocabulary.part_of(config.vocab_size, wiring.ranks, 0)) if divided_logits else config.vocab_size,
     )
 
 

@@ -27,10 +27,10 @@ WIDE_ELEMENTS = 2**24
 """Logits are widened to float32 in slices of this many elements (64 MiB), never all at once."""
 
 
-def part_of(vocabulary: int, ranks: Ranks) -> range:
-    """The words of this rank, cut as torch.chunk cuts."""
-    length = -(-vocabulary // ranks.size)
-    return range(min(ranks.rank * length, vocabulary), min((ranks.rank + 1) * length, vocabulary))
+def part_of(vocabulary: int, ranks: Ranks, rank: int | None = None) -> range:
+    """The words of this rank, or of another one, cut as torch.chunk cuts."""
+    length, rank = -(-vocabulary // ranks.size), ranks.rank if rank is None else rank
+    return range(min(rank * length, vocabulary), min((rank + 1) * length, vocabulary))
 
 
 def embedding_forward(module: nn.Embedding, ranks: Ranks) -> Callable[..., torch.Tensor]:

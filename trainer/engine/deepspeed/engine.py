@@ -97,7 +97,10 @@ class DeepSpeedEngine:
         self.mesh = meshes.dense
         zero = partial(self._hand_over, deepspeed, settings)
         parts = assemble(config, plan, self.runtime, meshes, fill=fill, zero=zero)
-        self.model, self.loss_fn, self.kinds, self.balancing = parts.model, parts.loss, parts.kinds, parts.balancing
+        self.model, self.objective, self.kinds, self.balancing = (
+            *(parts.model, parts.objective),
+            *(parts.kinds, parts.balancing),
+        )
         self._announce_scale()
 
     def _hand_over(self, deepspeed: ModuleType, settings: dict[str, Any], parts: Parts) -> None:
@@ -195,8 +198,8 @@ class DeepSpeedEngine:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        logits = self.engine(input_ids=batch.input_ids, use_cache=False, **positions).logits
-        return self.loss_fn(logits, batch.labels)
+        run = partial(self.engine, input_ids=batch.input_ids, use_cache=False, **positions)
+        return self.objective(run, batch.labels)
 
     def _speaks(self) -> bool:
         """Tensor-parallel ranks all know the loss; one of them reports it."""

@@ -1,0 +1,62 @@
+"""Where the loss is computed: from the logits that the model returns, or inside the model, which then returns the loss.
+
+    outside     model(input_ids).logits --> loss                    the caller holds the logits
+    inside      model(input_ids, targets=labels).loss               nobody outside does
+
+Inside, a head may compute it in slices (`head`), and a pipeline's engine, which keeps what its last stage returns until
+the backward, keeps a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from trainer.model.head import call_sliced
+from trainer.model.loss import Loss
+
+
+@dataclass(kw_only=True, slots=True)
+class Objective:
+    """loss: of logits, as the model that returns them has divided them. inside: whether the model takes `targets`.
+    sliced: whether its head computes the loss. words: how many it scores, the same on all ranks that compute together;
+    None: all that the head knows."""
+
+    loss: Loss
+    inside: bool = False
+    sliced: bool = False
+    words: int | None = None
+
+    def __call__(self, run: Callable[..., Any], labels: torch.Tensor) -> torch.Tensor:
+        """The loss of what `run(**more)` returns, which calls the model with what it is given besides."""
+        if self.inside:
+            return run(targets=labels).loss
+        return self.loss(run().logits, labels)
+
+    def attach(self, model: nn.Module, *, staged: bool) -> None:
+        """Let the model take `targets`, the labels [batch, seq_len]. staged: it is the last stage of a pipeline, which
+        returns the loss itself."""
+        inner: Callable[..., Any] = model.forward
+
+        def forward(*args: Any, targets: torch.Tensor | None = None, **kwargs: Any) -> Any:
+            run = partial(inner, *args, **kwargs)
+            if targets is None:
+                return run()
+            if self.sliced:
+                loss = call_sliced(model, run, targets, self.loss, self.words)
+            else:
+                output = run()
+                logits = output if isinstance(output, torch.Tensor) else output.logits
+                del output
+                with torch.autocast(logits.device.type, enabled=False):
+                    loss = self.loss(logits, targets)
+            return loss if staged else CausalLMOutput(loss=loss)  # pyright: ignore[reportArgumentType]
+
+        model.forward = forward
+        self.inside = True
