@@ -103,9 +103,7 @@ class InBackward(TorchEngine):
 
     def _accumulate(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor, factor: float) -> torch.Tensor:
         (batch,) = micro_batches
-        output = self._forward(self.model, batch)
-        loss = self.loss_fn(output.logits, batch.labels) / valid_tokens
-        del output
+        loss = self._loss(self.model, batch) / valid_tokens
         if self.clip_grad_norm:
             (loss * factor).backward()
             self._land()
