@@ -319,3 +319,26 @@ def compiled_losses(model_name: str) -> tuple[list[float], int]:
         loss.backward()
         losses.append(loss.item())
     return losses, sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def checked_types(types: list[str]) -> dict[str, str]:
+    """What the start-up check says of each type's plan, and of a module that it divides."""
+    from tests.zoo.tiny import tiny
+
+    mesh, found = world()["tp"], {}
+    for model_type in types:
+        try:
+            model = build_model(Model(path=model_type), tiny(model_type))
+            plan, config = tensor_plan(model, mesh.size()), model.config
+            apply_tensor_parallel(model, plan, mesh, sequence_parallel=False)
+            tensor_check.self_check(config, plan, mesh, sequence_parallel=False)
+            found[model_type] = ""
+        except CookbookError as error:
+            found[model_type] = str(error)
+    return found
+
+
+def checked_without_ours(model_type: str) -> str:
+    """What the check says of transformers' own plan."""
+    with patch.dict("trainer.axes.tensor.apply.PLANS", {model_type: {}}):
+        return checked_types([model_type])[model_type]

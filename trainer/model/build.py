@@ -211,17 +211,20 @@ def architecture(model: PreTrainedModel) -> str:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: the longest ModuleList that lies in no other (a layer's experts are a list too).
-    Raises ConfigError for a model without one."""
+    """The stack of decoder layers: of the ModuleLists that lie in no other (a layer's experts are a list too) the one
+    that is as long as the config says, or the longest; of several the outermost, since towers that see or hear lie
+    deeper inside. Raises ConfigError for a model without one."""
     if isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config:
         # The tower of a model that sees may have more layers than its language model.
         model = model.get_decoder()
+    depths = {id(module): name.count(".") for name, module in model.named_modules()}
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     inner = {id(module) for outer in lists for module in outer.modules() if module is not outer}
     lists = [module for module in lists if id(module) not in inner]
     if not lists:
         raise ConfigError(f"model: {type(model).__name__} has no list of decoder layers to work on")
-    return max(lists, key=len)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0) if isinstance(model, PreTrainedModel) else 0
+    return max(lists, key=lambda stack: (len(stack) == count, len(stack), -depths[id(stack)]))
 
 
 def held_layers(model: nn.Module) -> list[nn.Module]:

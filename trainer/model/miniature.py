@@ -11,6 +11,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.model.build import body_first
+from trainer.plan.model_fields import text_part
 
 T = TypeVar("T")
 Convert = Callable[[PreTrainedModel], None]
@@ -115,7 +116,8 @@ def first_that_runs(
     float64, or in float32 where its code knows no other. convert: changes the model before it gets its values.
     """
     failed: Exception = ValueError("no small config")
-    shapes = [partial(shrink, config, tp), partial(shrink, config, tp, whole_depth=True), partial(_shallow, config)]
+    kinds = (partial(shrink, tp=tp), partial(shrink, tp=tp, whole_depth=True), _shallow)
+    shapes = [partial(_of_text, kind, config) for kind in kinds]
     for dtype in (torch.float64, torch.float32):
         for make in (shapes[1], shapes[0], shapes[2]) if deep else shapes:
             try:
@@ -124,6 +126,16 @@ def first_that_runs(
             except Exception as error:  # a config in miniature may break any rule of its architecture
                 failed = error
     raise failed
+
+
+def _of_text(shrunk: Callable[[PretrainedConfig], PretrainedConfig], config: PretrainedConfig) -> PretrainedConfig:
+    """Of a composite config the language model's part is shrunk."""
+    fields, text = config.to_dict(), config.get_text_config()
+    part = text_part(fields)
+    if text is config or part is None:
+        return shrunk(config)
+    tokens = {name: 1 for name, value in fields.items() if name.endswith("token_id") and isinstance(value, int)}
+    return type(config)(**{**fields, **tokens, part: shrunk(text).to_dict()})
 
 
 def _random_model(

@@ -161,7 +161,7 @@ def apply_tensor_parallel(
     _distribute(model, wiring, tp_mesh)
     _wire(model, wiring)
     divided_logits = any(split_style(style)[0] == "vocabulary" for style in plan.values())
-    loss = vocabulary.cross_entropy_sum(wiring.ranks, config.vocab_size) if divided_logits else cross_entropy_sum
+    loss = vocabulary.cross_entropy_sum(wiring.ranks, _scored(model)) if divided_logits else cross_entropy_sum
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return TensorParallel(
         mesh=tp_mesh,
@@ -184,6 +184,12 @@ def shares(model: nn.Module, tensor: TensorParallel) -> str:
         f"tensor parallel: over {tensor.mesh.size()} ranks, {divided / 1e6:.1f} M of {total / 1e6:.1f} M parameters"
         f" divided{along}, {len(tensor.partial)} gradients summed once per step"
     )
+
+
+def _scored(model: PreTrainedModel) -> int:
+    """Entries of the vocabulary that the head scores; an encoder may have another one (Marian)."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -250,26 +256,41 @@ def _copies(name: str, projection: nn.Linear, head_dim: int, wiring: Wiring) -> 
 def _distribute(model: nn.Module, wiring: Wiring, mesh: DeviceMesh) -> None:
     """Make every parameter a DTensor. One that has two names (tied embeddings) stays one object."""
     made: dict[int, tuple[nn.Parameter, str]] = {}
-    for name, module in model.named_modules():
-        for leaf, parameter in list(module.named_parameters(recurse=False)) if name not in wiring.apart else ():
-            full = f"{name}.{leaf}" if name else leaf
-            placement = _placement(module, full, leaf, parameter, wiring)
-            if id(parameter) not in made:
-                value = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-                # Cutting what is packed joins pieces, and a tensor's type may not outlive that.
-                part = of_type(parameter.detach(), value.to_local())
-                value = DTensor.from_local(part, mesh, [placement], shape=value.shape, stride=value.stride())
-                made[id(parameter)] = (nn.Parameter(value, requires_grad=parameter.requires_grad), full)
-            shared, owner = made[id(parameter)]
-            if isinstance(shared.data, DTensor) and shared.data.placements[0] != placement:
-                raise ConfigError(f"{KEY}: {full} and {owner} are one tied parameter; give both the same cut")
-            module._parameters[leaf] = shared
+    places = [
+        (module, f"{name}.{leaf}" if name else leaf, leaf, parameter)
+        for name, module in model.named_modules()
+        if name not in wiring.apart
+        for leaf, parameter in list(module.named_parameters(recurse=False))
+    ]
+    # A second name without a style of its own, such as that of a head's bias (BERT), is no contradiction.
+    planned = {
+        id(parameter): _placement(module, full, leaf, parameter, wiring)
+        for module, full, leaf, parameter in reversed(places)
+        if _style_of(full, leaf, wiring)
+    }
+    for module, full, leaf, parameter in places:
+        own = _placement(module, full, leaf, parameter, wiring)
+        placement = own if _style_of(full, leaf, wiring) else planned.get(id(parameter), own)
+        if id(parameter) not in made:
+            value = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+            # Cutting what is packed joins pieces, and a tensor's type may not outlive that.
+            part = of_type(parameter.detach(), value.to_local())
+            value = DTensor.from_local(part, mesh, [placement], shape=value.shape, stride=value.stride())
+            made[id(parameter)] = (nn.Parameter(value, requires_grad=parameter.requires_grad), full)
+        shared, owner = made[id(parameter)]
+        if isinstance(shared.data, DTensor) and shared.data.placements[0] != placement:
+            raise ConfigError(f"{KEY}: {full} and {owner} are one tied parameter; give both the same cut")
+        module._parameters[leaf] = shared
+
+
+def _style_of(full: str, leaf: str, wiring: Wiring) -> str | None:
+    return wiring.styles.get(full) or wiring.styles.get(full.removesuffix(f".{leaf}"))
 
 
 def _placement(module: nn.Module, full: str, leaf: str, parameter: nn.Parameter, wiring: Wiring) -> Placement:
     if full in wiring.slices:
         return Replicate()
-    style = wiring.styles.get(full) or wiring.styles.get(full.removesuffix(f".{leaf}"))
+    style = _style_of(full, leaf, wiring)
     share = share_of(style, leaf, parameter.ndim, transposed=is_transposed(module))
     if share.dim is None:
         return Replicate()
@@ -294,6 +315,9 @@ def _wire(model: nn.Module, wiring: Wiring) -> None:
             continue
         if wiring.style(name) == "embedding_rowwise" and isinstance(module, nn.Embedding):
             module.forward = vocabulary.embedding_forward(module, wiring.ranks)
+            # A norm inside sees this rank's words.
+            normed = dict(module.named_parameters()).keys() - dict(module.named_parameters(recurse=False)).keys()
+            wiring.partial.update(f"{name}.{leaf}" for leaf in normed)
         else:
             wire_module(module, name, wiring, entered=False, sequence=False)
         module.forward = run_on_local_parts(module, name, wiring, recurse=False)

@@ -17,32 +17,24 @@ and the memory are shared, and what lies between is computed by every rank. `che
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from trainer.axes.tensor.plans import share_of
+from trainer.axes.tensor.parts import Layer, Styles
+from trainer.axes.tensor.plans import match, share_of
 from trainer.model.build import decoder_layers
 from trainer.model.layers import is_linear, is_transposed
 from trainer.model.miniature import first_that_runs
-from trainer.model.roles import wildcard
+from trainer.model.weights import plain_name
 
-TOLERANCE = 1e-5
-"""Relative, in float64: some architectures compute parts in float32."""
 SMALL = 0.02
 """Of a layer's parameters: a matrix with fewer is not worth a gather."""
-ATTEMPTS = 500
-"""Ways to cut one part of a layer that are tried at the most."""
-EDGE = "the layer's own input and output"
-Styles = dict[str, str]
 
 
 def derive(model: PreTrainedModel, tp: int) -> Styles:
@@ -70,8 +62,8 @@ def _derive(model: PreTrainedModel, tp: int) -> Styles:
         return found | _gathered(model, layers, found, tp)
 
 
-def _layers_of(small: PreTrainedModel, tp: int) -> list[_Layer]:
-    """Its layers, each with what the model calls it with."""
+def _layers_of(small: PreTrainedModel, tp: int) -> list[Layer]:
+    """A layer of each kind, with what the model calls it with."""
     stack = decoder_layers(small)
     prefix = next(name for name, module in small.named_modules() if module is stack)
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -87,228 +79,33 @@ def _layers_of(small: PreTrainedModel, tp: int) -> list[_Layer]:
     small(input_ids=ids, use_cache=False)
     for handle in handles:
         handle.remove()
-    return [_Layer(stack[n], f"{prefix}.{n}", *call) for n, call in sorted(calls.items())]
+    kinds = {tuple((name, p.shape) for name, p in stack[n].named_parameters()): n for n in sorted(calls, reverse=True)}
+    more = _uses_more(small, stack, ids)
+    return [Layer(stack[n], f"{prefix}.{n}", *calls[n], returns_more=more) for n in sorted(kinds.values())]
 
 
-@dataclass(slots=True)
-class _Seen:
-    """One run of a layer: what each linear layer got, call by call, and what the layer returned."""
+@torch.no_grad()
+def _uses_more(small: PreTrainedModel, stack: nn.ModuleList, ids: torch.Tensor) -> bool:
+    """Whether logits depend on what layers return besides hidden states; attention's weights are thrown away."""
+    plain = small(input_ids=ids, use_cache=False).logits
 
-    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    outputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    returned: list[torch.Tensor] = field(default_factory=list)
+    def disturb(_: nn.Module, __: Any, output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return output
+        return (output[0], *tree_map_only(torch.Tensor, lambda value: value.float() + 1, output[1:]))
 
-
-class _Layer:
-    """A layer alone. linears: those that it calls, by name inside it."""
-
-    def __init__(self, layer: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.layer, self.name = layer, name
-        self.args, self.kwargs = args, kwargs
-        self.linears = {n: m for n, m in layer.named_modules() if n and is_linear(m)}
-        self.plain = _Seen()
-        self.plain = self.run({name: None for name in self.linears})
-        self.linears = {name: m for name, m in self.linears.items() if name in self.plain.inputs}
-
-    def full(self, name: str) -> str:
-        return wildcard(f"{self.name}.{name}")
-
-    @torch.no_grad()
-    def run(self, own: Mapping[str, Any], *, disturbed: str = "", moved: bool = False) -> _Seen:
-        """own: linear layers that compute; the others give what they gave before, `disturbed` with noise on it. moved:
-        with noise on what the layer is given."""
-        seen = _Seen()
-
-        def call(name: str, inner: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
-            number = len(seen.inputs.setdefault(name, []))
-            seen.inputs[name].append(x.detach().clone())
-            if name in own:
-                y = inner(x)
-            else:
-                y = self.plain.outputs[name][number].clone()
-                y = y + torch.randn_like(y) if name == disturbed else y
-            seen.outputs.setdefault(name, []).append(y.detach().clone())
-            replacing = own.get(name)
-            return replacing(number, y) if replacing else y
-
-        def given(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            return value + torch.randn_like(value) if moved and value.requires_grad else value.detach().clone()
-
-        args, kwargs = tree_map(given, (self.args, self.kwargs))
-        with ExitStack() as stack:
-            for name, module in self.linears.items():
-                inner = module.forward
-                stack.enter_context(
-                    _set(vars(module), "forward", lambda x, name=name, inner=inner: call(name, inner, x))
-                )
-            result = self.layer(*args, **kwargs)
-        seen.returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        return seen
-
-    def changed(self, seen: _Seen) -> set[str]:
-        """The linear layers that got something else, and EDGE if the layer returned something else."""
-        names = {n for n in self.linears if not _same(seen.inputs.get(n, []), self.plain.inputs[n])}
-        return names | (set() if _same(seen.returned, self.plain.returned) else {EDGE})
-
-    def reached(self, **how: Any) -> set[str]:
-        try:
-            return self.changed(self.run({}, **how))
-        except Exception:  # the layer's own code: a router that chooses others, for example
-            return {EDGE}
-
-    def parameters(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Of everything but linear layers: name, owner, name in the owner."""
-        for name, module in self.layer.named_modules():
-            if name not in self.linears:
-                yield from ((f"{name}.{leaf}" if name else leaf, module, leaf) for leaf in module._parameters)
-
-    def closed_parts(self) -> Iterator[_Part]:
-        """Parts between linear layers that nothing else enters with a gradient or leaves."""
-        reach = {name: self.reached(disturbed=name) for name in self.linears}
-        reach[EDGE] = self.reached(moved=True) | {EDGE}
-        for name, module, leaf in self.parameters():
-            if (value := module._parameters[leaf]) is not None and value.is_floating_point():
-                with _set(module._parameters, leaf, nn.Parameter(value + torch.randn_like(value), False)):
-                    reach[name] = self.reached()
-        groups: list[tuple[set[str], set[str]]] = []
-        for source, sinks in reach.items():
-            if not sinks:
-                continue
-            joined = [group for group in groups if group[1] & sinks]
-            groups = [group for group in groups if group not in joined]
-            groups.append(({source}.union(*(g[0] for g in joined)), sinks.union(*(g[1] for g in joined))))
-        for sources, sinks in groups:
-            linears = [name for name in self.linears if name in sources]
-            if EDGE not in sources | sinks and linears and not sinks & sources:
-                between = [name for name in reach if name in sources and name not in linears]
-                yield _Part(self, linears, [name for name in self.linears if name in sinks], between)
-
-    def weight_is_read(self, name: str) -> bool:
-        """Whether the code uses the weight besides calling the linear layer."""
-        module = self.linears[name]
-        weight = module._parameters["weight"]
-        assert weight is not None
-        with _set(module._parameters, "weight", nn.Parameter(weight + torch.randn_like(weight), False)):
-            return bool(self.reached())
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """columns, rows: linear layers that it begins and ends with. between: other parameters."""
-
-    layer: _Layer
-    columns: list[str]
-    rows: list[str]
-    between: list[str]
-
-    @property
-    def linears(self) -> set[str]:
-        return {self.layer.full(name) for name in (*self.columns, *self.rows)}
-
-    def cut(self, tp: int) -> Styles | None:
-        """Styles under which the ranks' parts add up to the whole, or None."""
-        packings = itertools.product(("colwise", "packed_colwise:3", "packed_colwise:2"), repeat=len(self.columns))
-        between = itertools.product(("replicated_with_grad_allreduce", "channels"), repeat=len(self.between))
-        tried = itertools.product(packings, between, self._attributes(tp))
-        ways = sorted(itertools.islice(tried, 20 * ATTEMPTS), key=_effort)
-        for packing, between, attributes in ways[:ATTEMPTS]:
-            styles = dict(zip(self.columns, packing, strict=True)) | dict.fromkeys(self.rows, "rowwise")
-            styles |= dict(zip(self.between, between, strict=True))
-            if self._adds_up(styles, attributes, tp):
-                return self._named(styles, attributes)
-        return None
-
-    def _attributes(self, tp: int) -> list[tuple[tuple[str, str], ...]]:
-        """Sets of attributes to divide: those of one module with one value go together."""
-        modules = dict(self.layer.layer.named_modules())
-        owners = {name.rpartition(".")[0] for name in (*self.columns, *self.rows, *self.between)}
-        owners |= {name.rpartition(".")[0] for name in owners}
-        groups: dict[tuple[str, int, bool], list[str]] = {}
-        for owner in sorted(owners):
-            for name, value in vars(modules[owner]).items():
-                if type(value) is int and value > 1 and value % tp == 0 and not name.startswith("_"):
-                    groups.setdefault((owner, value, "head" in name and "dim" not in name), []).append(name)
-        keys = list(groups)
-        chosen = [c for size in range(min(4, len(keys) + 1)) for c in itertools.combinations(keys, size)]
-        return [
-            tuple((owner, name) for key in keys for owner, name in ((key[0], n) for n in groups[key]))
-            for keys in chosen
-        ]
-
-    def _adds_up(self, styles: Styles, attributes: Sequence[tuple[str, str]], tp: int) -> bool:
-        modules = dict(self.layer.layer.named_modules())
-        totals: dict[str, list[torch.Tensor]] = {}
-        plain = self.layer.plain
-
-        def row(name: str) -> Callable[[int, torch.Tensor], torch.Tensor]:
-            def add(number: int, y: torch.Tensor) -> torch.Tensor:
-                sums = totals.setdefault(name, [])
-                if len(sums) == number:
-                    sums.append(y)
-                else:
-                    sums[number] = sums[number] + y
-                return plain.outputs[name][number].clone()
-
-            return add
-
-        try:
-            for rank in range(tp):
-                counted = {name: len(sums) for name, sums in totals.items()}
-                with ExitStack() as stack:
-                    for name, style in styles.items():
-                        for table, leaf, value in self._local(modules, name, style, rank, tp):
-                            stack.enter_context(_set(table, leaf, value))
-                    for owner, name in attributes:
-                        stack.enter_context(_set(vars(modules[owner]), name, getattr(modules[owner], name) // tp))
-                    own = {name: None for name in self.columns} | {name: row(name) for name in self.rows}
-                    self.layer.run(own)
-                if counted and counted != {name: len(sums) for name, sums in totals.items()}:
-                    return False
-        except Exception:  # the layer's own code, on sizes that do not fit it
-            return False
-        return all(
-            _close(total if (bias := modules[name]._parameters["bias"]) is None else total + bias, whole)
-            for name in self.rows
-            for total, whole in zip(totals[name], plain.outputs[name], strict=True)
-        )
-
-    def _local(
-        self, modules: Mapping[str, nn.Module], name: str, style: str, rank: int, tp: int
-    ) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """What stands for parameters on one rank: (table, key, value)."""
-        if name in self.layer.linears:
-            module, leaves = modules[name], ("weight", "bias")
-        else:
-            owner, _, leaf = name.rpartition(".")
-            module, leaves = modules[owner], (leaf,)
-        for leaf in leaves:
-            value = module._parameters[leaf]
-            if value is None:
-                continue
-            if style == "rowwise" and leaf == "bias":
-                yield module._parameters, leaf, torch.zeros_like(value) if is_transposed(module) else None
-                continue
-            share = share_of(style, leaf, value.ndim, transposed=is_transposed(module))
-            if share.dim is not None:
-                if value.shape[share.dim] % (tp * share.parts):
-                    raise ValueError("does not divide")
-                blocks = [block.chunk(tp, share.dim)[rank] for block in value.chunk(share.parts, share.dim)]
-                yield module._parameters, leaf, nn.Parameter(torch.cat(blocks, share.dim), False)
-        if is_transposed(module) and style != "rowwise":
-            yield vars(module), "nf", -1
-
-    def _named(self, styles: Styles, attributes: Sequence[tuple[str, str]]) -> Styles:
-        divided: dict[str, list[str]] = {}
-        for owner, name in attributes:
-            divided.setdefault(self.layer.full(owner) if owner else wildcard(self.layer.name), []).append(name)
-        named = {self.layer.full(name): style for name, style in styles.items()}
-        return {owner: f"divide:{','.join(names)}" for owner, names in divided.items()} | named
+    handles = [layer.register_forward_hook(disturb) for layer in stack]
+    try:
+        return not torch.equal(small(input_ids=ids, use_cache=False).logits, plain)
+    except Exception:  # the model's own code, on what it did not expect
+        return True
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _agreed(
-    model: PreTrainedModel, layers: list[_Layer], parts: list[list[tuple[set[str], Styles | None]]], tp: int
+    model: PreTrainedModel, layers: list[Layer], parts: list[list[tuple[set[str], Styles | None]]], tp: int
 ) -> Styles:
     """The parts that are cut alike in every layer that calls linear layers of these names."""
     cuts: dict[str, list[Styles]] = {}
@@ -323,65 +120,35 @@ def _agreed(
 
 def _divides(model: PreTrainedModel, styles: Styles, tp: int) -> bool:
     """Whether the model's own sizes can be cut so."""
-    for name, module in model.named_modules():
-        style = styles.get(wildcard(name), "")
+    modules = {plain_name(name): module for name, module in model.named_modules() if ".lora_" not in name}
+    found = match(styles, (*modules, *(plain_name(name) for name, _ in model.named_parameters())))
+    for name, module in modules.items():
+        style = found.get(name, "")
         divided = style.partition(":")[2].split(",") if style.startswith("divide:") else []
         if any(getattr(module, attribute, 0) % tp for attribute in divided):
             return False
         for leaf, parameter in module.named_parameters(recurse=False):
-            own = styles.get(wildcard(f"{name}.{leaf}")) or style
+            own = found.get(f"{name}.{leaf}") or style
             share = share_of(own, leaf, parameter.ndim, transposed=is_transposed(module))
             if share.dim is not None and parameter.shape[share.dim] % (tp * share.parts):
                 return False
     return True
 
 
-def _gathered(model: PreTrainedModel, layers: list[_Layer], found: Styles, tp: int) -> Styles:
+def _gathered(model: PreTrainedModel, layers: list[Layer], found: Styles, tp: int) -> Styles:
     """Styles of large matrices that no part divides."""
     called = {layer.full(name): (layer, name) for layer in layers for name in layer.linears}
-    stack = decoder_layers(model)
-    ids = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): plain_name(name) for name, module in model.named_modules()}
     styles: Styles = {}
-    for layer in stack:
+    for layer in decoder_layers(model):
         least = SMALL * sum(p.numel() for p in layer.parameters())
-        for module in layer.modules():
-            name = wildcard(ids[id(module)])
-            if not is_linear(module) or name in found or name not in called or module.weight.numel() < least:
-                continue
-            outputs, inputs = module.weight.shape if not is_transposed(module) else module.weight.shape[::-1]
+        linears = [m for m in layer.modules() if is_linear(m) and m.weight.numel() >= least]
+        patterns = match({name: name for name in called.keys() - found.keys()}, (names[id(m)] for m in linears))
+        for module in linears:
+            pattern = patterns.get(names[id(module)], "")
+            outputs, inputs = module.weight.shape[:: -1 if is_transposed(module) else 1]
             style = "colwise_gather_output" if outputs >= inputs else "rowwise_split_input"
-            if (outputs if outputs >= inputs else inputs) % tp == 0:
-                small, inside = called[name]
-                if name in styles or not small.weight_is_read(inside):
-                    styles[name] = style
-    return styles
-
-
-def _effort(way: tuple[Iterable[Any], ...]) -> int:
-    """How much of a way to cut is out of the ordinary; the first that adds up is taken."""
-    return sum(choice not in ("colwise", "replicated_with_grad_allreduce") for choices in way for choice in choices)
-
-
-def _same(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
-    return len(left) == len(right) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(left, right, strict=True)
-    )
-
-
-def _close(value: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return value.shape == wanted.shape and bool((value - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
-
-
-@contextmanager
-def _set(table: dict[str, Any], key: str, value: Any) -> Iterator[None]:
-    """A dictionary with another value for one key, while inside."""
-    missing = object()
-    before = table.get(key, missing)
-    table[key] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del table[key]
-        else:
-            table[key] = before
+            if pattern and pattern not in styles and max(outputs, inputs) % tp == 0:
+                small, inside = called[pattern]
+                styles[pattern] = "replicate" if small.weight_is_read(inside) else style
+    return {name: style for name, style in styles.items() if style != "replicate"}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 from trainer.model.roles import PACKED, wildcard
@@ -76,6 +77,12 @@ def _plan(layer: str, *, columns: str, rows: str, divide: tuple[str, str] | None
 PLANS: dict[str, dict[str, str]] = {
     # transformers' own plan passes over the activation's learned slopes, which see only this rank's features.
     "apertus": {"model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
+    # transformers' own plan sums what each head makes of the values of all, and then has other heads on each rank.
+    "doge": {
+        **dict.fromkeys((f"model.layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise_gather_output"),
+        "model.layers.*.self_attn.dt_proj": "replicate",
+        "model.layers.*.self_attn.o_proj": "rowwise_split_input",
+    },
     # Its sparse activation takes mean and deviation over all features of a gate.
     "gemma3n_text": dict.fromkeys(
         ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj", "model.layers.*.mlp.down_proj"), "replicate"
@@ -89,12 +96,6 @@ PLANS: dict[str, dict[str, str]] = {
             divide=("attn", "split_size"),
         ),
     },
-    "gpt_neo": _plan(
-        "transformer.h.*",
-        columns="attn.attention.q_proj attn.attention.k_proj attn.attention.v_proj mlp.c_fc",
-        rows="attn.attention.out_proj mlp.c_proj",
-        divide=("attn.attention", "num_heads"),
-    ),
     # The columns of gate_up_proj alternate between gate and up: a block of an even number of them is whole pairs.
     "gpt_oss": {
         **_plan(
@@ -108,18 +109,9 @@ PLANS: dict[str, dict[str, str]] = {
         "model.layers.*.mlp.experts.down_proj": "colwise",
         "model.layers.*.mlp.experts.down_proj_bias": "added_once",
     },
-    "gptj": _plan(
-        "transformer.h.*",
-        columns="attn.q_proj attn.k_proj attn.v_proj mlp.fc_in",
-        rows="attn.out_proj mlp.fc_out",
-        divide=("attn", "num_attention_heads"),
-    ),
-    "opt": _plan(
-        "model.decoder.layers.*",
-        columns="self_attn.q_proj self_attn.k_proj self_attn.v_proj fc1",
-        rows="self_attn.out_proj fc2",
-        divide=("self_attn", "num_heads"),
-    ),
+    # transformers' own plan cuts gate and up, stacked in one, as if they were one.
+    "inkling_text": {"model.layers.*.mlp.experts.gate_up_proj": "packed_colwise"},
+    "inkling2_text": {"model.layers.*.mlp.experts.gate_up_proj": "packed_colwise"},
     "stablelm": _plan(
         "model.layers.*",
         columns="self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj",
@@ -162,8 +154,17 @@ def check_plan(plan: Mapping[str, str], key: str) -> Iterator[str]:
 
 def match(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """{name: style} for those names of modules and parameters that the plan speaks of."""
-    found = {name: plan.get(name) or plan.get(wildcard(name)) for name in names}
+    found = {name: next(filter(None, map(plan.get, _patterns(name))), None) for name in names}
     return {name: style for name, style in found.items() if style}
+
+
+def _patterns(name: str) -> Iterator[str]:
+    """Itself, with `*` for all its numbers, and with `*` for some."""
+    yield name
+    yield wildcard(name)
+    words = [(word, "*") if word.isdigit() else (word,) for word in name.split(".")]
+    if sum(len(choices) - 1 for choices in words) > 1:
+        yield from map(".".join, product(*words))
 
 
 def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = False) -> TensorShare:

@@ -71,7 +71,7 @@ def wire_layer(layer: nn.Module, name: str, wiring: Wiring, *, first: bool, last
         if divided and any(
             wiring.style(n) in ("colwise", "packed_colwise") for n, _ in child.named_modules(prefix=full)
         ):
-            child.forward = _edges(child.forward, ranks.enter_sequence if sequence else ranks.enter)
+            child.forward = _entered(child.forward, ranks.enter_sequence if sequence else ranks.enter)
         elif kind == "whole" and sequence:
             child.forward = _edges(child.forward, ranks.join, ranks.split)
     forward = run_on_local_parts(layer, name, wiring)
@@ -127,7 +127,7 @@ def run_on_local_parts(module: nn.Module, name: str, wiring: Wiring, *, recurse:
         for leaf in _own(owner) if owner_name not in wiring.apart else ():
             full = f"{owner_name}.{leaf}"
             once = wiring.style(full) == "added_once"
-            if once:
+            if once or wiring.style(full) == "replicated_with_grad_allreduce":
                 wiring.partial.add(full)
             places.append((owner._parameters, leaf, wiring.slices.get(full), once))
 
@@ -176,6 +176,19 @@ def _edges(inner: Forward, before: Forward | None = None, after: Forward | None 
         if after is None:
             return result
         return (after(result[0]), *result[1:]) if isinstance(result, tuple) else after(result)
+
+    return forward
+
+
+def _entered(inner: Forward, enter: Forward) -> Forward:
+    """`inner`, whose ranks compute different parts from the hidden states, which some models pass as query, key and
+    value. What else it is given, such as a residual to add, is the same on every rank."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        entered = enter(hidden)
+        args = tuple(entered if value is hidden else value for value in args)
+        return inner(*args, **{name: entered if value is hidden else value for name, value in kwargs.items()})
 
     return forward
 
