@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import BYTES, Attention
-from configs.errors import CookbookError
+from configs.errors import ConfigError, CookbookError
 from configs.schema import Config
 from trainer.axes import CONTEXT, PIPELINE
 from trainer.estimate.bounds import states_bytes, upper_bytes
@@ -102,17 +102,17 @@ class Tracer:
         )
         layers = [owned[place] for place in kept_layers(kinds[owned.start : owned.stop])]
         first, last = index == 0, index == stages - 1
-        with build_unit(self.model, layers, self.config, self.plan, first=first, last=last) as unit:
-            anatomy = describe_unit(unit, kinds)
-            try:
-                trace = trace_unit(unit, shape)
-            except CannotTrace as error:
-                name, between = type(self.model).__name__, _between(self.config, self.plan, self.model)
-                raise NotEstimated(
-                    f"model={self.config.model.preset}: the code of {name} does not run without values ({error}), so"
-                    f" its activations cannot be counted: not estimated. {between}; measure a run with a small"
-                    " train.micro_batch_size"
-                ) from None
+        try:
+            with build_unit(self.model, layers, self.config, self.plan, first=first, last=last) as unit:
+                anatomy, trace = describe_unit(unit, kinds), trace_unit(unit, shape)
+        # The model with few of its layers may break a rule of its architecture; whole it has been asked already.
+        except (CannotTrace, ConfigError) as error:
+            name, between = type(self.model).__name__, _between(self.config, self.plan, self.model)
+            raise NotEstimated(
+                f"model={self.config.model.preset}: the code of {name} does not run without values ({error}), so"
+                f" its activations cannot be counted: not estimated. {between}; measure a run with a small"
+                " train.micro_batch_size"
+            ) from None
         return Part(groups=anatomy.groups, buffers_bytes=anatomy.buffers_bytes, trace=trace)
 
 
