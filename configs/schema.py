@@ -254,12 +254,15 @@ class Optimizer:
     weight_decay: float = 0.1
     """Applied to matrices and embeddings; never to norms and biases."""
     implementation: Implementation = Implementation.auto
-    """`auto`: adamw, and AdamW within muon, fused; sgd foreach, adafactor for_loop. `deepspeed_cpu`: DeepSpeed's, for
+    """`auto`: adamw, and AdamW within muon, fused; sgd foreach, the others for_loop. `deepspeed_cpu`: DeepSpeed's, for
     offload (needs g++)."""
     in_backward: bool = False
     """Apply and free each gradient as the backward computes it, so that no rank holds those of the whole model."""
     options: dict[str, Any] = field(default_factory=dict)
     """What one optimizer alone reads; its file below configs/optimizer/ lists them."""
+    target: str | None = None
+    """`custom`: path of a class, package.module.Class, a subclass of torch.optim.Optimizer; `options` are its
+    arguments."""
 
 
 @dataclass(kw_only=True, slots=True)

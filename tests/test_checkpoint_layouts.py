@@ -132,8 +132,10 @@ def test_another_number_of_processes(row: str, single_precision: tuple[Path, Jou
 @pytest.mark.parametrize(
     ("words", "precision", "limit", "others"),
     [
-        ("optimizer=adafactor optimizer.lr=0.02", "fp64", FLOAT64, ["ddp"]),
-        ("optimizer=adamw_8bit", "fp32", FLOAT32, ["ddp"]),
+        ("optimizer=adafactor optimizer.lr=0.02", "fp64", FLOAT64, ["tensor"]),
+        ("optimizer=adamw_8bit", "fp64", FLOAT64, ["tensor"]),
+        ("optimizer=schedule_free scheduler=constant", "fp64", FLOAT64, ["fsdp"]),
+        ("optimizer=custom optimizer.target=torch.optim.NAdam", "fp64", FLOAT64, ["tensor"]),
         ("optimizer=muon optimizer.options.dtype=float64", "fp64", FLOAT64, ["fsdp", "tensor", "pipeline"]),
         ("tuning=lora optimizer.lr=0.003", "fp32", 10 * FLOAT32, ["fsdp", "tensor", "zero2", "zero3"]),
     ],
@@ -141,8 +143,8 @@ def test_another_number_of_processes(row: str, single_precision: tuple[Path, Jou
 def test_other_states_go_on_exactly(
     words: str, precision: str, limit: float, others: list[str], tmp_path: Path
 ) -> None:
-    """Adafactor's rows, columns and vectors, codes and scales of 8-bit AdamW, Muon's momentum, adapters alone, on more
-    processes and on fewer."""
+    """Adafactor's rows, columns and vectors, codes and scales of 8-bit AdamW, NAdam's numbers, Muon's momentum,
+    adapters alone, on more processes and on fewer."""
     extra = words.split()
     layouts = {"single": 1, **dict.fromkeys(others, 2)}
     for layout, processes in layouts.items():

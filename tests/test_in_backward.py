@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, int, str, tuple[str, ...], tuple[str, ...]]] = {
     "fsdp, not clipped, tied": ("fsdp", 2, "gpt2", NO_CLIPPING, ()),
     "fsdp, kept gathered": ("fsdp", 2, "llama", SGD, ("parallel.reshard_after_forward=false",)),
     "fsdp, adapters": ("fsdp", 2, "llama", ("tuning=lora", "optimizer.lr=0.03"), ()),
+    "fsdp, adafactor": ("fsdp", 2, "llama", ("optimizer=adafactor", "optimizer.lr=0.02"), ()),
+    "fsdp, 8-bit states": ("fsdp", 2, "llama", ("optimizer=adamw_8bit", "optimizer.lr=0.01"), ()),
     "hsdp": ("hsdp", 4, "qwen3", (), ()),
     "fsdp_offload": ("fsdp_offload", 2, "llama", NO_CLIPPING, ()),
     "context": ("context", 2, "llama", (), ()),

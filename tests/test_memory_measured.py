@@ -112,8 +112,11 @@ CASES = {
         ["parallel=tensor_fsdp", *GPT2, *LONG, *BF16, *FULL, "tuning=lora"],
     ),
     "zero2_tensor bf16, adapters": (4, DEEPSPEED, ["parallel=zero2_tensor", *LLAMA, *SHORT, *BF16, "tuning=lora"]),
-    "ddp bf16, adafactor, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT, *BF16, *ADAFACTOR]),
+    "fsdp bf16, adafactor, tied": (2, TORCH, ["parallel=fsdp", *GPT2, *SHORT, *BF16, *ADAFACTOR]),
     "ddp autocast, 8-bit states, tied": (2, TORCH, ["parallel=ddp", *GPT2, *LONG, *BF16, *EIGHT_BITS]),
+    "tensor fp32, 8-bit states": (2, TORCH, ["parallel=tensor", *GPT2, *SHORT, *EIGHT_BITS]),
+    "fsdp bf16, optimizer by its path": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT, *BF16, "optimizer=custom"]),
+    "tensor_fsdp fp32, 8-bit states": (4, TORCH, ["parallel=tensor_fsdp", *LLAMA, *SHORT, *EIGHT_BITS]),
     "ddp fp32, muon, routed experts": (2, TORCH, ["parallel=ddp", *MIXTRAL, *SHORT, *MUON]),
     "expert bf16": (4, TORCH, ["parallel=expert", *MIXTRAL, *SHORT, *BF16, *TWICE]),
     "expert_fsdp fp32, muon": (4, TORCH, ["parallel=expert_fsdp", *MIXTRAL, *SHORT, *MUON]),
@@ -235,7 +238,14 @@ CASES = {
 # Of these each key meets its kind of layout, and each layout is, in another case too.
 NIGHTLY = {
     *("single fp32, routed experts", "ddp fp32, tied", "ddp autocast, accumulation", "fsdp fp32", "tensor fp32"),
-    *("tensor fp32, loss in slices", "tensor bf16, adapters", "tensor_fsdp", "zero2_tensor fp32, tied, recompute"),
+    *(
+        "ddp autocast, 8-bit states, tied",
+        "tensor_fsdp fp32, 8-bit states",
+        "tensor fp32, loss in slices",
+        "tensor bf16, adapters",
+        "tensor_fsdp",
+        "zero2_tensor fp32, tied, recompute",
+    ),
     *("pipeline_fsdp", "zero1 bf16", "zero1 fp32", "zero2 fp32, adapters", "zero2 bf16, offload", "zero3 bf16"),
     *("zero3 fp32", "ddp fp32, adamw in the backward, tied", "hsdp bf16, lomo"),
 }

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import get_scheduler
 
-from configs.errors import PlanError
+from configs.errors import EXIT_FINISHED, PlanError
 from configs.load import load_config
 from tests.support.balance import balance
+from tests.support.doors import door
+from tests.support.harness import run_ranks
+from trainer.checkpoint.__main__ import main as checkpoint_main
 from trainer.estimate.tracker import StorageTracker
 from trainer.make_plan import make_plan
 from trainer.model.roles import Described, Role, describe
 from trainer.optim.build import build_optimizer, learning_rates, lr_at, set_lr
 from trainer.optim.options import read_options
+from trainer.optim.placed import averaged
 from trainer.optim.protocol import COUNTER, Held, Spread
 from trainer.optim.table import OPTIMIZERS, ask, kept, kept_bytes, saved_state
 from trainer.plan.machine import Machine
@@ -68,7 +74,6 @@ def test_norms_and_biases_do_not_decay() -> None:
 
 WEIGHT = Described(name="w", shape=(2, 3), role=Role.matrix)
 IMPLEMENTATIONS = [(name, how) for name in ("adamw", "sgd") for how in ("auto", "fused", "foreach", "for_loop")]
-IMPLEMENTATIONS += [("adafactor", "auto"), ("adafactor", "foreach")]
 
 
 @pytest.mark.parametrize(("name", "implementation"), IMPLEMENTATIONS)
@@ -104,6 +109,19 @@ def test_adafactor_is_that_of_its_paper() -> None:
         update /= max(1.0, update.square().mean().sqrt().item())
         expected -= min(0.01, step**-0.5) * max(1e-3, expected.square().mean().sqrt().item()) * update
     torch.testing.assert_close(found.detach(), expected, rtol=1e-12, atol=0)
+    theirs = nn.Parameter(torch.ones(5, 3))
+    reference, ours = (
+        torch.optim.Adafactor([theirs], lr=0.01, eps=(1e-8, 1e-3), weight_decay=0.1),
+        nn.Parameter(torch.ones(5, 3)),
+    )
+    settings = load_config(["optimizer=adafactor", "optimizer.weight_decay=0.1"]).optimizer
+    same = build_optimizer([("w", ours)], {"w": WEIGHT}, settings)
+    for _ in range(3):
+        theirs.grad = torch.randn(5, 3)
+        ours.grad = theirs.grad.clone()
+        reference.step()
+        same.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     kept_numbers = sum(tensor.numel() for kind, tensor in optimizer.state[found].items() if kind != "step")
     assert kept_numbers == 5 + 3
 
@@ -155,8 +173,10 @@ def test_tables_say_what_an_update_allocates(name: str, how: str) -> None:
     held = list(balance(tracker.events))
     second = next(index for index, (event, _) in enumerate(held) if event == "second")
     states = [tensor for about in described.values() for tensor in kept(about, config, "float32")]
-    counters = 4 * len(described)  # in host memory, which the CPU's tensors lie in too
-    assert 0 <= held[second][1] - sum(tensor.nbytes for tensor in states) <= counters
+    # Counters and other numbers: in host memory, which the CPU's tensors lie in too.
+    tables = [ask(config).state(about, config, "float32") for about in described.values()]
+    counters = sum(max(tensor.nbytes, 4) for table in tables for tensor in table.values() if not tensor.shape)
+    assert 0 <= held[second][1] - sum(tensor.nbytes for tensor in states) <= max(counters, 4 * len(described))
     for name_, parameter in model.named_parameters():
         found = {kind: value for kind, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
         expected = ask(config).state(described[name_], config, "float32")
@@ -172,21 +192,21 @@ def test_tables_say_what_an_update_allocates(name: str, how: str) -> None:
 def test_what_is_kept_of_eight_bits() -> None:
     settings = load_config(["optimizer=adamw_8bit"]).optimizer
     matrix = Described(name="w", shape=(100, 90), role=Role.matrix)
-    assert kept_bytes([matrix], settings, "float32") == 2 * (9000 + 4 * 36)
+    assert kept_bytes([matrix], settings, "float32") == 2 * (9000 + 4 * 100), "a row is a block here"
+    wide = Described(name="w", shape=(100, 900), role=Role.matrix)
+    assert kept_bytes([wide], settings, "float32") == 2 * (90000 + 4 * 100 * 4)
+    assert kept_bytes([wide.cut((50, 300))], settings, "float32") == 2 * (15000 + 4 * 50 * 4), "scales of whole rows"
     assert kept_bytes([Described(name="e", shape=(100, 90), role=Role.embedding)], settings, "float32") == 8 * 9000
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["parallel=fsdp"], "optimizer.name=adamw_8bit: blocks of 256 values share a scale"),
-        (["parallel=zero2"], "optimizer.name=adamw_8bit: blocks of 256 values share a scale"),
-        (["parallel=tensor"], "optimizer.name=adamw_8bit: blocks of 256 values share a scale"),
+        (["parallel=zero2"], "optimizer.name=adamw_8bit: blocks of 256 values of a matrix's row share a scale"),
         (
             ["optimizer.implementation=foreach"],
-            "optimizer.implementation=foreach: adamw_8bit has no such implementation; use fused or auto",
+            "optimizer.implementation=foreach: adamw_8bit has no such implementation; use for_loop or auto",
         ),
-        (["precision=fp64"], "precision=fp64: optimizer=adamw_8bit computes in float32"),
     ],
 )
 def test_eight_bits_refuse(words: list[str], line: str) -> None:
@@ -196,15 +216,16 @@ def test_eight_bits_refuse(words: list[str], line: str) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["parallel=fsdp"], "optimizer.name=adafactor: torch computes it on whole matrices only"),
-        (["parallel=pipeline"], "optimizer.name=adafactor: torch computes it on whole matrices only"),
-        (["parallel=zero1"], "optimizer.name=adafactor: needs the rows and columns of whole matrices"),
+        (["parallel=zero1"], "optimizer.name=adafactor: needs the rows and columns of matrices, and ZeRO's partitions"),
         (
             ["optimizer.implementation=fused"],
-            "optimizer.implementation=fused: adafactor has no such implementation; use for_loop, foreach or auto",
+            "optimizer.implementation=fused: adafactor has no such implementation; use for_loop or auto",
         ),
         (["optimizer.eps=1e-30"], "optimizer.eps=1e-30: adafactor squares it"),
-        (["optimizer.beta2=0.9"], "optimizer.beta2=0.9: adafactor does not read it, adamw, adamw_8bit"),
+        (
+            ["optimizer.beta2=0.9"],
+            "optimizer.beta2=0.9: adafactor does not read it, adamw, adamw_8bit, muon, lion, schedule_free do",
+        ),
         (["optimizer.options.lr=0.9"], "optimizer.options.lr=0.9: adafactor has no such option; it has none"),
     ],
 )
@@ -234,6 +255,163 @@ def test_muon_refuses(words: list[str], line: str) -> None:
     assert_refused(["optimizer=muon", *words], line)
 
 
+USERS = "tests.support.optimizers_of_users"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["optimizer.target=null"], "optimizer.name=custom: needs optimizer.target=package.module.Class"),
+        (["optimizer.target=Adam"], "optimizer.target=Adam: is no path of a class"),
+        (["optimizer.target=no.Adam"], "optimizer.target=no.Adam: cannot import no (ModuleNotFoundError: No module"),
+        (["optimizer.target=torch.optim.NAdm"], "optimizer.target=torch.optim.NAdm: torch.optim has no NAdm; did you"),
+        (["optimizer.target=torch.nn.Linear"], "optimizer.target=torch.nn.Linear: is no subclass of torch.optim"),
+        (["optimizer.target=torch.optim.LBFGS"], "optimizer.target=torch.optim.LBFGS: its step failed on a parameter"),
+        (["optimizer.target=torch.optim.Muon"], "optimizer.target=torch.optim.Muon: cannot be built (ValueError: Muon"),
+        (["optimizer.options.ep=1"], "optimizer.options.ep=1: torch.optim.RAdam has no such option; did you mean opti"),
+        (["optimizer.options.lr=1"], "optimizer.options.lr=1: is no option; give optimizer.lr"),
+        (["optimizer.options.eps=-1"], "optimizer.options: torch.optim.RAdam refuses them (ValueError: Invalid eps"),
+        ([f"optimizer.target={USERS}.Signs", "optimizer.weight_decay=1"], "optimizer.weight_decay=1.0: tests.support"),
+        (
+            [f"optimizer.target={USERS}.Columns", "parallel=fsdp"],
+            f"optimizer.target={USERS}.Columns: is not element by element (the columns of a matrix are updated",
+        ),
+        (
+            [f"optimizer.target={USERS}.Together", "parallel=pipeline"],
+            f"optimizer.target={USERS}.Together: is not element by element (the rows of a matrix are updated",
+        ),
+        (
+            ["optimizer.target=torch.optim.Adafactor", "parallel=zero1"],
+            "optimizer.target=torch.optim.Adafactor: is not element by element (the rows of a matrix are updated toget",
+        ),
+        (
+            ["optimizer.target=torch.optim.NAdam", "parallel=zero2"],
+            "optimizer.target=torch.optim.NAdam: keeps mu_product of each parameter, and ZeRO's partitions are flat",
+        ),
+        ([f"optimizer.target={USERS}.Forgets"], f"optimizer.target={USERS}.Forgets: keeps k, which a checkpoint does"),
+        (
+            ["optimizer.target=bitsandbytes.optim.AdamW8bit"],
+            "optimizer.target=bitsandbytes.optim.AdamW8bit: keeps absmax1 and absmax2, which a checkpoint does",
+        ),
+        (["optimizer.beta1=0.8"], "optimizer.beta1=0.8: custom does not read it"),
+        (["optimizer.in_backward=true", "parallel=ddp"], "optimizer.in_backward=true: optimizer=custom updates all"),
+    ],
+)
+def test_custom_optimizers_refuse(words: list[str], line: str) -> None:
+    assert_refused(["optimizer=custom", *words], line)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optimizer.target=torch.optim.RMSprop", "optimizer.options.momentum=0.9", "parallel=tensor"],
+        ["parallel=zero1"],
+        [f"optimizer.target={USERS}.Signs", "parallel=fsdp"],
+        [f"optimizer.target={USERS}.Columns", "parallel=ddp"],
+        [f"optimizer.target={USERS}.Forgets", "parallel=fsdp", "checkpoint.every=0"],
+        ["optimizer.target=bitsandbytes.optim.AdamW8bit", "parallel=ddp", "checkpoint.every=0"],
+    ],
+)
+def test_custom_optimizers_are_accepted(words: list[str]) -> None:
+    make_plan(load_config(["optimizer=custom", *words]), Machine(world_size=2, local_world_size=2))
+
+
+def test_a_target_without_custom_is_refused() -> None:
+    line = "optimizer.target=torch.optim.NAdam: adamw does not read it, custom does; leave it out"
+    assert_refused(["optimizer.target=torch.optim.NAdam"], line)
+
+
+def test_what_a_custom_optimizer_keeps() -> None:
+    """Of shapes that the probe has not seen; blocks of 8-bit states by the number of elements."""
+    matrix, vector = Described(name="w", shape=(100, 900), role=Role.matrix), Described(name="b", shape=(50,))
+    for target, of_matrix, of_vector in [
+        ("torch.optim.NAdam", 8 * 90000 + 4, 8 * 50 + 4),
+        ("torch.optim.Adafactor", 4 * 1000, 4 * 50),
+        ("bitsandbytes.optim.AdamW8bit", 2 * (90000 + 4 * 359 + 4 * 256), None),
+    ]:
+        settings = load_config(["optimizer=custom", f"optimizer.target={target}"]).optimizer
+        assert kept_bytes([matrix], settings, "float32") == pytest.approx(of_matrix, rel=1e-4)
+        assert of_vector is None or kept_bytes([vector], settings, "float32") == of_vector
+    assert kept_bytes([matrix], load_config(["optimizer=custom"]).optimizer, "bfloat16") == 4 * 90000
+
+
+def test_lion_is_that_of_its_paper() -> None:
+    """Chen et al. 2023, algorithm 2."""
+    settings = load_config(["optimizer=lion", "optimizer.lr=0.01", "optimizer.weight_decay=0.1"]).optimizer
+    found = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+    expected, momentum = found.detach().clone(), torch.zeros(2, 3)
+    optimizer = build_optimizer([("w", found)], {"w": WEIGHT}, settings)
+    for _ in range(4):
+        gradient = torch.randn(2, 3, dtype=torch.float64)
+        found.grad = gradient.clone()
+        optimizer.step()
+        expected -= 0.01 * ((0.9 * momentum + 0.1 * gradient).sign() + 0.1 * expected)
+        momentum = 0.99 * momentum + 0.01 * gradient
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_schedule_free_is_that_of_its_paper() -> None:
+    """Defazio et al. 2024, algorithm 1, with X and Z kept and Y made of them."""
+    words = ["optimizer=schedule_free", "optimizer.lr=0.1", "optimizer.weight_decay=0.1"]
+    settings = load_config(words).optimizer
+    found = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+    z, x, second, weights, largest = found.detach().clone(), found.detach().clone(), torch.zeros(2, 3), 0.0, 0.0
+    optimizer = build_optimizer([("w", found)], {"w": WEIGHT}, settings)
+    for step, lr in enumerate((0.05, 0.1, 0.08, 0.1), start=1):
+        y = 0.1 * z + 0.9 * x
+        torch.testing.assert_close(found.detach(), y, rtol=1e-12, atol=1e-15)
+        gradient = torch.randn(2, 3, dtype=torch.float64)
+        found.grad = gradient.clone()
+        set_lr(optimizer, lr)
+        optimizer.step()
+        second = 0.95 * second + 0.05 * gradient**2
+        z = z - lr * (gradient / ((second / (1 - 0.95**step)).sqrt() + 1e-8) + 0.1 * y)
+        largest = max(largest, lr)
+        weights += largest**2
+        x = x + (z - x) * largest**2 / weights
+    trained = found.detach().clone()
+    for room in (None, torch.zeros_like(trained)):
+        found.grad = room
+        with averaged(optimizer, ask(settings).average(settings)):
+            torch.testing.assert_close(found.detach(), x, rtol=1e-12, atol=1e-15)
+        assert torch.equal(found.detach(), trained), "not the same bits as before"
+        assert room is None or not room.any()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["parallel=zero2", "scheduler=constant"], "optimizer.name=schedule_free: evaluates an average of the weights"),
+        ([], "scheduler.name=cosine: optimizer=schedule_free averages weights instead of decaying the learning rate"),
+        (
+            ["scheduler=constant", "optimizer.beta1=0"],
+            "optimizer.beta1=0.0: schedule_free's average is found from beta1",
+        ),
+    ],
+)
+def test_schedule_free_refuses(words: list[str], line: str) -> None:
+    assert_refused(["optimizer=schedule_free", *words], line)
+
+
+def train_and_export(folder: str, *words: str) -> tuple[dict[str, torch.Tensor], ...]:
+    """What a run exports, what is exported from its checkpoint, and the weights in that."""
+    tiny = ["model=tiny", "model.config.num_hidden_layers=1", "data=synthetic", "data.seq_len=16", "cluster.device=cpu"]
+    steps = ["train.steps=3", "train.global_batch_size=4", f"train.run_dir={folder}/run", "train.eval_samples=2"]
+    assert door([*tiny, *steps, *words]) == EXIT_FINISHED
+    assert checkpoint_main(["export", f"{folder}/run", f"{folder}/out"]) == EXIT_FINISHED
+    exported = [load_file(f"{folder}/{place}/model.safetensors") for place in ("run/model", "out")]
+    saved = load_file(next(Path(folder, "run/checkpoints").glob("step-*/rank-*.safetensors")))
+    return *exported, {name.removeprefix("model/"): t for name, t in saved.items() if name.startswith("model/")}
+
+
+def test_schedule_free_exports_its_average(tmp_path: Path) -> None:
+    words = ("optimizer=schedule_free", "scheduler=constant")
+    ((finished, later, trained),) = run_ranks(1, train_and_export, str(tmp_path), *words, timeout=240)
+    assert finished.keys() == later.keys() and finished.keys() <= trained.keys()
+    for name, value in finished.items():
+        assert torch.equal(value, later[name]) and not torch.equal(value, trained[name]), name
+
+
 def test_muon_updates_matrices_and_adamw_the_rest_each_at_its_own_rate() -> None:
     settings = load_config(["optimizer=muon", "optimizer.lr=0.02", "optimizer.options.adamw_lr=1e-3"]).optimizer
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
@@ -258,10 +436,3 @@ def assert_refused(words: list[str], line: str) -> None:
     with pytest.raises(PlanError) as caught:
         make_plan(load_config(words), Machine(world_size=2, local_world_size=2))
     assert sum(problem.startswith(line) for problem in str(caught.value).splitlines()) == 1, caught.value
-
-
-@pytest.mark.parametrize("name", ["adafactor", "adamw_8bit"])
-@pytest.mark.parametrize("layout", ["fsdp", "tensor parallel.tp=1", "hsdp parallel.dp_shard=1"])
-def test_a_layout_of_which_one_process_is_left_shards_nothing(name: str, layout: str) -> None:
-    words = [f"optimizer={name}", *f"parallel={layout}".split(), "cluster.gpus_per_node=1"]
-    assert not make_plan(load_config(words), Machine()).fully_sharded

@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "zero3, parameters offloaded": ("zero3_offload", 2, ("parallel.offload.optimizer=none",)),
 }
 REPEATED = {"zero1 on 4", "zero2 on 4", "zero3 on 4, offloaded", "zero2, selective recompute"}
+OPTIONS = ("optimizer.eps=1e-8", "optimizer.options.eps=1e-5")
 KEYS: dict[str, tuple[str, ...]] = {
     "no accumulation": ("train.gradient_accumulation_steps=1",),
     "four micro-batches": ("train.gradient_accumulation_steps=4",),
@@ -57,11 +58,12 @@ KEYS: dict[str, tuple[str, ...]] = {
     "balanced experts": (*EXPERTS, "moe=global_batch", "moe.coefficient=0.5", "moe.z_loss=0.01"),
     "sgd": ("optimizer=sgd", "optimizer.lr=0.5", "optimizer.eps=1e-8"),
     "no clipping": ("train.clip_grad_norm=0",),
+    "any optimizer": ("optimizer=custom", "optimizer.target=torch.optim.Adamax", *OPTIONS),
 }
 # Partitioned gradients meet accumulation, partitioned and offloaded parameters the rest. Every key has a row.
 MEETS = {
     *(("zero2", "four micro-batches"), ("zero2", "full recompute"), ("zero2", "chunked loss")),
-    *(("zero2", "balanced experts"), ("zero3_offload", "balanced experts")),
+    *(("zero2", "balanced experts"), ("zero3_offload", "balanced experts"), ("zero2", "any optimizer")),
     *(("zero3_offload", "no accumulation"), ("zero3_offload", "sgd"), ("zero3_offload", "no clipping")),
 }
 ON_DISK: dict[str, tuple[str, ...]] = {

@@ -22,9 +22,10 @@ Change = Callable[[Config], None]
 
 def matrix() -> str:
     """Tables for precision and engine, offload and recompute, optimizer and tuning; below them the reasons."""
-    loaded = {name: load_config([f"parallel={name}"]) for name in group_options()["parallel"]}
+    # One optimizer takes no other schedule.
+    loaded = {name: load_config([f"parallel={name}", "scheduler=constant"]) for name in group_options()["parallel"]}
     divided = {name for name, config in loaded.items() if config.parallel.ep != 1}
-    loaded |= {name: load_config([f"parallel={name}", *MIXTURE]) for name in divided}
+    loaded |= {name: load_config([f"parallel={name}", "scheduler=constant", *MIXTURE]) for name in divided}
     reasons: dict[str, int] = {}
     groups = (
         _options_of("precision") | _engines(),

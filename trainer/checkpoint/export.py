@@ -31,7 +31,7 @@ from trainer.checkpoint.manifest import (
     check_file_sizes,
     read_manifest,
 )
-from trainer.checkpoint.progress import read_progress
+from trainer.checkpoint.progress import AVERAGE, read_progress
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data.tokenizer import no_tokenizer
 from trainer.engine.saved import BUFFER
@@ -53,7 +53,7 @@ def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
         raise EnvironmentProblem(f"{target}: exists; choose another folder")
     folder, manifest = newest_whole(source)
     known = read_progress(folder, manifest).identity
-    tokenizer, parameters = _tokenizer(folder / TOKENIZER), _parameters(folder, manifest)
+    tokenizer, parameters = _tokenizer(folder / TOKENIZER), _parameters(folder, manifest, known.get(AVERAGE))
     model = _build_model(folder, known)
     with refused(target, lambda why: _not_written(target, why)):
         linear.restore(model, known)
@@ -104,12 +104,18 @@ def newest_whole(source: Path, *, newest: bool = False) -> tuple[Path, Manifest]
     raise CheckpointDamaged(*problems, f"{source}: holds no checkpoint that is whole")
 
 
-def _parameters(folder: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
+def _parameters(
+    folder: Path, manifest: Manifest, average: tuple[str, float] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """average: kind and part of `trainer.optim.protocol.Average`."""
     saved = TensorReader(folder, manifest)
     for key in saved.names():
         kind, _, name = key.partition("/")
         if kind in ("model", "frozen"):
-            yield name, saved.read(key)
+            value = saved.read(key)
+            if average is not None and f"{average[0]}/{name}" in saved:
+                value = value.lerp(saved.read(f"{average[0]}/{name}"), average[1])
+            yield name, value
 
 
 def _build_model(folder: Path, known: Mapping[str, Any]) -> PreTrainedModel:

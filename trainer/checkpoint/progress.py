@@ -20,7 +20,7 @@ from trainer import linear
 from trainer.checkpoint.manifest import STATE, Manifest, check_missing
 from trainer.data import DataSet
 from trainer.engine import Counters
-from trainer.optim.table import difference
+from trainer.optim.table import ask, difference
 from trainer.plan.plan import Plan
 
 # Fields of a Hugging Face config that say how a model is run or where it came from, not what it computes.
@@ -35,6 +35,8 @@ _INCIDENTAL = {
     "transformers_version",
     "use_cache",
 }
+AVERAGE = "optimizer.average"
+"""Says that a checkpoint holds weights in the midst of training: `trainer.optim.protocol.Average`."""
 _REMEDY = {
     "model": "give the same model",
     "tokenizer": "give the same tokenizer",
@@ -60,6 +62,7 @@ class Progress:
 
 def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict[str, Any]:
     """All that must be the same for a run to be continued rather than mixed with another one."""
+    average = ask(config.optimizer).average(config.optimizer)
     model = {f"model.{key}": value for key, value in hf_config.to_dict().items() if key not in _INCIDENTAL}
     return {
         **json.loads(json.dumps(model, default=str)),
@@ -71,6 +74,8 @@ def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict
         "data.document_mask": config.data.document_mask,
         "data.fingerprint": data.fingerprint,
         "optimizer.name": str(config.optimizer.name),
+        **({"optimizer.target": config.optimizer.target} if config.optimizer.target else {}),
+        **({AVERAGE: [average.kind, average.part]} if average else {}),
         "train.seed": config.train.seed,
         **linear.identity(config),
     }

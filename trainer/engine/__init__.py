@@ -7,6 +7,7 @@ the one it needs: DeepSpeed costs seconds to import and is not wanted in a DDP r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -99,10 +100,15 @@ class Engine(Protocol):
         """Sum of the cross-entropy over the valid tokens of this rank's batch, no gradient. Every rank must call it."""
         ...
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """While it is open, parameters are those to evaluate: an optimizer may average them. No step meanwhile."""
+        ...
+
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Every parameter under its Hugging Face name, whole, in the master dtype: on rank 0 a CPU tensor, elsewhere
-        None. One at a time, so that no rank holds the whole model. A collective: every rank must exhaust it. Tied
-        weights come once, under the name of the input embedding; of a frozen model with adapters only these."""
+        """Every parameter, as it is to be evaluated, under its Hugging Face name, whole, in the master dtype: on rank 0
+        a CPU tensor, elsewhere None. One at a time, so that no rank holds the whole model. A collective: every rank
+        must exhaust it. Tied weights come once, under the name of the input embedding; of a frozen model with adapters
+        only these."""
         ...
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:

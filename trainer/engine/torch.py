@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,8 @@ from trainer.model.build import materialize
 from trainer.model.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
 from trainer.model.weights import WeightSource
 from trainer.optim.build import build_optimizer, learning_rates, set_lr
+from trainer.optim.placed import averaged
+from trainer.optim.table import ask
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
 
@@ -63,6 +65,7 @@ class TorchEngine:
         self.named = {name: p for name, p in kept if self.copies.get(name) is not p}
         replicas = self.mesh.get_group(REPLICATE) if self.ddp is not None else None
         self.optimizer = build_optimizer(everything, self.parts.described, config.optimizer, replicas=replicas)
+        self.average = ask(config.optimizer).average(config.optimizer)
         self.states = torch_state.States(self.optimizer, config.optimizer, self.parts.described)
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
@@ -117,9 +120,20 @@ class TorchEngine:
         self.model.train()
         return loss if self._speaks() else torch.zeros_like(loss)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        with averaged(self.optimizer, self.average):
+            self._reshard()
+            yield
+        self._reshard()
+
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        for name, complete in torch_state.gather_parameters(self.named, self.mesh, self.runtime.device):
-            yield name, complete.cpu() if complete is not None and self.runtime.is_main else None
+        with averaged(self.optimizer, self.average):
+            for name, complete in torch_state.gather_parameters(self.named, self.mesh, self.runtime.device):
+                if complete is None or not self.runtime.is_main:
+                    yield name, None
+                else:  # not the parameter itself, which is what was trained again when the file is written
+                    yield name, complete.cpu() if self.average is None else complete.to("cpu", copy=True)
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         stage = self.plan.coordinates(self.runtime.rank)[PIPELINE]
@@ -146,6 +160,13 @@ class TorchEngine:
 
     def close(self) -> None:
         """Nothing is held outside the process."""
+
+    def _reshard(self) -> None:
+        """FSDP may keep parameters gathered after a forward, which would hide that they have changed."""
+        for module in self.modules if self.average is not None else ():
+            for child in module.modules():
+                if isinstance(child, FSDPModule):
+                    child.reshard()
 
     def _fill(self, module: PreTrainedModel, weights: WeightSource) -> None:
         # What adapters leave frozen needs no precision beyond that of its use.

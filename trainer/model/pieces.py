@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def cut(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
@@ -32,6 +33,17 @@ def join(tensor: DTensor) -> torch.Tensor:
         stride = torch.empty(shape, device="meta").stride()
         piece = DTensor.from_local(piece, mesh, [placement], shape=shape, stride=stride).full_tensor()
     return piece
+
+
+def held(tensor: DTensor, dim: int) -> list[int]:
+    """The places along one dimension of the whole that this rank holds, in the order in which it holds them."""
+    places = torch.arange(tensor.shape[dim], device=tensor.device_mesh.device_type)
+    for name, placement in _cuts(tensor):
+        if getattr(placement, "dim", None) == dim:
+            strided = isinstance(placement, _StridedShard)
+            alone = _StridedShard(0, split_factor=placement.split_factor) if strided else Shard(0)
+            places = distribute_tensor(places, tensor.device_mesh[name], [alone], src_data_rank=None).to_local()
+    return places.tolist()
 
 
 def _cuts(tensor: DTensor) -> list[tuple[str, Placement]]:

@@ -63,6 +63,8 @@ class Described:
 
     view: of the ranks (`trainer.plan.views`) along whose axes it is divided: experts and their biases have their own,
     where the plan does.
+
+    of: of a piece the whole parameter's shape.
     """
 
     name: str
@@ -71,10 +73,16 @@ class Described:
     matrices: Matrices | None = None
     routed: tuple[int, int] | None = None
     view: str = DENSE
+    of: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Its shape before it was cut."""
+        return self.of or self.shape
 
     @property
     def active(self) -> int:
@@ -82,8 +90,8 @@ class Described:
         return met(self.numel, self.routed)
 
     def cut(self, shape: tuple[int, ...]) -> Described:
-        """What one rank holds of it, for questions that are answered element by element."""
-        return replace(self, shape=shape)
+        """What one rank holds of it."""
+        return replace(self, shape=shape, of=self.whole)
 
 
 HEADS = "heads"

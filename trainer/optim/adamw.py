@@ -29,6 +29,7 @@ USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
 OPTIONS = None
 groups = common.decayed_and_plain
 work = common.elementwise
+average = common.as_trained
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:

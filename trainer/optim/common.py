@@ -38,21 +38,21 @@ def counter(*, host: bool = True) -> dict[str, Kept]:
 
 
 def fresh(built: torch.optim.Optimizer, parameter: torch.Tensor, state: State, *, steps: int) -> dict[str, Any]:
-    """Zeros, and the counter as torch makes it: the fused kernels read it where the parameter is."""
+    """Zeros, placed as the parameter is, and the counter as torch makes it: the fused kernels read it where the
+    parameter is."""
     import torch
+
+    from trainer.optim.placed import zeros
 
     made: dict[str, Any] = {}
     for kind, kept in state.items():
         if kind == COUNTER:
-            groups = built.param_groups
-            # ZeRO 3 updates rows that stand in no group; all groups have one kernel there.
-            group = next((group for group in groups if any(p is parameter for p in group["params"])), groups[0])
-            device = parameter.device if group.get("fused") else "cpu"
+            device = "cpu" if kept.host else parameter.device
             made[kind] = torch.tensor(float(steps), dtype=torch.float32, device=device)
-        elif kept.shape == tuple(parameter.shape):
-            made[kind] = torch.zeros_like(parameter)
+        elif kept.host:
+            made[kind] = torch.zeros(kept.shape, dtype=getattr(torch, kept.dtype))
         else:
-            made[kind] = parameter.new_zeros(kept.shape)
+            made[kind] = zeros(parameter, kept.shape, getattr(torch, kept.dtype))
     return made
 
 
@@ -68,3 +68,7 @@ def nbytes(held: Sequence[Held], dtype: str) -> list[int]:
 def elementwise(parameter: Described, settings: Settings) -> Work:
     """The update takes as long as its memory traffic."""
     return Work()
+
+
+def as_trained(settings: Settings) -> None:
+    """The weights that are trained are those to evaluate."""

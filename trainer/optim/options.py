@@ -6,8 +6,8 @@ hold a `Range`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import Field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
 from enum import StrEnum
 from types import UnionType
@@ -21,6 +21,11 @@ RANGE = "range"
 Options = TypeVar("Options")
 
 
+@dataclass(frozen=True)
+class Open:
+    """Options that are passed on as they are given; the optimizer's module checks them."""
+
+
 def read_options(optimizer: Optimizer, declared: type[Options]) -> Options:
     """The options, defaults filled in. They have been checked."""
     hints = get_type_hints(declared)
@@ -30,16 +35,24 @@ def read_options(optimizer: Optimizer, declared: type[Options]) -> Options:
 
 def check_options(optimizer: Optimizer, declared: type | None) -> Iterator[str]:
     """One line for each option that does not exist, is of another type, or is out of its range."""
+    if declared is Open:
+        return
     known: Mapping[str, Field[Any]] = {item.name: item for item in fields(declared)} if declared is not None else {}
     hints = get_type_hints(declared) if declared is not None else {}
     for key, value in optimizer.options.items():
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            meant = f"did you mean {KEY}.{near[0]}? It" if near else "it"
-            has = f"has {', '.join(known)}" if known else "has none; leave it out"
-            yield f"{KEY}.{key}={value}: {optimizer.name} has no such option; {meant} {has}"
+            yield f"{KEY}.{key}={value}: {optimizer.name} {unknown(key, known)}"
             continue
         yield from (f"{KEY}.{key}={value}: {rule}" for rule in _rules(hints[key], value, known[key]))
+
+
+def unknown(key: str, known: Iterable[str]) -> str:
+    """What is wrong with an option of this name, and which there are."""
+    names = list(known)
+    near = get_close_matches(key, names, n=1)
+    meant = f"did you mean {KEY}.{near[0]}? It" if near else "it"
+    has = f"has {', '.join(names)}" if names else "has none; leave it out"
+    return f"has no such option; {meant} {has}"
 
 
 def _rules(wanted: Any, value: Any, declared: Field[Any]) -> Iterator[str]:

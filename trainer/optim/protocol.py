@@ -7,6 +7,7 @@
                   read this table; a test holds it against what an update really allocates
     fresh         those tensors before they are filled from a checkpoint
     temporaries   bytes that an update needs for a moment
+    average       where the weights to evaluate are not those that are trained: how they are made
     work          FLOPs of one update, where it multiplies matrices, and bytes that ranks exchange for it
     said          what it keeps, in words
 
@@ -35,13 +36,11 @@ COUNTER = "step"
 class Kept:
     """A tensor that the optimizer keeps of a parameter.
 
-    shared: there is one for all parameters, which never changes.
     host: it lies in host memory, wherever the parameter does.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    shared: bool = False
     host: bool = False
 
     @property
@@ -102,6 +101,15 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Average:
+    """The weights to evaluate and to export: the parameter moved towards its state of this kind by `part` of the way
+    (away from it, where that is negative)."""
+
+    kind: str
+    part: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
     """flops: of the update of one parameter, on the ranks that share it together. exchanged: bytes that leave these
     ranks, to be worked on elsewhere, and come back."""
@@ -142,6 +150,8 @@ class Optimizer(Protocol):
     def temporaries(self, held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
         """held: the parameters of one param group, in its order."""
         ...
+
+    def average(self, settings: Settings) -> Average | None: ...
 
     def work(self, parameter: Described, settings: Settings) -> Work:
         """Besides reading and writing the parameter, its gradient and its states."""

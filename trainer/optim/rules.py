@@ -10,7 +10,7 @@ from configs.schema import Config, Optimizer
 from trainer.optim.options import check_options
 from trainer.optim.table import OPTIMIZERS, ask
 
-OWN = ("beta1", "beta2", "eps", "weight_decay")
+OWN = ("beta1", "beta2", "eps", "weight_decay", "target")
 """Keys that not all optimizers read."""
 
 
@@ -46,4 +46,5 @@ def _check_unused(optimizer: Optimizer) -> Iterator[str]:
         value = getattr(optimizer, key)
         if key not in ask(optimizer).USES and value != defaults[key]:
             readers = [str(name) for name, other in OPTIMIZERS.items() if key in other.USES]
-            yield f"optimizer.{key}={value}: {optimizer.name} does not read it, {', '.join(readers)} do; leave it out"
+            does = f"{', '.join(readers)} {'do' if len(readers) > 1 else 'does'}"
+            yield f"optimizer.{key}={value}: {optimizer.name} does not read it, {does}; leave it out"

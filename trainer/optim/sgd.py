@@ -20,6 +20,7 @@ USES = frozenset({"beta1", "weight_decay"})
 OPTIONS = None
 groups = common.decayed_and_plain
 work = common.elementwise
+average = common.as_trained
 fresh = common.fresh
 
 

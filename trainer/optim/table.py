@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from configs.choices import OptimizerName
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described, Matrices, Role
-from trainer.optim import adafactor, adamw, adamw_8bit, muon, sgd
+from trainer.optim import adafactor, adamw, adamw_8bit, custom, lion, muon, schedule_free, sgd
 from trainer.optim.protocol import COUNTER, Kept, Optimizer, State
 
 OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
@@ -16,6 +16,9 @@ OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
     OptimizerName.adafactor: adafactor,
     OptimizerName.adamw_8bit: adamw_8bit,
     OptimizerName.muon: muon,
+    OptimizerName.lion: lion,
+    OptimizerName.schedule_free: schedule_free,
+    OptimizerName.custom: custom,
 }
 
 
@@ -26,7 +29,7 @@ def ask(settings: Settings) -> Optimizer:
 def saved_state(parameter: Described, settings: Settings, dtype: str) -> State:
     """What a checkpoint holds of a parameter besides its values."""
     state = ask(settings).state(parameter, settings, dtype)
-    return {kind: kept for kind, kept in state.items() if kind != COUNTER and not kept.shared}
+    return {kind: kept for kind, kept in state.items() if kind != COUNTER}
 
 
 def saved_kinds(parameters: Iterable[Described], settings: Settings) -> dict[str, frozenset[str]]:
@@ -37,18 +40,12 @@ def saved_kinds(parameters: Iterable[Described], settings: Settings) -> dict[str
 def kept(parameter: Described, settings: Settings, dtype: str) -> list[Kept]:
     """What each parameter has for itself in the memory where it lies itself."""
     state = ask(settings).state(parameter, settings, dtype)
-    return [tensor for tensor in state.values() if not tensor.shared and not tensor.host]
+    return [tensor for tensor in state.values() if not tensor.host]
 
 
 def kept_bytes(parameters: Iterable[Described], settings: Settings, dtype: str) -> int:
     """Of the states alone, without counters."""
     return sum(tensor.nbytes for about in parameters for tensor in saved_state(about, settings, dtype).values())
-
-
-def shared(parameters: Iterable[Described], settings: Settings, dtype: str) -> dict[str, Kept]:
-    """What there is once for all parameters."""
-    states = (ask(settings).state(about, settings, dtype) for about in parameters)
-    return {kind: tensor for state in states for kind, tensor in state.items() if tensor.shared}
 
 
 def difference(name: str, other: str) -> str:

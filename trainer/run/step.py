@@ -73,8 +73,9 @@ def check_finite(result: StepResult, step: int, wanted: NonFinite) -> None:
 def validate(engine: Engine, data: DataSet, plan: Plan, runtime: Runtime) -> float:
     """Mean cross-entropy per valid token over the validation samples, the same on all ranks. A collective."""
     total, tokens = 0.0, 0.0
-    for batch in watched(data.validation(), "validation"):
-        total += engine.evaluate(batch.to(runtime.device)).item()
-        tokens += batch.valid_tokens() / plan.same_data
+    with engine.averaged():
+        for batch in watched(data.validation(), "validation"):
+            total += engine.evaluate(batch.to(runtime.device)).item()
+            tokens += batch.valid_tokens() / plan.same_data
     total, all_tokens = runtime.sum(total, tokens)
     return total / max(1.0, all_tokens)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -154,6 +154,9 @@ class DeepSpeedEngine:
         loss = self._loss(batch)
         self.engine.train()
         return loss if self._speaks() else torch.zeros_like(loss)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         from deepspeed.utils import safe_get_full_fp32_param

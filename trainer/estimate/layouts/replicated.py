@@ -16,7 +16,6 @@ from trainer.axes import REPLICATE
 from trainer.estimate.layouts.common import Layout, Setting
 from trainer.estimate.timeline import Handle
 from trainer.optim.protocol import Held
-from trainer.optim.table import shared
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
@@ -54,9 +53,6 @@ class Replicated(Layout):
         self.timeline.allocate("parameters", self.anatomy.buffers_bytes)
         if self.ddp:
             self.buckets = self._make_buckets(self.sizes)
-        # What the optimizer keeps once for all parameters is there from the start.
-        tables = shared([one.piece for one in self.held], self.setting.optimizer, self.plan.master_dtype)
-        self.timeline.allocate("optimizer", sum(tensor.nbytes for tensor in tables.values()))
         self.setting.place_batch()
 
     def begin_micro_batch(self, step: int, *, first: bool, last: bool) -> None:

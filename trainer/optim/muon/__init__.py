@@ -75,6 +75,7 @@ class Options:
 
 OPTIONS = Options
 fresh = common.fresh
+average = common.as_trained
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:

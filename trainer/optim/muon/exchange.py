@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from trainer.optim.muon.owners import Box, Cut, Piece, batches, deal, flops, piece_of, runs_held
@@ -331,10 +331,6 @@ class Fleet:
         if (*key, box) not in self._held:
             self._held[*key, box] = piece_of(self._held[key], box)
         return self._held[*key, box]
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def block(tensor: torch.Tensor, box: Iterable[tuple[int, int]]) -> torch.Tensor:

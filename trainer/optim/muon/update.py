@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.optim.adamw import adamw
 
-from trainer.optim.muon.exchange import Cells, Fleet, Job, Placed, block, local
+from trainer.optim.muon.exchange import Cells, Fleet, Job, Placed, block
 from trainer.optim.muon.newton_schulz import JORDAN, orthogonalize_
 from trainer.optim.muon.owners import BUCKET_BYTES, Piece, adjusted, boxes
+from trainer.optim.placed import local, local_gradient, update_by_adamw
 
 MUON, ADAMW = "muon", "adamw"
 MUON_DEFAULTS = {
@@ -82,38 +82,9 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if group["kind"] == ADAMW:
-                self._adamw(group)
+                update_by_adamw(self, group, group["params"], fused=self.fused, foreach=self.foreach)
         self._muon()
         return loss
-
-    def _adamw(self, group: dict[str, Any]) -> None:
-        held = [parameter for parameter in group["params"] if parameter.grad is not None]
-        for parameter in held:
-            state = self.state[parameter]
-            if not state:
-                device = local(parameter).device if self.fused else None
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        if held:
-            states = [self.state[parameter] for parameter in held]
-            adamw(
-                [local(parameter) for parameter in held],
-                [_gradient(parameter) for parameter in held],
-                [local(state["exp_avg"]) for state in states],
-                [local(state["exp_avg_sq"]) for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=self.fused,
-                foreach=self.foreach,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
 
     def _muon(self) -> None:
         """Momentum and decay on the pieces, all parameters at once; then the orthogonalised updates, round by round."""
@@ -129,7 +100,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             begin = len(weights)
             weights += [local(parameter) for parameter in held]
-            gradients += [_gradient(parameter) for parameter in held]
+            gradients += [local_gradient(parameter) for parameter in held]
             momenta += [local(self.state[parameter]["momentum_buffer"]) for parameter in held]
             torch._foreach_lerp_(momenta[begin:], gradients[begin:], 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_mul_(weights[begin:], 1 - group["lr"] * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
@@ -199,15 +170,6 @@ class Muon(torch.optim.Optimizer):
             device = local(parameter).device
             fleets.append(Fleet(cells, jobs, wire=wire, device=device, bucket_bytes=self.bucket_bytes))
         return fleets
-
-
-def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's piece of the gradient, placed as the parameter."""
-    gradient = parameter.grad
-    assert gradient is not None
-    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
-        gradient = gradient.redistribute(placements=parameter.placements)
-    return local(gradient)
 
 
 def _narrower(iteration: torch.dtype, parameter: torch.dtype) -> torch.dtype:

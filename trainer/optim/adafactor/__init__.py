@@ -1,11 +1,14 @@
-"""Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), torch's: means over each matrix's rows and columns.
+"""Adafactor (Shazeer and Stern 2018, arXiv:1804.04235): of the second moment, means over rows and over columns.
 
-It is chosen for its memory, so `auto` updates one parameter after the other. torch has no fused kernel of it.
+It is chosen for its memory, so it updates one parameter after the other. The arithmetic is torch.optim.Adafactor's,
+which computes it on whole matrices only; here the ranks that hold pieces of a matrix add up what its means need
+(`update`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import BYTES, EngineName, Implementation
@@ -18,38 +21,30 @@ from trainer.optim.protocol import Group, Held, Kept, Spread, State
 if TYPE_CHECKING:
     import torch
 
-IMPLEMENTATIONS = (Implementation.for_loop, Implementation.foreach)
+IMPLEMENTATIONS = (Implementation.for_loop,)
 USES = frozenset({"eps", "weight_decay"})
 OPTIONS = None
 groups = common.decayed_and_plain
 work = common.elementwise
+average = common.as_trained
 fresh = common.fresh
 SMALLEST_EPS = 1e-18  # float32 and bfloat16 hold its square; below, a row without gradients becomes 0 * infinity
-SMALLEST_SCALE = 1e-3  # the paper's epsilon 2: a parameter whose elements are all zero still moves
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:
-    """It factors whole matrices: a DTensor's column means are norms over ranks, which torch cannot square in place."""
     if config.optimizer.eps < SMALLEST_EPS:
         yield f"optimizer.eps={config.optimizer.eps}: adafactor squares it in float32; use {SMALLEST_EPS} or more"
     if config.parallel.engine is EngineName.deepspeed:
         yield (
-            "optimizer.name=adafactor: needs the rows and columns of whole matrices, and DeepSpeed's partitions are"
-            " flat; use parallel=ddp, or optimizer=adamw"
-        )
-    elif sharded:
-        yield (
-            "optimizer.name=adafactor: torch computes it on whole matrices only, and pp, dp_shard, cp and tp make"
-            " sharded tensors of them; use parallel=ddp, or optimizer=adamw"
+            "optimizer.name=adafactor: needs the rows and columns of matrices, and ZeRO's partitions are flat rows; use"
+            " parallel=fsdp, hsdp or tensor_fsdp, which shard as much, or optimizer=adamw"
         )
 
 
 def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
-    import torch
+    from trainer.optim.adafactor.update import Adafactor
 
-    foreach = settings.implementation is Implementation.foreach
-    params = [group.as_torch(settings.lr) for group in groups]
-    return torch.optim.Adafactor(params, lr=settings.lr, eps=(settings.eps, SMALLEST_SCALE), foreach=foreach)
+    return Adafactor([group.as_torch(settings.lr) for group in groups], eps=settings.eps)
 
 
 def state(parameter: Described, settings: Settings, dtype: str) -> State:
@@ -65,14 +60,16 @@ def state(parameter: Described, settings: Settings, dtype: str) -> State:
 
 
 def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
-    """The updates of all parameters; or one by one that update, with the squared means of rows and columns, and the
-    update before it."""
-    sizes = common.nbytes(held, dtype)
-    if settings.implementation is Implementation.foreach:
-        return sum(sizes)
-    means = [sum(kept.nbytes for kept in state(one.piece, settings, dtype).values()) for one in held]
-    most = zip(sizes, means, (0, *sizes), strict=False)
-    return max((size + mean + before for size, mean, before in most), default=0) if held else BYTES[dtype]
+    """The update of one parameter; or, before it, the sums of all rows and columns, of which those that a cut has
+    divided also lie in one buffer."""
+    pieces = [one.piece for one in held]
+    rows = [prod(piece.shape[:-1]) for piece in pieces]
+    columns = [prod((*piece.shape[:-2], piece.shape[-1])) for piece in pieces]
+    sums = sum(rows) + sum(columns)
+    divided = [count for count, piece in zip(rows, pieces, strict=True) if piece.shape[-1] < piece.whole[-1]]
+    other = [count for count, piece in zip(columns, pieces, strict=True) if piece.shape[-2] < piece.whole[-2]]
+    most = max((piece.numel for piece in pieces), default=1)
+    return BYTES[dtype] * max(most, sums + max(sum(divided), sum(other)))
 
 
 def said(settings: Settings) -> str:

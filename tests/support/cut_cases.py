@@ -1,0 +1,199 @@
+"""What a rank does in tests/test_cut_states.py: an optimizer on cut parameters, beside the same on whole ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from configs.load import load_config
+from tests.support.muon_cases import LAYOUTS
+from trainer.model.pieces import cut, join
+from trainer.model.roles import Described, Matrices, Role
+from trainer.optim import placed
+from trainer.optim.build import build_optimizer
+from trainer.optim.protocol import COUNTER
+from trainer.optim.table import ask
+
+SHAPES: dict[str, tuple[tuple[int, ...], Role]] = {
+    "rows": ((40, 128), Role.matrix),
+    "columns": ((12, 1030), Role.matrix),
+    "uneven": ((7, 700), Role.matrix),
+    "qkv": ((12, 1080), Role.packed),
+    "gate_up": ((24, 300), Role.packed),
+    "experts": ((3, 6, 320), Role.experts),
+    "small": ((2, 12), Role.matrix),
+    "embedding": ((17, 300), Role.embedding),
+    "bias": ((13,), Role.vector),
+}
+TENSOR: dict[str, Placement] = {
+    "rows": Shard(0),
+    "columns": Shard(1),
+    "qkv": _StridedShard(1, split_factor=3),
+    "gate_up": _StridedShard(0, split_factor=2),
+    "experts": Shard(2),
+    "embedding": Shard(0),
+}
+"""How tensor parallel cuts them; the others are whole on each rank. Columns end within blocks of 256."""
+STEPS = 4
+Values = dict[str, torch.Tensor]
+
+
+def described() -> dict[str, Described]:
+    matrices = {name: Matrices(stacked=len(shape) == 3) for name, (shape, _) in SHAPES.items() if len(shape) > 1}
+    return {
+        name: Described(name=name, shape=shape, role=role, matrices=matrices.get(name))
+        for name, (shape, role) in SHAPES.items()
+    }
+
+
+def values(seed: int) -> Values:
+    """Rows of very different sizes, as gradients have."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, (shape, _) in SHAPES.items():
+        sizes = torch.logspace(-3, 0, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))
+        found[name] = torch.randn(shape, generator=generator, dtype=torch.float64) * sizes
+    return found
+
+
+def run(parameters: dict[str, nn.Parameter], words: list[str], *, replicas: Any = None) -> torch.optim.Optimizer:
+    optimizer = build_optimizer(parameters.items(), described(), load_config(words).optimizer, replicas=replicas)
+    for step in range(STEPS):
+        update(optimizer, parameters, step + 1)
+    return optimizer
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], step: int) -> None:
+    for name, value in values(step).items():
+        parameter = parameters[name]
+        parameter.grad = share(value, parameter) if isinstance(parameter, DTensor) else value
+    optimizer.step()
+
+
+def whole_state(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Values:
+    """Parameters and states by NAME or NAME KIND, whole."""
+    found = {}
+    for name, parameter in parameters.items():
+        state = {kind: t for kind, t in optimizer.state[parameter].items() if isinstance(t, torch.Tensor)}
+        for kind, tensor in {"": parameter.detach(), **state}.items():
+            if kind != COUNTER:
+                found[f"{name} {kind}".strip()] = join(tensor) if isinstance(tensor, DTensor) else tensor
+    return found
+
+
+def plain() -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(value) for name, value in values(0).items()}
+
+
+def one_process(words: list[str]) -> Values:
+    parameters = plain()
+    return whole_state(parameters, run(parameters, words))
+
+
+def cut_parameters(mesh: DeviceMesh) -> dict[str, nn.Parameter]:
+    names = mesh.mesh_dim_names or ()
+    module = nn.Module()
+    for name, value in values(0).items():
+        if "tp" in names:
+            placement = TENSOR.get(name, Replicate())
+            value = distribute_tensor(value, mesh["tp"], [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(value))
+    replicated = "dp_replicate" in names
+    fully_shard(module, mesh=mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"])
+    return dict(module.named_parameters())
+
+
+def apart(found: Values, expected: Values) -> float:
+    """Largest difference of a parameter, in units of its change, or of a state, in units of its largest element. Codes
+    count by how many differ."""
+    start, worst = values(0), 0.0
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        change = value - start[name] if name in start else value
+        difference = (found[name].double() - value.double()).abs()
+        if value.dtype is torch.uint8:
+            worst = max(worst, difference.gt(0).double().mean().item())
+        else:
+            worst = max(worst, (difference.max() / change.double().abs().max().clamp(min=1e-30)).item())
+    return math.inf if math.isnan(worst) else worst
+
+
+def cuts_and_bugs(
+    optimizers: dict[str, list[str]], bugs: dict[str, list[str]]
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float], dict[tuple[str, str], int]]:
+    """Of each optimizer under each layout: how far it is from one process, (bug, optimizer) -> the same with a bug,
+    and the collectives of one update."""
+    dist.init_process_group("gloo")
+    meshes = {name: _mesh(sizes) for name, sizes in LAYOUTS.items()}
+    expected = {name: one_process(words) for name, words in optimizers.items()}
+    sound, calls = {}, {}
+    for name, words in optimizers.items():
+        for layout, mesh in meshes.items():
+            parameters = cut_parameters(mesh)
+            optimizer = run(parameters, words)
+            sound[name, layout] = apart(whole_state(parameters, optimizer), expected[name])
+            _check_pieces(parameters, optimizer, words)
+            with CommDebugMode() as counted:
+                update(optimizer, parameters, STEPS + 1)
+            calls[name, layout] = sum(counted.get_comm_counts().values())
+    planted = {}
+    for bug, names in bugs.items():
+        with pytest.MonkeyPatch.context() as patch:
+            PLANTED[bug](patch)
+            for name in names:
+                parameters = cut_parameters(meshes["tensor_fsdp"])
+                found = whole_state(parameters, run(parameters, optimizers[name]))
+                planted[bug, name] = apart(found, expected[name])
+    dist.destroy_process_group()
+    return sound, planted, calls
+
+
+def _check_pieces(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, words: list[str]) -> None:
+    """A rank's states are what the table says of its piece, and what a checkpoint is read into."""
+    settings = load_config(words).optimizer
+    for name, parameter in parameters.items():
+        about = described()[name]
+        assert isinstance(parameter, DTensor)
+        table = ask(settings).state(about.cut(tuple(parameter.to_local().shape)), settings, "float64")
+        made = ask(settings).fresh(optimizer, parameter, ask(settings).state(about, settings, "float64"), steps=2)
+        for kind, kept in table.items():
+            for state in (optimizer.state[parameter][kind], made[kind]):
+                tensor = state if isinstance(state, torch.Tensor) else torch.tensor(state)
+                piece = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                if kind != COUNTER:
+                    assert piece.nbytes == kept.nbytes, (name, kind)
+                    assert getattr(state, "placements", None) == getattr(made[kind], "placements", None)
+
+
+def share(whole: torch.Tensor, like: DTensor) -> DTensor:
+    piece = cut(whole, like)
+    return DTensor.from_local(piece, like.device_mesh, like.placements, shape=whole.shape, stride=whole.stride())
+
+
+def _mesh(sizes: dict[str, int]) -> DeviceMesh:
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def _alone(patch: pytest.MonkeyPatch) -> None:
+    """Each rank goes by its own part."""
+    patch.setattr(placed.dist, "all_reduce", lambda *args, **options: None)
+
+
+def _one_axis(patch: pytest.MonkeyPatch) -> None:
+    """The ranks of one axis agree, and not those of the other."""
+    cutting = placed.cutting
+    patch.setattr(placed, "cutting", lambda parameter, dims: cutting(parameter, dims)[:1])
+
+
+PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {"alone": _alone, "one_axis": _one_axis}

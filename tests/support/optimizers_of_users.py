@@ -1,0 +1,53 @@
+"""Optimizers as users may bring them, for tests of `optimizer.target`."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Signs(torch.optim.Optimizer):
+    """Element by element; counts its updates as a Python number, as older ones do. slow: part of the way."""
+
+    def __init__(self, params, lr=1e-3, slow=0.9):
+        super().__init__(params, {"lr": lr, "slow": slow})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] = state.get("step", 0) + 1
+                state["mean"] = p.grad + group["slow"] * state.get("mean", torch.zeros_like(p))  # another tensor
+                p.data = p.data - group["lr"] * state["mean"].sign() / state["step"]
+
+
+class Columns(Signs):
+    """Each row by its own size."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / p.grad.norm(dim=-1, keepdim=True))
+
+
+class Together(Signs):
+    """All parameters by the size of all gradients."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        everything = [p for group in self.param_groups for p in group["params"]]
+        size = sum(p.grad.abs().max() for p in everything)
+        for p in everything:
+            p.sub_(self.param_groups[0]["lr"] * p.grad.sign() * (size if len(everything) > 1 else 1.0))
+
+
+class Forgets(Signs):
+    """Its learning rate falls with a number that it keeps in its groups."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / group["k"])

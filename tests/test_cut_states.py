@@ -1,0 +1,46 @@
+"""Optimizers on parameters that ranks hold in pieces: the same parameters and states as one process, bit by bit of
+codes, whatever cuts them; planted bugs show; and how many collectives an update takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.cut_cases import cuts_and_bugs
+from tests.support.harness import run_ranks
+from tests.support.muon_cases import LAYOUTS
+
+OPTIMIZERS = {
+    "adamw_8bit": ["optimizer=adamw_8bit", "optimizer.lr=0.01"],
+    "adafactor": ["optimizer=adafactor", "optimizer.lr=0.02", "optimizer.weight_decay=0.1"],
+    "lion": ["optimizer=lion"],
+    "schedule_free": ["optimizer=schedule_free"],
+    "nadam": ["optimizer=custom", "optimizer.target=torch.optim.NAdam", "optimizer.weight_decay=0.1"],
+    "signs": ["optimizer=custom", "optimizer.target=tests.support.optimizers_of_users.Signs"],
+}
+BUGS = {"alone": ["adamw_8bit", "adafactor"], "one_axis": ["adafactor"]}
+COLLECTIVES = {
+    "adamw_8bit": {"fsdp": 0, "hsdp": 0, "tensor": 1, "tensor_fsdp": 1, "tensor_data": 1},
+    "adafactor": {"fsdp": 3, "hsdp": 3, "tensor": 3, "tensor_fsdp": 6, "tensor_data": 3},
+    **dict.fromkeys(("lion", "schedule_free", "nadam", "signs"), dict.fromkeys(LAYOUTS, 0)),
+}
+
+Found = list[tuple[dict[tuple[str, str], float], dict[tuple[str, str], float], dict[tuple[str, str], int]]]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Found:
+    return run_ranks(4, cuts_and_bugs, OPTIMIZERS, BUGS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_cut_is_one_process(name: str, ranks: Found) -> None:
+    for sound, _, calls in ranks:
+        assert {layout for one, layout in sound if one == name} == LAYOUTS.keys()
+        assert max(far for (one, _), far in sound.items() if one == name) < 1e-11, sound
+        assert {layout: count for (one, layout), count in calls.items() if one == name} == COLLECTIVES[name]
+
+
+def test_bugs_show(ranks: Found) -> None:
+    for _, planted, _ in ranks:
+        assert planted.keys() == {(bug, name) for bug, names in BUGS.items() for name in names}
+        assert min(planted.values()) > 1e-3, planted

@@ -1,0 +1,150 @@
+"""Parameters of which ranks hold pieces: views of the pieces, states placed as the parameter is, and small tensors that
+the ranks reduce together.
+
+    parameter  [rows, columns]     cut along rows | columns     as the parameter is placed
+    a state    [rows, 1]           cut along rows               the axis that cuts columns keeps a copy on each rank
+    a state    [1, columns]        cut along columns            the axis that cuts rows keeps a copy on each rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.optim.adamw import adamw
+
+from trainer.optim.protocol import Average
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of the gradient, placed as the parameter."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return local(gradient)
+
+
+def zeros(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A state of this shape (of the whole). It is cut along the dimensions that it has in common with the parameter."""
+    if not isinstance(parameter, DTensor):
+        return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
+    common = [len(shape) == parameter.ndim and length == parameter.shape[dim] for dim, length in enumerate(shape)]
+    piece = parameter.to_local()
+    here = [piece.shape[dim] if common[dim] else length for dim, length in enumerate(shape)]
+    placements: list[Placement] = [
+        placement if (dim := _dim(placement)) is not None and common[dim] else Replicate()
+        for placement in parameter.placements
+    ]
+    return as_piece(torch.zeros(here, dtype=dtype, device=piece.device), parameter, placements, shape)
+
+
+def as_piece(piece: torch.Tensor, like: DTensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    """This rank's piece of a tensor of this shape. `DTensor.from_local` would move one that lies in host memory, as
+    offloaded parameters do, to the mesh's device."""
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    meta = TensorMeta(torch.Size(shape), stride, piece.dtype)
+    spec = DTensorSpec(like.device_mesh, tuple(placements), tensor_meta=meta)
+    return DTensor(piece, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
+
+
+def cutting(parameter: torch.Tensor, dims: Sequence[int]) -> list[Any]:
+    """The process groups of the mesh axes that cut one of these dimensions of the parameter."""
+    if not isinstance(parameter, DTensor):
+        return []
+    mesh = parameter.device_mesh
+    chosen = {dim % parameter.ndim for dim in dims}
+    axes = [axis for axis, placement in enumerate(parameter.placements) if _dim(placement) in chosen]
+    return [mesh.get_group(axis) for axis in axes if mesh.size(axis) > 1]
+
+
+def reduce_together(parts: Sequence[tuple[torch.Tensor, Sequence[int], torch.Tensor]], op: Any) -> None:
+    """Reduce many small tensors in place, with one collective for each mesh axis.
+
+    parts: a parameter, dimensions of it, and a tensor that each rank has computed from its piece of these dimensions.
+    """
+    by_group: dict[tuple[Any, torch.dtype], list[tuple[torch.Tensor, str]]] = {}
+    for parameter, dims, tensor in parts:
+        for group in cutting(parameter, dims):
+            device = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else tensor.device.type
+            by_group.setdefault((group, tensor.dtype), []).append((tensor, device))
+    for (group, _), members in by_group.items():
+        # Offloaded parameters lie in host memory, where the GPUs' collectives cannot reach them.
+        buffer = torch.cat([tensor.flatten() for tensor, _ in members]).to(members[0][1])
+        dist.all_reduce(buffer, op=op, group=group)
+        begin = 0
+        for tensor, _ in members:
+            tensor.copy_(buffer[begin : begin + tensor.numel()].view(tensor.shape))
+            begin += tensor.numel()
+        del buffer
+
+
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer, average: Average | None) -> Iterator[None]:
+    """While it is open, parameters hold what is to be evaluated. Afterwards they have the same bits as before."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    states = optimizer.state.items() if average is not None else ()
+    for parameter, state in states:
+        if average is not None and average.kind in state:
+            weight = local(parameter.detach())
+            # Gradients that stay between steps (DDP's buckets) are zero, and have the room.
+            room = local(parameter.grad) if parameter.grad is not None else torch.empty_like(weight)
+            kept.append((weight, room.copy_(weight)))
+            weight.lerp_(local(state[average.kind]), average.part)
+    try:
+        yield
+    finally:
+        for weight, room in kept:
+            weight.copy_(room)
+            room.zero_()
+
+
+def update_by_adamw(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    parameters: Sequence[torch.Tensor],
+    *,
+    fused: bool,
+    foreach: bool,
+) -> None:
+    """torch's AdamW on this rank's pieces. group: holds lr, betas, eps and weight_decay."""
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    for parameter in held:
+        state = optimizer.state[parameter]
+        if not state:
+            device = local(parameter).device if fused else None
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+    if held:
+        states = [optimizer.state[parameter] for parameter in held]
+        adamw(
+            [local(parameter) for parameter in held],
+            [local_gradient(parameter) for parameter in held],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=fused,
+            foreach=foreach,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _dim(placement: Placement) -> int | None:
+    return getattr(placement, "dim", None)
