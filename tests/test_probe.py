@@ -71,7 +71,8 @@ def test_the_remedy_for_bert_trains_and_saves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tokens"), [("deepseek_v4", 32), ("deepseek_v4", 256), ("mllama", 32), ("dots3_note", 32)]
+    ("kind", "tokens"),
+    [("deepseek_v4", 32), ("deepseek_v4", 256), ("mllama", 32), ("dots3_note", 32), ("reformer", 32)],
 )
 def test_what_gets_no_gradient_in_a_run_is_what_is_frozen(kind: str, tokens: int, tmp_path: Path) -> None:
     """Layers of other kinds than in the narrow copy's places, and blocks of tokens longer than its sequence."""
@@ -79,7 +80,7 @@ def test_what_gets_no_gradient_in_a_run_is_what_is_frozen(kind: str, tokens: int
     config = load_config([f"model.path={tmp_path}", "data.tokenizer=bytes", f"data.seq_len={tokens}"])
     frozen = {name for name, parameter in prepare_model(config).named_parameters() if not parameter.requires_grad}
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), dtype=torch.float32)
-    model(input_ids=torch.arange(tokens)[None], use_cache=False).logits.logsumexp(-1).sum().backward()
+    model.train()(input_ids=torch.arange(tokens)[None], use_cache=False).logits.logsumexp(-1).sum().backward()
     assert frozen == {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert (kind == "mllama") is any("cross_attn" in name for name in frozen)
 

@@ -35,7 +35,7 @@ from trainer.axes.tensor.check import self_check
 from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
 from trainer.compile import apply_compile
 from trainer.document_mask import check_document_mask
-from trainer.model.build import text_config
+from trainer.model.build import architecture, text_config
 from trainer.model.causal import build_causal
 from trainer.model.head import slice_head
 from trainer.model.loss import cross_entropy_sum
@@ -215,6 +215,12 @@ def _recompute(parts: Parts) -> list[str]:
 
 
 def _shard(parts: Parts) -> list[str]:
+    found = probe(text_config(parts.model.config), parts.config.data.seq_len)
+    if found is not None and found.reversible:
+        raise ConfigError(
+            f"parallel={parts.config.parallel.preset}: FSDP gathers a layer when it is called, and"
+            f" {architecture(parts.model)} computes its layers again in a backward of their own; use parallel=ddp"
+        )
     plan, inside = parts.plan, bool(parts.stages) or parts.objective.inside
     assert parts.meshes is not None
     for module in parts.modules:

@@ -24,8 +24,10 @@ the gradient norm, at any step and in the validation at the end. One process (*s
 transformers builds itself. All in float64 within 1e-4 (some types compute parts in float32 whatever the precision),
 but ZeRO, which has no float64, and types that transformers cannot run in it: float32 within 1e-3.
 
-*refused* stands for a line that the run prints before it begins; the lines are below the table. What *differs* or
-*crashes* is open.
+*refused* stands for a line that the run prints before it begins; the lines are below the table, and begin with the
+layout. What *differs* from one process, or ends in a *crash*, is open. An empty cell has not been tried.
+
+`python -m tests.zoo TYPE` does the same for one type in some seconds; `--layouts` names some of the layouts.
 """
 
 
@@ -41,9 +43,9 @@ def render(seen: Mapping[str, Mapping[str, Verdict]]) -> str:
         HEAD,
         f"Written {strftime('%Y-%m-%d')} by `python -m tests.zoo --write` with {versions()}.",
         "",
-        f"| of {len(there)} types | equal | refused | other |",
-        "| --- | ---: | ---: | ---: |",
-        *(f"| {name} | {_equal(row)} | {row['refused']} | {_other(row)} |" for name, row in counts.items()),
+        f"| of {len(there)} types | equal | refused | open | not tried |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        *(f"| {one} | {_equal(row)} | {row['refused']} | {_other(row)} | {row['']} |" for one, row in counts.items()),
         "",
         "| type | " + " | ".join(LAYOUTS) + " |",
         "| --- |" + " --- |" * len(LAYOUTS),
@@ -72,18 +74,30 @@ def render(seen: Mapping[str, Mapping[str, Verdict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read(page: str) -> dict[str, dict[str, str]]:
+    """The cells of a page, by type and layout."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    return {row[0]: dict(zip(LAYOUTS, row[1:], strict=True)) for row in rows if len(row) == len(LAYOUTS) + 1}
+
+
 def _short(verdict: Verdict | None) -> str:
     if verdict is None:
         return ""
-    return f"{verdict['distance']:.0e}" if verdict["verdict"] == "ok" else str(verdict["verdict"])
+    if verdict["verdict"] != "ok":
+        return str(verdict["verdict"])
+    return f"{verdict['distance']:.0e}" if verdict["distance"] else "0"
+
+
+def is_equal(cell: str) -> bool:
+    return cell[:1].isdigit()
 
 
 def _equal(row: Counter[str]) -> int:
-    return sum(count for cell, count in row.items() if "e" in cell and cell[:1].isdigit())
+    return sum(count for cell, count in row.items() if is_equal(cell))
 
 
 def _other(row: Counter[str]) -> int:
-    return sum(row.values()) - _equal(row) - row["refused"]
+    return sum(row.values()) - _equal(row) - row["refused"] - row[""]
 
 
 def _reasons(there: Mapping[str, Mapping[str, Verdict]], *kinds: str) -> Iterator[str]:

@@ -34,12 +34,14 @@ TOLERANCE = 1e-3
 class Probe:
     """causal: whether logits depend on earlier tokens alone. trained, untrained: the copy's parameters, by their names
     inside the decoder or else in the model, that get a gradient and that get none. layers: for each layer of the model
-    the one of the copy that stands for it; empty where the copy has all."""
+    the one of the copy that stands for it; empty where the copy has all. reversible: layers
+    that compute themselves again in a backward of their own (Reformer's), which no wrapper of the layer sees."""
 
     causal: bool
     trained: frozenset[str]
     untrained: frozenset[str]
     layers: tuple[int, ...] = ()
+    reversible: bool = False
 
 
 _found: dict[str, Probe | None] = {}
@@ -67,7 +69,10 @@ def _probe(config: PretrainedConfig, tokens: int) -> Probe | None:
             model, layers = _narrow_copy(config)
             ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, TOKENS))
             causal = _is_causal(model, ids)
-            untrained = _without_gradient(model, ids[:, :tokens])
+            try:
+                untrained, reversible = _without_gradient(model, ids[:, :tokens]), False
+            except Exception:  # reversible layers have no backward outside of training
+                untrained, reversible = _without_gradient(model.train(), ids[:, :tokens]), True
             if untrained and tokens > TOKENS:
                 untrained = _without_gradient(model, ids.repeat(1, -(-min(tokens, MANY) // TOKENS))[:, :tokens])
         except Exception as error:  # a config in miniature may break any rule of its architecture
@@ -75,7 +80,7 @@ def _probe(config: PretrainedConfig, tokens: int) -> Probe | None:
             log.info("not probed: a small %s does not run: %s", config.model_type, reason)
             return None
     trained = frozenset(name for name, _ in _inside(model)) - untrained
-    return Probe(causal=causal, trained=trained, untrained=untrained, layers=tuple(layers))
+    return Probe(causal=causal, trained=trained, untrained=untrained, layers=tuple(layers), reversible=reversible)
 
 
 def _without_gradient(model: PreTrainedModel, ids: torch.Tensor) -> frozenset[str]:
