@@ -57,6 +57,9 @@ class Model:
     """A preset's published dimensions, as fields of the Hugging Face config. Not used when `path` is set."""
     config: dict[str, Any] = field(default_factory=dict)
     """Any field of the Hugging Face config, over `architecture` or `path`: `model.config.num_hidden_layers=4`."""
+    text_only: bool = False
+    """Of a model that reads images or sound as well, build and train the language model alone: every layout can cut it.
+    False: the whole model as transformers builds it; what is not of the text gets no gradient."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from configs.errors import ConfigError
 from configs.load import load_config
 from launch.estimate import main as memory_estimate
 from tests.support.cases import run_trainer, train
@@ -151,3 +152,22 @@ def test_a_composite_model_is_not_cut(capsys: pytest.CaptureFixture[str], tmp_pa
     assert memory_estimate(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("parallel.tp=2: cuts language models; a Gemma3ForConditionalGeneration has parts for images")
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "got_ocr2"])
+def test_the_text_of_a_composite_model_alone_is_cut_as_any_language_model(kind: str, tmp_path: Path) -> None:
+    """From the folder of the whole model, whose other parts are passed over."""
+    AutoModelForCausalLM.from_config(tiny(kind), dtype=torch.float32).save_pretrained(tmp_path)
+    path = [f"model.path={tmp_path}", "model.weights=pretrained", "data.tokenizer=bytes"]
+    words = [*path, *COMMON, "train.steps=2", "train.global_batch_size=4"]
+    whole = run_ranks(1, train, [*words, "parallel=single"])[0]
+    text = run_ranks(1, train, [*words, "parallel=single", "model.text_only=true"])[0]
+    cut = run_ranks(2, train, [*words, "parallel=tensor", "model.text_only=true"])[0]
+    assert text.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert cut.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert len(text.parameters) < len(whole.parameters)
+
+
+def test_a_language_model_is_text_only_already() -> None:
+    with pytest.raises(ConfigError, match=r"model\.text_only=true: a llama is a language model already; leave it out"):
+        prepare_model(load_config(["model=tiny", "model.text_only=true"]))

@@ -323,7 +323,7 @@ def check_layout(model: PreTrainedModel, config: Config) -> None:
         # The passes that cut a model know the names of language models alone.
         problems += [
             f"parallel.{axis}={degree}: cuts language models; a {name} has parts for images or sound"
-            " as well; use parallel=single, ddp or fsdp"
+            " as well; use model.text_only=true, or parallel=single, ddp or fsdp"
             for axis, degree in cutting(config).items()
         ]
     if problems:

@@ -30,13 +30,16 @@ BUILD = Path(__file__).parents[2] / "build" / "zoo"
 Seen = dict[str, dict[str, Verdict]]
 
 
-def run(file: Path, seen: Seen, chosen: Sequence[str], layouts: Sequence[str]) -> None:
+def run(file: Path, chosen: Sequence[str], layouts: Sequence[str], again: Sequence[str]) -> None:
     for model_type in chosen:
-        known, began = seen.get(model_type, {}), time.monotonic()
+        # Read each time: another run may have saved something.
+        known, began = read(file).get(model_type, {}), time.monotonic()
+        once_more = [name for name in layouts if {known.get(name, {}).get("verdict"), "all"} & {*again}]
+        known = {name: verdict for name, verdict in known.items() if name not in once_more}
         done = [*visit(model_type, layouts, known)]
         if not done:
             continue
-        save(file, {**read(file), model_type: known})  # another run may have saved other types
+        save(file, {**read(file), model_type: known})
         print(f"{model_type} ({time.monotonic() - began:.0f} s): {_counted([known[n] for n in done])}", flush=True)
         for name in done:
             if known[name]["verdict"] not in ("ok", "refused"):
@@ -68,16 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     file = BUILD / f"{versions().replace(', ', '-').replace(' ', '')}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    seen = read(file)
     if arguments.write:
-        PAGE.write_text(render(seen))
-        return 0
-    chosen = arguments.types or types()
-    for model_type in chosen:
-        for name, verdict in [*seen.get(model_type, {}).items()]:
-            if name in arguments.layouts and {verdict["verdict"], "all"} & {*arguments.again}:
-                del seen[model_type][name]
-    run(file, seen, chosen, arguments.layouts)
+        PAGE.write_text(render(read(file)))
+    else:
+        run(file, arguments.types or types(), arguments.layouts, arguments.again)
     return 0
 
 

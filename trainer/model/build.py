@@ -61,7 +61,15 @@ def build_hf_config(model: Model) -> PretrainedConfig:
         raise ConfigError(f"model.config={model.config or fields}: {_one_line(error)}") from None
     if problems := [*check_experts(text_config(built).to_dict(), model)]:
         raise ConfigError(*problems)
-    return built
+    return _text_alone(built) if model.text_only else built
+
+
+def _text_alone(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the language model; unchanged where transformers builds that from the whole config."""
+    text = text_config(config)
+    if text is config:
+        raise ConfigError(f"model.text_only=true: a {config.model_type} is a language model already; leave it out")
+    return text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -49,6 +49,8 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 """Parts of a name that wrappers of a model leave in what is saved from inside of them."""
 OLD_BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", "rotary_emb.inv_freq", "position_ids")
 """Masks and tables that earlier versions saved with the weights, and that are computed."""
+LANGUAGE_MODEL = "language_model"
+"""Around the names of a composite model's text part, which are those of the language model by itself."""
 TOWERS = ("vision_config", "audio_config", "speech_config")
 TOWER_NAMES = re.compile(r"(^|\.)(vis\w*|vision\w*|audio\w*|speech\w*|multi_modal_projector|mm_\w+|img_\w+)\.")
 
@@ -213,8 +215,9 @@ def _by_another_way(
 ) -> tuple[Differences, PretrainedConfig | None]:
     """Names that do not fit as they are: without the prefix of a wrapper, or by transformers' own renaming. If problems
     remain, the way that leaves fewer of them reports them."""
-    if not direct.broken and any(part in WRAPPERS for name in stored for part in name.split(".")):
-        plain = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in stored}
+    wrappers = WRAPPERS if model.config.get_text_config() is not model.config else (*WRAPPERS, LANGUAGE_MODEL)
+    if not direct.broken and any(part in wrappers for name in stored for part in name.split(".")):
+        plain = {".".join(part for part in name.split(".") if part not in wrappers): name for name in stored}
         if len(plain) == len(stored):
             unwrapped = _compare(model, {name: stored[old] for name, old in plain.items()}, fields, key)
             if not unwrapped.any:
