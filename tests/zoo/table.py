@@ -25,7 +25,7 @@ transformers builds itself. All in float64 within 1e-4 (some types compute parts
 but ZeRO, which has no float64, and types that transformers cannot run in it: float32 within 1e-3.
 
 *refused* stands for a line that the run prints before it begins; the lines are below the table, and begin with the
-layout. What *differs* from one process, or ends in a *crash*, is open. An empty cell has not been tried. *\** is of
+layout. What *differs* from one process, or ends in a *crash*, is open. An empty cell has not been tried. A star marks
 the language model alone (`model.text_only=true`), since the whole model has parts that no layout cuts.
 
 `python -m tests.zoo TYPE` does the same for one type in some seconds; `--layouts` names some of the layouts.
