@@ -33,6 +33,7 @@ from configs.choices import (
     OnFailure,
     OptimizerName,
     ProgressDisplay,
+    Recipe,
     Schedule,
     TuningMethod,
     Weights,
@@ -175,6 +176,21 @@ class Parallel:
 
 
 @dataclass(kw_only=True, slots=True)
+class Float8:
+    recipe: Recipe = Recipe.none
+    """Matmuls of linear layers in 8 bits. `tensorwise`: one scale for a tensor; `rowwise`: one for each row;
+    `rowwise_with_gw_hp`: the same, and the weights' gradients are computed in `param_dtype`; `mxfp8`: one for each 32
+    values (Blackwell). `none`: in `param_dtype`."""
+    head: bool = False
+    """Convert the head as well, whose logits are the most sensitive product."""
+    exclude: list[str] = field(default_factory=list)
+    """Names of linear layers that stay in `param_dtype`, or their last parts: [down_proj]. Each must match."""
+    all_gather: bool | None = None
+    """`tensorwise`, where FSDP2 holds the parameters: cast to float8 before they are gathered, which halves the bytes.
+    Null: wherever that is possible."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Precision:
     preset: str = "fp32"
     """Label of the chosen precision, used in the names of runs."""
@@ -192,6 +208,7 @@ class Precision:
     """Dynamic loss scale before the first step. A power of two."""
     loss_scale_window: int = 1000
     """Steps without overflow after which a dynamic loss scale doubles."""
+    float8: Float8 = field(default_factory=Float8)
 
 
 @dataclass(kw_only=True, slots=True)

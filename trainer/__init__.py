@@ -12,7 +12,12 @@ plan/           plain numbers: what will happen
 
 import sys
 from pathlib import Path
+from typing import Any
 
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and Path(sys.path[0]).resolve() != Path(__file__).parents[1]:
     # `python -m` searches the working directory first, where a folder `configs` or a file `launch.py` may lie.
     del sys.path[0]
+
+# transformers imports torchao wherever it is installed, which takes a second. `linear.float8` lifts this.
+_modules: dict[str, Any] = sys.modules
+_modules.setdefault("torchao", None)

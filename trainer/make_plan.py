@@ -16,7 +16,7 @@ from math import prod
 from configs.choices import EngineName, LauncherName, OffloadDevice
 from configs.errors import PlanError
 from configs.schema import Config
-from trainer import update
+from trainer import linear, update
 from trainer.axes import AXES, expert
 from trainer.axes import degrees as degrees_of
 from trainer.axes.pipeline.table import check_pipeline
@@ -64,6 +64,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         reshard_after_forward=_reshard(config),
         bubble=_bubble(config, batch),
         steps=config.train.steps,
+        layers=linear.words(config),
     )
 
 

@@ -27,6 +27,7 @@ from configs.schema import Config
 F = TypeVar("F", bound=Callable[..., Any])
 Overrides = Config | list[str]
 PRELOADED = [
+    "trainer",
     "torch",
     "torch.distributed",
     "transformers",

@@ -3,7 +3,7 @@ their own. What passes over such a layer, or exchanges its parameter for a plain
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -86,6 +86,7 @@ class DoubledConv1D(Conv1D):
 class Doubling:
     """Fulfils `trainer.linear.Kind`."""
 
+    __name__ = "doubling"
     KEEPS_MODEL = True
 
     @staticmethod
@@ -123,6 +124,18 @@ class Doubling:
     @staticmethod
     def matmuls() -> set[object]:
         return set()
+
+    @staticmethod
+    def settle(modules: Iterable[nn.Module]) -> None:
+        pass
+
+    @staticmethod
+    def words(config: Config) -> str:
+        return ""
+
+    @staticmethod
+    def traced(config: Config) -> Any:
+        return None
 
 
 def train_doubled(overrides: list[str], doubled: bool) -> tuple[list[float], list[str], set[str]]:

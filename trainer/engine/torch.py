@@ -47,7 +47,7 @@ class TorchEngine:
 
     def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
         apply_tf32(config.precision)
-        self.plan, self.runtime = plan, runtime
+        self.config, self.plan, self.runtime = config, plan, runtime
         self.clip_grad_norm, self.clip_grad_value = config.train.clip_grad_norm, config.train.clip_grad_value
         self.loss_scale = build_loss_scale(config.precision)
         meshes = build_meshes(plan, runtime.device)
@@ -67,6 +67,7 @@ class TorchEngine:
         self.optimizer = build_optimizer(everything, self.parts.described, config.optimizer, replicas=replicas)
         self.average = ask(config.optimizer).average(config.optimizer)
         self.states = torch_state.States(self.optimizer, config.optimizer, self.parts.described)
+        self._settle()
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         micro_batches = [self._own_slice(batch) for batch in micro_batches]
@@ -98,6 +99,7 @@ class TorchEngine:
             gradients.clamp([*counted, *copied], self.clip_grad_value)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
+            self._settle()
             if self.balancing is not None:
                 self.balancing.commit()
         self.discard()
@@ -124,8 +126,12 @@ class TorchEngine:
     def averaged(self) -> Iterator[None]:
         with averaged(self.optimizer, self.average):
             self._reshard()
+            if self.average is not None:
+                self._settle()
             yield
         self._reshard()
+        if self.average is not None:
+            self._settle()
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         with averaged(self.optimizer, self.average):
@@ -153,6 +159,7 @@ class TorchEngine:
     def load_state(self, saved: Saved, counters: Counters) -> None:
         for parameters in (self.named, self.copies):
             torch_state.load_state(parameters, self.states, saved, steps=counters.optimizer_steps)
+        self._settle()
         if self.balancing is not None:
             self.balancing.restore(partial(read_buffer, saved))
         if self.loss_scale:
@@ -173,6 +180,9 @@ class TorchEngine:
         frozen = None if self.whole else torch_dtype(self.plan.param_dtype)
         dtype = torch_dtype(self.plan.master_dtype)
         materialize(module, weights, device=self._home(), dtype=dtype, frozen_dtype=frozen)
+
+    def _settle(self) -> None:
+        linear.settle(self.modules, self.config)
 
     def _home(self) -> torch.device:
         """Where the parameters live between their uses."""

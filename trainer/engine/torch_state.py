@@ -18,6 +18,7 @@ from configs.errors import CheckpointMismatch
 from configs.schema import Optimizer as Settings
 from trainer.axes import PIPELINE
 from trainer.engine.saved import BUFFER, Dealer, Saved
+from trainer.model.layers import plain
 from trainer.model.pieces import cut, join
 from trainer.model.roles import Described
 from trainer.optim.protocol import COUNTER
@@ -31,10 +32,10 @@ def whole(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """All of a tensor, on the device that communicates. A collective of the ranks that hold pieces of it."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
-        return tensor
-    if tensor.device != device:
-        # Offloaded: its pieces are in host memory, where the GPUs' collectives cannot reach them.
-        local = tensor.to_local().to(device)
+        return plain(tensor)
+    local = plain(tensor.to_local()).to(device)
+    if local is not tensor.to_local():
+        # Offloaded, its pieces are in host memory, where the GPUs' collectives cannot reach them.
         tensor = DTensor.from_local(
             local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
         )

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from configs.choices import DType, EngineName
 from configs.errors import PlanError
 from configs.schema import Config
+from trainer import linear
 from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers
 from trainer.estimate.profile import (
@@ -70,7 +71,7 @@ def get_anatomy(config: Config, plan: Plan) -> Anatomy:
 
 
 def _tracer(config: Config, plan: Plan) -> Tracer:
-    return Tracer(config, plan, _key(config, {"tuning": repr(config.tuning)}))
+    return Tracer(config, plan, _key(config, {"layers": linear.traced(config)}))
 
 
 def _outline(config: Config, plan: Plan, tracer: Tracer) -> Outline:
@@ -143,12 +144,12 @@ def _surroundings() -> dict[str, Any]:
 
 
 def _outline_fields(config: Config, plan: Plan) -> dict[str, Any]:
-    parallel, tuning = config.parallel, config.tuning
+    parallel = config.parallel
     return {
         PIPELINE: plan.degree(PIPELINE) > 1,
         EXPERTS: plan.degree(EXPERTS),
         TENSOR: [plan.degree(TENSOR), parallel.sequence_parallel, parallel.tensor_plan],
-        "tuning": {**asdict(tuning), "alpha": 0, "dropout": tuning.dropout > 0, "adapter": None},
+        "layers": linear.traced(config),
     }
 
 

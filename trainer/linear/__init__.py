@@ -3,6 +3,7 @@
     plain       x W + b, all of it trained
     four_bit    W frozen, in 4-bit codes                 tuning=qlora
     adapter     W frozen, B A x added to its result      tuning=lora, qlora
+    float8      W and x cast to 8 bits for each product   precision=fp8
 
 Kinds combine in the order of KINDS: each one converts the layers that those before it have left. The model is on the
 meta device then and still whole, so that every later pass divides, shards and fills what it finds. A further kind is
@@ -11,18 +12,21 @@ one module, a word in KINDS and the value of the config that chooses it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from configs.schema import Config
-from trainer.linear import adapter, four_bit, plain
+from trainer.linear import adapter, float8, four_bit, plain
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
 class Kind(Protocol):
     """A module with these functions. Those after `problems` are asked of kinds that the config chooses."""
+
+    __name__: str
 
     @property
     def KEEPS_MODEL(self) -> bool:
@@ -67,8 +71,23 @@ class Kind(Protocol):
         """Operations that are matmuls: selective recompute keeps the results of every second one."""
         ...
 
+    @staticmethod
+    def settle(modules: Iterable[nn.Module]) -> None:
+        """Called when parameters have new values: after they were filled, loaded or updated. A collective."""
+        ...
 
-KINDS: tuple[Kind, ...] = (plain, four_bit, adapter)
+    @staticmethod
+    def words(config: Config) -> str:
+        """What the plan says of it; empty where nothing is to be said."""
+        ...
+
+    @staticmethod
+    def traced(config: Config) -> Any:
+        """The settings that bytes and operations of a layer depend on, for the key of an estimate's profile."""
+        ...
+
+
+KINDS: tuple[Kind, ...] = (plain, four_bit, adapter, float8)
 
 
 def chosen(config: Config) -> list[Kind]:
@@ -111,6 +130,19 @@ def identity(config: Config) -> dict[str, Any]:
 def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
     for kind in KINDS:
         kind.restore(model, identity)
+
+
+def settle(modules: Iterable[nn.Module], config: Config) -> None:
+    for kind in chosen(config):
+        kind.settle(modules)
+
+
+def words(config: Config) -> str:
+    return "; ".join(said for kind in chosen(config) if (said := kind.words(config)))
+
+
+def traced(config: Config) -> list[Any]:
+    return [[kind.__name__, kind.traced(config)] for kind in chosen(config)]
 
 
 def matmuls() -> set[object]:

@@ -13,7 +13,8 @@ layers).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import AdapterInit, EngineName, TuningMethod
@@ -21,6 +22,7 @@ from configs.keys import as_text
 from configs.schema import Config, Tuning
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 KEEPS_MODEL = False
@@ -120,3 +122,16 @@ def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
 def matmuls() -> set[object]:
     """Both of an adapter's matrices are plain linear layers."""
     return set()
+
+
+def settle(modules: Iterable[nn.Module]) -> None:
+    """Nothing depends on the values."""
+
+
+def words(config: Config) -> str:
+    return ""
+
+
+def traced(config: Config) -> Any:
+    tuning = config.tuning
+    return {**asdict(tuning), "alpha": 0, "dropout": tuning.dropout > 0, "adapter": None}

@@ -59,7 +59,7 @@ def find_targets(
         raise ConfigError(*problems)
     if tuning.layers and strict:
         linears, stacks = (_inside(model, names, tuning.layers) for names in (linears, stacks))
-    everything = [name for name in linears if not _is_router(model, name)]
+    everything = [name for name in linears if not is_router(model, name)]
     if entries:
         also = everything if len(entries) < len(tuning.target_modules) else []
         chosen = [name for name in linears if _named(name, entries) or name in also]
@@ -182,7 +182,7 @@ def _stacks(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _is_router(model: PreTrainedModel, name: str) -> bool:
+def is_router(model: PreTrainedModel, name: str) -> bool:
     """A linear layer with a feature for each expert, or one for the shared expert: it decides who computes."""
     text = model.config.get_text_config()
     counts = {1} | {getattr(text, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")}

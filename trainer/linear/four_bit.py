@@ -13,13 +13,14 @@ Dettmers et al. 2023 (QLoRA, arXiv:2305.14314, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import DType, EngineName, TuningMethod
 from configs.schema import Config
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 KEEPS_MODEL = False
@@ -75,3 +76,15 @@ def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
 def matmuls() -> set[object]:
     """The unpacked matrix is multiplied as a plain one."""
     return set()
+
+
+def settle(modules: Iterable[nn.Module]) -> None:
+    """Nothing depends on the values."""
+
+
+def words(config: Config) -> str:
+    return ""
+
+
+def traced(config: Config) -> Any:
+    return config.tuning.double_quantization

@@ -14,6 +14,7 @@ from configs.choices import TuningMethod
 from configs.schema import Config
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,18 @@ def matmuls() -> set[object]:
     import torch
 
     return {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+def settle(modules: Iterable[nn.Module]) -> None:
+    """Nothing depends on the values."""
+
+
+def words(config: Config) -> str:
+    return ""
+
+
+def traced(config: Config) -> Any:
+    return None
 
 
 def patterns_of(names: Iterable[str]) -> str:

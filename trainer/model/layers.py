@@ -13,6 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from trainer.model.pieces import cut
@@ -88,6 +89,14 @@ def of_type(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     if type(tensor) in (torch.Tensor, nn.Parameter, type(values)):
         return values
     return tensor.new_zeros(values.shape, dtype=values.dtype, device=values.device).copy_(values)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a tensor, without the type that says how a layer computes with them. Shares its memory."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor
+    inner, _ = tensor.__tensor_flatten__()
+    return getattr(tensor, inner[0])
 
 
 def as_parameter(parameter: nn.Parameter, values: torch.Tensor) -> nn.Parameter:

@@ -37,6 +37,7 @@ class Gpu:
     tf32_flops: float | None
     bfloat16_flops: float | None
     float16_flops: float
+    float8_flops: float | None
     memory_bandwidth: float
     link: str
     link_bandwidth: float
@@ -55,13 +56,13 @@ def _gpu(
     name: str,
     torch_name: str,
     gib: float,
-    tflops: tuple[float, float | None, float | None, float],
+    tflops: tuple[float, float | None, float | None, float, float | None],
     gb_per_second: float,
     link: tuple[str, float],
 ) -> Gpu:
-    """A row of the table. gib: what CUDA can allocate. tflops: of float32, tf32, bfloat16, float16. Bandwidths are in
-    1e9 bytes/s."""
-    float32, tf32, bfloat16, float16 = tflops
+    """A row of the table. gib: what CUDA can allocate. tflops: of float32, tf32, bfloat16, float16, float8. Bandwidths
+    are in 1e9 bytes/s."""
+    float32, tf32, bfloat16, float16, float8 = tflops
     return Gpu(
         name=name,
         torch_name=torch_name,
@@ -70,6 +71,7 @@ def _gpu(
         tf32_flops=None if tf32 is None else tf32 * TERA,
         bfloat16_flops=None if bfloat16 is None else bfloat16 * TERA,
         float16_flops=float16 * TERA,
+        float8_flops=None if float8 is None else float8 * TERA,
         memory_bandwidth=gb_per_second * GB_PER_SECOND,
         link=link[0],
         link_bandwidth=link[1] * GB_PER_SECOND,
@@ -83,11 +85,11 @@ NVLINK_BRIDGE = ("NVLink bridge to one neighbour", 600.0)
 SMALL_BRIDGE = ("NVLink bridge to one neighbour", 112.5)
 PCIE_3, PCIE_4, PCIE_5 = ("PCIe 3.0 x16", 32.0), ("PCIe 4.0 x16", 64.0), ("PCIe 5.0 x16", 128.0)
 
-# tflops: float32, tf32, bfloat16, float16, dense
-_A100 = (19.5, 156.0, 312.0, 312.0)  # "NVIDIA A100 Tensor Core GPU" data sheet, 2021
-_H100_SXM = (67.0, 494.7, 989.4, 989.4)  # "NVIDIA H100 Tensor Core GPU" data sheet: 989 / 1,979 with sparsity
-_H100_NVL = (60.0, 417.5, 835.5, 835.5)  # the same, column NVL: 835 / 1,671 with sparsity
-_MI300X = (163.4, 653.7, 1307.4, 1307.4)  # "AMD Instinct MI300X" data sheet, 2023; dense
+# tflops: float32, tf32, bfloat16, float16, float8, dense
+_A100 = (19.5, 156.0, 312.0, 312.0, None)  # "NVIDIA A100 Tensor Core GPU" data sheet, 2021
+_H100_SXM = (67.0, 494.7, 989.4, 989.4, 1978.9)  # "NVIDIA H100 Tensor Core GPU" data sheet: 989 / 1,979 with sparsity
+_H100_NVL = (60.0, 417.5, 835.5, 835.5, 1671.0)  # the same, column NVL: 835 / 1,671 with sparsity
+_MI300X = (163.4, 653.7, 1307.4, 1307.4, 2614.9)  # "AMD Instinct MI300X" data sheet, 2023; dense
 
 GPUS: tuple[Gpu, ...] = (
     # Memory: the capacity that torch names when it runs out, as public reports quote it; read in November 2026.
@@ -100,62 +102,76 @@ GPUS: tuple[Gpu, ...] = (
     _gpu("A800-SXM-80GB", r"(NVIDIA )?A800-SXM4-80GB", 79.14, _A100, 2039, NVLINK_CUT),
     # H100 data sheet: the PCIe card has fewer units, lower clocks and HBM2e; NVL is a PCIe card with 94 GB of HBM3.
     _gpu("H100-SXM", r"NVIDIA H100 80GB HBM3", 79.1, _H100_SXM, 3350, NVLINK_4),
-    _gpu("H100-PCIe", r"NVIDIA H100 PCIe", 79.1, (51.0, 378.0, 756.0, 756.0), 2000, NVLINK_BRIDGE),
+    _gpu("H100-PCIe", r"NVIDIA H100 PCIe", 79.1, (51.0, 378.0, 756.0, 756.0, 1513.0), 2000, NVLINK_BRIDGE),
     _gpu("H100-NVL", r"NVIDIA H100 NVL", 93.0, _H100_NVL, 3900, NVLINK_BRIDGE),
     # "NVIDIA H800" and "NVIDIA H20" data sheets, 2023: the H100 with fewer links; with fewer units and more memory.
     _gpu("H800-SXM", r"NVIDIA H800", 79.1, _H100_SXM, 3350, NVLINK_CUT),
-    _gpu("H20", r"NVIDIA H20", 95.0, (44.0, 74.0, 148.0, 148.0), 4000, NVLINK_4),
+    _gpu("H20", r"NVIDIA H20", 95.0, (44.0, 74.0, 148.0, 148.0, 296.0), 4000, NVLINK_4),
     # "NVIDIA H200 Tensor Core GPU" data sheet: the H100's units, more and faster memory (141 GB).
     _gpu("H200", r"NVIDIA H200", 139.72, _H100_SXM, 4800, NVLINK_4),
     _gpu("H200-NVL", r"NVIDIA H200 NVL", 139.72, _H100_NVL, 4800, ("NVLink bridge to up to three", 900.0)),
     # "NVIDIA GH200 Grace Hopper Superchip" data sheet, 2023: 96 GB of HBM3.
     _gpu("GH200", r"NVIDIA GH200 (480|120)GB", 94.5, _H100_SXM, 4000, NVLINK_4),
     # "NVIDIA DGX B200" data sheet, divided by its eight GPUs: 36 PFLOP/s bf16 and 18 TF32 with sparsity, 64 TB/s.
-    _gpu("B200", r"NVIDIA B200", 178.35, (75.0, 1125.0, 2250.0, 2250.0), 8000, NVLINK_5),
+    _gpu("B200", r"NVIDIA B200", 178.35, (75.0, 1125.0, 2250.0, 2250.0, 4500.0), 8000, NVLINK_5),
     # "NVIDIA DGX B300" data sheet, 2025, likewise: 36 and 18 PFLOP/s with sparsity, 64 TB/s.
-    _gpu("B300", r"NVIDIA B300 SXM6 AC", 267.69, (75.0, 1125.0, 2250.0, 2250.0), 8000, NVLINK_5),
+    _gpu("B300", r"NVIDIA B300 SXM6 AC", 267.69, (75.0, 1125.0, 2250.0, 2250.0, 4500.0), 8000, NVLINK_5),
     # "NVIDIA GB200 NVL72" and "GB300 NVL72" data sheets, divided by 72: 360 and 180 PFLOP/s with sparsity, 576 TB/s.
-    _gpu("GB200", r"NVIDIA GB200", 184.31, (80.0, 1250.0, 2500.0, 2500.0), 8000, NVLINK_5),
-    _gpu("GB300", r"NVIDIA GB300", 276.5, (80.0, 1250.0, 2500.0, 2500.0), 8000, NVLINK_5),
+    _gpu("GB200", r"NVIDIA GB200", 184.31, (80.0, 1250.0, 2500.0, 2500.0, 5000.0), 8000, NVLINK_5),
+    _gpu("GB300", r"NVIDIA GB300", 276.5, (80.0, 1250.0, 2500.0, 2500.0, 5000.0), 8000, NVLINK_5),
     # "NVIDIA L40S" data sheet: 183 / 362.05 / 362.05 dense, 48 GB GDDR6 with ECC.
-    _gpu("L40S", r"NVIDIA L40S", 44.39, (91.6, 183.0, 362.05, 362.05), 864, PCIE_4),
+    _gpu("L40S", r"NVIDIA L40S", 44.39, (91.6, 183.0, 362.05, 362.05, 733.0), 864, PCIE_4),
     # "NVIDIA L4" data sheet: 120 / 242 / 242 with sparsity, 24 GB GDDR6 with ECC.
-    _gpu("L4", r"NVIDIA L4", 22.03, (30.3, 60.0, 121.0, 121.0), 300, PCIE_4),
+    _gpu("L4", r"NVIDIA L4", 22.03, (30.3, 60.0, 121.0, 121.0, 242.5), 300, PCIE_4),
     # "NVIDIA A10" data sheet: 62.5 / 125 / 125 dense, 24 GB GDDR6 with ECC.
-    _gpu("A10", r"NVIDIA A10", 21.95, (31.2, 62.5, 125.0, 125.0), 600, PCIE_4),
+    _gpu("A10", r"NVIDIA A10", 21.95, (31.2, 62.5, 125.0, 125.0, None), 600, PCIE_4),
     # "NVIDIA A10G" data sheet: another, slower card: 35 / 70 / 70 dense.
-    _gpu("A10G", r"NVIDIA A10G", 21.95, (31.5, 35.0, 70.0, 70.0), 600, PCIE_4),
+    _gpu("A10G", r"NVIDIA A10G", 21.95, (31.5, 35.0, 70.0, 70.0, None), 600, PCIE_4),
     # "NVIDIA A40" data sheet, 2021: 74.8 / 149.7 / 149.7 dense, 48 GB GDDR6 with ECC.
-    _gpu("A40", r"(NVIDIA )?A40", 44.34, (37.4, 74.8, 149.7, 149.7), 696, SMALL_BRIDGE),
+    _gpu("A40", r"(NVIDIA )?A40", 44.34, (37.4, 74.8, 149.7, 149.7, None), 696, SMALL_BRIDGE),
     # "NVIDIA T4" data sheet, 2018: tensor cores for float16 alone; 16 GB GDDR6 with ECC.
-    _gpu("T4", r"Tesla T4", 14.56, (8.1, None, None, 65.0), 320, PCIE_3),
+    _gpu("T4", r"Tesla T4", 14.56, (8.1, None, None, 65.0, None), 320, PCIE_3),
     # "NVIDIA V100" data sheet, 2020: tensor cores for float16 alone.
-    _gpu("V100-SXM-16GB", r"Tesla V100-SXM2-16GB", 15.77, (15.7, None, None, 125.0), 900, NVLINK_2),
-    _gpu("V100-SXM-32GB", r"Tesla V100-SXM[23]-32GB", 31.73, (15.7, None, None, 125.0), 900, NVLINK_2),
-    _gpu("V100-PCIe-16GB", r"Tesla V100-PCIE-16GB", 15.77, (14.0, None, None, 112.0), 900, PCIE_3),
-    _gpu("V100-PCIe-32GB", r"Tesla V100-PCIE-32GB", 31.73, (14.0, None, None, 112.0), 900, PCIE_3),
+    _gpu("V100-SXM-16GB", r"Tesla V100-SXM2-16GB", 15.77, (15.7, None, None, 125.0, None), 900, NVLINK_2),
+    _gpu("V100-SXM-32GB", r"Tesla V100-SXM[23]-32GB", 31.73, (15.7, None, None, 125.0, None), 900, NVLINK_2),
+    _gpu("V100-PCIe-16GB", r"Tesla V100-PCIE-16GB", 15.77, (14.0, None, None, 112.0, None), 900, PCIE_3),
+    _gpu("V100-PCIe-32GB", r"Tesla V100-PCIE-32GB", 31.73, (14.0, None, None, 112.0, None), 900, PCIE_3),
     # "NVIDIA RTX Blackwell GPU Architecture" and its PRO edition, 2025: tables of the GB202 cards.
-    _gpu("RTX-5090", r"NVIDIA GeForce RTX 5090", 31.34, (104.8, 104.8, 209.5, 209.5), 1792, PCIE_5),
+    _gpu("RTX-5090", r"NVIDIA GeForce RTX 5090", 31.34, (104.8, 104.8, 209.5, 209.5, 419.0), 1792, PCIE_5),
     _gpu(
         "RTX-PRO-6000",
         r"NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
         94.96,
-        (126.0, 251.9, 503.8, 503.8),
+        (126.0, 251.9, 503.8, 503.8, 1007.6),
         1792,
         PCIE_5,
     ),
     # "NVIDIA Ada GPU Architecture" white papers, tables of the AD102 cards.
-    _gpu("RTX-4090", r"NVIDIA GeForce RTX 4090", 23.52, (82.6, 82.6, 165.2, 165.2), 1008, PCIE_4),
-    _gpu("RTX-6000-Ada", r"NVIDIA RTX 6000 Ada Generation", 47.4, (91.1, 182.1, 364.2, 364.2), 960, PCIE_4),
+    _gpu("RTX-4090", r"NVIDIA GeForce RTX 4090", 23.52, (82.6, 82.6, 165.2, 165.2, 330.3), 1008, PCIE_4),
+    _gpu("RTX-6000-Ada", r"NVIDIA RTX 6000 Ada Generation", 47.4, (91.1, 182.1, 364.2, 364.2, 728.5), 960, PCIE_4),
     # "NVIDIA Ampere GA102 GPU Architecture" white paper; two cards may share an NVLink bridge of 112.5 GB/s.
-    _gpu("RTX-3090", r"(NVIDIA )?GeForce RTX 3090", 23.56, (35.6, 35.6, 71.0, 71.0), 936, PCIE_4),
-    _gpu("RTX-A6000", r"(NVIDIA )?RTX A6000", 47.4, (38.7, 77.4, 154.8, 154.8), 768, SMALL_BRIDGE),
+    _gpu("RTX-3090", r"(NVIDIA )?GeForce RTX 3090", 23.56, (35.6, 35.6, 71.0, 71.0, None), 936, PCIE_4),
+    _gpu("RTX-A6000", r"(NVIDIA )?RTX A6000", 47.4, (38.7, 77.4, 154.8, 154.8, None), 768, SMALL_BRIDGE),
     # "AMD Instinct" data sheets. MI300X and MI325X: seven links of 128 GB/s; MI350X and MI355X (2025) of 153.6, and no
     # unit for TF32. A virtual function (VF) of the MI300X has 0.3 GiB less.
     _gpu("MI300X", r"AMD Instinct MI300X( VF| OAM)?", 191.69, _MI300X, 5300, ("Infinity Fabric", 896)),
     _gpu("MI325X", r"AMD Instinct MI325X( VF| OAM)?", 255.69, _MI300X, 6000, ("Infinity Fabric", 896)),
-    _gpu("MI350X", r"AMD Instinct MI350X", 287.98, (144.2, None, 2306.9, 2306.9), 8000, ("Infinity Fabric 4", 1075.2)),
-    _gpu("MI355X", r"AMD Instinct MI355X", 287.98, (157.3, None, 2516.6, 2516.6), 8000, ("Infinity Fabric 4", 1075.2)),
+    _gpu(
+        "MI350X",
+        r"AMD Instinct MI350X",
+        287.98,
+        (144.2, None, 2306.9, 2306.9, 4613.7),
+        8000,
+        ("Infinity Fabric 4", 1075.2),
+    ),
+    _gpu(
+        "MI355X",
+        r"AMD Instinct MI355X",
+        287.98,
+        (157.3, None, 2516.6, 2516.6, 5033.2),
+        8000,
+        ("Infinity Fabric 4", 1075.2),
+    ),
 )
 
 

@@ -16,7 +16,7 @@ from trainer.plan.views import View
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What will happen. views: of the ranks, the dense one first. bubble: part of a step that a pipeline's ranks spend
-    waiting; 0 without one."""
+    waiting; 0 without one. layers: what linear layers are, in words; empty for plain ones."""
 
     device: str
     nodes: int
@@ -33,6 +33,7 @@ class Plan:
     reshard_after_forward: bool
     bubble: float
     steps: int
+    layers: str
 
     @property
     def world_size(self) -> int:
@@ -117,6 +118,8 @@ class Plan:
             f"precision  compute {self.param_dtype}, gradients reduced in {self.reduce_dtype},"
             f" master {self.master_dtype}",
         ]
+        if self.layers:
+            lines.append(f"layers     {self.layers}")
         return "\n".join(lines)
 
     def _partition(self) -> str:

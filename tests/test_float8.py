@@ -1,0 +1,204 @@
+"""`precision=fp8`: the same products under every layout that cuts no matrix, near ones where one is cut, and near
+bfloat16 over a longer run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import ConfigError, EnvironmentProblem, PlanError
+from configs.load import load_config
+from tests.support.cases import run_trainer, train
+from tests.support.float8_cases import count_products
+from tests.support.harness import run_ranks
+from tests.support.model_folders import tensors_of
+from tests.support.parity import MODELS, distance, measure, reference, words
+from tests.support.selection import rows
+from trainer.linear import float8
+from trainer.make_plan import make_plan
+from trainer.passes import prepare_model
+from trainer.plan.machine import Machine
+
+STEPS = 4
+FLOAT32, NEAR, LONG = 1e-5, 5e-3, 50
+WIDE = "precision.param_dtype=float32"
+"""What is not float8 in float32: a difference is then one of scales."""
+ONE_AT_A_TIME = "train.micro_batch_size=2"
+"""A tensor's scale is that of one micro-batch, so one process must compute with the same micro-batches."""
+EQUAL: dict[str, int] = {
+    **{"ddp": 2, "fsdp": 2, "fsdp precision.float8.all_gather=false": 2, "hsdp": 4, "fsdp_offload": 2},
+    **{"fsdp parallel.reshard_after_forward=false": 2, "fsdp train.activation_checkpointing=selective": 2},
+    **{"pipeline": 2, "pipeline parallel.pipeline.schedule=interleaved_zero_bubble": 2, "pipeline_fsdp": 4},
+}
+OFTEN = {"ddp", "fsdp", "pipeline"}
+RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+CUT = {"tensor": 2, "tensor parallel.sequence_parallel=true": 2, "tensor_fsdp": 4, "context": 2, "3d": 8}
+
+
+def keys(recipe: str = "tensorwise") -> tuple[str, ...]:
+    return (f"precision.float8.recipe={recipe}", WIDE, ONE_AT_A_TIME)
+
+
+@pytest.mark.parametrize("layout", rows(zip(EQUAL), lambda layout: layout in OFTEN))
+def test_layout_equals_single_process(layout: str) -> None:
+    found = measure(layout.split(), EQUAL[layout], model="llama", precision="fp8", steps=STEPS, extra=keys())
+    assert max(found.loss, found.grad_norm) <= FLOAT32, found
+    plain = reference("llama", "fp32", STEPS, ONE_AT_A_TIME)
+    assert abs(reference("llama", "fp8", STEPS, *keys()).losses[0] - plain.losses[0]) > 1e-5, "nothing is in float8"
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
+def test_scales_of_rows_are_those_of_one_process(recipe: str) -> None:
+    found = measure(["fsdp"], 2, model="llama", precision="fp8", steps=STEPS, extra=keys(recipe))
+    assert max(found.loss, found.grad_norm) <= FLOAT32, found
+
+
+def test_rows_alone_do_not_depend_on_the_micro_batch() -> None:
+    """With gradients of weights in param_dtype every scale is that of one token, or of the weight."""
+    recipe = ("precision.float8.recipe=rowwise_with_gw_hp", WIDE)
+    found = run_ranks(2, train, words("llama", "ddp", "fp8", STEPS, *recipe, ONE_AT_A_TIME))[0]
+    assert distance(found, reference("llama", "fp8", STEPS, *recipe)).loss <= FLOAT32
+
+
+@pytest.mark.parametrize("layout", rows(zip(CUT), lambda layout: layout == "3d"))
+def test_a_cut_matrix_stays_near_single_process(layout: str) -> None:
+    """Each rank scales its part of a matrix, or of a sequence, by itself."""
+    expected, (preset, *more) = reference("llama", "fp8", STEPS, *keys()), layout.split()
+    ranks = run_ranks(CUT[layout], train, words("llama", preset, "fp8", STEPS, *keys(), *more))
+    assert all(rank.losses == ranks[0].losses for rank in ranks)
+    assert max(abs(a - b) for a, b in zip(ranks[0].losses, expected.losses, strict=True)) <= NEAR
+    norms = zip(ranks[0].grad_norms, expected.grad_norms, strict=True)
+    assert max(abs(a / b - 1) for a, b in norms) <= 0.1
+
+
+@pytest.mark.parametrize(
+    "recipe", rows(zip(("tensorwise", "rowwise", "rowwise_with_gw_hp")), lambda r: r == "tensorwise")
+)
+def test_fifty_steps_stay_near_bfloat16(recipe: str) -> None:
+    expected = reference("llama", "bf16", LONG).losses
+    found = run_ranks(1, train, words("llama", "single", "fp8", LONG, f"precision.float8.recipe={recipe}"))[0].losses
+    assert found != expected
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 0.02
+    assert abs(found[-1] - expected[-1]) < 0.1 * (expected[0] - expected[-1])
+
+
+def test_selective_recompute_keeps_every_second_scaled_product() -> None:
+    none, full, selective = (run_ranks(1, count_products, mode)[0] for mode in ("none", "full", "selective"))
+    # Of the seven of a layer the first, third, fifth and last are kept.
+    forward = none // 3
+    assert (none, full, selective) == (3 * forward, 4 * forward, 3 * forward + 3 * forward // 7)
+
+
+def test_a_run_goes_on_under_another_layout_and_in_another_precision(tmp_path: Path) -> None:
+    """Saved are plain parameters, and scales are those of what was loaded."""
+    common = [*MODELS["llama"], "data.seq_len=32", "train.global_batch_size=8", ONE_AT_A_TIME, WIDE]
+    common += ["logging.progress=lines", "checkpoint.every=2", "scheduler=constant", "train.eval_samples=0"]
+    common += ["train.steps=4", "precision=fp8"]
+    whole, half, rest = tmp_path / "whole", tmp_path / "half", tmp_path / "rest"
+    assert run_ranks(1, run_trainer, [*common, f"train.run_dir={whole}"]) == [0]
+    first = [*common, "parallel=fsdp", "train.steps=2", f"train.run_dir={half}"]
+    assert run_ranks(2, run_trainer, first) == [0, 0]
+    second = [*common, "parallel=pipeline", f"train.run_dir={rest}", f"train.resume={half}"]
+    assert run_ranks(2, run_trainer, second) == [0, 0]
+    expected, found = tensors_of(whole / "model"), tensors_of(rest / "model")
+    assert expected.keys() == found.keys()
+    # An update that gets its gradient in another order may round a value to its neighbour in 8 bits.
+    apart = [(expected[name] - found[name]).abs().max() / expected[name].abs().max() for name in expected]
+    assert max(apart) <= 1e-3
+    plain = [*common, "precision=bf16", f"train.run_dir={tmp_path / 'bf16'}", f"train.resume={half}"]
+    assert run_ranks(1, run_trainer, plain) == [0]
+
+
+def converted(*overrides: str) -> set[str]:
+    model = prepare_model(load_config(["model=tiny", "precision=fp8", *overrides]))
+    kind = float8.layers().Linear8
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def test_what_is_converted_and_what_is_left_out() -> None:
+    attention, mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+    assert converted() == attention | mlp
+    assert converted("model.config.intermediate_size=360") == attention
+    assert converted("parallel=tensor", "model.config.intermediate_size=336") == attention
+    assert converted("precision.float8.exclude=[down_proj]") == attention | mlp - {"down_proj"}
+    assert converted("precision.float8.head=true", "model.config.vocab_size=288") == attention | mlp | {"lm_head"}
+    assert converted("precision.float8.head=true", "model.config.vocab_size=261") == attention | mlp
+    # Routers and experts.
+    mixture = ("model.config.model_type=qwen3_moe", "model.config.num_experts=16", "model.config.num_experts_per_tok=2")
+    assert converted(*mixture, "model.config.moe_intermediate_size=32") == attention
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ("model=tiny_gpt2", "precision.float8.recipe=tensorwise: GPT2LMHeadModel has no torch.nn.Linear"),
+        (
+            "precision.float8.exclude=[o_proj,x_proj]",
+            "precision.float8.exclude=['o_proj', 'x_proj']: x_proj matches no",
+        ),
+        ("precision.float8.head=true model.config.tie_word_embeddings=true", "precision.float8.head=true: the head of"),
+    ],
+)
+def test_a_model_that_cannot_be_converted_is_one_line(overrides: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare_model(load_config(["model=tiny", "precision=fp8", *overrides.split()]))
+    (problem,) = caught.value.problems
+    assert problem.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "remedy"),
+    [
+        ("parallel=zero2", "precision.float8.recipe=tensorwise: DeepSpeed", "parallel=fsdp"),
+        ("optimizer.in_backward=true", "precision.float8.recipe=tensorwise: takes", "set it to false"),
+        ("tuning=lora", "precision.float8.recipe=tensorwise: converts", "tuning=full"),
+        ("tuning=qlora", "precision.float8.recipe=tensorwise: converts", "tuning=full"),
+        ("precision.param_dtype=float16", "precision.float8.recipe=tensorwise: multiplies", "bfloat16"),
+        ("precision.float8.recipe=mxfp8", "precision.float8.recipe=mxfp8: ", "tensorwise"),
+        ("data.seq_len=100", "data.seq_len=100: float8", "a multiple of 16"),
+        ("parallel=context data.seq_len=48", "data.seq_len=48: float8", "a multiple of 32"),
+        ("precision.float8.all_gather=true", "precision.float8.all_gather=true: parallel=ddp", "parallel=fsdp"),
+        (
+            "parallel=fsdp precision.float8.recipe=rowwise precision.float8.all_gather=true",
+            "precision.float8.all_gather=true: a part",
+            "tensorwise",
+        ),
+        ("precision=bf16 precision.float8.head=true", "precision.float8.head=true: is for", "precision=fp8"),
+        (
+            "precision=bf16 precision.float8.exclude=[o_proj]",
+            "precision.float8.exclude=['o_proj']: is",
+            "precision=fp8",
+        ),
+        ("cluster.gpu=A100-SXM-80GB", "precision.float8.recipe=tensorwise: A100-SXM-80GB has no", "precision=bf16"),
+        ("cluster=2xrtx3090", "precision.float8.recipe=tensorwise: RTX-3090", "H100"),
+    ],
+)
+def test_where_it_cannot_run_is_one_line(overrides: str, key: str, remedy: str) -> None:
+    config = load_config(["parallel=ddp", "precision=fp8", *overrides.split()])
+    with pytest.raises(PlanError) as caught:
+        make_plan(config, Machine(world_size=2, local_world_size=2))
+    (line,) = [line for line in caught.value.problems if line.startswith(key)]
+    assert remedy in line.partition(";")[2]
+
+
+def test_the_plan_says_what_is_in_float8() -> None:
+    config = load_config(["precision=fp8", "parallel=tensor", "precision.float8.exclude=[o_proj]"])
+    text = make_plan(config, Machine(world_size=2, local_world_size=2)).describe()
+    (line,) = [line for line in text.splitlines() if line.startswith("layers ")]
+    assert "float8, tensorwise; in bfloat16 stay embedding, head, o_proj" in line
+    assert "that 32 does not divide" in line
+
+
+def test_without_torchao_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float8, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match=r"^precision=fp8: needs torchao; pip install '[\w-]+\[float8\]'$"):
+        prepare_model(load_config(["model=tiny", "precision=fp8"]))
+
+
+def test_a_gpu_without_float8_is_named() -> None:
+    with pytest.raises(EnvironmentProblem, match=r"A100.* has no unit for float8 \(compute capability 8\.0\).*bf16"):
+        float8.layers().check_device("NVIDIA A100-SXM4-80GB", (8, 0))
+    float8.layers().check_device("NVIDIA L4", (8, 9))
+    assert torch.finfo(torch.float8_e4m3fn).max == 448

@@ -1,0 +1,153 @@
+"""Linear layers that multiply in float8. The model has them, on the meta device, before any pass divides it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from configs.errors import ConfigError, EnvironmentProblem
+from configs.schema import Float8
+from trainer.linear.adapter_targets import is_router, kinds
+from trainer.model.layers import is_plain_linear
+from trainer.model.roles import routed_parts
+
+log = logging.getLogger(__name__)
+KEY = "precision.float8"
+LOWEST = (8, 9)
+NOISY = ("torchao", "torch.utils._pytree")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torchao warns, in every process, of kernels that are built for another Python."""
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+with _quiet():
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8.float8_linear import Float8Linear
+    from torchao.float8.float8_utils import amax_to_scale
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+
+
+class Linear8(Float8Linear):
+    """torchao's layer, which by itself casts its input under CUDA's autocast alone."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        output = super().forward(input)
+        # torchao's is a view of the product, on whose hooks FSDP2 cannot rely.
+        return torch.ops.aten._unsafe_view.default(output, output.shape)
+
+
+def convert_layers(model: PreTrainedModel, float8: Float8, *, block: int, gathered: bool) -> None:
+    """Exchange the layers that can multiply in float8, in place.
+
+    block: what must divide both dimensions of a matrix. gathered: FSDP2 gathers their weights in float8.
+    Raises ConfigError for a model without such layers, and for names that match none.
+    """
+    head, routed = model.get_output_embeddings(), routed_parts(model)
+    linears = {name: module for name, module in model.named_modules() if is_plain_linear(module)}
+    problems = [
+        f"{KEY}.exclude={float8.exclude}: {entry} matches no linear layer of {type(model).__name__}; it has"
+        f" {', '.join(kinds(linears))}"
+        for entry in float8.exclude
+        if not any(_named(name, entry) for name in linears)
+    ]
+    if float8.head and (head is None or head.weight is model.get_input_embeddings().weight):
+        problems.append(
+            f"{KEY}.head=true: the head of {type(model).__name__} shares its matrix with the embedding; set it to false"
+        )
+    body = {
+        name
+        for name, module in linears.items()
+        if module is not head
+        and module.weight.requires_grad
+        and id(module.weight) not in routed
+        and not is_router(model, name)
+        and not any(_named(name, entry) for entry in float8.exclude)
+        and _divides(module, block)
+    }
+    ends = {name for name, module in linears.items() if float8.head and module is head and _divides(module, block)}
+    if not body:
+        problems.append(
+            f"{KEY}.recipe={float8.recipe}: {type(model).__name__} has no torch.nn.Linear that may be converted, with"
+            f" dimensions that are multiples of {block}; use precision=bf16"
+        )
+    if problems:
+        raise ConfigError(*problems)
+    config = Float8LinearConfig.from_recipe_name(str(float8.recipe))
+    # The head is a group of its own for FSDP2, and gloo cannot gather a group that is float8 throughout.
+    for names, wrapped in ((body, gathered), (ends, False)):
+        chosen = dataclasses.replace(config, enable_fsdp_float8_all_gather=wrapped)
+        convert_to_float8_training(model, module_filter_fn=lambda _, name, names=names: name in names, config=chosen)
+    for name in body | ends:
+        model.get_submodule(name).__class__ = Linear8
+
+
+def log_layers(model: PreTrainedModel) -> None:
+    """Log which linear layers multiply in float8 and which do not."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    converted = [name for name, module in linears.items() if isinstance(module, Linear8)]
+    left = [name for name in linears if name not in converted]
+    log.info("float8: %d of %d linear layers: %s", len(converted), len(linears), ", ".join(kinds(converted)))
+    if left:
+        log.info("float8: left in the compute dtype: %s", ", ".join(kinds(left)))
+
+
+def check_device(name: str, capability: tuple[int, int]) -> None:
+    """Raise EnvironmentProblem for a GPU whose tensor cores do not multiply in float8. name: what torch calls it."""
+    if capability < LOWEST:
+        raise EnvironmentProblem(
+            f"{KEY}: {name} has no unit for float8 (compute capability {'.'.join(map(str, capability))}); use"
+            " precision=bf16, or a GPU of 8.9 or later (Ada, Hopper, Blackwell)"
+        )
+
+
+def compute_scales(modules: Iterable[nn.Module]) -> None:
+    """The scales of all weights that FSDP2 will gather in float8, from one all-reduce for an axis instead of one for
+    each weight. They are those of whole matrices, where each gathering would know the part that tensor parallel cut.
+    """
+    for module in modules:
+        device = next(module.parameters()).device
+        if device.type == "cuda" and torch.version.hip is None:
+            check_device(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+        weights = [layer.weight for layer in module.modules() if isinstance(layer, Linear8)]
+        held = [w._local_tensor for w in weights if isinstance(w, DTensor)]
+        held = [piece for piece in held if isinstance(piece, WeightWithDynamicFloat8CastTensor)]
+        mesh = next((w.device_mesh for w in weights if isinstance(w, DTensor)), None)
+        # Offloaded weights lie where their mesh does not communicate; they get their scales when they are gathered.
+        if not held or mesh is None or held[0].device.type != mesh.device_type:
+            continue
+        pieces = [piece._tensor.detach() for piece in held]
+        largest = torch.stack([piece.abs().amax() if piece.numel() else piece.new_zeros(()) for piece in pieces])
+        for dim in range(mesh.ndim):
+            if mesh.size(dim) > 1:
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.get_group(dim))
+        for piece, scale in zip(held, amax_to_scale(largest, held[0]._dtype), strict=True):
+            piece._precomputed_scale = scale
+
+
+def _divides(linear: nn.Linear, block: int) -> bool:
+    return linear.in_features % block == 0 and linear.out_features % block == 0
+
+
+def _named(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
