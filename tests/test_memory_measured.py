@@ -47,6 +47,7 @@ ADAFACTOR = ["optimizer=adafactor"]
 EIGHT_BITS = ["optimizer=adamw_8bit"]
 MUON = ["optimizer=muon", "optimizer.options.dtype=float32"]
 LOMO = ["optimizer=lomo"]
+MEZO = ["optimizer=mezo"]
 FULL = ["train.activation_checkpointing=full"]
 SELECTIVE = ["train.activation_checkpointing=selective"]
 
@@ -127,6 +128,13 @@ CASES = {
         ["parallel=single", "model=tiny", *SHORT, "optimizer=adalomo", "train.clip_grad_norm=0"],
     ),
     "ddp fp32, adamw in the backward, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT, "optimizer.in_backward=true"]),
+    "ddp bf16, mezo, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT, *BF16, *TWICE, *MEZO]),
+    "fsdp fp32, mezo, kept gathered": (
+        2,
+        TORCH,
+        ["parallel=fsdp", *LLAMA, *LONG, *MEZO, "parallel.reshard_after_forward=false"],
+    ),
+    "tensor_fsdp bf16, mezo": (4, TORCH, ["parallel=tensor_fsdp", *LLAMA, *SHORT, *BF16, *MEZO]),
     "ddp bf16, lomo, reduced in bf16": (
         2,
         TORCH,
@@ -248,6 +256,7 @@ NIGHTLY = {
     ),
     *("pipeline_fsdp", "zero1 bf16", "zero1 fp32", "zero2 fp32, adapters", "zero2 bf16, offload", "zero3 bf16"),
     *("zero3 fp32", "ddp fp32, adamw in the backward, tied", "hsdp bf16, lomo"),
+    "tensor_fsdp bf16, mezo",
 }
 
 

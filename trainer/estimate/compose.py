@@ -43,7 +43,8 @@ def replay(
     program = Program(profile)
     layout.start()
     numbers = [0] if micro_batches == 1 else [0, micro_batches - 1]
-    count = layout.setting.passes.backwards
+    passes = layout.setting.passes
+    count = passes.backwards or passes.forwards
     for step in range(1, STEPS + 1):
         given = [timeline.allocate("activations", size) for size in inputs]
         for number, again in product(numbers, range(count)):
@@ -51,7 +52,7 @@ def replay(
             layout.begin_pass(applying=again == count - 1 and not layout.setting.gradients)
             running = Running(program, layout, timeline, step)
             running.run("f")
-            running.run("b")
+            running.run("b" if passes.backwards else "e")
         timeline.free_all(given)
         timeline.phase("optimizer step", step)
         layout.update(step)

@@ -37,6 +37,7 @@ from trainer.estimate.tracing import Tracer
 from trainer.plan.devices import Gpu
 from trainer.plan.plan import Plan
 from trainer.process.files import replace_text
+from trainer.update import ask as ask_update
 
 Made = TypeVar("Made")
 
@@ -167,6 +168,7 @@ def _shape_fields(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size:
         "chunked_loss": config.train.chunked_loss,
         "documents": config.data.document_mask,
         "moe": [str(config.moe.balance), config.moe.z_loss > 0],
+        "backward": ask_update(config.optimizer).passes(config).backwards > 0,
         "split_backward": plan.degree(PIPELINE) > 1 and SCHEDULES[schedule].splits_backward,
     }
 

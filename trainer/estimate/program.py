@@ -29,11 +29,12 @@ Live = dict[tuple[str, str], dict[int, int]]
 
 class Program:
     """parts: the operations of "f" forward, "b" backward, or, where the schedule splits it, "i" (gradient of the input)
-    and "w" (of the weights). slots: how many a micro-batch needs."""
+    and "w" (of the weights); "e" the end of a forward that has no backward. slots: how many a micro-batch needs."""
 
     def __init__(self, profile: Profile) -> None:
         writer = _Writer(profile)
         self.parts: dict[str, Sequence[Op]] = {"f": writer.forward()}
+        self.parts["e"] = writer.end()
         after_forward = {key: dict(slots) for key, slots in writer.live.items()}
         self.parts["b"] = [*writer.backward("b"), *writer.end()]
         if any(phase == "i" for phase, _ in profile.trace.sections):
@@ -68,6 +69,8 @@ class Running:
                 timeline.sample()
         if part in "bi":
             layout.end_backward()
+        elif part == "e":
+            layout.end_alone()
 
 
 class _Writer:

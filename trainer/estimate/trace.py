@@ -49,7 +49,7 @@ class Shape:
     its output to (FSDP2's policy), None where the loss gets the logits as they are. gpu: follow the rules by which CUDA
     chooses its attention and dropout kernels, instead of the CPU's. exact_attention: without the flash kernel, calls
     that the memory-efficient one refuses fall back to a kernel that keeps all scores. split_backward: the schedule
-    computes gradients of inputs and of weights apart.
+    computes gradients of inputs and of weights apart. backward: false: forwards alone, as in an evaluation.
     """
 
     micro_batch_size: int
@@ -62,6 +62,7 @@ class Shape:
     positions: bool = False
     documents: bool = False
     split_backward: bool = False
+    backward: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +83,7 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
     with mode:
         _make_fake(unit.module, shape.storage, frozen=shape.compute or shape.storage)
         feed = _feed(unit, shape)
-    unit.module.train()
+    unit.module.train(shape.backward)
     if unit.stage is not None:
         unit.stage.border.dtype = shape.storage
     sections: dict[tuple[str, str], tuple[Step, ...]] = {}
@@ -158,7 +159,10 @@ def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker) 
             output.logits = output.logits.to(shape.logits_dtype)
         return output
 
-    loss = unit.parts.objective(run, feed.labels)
+    with nullcontext() if shape.backward else torch.no_grad():
+        loss = unit.parts.objective(run, feed.labels)
+    if not shape.backward:
+        return
     tracker.mark("backward")
     loss.backward()
 

@@ -99,6 +99,7 @@ class Tracer:
             positions=self.plan.degree(CONTEXT) > 1 or self.config.data.document_mask,
             documents=self.config.data.document_mask,
             split_backward=fields["split_backward"],
+            backward=fields["backward"],
         )
         layers = [owned[place] for place in kept_layers(kinds[owned.start : owned.stop])]
         first, last = index == 0, index == stages - 1

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from configs.choices import OptimizerName
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described, Matrices, Role
-from trainer.optim import adafactor, adamw, adamw_8bit, custom, lion, muon, schedule_free, sgd
+from trainer.optim import adafactor, adamw, adamw_8bit, custom, lion, mezo, muon, schedule_free, sgd
 from trainer.optim.protocol import COUNTER, Kept, Optimizer, State
 
 OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
@@ -18,6 +18,7 @@ OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
     OptimizerName.muon: muon,
     OptimizerName.lion: lion,
     OptimizerName.schedule_free: schedule_free,
+    OptimizerName.mezo: mezo,
     OptimizerName.custom: custom,
 }
 

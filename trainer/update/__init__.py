@@ -8,7 +8,8 @@ GRADIENTS   whether the gradients of the whole model are there at once, between 
 said        what it does, for the estimate's explanation; empty for the usual way
 
 after_backward   gradients add up, the last backward communicates, one update
-in_backward      each gradient is applied and freed as it comes
+    in_backward      each gradient is applied and freed as it comes
+    mezo             no gradients: the loss at two points
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Protocol
 
 from configs.schema import Config, Optimizer
 from trainer.plan.batch import BatchPlan
-from trainer.update import after_backward, in_backward
+from trainer.update import after_backward, in_backward, mezo
 from trainer.update.passes import Passes
 
 
@@ -38,7 +39,7 @@ class Update(Protocol):
     def said(self, config: Config) -> str: ...
 
 
-UPDATES: tuple[Update, ...] = (in_backward, after_backward)
+UPDATES: tuple[Update, ...] = (mezo, in_backward, after_backward)
 
 
 def ask(settings: Optimizer) -> Update:

@@ -11,3 +11,8 @@ class Passes:
 
     forwards: int = 1
     backwards: int = 1
+
+    @property
+    def useful(self) -> float:
+        """Of the FLOPs of one forward and backward. What is run again, as for a recompute, counts once."""
+        return 1.0 if self.backwards else self.forwards / 3

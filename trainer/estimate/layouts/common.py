@@ -130,6 +130,14 @@ class Layout(ABC):
 
     def end_backward(self) -> None: ...
 
+    def end_alone(self) -> None:
+        """A forward that has no backward is done."""
+
+    def update_each(self, held: Sequence[Held]) -> None:
+        """The update of a step without gradients, one parameter after the other."""
+        for one in held:
+            self.setting.update([one])
+
     @abstractmethod
     def update(self, step: int) -> None:
         """Clip, update the parameters, clear the gradients."""

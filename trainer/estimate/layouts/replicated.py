@@ -104,6 +104,8 @@ class Replicated(Layout):
         self.timeline.free(handle)
 
     def update(self, step: int) -> None:
+        if not self.setting.passes.backwards:
+            self.update_each(self.held)
         if not self.setting.gradients:
             return
         if step == 1:

@@ -168,6 +168,10 @@ class FullySharded(Layout):
         if not self.delayed:
             self._finish()
 
+    def end_alone(self) -> None:
+        for group in [*self.whole]:
+            self._drop(group)
+
     def _add_up(self, group: str) -> None:
         """Gradients that are not reduced yet: kept whole, in the dtype in which they will be."""
         self.timeline.free_all(self.late)
@@ -306,5 +310,7 @@ def update_together(layouts: Sequence[FullySharded], step: int) -> None:
         if step == 1:
             setting.place_states(held)
         setting.update([one for one in held if len(one.shape) > 1])
+    elif not setting.passes.backwards:
+        layouts[0].update_each(held)
     for layout in layouts:
         layout.clear()

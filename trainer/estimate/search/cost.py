@@ -146,7 +146,7 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy, settings: Settings) 
 def step_time(config: Config, plan: Plan, size: Dimensions, gpu: Gpu) -> StepTime:
     """Predict the seconds of one optimizer step. The pipeline's stages are taken to be even."""
     seconds = _Step(config, plan, size, gpu).terms()
-    flops = training_flops_per_token(
+    flops = ask_update(config.optimizer).passes(config).useful * training_flops_per_token(
         matrices=size.matrices,
         layers=size.layers,
         attention=size.attention,

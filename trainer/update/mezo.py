@@ -1,0 +1,57 @@
+"""MeZO (Malladi et al. 2023, arXiv:2305.17333): the loss at two points instead of a gradient. No backward.
+
+    w + eps z:  forward -> loss+          z: one random number per parameter, from the step's seed
+    w - eps z:  forward -> loss-          slope = (loss+ - loss-) / (2 eps), one number, the same on every rank
+    w - lr * slope * z
+
+z is never kept: it is drawn for one parameter at a time, whole, and each rank takes its own piece, so that every layout
+trains on the same numbers. A step keeps no gradients, no states, and of the activations those of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.choices import EngineName
+from configs.schema import Config, Optimizer
+from trainer import moe
+from trainer.axes import PIPELINE
+from trainer.optim import mezo
+from trainer.optim.table import ask
+from trainer.plan.batch import BatchPlan
+from trainer.update.passes import Passes
+
+NAME = "mezo"
+GRADIENTS = False
+
+
+def wanted(settings: Optimizer) -> bool:
+    return ask(settings) is mezo
+
+
+def problems(config: Config, batch: BatchPlan) -> Iterator[str]:
+    key, parallel = f"optimizer.name={config.optimizer.name}", config.parallel
+    if parallel.engine is EngineName.deepspeed:
+        yield (
+            f"{key}: has no gradients and no states, which is what ZeRO partitions; use parallel=fsdp, which shards the"
+            " parameters"
+        )
+    if (degree := getattr(parallel, PIPELINE)) > 1:
+        yield f"{key}: parallel.{PIPELINE}={degree} orders forwards with their backwards; use parallel=fsdp or tensor"
+    if config.optimizer.in_backward:
+        yield f"optimizer.in_backward=true: {config.optimizer.name} runs no backward; leave it out"
+    if config.train.clip_grad_value:
+        yield (
+            f"train.clip_grad_value={config.train.clip_grad_value}: {config.optimizer.name} has one slope, and no"
+            " elements to clip; use train.clip_grad_norm, which limits the slope"
+        )
+    if moe.acts(config):
+        yield f"{moe.asked(config)}: acts through gradients, and {config.optimizer.name} has none; leave it out"
+
+
+def passes(config: Config) -> Passes:
+    return Passes(forwards=2, backwards=0)
+
+
+def said(config: Config) -> str:
+    return "no backward: the loss at two points, along a direction that is drawn again from its seed"
