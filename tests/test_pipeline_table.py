@@ -162,7 +162,10 @@ def test_micro_batches_in_flight() -> None:
 
 
 def test_receive_buffers() -> None:
-    assert receive_buffers("1f1b", pp=3, micro_batches=8) == [8, 16, 8]
+    # Independent of the number of micro-batches, once the pipeline is full.
+    for count in (4, 16, 512):
+        assert receive_buffers("1f1b", pp=3, micro_batches=count) == [1, 3, 1]
+    assert receive_buffers("gpipe", pp=3, micro_batches=8) == [1, 9, 8]
     assert receive_buffers("zbv_zero_bubble", pp=2, micro_batches=4) == [8, 16]
 
 

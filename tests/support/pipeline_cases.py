@@ -228,8 +228,11 @@ def _engine_stages(pipeline: PipelineRun) -> list[Any]:
 
 def _buffers(pipeline: PipelineRun) -> int:
     """Tensors that torch's engine has set aside for what neighbours send."""
-    rows = [row for stage in _engine_stages(pipeline) for row in (stage.args_recv_info, stage.grad_recv_info)]
-    return sum(getattr(info, "buffer", None) is not None for row in rows for infos in row.values() for info in infos)
+    stages = _engine_stages(pipeline)
+    rows = [row for stage in stages for row in (stage.args_recv_info, stage.grad_recv_info)]
+    buffers = [getattr(info, "buffer", None) for row in rows for infos in row.values() for info in infos]
+    spare = [len(buffers) for stage in stages for buffers in stage.spare or ()]
+    return sum(spare) + sum(buffer is not None and not buffer.is_meta for buffer in buffers)
 
 
 def _recording(method: Callable[..., Any], kind: str, stage: int, actions: list[Action]) -> Callable[..., Any]:

@@ -19,8 +19,9 @@ and the last stage; their gradients (vocabulary * hidden_size) are exchanged and
 the same update and stay equal. Where layers get embeddings of their own besides the hidden states (Gemma 3n and 4),
 every stage makes them from the tokens: a copy of the tables on each, whose gradients are summed over all.
 
-Memory besides: the activations of the micro-batches in flight, and torch's receive buffers, one per micro-batch of the
-step in either direction (`in_flight`, `receive_buffers`).
+Memory besides: the activations of the micro-batches in flight, and receive buffers (`in_flight`, `receive_buffers`):
+with one stage per rank one per micro-batch in flight and one for its gradient, with several one per micro-batch of the
+step in either direction, as torch makes them.
 
 torch.distributed.pipelining runs the schedule. Gradients are not scaled there: the loss is normalised already.
 """
@@ -28,7 +29,9 @@ torch.distributed.pipelining runs the schedule. Gradients are not scaled there: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -44,6 +47,7 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
     ScheduleZBVZeroBubble,
 )
+from torch.distributed.pipelining import stage as stage_module
 
 from configs.schema import Config
 from trainer.axes import CONTEXT, PIPELINE
@@ -66,14 +70,64 @@ RUNNERS: dict[str, Callable[..., Any]] = {
 
 
 class EngineStage(PipelineStage):
-    """The engine's view of a stage. Both methods are torch 2.11's, and its successor calls neither of them."""
+    """The engine's view of a stage. spare: where a rank has one stage, receive buffers that no micro-batch uses, of
+    inputs and of gradients; else None, and torch keeps one buffer for each micro-batch."""
+
+    spare: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_memory():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_memory():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    def _without_memory(self) -> AbstractContextManager[object]:
+        """torch makes its buffers on the meta device: they only say what `_take` must find room for."""
+        if self.spare is None:
+            return nullcontext()
+        make: Callable[..., torch.Tensor] = stage_module._make_tensor_from_meta  # pyright: ignore[reportPrivateImportUsage]
+
+        def make_none(meta: Any, device: object) -> torch.Tensor:
+            return make(meta, torch.device("meta"))
+
+        return patch.object(stage_module, "_make_tensor_from_meta", make_none)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._take(self.args_recv_info[fwd_chunk_id], 0)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        self._take(self.grad_recv_info.get(bwd_chunk_id, ()), 1)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._give_back(self.args_recv_info[bwd_chunk_id], 0)
+        self._give_back(self.grad_recv_info.get(bwd_chunk_id, ()), 1)
+
+    def _take(self, received: Sequence[Any], kind: int) -> None:
+        for info in received if self.spare is not None else ():
+            buffer: torch.Tensor | None = getattr(info, "buffer", None)
+            if self.spare is not None and buffer is not None and buffer.is_meta:
+                fits = self.spare[kind].pop() if self.spare[kind] else torch.empty_like(buffer, device=self.device)
+                info.buffer = fits.requires_grad_(buffer.requires_grad)
+
+    def _give_back(self, received: Sequence[Any], kind: int) -> None:
+        for info in received if self.spare is not None else ():
+            buffer: torch.Tensor | None = getattr(info, "buffer", None)
+            if self.spare is not None and buffer is not None and not buffer.is_meta:
+                info.buffer = torch.empty_like(buffer, device="meta").requires_grad_(buffer.requires_grad)
+                buffer.grad = None
+                self.spare[kind].append(buffer)
 
     def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
-        """Nothing: it would compare the logits with the shape of what a stage sends, and they are not sent."""
+        """Nothing: torch 2.11 would compare the logits with the shape of what a stage sends, and they are not sent."""
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """The exchange that connects neighbours before step 1. Where a rank holds two stages that follow each other
-        (V schedules), gloo has no connection to itself."""
+        """The exchange that connects neighbours before step 1, in torch 2.11. Where a rank holds two stages that follow
+        each other (V schedules), gloo has no connection to itself."""
         operations = super()._get_init_p2p_neighbors_ops()
         return [operation for operation in operations if operation.group_peer != self.group_rank]
 
@@ -223,7 +277,7 @@ class PipelineRun:
         """Told the shapes, it need not run a micro-batch to find them out."""
         tokens = torch.empty(self.shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(*self.shape, *stage.hidden, dtype=self.dtype, device="meta", requires_grad=True)
-        return EngineStage(
+        made = EngineStage(
             stage.module,
             stage.index,
             stage.count,
@@ -233,6 +287,9 @@ class PipelineRun:
             output_args=hidden,
             group=self.group,
         )
+        if SCHEDULES[self.schedule].arrangement == "one":
+            made.spare = ([], [])
+        return made
 
 
 def build_pipeline(stages: Sequence[Stage], config: Config, plan: Plan, mesh: DeviceMesh) -> PipelineRun:

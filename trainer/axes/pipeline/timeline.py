@@ -35,7 +35,7 @@ from functools import cache
 from typing import NamedTuple
 
 from trainer.axes.pipeline.orders import Action, rank_orders
-from trainer.axes.pipeline.table import default_stages_per_rank, stages_of_rank
+from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, stages_of_rank
 
 DURATION = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 """In forwards of the same stage: each gradient takes as many multiply-adds as the forward."""
@@ -131,11 +131,14 @@ def in_flight(
 def receive_buffers(schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None = None) -> list[int]:
     """For each rank the number of hidden states [micro_batch, seq, hidden_size] it sets aside for what neighbours send.
 
-    torch's engine keeps one per micro-batch, stage and direction for the whole run. Those of forwards in flight are
-    the inputs that `in_flight` activations begin with.
+    With one stage per rank as many as it has micro-batches in flight, whose activations begin with them, and one for a
+    gradient. Of several stages torch's engine keeps one per micro-batch, stage and direction for the whole run.
     """
     v = stages_per_rank or default_stages_per_rank(schedule)
     last = pp * v - 1
+    if SCHEDULES[schedule].arrangement == "one":
+        held = in_flight(schedule, pp=pp, micro_batches=micro_batches)
+        return [held[rank][rank] * (rank > 0) + (rank < last) for rank in range(pp)]
     owned = [stages_of_rank(schedule, pp=pp, rank=rank, stages_per_rank=v) for rank in range(pp)]
     return [micro_batches * sum((stage > 0) + (stage < last) for stage in stages) for stages in owned]
 
