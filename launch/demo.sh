@@ -9,8 +9,8 @@ run=runs/demo/$(date +%Y%m%d-%H%M%S)
 for word in "$@"; do
   case $word in train.run_dir=*) run=${word#*=} ;; esac
 done
-source .venv/bin/activate
-python -m launch experiment=demo "train.run_dir=$run" "$@"
+python=.venv/bin/python
+$python -m launch experiment=demo "train.run_dir=$run" "$@"
 [ -d "$run/model" ] || exit 0 # a dry run
 
 prompt='def '
@@ -19,7 +19,7 @@ What the model writes after \"$prompt\", before and after training:"
 for weights in --initial ''; do
   echo "--------"
   # shellcheck disable=SC2086  # no word where it is empty
-  python -m launch.generate "$run" "$prompt" --tokens 160 $weights
+  $python -m launch.generate "$run" "$prompt" --tokens 160 $weights
 done
 echo "--------
 Next, after \`source .venv/bin/activate\`:
