@@ -31,6 +31,7 @@ COMPANIONS = {
     "data/chat.yaml": ["data.paths=[chats.jsonl]"],
     "data/hub.yaml": ["data.name=some/name"],
     "launcher/python.yaml": ["parallel=single"],
+    "optimizer/schedule_free.yaml": ["scheduler=constant"],
     "parallel/zero3_nvme.yaml": ["parallel.offload.nvme_path=/nvme"],
     "parallel/expert.yaml": ["model=mixtral_8x7b"],
     "parallel/expert_fsdp.yaml": ["model=mixtral_8x7b"],

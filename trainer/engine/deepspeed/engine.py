@@ -97,10 +97,8 @@ class DeepSpeedEngine:
         self.mesh = meshes.dense
         zero = partial(self._hand_over, deepspeed, settings)
         parts = assemble(config, plan, self.runtime, meshes, fill=fill, zero=zero)
-        self.model, self.objective, self.kinds, self.balancing = (
-            *(parts.model, parts.objective),
-            *(parts.kinds, parts.balancing),
-        )
+        self.model, self.objective = parts.model, parts.objective
+        self.kinds, self.balancing = parts.kinds, parts.balancing
         self._announce_scale()
 
     def _hand_over(self, deepspeed: ModuleType, settings: dict[str, Any], parts: Parts) -> None:
