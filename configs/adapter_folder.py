@@ -129,7 +129,10 @@ def _check_method(config: Config, adapter: AdapterFolder, key: str) -> Iterator[
     kind = adapter.fields.get("peft_type")
     methods = METHODS.get(str(kind))
     if methods is None:
-        yield f"{key}: holds an adapter of kind {kind}, which is not trained here; {_merged(adapter)}"
+        yield (
+            f"{key}: holds an adapter of kind {kind}, from which no run goes on; begin from its base"
+            f" ({adapter.base}), or {_merged(adapter)}"
+        )
     elif config.tuning.method not in methods:
         yield (
             f"tuning={config.tuning.method}: {key} holds an adapter; set tuning={methods[0]} to go on from it, or"

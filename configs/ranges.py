@@ -74,6 +74,7 @@ RANGES: Mapping[str, Range] = {
     "tuning.rank": _whole(1, 1_000_000),
     "tuning.alpha": POSITIVE,
     "tuning.dropout": FRACTION,
+    "tuning.virtual_tokens": _whole(1, 1_000_000),
     "tuning.layers": _whole(0, 100_000),
     "moe.coefficient": NOT_NEGATIVE,
     "moe.z_loss": NOT_NEGATIVE,

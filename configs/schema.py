@@ -215,7 +215,9 @@ class Precision:
 class Tuning:
     method: TuningMethod = TuningMethod.full
     """`full`: every parameter is trained. `lora`: adapters beside the linear layers are, the model is frozen.
-    `qlora`: the same, the frozen linear layers in 4 bits."""
+    `qlora`: the same, the frozen linear layers in 4 bits. `ia3`: factors of keys, values and the MLP's features.
+    `prompt`, `p_tuning`, `prefix`: virtual tokens before the text, as embeddings, through an encoder, as keys and
+    values of every layer."""
     rank: int = 16
     """Adapters: rows of an adapter's first matrix, columns of its second."""
     alpha: float = 32.0
@@ -237,6 +239,8 @@ class Tuning:
     """Adapters: numbers of the decoder layers that get some, from 0; empty: all."""
     modules_to_save: list[str] = field(default_factory=list)
     """Adapters: names of modules, or their last parts, that are trained whole as well [lm_head, norm]."""
+    virtual_tokens: int = 20
+    """`prompt`, `p_tuning`, `prefix`: how many tokens are put before the text; no loss is taken of them."""
     adapter: str | None = None
     """Folder of an adapter, as peft or this trainer writes it, to go on from; `model.path` is then its base, and the
     keys above are those of the folder. `model.path=FOLDER` sets both."""

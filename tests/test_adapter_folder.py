@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
     ),
     "pattern": (said(rank_pattern={"q": 2}), [], "model.path=F: adapter_config.json has rank_pattern={'q': 2}, which"),
     "start": (said(init_lora_weights="corda"), [], "model.path=F: adapter_config.json has init_lora_weights=corda, wh"),
-    "kind": (said(peft_type="LOHA"), [], "model.path=F: holds an adapter of kind LOHA, which is not trained here; mer"),
+    "kind": (said(peft_type="LOHA"), [], "model.path=F: holds an adapter of kind LOHA, from which no run goes on; beg"),
     "base": (said(base_model_name_or_path="/no/b"), [], "model.path=F: was trained upon /no/b, which is not here; set"),
     "no base": (said(base_model_name_or_path=None), [], "model.path=F: does not name the model that it was trained up"),
     "JSON": (lambda f: (f / CONFIG).write_text("["), [], "model.path=F: adapter_config.json is no JSON object ("),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from configs.load import load_config
-from configs.schema import Config
+from configs.schema import Config, Tuning
 from trainer import linear
 from trainer.axes.gradients import local
 from trainer.data.build import build_data
@@ -108,6 +108,14 @@ class Doubling:
                 kind: Any = DoubledConv1D if is_transposed(module) else Doubled
                 module.__class__, vars(module)["place"] = kind, place
                 module._parameters["weight"] = nn.Parameter(Typed(module.weight.detach()))
+
+    @staticmethod
+    def owns(name: str) -> bool:
+        return False
+
+    @staticmethod
+    def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:
+        pass
 
     @staticmethod
     def report(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from trainer.axes.pipeline.run import PipelineRun
 from trainer.axes.tensor.apply import TensorParallel
 from trainer.data import IGNORED
 from trainer.engine.torch import TorchEngine
-from trainer.linear.adapter_layers import AdapterWeights
+from trainer.linear.values import TunedWeights
 from trainer.moe.balancing import Balancing, MicroBatch
 
 
@@ -155,10 +155,10 @@ def expert_shards_swapped() -> Iterator[None]:
 def adapters_drawn_by_each_rank() -> Iterator[None]:
     """The first values of an adapter depend on the rank that draws them."""
 
-    def generator(self: AdapterWeights, layer: str, leaf: str, device: torch.device) -> torch.Generator:
+    def generator(self: TunedWeights, name: str, device: torch.device) -> torch.Generator:
         return torch.Generator(device).manual_seed(dist.get_rank())
 
-    with patch.object(AdapterWeights, "_generator", generator):
+    with patch.object(TunedWeights, "_generator", generator):
         yield
 
 

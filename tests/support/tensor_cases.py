@@ -25,8 +25,9 @@ from trainer.axes.tensor import collectives, vocabulary
 from trainer.axes.tensor.apply import TensorParallel, apply_tensor_parallel, tensor_plan
 from trainer.axes.tensor.collectives import Ranks
 from trainer.data import IGNORED
-from trainer.linear.adapter_layers import AdapterWeights, add_adapters, insert_adapters
+from trainer.linear.adapter_layers import add_adapters, insert_adapters
 from trainer.linear.adapter_targets import find_targets
+from trainer.linear.values import TunedWeights
 from trainer.model.build import build_hf_config, build_model, held_layers, materialize, tied_names
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.weights import RandomWeights
@@ -133,7 +134,7 @@ def _train(case: Case, mesh: DeviceMesh) -> Trained:
         tensor = apply_tensor_parallel(model, plan, mesh["tp"], sequence_parallel=case.sequence_parallel)
     if case.recompute:
         apply_checkpointing(model, Checkpointing.full)
-    weights = AdapterWeights(RandomWeights(model, seed=0), ADAPTERS, seed=0)
+    weights = TunedWeights(RandomWeights(model, seed=0), ADAPTERS, seed=0)
     materialize(model, weights, device=torch.device("cpu"), dtype=torch.float64)
     model.train()
     trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}

@@ -21,12 +21,13 @@ from configs.errors import DataError
 from configs.schema import Model
 from trainer.checkpoint.hub_layout import HubLayout
 from trainer.checkpoint.manifest import GENERATION
+from trainer.inputs.layers import as_peft_saves
 from trainer.linear.adapter_layers import stored_name
 from trainer.model.fitting import persistent_buffers
 from trainer.model.stored import local_folder
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
 
 SHARD_BYTES = 5 * 10**9
 
@@ -102,7 +103,7 @@ def export_model(
 
 def _export_adapter(
     parameters: Iterable[tuple[str, torch.Tensor | None]],
-    adapters: LoraConfig,
+    adapters: PeftConfig,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
@@ -114,17 +115,23 @@ def _export_adapter(
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in parameters:
         if tensor is not None:
-            tensors[stored_name(name)] = tensor.to(dtype).contiguous()
+            tensors[name] = tensor
     if not tensors:
         return
+    if adapters.is_prompt_learning:
+        tensors = as_peft_saves(adapters, tensors)
+    else:
+        tensors = {stored_name(name): tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     written = copy.copy(adapters)
     written.inference_mode = True
-    written.target_modules = sorted(adapters.target_modules or ())
-    written.target_parameters = sorted(adapters.target_parameters or ()) or None
+    for listed in ("target_modules", "target_parameters", "feedforward_modules"):
+        if names := getattr(adapters, listed, None):
+            setattr(written, listed, sorted(names))
     written.save_pretrained(str(partial))
     tokenizer.save_pretrained(partial)
     partial.rename(folder)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from configs.schema import Config
 from trainer.axes.mesh import Meshes
-from trainer.linear.adapter_layers import AdapterWeights
+from trainer.linear.values import TunedWeights
 from trainer.model.causal import build_causal
 from trainer.model.weights import WeightSource, open_weights
 from trainer.passes import Parts, parallelize
@@ -36,7 +36,7 @@ def assemble(
         plan=plan,
         meshes=meshes,
         model=model,
-        fill=lambda module: fill(module, AdapterWeights(weights_of(module), config.tuning, seed)),
+        fill=lambda module: fill(module, TunedWeights(weights_of(module), config.tuning, seed)),
         zero=zero,
     )
     parallelize(parts)

@@ -3,7 +3,11 @@
     plain       x W + b, all of it trained
     four_bit    W frozen, in 4-bit codes                 tuning=qlora
     adapter     W frozen, B A x added to its result      tuning=lora, qlora
-    float8      W and x cast to 8 bits for each product   precision=fp8
+    float8      W and x cast to 8 bits for each product  precision=fp8
+    scaled      W frozen, its features multiplied        tuning=ia3
+
+The kinds of `trainer.inputs`, which leave linear layers alone and change what the model is given, answer the same
+questions and stand in the same table.
 
 Kinds combine in the order of KINDS: each one converts the layers that those before it have left. The model is on the
 meta device then and still whole, so that every later pass divides, shards and fills what it finds. A further kind is
@@ -15,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from configs.schema import Config
-from trainer.linear import adapter, float8, four_bit, plain
+from configs.schema import Config, Tuning
+from trainer import inputs
+from trainer.linear import adapter, float8, four_bit, plain, scaled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +54,17 @@ class Kind(Protocol):
     @staticmethod
     def imitate(model: PreTrainedModel, config: Config) -> None:
         """Give a small model with values the parameters that this kind adds, for a check of what is computed."""
+        ...
+
+    @staticmethod
+    def owns(name: str) -> bool:
+        """Whether this kind has added the parameter of that name. The others are the model's."""
+        ...
+
+    @staticmethod
+    def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:
+        """Write the first values of those of a unit's parameters that it owns. The unit's others are filled and whole.
+        prefix: of the unit's names. generator: of random numbers, by a parameter's name and device."""
         ...
 
     @staticmethod
@@ -87,7 +103,7 @@ class Kind(Protocol):
         ...
 
 
-KINDS: tuple[Kind, ...] = (plain, four_bit, adapter, float8)
+KINDS: tuple[Kind, ...] = (plain, four_bit, adapter, scaled, float8, *inputs.KINDS)
 
 
 def chosen(config: Config) -> list[Kind]:
@@ -108,6 +124,11 @@ def convert(model: PreTrainedModel, config: Config, untrained: Collection[str] =
 def imitate(model: PreTrainedModel, config: Config) -> None:
     for kind in chosen(config):
         kind.imitate(model, config)
+
+
+def owner_of(name: str) -> Kind | None:
+    """The kind that has added the parameter of this name; None for one of the model's own."""
+    return next((kind for kind in KINDS if kind.owns(name)), None)
 
 
 def report(model: PreTrainedModel, config: Config) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import AdapterInit, EngineName, TuningMethod
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 KEEPS_MODEL = False
 SAVED = ("rank", "alpha", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save")
 """Fields of `Tuning` on which the saved tensors and their use depend."""
-OWN = ("rslora", "dora", "init", "target_modules", "layers", "modules_to_save", "adapter")
-"""Those that have no meaning for other methods. Rank and alpha come with a preset's defaults."""
+OWN = ("rank", "alpha", "dropout", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save", "adapter")
+"""Those that have no meaning for other methods."""
 RESIDUAL = (AdapterInit.pissa, AdapterInit.olora)
 """Adapters that begin as a part of the frozen matrix, which keeps the rest."""
 
@@ -90,6 +91,25 @@ def imitate(model: PreTrainedModel, config: Config) -> None:
     from trainer.linear.adapter_targets import find_targets
 
     insert_adapters(model, config.tuning, find_targets(model, config.tuning, strict=False), strict=False)
+
+
+def owns(name: str) -> bool:
+    from trainer.model.weights import is_adapter
+
+    return is_adapter(name)
+
+
+def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:
+    """In each layer both matrices, which may begin as a part of the frozen one."""
+    from trainer.linear.adapter_start import begin
+
+    for layer in dict.fromkeys(key.partition(".lora_")[0] for key in keys):
+        drawn = partial(_drawn, generator, f"{prefix}{layer}")
+        begin(unit.get_submodule(layer), tuning.init, drawn)
+
+
+def _drawn(generator: Any, layer: str, leaf: str, device: Any) -> Any:
+    return generator(f"{layer}.{leaf}", device)
 
 
 def report(model: PreTrainedModel) -> None:

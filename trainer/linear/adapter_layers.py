@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
-from configs.adapter_folder import TENSORS, read_adapter
-from configs.errors import ConfigError, DataError, EnvironmentProblem, first_line
+from configs.adapter_folder import read_adapter
+from configs.errors import ConfigError, DataError, first_line
 from configs.schema import Tuning
 from trainer.linear.adapter import RESIDUAL
-from trainer.linear.adapter_start import NAME, PEFT_INIT, begin
+from trainer.linear.adapter_start import PEFT_INIT
 from trainer.linear.adapter_targets import Targets, find_targets, find_whole, kinds
 from trainer.model.build import decoder_layers
-from trainer.model.weights import WeightSource, is_adapter, plain_name
+from trainer.model.peft import NAME, import_peft, log_trained
+from trainer.model.weights import is_adapter, plain_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -59,7 +54,7 @@ def insert_adapters(
     layers = decoder_layers(model)
     prefix = next(f"{name}." for name, module in model.named_modules() if module is layers)
     names = [[name.removeprefix(prefix) for name in group] for group in (targets.linears, targets.stacks)]
-    # First values need the frozen matrix, which is not here yet: `AdapterWeights` writes them.
+    # First values need the frozen matrix, which is not here yet: `values` writes them.
     adapters = lora_config(tuning, base, *names, init=True)
     from peft import inject_adapter_in_model
 
@@ -118,44 +113,13 @@ def log_adapters(model: PreTrainedModel) -> None:
     alone = kinds(name for name, p in apart.items() if p.ndim > 1 and not p.requires_grad and name not in adapted)
     having = kinds(adapted)
     log.info("adapters: frozen without one are %s", ", ".join(name for name in alone if name not in having))
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
-    log.info("adapters: %s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
-
-
-class AdapterWeights:
-    """Fills the frozen model from `base` and the adapters by `tuning.init`'s recipe, or from `tuning.adapter`.
-
-    Each A draws from a generator seeded with the run's seed and its name: the same numbers under every layout. Where
-    the adapter begins as a part of the frozen matrix, every rank that fills the matrix takes the same part out of it.
-    """
-
-    def __init__(self, base: WeightSource, tuning: Tuning, seed: int) -> None:
-        self.base, self.tuning, self.seed = base, tuning, seed
-
-    def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
-        plain = [key for key in keys if not is_adapter(key)]
-        if plain:
-            self.base.fill(name, unit, plain)
-        prefix = f"{name}." if name else ""
-        adapted = dict.fromkeys(key.partition(".lora_")[0] for key in keys if is_adapter(key))
-        for layer in adapted:
-            begin(unit.get_submodule(layer), self.tuning.init, partial(self._generator, f"{prefix}{layer}"))
-        if self.tuning.adapter is not None:
-            with safe_open(Path(self.tuning.adapter) / TENSORS, framework="pt") as file:
-                stored = set(file.keys())
-                for key in keys:
-                    if (there := stored_name(prefix + key)) in stored:
-                        unit.get_parameter(key).copy_(file.get_tensor(there))
-
-    def _generator(self, layer: str, leaf: str, device: torch.device) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed}:{layer}.{leaf}".encode()).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    log_trained(model, "adapters")
 
 
 def stored_name(name: str) -> str:
     """A parameter's name in the file of an adapter, which leaves the adapter's own name out: whoever loads it may give
     it another."""
-    plain = name.replace(f"lora_magnitude_vector.{NAME}.weight", "lora_magnitude_vector")
+    plain = name.replace(f"lora_magnitude_vector.{NAME}.weight", "lora_magnitude_vector").removesuffix(f".{NAME}")
     return f"base_model.model.{plain.replace(f'.{NAME}.', '.')}"
 
 
@@ -189,15 +153,7 @@ def lora_config(
 ) -> LoraConfig:
     """peft's description of the adapters. base: `model.path`, which peft loads them upon. linears, parameters: the
     names of what gets one. whole: modules that are trained beside them. Raises EnvironmentProblem."""
-    # peft imports it where it is installed, and it tells every process of faster kernels that are not.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise EnvironmentProblem(
-            f"tuning={tuning.method}: needs peft; pip install 'distributed-training-cookbook[tuning]'"
-        ) from None
-    return LoraConfig(
+    return import_peft(tuning.method).LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=tuning.dropout,

@@ -22,8 +22,8 @@ from torch import nn
 from configs.choices import AdapterInit
 from trainer.linear.adapter import RESIDUAL
 from trainer.model.layers import is_transposed
+from trainer.model.peft import NAME
 
-NAME = "default"  # peft's name of the only adapter
 PEFT_INIT: dict[AdapterInit, bool | str] = {
     AdapterInit.kaiming: True,
     AdapterInit.gaussian: "gaussian",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.choices import DType, EngineName, Recipe, TuningMethod
 from configs.errors import EnvironmentProblem
-from configs.schema import Config, Float8
+from configs.schema import Config, Float8, Tuning
 from trainer.plan.devices import GPUS, find_gpu
 
 if TYPE_CHECKING:
@@ -122,6 +122,14 @@ def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) 
 
 def imitate(model: PreTrainedModel, config: Config) -> None:
     """Nothing is added, and a check of what is computed needs all of its bits."""
+
+
+def owns(name: str) -> bool:
+    return False
+
+
+def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:
+    """Nothing is added."""
 
 
 def report(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import DType, EngineName, TuningMethod
-from configs.schema import Config
+from configs.schema import Config, Tuning
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +59,14 @@ def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) 
 
 def imitate(model: PreTrainedModel, config: Config) -> None:
     """Nothing is added: codes are another form of the model's own weights."""
+
+
+def owns(name: str) -> bool:
+    return False
+
+
+def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:
+    """Nothing is added."""
 
 
 def report(model: PreTrainedModel) -> None:

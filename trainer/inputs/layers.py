@@ -1,0 +1,128 @@
+"""Virtual tokens in a model: peft's modules, and the forward of a model that has some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from configs.choices import TuningMethod
+from trainer.inputs.virtual import ENCODER
+from trainer.model.peft import NAME, import_peft
+
+SAVED = "prompt_embeddings"  # the only tensor of peft's file
+
+
+class BeforeText:
+    """A model whose forward puts embeddings before those of the text."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        model: Any = self
+        text = model.get_input_embeddings()(input_ids)
+        tokens = _tokens(model, input_ids).to(text.dtype)
+        embeddings = torch.cat([tokens.expand(len(text), -1, -1), text], dim=1)
+        output: Any = super().forward(inputs_embeds=embeddings, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        output.logits = output.logits[:, tokens.shape[-2] :]
+        return output
+
+
+class BeforeKeys:
+    """A model whose layers find keys and values before those of the text."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        model: Any = self
+        described = model.peft_config[NAME]
+        tokens = _tokens(model, input_ids).view(
+            described.num_virtual_tokens, described.num_layers, 2, described.num_attention_heads, -1
+        )
+        cache = DynamicCache()
+        for layer, pair in enumerate(tokens.permute(1, 2, 3, 0, 4)):
+            keys, values = (part.expand(len(input_ids), -1, -1, -1) for part in pair)
+            cache.update(keys, values, layer)
+        return super().forward(input_ids=input_ids, past_key_values=cache, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _tokens(model: Any, like: torch.Tensor) -> torch.Tensor:
+    return getattr(model, ENCODER)(torch.arange(model.peft_config[NAME].num_virtual_tokens, device=like.device))
+
+
+def add_virtual_tokens(
+    model: PreTrainedModel, method: TuningMethod, count: int, *, base: str | None, on_meta: bool = True
+) -> None:
+    """Give the model the parameters and the forward, and freeze the rest. base: `model.path`. Raises EnvironmentProblem
+    without peft."""
+    import_peft(method)
+    described = _describe(model, method, count, base)
+    with init_empty_weights(include_buffers=False) if on_meta else nullcontext():
+        encoder = _encoder(described)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    setattr(model, ENCODER, encoder.to(next(model.parameters()).dtype))
+    described.base_model_name_or_path = base
+    model.peft_config = {NAME: described}  # pyright: ignore[reportAttributeAccessIssue]
+    kind = type(model)
+    forward = BeforeKeys if method is TuningMethod.prefix else BeforeText
+    # A class, so that copies of the model call themselves.
+    model.__class__ = type(kind.__name__, (forward, kind), {"__module__": kind.__module__})
+
+
+def _describe(model: PreTrainedModel, method: TuningMethod, count: int, base: str | None) -> Any:
+    import peft
+
+    text: Any = model.config.get_text_config()
+    embedding: Any = model.get_input_embeddings()
+    heads = text.num_attention_heads
+    common = {
+        "num_virtual_tokens": count,
+        "num_transformer_submodules": 1,
+        "num_layers": text.num_hidden_layers,
+        "num_attention_heads": heads,
+        "token_dim": embedding.embedding_dim,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+    }
+    if method is TuningMethod.prompt:
+        return peft.PromptTuningConfig(**common)
+    if method is TuningMethod.p_tuning:
+        return peft.PromptEncoderConfig(**common, encoder_hidden_size=embedding.embedding_dim)
+    key_value = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or embedding.embedding_dim // heads
+    return peft.PrefixTuningConfig(**{**common, "num_attention_heads": key_value, "token_dim": key_value * width})
+
+
+def _encoder(described: Any) -> nn.Module:
+    from peft import PrefixEncoder, PromptEmbedding, PromptEncoder
+
+    kinds: dict[str, Callable[[Any], nn.Module]] = {
+        "PROMPT_TUNING": lambda config: PromptEmbedding(config, None),
+        "P_TUNING": PromptEncoder,
+        "PREFIX_TUNING": PrefixEncoder,
+    }
+    return kinds[described.peft_type.value](described)
+
+
+def begin(unit: nn.Module, prefix: str, keys: list[str], generator: Any) -> None:
+    """As peft's modules begin: embeddings from a normal distribution, linear layers as torch's own."""
+    for key in keys:
+        parameter = unit.get_parameter(key)
+        drawn = generator(prefix + key, parameter.device)
+        if "embedding" in prefix + key:
+            nn.init.normal_(parameter, generator=drawn)
+        else:
+            owner: Any = unit.get_submodule(key.rpartition(".")[0])
+            bound = 1 / math.sqrt(owner.in_features)
+            nn.init.uniform_(parameter, -bound, bound, generator=drawn)
+
+
+def as_peft_saves(described: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the virtual tokens' file holds: their values. tensors: all parameters of the kind, by name."""
+    encoder = _encoder(described).to(next(iter(tensors.values())).dtype)
+    encoder.load_state_dict({name.removeprefix(f"{ENCODER}."): value for name, value in tensors.items()})
+    with torch.no_grad():
+        return {SAVED: encoder(torch.arange(described.num_virtual_tokens)).detach().clone()}

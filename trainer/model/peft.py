@@ -1,0 +1,31 @@
+"""What all that is trained through peft has in common."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from configs.errors import EnvironmentProblem
+
+log = logging.getLogger(__name__)
+NAME = "default"  # peft's name of the only adapter
+
+
+def log_trained(model: PreTrainedModel, what: str) -> None:
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
+    log.info("%s: %s of %s parameters are trained (%.2f %%)", what, f"{trained:,}", f"{total:,}", 100 * trained / total)
+
+
+def import_peft(method: str) -> Any:
+    """Raises EnvironmentProblem where it is not installed. method: for the message."""
+    # peft imports it where it is installed, and it tells every process of faster kernels that are not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import peft
+    except ImportError:
+        raise EnvironmentProblem(
+            f"tuning={method}: needs peft; pip install 'distributed-training-cookbook[tuning]'"
+        ) from None
+    return peft
