@@ -114,7 +114,7 @@ def _agreed(
         for name in layer.linears:
             cuts.setdefault(layer.full(name), []).append(alike.get(layer.full(name), {}))
     agreed = {name: found[0] for name, found in cuts.items() if found[0] and all(cut == found[0] for cut in found)}
-    whole = [styles for styles in agreed.values() if all(styles == agreed[name] for name in styles if name in cuts)]
+    whole = [styles for styles in agreed.values() if all(styles == agreed.get(name) for name in styles if name in cuts)]
     return {name: style for styles in whole for name, style in styles.items()}
 
 
