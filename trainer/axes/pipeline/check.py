@@ -45,8 +45,10 @@ def check_stages(config: PretrainedConfig, lengths: tuple[int, ...]) -> None:
             model.zero_grad()
             anatomy = examine(model)
             stages = [build_stage(model, anatomy, ranges, index) for index in range(len(ranges))]
-            found = _logits_and_gradients(stages, model, ids)
-            problem = _difference(expected, found)
+            problem = _difference(expected, _logits_and_gradients(stages, model, ids))
+            # Some models do more in a validation (RWKV scales the weights of all its layers).
+            with torch.no_grad():
+                _logits([*map(_evaluating, stages)], ids)
         except ConfigError:
             raise
         except Exception as error:  # the model's own code, where a part is elsewhere
@@ -68,12 +70,7 @@ def _logits_and_gradients(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Of the stages or, without any, of the whole model. Copies of a parameter add up."""
     torch.manual_seed(SEED)
-    if stages:
-        logits = ids
-        for stage in stages:
-            logits = stage.module(logits, **({"tokens": ids} if stage.repeated else {}))
-    else:
-        logits = model(input_ids=ids, use_cache=False).logits
+    logits = _logits(stages, ids) if stages else model(input_ids=ids, use_cache=False).logits
     cross_entropy_sum(logits, ids.roll(-1, dims=1)).backward()
     gradients: dict[str, torch.Tensor] = {}
     modules: list[nn.Module] = [stage.module for stage in stages] or [model]
@@ -82,6 +79,18 @@ def _logits_and_gradients(
             if parameter.grad is not None:
                 gradients[name] = gradients[name] + parameter.grad if name in gradients else parameter.grad
     return logits.detach(), gradients
+
+
+def _logits(stages: list[Stage], ids: torch.Tensor) -> torch.Tensor:
+    passed = ids
+    for stage in stages:
+        passed = stage.module(passed, **({"tokens": ids} if stage.repeated else {}))
+    return passed
+
+
+def _evaluating(stage: Stage) -> Stage:
+    stage.module.eval()
+    return stage
 
 
 def _difference(
