@@ -48,7 +48,7 @@ def test_every_kind_of_head(model_type: str, matrix: bool) -> None:
     known = {*base.to_dict(), *base.attribute_map}
     fields = {name: value for name, value in SIZES.items() if name in known} | HEADS[model_type]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(type(base)(**fields, pad_token_id=0), dtype=torch.float64)
+    model = AutoModelForCausalLM.from_config(type(base)(**{**fields, "pad_token_id": 0}), dtype=torch.float64)
     ids = torch.randint(3, 67, (2, 13))
     labels = torch.where(torch.rand(2, 13) < 0.3, -100, ids.roll(-1, 1))
     model.eval()

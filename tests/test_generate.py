@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def written(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def greedy(folder: Path, prompt: str, tokens: int) -> str:
     """transformers' own answer."""
     tokenizer = build_byte_tokenizer()
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
     return str(tokenizer.decode(made[0]))

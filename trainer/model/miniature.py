@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.model.build import body_first
@@ -158,6 +159,10 @@ def _random_model(
     body_first(model)
     if convert is not None:
         convert(model)
+    # The config's are off already; an adapter brings one of its own, and ranks draw for other parts of the sequence.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     with torch.no_grad():
         for parameter in model.parameters():
             # Floating point alone can have a gradient.
