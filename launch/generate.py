@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CookbookError as error:
         return turn_away(error)
     except OSError as error:
-        if (told := told_anywhere(error)) is None:
+        if (line := told_anywhere(error)) is None:
             raise
-        return turn_away(told)
+        return turn_away(line)
     return delivered(EXIT_FINISHED)
 
 

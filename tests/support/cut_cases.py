@@ -1,4 +1,4 @@
-"""What a rank does in tests/test_cut_states.py: an optimizer on cut parameters, beside the same on whole ones."""
+"""What a rank does in tests/test_cut_states.py: an optimizer on sharded parameters and on whole ones."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Slices of a sequence meet inside attention. A state that runs along the sequence, a convolution or a shifted token would
 start over on every rank, and so would positions that the model counts itself: the run would train another model. So a
 shrunk copy computes with an attention in which each position sees itself alone. A change of the first token must then
-leave all other positions as they were, and the second half by itself, told its positions, must be as in the whole.
+leave all other positions as they were, and the second half by itself, given its positions, must be as in the whole.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ python -m trainer.checkpoint merge ADAPTER OUT               a folder that peft 
 python -m trainer.checkpoint merge RUN_DIR OUT --base BASE   the newest whole checkpoint of a run, upon a base elsewhere
 
 peft does the arithmetic, in float32 and on the whole base in host memory; the sum is rounded to the dtype once. What
-the model computes stays the same but for that; an adapter trained beside 4 bits is merged into the whole base.
+the model computes stays the same but for that; an adapter trained on a base in 4 bits is merged into the whole base.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def find_whole(model: PreTrainedModel, tuning: Tuning, targets: Targets, *, stri
     """Names of the parameters that `tuning.modules_to_save` asks to train, in the model without adapters.
 
     Raises ConfigError with a line for each entry that matches no module with parameters, or one that cannot be trained
-    beside adapters.
+    together with adapters.
     """
     problems, found = [], []
     adapted = {*targets.linears, *(name.rpartition(".")[0] for name in targets.stacks)}

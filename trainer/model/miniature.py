@@ -67,7 +67,7 @@ LARGEST = 200_000_000
 
 def language_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """The causal language model of this config. Some transformers builds from the config of the composite model alone:
-    their class lies beside the composite's."""
+    their class stands in the module of the composite's."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM.from_config(config, **options)
     module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
