@@ -22,8 +22,12 @@ from configs.schema import Config, Tuning
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
 MERGE = "python -m trainer.checkpoint merge"
-METHODS = {"LORA": (TuningMethod.lora, TuningMethod.qlora)}
-"""peft's kind of adapter -> the methods that go on from it; the first one is named in messages."""
+LORA, OWN_KIND = "LORA", "BOTTLENECK"
+"""The second is of `tuning=adapter`, which peft does not have."""
+BOTTLENECK = ("bottleneck", "after_attention")
+"""Fields of `Tuning` on which such an adapter depends, under the same names in its folder."""
+METHODS = {LORA: (TuningMethod.lora, TuningMethod.qlora), OWN_KIND: (TuningMethod.adapter,)}
+"""Kind of adapter, as peft says it -> the methods that go on from it; the first one is named in messages."""
 HARMLESS = {
     *(
         "auto_mapping",
@@ -37,6 +41,7 @@ HARMLESS = {
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "ensure_weight_tying"),
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "modules_to_save"),
+    *BOTTLENECK,
 }
 """Fields that are honoured below, follow from the tensors, or say nothing about what is computed."""
 STARTS = {
@@ -63,6 +68,16 @@ class AdapterFolder:
 
 def is_adapter_folder(path: str | None) -> bool:
     return path is not None and bool(path.strip()) and (Path(path).expanduser() / CONFIG).is_file()
+
+
+def _check_one(path: str | None, key: str) -> None:
+    """Raise ConfigError for a folder of several adapters, as peft saves those of one model: one run trains one."""
+    folder = Path(path).expanduser() if path and path.strip() else None
+    if folder is None or is_adapter_folder(path) or (folder / "config.json").is_file() or not folder.is_dir():
+        return
+    found = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    if found:
+        raise ConfigError(f"{key}: holds adapters of its own ({', '.join(found)}); give one of them, {key}/{found[0]}")
 
 
 def read_adapter(path: str, key: str) -> AdapterFolder:
@@ -106,9 +121,10 @@ def adopt(config: Config, given: Collection[str]) -> None:
     that this trainer does not have.
     """
     model, tuning = config.model, config.tuning
+    key = f"model.path={model.path}" if tuning.adapter is None else f"tuning.adapter={tuning.adapter}"
+    _check_one(tuning.adapter or model.path, key)
     if tuning.adapter is None and not is_adapter_folder(model.path):
         return
-    key = f"model.path={model.path}" if tuning.adapter is None else f"tuning.adapter={tuning.adapter}"
     adapter = read_adapter(tuning.adapter or str(model.path), key)
     problems = [*_check_method(config, adapter, key), *_check_base(config, adapter, key), *_foreign(adapter, key)]
     settings = {} if problems else _settings(adapter)
@@ -125,6 +141,13 @@ def adopt(config: Config, given: Collection[str]) -> None:
         config.data.tokenizer = str(adapter.path)
 
 
+def adapter_tuning(adapter: AdapterFolder, key: str) -> Tuning:
+    """The settings of an adapter of LoRA. Raises ConfigError for one that this trainer does not have."""
+    if problems := list(_foreign(adapter, key)):
+        raise ConfigError(*problems)
+    return Tuning(method=TuningMethod.lora, **_settings(adapter))
+
+
 def _check_method(config: Config, adapter: AdapterFolder, key: str) -> Iterator[str]:
     kind = adapter.fields.get("peft_type")
     methods = METHODS.get(str(kind))
@@ -136,7 +159,7 @@ def _check_method(config: Config, adapter: AdapterFolder, key: str) -> Iterator[
     elif config.tuning.method not in methods:
         yield (
             f"tuning={config.tuning.method}: {key} holds an adapter; set tuning={methods[0]} to go on from it, or"
-            f" {_merged(adapter)}"
+            f" {_without(adapter)}"
         )
     if config.model.weights is not Weights.pretrained:
         yield (
@@ -172,6 +195,10 @@ def _foreign(adapter: AdapterFolder, key: str) -> Iterator[str]:
             yield f"{key}: {CONFIG} has {name}={value}, which this trainer does not have; {_merged(adapter)}"
 
 
+def _without(adapter: AdapterFolder) -> str:
+    return f"begin from its base ({adapter.base})" if adapter.fields["peft_type"] == OWN_KIND else _merged(adapter)
+
+
 def _merged(adapter: AdapterFolder, path: str | None = None) -> str:
     return f"merge it into its model ({MERGE} {path or adapter.path} OUT), and give model.path=OUT"
 
@@ -179,6 +206,8 @@ def _merged(adapter: AdapterFolder, path: str | None = None) -> str:
 def _settings(adapter: AdapterFolder) -> dict[str, Any]:
     """Fields of `Tuning`, as this adapter has them."""
     said, names = adapter.fields, [name.removeprefix(ROOT) for name in adapter.shapes]
+    if said["peft_type"] == OWN_KIND:
+        return {name: said[name] for name in BOTTLENECK if name in said}
     # Of stacked experts the module is named, and adapter_config.json has the parameter.
     stacks = said.get("target_parameters") or []
     adapted = {name.partition(".lora_")[0] for name in names if ".lora_" in name}

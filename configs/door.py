@@ -1,6 +1,6 @@
 """What every door has in common: its arguments, its `--help`, and how it turns a wrong one away.
 
-    python -m launch [key=value ...] [--config-dir DIR] [--help | --cfg job | --info] [-m]
+    python -m launch [key=value ...] [--config-dir DIR] [--help | --version | --cfg job | --info] [-m]
 
 The flags are Hydra's, the overrides mean what they mean to Hydra; the ranks of a job use them too, and must not run
 `@hydra.main`: it makes folders per rank. Nothing here imports torch, so that every answer is instant.
@@ -9,6 +9,7 @@ The flags are Hydra's, the overrides mean what they mean to Hydra; the ranks of 
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +18,23 @@ from typing import NoReturn
 from configs import foreign
 from configs.errors import ConfigError, CookbookError
 from configs.load import chosen_options, group_options, load_config, to_yaml
+from configs.overrides import settled
+from configs.packages import installed
 
+PROJECT = "distributed-training-cookbook"
 LONGEST_LINE = 4000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Door:
-    """purpose: one sentence for `--help`. examples: (command, what it does). sweeps: whether `-m` is taken."""
+    """purpose: one sentence for `--help`. examples: (command, what it does). sweeps: whether `-m` is taken. translates:
+    whether `--from` is."""
 
     program: str
     purpose: str
     examples: tuple[tuple[str, str], ...]
     sweeps: bool = False
+    translates: bool = False
 
     def help(self, config_dir: str | None = None) -> str:
         """Half a page: three commands, and every group with its options."""
@@ -42,6 +48,7 @@ class Door:
             "  --cfg job         print the whole configuration these words give: every key with its value",
             "  --info            print which file each group is taken from",
             "  --config-dir DIR  search DIR for options as well: DIR/model/mine.yaml is model=mine",
+            *["  --from FILE       the configuration of another trainer; overrides win over it"] * self.translates,
             *["  -m                run once for each combination: train.seed=1,2 parallel=ddp,zero2"] * self.sweeps,
         ]
         lines = [
@@ -60,18 +67,21 @@ class Door:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """overrides: the words, as typed. show: "help", "cfg", "info", or None to do the door's work."""
+    """overrides: as typed. show: "help", "version", "cfg", "info", or None to do the door's work. sources: files of
+    `--from`."""
 
     overrides: tuple[str, ...]
     config_dir: str | None
     show: str | None
     sweep: bool
+    sources: tuple[str, ...] = ()
 
 
 def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
     """Split a command line into flags and overrides. Raises ConfigError on a flag that this door does not know."""
     parser = _Parser(prog=door.program, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", dest="show", action="store_const", const="help")
+    parser.add_argument("--version", dest="show", action="store_const", const="version")
     parser.add_argument("-c", "--cfg", choices=["job"])
     parser.add_argument("--info", dest="show", action="store_const", const="info")
     parser.add_argument("-cd", "--config-dir")
@@ -79,6 +89,8 @@ def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
     parser.add_argument("--local_rank", "--local-rank", type=int)
     if door.sweeps:
         parser.add_argument("-m", "--multirun", dest="sweep", action="store_true")
+    if door.translates:
+        parser.add_argument("--from", dest="sources", action="append", default=[])
     parser.add_argument("overrides", nargs="*")
     known = {word: foreign.answer(word[2:].partition("=")[0]) for word in argv if word.startswith("--")}
     if any(known.values()):
@@ -86,10 +98,11 @@ def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
         raise ConfigError(*lines)
     found = parser.parse_intermixed_args(argv)
     return Arguments(
-        overrides=tuple(found.overrides),
+        overrides=tuple(settled(found.overrides)),
         config_dir=found.config_dir,
         show="cfg" if found.cfg else found.show,
         sweep=door.sweeps and found.sweep,
+        sources=tuple(found.sources) if door.translates else (),
     )
 
 
@@ -99,13 +112,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def show(door: Door, arguments: Arguments) -> str:
-    """The text that `--help`, `--cfg job` or `--info` asks for."""
+    """The text that `--help`, `--version`, `--cfg job` or `--info` asks for."""
+    if arguments.show == "version":
+        return version()
     if arguments.show == "help":
         return door.help(arguments.config_dir)
     if arguments.show == "cfg":
         return to_yaml(load_config(arguments.overrides, config_dir=arguments.config_dir)).rstrip()
     chosen = chosen_options(arguments.overrides, config_dir=arguments.config_dir)
     return "\n".join(f"{group:<11}{option or '-'}" for group, option in sorted(chosen.items()))
+
+
+def version() -> str:
+    """The project's version and those of what trains: one line for a bug report."""
+    names = (PROJECT, "torch", "transformers", "deepspeed")
+    found = {name: installed(name) or "(not installed)" for name in names}
+    return f"{', '.join(f'{name} {number}' for name, number in found.items())}, Python {platform.python_version()}"
 
 
 def turn_away(error: CookbookError) -> int:

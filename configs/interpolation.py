@@ -42,15 +42,15 @@ def settle_clock(words: Sequence[str], now: datetime) -> list[str]:
 
 class Resolved:
     """A tree without interpolations. values: the tree. sources: how the texts were written that the environment has a
-    part in. problems: (key, text, line) for each interpolation that fails; its text stays as it is in `values`."""
+    part in. problems: (key, text, line) for each interpolation that fails; its text stays as it is in `values`.
+    others: what the tree may refer to besides itself."""
 
-    def __init__(self, tree: Mapping[str, Any]) -> None:
+    def __init__(self, tree: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         self.sources: dict[Path, str] = {}
         self.problems: list[tuple[str, str, str]] = []
         self._asked = False
         # Without the schema's types, so that the types are checked by the same rules as for every other value.
-        root = OmegaConf.create(dict(tree))
-        raw = OmegaConf.to_container(root, resolve=False)
+        root, raw = OmegaConf.create({**others, **tree}), dict(tree)
         with _watched_environment(self._ask):
             self.values = cast(dict[str, Any], self._walk(root, raw, ()))
 

@@ -16,8 +16,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from configs.schema import Config
 
-# Dictionaries of the schema whose keys are not ours to list: any key may be added to them.
-OPEN_KEYS = ("model.config", "optimizer.options", "logging.options")
 PRESET_KEY = "model.architecture"
 MISSING = "???"  # OmegaConf's own mark of a value that is to follow
 
@@ -38,9 +36,19 @@ def _walk(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{field.name}", kind
 
 
+@cache
+def _open_keys() -> tuple[str, ...]:
+    """Dictionaries of the schema: their keys are not ours to list, except for those of a preset."""
+    return tuple(name for name, kind in schema_keys().items() if get_origin(kind) is dict and name != PRESET_KEY)
+
+
+def open_key(key: str) -> str | None:
+    """The dictionary of any keys that `key` is, or lies inside."""
+    return next((name for name in _open_keys() if key == name or key.startswith(f"{name}.")), None)
+
+
 def is_open(key: str) -> bool:
-    """Whether `key` is, or lies inside, a dictionary that takes any key."""
-    return any(key == name or key.startswith(f"{name}.") for name in OPEN_KEYS)
+    return open_key(key) is not None
 
 
 def is_section(key: str) -> bool:
@@ -94,6 +102,9 @@ def broken_rule(key: str, value: Any) -> str | None:
         return f"{problem}; null leaves it out" if problem and optional and not value.strip() else problem
     if not _fits(kind, value):
         return value_rule(key)
+    if isinstance(value, dict) and (names := [as_text(name) for name in value if not isinstance(name, str)]):
+        dotted = f"{key.rpartition('.')[2]}.{names[0]}"
+        return f"its name {names[0]} is no text; quote it in YAML, or write it with dots: {dotted}=..."
     if str not in get_args(kind)[-1:]:
         return None
     texts = value.values() if isinstance(value, dict) else value
@@ -156,4 +167,7 @@ def _describe(kind: Any) -> str:
         return f"must be {words[kind]}"
     if get_origin(kind) is list:
         return "must be a list of whole numbers: [1,2]" if get_args(kind)[0] is int else "must be a list: [a,b]"
-    return "must be a dictionary: {a: 1, b: 2}"
+    inner = get_args(kind)[1]
+    if get_origin(inner) is list:
+        return "must be a dictionary of lists: {a: [b], c: [d,e]}"
+    return f"must be a dictionary{' of texts: {a: b, c: d}' if inner is str else ': {a: 1, b: 2}'}"

@@ -12,7 +12,8 @@ that is to be gone on from is asked for its settings (`adapter_folder`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Mapping, Sequence
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
@@ -24,6 +25,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep
 from hydra.errors import HydraException
@@ -34,9 +36,9 @@ from configs import files as user_files
 from configs.adapter_folder import adopt
 from configs.errors import ConfigError
 from configs.explain import explain
-from configs.interpolation import Resolved, on_record, remember
+from configs.interpolation import CLOCK, Resolved, on_record, remember
 from configs.keys import broken_rule, is_open, plain_kind, schema_keys
-from configs.overrides import as_typed, check_overrides, interval, quote_value, unreadable_value
+from configs.overrides import as_typed, check_overrides, interval, quote_value, settled, unreadable_value
 from configs.ranges import check_ranges
 from configs.schema import Config
 
@@ -55,6 +57,17 @@ def load_config(overrides: Sequence[str] = (), *, config_dir: str | None = None)
 def chosen_options(overrides: Sequence[str] = (), *, config_dir: str | None = None) -> dict[str, str]:
     """The option that each group ends up with, in the order of config.yaml. Raises ConfigError as `load_config`."""
     return _compose(overrides, config_dir)[1]
+
+
+def load_chosen(overrides: Sequence[str] = (), *, config_dir: str | None = None) -> tuple[Config, dict[str, str]]:
+    """Both of them, composed once."""
+    return _compose(overrides, config_dir)
+
+
+@cache
+def usual() -> tuple[Config, dict[str, str]]:
+    """The configuration without any override, and its options. To be read only."""
+    return _compose((), None)
 
 
 def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
@@ -102,6 +115,7 @@ def _choices(parser: OverridesParser, word: str) -> list[str]:
 
 
 def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, dict[str, str]]:
+    overrides = settled(overrides)
     folders = _user_folder(config_dir)
     groups = group_options(config_dir)
     problems = check_overrides(overrides, groups)
@@ -122,12 +136,43 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, 
         raise ConfigError(_endless(folders, overrides)) from None
     chosen = {group: option for group, option in choices.items() if "/" not in group}
     _check_names(chosen, folders)
-    config = to_config(cast(dict[str, Any], tree))
-    problems = list(check_ranges(config))
-    if problems:
+    return _ranged(to_config(cast(dict[str, Any], tree)), overrides), chosen
+
+
+def _ranged(config: Config, overrides: Sequence[str]) -> Config:
+    """The config, if every number lies in its range, with the settings of an adapter that it names."""
+    if problems := [*check_ranges(config)]:
         raise ConfigError(*problems)
     adopt(config, {word.partition("=")[0].lstrip("+") for word in overrides})
-    return config, chosen
+    return config
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """What an application of Hydra composed of our tree; keys next to ours are the application's, to which ours may
+    refer.
+
+    Raises ConfigError with every problem, also for the time in a value where each of several ranks would read its own.
+    """
+    every = cast(dict[str, Any], OmegaConf.to_container(composed))
+    ours = {f.name for f in dataclasses.fields(Config)}
+    tree = {name: value for name, value in every.items() if name in ours}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (timed := [*_timed(every, "")]):
+        raise ConfigError(*(f"{key}: each rank would read its own clock; give the time as a text" for key in timed))
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    others = {name: value for name, value in every.items() if name not in ours}
+    return _ranged(to_config(tree, others=others), list(given))
+
+
+def _timed(value: Any, key: str) -> Iterator[str]:
+    """key=value of each text with the time in it."""
+    if isinstance(value, dict):
+        for name, each in cast(dict[str, Any], value).items():
+            yield from _timed(each, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for number, each in enumerate(cast(list[Any], value)):
+            yield from _timed(each, f"{key}[{number}]")
+    elif isinstance(value, str) and CLOCK.search(value):
+        yield f"{key}={value}"
 
 
 def _endless(folders: Sequence[Path], overrides: Sequence[str]) -> str:
@@ -149,18 +194,20 @@ def _check_names(chosen: Mapping[str, str], folders: Sequence[Path]) -> None:
 
 @contextmanager
 def _hydra() -> Generator[None, None, None]:
-    """Hydra's global state with our package as the primary source and our schema known, put back at the end."""
+    """Hydra's global state with our package as the primary source and our schema known, put back at the end: it may be
+    that of an application of Hydra which calls us."""
+    known = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    _introduce()
+    introduce()
     try:
         with initialize_config_module("configs", version_base=HYDRA_VERSION_BASE):
             yield
     finally:
-        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = known
 
 
 @cache
-def _introduce() -> None:
+def introduce() -> None:
     """Make our schema and the folders of users known to Hydra, which keeps both."""
     ConfigStore.instance().store(name="schema", node=Config)
     user_files.register()
@@ -180,10 +227,11 @@ def _user_folder(config_dir: str | None) -> list[Path]:
     return [folder]
 
 
-def to_config(tree: Mapping[str, Any], *, tolerant: bool = False) -> Config:
+def to_config(tree: Mapping[str, Any], *, tolerant: bool = False, others: Mapping[str, Any] | None = None) -> Config:
     """Resolve a tree, check it against the schema and make it plain dataclasses. tolerant: an interpolation that cannot
-    be resolved stays as it is. Raises ConfigError with every problem."""
-    resolved = Resolved(tree)
+    be resolved stays as it is. others: sections that are not of the schema, to which the tree may refer. Raises
+    ConfigError with every problem."""
+    resolved = Resolved(tree, others or {})
     problems = [f"{key}={text}: {reason}" for key, text, reason in resolved.problems]
     failed = {key for key, _, _ in resolved.problems}
     if tolerant:

@@ -55,6 +55,12 @@ def guard_output() -> None:
             setattr(sys, name, guarded)
 
 
+def announce(what: str) -> None:
+    """Say which part of the preparation begins: one line, of rank 0. stderr is for what is wrong."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"preparing  {what}", flush=True)
+
+
 def delivered(code: int) -> int:
     """The exit code of a door whose standard output is its product: not 0 where some of it was lost for another reason
     than that nobody reads on."""

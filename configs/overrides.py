@@ -29,6 +29,19 @@ def check_overrides(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -
     return [problem for word in words if (problem := _check_word(word, groups)) is not None]
 
 
+def settled(words: Sequence[str]) -> list[str]:
+    """The overrides without the `+` and `++` that Hydra's users write where there is nothing to add: `++` before a key
+    that exists, either before one of an open dictionary."""
+    return [_settled(word) for word in words]
+
+
+def _settled(word: str) -> str:
+    plain = word.lstrip("+")
+    key = plain.partition("=")[0]
+    forced = word.startswith("++") and (key in schema_keys() or is_open(key))
+    return plain if forced or (word.startswith("+") and is_open(key)) else word
+
+
 def as_typed(word: str) -> str:
     """The same override; a text key whose value reads as a number, as true or as a date keeps its characters."""
     key, _, text = word.partition("=")
@@ -50,6 +63,8 @@ def quote_value(text: str) -> str:
 
 def _check_word(word: str, groups: Mapping[str, Sequence[str]]) -> str | None:
     key, equals, value = word.partition("=")
+    if word.startswith("+") and key.lstrip("+") in {**schema_keys(), **groups}:
+        return f"{word}: {key.lstrip('+')} is there already; write {word.lstrip('+')}"
     if word[:1] in ("+", "~"):
         return f"{word}: no key can be added or removed; write {key.lstrip('+~')}=value, for a key that exists"
     if not equals or not key:
@@ -130,6 +145,8 @@ def unknown_key(key: str, groups: Mapping[str, Sequence[str]]) -> str:
     if known is not None:
         return f"no such key; here it is {known}"
     guess = _closest(key, name, siblings, groups)
+    if guess is None and (reason := foreign.absence(key)) is not None:
+        return f"no such key; there is none for it: {reason}"
     hint = f"; did you mean {guess}?" if guess else ""
     if section and siblings:
         return f"no such key{hint or ';'} {section} has {', '.join(other.rpartition('.')[2] for other in siblings)}"

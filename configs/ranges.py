@@ -7,11 +7,12 @@ magnitude. What numbers mean together is the business of `trainer.rules`. NaN li
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import inf
 
 from configs.keys import schema_keys, value_at
 from configs.schema import Config
+from configs.schema_train import RoleGroups
 
 LARGE = 1e38  # just below the largest number of float32
 BILLION = 10**9
@@ -66,6 +67,22 @@ RANGES: Mapping[str, Range] = {
     "parallel.cp": DEGREE,
     "parallel.pp": DEGREE,
     "parallel.zero_stage": _whole(0, 3),
+    "parallel.deepspeed.reduce_bucket_size": _whole(1, 10**12),
+    "parallel.deepspeed.allgather_bucket_size": _whole(2, 10**12),
+    "parallel.deepspeed.sub_group_size": _whole(1, 10**12),
+    "parallel.deepspeed.stage3_prefetch_bucket_size": _whole(0, 10**12),
+    "parallel.deepspeed.stage3_param_persistence_threshold": _whole(0, 10**12),
+    "parallel.deepspeed.stage3_model_persistence_threshold": _whole(0, 10**12),
+    "parallel.deepspeed.stage3_max_live_parameters": _whole(0, 10**12),
+    "parallel.deepspeed.stage3_max_reuse_distance": _whole(0, 10**12),
+    "parallel.deepspeed.zero_hpz_partition_size": DEGREE,
+    # States are updated in groups of at most 4 * 10**8 bytes, and what is smaller than a block is not swapped.
+    "parallel.deepspeed.aio.block_size": _whole(4096, 2**28),
+    "parallel.deepspeed.aio.queue_depth": _whole(1, 65_536),
+    "parallel.deepspeed.aio.intra_op_parallelism": _whole(1, 1024),
+    "parallel.fsdp.reshard_size": _whole(2, 1_000_000),
+    "parallel.fsdp.forward_prefetch": _whole(1, 1000),
+    "parallel.fsdp.backward_prefetch": _whole(1, 1000),
     "parallel.pipeline.stages_per_rank": _whole(1, 1024),
     "parallel.pipeline.split": _whole(0, 1_000_000),
     "precision.loss_scale": POSITIVE,
@@ -74,6 +91,7 @@ RANGES: Mapping[str, Range] = {
     "tuning.rank": _whole(1, 1_000_000),
     "tuning.alpha": POSITIVE,
     "tuning.dropout": FRACTION,
+    "tuning.bottleneck": _whole(1, 1_000_000),
     "tuning.virtual_tokens": _whole(1, 1_000_000),
     "tuning.layers": _whole(0, 100_000),
     "moe.coefficient": NOT_NEGATIVE,
@@ -84,10 +102,14 @@ RANGES: Mapping[str, Range] = {
     "optimizer.beta2": FRACTION,
     "optimizer.eps": Range(least=0, most=1e6, above=True),
     "optimizer.weight_decay": Range(least=0, most=1e6),
+    **{f"optimizer.groups.{item.name}.lr": POSITIVE for item in fields(RoleGroups)},
+    **{f"optimizer.groups.{item.name}.weight_decay": Range(least=0, most=1e6) for item in fields(RoleGroups)},
     "scheduler.warmup_steps": COUNT_OR_NONE,
+    "scheduler.warmup_ratio": FRACTION,
     "scheduler.decay_steps": COUNT_OR_NONE,
     "scheduler.min_lr_ratio": Range(least=0, most=1),
     "train.steps": COUNT,
+    "train.epochs": Range(least=0, most=1_000_000),
     "train.micro_batch_size": _whole(1, 1_000_000),
     "train.gradient_accumulation_steps": _whole(1, 1_000_000),
     "train.global_batch_size": COUNT,
@@ -95,18 +117,31 @@ RANGES: Mapping[str, Range] = {
     "train.clip_grad_value": NOT_NEGATIVE,
     "train.eval_every": COUNT_OR_NONE,
     "train.eval_samples": COUNT_OR_NONE,
+    "train.samples.from_validation": _whole(0, 1000),
+    "train.samples.tokens": COUNT,
+    "train.samples.temperature": Range(least=0, most=1000),
     # torch takes 64 bits, and a rank adds its own number.
     "train.seed": _whole(0, 2**63 - 1),
     "train.timeout_minutes": Range(least=0, most=100_000, above=True),
     "checkpoint.every": COUNT_OR_NONE,
     "checkpoint.keep_last": COUNT,
     "checkpoint.keep_every": COUNT_OR_NONE,
+    "optimizer.ema": FRACTION,
+    "train.label_smoothing": FRACTION,
+    "train.neftune_alpha": NOT_NEGATIVE,
+    "train.patience": COUNT_OR_NONE,
+    "train.min_delta": NOT_NEGATIVE,
     "cluster.nodes": _whole(1, 100_000),
     "cluster.gpus_per_node": _whole(1, 1024),
     "cluster.gpu_memory_gib": Range(least=0, most=1e6, above=True),
     "cluster.network_gb_per_second": Range(least=0, most=1e6, above=True),
     "cluster.host_gb_per_second": Range(least=0, most=1e6, above=True),
     "cluster.nvme_gb_per_second": Range(least=0, most=1e6, above=True),
+    "cluster.kubernetes.cpus": _whole(1, 100_000),
+    "cluster.kubernetes.port": _whole(1, 65_535),
+    "cluster.kubernetes.grace_seconds": _whole(1, 1_000_000),
+    "cluster.ray.cpus_per_node": _whole(1, 100_000),
+    "cluster.ray.start_minutes": Range(least=0.01, most=100_000),
     "cluster.slurm.cpus_per_node": _whole(1, 100_000),
     "cluster.slurm.signal_seconds": _whole(1, 65_535),  # sbatch keeps it in 16 bits
     "cluster.slurm.max_requeues": COUNT_OR_NONE,

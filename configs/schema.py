@@ -1,8 +1,10 @@
 """Every key of the configuration: its type, its default, its meaning.
 
-The YAML files beside this module state only choices and differences; a default stands here and nowhere
-else. The schema checks names and types. Whether the values make sense together is the plan's business
-(`trainer.plan.plan`), which is also the only place that derives numbers from them.
+The YAML files in this folder state only choices and differences; a default stands here and nowhere else: in
+`configs.schema_data` for `data`, in `configs.schema_train` for `optimizer`, `scheduler`, `train` and `checkpoint`, in
+`configs.schema_cluster` for `cluster` and `launcher`, and below for the rest. The schema checks names and types.
+Whether the values make sense together is the plan's business (`trainer.plan.plan`), which is also the only place that
+derives numbers from them.
 """
 
 from __future__ import annotations
@@ -14,30 +16,21 @@ from configs.choices import (
     AdapterInit,
     Attention,
     Balance,
-    Bos,
-    Checkpointing,
-    ClusterKind,
     ContextMethod,
-    DataSource,
-    Device,
     DType,
     EngineName,
     EstimateFormat,
     Gate,
-    GpuRequest,
-    Implementation,
-    LauncherName,
     MissingWeights,
-    NonFinite,
     OffloadDevice,
-    OnFailure,
-    OptimizerName,
     ProgressDisplay,
     Recipe,
-    Schedule,
     TuningMethod,
     Weights,
 )
+from configs.schema_cluster import Cluster, Launcher
+from configs.schema_data import Data
+from configs.schema_train import Checkpoint, Optimizer, Scheduler, Train
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,6 +39,9 @@ class Model:
     """Label of the chosen model, used in the names of runs."""
     path: str | None = None
     """A local folder or a hub id. Its config.json is the architecture; `config` below overrides it."""
+    target: str | None = None
+    """The path of a class of your own, package.module.Class, that is the model (docs/python.md); `config` below has the
+    fields of its config."""
     weights: Weights = Weights.random
     """`random`: initialised from `train.seed`. `pretrained`: read from `path`."""
     missing_weights: MissingWeights = MissingWeights.refuse
@@ -65,56 +61,6 @@ class Model:
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Allow the model folder to run its own Python code."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Data:
-    source: DataSource = DataSource.builtin
-    """`builtin` (the Python standard library's source text), `files`, `chat` (conversations), `hub` or `synthetic`."""
-    seq_len: int = 256
-    """Tokens per sequence."""
-    tokenizer: str | None = None
-    """`bytes`, a local folder or a hub id. Null: that of `model.path` if set, else `bytes`."""
-    bos: Bos = Bos.auto
-    """BOS before each document: `auto` (where the tokenizer puts it before a text), `always` or `never`. The template
-    decides for `chat`."""
-    control_tokens: bool = False
-    """Text that spells a control token (`</s>`, `<|im_end|>`) becomes that token. False: it stays text."""
-    paths: list[str] = field(default_factory=list)
-    """`files`, `chat`: files, folders or glob patterns: of .txt, .md, .jsonl, .parquet; of .jsonl for `chat`."""
-    validation_paths: list[str] = field(default_factory=list)
-    """`files`, `chat`: the same for validation; empty: `validation_fraction` of the documents is held out."""
-    validation_fraction: float = 0.05
-    """Part of the documents (chosen by a hash of their content) held out for validation."""
-    text_key: str = "text"
-    """Field of a jsonl line, parquet row or hub row that holds the text."""
-    messages_key: str = "messages"
-    """`chat`: field of a jsonl line that holds the list of messages, each with `role` and `content`."""
-    packing: bool = False
-    """`chat`: several whole conversations in one sample; false: one each, filled up with padding."""
-    document_mask: bool = False
-    """Attention stays inside a document or conversation, whose positions begin at 0 wherever it stands in a sample.
-    False: it sees what stands before in the same sample, as is usual in pretraining."""
-    name: str | None = None
-    """`hub`: the name of the data set, or a local folder that `datasets` can load."""
-    subset: str | None = None
-    """`hub`: the configuration of the data set, where it has several."""
-    split: str = "train"
-    """`hub`: the split to train on."""
-    validation_split: str | None = None
-    """`hub`: the split to validate on; null: documents held out of `split`, as for files."""
-    revision: str | None = None
-    """`hub`: branch, tag or commit."""
-    shuffle: bool = True
-    """Visit samples in an order drawn from `train.seed` (a new one each epoch)."""
-    shuffle_buffer: int = 10_000
-    """`hub`: documents held in the streaming shuffle's buffer."""
-    ignore_fraction: float = 0.0
-    """`synthetic`: up to this part of each sample's labels is ignored (as prompts are in fine-tuning)."""
-    num_workers: int = 0
-    """Loader processes per rank; 0 loads in the training process. `hub` uses one at the most."""
-    cache_dir: str = "~/.cache/distributed-training-cookbook"
-    """Where tokenised data is kept between runs."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,6 +84,78 @@ class Offload:
     """Folder on a local NVMe disk; needed by either `nvme`."""
     pin_memory: bool = True
     """Page-lock host buffers on a GPU machine: faster copies, memory the system cannot swap."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Aio:
+    """Reads and writes of the disk under DeepSpeed, with states on NVMe."""
+
+    block_size: int | None = None
+    """Bytes of one request. Tensors whose part on a rank is smaller than this stay in memory."""
+    queue_depth: int | None = None
+    """Requests that wait at the disk at a time."""
+    intra_op_parallelism: int | None = None
+    """Threads of one read or write."""
+    single_submit: bool | None = None
+    """Submit requests one by one instead of together."""
+    overlap_events: bool | None = None
+    """Submit further requests while earlier ones run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DeepSpeed:
+    """DeepSpeed's own settings under its own names, sizes in elements. Null: computed from the model
+    (docs/zero-and-fsdp.md), or DeepSpeed's usual value. The estimate of memory follows them."""
+
+    reduce_bucket_size: int | None = None
+    """Gradients that cross ranks at a time: a buffer of this size."""
+    allgather_bucket_size: int | None = None
+    """Stages 1, 2: updated parameters that are gathered at a time."""
+    overlap_comm: bool | None = None
+    """Reduce gradients while the backward goes on. Stages 1, 2: with a second bucket; stage 3 does so unless false."""
+    contiguous_gradients: bool | None = None
+    """Stages 1, 2: copy gradients into one buffer as they come."""
+    reduce_scatter: bool | None = None
+    """Send a gradient to the ranks that keep it alone; false: all ranks get all of it."""
+    sub_group_size: int | None = None
+    """Stage 3: parameters of a rank that are updated at a time."""
+    stage3_prefetch_bucket_size: int | None = None
+    """Stage 3: parameters that are gathered ahead of their use."""
+    stage3_param_persistence_threshold: int | None = None
+    """Stage 3: parameters of at most this size stay whole on every rank."""
+    stage3_model_persistence_threshold: int | None = None
+    """Stage 3: parameters that stay whole, all in all, at most."""
+    stage3_max_live_parameters: int | None = None
+    """Stage 3: parameters that are gathered at a time, at most; nothing is gathered ahead beyond it."""
+    stage3_max_reuse_distance: int | None = None
+    """Stage 3: a parameter that is used again within this many elements stays gathered."""
+    stage3_use_all_reduce_for_fetch_params: bool | None = None
+    """Stage 3: gather by an all-reduce of zeros and parts, which copies less on the host and sends twice as much."""
+    stage3_allgather_sequential: bool | None = None
+    """Stage 3: gather each parameter by itself, without a common buffer and nothing ahead."""
+    zero_hpz_partition_size: int | None = None
+    """Stage 3 (hpZ of ZeRO++): ranks that share a second copy of the parameters, usually those of a node. It is made
+    in the forward, and the backward gathers from it."""
+    grad_accum_dtype: DType | None = None
+    """Stage 3: dtype in which gradients add up over micro-batches. Null: precision.master_dtype. That of the parameters
+    (DeepSpeed's usual one) takes 2 bytes less for each and rounds every sum."""
+    aio: Aio = field(default_factory=Aio)
+    comms_logger: bool = False
+    """Time every message, each of which then waits for the device, and log at the end how many there were of each kind
+    and size."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FSDP:
+    """Settings of FSDP2 (`dp_shard` with engine torch). The estimate of memory follows them."""
+
+    reshard_size: int | None = None
+    """Ranks, usually those of a node, over which a layer's parameters stay sharded between its forward and its
+    backward, which then gathers them from these alone. Null: over all."""
+    forward_prefetch: int | None = None
+    """Layers that are gathered ahead in the forward. Null: one while the layer before computes, as FSDP2 does it."""
+    backward_prefetch: int | None = None
+    """Layers that are gathered ahead in the backward. Null: one."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -173,6 +191,8 @@ class Parallel:
     """Engine deepspeed: what data-parallel ranks partition. 1: optimizer states; 2: + gradients; 3: + parameters."""
     pipeline: Pipeline = field(default_factory=Pipeline)
     offload: Offload = field(default_factory=Offload)
+    deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
+    fsdp: FSDP = field(default_factory=FSDP)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -201,7 +221,7 @@ class Precision:
     master_dtype: DType = DType.float32
     """The optimizer's copy of the parameters, and its states."""
     tf32: bool = False
-    """On NVIDIA GPUs since Ampere: float32 matrix products in TF32 (10-bit mantissa)."""
+    """On NVIDIA GPUs since Ampere: float32 matmuls in TF32 (10-bit mantissa)."""
     loss_scale: float | None = None
     """float16 only. Null: dynamic; a number: that constant scale."""
     loss_scale_init: float = 65536.0
@@ -216,8 +236,8 @@ class Tuning:
     method: TuningMethod = TuningMethod.full
     """`full`: every parameter is trained. `lora`: adapters beside the linear layers are, the model is frozen.
     `qlora`: the same, the frozen linear layers in 4 bits. `ia3`: factors of keys, values and the MLP's features.
-    `prompt`, `p_tuning`, `prefix`: virtual tokens before the text, as embeddings, through an encoder, as keys and
-    values of every layer."""
+    `adapter`: two thin matrices behind the MLP of every layer. `prompt`, `p_tuning`, `prefix`: virtual tokens before
+    the text, as embeddings, through an encoder, as keys and values of every layer."""
     rank: int = 16
     """Adapters: rows of an adapter's first matrix, columns of its second."""
     alpha: float = 32.0
@@ -239,6 +259,10 @@ class Tuning:
     """Adapters: numbers of the decoder layers that get some, from 0; empty: all."""
     modules_to_save: list[str] = field(default_factory=list)
     """Adapters: names of modules, or their last parts, that are trained whole as well [lm_head, norm]."""
+    bottleneck: int = 64
+    """`adapter`: features between its two matrices."""
+    after_attention: bool = False
+    """`adapter`: one behind the attention of every layer too, as Houlsby et al. have it; false: as Pfeiffer et al."""
     virtual_tokens: int = 20
     """`prompt`, `p_tuning`, `prefix`: how many tokens are put before the text; no loss is taken of them."""
     adapter: str | None = None
@@ -264,197 +288,18 @@ class Moe:
 
 
 @dataclass(kw_only=True, slots=True)
-class Optimizer:
-    name: OptimizerName = OptimizerName.adamw
-    lr: float = 3e-4
-    """Peak learning rate; `muon`: of matrices (see `options`); `adafactor`: a step, relative to the root mean square of
-    the matrix that it changes."""
-    beta1: float = 0.9
-    """`adamw`, `adamw_8bit`, and AdamW within `muon`: decay of the first moment; `sgd`: momentum."""
-    beta2: float = 0.95
-    """As `beta1`, of the second moment; `adafactor` has its own, 1 - step**-0.8."""
-    eps: float = 1e-8
-    """As `beta1`: added to the second moment's root; `adafactor`: the least that this root may be."""
-    weight_decay: float = 0.1
-    """Applied to matrices and embeddings; never to norms and biases."""
-    implementation: Implementation = Implementation.auto
-    """`auto`: adamw, and AdamW within muon, fused; sgd foreach, the others for_loop. `deepspeed_cpu`: DeepSpeed's, for
-    offload (needs g++)."""
-    in_backward: bool = False
-    """Apply and free each gradient as the backward computes it, so that no rank holds those of the whole model."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """What one optimizer alone reads; its file below configs/optimizer/ lists them."""
-    target: str | None = None
-    """`custom`: path of a class, package.module.Class, a subclass of torch.optim.Optimizer; `options` are its
-    arguments."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Scheduler:
-    name: Schedule = Schedule.cosine
-    warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
-    decay_steps: int = 0
-    """`warmup_stable_decay`: steps of the final linear decay."""
-    min_lr_ratio: float = 0.1
-    """Learning rate at the last step, as a part of `optimizer.lr`."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Train:
-    steps: int = 100
-    """Optimizer updates."""
-    micro_batch_size: int | None = None
-    """Sequences per data-parallel rank per forward."""
-    gradient_accumulation_steps: int | None = None
-    """Forwards per optimizer update."""
-    global_batch_size: int | None = None
-    """Sequences per update over all ranks. Of these three give two, and the third is derived; with fewer given,
-    `gradient_accumulation_steps` is 1 (2 * pp under a pipeline) and then `micro_batch_size` 8."""
-    activation_checkpointing: Checkpointing = Checkpointing.none
-    """Recompute activations in the backward: of nothing, of whole decoder layers, or of every second product."""
-    chunked_loss: bool = False
-    """Compute head and loss in slices of tokens, forward and backward: no rank ever holds all its logits."""
-    compile: bool = False
-    """Compile each decoder layer with torch.compile: faster steps after a slow first one. Engine torch."""
-    clip_grad_norm: float = 1.0
-    """Largest global L2 norm of the gradient; 0 turns clipping off."""
-    clip_grad_value: float = 0.0
-    """Largest absolute value of a gradient's element; 0: no limit. Needs no norm: set `clip_grad_norm` to 0."""
-    non_finite: NonFinite = NonFinite.stop
-    """When loss or gradient is NaN or infinite: end the run, or leave out the update (fp16 overflows always skip)."""
-    eval_every: int = 0
-    """Steps between validations; 0: only before the first and after the last step."""
-    eval_samples: int = 64
-    """Sequences per validation; 0: no validation."""
-    seed: int = 0
-    run_dir: str | None = None
-    """Folder of this run's files. Null: runs/MODEL-LAYOUT-PRECISION/DATE-TIME."""
-    export: bool = True
-    """Write the finished model as a Hugging Face folder to RUN_DIR/model."""
-    resume: str = "auto"
-    """`auto`: go on from the newest checkpoint in `run_dir`, if there is one. `never`: refuse a folder with a run.
-    A checkpoint or another run's folder: begin a new run from there, and then go on as `auto` does."""
-    timeout_minutes: float = 10.0
-    """A collective that takes longer ends the run."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Checkpoint:
-    every: int = 500
-    """Steps between two checkpoints. 0: only where the run is told to stop, and at the end."""
-    final: bool = True
-    """One more after the last step, from which a longer run can go on."""
-    keep_last: int = 2
-    """Newest checkpoints that stay; older ones are deleted after each save. Two, so that one may turn out damaged."""
-    keep_every: int = 0
-    """Steps whose checkpoints stay for good: the multiples of this number. 0: none."""
-    async_save: bool = False
-    """Copy the state to host memory and go on training while it is written. Takes each rank's part of the state in host
-    memory (AdamW in float32: 12 bytes per parameter over all ranks); one save at a time."""
-    on_failure: OnFailure = OnFailure.stop
-    """When a checkpoint cannot be written (the disk is full): `stop` ends the run, `warn` goes on and
-    tries again next time."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Slurm:
-    """Each is an option of sbatch unless it says otherwise; null leaves it to the cluster's default."""
-
-    job_name: str | None = None
-    """Null: MODEL-LAYOUT-PRECISION, as the run folder."""
-    account: str | None = None
-    partition: str | None = None
-    qos: str | None = None
-    time: str | None = None
-    """Limit of one job: MINUTES, HH:MM:SS or D-HH:MM:SS. The run may take longer: the job goes back to the queue."""
-    gpu_request: GpuRequest = GpuRequest.gpus_per_node
-    """How this cluster wants to be asked for GPUs: `--gpus-per-node`, `--gres=gpu`, or not at all."""
-    gpu_type: str | None = None
-    """The cluster's own name of a GPU type, which goes into that request."""
-    cpus_per_node: int | None = None
-    """`--cpus-per-task`: one task per node holds all ranks of the node."""
-    mem: str | None = None
-    """Host memory per node: `64G`; `0` is all of it."""
-    constraint: str | None = None
-    dependency: str | None = None
-    array: str | None = None
-    """`1-8%1`: so many jobs, one after another, in the same run folder, where a job may not requeue itself. For a
-    sweep (`-m`) `%4`: one array with an element per point, four at a time; null: one job per point."""
-    container: str | None = None
-    """Image for every node's ranks: `srun --container-image` of the pyxis plug-in."""
-    container_mounts: list[str] = field(default_factory=list)
-    """`srun --container-mounts`, each FROM:TO; the run folder must be one of them or lie below."""
-    python: str | None = None
-    """Interpreter of the ranks, where it is not that of the submission: in a container, or from `setup`."""
-    setup: list[str] = field(default_factory=list)
-    """Lines of bash that the job runs first: `[module load cuda/12.8, source /opt/env.sh]`."""
-    sbatch_args: list[str] = field(default_factory=list)
-    """Any further options of sbatch, each one word: `[--exclude=node7, --mail-type=END]`."""
-    srun_args: list[str] = field(default_factory=list)
-    """Any further options of srun, each one word."""
-    script: str | None = None
-    """A batch script in place of `slurm/job.sbatch`; it gets the same two arguments."""
-    signal_seconds: int = 180
-    """So long before the time limit the job is told to save and stop. Slurm may be a minute early."""
-    max_requeues: int = 100
-    """So often a job goes back to the queue. Without a new checkpoint in between, `launcher.max_restarts` holds."""
-    start_minutes: float = 20.0
-    """A start whose ranks have not met by then is ended and tried again."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Cluster:
-    kind: ClusterKind = ClusterKind.local
-    """Where `python -m launch` starts the ranks: on this machine (`local`), or as a job (`slurm`)."""
-    slurm: Slurm = field(default_factory=Slurm)
-    device: Device = Device.auto
-    """`auto`: CUDA where there is a GPU, else the CPU."""
-    nodes: int = 1
-    gpus_per_node: int | None = None
-    """Processes per node. Null: what the launcher started; else this machine's GPUs; else CPU processes."""
-    gpu: str | None = None
-    """A known GPU (`trainer/plan/devices.py`) by a usual name, for its memory and peak FLOP/s: h100, a100-80gb,
-    rtx4090. Null: the one that is found."""
-    gpu_memory_gib: float | None = None
-    """Memory of the GPU that an estimate is compared with; null: that of `gpu`."""
-    expandable_segments: bool = True
-    """The CUDA allocator grows one segment per stream instead of asking for further ones, and gives back what is free
-    before it fails: `PYTORCH_ALLOC_CONF=expandable_segments:True` for the run, and the rules of the estimate."""
-    network_gb_per_second: float | None = None
-    """Read by `estimate.search`: what one GPU sends to other nodes, 1e9 bytes/s in one direction (an adapter of
-    400 Gb/s per GPU: 50). Null: 50."""
-    host_gb_per_second: float = 25.0
-    """Read by `estimate.search`: what one GPU exchanges with its node's memory, 1e9 bytes/s in one direction."""
-    nvme_gb_per_second: float = 3.0
-    """Read by `estimate.search`: a GPU's share of its node's NVMe disks, 1e9 bytes/s."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Launcher:
-    name: LauncherName = LauncherName.torchrun
-    """What `python -m launch` starts the ranks with."""
-    master_port: int | None = None
-    """Rendezvous port; null: a free one."""
-    args: list[str] = field(default_factory=list)
-    """Further arguments for the launcher, before `-m trainer`."""
-    max_restarts: int = 3
-    """When a worker dies or hangs, the job is started again from its newest checkpoint, at most so many times in
-    a row. A restart that gets to a new checkpoint begins the count anew. 0: never."""
-    preflight: bool | None = None
-    """All ranks together compare versions and devices, measure the network, and try the run folder and the disks,
-    before anything is built. Null: where there is more than one node."""
-
-
-@dataclass(kw_only=True, slots=True)
 class Logging:
     every: int = 1
     """Steps between two lines of metrics."""
     progress: ProgressDisplay = ProgressDisplay.auto
     """`auto`: a live bar on a terminal, single lines elsewhere."""
+    curve: bool | None = None
+    """Draw the loss curve of a finished run in characters. Null: on a terminal alone."""
     tracker: str = "none"
     """`none`, `wandb`, or another that Accelerate knows: aim, clearml, comet_ml, dvclive, mlflow, swanlab,
-    tensorboard, trackio."""
+    tensorboard, trackio. `custom`: a class of your own."""
+    target: str | None = None
+    """`custom`: the path of that class, package.module.Class (docs/python.md)."""
     project: str = "distributed-training-cookbook"
     run_name: str | None = None
     """What a tracker calls the run. Null: MODEL-LAYOUT-PRECISION-DATE-TIME, as the run folder."""
@@ -474,13 +319,17 @@ class Estimate:
     """What to change so that it fits; the largest micro-batch if it does."""
     search: bool = False
     """Instead of one layout, rank all that this trainer can run on the cluster: those that fit, by predicted speed."""
+    explore: str | None = None
+    """FILE.html: a page on which the layout, its degrees, micro-batch, recompute, sequence length, optimizer and
+    precision are chosen, with memory, predicted speed and command. With -m, the overrides that list several values are
+    its controls."""
     efficiency: float = 0.6
-    """Assumed by `estimate.search`: part of the GPU's peak FLOP/s that large matrix products get."""
+    """Assumed by `estimate.search`: part of the GPU's peak FLOP/s that large matmuls get."""
     imbalance: float = 1.0
     """With `parallel.ep`: tokens that the busiest rank's experts get, over the average. 1: the router is balanced."""
     gate: Gate = Gate.refuse
-    """`python -m launch` on GPUs, when the prediction exceeds the device: `off` does not look, `warn` starts
-    nevertheless, `refuse` does not start."""
+    """`python -m launch` on GPUs, by what the prediction says of the device: `off` does not look, `warn` starts what
+    does not fit, `refuse` does not, `strict` does not start what is tight either."""
     measure: bool = False
     """On the CPU, where no allocator keeps count: the trainer counts its tensors over the first two steps, which get
     slower, to compare them with the prediction. On GPUs torch's allocator counts, unasked."""

@@ -5,7 +5,7 @@
 # however many ranks share the module.
 # What happens: torch 2.13 has two ways to divide. In float32 and bfloat16 the collective does it; in other dtypes the
 # gradients are divided by one part of the factor before the collective and by the rest behind it, against overflow. A mesh
-# of one rank has a shortcut in place of the collective, which divides by the whole factor as well. So float16 and float64
+# of one rank has a shortcut instead of the collective, which divides by the whole factor as well. So float16 and float64
 # come out as 1/16, and float32 and bfloat16 as 1/4. A factor of 1, and none, hide it.
 # Why it matters: a factor of their own is what modules get whose ranks are fewer than the data's, as experts have; a mesh
 # of one rank is where parity is tried first, and float64 is what it is tried in. The same run in float32 is right.

@@ -21,12 +21,13 @@ from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, ConfigError, CookbookError
 from launch.comparison.figures import check_matplotlib
 from launch.comparison.page import write_page
-from launch.comparison.runs import Run, find_reference, read_run
-from launch.comparison.table import TITLES, problems, table
+from launch.comparison.runs import find_reference
+from launch.comparison.table import TITLES, aligned, problems, table
 from launch.points import Point, check_folder, plan_points
 from trainer.process.disks import writing
 from trainer.process.files import replace_text
 from trainer.process.status import FINISHED, read_status
+from trainer.report.reading import Run, read_run
 
 RECORD = "compare.json"
 DOOR = Door(
@@ -116,10 +117,7 @@ def _report(folder: Path) -> int:
         )
     files = write_page(folder, runs, command=f"python -m launch compare {shlex.quote(str(folder))}")
     reference = find_reference(runs)
-    rows = [TITLES, *table(runs, reference)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(TITLES))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(aligned([TITLES, *table(runs, reference)]))
     print(*problems(runs, reference), f"page       {files[0]}, {files[1]}", sep="\n", flush=True)
     return EXIT_FINISHED if all(run.problem is None for run in runs) else EXIT_FAILED
 

@@ -13,18 +13,22 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from configs.door import turn_away
+from configs.door import turn_away, version
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.output import delivered, guard_output
 
 # The module whose `main` answers; the words that it gets before the user's; what it does.
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "train": ("trainer.__main__", (), "train in this process"),
-    "launch": ("launch.__main__", (), "start the ranks of a run on this machine, or submit it to SLURM"),
+    "launch": ("launch.__main__", (), "start the ranks of a run on this machine, or submit it to a cluster"),
     "estimate": ("launch.estimate", (), "predict the memory of a run; the same as memory-estimate"),
+    "import": ("launch.importing", (), "translate the configuration of another trainer"),
     "compare": ("launch.__main__", ("compare",), "run several layouts and write one page about them"),
+    "report": ("launch.report", (), "one page about a run, and its loss curve"),
     "generate": ("launch.generate", (), "let the model of a run write"),
     "checkpoint": ("trainer.checkpoint.__main__", (), "list, verify, export, convert checkpoints"),
+    "doctor": ("launch.doctor.door", (), "what this machine offers, and what each layout lacks here"),
+    "completion": ("launch.completion", (), "completion for bash, zsh or fish"),
     "status": ("launch.__main__", ("status",), "how a submitted run stands"),
     "cancel": ("launch.__main__", ("cancel",), "cancel a submitted run"),
 }
@@ -34,7 +38,7 @@ USAGE = "\n".join(
         "",
         *(f"  {name:<11}{purpose}" for name, (_, _, purpose) in COMMANDS.items()),
         "",
-        "cookbook COMMAND --help says more.",
+        "cookbook COMMAND --help says more; cookbook --version prints the versions.",
     ]
 )
 
@@ -45,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
+        return delivered(EXIT_FINISHED)
+    if words[0] == "--version":
+        print(version())
         return delivered(EXIT_FINISHED)
     if words[0] not in COMMANDS:
         return turn_away(

@@ -2,8 +2,9 @@
 
     memory-estimate model=llama3_1_8b parallel=fsdp precision=bf16 cluster=8xh100 data.seq_len=4096
     memory-estimate -m parallel=ddp,fsdp model=llama3_1_70b cluster.nodes=8
+    memory-estimate --from ds_config.json --from args.json model.path=FOLDER cluster=8xh100
 
-The overrides are the trainer's. Exit code: 0 fits, 3 does not fit, 2 a mistake in the words.
+The overrides are the trainer's. Exit code: 0 fits or tight, 3 does not fit, 2 a mistake in the words.
 """
 
 from __future__ import annotations
@@ -11,13 +12,20 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 
 from configs.choices import EstimateFormat
 from configs.door import Arguments, Door, one_line, parse_arguments, show, turn_away
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, ConfigError, CookbookError, PlanError
+from configs.imports.deepspeed import follow
+from configs.imports.write import as_config, assumptions
+from configs.interpolation import settle_clock
 from configs.load import expand_sweep, load_config, record
 from configs.output import delivered, guard_output
 from configs.schema import Config
+from launch.explore import explore_layouts
+from launch.translated import translate
+from trainer.estimate import progress
 from trainer.estimate.estimate import estimate, on_part_of_the_cluster, planned_machine
 from trainer.estimate.explain import explain
 from trainer.estimate.gate import EXIT_DOES_NOT_FIT
@@ -37,9 +45,12 @@ DOOR = Door(
         ("memory-estimate model=llama3_1_8b parallel=fsdp precision=bf16 cluster=8xh100", "one configuration"),
         ("memory-estimate -m parallel=ddp,fsdp model=llama3_1_70b cluster.nodes=8", "several, compared"),
         ("memory-estimate model=qwen3_8b parallel=fsdp estimate.format=json", "for programs"),
+        ("memory-estimate --from ds_config.json --from args.json cluster=8xh100", "the run of another trainer"),
         ("memory-estimate model=llama3_1_70b cluster=8xh100 cluster.nodes=8 estimate.search=true", "which layout?"),
+        ("memory-estimate model=llama3_1_8b cluster=8xh100 estimate.explore=8b.html", "a page to try them all"),
     ),
     sweeps=True,
+    translates=True,
 )
 
 
@@ -50,12 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.disable()
     guard_output()
     try:
-        arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)
+        arguments = parse_arguments(DOOR, settle_clock(sys.argv[1:] if argv is None else argv, datetime.now()))
         if arguments.show is not None:
             print(show(DOOR, arguments))
             return delivered(EXIT_FINISHED)
         return delivered(_answer_all(arguments))
     except CookbookError as error:
+        progress.clear()
         return turn_away(error)
     finally:
         gc.enable()
@@ -72,12 +84,12 @@ def answer(
     if compare:
         config = on_part_of_the_cluster(config, machine)
     plan = make_plan(config, machine)
-    found = estimate(config, plan)
+    found = estimate(config, plan, alone=None if compare else 0)
     suggestions, largest = None, None
     if config.estimate.suggest and not compare:
         if found.fits:
             largest = largest_micro_batch(config, plan)
-        else:
+        elif found.too_large:
             suggestions = suggest(config, plan, machine, found)
     return Answer(
         overrides=tuple(overrides),
@@ -92,14 +104,19 @@ def answer(
 def search_layouts(overrides: Sequence[str], config: Config) -> int:
     """Rank the cluster's layouts instead of estimating one. Returns the exit code. Raises CookbookError."""
     found = search(config, planned_machine(config, find_machine({})))
+    progress.clear()
     as_json = config.estimate.format is EstimateFormat.json
     print(render_search_json(found, overrides) if as_json else render_search(found, overrides))
     return EXIT_FINISHED if found.best else EXIT_DOES_NOT_FIT
 
 
 def _answer_all(arguments: Arguments) -> int:
+    if arguments.sources:
+        return _answer_translated(arguments)
     if not arguments.sweep:
         config = load_config(arguments.overrides, config_dir=arguments.config_dir)
+        if config.estimate.explore is not None:
+            return explore_layouts([arguments.overrides], config_dir=arguments.config_dir)
         if config.estimate.search:
             return search_layouts(arguments.overrides, config)
         answers = [answer(arguments.overrides, config=config)]
@@ -109,16 +126,38 @@ def _answer_all(arguments: Arguments) -> int:
         config = load_config(runs[0], config_dir=arguments.config_dir)
         if config.estimate.search:
             raise ConfigError("estimate.search=true: ranks the layouts of one configuration; leave out -m")
+        if config.estimate.explore is not None:
+            return explore_layouts(runs, config_dir=arguments.config_dir)
         answers, refused = _answer_sweep(runs, arguments.config_dir)
+    progress.clear()
     if answers:
         print(_render(answers, config, sweep=arguments.sweep))
         if config.estimate.plot is not None:
             save_plot(answers, config.estimate.plot)
     for line in refused:
         print(one_line(line), file=sys.stderr)
-    if not all(one.estimate.fits for one in answers):
+    if any(one.estimate.too_large for one in answers):
         return EXIT_DOES_NOT_FIT
     return EXIT_BAD_CONFIG if refused else EXIT_FINISHED
+
+
+def _answer_translated(arguments: Arguments) -> int:
+    """The run that files of other trainers describe, and what the answer had to assume."""
+    if arguments.sweep:
+        raise ConfigError("--from: the files describe one configuration; leave out -m")
+    made = translate(arguments.sources, arguments.overrides, config_dir=arguments.config_dir)
+    made.assumed += follow(made.settings, made.compute)
+    config = as_config(made)
+    for key, asked in (("explore", config.estimate.explore is not None), ("search", config.estimate.search)):
+        if asked:
+            raise ConfigError(f"--from: estimate.{key} needs overrides; make them with `cookbook import` first")
+    found = answer(arguments.overrides, config=config)
+    progress.clear()
+    print(_render([found], config, sweep=False))
+    if config.estimate.plot is not None:
+        save_plot([found], config.estimate.plot)
+    print(assumptions(made), file=sys.stdout if config.estimate.format is EstimateFormat.table else sys.stderr)
+    return EXIT_DOES_NOT_FIT if found.estimate.too_large else EXIT_FINISHED
 
 
 def _answer_sweep(runs: Sequence[Sequence[str]], config_dir: str | None) -> tuple[list[Answer], list[str]]:

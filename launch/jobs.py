@@ -1,8 +1,6 @@
-"""The door's words for a cluster: submit a run or a sweep, ask how a job stands, cancel it.
+"""The door's part for SLURM: submit a run or a sweep; `status_lines` and `cancel` answer for a job.
 
 python -m launch cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 ...
-python -m launch status RUN_DIR
-python -m launch cancel RUN_DIR
 """
 
 from __future__ import annotations
@@ -13,10 +11,12 @@ from datetime import datetime
 from pathlib import Path
 
 from configs.choices import ClusterKind
-from configs.errors import EXIT_FINISHED, ConfigError
+from configs.errors import EXIT_FINISHED
 from configs.load import load_config
 from configs.schema import Cluster, Config
-from slurm.control import cancel, status_lines
+from slurm.control import cancel as cancel
+from slurm.control import status_lines as status_lines
+from slurm.job import FOLDER
 from slurm.submit import SweepPoint, beside_script, check, check_sweep, command, script_text, submit, submit_sweep
 from trainer.estimate.gate import check_memory
 from trainer.make_plan import make_plan
@@ -24,23 +24,15 @@ from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
 from trainer.report.folder import default_run_dir
 
-CONTROLS = ("status", "cancel")
+COMPARE = (
+    "submit them with python -m launch -m ... cluster.slurm.array=%4 train.run_dir=FOLDER, then python -m launch"
+    " compare FOLDER"
+)
+WAITS = False
+KEEPS = FOLDER
 
 
-def control(words: Sequence[str]) -> int:
-    """`status RUN_DIR` or `cancel RUN_DIR`. Raises CookbookError where there is no such job, or no Slurm."""
-    if words[1:] in (["-h"], ["--help"]):
-        print(f"python -m launch {words[0]} RUN_DIR")
-        return EXIT_FINISHED
-    if len(words) != 2:
-        raise ConfigError(f"python -m launch {words[0]}: give the run folder, and nothing else")
-    run_dir = Path(words[1]).expanduser().absolute()
-    lines = status_lines(run_dir) if words[0] == "status" else [cancel(run_dir)]
-    print(*lines, sep="\n")
-    return EXIT_FINISHED
-
-
-def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | None) -> int:
+def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | None) -> tuple[int, bool]:
     """Plan one run and submit it. Raises CookbookError before anything is submitted or written."""
     plan = plan_job(config)
     memory = check_memory(config, plan)
@@ -49,7 +41,7 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
         check(config, run_dir)
         print(plan.describe(), *memory, "", sep="\n")
         _show_script(config, command(config, plan, run_dir))
-        return EXIT_FINISHED
+        return EXIT_FINISHED, False
     job_id = submit(config, plan, overrides, config_dir=config_dir, run_dir=run_dir, root=Path.cwd())
     folder, log = shlex.quote(str(run_dir)), run_dir / "logs" / f"slurm-{log_id(config, job_id)}.out"
     print(plan.describe(), *memory, "", sep="\n")
@@ -59,7 +51,7 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
     print(f"status     python -m launch status {folder}")
     print(f"stop       touch {shlex.quote(str(run_dir / 'STOP'))}    (saves first)")
     print(f"cancel     python -m launch cancel {folder}", flush=True)
-    return EXIT_FINISHED
+    return EXIT_FINISHED, False
 
 
 def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> int:

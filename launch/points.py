@@ -13,11 +13,11 @@ from datetime import datetime
 from math import lcm
 from pathlib import Path
 
-from configs.choices import ClusterKind
 from configs.errors import ConfigError, CookbookError, PlanError
 from configs.load import expand_sweep, from_yaml, load_config
 from configs.overrides import quote_value
 from configs.schema import Config
+from launch.clusters import elsewhere
 from launch.comparison.runs import SAME, differences
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
@@ -55,7 +55,7 @@ def plan_points(overrides: Sequence[str], *, config_dir: str | None) -> tuple[Pa
     plain = [tuple(word for word in words if word not in places) for words in runs]
     found = [
         _plan(Point(name=name, words=(*USUAL, *words)), config_dir)
-        for name, words in zip(_names(plain), plain, strict=True)
+        for name, words in zip(names(plain), plain, strict=True)
     ]
     sizes = {point.plan.batch.global_batch_size: point.name for point in found if point.plan is not None}
     if len(sizes) > 1:
@@ -88,10 +88,10 @@ def check_folder(point: Point, folder: Path) -> None:
 
 def _plan(point: Point, config_dir: str | None) -> Point:
     config = load_config(point.words, config_dir=config_dir)
-    if config.cluster.kind is ClusterKind.slurm:
+    if (cluster := elsewhere(config.cluster.kind)) is not None:
         raise ConfigError(
-            "cluster.kind=slurm: compare runs one point after another on this machine; submit them with python -m"
-            " launch -m ... cluster.slurm.array=%4 train.run_dir=FOLDER, then python -m launch compare FOLDER"
+            f"cluster.kind={config.cluster.kind}: compare runs one point after another on this machine;"
+            f" {cluster.COMPARE}"
         )
     try:
         plan = make_plan(config, replace(find_machine(), world_size=None, local_world_size=None))
@@ -131,20 +131,23 @@ def _check_same(points: Sequence[Point], first: Config) -> None:
             )
 
 
-def _names(runs: Sequence[Sequence[str]]) -> list[str]:
-    """What differs between the runs, as names of folders: of groups the option, of keys the last part and the value."""
+def names(runs: Sequence[Sequence[str]], *, keys: bool = False) -> list[str]:
+    """What differs between the runs, as names of folders: of groups the option, of keys the last part and the value.
+    keys: the overrides themselves, parallel=ddp,train.seed=2."""
     shared = set(runs[0]).intersection(*runs)
-    names: list[str] = []
+    found: list[str] = []
     for words in runs:
         parts: list[str] = []
         for word in words:
             key, _, value = word.partition("=")
             if word not in shared:
-                parts.append(f"{key.rpartition('.')[2]}-{value}" if "." in key else value)
-        name = re.sub(r"[^\w.-]+", "_", "-".join(parts), flags=re.ASCII).strip("._") or "run"
-        taken = sum(other == name or other.startswith(f"{name}~") for other in names)
-        names.append(f"{name}~{taken + 1}" if taken else name)
-    return names
+                parts.append(word if keys else f"{key.rpartition('.')[2]}-{value}" if "." in key else value)
+        text = ",".join(parts) if keys else "-".join(parts)
+        # A name of a folder has 255 bytes at most.
+        name = re.sub(r"[^\w.=,+-]+" if keys else r"[^\w.-]+", "_", text, flags=re.ASCII).strip("._")[:200] or "run"
+        taken = sum(other == name or other.startswith(f"{name}~") for other in found)
+        found.append(f"{name}~{taken + 1}" if taken else name)
+    return found
 
 
 def _default(config: Config) -> Path:

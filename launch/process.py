@@ -18,8 +18,9 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -38,24 +39,26 @@ PR_SET_CHILD_SUBREAPER = 36
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """code: the exit code, 128 + N after signal N. killed: the signal that ended the launcher itself, if one did. told:
-    whether a signal asked to end. relay: what went to stderr."""
+    whether somebody asked the run to end. relay: what went to stderr. lost: a node that is gone with its ranks."""
 
     code: int
     killed: signal.Signals | None
     told: bool
     relay: Relay
+    lost: str | None = None
 
 
 def run_command(command: Command, signals: Forwarding) -> Outcome:
     """Run to the end, passing signals on. Nothing that it started is left when this returns."""
-    _adopt_orphans()
+    adopt_orphans()
+    others = psutil.Process().children(recursive=True)  # of a Python program that calls `cookbook.launch`
     child = subprocess.Popen(
         command.argv,
         env={**for_children(os.environ), **command.environment, LAUNCHER: str(os.getpid())},
         stderr=subprocess.PIPE,
         process_group=0,
     )
-    signals.launcher = child.pid
+    signals.tell = partial(tell_ranks, child.pid)
     assert child.stderr is not None
     relay = Relay(sys.stderr)
     # A progress bar's carriage return is not the end of a line.
@@ -63,14 +66,13 @@ def run_command(command: Command, signals: Forwarding) -> Outcome:
     reader = threading.Thread(target=relay.copy, args=(lines,), daemon=True)
     reader.start()
     code = child.wait()
-    end_descendants()
+    end_descendants(others)
     reader.join(GRACE_SECONDS)
-    signals.launcher = None
+    if not reader.is_alive():
+        lines.close()
+    signals.tell = None
     killed = signal.Signals(-code) if code < 0 else None
-    # torchrun ends with 1 whatever its ranks end with.
-    rank_code = relay.code or 0
-    code = 128 - code if killed else rank_code if code > 0 and rank_code > 0 else code
-    return Outcome(code=code, killed=killed, told=signals.told, relay=relay)
+    return Outcome(code=128 - code if killed else relay.rank_code(code), killed=killed, told=signals.told, relay=relay)
 
 
 def check_port(port: int) -> None:
@@ -97,17 +99,21 @@ def replace_process(command: Command) -> None:
 
 class Forwarding:
     """Context in which signals are passed on: the first, and every SIGUSR1, to the ranks; where there are none yet, and
-    when told again, to the launcher's process group. With no launcher running they end this process.
+    when told again, to the launcher's process group. With nobody to tell they end this process.
 
-    A signal that we were started to ignore (nohup) stays ignored.
+    A signal that we were started to ignore (nohup) stays ignored. In another thread than the main one, to which Python
+    gives no signals, none is passed on.
+    tell: passes a signal on; its second argument is whether the run was told before.
     """
 
     def __init__(self) -> None:
-        self.launcher: int | None = None
+        self.tell: Callable[[signal.Signals, bool], None] | None = None
         self.told = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         ours = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._forward) for number in ours}
         return self
@@ -117,16 +123,21 @@ class Forwarding:
             signal.signal(number, handler)
 
     def _forward(self, number: int, _frame: object) -> None:
-        if self.launcher is None:
+        if self.tell is None:
             sys.exit(128 + number)
         again, self.told = self.told and number != signal.SIGUSR1, True
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            ranks = [] if again else rank_processes(psutil.Process(self.launcher))
-            for rank in ranks:
-                # A terminal that is closed asks to end: ranks know SIGTERM for that.
-                rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-            if not ranks:
-                os.killpg(self.launcher, number)
+        self.tell(signal.Signals(number), again)
+
+
+def tell_ranks(launcher: int, number: signal.Signals, again: bool) -> None:
+    """Send a signal to a launcher's ranks; to its process group where there are none yet, and when told again."""
+    with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+        ranks = [] if again else rank_processes(psutil.Process(launcher))
+        for rank in ranks:
+            # A terminal that is closed asks to end: ranks know SIGTERM for that.
+            rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        if not ranks:
+            os.killpg(launcher, number)
 
 
 def rank_processes(process: psutil.Process) -> list[psutil.Process]:
@@ -138,7 +149,7 @@ def rank_processes(process: psutil.Process) -> list[psutil.Process]:
     return ranks
 
 
-def _adopt_orphans() -> None:
+def adopt_orphans() -> None:
     """Make ranks whose launcher has died children of this process (Linux), so that they can be found and ended.
 
     Launchers start ranks in sessions of their own: a launcher that is killed leaves them training, holding the GPUs.
@@ -147,9 +158,9 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def end_descendants() -> None:
-    """Ask every process below this one to end; after GRACE_SECONDS kill those that did not."""
-    left = psutil.Process().children(recursive=True)
+def end_descendants(others: Sequence[psutil.Process] = ()) -> None:
+    """Ask every process below this one to end, except for the others; after GRACE_SECONDS kill those that did not."""
+    left = [process for process in psutil.Process().children(recursive=True) if process not in others]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -173,6 +184,7 @@ class Relay:
         r"|\[launch\.py:\d+:sigkill_handler\]"
     )
     FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+    NEEDLESS = re.compile(r"master_addr is only used for static rdzv_backend")  # torchrun, of an option nobody gave
     TRACEBACK = re.compile(r"Traceback \(most recent call last\):")
     LAUNCHER = re.compile(r'\s+File "[^"]*(torchrun|accelerate|deepspeed|torch/distributed/run\.py)"')
     KEPT_LINES = 20_000
@@ -190,10 +202,18 @@ class Relay:
     def copy(self, lines: Iterable[str]) -> None:
         """Read to the end, showing each line at once."""
         for line in lines:
-            self._everything.append(line)
-            self._shown.write(self._wanted(line))
-            self._shown.flush()
+            self.add(line)
+        self.end()
+
+    def add(self, line: str) -> None:
+        self._everything.append(line)
+        self._shown.write(self._wanted(line))
+        self._shown.flush()
+
+    def end(self) -> None:
+        """No line follows."""
         self._shown.write(self._undecided)
+        self._undecided = ""
 
     def _wanted(self, line: str) -> str:
         """What to show now that this line has come."""
@@ -211,6 +231,8 @@ class Relay:
                 self.code = int(failed[1])
                 if self.code < 0:
                     self.death = f"rank {failed[2]} was killed by {signal.Signals(-self.code).name}"
+        elif self.NEEDLESS.search(line):
+            return before
         elif self.TRACEBACK.match(line):
             self._undecided = line
             return before
@@ -218,6 +240,10 @@ class Relay:
             return before + line
         self._held_back = self._held_back or not wanted
         return line if wanted else ""
+
+    def rank_code(self, code: int) -> int:
+        """The exit code of the ranks, where their launcher ended with this one: torchrun always ends with 1."""
+        return self.code if code > 0 and self.code is not None and self.code > 0 else code
 
     def told(self, text: str) -> bool:
         """Whether this has come by in one line."""

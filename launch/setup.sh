@@ -45,7 +45,7 @@ find_python() {
     return 1
 }
 
-# pip arguments that find torch without CUDA (0.2 GB in place of 3 GB), for a machine that has no NVIDIA GPU.
+# pip arguments that find torch without CUDA (0.2 GB instead of 3 GB), for a machine that has no NVIDIA GPU.
 cpu_index() {
     local url=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
     if [ -d /proc/driver/nvidia/gpus ] || [ "$(uname -sm)" != "Linux x86_64" ]; then

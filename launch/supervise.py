@@ -26,17 +26,23 @@ CUT_OFF = "ended by a signal before it had saved; the same command goes on from 
 
 
 def run_job(build: Callable[[bool], Command], run_dir: Path, *, max_restarts: int) -> tuple[int, bool]:
+    """`keep_running` of a launcher's command on this machine. build: that of a first start (False) or a restart."""
+    return keep_running(lambda again, signals: run_command(build(again), signals), run_dir, max_restarts=max_restarts)
+
+
+def keep_running(start: Callable[[bool, Forwarding], Outcome], run_dir: Path, *, max_restarts: int) -> tuple[int, bool]:
     """Run to the end. Returns the exit code, and whether a signal asked to end.
 
-    build: the command of a first start (False) or of a restart (True). The exit code is that of the rank that ended
-    the run, where it left word in its status file: a launcher makes its own 1 of whatever a rank returned.
+    start: makes one start of all ranks, to its end; its first argument is True for a restart. The exit code is that of
+    the rank that ended the run, where it left word in its status file: a launcher makes its own 1 of whatever a rank
+    returned.
     A signal between two starts ends this process at once.
     """
     attempts, again = Attempts(), False
     with Forwarding() as signals:
         while True:
             before = stand(run_dir)
-            outcome = run_command(build(again), signals)
+            outcome = start(again, signals)
             death = _death(outcome)
             if outcome.told:
                 _report_end(run_dir)
@@ -55,6 +61,8 @@ def run_job(build: Callable[[bool], Command], run_dir: Path, *, max_restarts: in
 def _death(outcome: Outcome) -> str | None:
     """Which signal killed the launcher itself, or a rank, as far as its launcher tells: torchrun by name, deepspeed by
     an exit code of -N. Ranks that lose their launcher are told to stop, and save: but nobody wanted the run to end."""
+    if outcome.lost is not None:
+        return outcome.lost
     if outcome.killed is not None:
         return f"the launcher was killed by {outcome.killed.name}"
     if outcome.relay.death is None and 256 - signal.NSIG < outcome.code < 256:
@@ -74,6 +82,9 @@ def _end(outcome: Outcome, before: Standing, after: Standing, reason: str, run_d
     rank_code = after.status.get("exit_code") if after.status != before.status else None
     if code != EXIT_FINISHED and isinstance(rank_code, int):
         code = rank_code
+    from trainer.report.page import report_end  # a twelfth of what `launch --help` takes, and of no use to it
+
+    report_end(run_dir, failing=code != EXIT_FINISHED)  # for ranks that were killed
     if code not in (EXIT_FINISHED, EXIT_STOPPED, EXIT_BAD_CONFIG):  # these have been explained in plain lines
         _tell(f"the run failed: {reason} (exit code {code})", outcome, run_dir)
     return code

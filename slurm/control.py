@@ -24,8 +24,8 @@ def status_lines(run_dir: Path) -> list[str]:
     except EnvironmentProblem as error:
         queue = f"not known: {error}"
     return [
-        _line("training", read_status(run_dir), "state", "step", "reason"),
-        _line("job", read_job_status(run_dir), "state", "starts", "requeues", "reason"),
+        status_line("training", read_status(run_dir), "state", "step", "reason"),
+        status_line("job", read_job_status(run_dir), "state", "starts", "requeues", "reason"),
         f"queue      {queue}",
     ]
 
@@ -85,6 +85,6 @@ def _ids(run_dir: Path) -> list[str]:
     return ids
 
 
-def _line(name: str, status: Mapping[str, object], *keys: str) -> str:
+def status_line(name: str, status: Mapping[str, object], *keys: str) -> str:
     words = [f"{key} {status[key]}" for key in keys if status.get(key) is not None]
     return f"{name:<10} {', '.join(words).removeprefix('state ') or 'not begun'}"

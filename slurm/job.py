@@ -14,6 +14,7 @@ from pathlib import Path
 from configs.errors import EnvironmentProblem
 from trainer.process.files import read_json, replace_text
 
+FOLDER = "slurm"  # in the run folder
 JOB, STATUS, MEMORY, JOB_IDS = "job.json", "status.json", "memory.json", "jobs.txt"
 
 
@@ -21,8 +22,8 @@ JOB, STATUS, MEMORY, JOB_IDS = "job.json", "status.json", "memory.json", "jobs.t
 class Job:
     """words: of `python -m trainer`. again: the same for a start after the first, which has a run to go on with.
     python: of the ranks. srun: further options. chain: an array of jobs, in which none requeues itself.
-    stuck_minutes: so long may a lost incarnation of this run hold the folder. goes_on: what a person types to go on
-    with the run after its job has ended. steps: that are to be trained, all in all."""
+    stuck_minutes: how long a lost incarnation of this run may hold the folder. goes_on: what a person types to go on
+    with the run after its job has ended. steps, epochs: that are to be trained, all in all; one of them is 0."""
 
     words: list[str]
     again: list[str]
@@ -40,6 +41,7 @@ class Job:
     stuck_minutes: float
     goes_on: str
     steps: int = 0
+    epochs: float = 0.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,7 +57,7 @@ class Memory:
 
 
 def folder(run_dir: Path) -> Path:
-    return run_dir / "slurm"
+    return run_dir / FOLDER
 
 
 def write_job(run_dir: Path, job: Job) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configs.choices import Device, GpuRequest
-from configs.schema import Config
+from configs.schema import Cluster, Config
 from trainer.plan.plan import Plan
 from trainer.report.folder import run_label
 
@@ -61,6 +61,14 @@ OURS = {
 }
 
 
+def check_nodes(cluster: Cluster) -> Iterator[str]:
+    """What has to be said about nodes that are not this machine, of any kind of cluster."""
+    if cluster.device is Device.auto:
+        yield "cluster.device=auto: what this machine has says nothing about the nodes; set cuda or cpu"
+    if cluster.device is not Device.cpu and cluster.gpus_per_node is None:
+        yield "cluster.gpus_per_node=null: this machine's GPUs say nothing about the nodes'; set their number"
+
+
 def check_options(config: Config, *, sweep: bool = False) -> Iterator[str]:
     """One line for each option that sbatch would not understand, or that would not do what was meant."""
     slurm, cluster = config.cluster.slurm, config.cluster
@@ -68,10 +76,7 @@ def check_options(config: Config, *, sweep: bool = False) -> Iterator[str]:
         value = getattr(slurm, key)
         if value is not None and not re.fullmatch(pattern, value, re.ASCII):
             yield f"cluster.slurm.{key}={show(value)}: not understood by Slurm; write {remedy}"
-    if cluster.device is Device.auto:
-        yield "cluster.device=auto: what this machine has says nothing about the nodes; set cuda or cpu"
-    if cluster.device is not Device.cpu and cluster.gpus_per_node is None:
-        yield "cluster.gpus_per_node=null: this machine's GPUs say nothing about the nodes'; set their number"
+    yield from check_nodes(cluster)
     if config.launcher.master_port is not None:
         yield f"launcher.master_port={config.launcher.master_port}: a job finds a free port at each start; leave it out"
     if slurm.array is not None and slurm.array.startswith("%") != sweep:

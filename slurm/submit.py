@@ -22,6 +22,8 @@ from configs.schema import Config
 from slurm.control import living_job
 from slurm.job import JOB_IDS, MEMORY, STATUS, Job, folder, write_job
 from slurm.options import check_options, is_chain, output_pattern, sbatch_words, show, srun_words
+from slurm.words import restart_words
+from trainer.plan.length import planned_steps
 from trainer.plan.plan import Plan
 from trainer.process.disks import writing
 from trainer.process.files import replace_text
@@ -155,12 +157,8 @@ def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir
     search = ["--config-dir", str(Path(config_dir).expanduser().absolute())] if config_dir is not None else []
     passed_on = [word for word in overrides if not word.startswith(("dry_run=", "train.run_dir="))]
     settled = f"train.run_dir={quote_value(str(run_dir))}"
-    # A run that was to be new is a run to go on with after its first start.
-    kept = passed_on
-    if config.train.resume == "never":
-        kept = [*(word for word in passed_on if not word.startswith("train.resume=")), "train.resume=auto"]
     slurm = config.cluster.slurm
-    again = [*search, *kept, settled]
+    again = [*search, *restart_words(passed_on, config.train.resume), settled]
     return Job(
         words=[*search, *passed_on, settled],
         again=again,
@@ -177,7 +175,8 @@ def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir
         start_minutes=slurm.start_minutes,
         stuck_minutes=config.train.timeout_minutes + 2,
         goes_on=_goes_on(again, slurm.array),
-        steps=config.train.steps,
+        steps=planned_steps(config),
+        epochs=config.train.epochs,
     )
 
 

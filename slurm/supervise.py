@@ -6,7 +6,7 @@
     SIGUSR1 (the time limit is near,   the file STOP: the ranks save at the next step and end; the job goes back to
     or another job takes the nodes)    the queue
     SIGTERM (scancel, or too late)     Slurm sends it to the ranks too, which save if they can; nothing is started
-    the node is lost                   Slurm requeues the job, and this program begins anew elsewhere
+    the node is lost                   Slurm requeues the job, and this program begins again elsewhere
 
 Signals come here alone: one that is sent to a whole step would also kill data loaders and launchers. Standard library
 only, and no torch. Exit code: 0 finished, 75 saved and stopped, else that of the ranks.
@@ -31,7 +31,7 @@ from configs.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, CookbookErr
 from configs.output import guard_output
 from slurm.job import folder, read_job, read_job_status, read_memory, write_memory, write_status
 from slurm.words import hostfile
-from trainer.process.status import FINISHED, LOCK, STOPPED
+from trainer.process.status import FINISHED, LOCK, STOPPED, is_through
 from trainer.process.stopping import STOP_FILE
 from trainer.process.world import for_children
 from trainer.run.restarts import Attempts, Decision, Standing, judge, stand
@@ -88,9 +88,8 @@ class Supervisor:
             self._pause(PAUSE_SECONDS * (verdict.attempts.in_vain - 1))
 
     def _is_through(self, status: Mapping[str, object]) -> bool:
-        """Whether the run is finished, and not submitted again with more steps: `process.status.check_unfinished`."""
-        step = status.get("step")
-        return status.get("state") == FINISHED and not (isinstance(step, int) and step < self._job.steps)
+        """Whether the run is finished, and not submitted again with more steps or epochs."""
+        return is_through(status, steps=self._job.steps, epochs=self._job.epochs)
 
     def _start(self, before: Standing) -> int:
         """One srun, to its end. Returns its exit code, which says little: see `judge`."""
@@ -222,7 +221,7 @@ class Supervisor:
         return self._leave("stopped", EXIT_STOPPED, f"{why}; {self._way_on(step, unless=unless)}")
 
     def _way_on(self, step: int, *, unless: str = "") -> str:
-        saved, verb = (f"step {step} is saved", "goes on") if step else ("no step is saved yet", "begins anew")
+        saved, verb = (f"step {step} is saved", "goes on") if step else ("no step is saved yet", "begins again")
         return f"{saved}; {unless}{verb} with: {self._job.goes_on}"
 
     def _leave(self, state: str, code: int, reason: str) -> int:

@@ -73,6 +73,13 @@ def launcher_environment(launcher: str, *, processes: int, device: str, cores: i
     return wanted
 
 
+def restart_words(overrides: Sequence[str], resume: str) -> list[str]:
+    """The overrides of a restart. resume: `train.resume`. A run that was to be new is a run to go on with by then."""
+    if resume != "never":
+        return [*overrides]
+    return [*(word for word in overrides if not word.startswith("train.resume=")), "train.resume=auto"]
+
+
 def hostfile(hosts: list[str], processes: int) -> str:
     """DeepSpeed's list of nodes, the first one first."""
     return "".join(f"{host} slots={processes}\n" for host in hosts)

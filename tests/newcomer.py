@@ -4,8 +4,8 @@
     python -m tests.newcomer --tests       and `bash tests/run.sh`, which takes half an hour
     python -m tests.newcomer --commands    prints them only
 
-It clones what is committed, and stops at the first command that fails. The WORDS of the doors are a short run's, of
-data parallel ranks where a launcher starts two.
+It clones what is committed, and stops at the first command that fails. For OVERRIDES in the table of entry points it
+puts those of a short run, data parallel where a launcher starts two processes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WORDS = "data=synthetic data.seq_len=64 train.steps=2 train.eval_samples=0"
+OVERRIDES = "data=synthetic data.seq_len=64 train.steps=2 train.eval_samples=0"
 # In the order of the page: the two commands at its head, blocks of bash, the first column of the doors.
 COMMAND = re.compile(
-    r"^    (?P<first>bash \S+)|^```bash\n(?P<block>.*?)^```$|^\| `(?P<door>[^`|]* WORDS)` \|", re.MULTILINE | re.DOTALL
+    r"^    (?P<first>bash \S+)|^```bash\n(?P<block>.*?)^```$|^\| `(?P<door>[^`|]* OVERRIDES)` \|",
+    re.MULTILINE | re.DOTALL,
 )
 TESTS = "bash tests/run.sh"
 
@@ -35,7 +36,7 @@ def commands(page: str, *, tests: bool) -> Iterator[str]:
             yield found["block"].strip()
         elif found["door"]:
             layout = "" if found["door"].startswith("python") else "parallel=ddp "
-            yield found["door"].replace("WORDS", layout + WORDS)
+            yield found["door"].replace("OVERRIDES", layout + OVERRIDES)
         elif tests or found["first"] != TESTS:
             yield found["first"]
 

@@ -5,7 +5,7 @@
 #   bash tests/run.sh --quick                      the inner loop: lint, units, a parity row per axis, under four minutes
 #   bash tests/run.sh tests/test_config.py -x      further words go to pytest
 #
-# LANES: how many tests run beside each other (3; 0: one after another, in this process).
+# LANES: how many tests run at a time (4; 0: one after another, in this process).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
@@ -17,13 +17,13 @@ ruff format --check
 ruff check
 shellcheck launch/*.sh slurm/*.sbatch tests/*.sh tests/support/fast-g++ tests/slurm/*.sh .ci/run
 
-# Types beside the tests: some of these wait, and two cores have room for a third.
+# Types are checked while the tests run: some of these wait, and two cores have room for more.
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 { time pyright; } >"$report" 2>&1 &
 types=$!
 failed=0
-pytest -n "${LANES:-3}" --spent=.pytest_cache/spent.jsonl "$@" || failed=$?
+pytest -n "${LANES:-4}" --spent=.pytest_cache/spent.jsonl "$@" || failed=$?
 wait "$types" || failed=1
 printf 'types: '
 cat "$report"

@@ -195,15 +195,31 @@ def by_kind(rows: list[dict[str, Any]]) -> str:
 
 
 def by_file(rows: list[dict[str, Any]]) -> str:
+    tests, wall, cpu = _of_files(rows)
+    return "\n".join(
+        f"{cpu[file]:7.0f} s of processors {wall[file]:7.0f} s {tests[file]:5} {file}" for file, _ in cpu.most_common()
+    )
+
+
+def dearest(rows: list[dict[str, Any]], least: float = 0.01) -> str:
+    """Markdown: the files that take a hundredth of the processors' time or more."""
+    tests, _, cpu = _of_files(rows)
+    lines = ["| file below `tests/` | tests | seconds of processors |", "| --- | ---: | ---: |"]
+    for file, seconds in cpu.most_common():
+        if seconds >= least * cpu.total():
+            lines.append(f"| `{file.removeprefix('tests/')}` | {tests[file]} | {seconds:.0f} |")
+    return "\n".join([*lines, f"| all {len(cpu)} | {tests.total()} | {cpu.total():.0f} |", ""])
+
+
+def _of_files(rows: list[dict[str, Any]]) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Tests, seconds by the clock, and seconds of processors."""
     tests, wall, cpu = Counter[str](), Counter[str](), Counter[str]()
     for row in rows:
         file = row["nodeid"].partition("::")[0]
         tests[file] += 1
         wall[file] += row["wall"]
         cpu[file] += row["cpu"]
-    return "\n".join(
-        f"{cpu[file]:7.0f} s of processors {wall[file]:7.0f} s {tests[file]:5} {file}" for file, _ in cpu.most_common()
-    )
+    return tests, wall, cpu
 
 
 def main(argv: Sequence[str]) -> int:
@@ -217,7 +233,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.write:
         from tests.support.measured import conditions, write
 
-        write(PAGE, COMMAND, f"{conditions('torch', 'pytest')}, three lanes.\n\n{by_kind(rows)}")
+        lanes = len({row["lane"] for row in rows})
+        write(PAGE, COMMAND, f"{conditions('torch', 'pytest')}, {lanes} lanes.\n\n{by_kind(rows)}\n{dearest(rows)}")
     return 0
 
 

@@ -208,3 +208,15 @@ def test_the_door_says_what_cannot_be_merged(
     assert "is an adapter too; merge it into its own model first" in refused(adapter, tmp_path / "o", "--base", adapter)
     assert "cannot be merged into" in refused(adapter, tmp_path / "o", "--base", tmp_path)
     assert "is no checkpoint and holds none" in refused(tmp_path, tmp_path / "o")
+
+
+@pytest.mark.parametrize("key", ["model.path", "tuning.adapter"])
+def test_one_of_several_adapters_is_named(key: str, tmp_path: Path) -> None:
+    for name in ("english", "french"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CONFIG).write_text("{}")
+    with pytest.raises(ConfigError) as refused:
+        load_config(["model=tiny", "tuning=lora", f"{key}={tmp_path}"])
+    (line,) = refused.value.problems
+    given = f"{key}={tmp_path}"
+    assert line == f"{given}: holds adapters of its own (english, french); give one of them, {given}/english"

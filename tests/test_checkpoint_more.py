@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from tests.support.resuming import (
     train_float16_then_resume,
     train_then_resume_each,
 )
+from tests.support.selection import rows
 from tests.test_checkpoint_run import STEPS as RUN_STEPS
 from tests.test_checkpoint_run import overrides as run_overrides
 from tests.test_checkpoint_run import start
 
-SAVED, STEPS = 3, 5
+SAVED, STEPS = 2, 3
 FLOAT32 = 1e-5
 # layout -> processes, further keys
 LAYOUTS = {
@@ -56,24 +57,24 @@ def apart(found: Journal, expected: Journal) -> float:
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
-def same_bits(found: Journal, alone: Journal) -> bool:
-    assert sorted(found.lines) == list(range(SAVED + 1, STEPS + 1))
-    return found.lines == {step: alone.lines[step] for step in found.lines}
+def same_bits(found: Journal, alone: Journal, steps: Sequence[int] = range(SAVED + 1, STEPS + 1)) -> bool:
+    assert sorted(found.lines) == list(steps)
+    return found.lines == {step: alone.lines[step] for step in steps}
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Journal]:
     folder = tmp_path_factory.mktemp("single")
-    run_ranks(1, train_three_steps, overrides("single"), str(folder / "saved"))
+    run_ranks(1, train_until_saved, overrides("single"), str(folder / "saved"))
     return folder / "saved", run_ranks(1, train_and_save, overrides("single"), str(folder / "alone"))[0]
 
 
 @composes
-def train_three_steps(words: Overrides, folder: str) -> Journal:
+def train_until_saved(words: Overrides, folder: str) -> Journal:
     return train_and_save(saving(composed(words), every=SAVED), folder, upto=SAVED)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", rows(zip(LAYOUTS), lambda layout: layout != "3d"))  # 3d_zero1 has its axes
 def test_several_axes(layout: str, single: tuple[Path, Journal], tmp_path: Path) -> None:
     processes, more = LAYOUTS[layout]
     run = str(tmp_path / "run")
@@ -108,11 +109,11 @@ def test_states_on_nvme(tmp_path: Path) -> None:
 def test_a_loss_scale_goes_on_in_the_middle_of_its_window(layout: str, processes: int, tmp_path: Path) -> None:
     """It doubles after each second step: at the checkpoint it has changed, and one good step is counted."""
     more = (*BATCH, "precision.loss_scale_init=1024", "precision.loss_scale_window=2")
-    run = words("llama", layout, "fp16", STEPS, *more)
-    alone, own = run_ranks(processes, train_float16_then_resume, run, str(tmp_path), SAVED)[0]
+    run = words("llama", layout, "fp16", 5, *more)
+    alone, own = run_ranks(processes, train_float16_then_resume, run, str(tmp_path), 3)[0]
     scales = [float(alone.lines[step].split()[2]) for step in sorted(alone.lines)]
     assert scales == [1024, 1024, 2048, 2048, 4096]
-    assert same_bits(own, alone)
+    assert same_bits(own, alone, [4, 5])
 
 
 def interrupted(run: Path, *more: str, number: int, after: int) -> None:

@@ -6,11 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 import pytest
 
 from configs import foreign
+from configs.foreign import Fate
 from configs.keys import plain_kind, schema_keys
 from configs.load import expand_sweep, from_yaml, group_options, load_config, to_yaml
 from configs.overrides import check_overrides
@@ -21,7 +22,11 @@ from launch.estimate import main as memory_estimate
 from trainer.__main__ import main as trainer
 
 DOORS = {"launch": launch, "trainer": trainer, "memory-estimate": memory_estimate}
-NUMBERS = [key for key in schema_keys() if {int, float} & {plain_kind(key), *get_args(plain_kind(key))}]
+NUMBERS = [
+    key
+    for key in schema_keys()
+    if get_origin(plain_kind(key)) is not dict and {int, float} & {plain_kind(key), *get_args(plain_kind(key))}
+]
 
 
 def refused(capsys: pytest.CaptureFixture[str], door: str, *words: str) -> list[str]:
@@ -95,7 +100,7 @@ def test_all_numbers_are_held_against_their_ranges_before_any_is_used(
         ("optimizer.lr=interval(1,2)", "optimizer.lr=interval(1,2): an interval needs a sweeper that searches it"),
         ("train.learning_rate=1", "train.learning_rate=1: no such key; here it is optimizer.lr"),
         ("zero_optimization.stage=2", "zero_optimization.stage=2: no such key; here it is parallel.zero_stage"),
-        ("num_train_epochs=3", "num_train_epochs=3: no such key; here it is train.steps (counted in updates, not in"),
+        ("num_train_epochs=3", "num_train_epochs=3: no such key; here it is train.epochs (samples run on from one"),
         ("--learning-rate=1", "--learning-rate=1: no such flag; here it is optimizer.lr, without dashes"),
         ("train.cheese=1", "train.cheese=1: no such key; train has steps, "),
         ("a\nb=1", "a\\nb=1: no such key; the sections are "),
@@ -235,16 +240,32 @@ def test_a_folder_with_any_name_is_searched(tmp_path: Path) -> None:
 
 
 def test_the_answers_to_foreign_names_exist() -> None:
-    names, groups = foreign.foreign_names(), group_options()
-    assert len(names) > 100
-    own = {key.rpartition(".")[2] for key in schema_keys()} | set(schema_keys()) | set(groups)
-    assert not own & set(names)
-    for name, answer in names.items():
-        assert foreign.answer(f"train.{name}" if "." not in name else name)
-        for spelling in answer.partition(";")[0].split(", "):
+    groups = group_options()
+    names = [(name, entry) for section in foreign.table().values() for name, entry in section.items()]
+    assert len(names) > 700
+    for name, entry in names:
+        assert entry.keys if entry.fate is Fate.translated else entry.note, name
+        for spelling in entry.keys:
             key, equals, _ = spelling.partition("=")
-            assert (key in groups) if equals and "." not in key else (key in schema_keys()), (name, spelling)
+            assert key in schema_keys() or (key in groups and "." not in key), (name, spelling)
             assert not check_overrides([spelling] if equals else [], groups)
+        for here in (entry.values or {}).values():
+            assert foreign.entry(here).note if isinstance(here, str) else schema_keys().keys() >= here.keys(), name
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("train.learning_rate", "here it is optimizer.lr"),
+        ("zero_optimization.stage", "here it is parallel.zero_stage"),
+        ("train.tensor_parallel_degree", "here it is parallel.tp"),
+        ("zero_quantized_weights", "there is none for it: parameters are gathered in precision.param_dtype"),
+        ("data.dataloader_pin_memory", None),
+    ],
+)
+def test_keys_of_other_trainers_are_answered(key: str, said: str | None) -> None:
+    (line,) = check_overrides([f"{key}=1"], group_options())
+    assert said is None or f"no such key; {said}" in line
 
 
 def test_what_the_environment_gives_is_used_and_not_written_down(

@@ -5,22 +5,29 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.cut_cases import cuts_and_bugs
+from tests.support.cut_cases import PAGED, cuts_and_bugs
 from tests.support.harness import run_ranks
 from tests.support.muon_cases import LAYOUTS
 
 OPTIMIZERS = {
     "adamw_8bit": ["optimizer=adamw_8bit", "optimizer.lr=0.01"],
+    "paged": ["optimizer=adamw_8bit", "optimizer.lr=0.01", "optimizer.groups.embedding.name=sgd", PAGED],
     "adafactor": ["optimizer=adafactor", "optimizer.lr=0.02", "optimizer.weight_decay=0.1"],
     "lion": ["optimizer=lion"],
     "schedule_free": ["optimizer=schedule_free"],
     "nadam": ["optimizer=custom", "optimizer.target=torch.optim.NAdam", "optimizer.weight_decay=0.1"],
+    "by role": [
+        *("optimizer=adafactor", "optimizer.lr=0.02", "optimizer.groups.experts.name=adamw_8bit"),
+        *("optimizer.groups.embedding.name=lion", "optimizer.groups.vector.name=sgd"),
+    ],
     "signs": ["optimizer=custom", "optimizer.target=tests.support.optimizers_of_users.Signs"],
 }
-BUGS = {"alone": ["adamw_8bit", "adafactor"], "one_axis": ["adafactor"]}
+BUGS = {"alone": ["adamw_8bit", "adafactor", "by role"], "one_axis": ["adafactor"]}
+EIGHT_BITS = {"fsdp": 0, "hsdp": 0, "tensor": 1, "tensor_fsdp": 1, "tensor_data": 1}
 COLLECTIVES = {
-    "adamw_8bit": {"fsdp": 0, "hsdp": 0, "tensor": 1, "tensor_fsdp": 1, "tensor_data": 1},
+    **dict.fromkeys(("adamw_8bit", "paged"), EIGHT_BITS),
     "adafactor": {"fsdp": 3, "hsdp": 3, "tensor": 3, "tensor_fsdp": 6, "tensor_data": 3},
+    "by role": {"fsdp": 3, "hsdp": 3, "tensor": 4, "tensor_fsdp": 7, "tensor_data": 4},
     **dict.fromkeys(("lion", "schedule_free", "nadam", "signs"), dict.fromkeys(LAYOUTS, 0)),
 }
 

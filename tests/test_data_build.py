@@ -217,6 +217,10 @@ def test_text_that_is_too_little(tmp_path: Path) -> None:
         ("data.name=a", "hub"),
         ("data.subset=a", "hub"),
         ("data.validation_split=a", "hub"),
+        ("data.split=a", "hub"),
+        ("data.revision=a", "hub"),
+        ("data.shuffle_buffer=5", "hub"),
+        ("data.text_key=a", "files"),
     ],
 )
 def test_keys_of_another_source_are_refused(override: str, source: str) -> None:

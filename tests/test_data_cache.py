@@ -1,4 +1,4 @@
-"""Tokenised once: what is held out, what is reused, what is made anew."""
+"""Tokenised once: what is held out, what is reused, what is made again."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from tests.support.data_cases import data_of, rows_of_all_ranks
 from trainer.data import IGNORED, Batch
 from trainer.data.chat import ChatEncoder
 from trainer.data.conversations import pack
+from trainer.data.formats.common import Reading
 from trainer.data.messages import Conversation, read_conversations
 from trainer.data.plain_text import PlainText
 from trainer.data.tokenizer import Encoder, build_byte_tokenizer
@@ -111,11 +112,14 @@ def test_a_tokenizer_without_a_template_is_told() -> None:
     [
         ("{", r":2: not JSON"),
         ("[]", r':2: not a JSON object but list; write {"messages"'),
-        ('{"text": ""}', r"data.messages_key=messages: .*:2 has no such field; it has 'text'"),
+        ('{"text": ""}', r":2 has the fields 'text', which are no conversation of a known form \(messages, sharegpt"),
         ('{"messages": []}', r":2 holds no list of messages"),
         ('{"messages": [{"role": "user"}]}', r':2: message 1 is not an object with "role" and "content"'),
         ('{"messages": [{"role": "human", "content": ""}]}', r":2: message 1 has the role 'human'; use one of system"),
-        ('{"messages": [{"role": "user", "content": ["a"]}]}', r":2: message 1 holds list as its content"),
+        (
+            '{"messages": [{"role": "user", "content": ["a"]}]}',
+            r":2: message 1 holds a part of its content that is no text \('str'\)",
+        ),
         ('{"messages": [{"role": "user", "content": "a"}]}', r":2: no assistant turn"),
         (r'{"messages": [{"role": "user", "content": "\ud800"}]}', r":2: message 1 holds half a character"),
     ],
@@ -124,7 +128,7 @@ def test_a_bad_row_is_told_with_file_and_line(tmp_path: Path, line: str, says: s
     file = tmp_path / "chats.jsonl"
     file.write_text(json.dumps({"messages": talk("user", "assistant")}) + f"\n{line}\n")
     with pytest.raises(DataError, match=says):
-        list(read_conversations(file, key="messages"))
+        list(read_conversations(file, Reading()))
 
 
 def test_a_bad_row_leaves_no_entry_in_the_cache(tmp_path: Path) -> None:
@@ -196,7 +200,7 @@ def test_packing_wastes_little_and_overfills_nothing() -> None:
     ("words", "says"),
     [
         (["data=chat"], r"^data.paths=\[\]: data=chat needs"),
-        (["data.packing=true"], r"^data.packing=True: is for data=chat, this is data=builtin"),
+        (["data.packing=true"], r"^data.packing=true: is for data=chat, this is data=builtin"),
         (["data=synthetic", "data.document_mask=true"], r"^data.document_mask=true: data=synthetic has no documents"),
         (["data.document_mask=true", "parallel=context"], r"^data.document_mask=true: parallel.cp=2 brings its own"),
     ],

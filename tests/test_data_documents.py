@@ -153,7 +153,7 @@ def test_whatever_changes_tokens_changes_the_key_of_the_cache(tmp_path: Path) ->
         (["data.control_tokens=true"], r"^data\.control_tokens=true: data\.tokenizer=bytes reads every text as text"),
         (["data=synthetic", "data.bos=never"], r"^data\.bos=never: is for data=builtin or data=files or data=hub,"),
         (["data=chat", "data.paths=[a]", "data.bos=always"], r"^data\.bos=always: is for .*, this is data=chat"),
-        (["data=synthetic", "data.control_tokens=true"], r"^data\.control_tokens=True: is for"),
+        (["data=synthetic", "data.control_tokens=true"], r"^data\.control_tokens=true: is for"),
     ],
 )
 def test_options_that_would_have_no_effect_are_refused(words: list[str], says: str) -> None:

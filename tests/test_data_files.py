@@ -40,9 +40,9 @@ def test_folders_patterns_and_files_each_once(tmp_path: Path) -> None:
 
 def test_every_path_that_yields_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "table.xml").write_text("a,b")
     absent, pattern = tmp_path / "absent.txt", tmp_path / "*.md"
-    entries = [absent, pattern, tmp_path / "empty", tmp_path / "table.csv", tmp_path]
+    entries = [absent, pattern, tmp_path / "empty", tmp_path / "table.xml", tmp_path]
     entries.append(tmp_path / ("x" * 300))
     with pytest.raises(DataError) as caught:
         find_files(map(str, entries), key="data.validation_paths")
@@ -50,14 +50,14 @@ def test_every_path_that_yields_nothing_is_named(tmp_path: Path) -> None:
         "no such file or folder",
         "no such file or folder",
         "holds no files",
-        "is a .csv",
-        "holds only 1 x .csv",
+        "is a .xml",
+        "holds only 1 x .xml",
         "cannot be looked up (File name too long); name another",
     ]
     for entry, rule, problem in zip(entries, rules, caught.value.problems, strict=True):
         assert problem.startswith(f"data.validation_paths={entry}: ")
         assert rule in problem
-        assert problem.endswith(("supported are .txt, .md, .jsonl, .parquet", "name another"))
+        assert problem.endswith(("(.gz or .zst may follow those of rows)", "name another"))
 
 
 def test_builtin_text_is_the_running_pythons_library() -> None:
@@ -142,9 +142,11 @@ def test_files_that_are_refused(tmp_path: Path, encoder: Encoder, name: str, con
 
 def test_parquet_columns_that_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"], "text": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"data\.text_key=t: .*a\.parquet has no such column; it has 'body', 'text'"):
+    with pytest.raises(
+        DataError, match=r"data\.text_key=t: .*a\.parquet, row 1 has no such field; it has 'body', 'text'"
+    ):
         list(read_pieces(tmp_path / "a.parquet", text_key="t"))
-    with pytest.raises(DataError, match=r"data\.text_key=text: .*a\.parquet holds int there, not text"):
+    with pytest.raises(DataError, match=r"data\.text_key=text: .*a\.parquet, row 1 holds int there, not text"):
         list(read_pieces(tmp_path / "a.parquet", text_key="text"))
 
 

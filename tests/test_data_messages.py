@@ -14,6 +14,7 @@ from configs.errors import DataError
 from tests.support.data_cases import data_of
 from tests.support.tokenizers_built import FAMILIES
 from trainer.data.chat import ChatEncoder, Tokens
+from trainer.data.formats.common import Reading
 from trainer.data.messages import REFUSED_IN_MESSAGES, REFUSED_IN_ROWS, Conversation, read_conversations
 from trainer.data.plain_text import PlainText
 from trainer.data.tokenizer import Encoder, build_byte_tokenizer
@@ -54,7 +55,7 @@ def chat_of(template: str, *, control_tokens: bool = False, tokenizer: Any = Non
 
 def read(folder: Path, row: object) -> Conversation:
     (folder / "chats.jsonl").write_text(json.dumps(row) + "\n")
-    (conversation,) = read_conversations(folder / "chats.jsonl", key="messages")
+    (conversation,) = read_conversations(folder / "chats.jsonl", Reading())
     return conversation
 
 
@@ -185,7 +186,9 @@ def with_message(place: int = 1, **more: Any) -> Callable[[], dict[str, Any]]:
         (with_message(weight=0.5), "message 2 has the weight 0.5; write 0 or 1"),
         (with_message(weight=True), "message 2 has the weight True; write 0 or 1"),
         (with_message(weight=0), 'every assistant turn has "weight": 0, so nothing to train on'),
-        (with_message(0, weight=1), "message 1 has the weight 1 and the role user"),
+        (with_message(train=2), "message 2 has train 2; write true or false"),
+        (with_message(train=True, weight=0), "message 2 has train and weight, which say different things"),
+        (with_field(system="Be brief.", messages=[{"role": "system", "content": "x"}]), 'both "system" and message 1'),
         (with_message(content=None), "holds NoneType as its content"),
         (with_message(content=None, tool_calls=[]), "holds NoneType as its content"),
         (with_message(tool_calls={"a": 1}), "holds dict as its tool_calls"),

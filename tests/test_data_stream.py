@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import trainer.data.stream
 from configs.errors import DataError, RankProblem
 from configs.load import load_config
 from tests.support.data_cases import (
@@ -21,7 +23,7 @@ from tests.support.data_cases import (
     write_jsonl,
 )
 from trainer.data import IGNORED
-from trainer.data.stream import TextStream, hold_out, open_stream, shuffle_in_buffer
+from trainer.data.stream import TextStream, hold_out, open_stream
 from trainer.data.tokenizer import build_encoder
 
 TEXTS = [words(i) for i in range(60)]
@@ -136,14 +138,59 @@ def test_description(folder: Path) -> None:
     assert text.endswith("samples from test; tokenizer bytes (257 tokens)")
 
 
-def test_the_shuffle_buffer_moves_texts_a_little() -> None:
-    numbers = [str(number) for number in range(1000)]
-    shuffled = list(shuffle_in_buffer(numbers, size=50, key=1))
-    assert sorted(shuffled) == sorted(numbers)
-    assert shuffled == list(shuffle_in_buffer(numbers, size=50, key=1))
-    assert shuffled != list(shuffle_in_buffer(numbers, size=50, key=2))
-    assert all(int(text) <= place + 50 for place, text in enumerate(shuffled))
-    assert list(shuffle_in_buffer([], size=50, key=1)) == []
+def test_texts_are_shuffled_in_blocks(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", (f"{number:03}" for number in range(100)))
+    seeds = [
+        data_of(*hub(tmp_path, f"train.seed={seed}", "train.eval_samples=0", "data.validation_fraction=0"))
+        for seed in (1, 1, 2)
+    ]
+    first, same, other = ([*documents_in(first_tokens(step_rows(data, steps=25))[: 4 * 200])] for data in seeds)
+    assert first == same != other
+    numbers = [int(text) for text in first]
+    assert all(
+        sorted(numbers[start : start + 20]) == list(range(start % 100, start % 100 + 20)) for start in range(0, 200, 20)
+    )
+    assert numbers[:100] != numbers[100:]
+
+
+@pytest.mark.parametrize(("shuffle", "workers"), [(True, 0), (False, 0), (True, 1)])
+def test_resume_reads_only_what_is_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: bool, workers: int
+) -> None:
+    """On another number of ranks too. What is read: the begun block, what is trained on, and texts that wait: for the
+    shuffle, and for the tokenizer, which gets 64 KiB at once."""
+    for number in range(3):
+        write_jsonl(tmp_path / f"train-{number}.jsonl", (words(1000 * number + i, 200) for i in range(100)))
+    overrides = [*hub(tmp_path, f"data.shuffle={shuffle}"), "data.seq_len=128", f"data.num_workers={workers}"]
+    data, rows, mark = data_of(*overrides, "train.gradient_accumulation_steps=2"), [], None
+    for number, step in enumerate(islice(data.steps(), 540)):
+        rows.append(sorted(row for batch in step for row in rows_of(batch)))
+        mark = json.loads(json.dumps(data.mark())) if number == 519 else mark
+    read = count_rows(monkeypatch)
+    for ranks, accumulation in ((1, 2), (2, 1)):
+        found: list[list[Row]] = [[] for _ in range(20)]
+        for rank in range(ranks):
+            layout = f"train.gradient_accumulation_steps={accumulation}"
+            again = data_of(*overrides, layout, ranks=ranks, data_rank=rank)
+            read.clear()
+            for mine, step in zip(found, again.steps(520, mark), strict=False):
+                mine += [row for batch in step for row in rows_of(batch)]
+            trained = len({row for step in rows[520:] for row in step}) * 128 // 1100
+            assert len(read) < 20 + trained + 20 + 2 * 2**16 // 1100, "of the 250 that come before"
+        assert [sorted(step) for step in found] == rows[520:]
+
+
+def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text that is taken out of a row from here on."""
+    read: list[str] = []
+    original = trainer.data.stream.text_of
+
+    def counted(*args: Any, **more: Any) -> str:
+        read.append(original(*args, **more))
+        return read[-1]
+
+    monkeypatch.setattr(trainer.data.stream, "text_of", counted)
+    return read
 
 
 def test_files_of_a_data_set_are_shuffled_too(tmp_path: Path) -> None:

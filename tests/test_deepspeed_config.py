@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import configs
+from configs.errors import CookbookError
 from configs.load import load_config
 from trainer.engine.deepspeed.config import ModelSize, deepspeed_config
 from trainer.make_plan import make_plan
@@ -51,6 +52,100 @@ def test_zero2_in_bfloat16() -> None:
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": True, "check_grad_overflow": True},
     }
+
+
+def test_settings_of_deepspeed_pass_through() -> None:
+    given = {"reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 0, "sub_group_size": 500, "overlap_comm": False}
+    given |= {"stage3_max_live_parameters": 9, "zero_hpz_partition_size": 4, "reduce_scatter": False}
+    zero = settings("zero3", *(f"parallel.deepspeed.{name}={value}" for name, value in given.items()))[
+        "zero_optimization"
+    ]
+    before = settings("zero3")["zero_optimization"]
+    assert zero == {**before, **given} != before
+    counted = settings("zero1", "parallel.deepspeed.comms_logger=true")["comms_logger"]
+    assert counted == {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
+    words = ["parallel.deepspeed.stage3_allgather_sequential=true", "parallel.deepspeed.stage3_prefetch_bucket_size=9"]
+    compact = settings("zero3", "precision=bf16", "parallel.deepspeed.grad_accum_dtype=bfloat16")
+    assert compact["data_types"] == {"grad_accum_dtype": "bf16"}
+    with pytest.raises(CookbookError, match="gathers nothing ahead; leave one of the two out"):
+        settings("zero3", *words)
+    disk = ["parallel.offload.nvme_path=/nvme", "parallel.deepspeed.aio.queue_depth=32"]
+    disk += ["parallel.deepspeed.aio.block_size=4194304", "parallel.deepspeed.aio.intra_op_parallelism=3"]
+    made, usual = settings("zero3_nvme", *disk, size=TINY), settings("zero3_nvme", *disk[:1], size=TINY)
+    assert made["aio"] == usual["aio"] | {"queue_depth": 32, "block_size": 2**22, "intra_op_parallelism": 3}
+    # What is smaller than a block stays in memory: states are grouped to four of them.
+    assert made["zero_optimization"]["sub_group_size"] == 4 * usual["zero_optimization"]["sub_group_size"] == 2**22
+    assert made["zero_optimization"]["offload_param"]["buffer_size"] * 4 % (3 * 1024) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("parallel=fsdp parallel.deepspeed.sub_group_size=9", "sub_group_size=9: needs parallel.engine=deepspeed"),
+        ("parallel=zero2 parallel.deepspeed.sub_group_size=9", "only stage 3 reads it, this is stage 2"),
+        (
+            "parallel=zero3_nvme parallel.offload.nvme_path=/x parallel.deepspeed.stage3_max_reuse_distance=9",
+            "buffers between memory and disk depend on it",
+        ),
+        ("parallel=zero3 parallel.deepspeed.reduce_bucket_size=0", "reduce_bucket_size=0: must be 1 or more"),
+        (
+            "parallel=zero1 precision=bf16 parallel.deepspeed.reduce_bucket_size=9",
+            "has an optimizer that does not read",
+        ),
+        ("parallel=zero1 parallel.deepspeed.stage3_allgather_sequential=true", "=true: only stage 3 reads it"),
+        ("parallel=zero3 parallel.deepspeed.contiguous_gradients=false", "stage 3 does not read it, stages 1 and 2 do"),
+        ("parallel=zero2 parallel.deepspeed.allgather_bucket_size=9", "=9: DeepSpeed divides it by two; use an even"),
+        (
+            "parallel=zero2_offload parallel.deepspeed.contiguous_gradients=false",
+            "always copied into a buffer; use true",
+        ),
+        (
+            "parallel=zero2 parallel.deepspeed.contiguous_gradients=false parallel.deepspeed.overlap_comm=true",
+            "parallel.deepspeed.overlap_comm=true fills a second buffer",
+        ),
+        (
+            "parallel=zero3 parallel.deepspeed.zero_hpz_partition_size=3",
+            "8 data-parallel ranks are not divisible by it",
+        ),
+        ("parallel=zero3_offload parallel.deepspeed.zero_hpz_partition_size=4", "takes from the GPU what the second"),
+        (
+            "parallel=zero2 precision=bf16 parallel.deepspeed.grad_accum_dtype=bfloat16",
+            "choose another optimizer by it",
+        ),
+        ("parallel=fsdp parallel.deepspeed.grad_accum_dtype=bfloat16", "=bfloat16: needs parallel.engine=deepspeed"),
+        ("parallel=zero3 parallel.deepspeed.grad_accum_dtype=float16", "use float32"),
+        (
+            "parallel=zero3_nvme parallel.offload.nvme_path=/x precision=bf16"
+            " parallel.deepspeed.grad_accum_dtype=bfloat16",
+            "buffers between memory and disk depend on it",
+        ),
+        ("parallel=zero3 parallel.deepspeed.aio.queue_depth=4", "queue_depth=4: nothing is offloaded to nvme"),
+        ("parallel=fsdp parallel.deepspeed.comms_logger=true", "comms_logger=true: needs parallel.engine=deepspeed"),
+        ("parallel=zero2 parallel.deepspeed.round_robin_gradients=true", "takes one parameter for another"),
+        (
+            "parallel=zero3 parallel.deepspeed.zero_quantized_weights=true",
+            "there is none for it: parameters are gathered",
+        ),
+        ("parallel=zero3 parallel.fsdp.forward_prefetch=1", "FSDP2 is of engine torch; leave it out"),
+        ("parallel=ddp parallel.fsdp.forward_prefetch=1", "=1: nothing is sharded here; leave it out, or use"),
+        ("parallel=fsdp parallel.fsdp.reshard_size=3", "sharded over 8 ranks, which are not divisible by it"),
+        ("parallel=tensor_fsdp parallel.fsdp.reshard_size=2", "no smaller group for what parallel.tp=2 has divided"),
+        (
+            "parallel=fsdp parallel.fsdp.reshard_size=2 parallel.reshard_after_forward=false",
+            "parallel.reshard_after_forward=false keeps parameters whole",
+        ),
+        ("parallel=pipeline_fsdp parallel.fsdp.backward_prefetch=2", "parallel.pp=2 keeps the parameters of a stage"),
+        (
+            "parallel=expert_fsdp parallel.fsdp.backward_prefetch=2",
+            "experts that parallel.ep divides are gathered apart",
+        ),
+        ("parallel=fsdp parallel.fsdp.transformer_layer_cls_to_wrap=X", "each decoder layer is one unit, whatever"),
+    ],
+)
+def test_settings_of_deepspeed_that_cannot_be_followed_are_refused(words: str, said: str) -> None:
+    with pytest.raises(CookbookError) as refused:
+        make_plan(load_config(words.split()), Machine(gpus=8))
+    assert any(said in problem for problem in refused.value.problems), refused.value.problems
 
 
 def test_large_model_gets_deepspeeds_own_sizes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.support.deepspeed_cases import WIDE, build_or_skip, spoil_and_drop, t
 from tests.support.harness import run_ranks
 from tests.support.parity import reference, words
 from tests.support.selection import rows
+from tests.test_checkpoint_run import start_and_listen
 
 ACCUMULATE = "train.gradient_accumulation_steps=2"
 FLOAT32 = ["zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload", "zero1_tensor", "zero2_tensor"]
@@ -34,6 +36,15 @@ def test_bad_gradient_is_refused_and_dropped_without_a_trace(layout: str, precis
         assert rank.refused
         assert not math.isfinite(rank.grad_norm)
         assert rank.same, "later steps saw the refused or the dropped gradient"
+
+
+@pytest.mark.nightly
+def test_messages_are_counted_on_request(tmp_path: Path) -> None:
+    run = words("llama", "zero2", "fp32", 2, f"train.run_dir={tmp_path}", "train.export=false", "train.eval_samples=0")
+    results = run_ranks(2, start_and_listen, [*run, "parallel.deepspeed.comms_logger=true"])
+    assert [code for code, _ in results] == [0, 0]
+    counted = [line for line in results[0][1] if line.startswith("messages: ")]
+    assert any(re.fullmatch(r"messages: all_reduce of \d+ bytes: \d+ times, [0-9.]+ ms each", line) for line in counted)
 
 
 @pytest.mark.timeout(2400)

@@ -1,6 +1,6 @@
 """The made parts of the pages are what the code makes today; the Chinese contents page keeps step with the README.
 
-Quick parts are made anew and compared. Tables that take runs or traces are checked in form, and so that their numbers
+Quick parts are made again and compared. Tables that take runs or traces are checked in form, and so that their numbers
 add up; `python -m tests.docs.write` makes them again.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import group_options
-from tests.docs import numbers
+from tests.docs import axes, chinese, numbers
 from tests.docs.messages import MARKED, messages, phrases, said
 from tests.docs.write import COSTLY, MADE, QUICK, Part, make, pages, parts
 from tests.support.parity import read_rows, render_table
@@ -36,11 +36,23 @@ TECHNIQUES = (
     "recompute",
     "fine-tuning",
 )
+TRANSLATED = (
+    "what-fills-memory",
+    "data-parallel",
+    "zero-and-fsdp",
+    "tensor-parallel",
+    "pipeline",
+    "combining",
+    "precision",
+    "fine-tuning",
+    "choosing",
+    "when-it-fails",
+)
 HEADINGS = ("What moves where", "The configuration", "Memory", "Parity", "What breaks", "Papers")
 
 
 def _name(part: Part) -> str:
-    return f"{part.page.stem}-{part.name}-{' '.join(part.arguments)}"[:80]
+    return f"{part.page.parent.name}-{part.page.stem}-{part.name}-{' '.join(part.arguments)}"[:80]
 
 
 def test_parts_were_found() -> None:
@@ -66,7 +78,9 @@ def test_costly_parts_have_their_form(part: Part) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in pages() if MARKED.search(page.read_text())], ids=lambda page: page.stem
+    "page",
+    [page for page in pages() if MARKED.search(page.read_text())],
+    ids=lambda page: f"{page.parent.name}-{page.stem}",
 )
 def test_quoted_messages_are_those_of_the_code(page: Path) -> None:
     for message in messages(page):
@@ -91,6 +105,38 @@ def test_each_technique_has_all_that_the_readme_promises(name: str) -> None:
     assert made & {"ranks", "drawing"}
     assert name == "nvme-offload" or "measured" in made  # whose disk and host are predicted only
     assert "parity" in made or "tests/test_parity.py" in text
+
+
+@pytest.mark.parametrize("page", sorted(chinese.FOLDER.glob("*.md")), ids=lambda page: page.stem)
+def test_a_chinese_chapter_keeps_step_with_its_english_one(page: Path) -> None:
+    """Commands, messages, tables, numbers and links, section by section."""
+    assert not list(chinese.differences(page)), "\n".join(chinese.differences(page))
+
+
+def test_a_chinese_chapter_that_says_otherwise_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chinese, "FOLDER", tmp_path / "zh")
+    (tmp_path / "zh").mkdir()
+    (tmp_path / "page.md").write_text("# Page\n\n8 ranks of `ddp`.\n\n| `a` | 2 bytes |\n| --- | --- |\n| `b` | 4 |\n")
+    page = tmp_path / "zh" / "page.md"
+    page.write_text("# 页\n\n`ddp` 的 8 个 rank。\n\n| `a` | 2 字节 |\n| --- | --- |\n| `b` | 4 |\n")
+    assert not list(chinese.differences(page))
+    for old, new in (("8", "16"), ("`ddp`", "`fsdp`"), ("2 字节", "3 字节"), ("| `b` | 4 |\n", "")):
+        page.write_text(page.read_text().replace(old, new))
+        assert len(list(chinese.differences(page))) == 1, new
+        page.write_text(page.read_text().replace(new, old) if new else "")
+
+
+def test_the_chinese_chapters_are_those_that_the_contents_name() -> None:
+    named = {target for target in LINK.findall(CHINESE.read_text()) if target.startswith("docs/zh/")}
+    assert (
+        named
+        == {f"docs/zh/{name}.md" for name in TRANSLATED}
+        == {str(page.relative_to(ROOT)) for page in chinese.FOLDER.glob("*.md")}
+    )
+
+
+def test_the_drawing_of_five_axes_is_what_the_plan_gives() -> None:
+    assert axes.FILE.read_text() == axes.svg(), "python -m tests.docs.axes"
 
 
 def test_each_chapter_leads_to_the_next() -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 import torch
 from transformers import BloomConfig
 
 from configs.errors import ConfigError
 from configs.load import load_config
+from launch.estimate import main as memory_estimate
 from tests.support.cases import train
 from tests.support.harness import run_ranks
 from tests.support.parity import MODELS, distance, reference, words
 from tests.test_data_chat import numbered, write_chats
 from trainer.data import IGNORED
 from trainer.data.samples import make_batch
-from trainer.document_mask import check_document_mask
+from trainer.document_mask import NAME, check_document_mask, give_lengths
 from trainer.model.build import build_hf_config, build_model, materialize
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.weights import open_weights
@@ -80,6 +84,31 @@ def test_a_packed_sample_is_its_documents(name: str, attention: str) -> None:
     assert abs(unmasked.item() / float(alone) - 1) > 1e-4, "the documents do not touch each other: nothing was tested"
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_lengths_are_the_mask(name: str) -> None:
+    """Two rows at once, forwards and backwards: a kernel that is given lengths computes what a mask does."""
+    config = load_config([*MODELS[name], "model.attention=sdpa"])
+    model = build_model(config.model, build_hf_config(config.model))
+    weights = open_weights(config.model, model, seed=0)(model)
+    materialize(model, weights, device=torch.device("cpu"), dtype=torch.float64)
+    model.eval()
+    row = [token for document in DOCUMENTS for token in document]
+    packed = make_batch(torch.tensor([row, row[7:] + row[:7]]).numpy(), end=END)
+    found = []
+    for lengths in (False, True):
+        if lengths:
+            check_document_mask(model.config, lengths=True)
+            model.set_attn_implementation(NAME)
+            give_lengths(model)
+            model = copy.deepcopy(model)  # as stages of a pipeline are made
+        logits = model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False).logits
+        loss = cross_entropy_sum(logits, packed.labels)
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
+    for masked, by_length in zip(*found, strict=True):
+        assert (masked is None) is (by_length is None)
+        assert masked is None or (masked - by_length).abs().max() <= 1e-6 * masked.abs().max().clamp(min=1e-3)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_keeps_documents_apart_as_one_process_does(layout: str, chats: tuple[str, ...]) -> None:
     world_size, keys = LAYOUTS[layout]
@@ -98,3 +127,20 @@ def test_the_mask_changes_what_is_trained(chats: tuple[str, ...]) -> None:
 def test_an_architecture_that_cannot_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^data.document_mask=true: a bloom sees across the border"):
         check_document_mask(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2))
+    with pytest.raises(ConfigError, match=r"a bloom sees across .* whatever their lengths say; use model.att"):
+        check_document_mask(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2), lengths=True)
+
+
+def test_lengths_take_no_memory_of_a_mask(capsys: pytest.CaptureFixture[str]) -> None:
+    """seq_len x seq_len values of a mask are in the estimate where a mask is built, and nowhere else."""
+    long = ["model=tiny", "data.seq_len=2048", "model.config.max_position_embeddings=2048", "precision=bf16"]
+    keys = [*long, "train.micro_batch_size=2", "cluster=8xh100", "cluster.gpus_per_node=1", "estimate.format=json"]
+    peaks = []
+    for more in ("", "model.attention=flash_attention_2", "model.attention=sdpa"):
+        mask = [more, "data.document_mask=true"] if more else []
+        memory_estimate([*keys, *mask])
+        (rank, *_) = json.loads(capsys.readouterr().out)["ranks"]
+        peaks.append(rank["peak_allocated_bytes"])
+    plain, by_length, by_mask = peaks
+    assert by_length - plain < 2**20
+    assert by_mask - plain >= 2 * 2048**2

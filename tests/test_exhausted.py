@@ -83,6 +83,7 @@ def test_a_process_that_cannot_load_its_libraries_says_so(limit: int, tmp_path: 
         (BlockingIOError(11, "Resource temporarily unavailable"), True),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), True),
         (SystemError("<built-in function __build_class__> returned NULL without setting an exception"), True),
+        (SystemError("error return without exception set"), True),
         (MemoryError(), True),
         (ImportError("No module named 'torch'"), False),
         (RuntimeError("Connection reset by peer"), False),

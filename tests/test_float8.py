@@ -10,8 +10,8 @@ import torch
 
 from configs.errors import ConfigError, EnvironmentProblem, PlanError
 from configs.load import load_config
-from tests.support.cases import run_trainer, train
-from tests.support.float8_cases import count_products
+from tests.support.cases import run_trainer, train, train_compiled
+from tests.support.float8_cases import count_products, cut_products
 from tests.support.harness import run_ranks
 from tests.support.model_folders import tensors_of
 from tests.support.parity import MODELS, distance, measure, reference, words
@@ -49,6 +49,40 @@ def test_layout_equals_single_process(layout: str) -> None:
     assert abs(reference("llama", "fp8", STEPS, *keys()).losses[0] - plain.losses[0]) > 1e-5, "nothing is in float8"
 
 
+def test_compiled_layers_multiply_in_float8_too() -> None:
+    """By torch's tracing without code generation; traced layers cast and scale as eager ones do."""
+    expected = reference("llama", "fp8", STEPS, *keys())
+    found, graphs = run_ranks(1, train_compiled, words("llama", "single", "fp8", STEPS, *keys(), "train.compile=true"))[
+        0
+    ]
+    assert graphs > 0, "nothing was compiled"
+    apart = distance(found, expected)
+    assert max(apart.loss, apart.grad_norm) <= FLOAT32, apart
+
+
+def test_blocks_are_the_same_wherever_a_matrix_is_cut() -> None:
+    """Two ranks' halves, cut at a multiple of 32: the products that are put together hold the bits of one process, and
+    those that are added up differ by the order of a sum."""
+    joined, added, rounded = run_ranks(1, cut_products)[0]
+    assert joined == 0 and 0 < added < 1e-6 and rounded > 1e-2, (joined, added, rounded)
+
+
+@pytest.mark.parametrize("layout", rows(zip(("fsdp", "ddp", "tensor")), lambda layout: layout == "fsdp"))
+def test_scales_of_blocks_are_those_of_one_process(layout: str) -> None:
+    """Emulated. Where a matrix is cut the first step is that of one process too, to the order of sums, which then flips
+    codes."""
+    extra = (*keys("mxfp8"), "model.config.hidden_size=128", "model.config.intermediate_size=128")
+    found = run_ranks(2, train, words("llama", layout, "fp8", STEPS, *extra))[0]
+    apart = distance(found, expected := reference("llama", "fp8", STEPS, *extra))
+    if layout == "tensor":
+        first = abs(found.losses[0] / expected.losses[0] - 1), abs(found.grad_norms[0] / expected.grad_norms[0] - 1)
+        assert max(first) <= FLOAT32 and apart.loss <= NEAR and apart.grad_norm <= 0.1, (first, apart)
+    else:
+        assert max(apart.loss, apart.grad_norm) <= FLOAT32, apart
+    plain = reference("llama", "fp32", STEPS, ONE_AT_A_TIME, *extra[-2:])
+    assert abs(reference("llama", "fp8", STEPS, *extra).losses[0] - plain.losses[0]) > 1e-5, "nothing is in float8"
+
+
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
 def test_scales_of_rows_are_those_of_one_process(recipe: str) -> None:
     found = measure(["fsdp"], 2, model="llama", precision="fp8", steps=STEPS, extra=keys(recipe))
@@ -62,7 +96,7 @@ def test_rows_alone_do_not_depend_on_the_micro_batch() -> None:
     assert distance(found, reference("llama", "fp8", STEPS, *recipe)).loss <= FLOAT32
 
 
-@pytest.mark.parametrize("layout", rows(zip(CUT), lambda layout: layout == "3d"))
+@pytest.mark.parametrize("layout", rows(zip(CUT), lambda layout: layout == "tensor_fsdp"))
 def test_a_cut_matrix_stays_near_single_process(layout: str) -> None:
     """Each rank scales its part of a matrix, or of a sequence, by itself."""
     expected, (preset, *more) = reference("llama", "fp8", STEPS, *keys()), layout.split()
@@ -74,7 +108,7 @@ def test_a_cut_matrix_stays_near_single_process(layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", rows(zip(("tensorwise", "rowwise", "rowwise_with_gw_hp")), lambda r: r == "tensorwise")
+    "recipe", rows(zip(("tensorwise", "rowwise", "rowwise_with_gw_hp", "mxfp8")), lambda r: r == "tensorwise")
 )
 def test_fifty_steps_stay_near_bfloat16(recipe: str) -> None:
     expected = reference("llama", "bf16", LONG).losses
@@ -156,10 +190,16 @@ def test_a_model_that_cannot_be_converted_is_one_line(overrides: str, line: str)
         ("tuning=lora", "precision.float8.recipe=tensorwise: converts", "tuning=full"),
         ("tuning=qlora", "precision.float8.recipe=tensorwise: converts", "tuning=full"),
         ("precision.param_dtype=float16", "precision.float8.recipe=tensorwise: multiplies", "bfloat16"),
-        ("precision.float8.recipe=mxfp8", "precision.float8.recipe=mxfp8: ", "tensorwise"),
+        ("precision.float8.recipe=mxfp8 cluster.gpu=H200", "precision.float8.recipe=mxfp8: H200", "B200"),
+        ("precision.float8.recipe=mxfp8 data.seq_len=48", "data.seq_len=48: float8", "a multiple of 32"),
         ("data.seq_len=100", "data.seq_len=100: float8", "a multiple of 16"),
         ("parallel=context data.seq_len=48", "data.seq_len=48: float8", "a multiple of 32"),
         ("precision.float8.all_gather=true", "precision.float8.all_gather=true: parallel=ddp", "parallel=fsdp"),
+        (
+            "parallel=fsdp precision.float8.all_gather=true parallel.fsdp.reshard_size=2",
+            "precision.float8.all_gather=true: FSDP2 keeps no part",
+            "null",
+        ),
         (
             "parallel=fsdp precision.float8.recipe=rowwise precision.float8.all_gather=true",
             "precision.float8.all_gather=true: a part",
@@ -201,4 +241,6 @@ def test_a_gpu_without_float8_is_named() -> None:
     with pytest.raises(EnvironmentProblem, match=r"A100.* has no unit for float8 \(compute capability 8\.0\).*bf16"):
         float8.layers().check_device("NVIDIA A100-SXM4-80GB", (8, 0))
     float8.layers().check_device("NVIDIA L4", (8, 9))
+    with pytest.raises(EnvironmentProblem, match=r"recipe=mxfp8: NVIDIA H200 has no unit for it .*use tensorwise"):
+        float8.layers().check_device("NVIDIA H200", (9, 0), blocks=True)
     assert torch.finfo(torch.float8_e4m3fn).max == 448

@@ -22,7 +22,7 @@ from trainer.__main__ import main as trainer
 
 DOORS = {"launch": launch, "trainer": trainer}
 SETTINGS = settings(
-    max_examples=75,
+    max_examples=50,
     derandomize=True,
     deadline=None,
     database=None,

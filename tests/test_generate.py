@@ -28,12 +28,13 @@ TRAIN += [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `whole` and `adapter`, of a model and of an adapter to it."""
+    """Folders `whole`, `lora` and `adapter`, of a model and of two adapters to it."""
     folder = tmp_path_factory.mktemp("runs")
     run_ranks(1, door, [*TRAIN, f"train.run_dir={folder / 'whole'}"])
-    base = [f"model.path={folder / 'whole' / 'model'}", "model.weights=pretrained", "tuning=lora"]
     words = [word for word in TRAIN if not word.startswith("model")]
-    run_ranks(1, door, [*words, *base, f"train.run_dir={folder / 'adapter'}"])
+    words += [f"model.path={folder / 'whole' / 'model'}", "model.weights=pretrained"]
+    for method in ("lora", "adapter"):
+        run_ranks(1, door, [*words, f"tuning={method}", f"train.run_dir={folder / method}"])
     return folder
 
 
@@ -72,11 +73,12 @@ def test_a_seed_gives_one_text_and_the_first_weights_another(runs: Path, capsys:
     assert not set(map(ord, untrained)) & {*range(10), *range(11, 32), 127} - {9}, "a terminal would obey it"
 
 
-def test_an_adapter_writes_with_its_model(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_an_adapter_writes_with_its_model(method: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("def", "--tokens", "8", "--temperature", "0")
-    assert written(capsys, str(runs / "adapter"), *options).startswith("def")
+    assert written(capsys, str(runs / method), *options).startswith("def")
     base = str(runs / "whole" / "model")
-    assert written(capsys, str(runs / "adapter" / "model"), *options, "--base", base).startswith("def")
+    assert written(capsys, str(runs / method / "model"), *options, "--base", base).startswith("def")
 
 
 @pytest.mark.parametrize(

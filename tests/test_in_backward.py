@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import PlanError
 from configs.load import load_config
 from tests.support.harness import run_ranks
 from tests.support.parity import distance, measure, reference, words
+from tests.support.refusals import assert_refused
 from tests.support.resuming import resume_each, train_and_save
 from tests.support.selection import rows
 from tests.support.updating import BUGS, one_infinite_gradient, train_with
@@ -39,12 +39,13 @@ CASES: dict[str, tuple[str, int, str, tuple[str, ...], tuple[str, ...]]] = {
     "fsdp, adapters": ("fsdp", 2, "llama", ("tuning=lora", "optimizer.lr=0.03"), ()),
     "fsdp, adafactor": ("fsdp", 2, "llama", ("optimizer=adafactor", "optimizer.lr=0.02"), ()),
     "fsdp, 8-bit states": ("fsdp", 2, "llama", ("optimizer=adamw_8bit", "optimizer.lr=0.01"), ()),
+    "fsdp, schedule-free": ("fsdp", 2, "llama", ("optimizer=schedule_free", "scheduler=constant"), ()),
     "hsdp": ("hsdp", 4, "qwen3", (), ()),
     "fsdp_offload": ("fsdp_offload", 2, "llama", NO_CLIPPING, ()),
     "context": ("context", 2, "llama", (), ()),
 }
 OFTEN = {"single, clipped by norm, dropout, tied", "ddp, clipped by value", "fsdp, clipped by norm, recompute"}
-OFTEN |= {"fsdp, not clipped, tied"}
+OFTEN |= {"fsdp, not clipped, tied", "fsdp, schedule-free"}
 
 
 @pytest.mark.parametrize("name", rows(zip(CASES), lambda name: name in OFTEN))
@@ -126,12 +127,6 @@ def test_deepspeed_clips_by_the_norm_alone() -> None:
     assert_refused(
         keys, "train.clip_grad_value=1.0: DeepSpeed clips by the global norm alone; use train.clip_grad_norm"
     )
-
-
-def assert_refused(overrides: list[str], line: str) -> None:
-    with pytest.raises(PlanError) as caught:
-        make_plan(load_config(overrides), Machine(world_size=2, local_world_size=2))
-    assert sum(problem.startswith(line) for problem in caught.value.problems) == 1, caught.value
 
 
 def test_the_estimate_has_the_gradients_of_one_group_and_says_so(cache: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import pytest
 from configs.load import load_config
 from launch.__main__ import main
 from launch.command import Command, Rendezvous, build_command
+from launch.sweep import TITLES
 from tests.support.warm import programs
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
@@ -148,13 +149,23 @@ def door(
 @pytest.mark.parametrize("module", ["launch", "trainer"])
 @pytest.mark.parametrize("flag", [["--help"], ["--cfg", "job"], ["--info"]])
 def test_answers_are_instant(module: str, flag: list[str], tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = door(*flag, cwd=tmp_path, module=module, python=PYTHON)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """They load neither a library of the training nor the estimator, which are what takes time."""
+    done = door(*flag, cwd=tmp_path, module=module, python=PYTHON, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
     assert "parallel" in done.stdout
-    # Processor time, which a busy machine does not stretch as it does the clock.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"omegaconf", "trainer.rules"} <= loaded
+    slow = {
+        "torch",
+        "numpy",
+        "transformers",
+        "tokenizers",
+        "accelerate",
+        "deepspeed",
+        "wandb",
+        "trainer.estimate.estimate",
+    }
+    assert not slow & loaded
 
 
 def test_help_names_every_group_and_fits_half_a_page(tmp_path: Path) -> None:
@@ -241,14 +252,43 @@ def test_runs_of_a_sweep_do_not_share_a_folder(tmp_path: Path, capsys: pytest.Ca
     assert said.err.startswith(f"train.run_dir={folder}: 2 runs of the sweep would share this folder; leave it out")
     assert not said.out
     assert main(["-m", "parallel=ddp", f"train.run_dir={folder}1,{folder}2", "dry_run=true"]) == 0
+    assert main(["-m", "parallel=ddp,single", f"train.run_dir={folder}-${{parallel.preset}}", "dry_run=true"]) == 0
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(f"# @package _global_\ntrain:\n  run_dir: {folder}\n")
+    capsys.readouterr()
+    assert main(["-m", "--config-dir", str(tmp_path), "experiment=mine", "parallel=ddp,single", "dry_run=true"]) == 2
+    assert "2 runs of the sweep would share this folder" in capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     done = door("-m", "train.steps=5,0,6", "dry_run=true", "parallel=ddp,single", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout.count("== run ") == 6
-    assert done.stdout.endswith("== 4 of 6 runs finished\n")
+    assert done.stdout.endswith("# == 4 of 6 runs planned, none started\n")
     assert done.stderr.count("train.steps=0: must be 1 or more") == 2
+    folders = re.findall(r"(runs/\S+)/(train.steps=\d),(parallel=\w+)", done.stdout)
+    assert {name[1:] for name in folders} >= {("train.steps=5", "parallel=ddp"), ("train.steps=6", "parallel=single")}
+    assert len({name[0] for name in folders}) == 1
+
+
+def test_a_sweep_ends_with_a_table(tmp_path: Path) -> None:
+    words = [word for word in SHORT if not word.startswith("train.run_dir")]
+    lr = "optimizer.lr=-1,1e-3,1e30"  # the first is refused, and the others run
+    done = door("-m", lr, "launcher=python", "parallel=single", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    begin = done.stdout.rindex("\nrun  ")
+    titles, refused, finished, failed, *rest = done.stdout[begin + 1 :].splitlines()
+    assert re.split(r"\s{2,}", titles) == [*TITLES]
+    (folder,) = tmp_path.glob("runs/tiny-sweep-fp32/*/optimizer.lr=0.001")
+    name, state, loss, _, speed, memory, place = re.split(r"\s{2,}", finished)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert (name, state, loss) == ("optimizer.lr=0.001", "finished", f"{lines[-1]['loss_last']:.4f}")
+    assert (tmp_path / place).samefile(folder) and float(speed.replace(",", "")) > 0 and "iB" in memory
+    assert failed.startswith("optimizer.lr=1e+30  not through") and failed.endswith("/optimizer.lr=1e+30")
+    assert re.split(r"\s{2,}", refused) == ["optimizer.lr=-1", "not begun", *["-"] * 5]
+    assert rest[0].startswith("optimizer.lr=-1: optimizer.lr=-1")
+    assert rest[1].startswith("optimizer.lr=1e+30: failed at step ") and "not finite" in rest[1]
+    assert rest[-1] == "== 1 of 3 runs finished"
 
 
 SHORT = [
@@ -276,6 +316,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     folder = tmp_path_factory.mktemp("torchrun")
     done = door("launcher=torchrun", "parallel=zero2", *SHORT, cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert "master_addr is only used" not in done.stderr
     return losses(folder)
 
 
@@ -287,12 +328,31 @@ def test_the_same_run_under_every_launcher(launcher: str, reference: list[float]
     assert done.returncode == 0, done.stderr
     assert len(reference) == 3
     assert losses(tmp_path) == reference
+    _check_announced(done, f"preparing  {launcher} starts 2 process(es)")
+
+
+def _check_announced(done: subprocess.CompletedProcess[str], *started: str) -> None:
+    """The plan stands first, and once; each part of the preparation is announced once, by one rank."""
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("world      ") and done.stdout.count("world      ") == 1
+    said = [line for line in lines if line.startswith("preparing")]
+    assert said == [*started] + [
+        f"preparing  {what}"
+        for what in (
+            "importing torch and transformers",
+            "predicting the memory",
+            f"joining {2 if started else 1} process(es)",
+            "reading the data",
+            "building the model",
+        )
+    ]
 
 
 def test_one_plain_process_needs_no_launcher(tmp_path: Path) -> None:
     done = door("launcher=python", "parallel=single", *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path)) == 3
+    _check_announced(done)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "accelerate"])

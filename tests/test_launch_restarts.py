@@ -27,7 +27,7 @@ from trainer.checkpoint.manifest import read_manifest
 from trainer.process.status import check_idle, read_status
 
 ROOT = Path(__file__).parent.parent
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 36, 6
 SETTINGS = (
     f"checkpoint.every={EVERY}",
     "model.config.resid_pdrop=0.1",
@@ -90,25 +90,25 @@ def left_alone(layout: str) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "layout", "rank", "death"),
+    ("launcher", "layout", "kills"),
     [
-        ("torchrun", "fsdp", 1, "rank 1 was killed by SIGKILL"),
-        ("torchrun", "fsdp", None, "the launcher was killed by SIGKILL"),
-        ("deepspeed", "zero2", 0, "a rank was killed by SIGKILL"),
+        ("torchrun", "fsdp", [(1, "rank 1 was killed by SIGKILL"), (None, "the launcher was killed by SIGKILL")]),
+        ("deepspeed", "zero2", [(0, "a rank was killed by SIGKILL")]),
     ],
 )
-def test_the_job_comes_back_after_a_kill(
-    launcher: str, layout: str, rank: int | None, death: str, tmp_path: Path
+def test_the_job_comes_back_after_each_kill(
+    launcher: str, layout: str, kills: list[tuple[int | None, str]], tmp_path: Path
 ) -> None:
     job = launch(tmp_path, f"launcher={launcher}", *overrides(layout))
-    kill_a_rank(job, tmp_path / "run", rank=rank, after=2 * EVERY)
+    for number, (rank, _) in enumerate(kills, start=1):
+        kill_a_rank(job, tmp_path / "run", rank=rank, after=2 * number * EVERY)
     _, told = job.communicate(timeout=180)
     assert job.returncode == EXIT_FINISHED, told
     restarts = [line for line in told.splitlines() if line.startswith("restart: ")]
-    assert len(restarts) == 1, told
-    (line,) = restarts
-    assert line.startswith(f"restart: {death}; starting again from step ")
-    assert "(restart 1 of 3 from there)" in line
+    assert len(restarts) == len(kills), told
+    for line, (_, death) in zip(restarts, kills, strict=True):
+        assert line.startswith(f"restart: {death}; starting again from step ")
+        assert "(restart 1 of 3 from there)" in line
     assert journal(tmp_path / "run") == left_alone(layout)
     assert read_status(tmp_path / "run")["state"] == "finished"
 

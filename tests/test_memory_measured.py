@@ -47,7 +47,10 @@ ADAFACTOR = ["optimizer=adafactor"]
 EIGHT_BITS = ["optimizer=adamw_8bit"]
 MUON = ["optimizer=muon", "optimizer.options.dtype=float32"]
 LOMO = ["optimizer=lomo"]
+FP8 = ["precision=fp8"]
 MEZO = ["optimizer=mezo"]
+AVERAGED = ["optimizer=schedule_free", "scheduler=constant"]  # validated, whose weights wait for the end of it
+CUT = ["tuning=qlora", "tuning.double_quantization=false", "model.config.intermediate_size=512"]  # between blocks
 FULL = ["train.activation_checkpointing=full"]
 SELECTIVE = ["train.activation_checkpointing=selective"]
 
@@ -79,18 +82,23 @@ CASES = {
     ),
     "tensor fp32, loss in slices": (2, TORCH, ["parallel=tensor", *MANY_WORDS, *LONG, "data.seq_len=512"]),
     "ddp bf16, adapters": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE, "tuning=lora"]),
-    "single bf16, adapters beside 4 bits": (1, TORCH, ["parallel=single", *LLAMA, *LONG, *BF16, "tuning=qlora"]),
-    "ddp fp32, adapters beside 4 bits, recompute": (
+    "single bf16, adapters over 4 bits": (1, TORCH, ["parallel=single", *LLAMA, *LONG, *BF16, "tuning=qlora"]),
+    "ddp fp32, adapters over 4 bits, recompute": (
         2,
         TORCH,
         ["parallel=ddp", *QWEN3, *SHORT, *FULL, "tuning=qlora", "tuning.double_quantization=false"],
     ),
-    "fsdp bf16, adapters beside 4 bits": (
+    "fsdp bf16, adapters over 4 bits": (
         3,
         TORCH,
         ["parallel=fsdp", *LLAMA, *LONG, *BF16, *TWICE, "tuning=qlora"],
     ),
-    "pipeline_fsdp fp32, adapters beside 4 bits": (
+    "tensor_fsdp bf16, adapters over 4 bits": (
+        4,
+        TORCH,
+        ["parallel=tensor_fsdp", *LLAMA, *LONG, *BF16, *TWICE, *CUT],
+    ),
+    "pipeline_fsdp fp32, adapters over 4 bits": (
         4,
         TORCH,
         ["parallel=pipeline_fsdp", *LLAMA, *SHORT, *FOUR, "tuning=qlora", "tuning.double_quantization=false"],
@@ -118,6 +126,17 @@ CASES = {
     "tensor fp32, 8-bit states": (2, TORCH, ["parallel=tensor", *GPT2, *SHORT, *EIGHT_BITS]),
     "fsdp bf16, optimizer by its path": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT, *BF16, "optimizer=custom"]),
     "tensor_fsdp fp32, 8-bit states": (4, TORCH, ["parallel=tensor_fsdp", *LLAMA, *SHORT, *EIGHT_BITS]),
+    "single fp32, averaged weights, updated in the backward": (
+        1,
+        TORCH,
+        ["parallel=single", *LLAMA, *SHORT, *AVERAGED, "optimizer.in_backward=true"],
+    ),
+    "fsdp bf16, averaged weights": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT, *BF16, *AVERAGED]),
+    "fsdp fp32, an optimizer for each role": (
+        2,
+        TORCH,
+        ["parallel=fsdp", *LLAMA, *SHORT, "optimizer.groups.matrix.name=adafactor", "optimizer.groups.head.name=lion"],
+    ),
     "ddp fp32, muon, routed experts": (2, TORCH, ["parallel=ddp", *MIXTRAL, *SHORT, *MUON]),
     "expert bf16": (4, TORCH, ["parallel=expert", *MIXTRAL, *SHORT, *BF16, *TWICE]),
     "expert_fsdp fp32, muon": (4, TORCH, ["parallel=expert_fsdp", *MIXTRAL, *SHORT, *MUON]),
@@ -147,6 +166,8 @@ CASES = {
         ["parallel=fsdp", *QWEN3, *SHORT, *BF16, *FULL, "optimizer.in_backward=true"],
     ),
     "hsdp bf16, lomo": (4, TORCH, ["parallel=hsdp", *QWEN3, *SHORT, *BF16, *LOMO]),
+    "single fp8": (1, TORCH, ["parallel=single", *LLAMA, *LONG, *FP8]),
+    "fsdp fp8": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT, *FP8]),
     "ddp fp32, tied": (2, TORCH, ["parallel=ddp", *GPT2, *SHORT]),
     "ddp autocast, accumulation": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE]),
     "fsdp fp32": (2, TORCH, ["parallel=fsdp", *LLAMA, *SHORT]),
@@ -216,8 +237,8 @@ CASES = {
         ["parallel=pipeline_data", *QWEN3, *SHORT, *BF16, *FOUR, "parallel.pipeline.schedule=looped_bfs"],
     ),
     "pipeline_fsdp": (4, TORCH, ["parallel=pipeline_fsdp", *LLAMA, *LONG, *BF16, *FOUR]),
-    "3d sequence": (8, TORCH, ["parallel=3d", *LLAMA, *SHORT, *BF16, *FOUR, *SEQUENCE]),
-    "3d_zero1, recompute": (8, TORCH, ["parallel=3d_zero1", *QWEN3, *LONG, *BF16, *FULL, *FOUR]),
+    "3d sequence": (8, TORCH, ["parallel=3d", *LLAMA, *SHORT, *BF16, *TWICE, *SEQUENCE]),
+    "3d_zero1, recompute": (8, TORCH, ["parallel=3d_zero1", *LLAMA, *LONG, *BF16, *FULL, *TWICE]),
     "context ulysses, chunked loss": (
         2,
         TORCH,
@@ -227,7 +248,7 @@ CASES = {
     "context x pipeline x tensor": (
         8,
         TORCH,
-        ["parallel=context", "parallel.tp=2", "parallel.pp=2", "parallel.dp_shard=1", *LLAMA, *SHORT, *FOUR],
+        ["parallel=context", "parallel.tp=2", "parallel.pp=2", "parallel.dp_shard=1", *LLAMA, *SHORT, *TWICE],
     ),
     "zero1 bf16": (2, DEEPSPEED, ["parallel=zero1", *LLAMA, *SHORT, *BF16, *TWICE]),
     "zero1 fp32": (2, DEEPSPEED, ["parallel=zero1", *LLAMA, *SHORT, *TWICE]),
@@ -243,6 +264,33 @@ CASES = {
     "zero3 fp32": (2, DEEPSPEED, ["parallel=zero3", *GPT2, *SHORT]),
     "zero3 bf16, offload": (2, DEEPSPEED, ["parallel=zero3_offload", *LLAMA, *SHORT, *BF16]),
 }
+# What `parallel.deepspeed` and `parallel.fsdp` change: ranks, tolerance, layout, settings.
+MOVING: dict[str, tuple[int, float, str, tuple[str, ...]]] = {
+    "fsdp, gathered ahead": (2, TORCH, "fsdp", ("forward_prefetch=2", "backward_prefetch=3")),
+    "fsdp, gathered from fewer": (4, TORCH, "fsdp", ("reshard_size=2",)),
+    "zero2, overlapped": (2, DEEPSPEED, "zero2", ("overlap_comm=true",)),
+    "zero2, small buckets": (2, DEEPSPEED, "zero2", ("overlap_comm=true", "reduce_bucket_size=40000")),
+    "zero2, not contiguous": (2, DEEPSPEED, "zero2", ("contiguous_gradients=false", "reduce_bucket_size=40000")),
+    "zero2, all-reduced": (2, DEEPSPEED, "zero2", ("reduce_scatter=false",)),
+    "zero3, sizes": (
+        2,
+        DEEPSPEED,
+        "zero3",
+        (
+            *("reduce_bucket_size=2000000", "stage3_max_reuse_distance=0", "stage3_prefetch_bucket_size=1000000"),
+            *("stage3_param_persistence_threshold=20000", "sub_group_size=10000"),
+        ),
+    ),
+    "zero3, few kept whole": (
+        2,
+        DEEPSPEED,
+        "zero3",
+        ("stage3_param_persistence_threshold=100000", "stage3_model_persistence_threshold=40000"),
+    ),
+    "zero3, hpZ": (4, DEEPSPEED, "zero3", ("zero_hpz_partition_size=2",)),
+    "zero3, gradients in bfloat16": (2, DEEPSPEED, "zero3", ("grad_accum_dtype=bfloat16",)),
+}
+MOVING_OFTEN = {"fsdp, gathered from fewer", "zero2, overlapped"}
 # Of these each key meets its kind of layout, and each layout is, in another case too.
 NIGHTLY = {
     *("single fp32, routed experts", "ddp fp32, tied", "ddp autocast, accumulation", "fsdp fp32", "tensor fp32"),
@@ -256,7 +304,8 @@ NIGHTLY = {
     ),
     *("pipeline_fsdp", "zero1 bf16", "zero1 fp32", "zero2 fp32, adapters", "zero2 bf16, offload", "zero3 bf16"),
     *("zero3 fp32", "ddp fp32, adamw in the backward, tied", "hsdp bf16, lomo"),
-    "tensor_fsdp bf16, mezo",
+    *("tensor_fsdp bf16, mezo", "tensor_fsdp bf16, adapters, tied", "zero1 bf16, adapters"),
+    *("ddp fp32, adapters over 4 bits, recompute", "tensor, key-value heads copied"),
 }
 
 
@@ -288,6 +337,24 @@ def test_every_layout_and_key_is_measured_with_every_change() -> None:
 @pytest.mark.parametrize("name", rows(zip(CASES), lambda name: name not in NIGHTLY))
 def test_predicted_peak_is_the_measured_peak(name: str, tmp_path: Path) -> None:
     ranks, tolerance, words = CASES[name]
+    compare(ranks, tolerance, words, tmp_path)
+
+
+@pytest.mark.parametrize("name", rows(zip(MOVING), lambda name: name in MOVING_OFTEN))
+def test_settings_of_an_engine_move_the_prediction_as_they_move_the_peak(name: str, tmp_path: Path) -> None:
+    ranks, tolerance, layout, own = MOVING[name]
+    usual = ["data=synthetic", f"parallel={layout}", *LLAMA, *SHORT, *BF16]
+    section = "deepspeed" if layout.startswith("zero") else "fsdp"
+    words = [*usual, *(f"parallel.{section}.{key}" for key in own)]
+    compare(ranks, tolerance, words, tmp_path)
+    before, after = (
+        estimate(config, make_plan(config, Machine(world_size=ranks, local_world_size=ranks))).busiest
+        for config in map(load_config, (usual, words))
+    )
+    assert after.peak_allocated_bytes != before.peak_allocated_bytes
+
+
+def compare(ranks: int, tolerance: float, words: list[str], tmp_path: Path) -> None:
     overrides = ["data=synthetic", *words, f"data.cache_dir={tmp_path}"]
     config = load_config(overrides)
     plan = make_plan(config, Machine(world_size=ranks, local_world_size=ranks))

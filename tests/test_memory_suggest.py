@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from configs.errors import PlanError
 from configs.load import load_config
-from launch.estimate import answer, main
+from launch.estimate import answer
 from tests.support.estimate_cases import answer_json
 from trainer.estimate.estimate import estimate
 from trainer.estimate.profiles import get_profile
@@ -22,8 +23,8 @@ def test_fits_and_names_the_largest_micro_batch(chunked: str, cache: str, capsys
     assert code == 0 and found["fits"] is True and found["suggestions"] == []
     largest = found["largest_micro_batch"]
     assert isinstance(largest, int) and largest >= 1
-    assert main([*words, f"train.micro_batch_size={largest}"]) == 0
-    assert main([*words, f"train.micro_batch_size={largest + 1}"]) == 3
+    verdicts = [answer_json([*words, f"train.micro_batch_size={largest + more}"], capsys)[1] for more in (0, 1)]
+    assert verdicts[0]["verdict"] == "fits" != verdicts[1]["verdict"]
 
 
 def test_what_does_not_fit_comes_with_changes_that_do(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,19 +34,67 @@ def test_what_does_not_fit_comes_with_changes_that_do(cache: str, capsys: pytest
     suggestions = found["suggestions"]
     assert code == 3 and found["fits"] is False and isinstance(suggestions, list) and suggestions
     again, changed = answer_json([*words, *suggestions[0]["overrides"]], capsys)
-    assert again == 0
+    assert again == 0 and changed["verdict"] == "fits"
     assert changed["peak_reserved_bytes"] == suggestions[0]["peak_reserved_bytes"]
 
 
 def test_of_a_weaker_and_a_stronger_change_the_stronger_is_named(cache: str) -> None:
     words = ["model=tiny", "parallel=ddp", "cluster=8xh100", "data.seq_len=1024", "train.micro_batch_size=16", cache]
-    room = ["cluster.gpu_memory_gib=0.08", "estimate.context_gib=0", "estimate.nccl_gib=0"]
+    room = ["cluster.gpu_memory_gib=0.1", "estimate.context_gib=0", "estimate.nccl_gib=0"]
     room += ["cluster.expandable_segments=false"]  # which grow by 20 MiB, much for so small a model
     suggestions = answer([*words, *room]).suggestions
     assert suggestions
     found = suggestions[0]
     assert "recompute whole layers" in found.why and "every second product" not in found.why
     assert "train.activation_checkpointing=full" in found.overrides and found.estimate.fits
+
+
+LARGE = ["model=tiny", "parallel=ddp", "cluster=8xh100", "data.seq_len=1024", "train.micro_batch_size=16"]
+LARGE += ["train.chunked_loss=false"]
+ROOM = ["estimate.context_gib=0", "estimate.nccl_gib=0", "cluster.expandable_segments=false"]
+
+
+def test_one_change_is_named_where_one_is_enough(cache: str) -> None:
+    """The least dear of those with one key stands before those with two."""
+    found = answer([*LARGE, *ROOM, "cluster.gpu_memory_gib=1", cache])
+    assert found.estimate.too_large and found.suggestions
+    sizes = [len(one.overrides) for one in found.suggestions]
+    assert sizes == sorted(sizes) and sizes[0] == 1
+    assert all(one.estimate.fits and " + " not in one.why for one in found.suggestions)
+
+
+def test_no_more_is_changed_than_is_needed(cache: str) -> None:
+    """Where two changes do, two are named: without either of them it does not fit."""
+    words = [*LARGE, *ROOM, "cluster.gpu_memory_gib=0.25", cache]
+    suggestions = answer(words).suggestions
+    assert suggestions
+    found = suggestions[0]
+    assert found.why.count(" + ") == 1 and found.estimate.fits
+    for word in found.overrides:
+        if not word.startswith(("parallel.dp_replicate", "train.gradient_accumulation")):  # half of one change
+            try:
+                left = answer([*words, *(other for other in found.overrides if other != word)])
+            except PlanError:
+                continue
+            assert not left.estimate.fits, word
+
+
+def test_the_fewest_nodes_are_named(cache: str) -> None:
+    words = ["model=llama3_2_1b", "parallel=fsdp", "precision=bf16", "cluster=8xh100", "data.seq_len=256", cache]
+    words += ["train.micro_batch_size=1", "cluster.gpu_memory_gib=6"]
+    suggestions = answer(words).suggestions
+    assert suggestions
+    (word,) = suggestions[-1].overrides
+    assert word.startswith("cluster.nodes=") and suggestions[-1].why == f"this layout on {word[14:]} nodes"
+    fewer = answer([*words, f"cluster.nodes={int(word[14:]) - 1}", "estimate.suggest=false"])
+    assert suggestions[-1].estimate.fits and not fewer.estimate.fits
+
+
+def test_adapters_are_named_where_one_gpu_cannot_train_all(cache: str) -> None:
+    """8B in float32 with AdamW: 16 bytes per parameter, and no other GPU to share them with."""
+    words = ["model=llama3_1_8b", "parallel=single", "cluster.gpu=H100-SXM", "cluster.gpus_per_node=1", cache]
+    suggestions = answer([*words, "data.seq_len=256", "train.micro_batch_size=1"]).suggestions
+    assert suggestions and [one.overrides for one in suggestions] == [("tuning.method=lora",)]
 
 
 def test_a_change_that_is_refused_does_not_keep_later_ones_away(cache: str) -> None:

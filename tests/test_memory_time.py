@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.load import load_config
+from launch.estimate import main
 from trainer.axes.pipeline.orders import rank_orders
-from trainer.estimate import pipelined
+from trainer.estimate import pipelined, progress, tracing
 from trainer.estimate import suggest as suggesting
-from trainer.estimate.estimate import Estimate, estimate, planned_machine
+from trainer.estimate.estimate import Estimate, estimate, planned_device, planned_machine
+from trainer.estimate.profile import Part
+from trainer.estimate.profiles import get_profile
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 
@@ -43,7 +49,34 @@ def test_a_step_without_its_repetitions_needs_the_same(
     # Three times the actions cost three times the seconds.
     assert sum(map(len, played)) <= 0.7 * sum(map(len, rank_orders(schedule, pp=4, micro_batches=24)))
     monkeypatch.setattr(pipelined, "shortest_orders", rank_orders)
-    assert short == pytest.approx([rank.peak_allocated_bytes for rank in estimate(config, plan).ranks], rel=2e-3)
+    # The last rank of interleaved_zero_bubble peaks in another action: 0.33 % below.
+    assert short == pytest.approx([rank.peak_allocated_bytes for rank in estimate(config, plan).ranks], rel=4e-3)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "looped_bfs"])
+def test_a_step_that_holds_all_micro_batches_follows_from_a_few(
+    schedule: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["model=tiny", "model.config.num_hidden_layers=8", "parallel=pipeline_fsdp", "parallel.pp=4", cache]
+    words += ["precision=bf16", "cluster=8xh100", "data.seq_len=64", f"parallel.pipeline.schedule={schedule}"]
+    config = load_config([*words, "train.micro_batch_size=1", "train.gradient_accumulation_steps=40"])
+    plan = make_plan(config, Machine(gpus=8))
+
+    def exact(found: Estimate) -> list[object]:
+        return [
+            (rank.components, rank.highest, rank.peak_phase, rank.peak_step, rank.between_steps_bytes, rank.host_bytes)
+            for rank in found.ranks
+        ]
+
+    replayed = []
+    replay = pipelined.replay_stages
+    monkeypatch.setattr(pipelined, "replay_stages", lambda *args, **given: replayed.append(1) or replay(*args, **given))
+    short = estimate(config, plan)
+    monkeypatch.setattr(pipelined, "repeats_only", lambda *_: False)
+    few, whole = len(replayed), estimate(config, plan)
+    assert few >= 3 * (len(replayed) - few) and exact(short) == exact(whole)
+    reserved = [rank.peak_reserved_bytes for rank in whole.ranks]
+    assert [rank.peak_reserved_bytes for rank in short.ranks] == pytest.approx(reserved, rel=5e-3, abs=2**23)
 
 
 def test_ranks_that_do_the_same_are_replayed_once(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +100,7 @@ def test_changes_that_cannot_help_are_not_traced(cache: str, monkeypatch: pytest
     monkeypatch.setattr(suggesting, "estimate", lambda *args, **given: asked.append(args) or before)
     assert not before.fits and suggesting.suggest(config, plan, machine, before) == []
     # Half of the model's gradients and copies alone are more than 3 GiB: what does not touch them is not asked for.
-    assert all(args[0].parallel != config.parallel for args in asked)
+    assert asked and not any(replace(args[0], train=config.train) == config != args[0] for args in asked)
 
 
 def test_of_a_pipeline_that_does_not_fit_one_place_is_asked(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,3 +140,54 @@ def test_the_largest_micro_batch_of_a_pipeline_fits_everywhere_and_one_more_does
         config = load_config([*words, f"train.micro_batch_size={number}"])
         fits.append(estimate(config, make_plan(config, Machine(gpus=4))).fits)
     assert fits == [True, False]
+
+
+@pytest.mark.parametrize("words", ["model=tiny_gpt2 parallel=ddp", "model=tiny parallel=fsdp train.chunked_loss=true"])
+def test_other_shapes_of_a_traced_model_are_what_a_trace_says(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = []
+    part = tracing.Tracer.part
+    monkeypatch.setattr(tracing.Tracer, "part", lambda *args, **given: traced.append(1) or part(*args, **given))
+
+    def parts(batch: int, length: int, *, folder: str, alone: int | None = None) -> Mapping[str, Part]:
+        shape = [f"train.micro_batch_size={batch}", f"data.seq_len={length}", f"data.cache_dir={tmp_path / folder}"]
+        config = load_config([*words.split(), "precision=bf16", "cluster=8xh100", *shape])
+        plan = make_plan(config, Machine(gpus=8))
+        return get_profile(config, plan, planned_device(config, plan).gpu, alone=alone).parts
+
+    parts(1, 256, folder="family", alone=0)
+    first = len(traced)
+    held_out = [(1, 512), (5, 448)]
+    evaluated = [parts(*shape, folder="family", alone=0) for shape in held_out]
+    assert len(traced) == first
+    assert evaluated == [parts(*shape, folder="alone") for shape in held_out]
+    # Half a step of a family's lengths is traced.
+    assert parts(1, 288, folder="family") and len(traced) == first + len(held_out) + 1
+    # Of shapes that are traced by themselves the second brings its family, where one is all that may stand alone.
+    counts = []
+    for length in (256, 384, 512):
+        before = len(traced)
+        parts(1, length, folder="second", alone=1)
+        counts.append(len(traced) - before)
+    assert counts[0] == 1 and counts[1] >= 3 and counts[2] == 0
+
+
+def test_a_slow_answer_says_what_it_does_on_a_terminal(
+    cache: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    words = [
+        "model=tiny",
+        "cluster=8xh100",
+        "estimate.search=true",
+        "data.seq_len=64",
+        "cluster.gpus_per_node=2",
+        cache,
+    ]
+    main([*words, "train.global_batch_size=2"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    main([*words, "train.global_batch_size=2"])
+    said = capsys.readouterr().err
+    assert "searching: 1 estimates so far" in said and said.endswith("\r\x1b[K")

@@ -12,11 +12,11 @@ import torch
 from tests.support.cases import Trained, train
 from tests.support.harness import Overrides, composes, run_ranks
 from tests.support.parity import ROWS, Distance, Row, distance, words
+from tests.support.refusals import assert_refused
 from tests.support.resuming import resume_each, train_and_save
 from tests.support.selection import rows
 from tests.support.shared import once
 from tests.test_checkpoint_layouts import FLOAT64, SAVED, STEPS, apart, train_until_saved
-from tests.test_in_backward import assert_refused
 
 MEZO = ("optimizer=mezo", "optimizer.lr=1e-4", "optimizer.weight_decay=0.1", "train.clip_grad_norm=0")
 LORA = ("tuning=lora", "optimizer.lr=1e-2")
@@ -105,6 +105,10 @@ def test_it_goes_on_under_another_layout(tmp_path: Path) -> None:
         ("optimizer.in_backward=true", "optimizer.in_backward=true: mezo runs no backward"),
         ("train.clip_grad_norm=0 train.clip_grad_value=1", "train.clip_grad_value=1.0: mezo has one slope"),
         ("optimizer.beta1=0.5", "optimizer.beta1=0.5: mezo does not read it"),
+        (
+            "optimizer=adamw optimizer.groups.vector.name=mezo parallel=zero2",
+            "optimizer.groups.vector.name=mezo: has no gradients and no states",
+        ),
         ("optimizer.options.epsilon=0", "optimizer.options.epsilon=0: must be greater than 0"),
     ],
 )

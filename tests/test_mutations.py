@@ -12,7 +12,8 @@ from tests.support.moe_cases import apart
 from tests.support.mutations import BUGS, train_with
 from tests.support.parity import distance, reference, words
 from tests.support.shared import once
-from tests.test_parity import FLOAT64, TORCH
+from tests.test_parity import FLOAT64, SMOOTHED, TORCH
+from tests.test_quantized import CUT, FLOAT32
 
 # bug -> (layout, processes, model)
 PLANTED: dict[str, tuple[str, int, str]] = {
@@ -38,14 +39,17 @@ OF_EXPERTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 }
 
 
-# bug -> (layout, processes, keys)
-OF_TUNING: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "adapters_drawn_by_each_rank": ("tensor", 2, ("tuning=lora", "tuning.rank=4", "optimizer.lr=0.03")),
+# bug -> (layout, processes, precision, keys)
+OF_KEYS: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
+    "adapters_drawn_by_each_rank": ("tensor", 2, "fp64", ("tuning=lora", "tuning.rank=4", "optimizer.lr=0.03")),
+    "scales_of_the_first_rank": ("tensor", 2, "fp32", (*CUT, "optimizer=sgd", "optimizer.lr=0.3")),
+    "smoothed_over_own_words": ("tensor", 2, "fp64", SMOOTHED),
+    "averaged_on_the_first_rank": ("fsdp", 2, "fp64", SMOOTHED),
 }
 
 
 def test_every_bug_is_planted() -> None:
-    assert BUGS.keys() - {"none"} == PLANTED.keys() | OF_EXPERTS.keys() | OF_TUNING.keys()
+    assert BUGS.keys() - {"none"} == PLANTED.keys() | OF_EXPERTS.keys() | OF_KEYS.keys()
 
 
 def test_what_sees_a_bug_runs_with_every_change() -> None:
@@ -73,9 +77,10 @@ def test_parity_sees_the_bug_of_balancing(bug: str) -> None:
     assert apart(layout, processes, keys, BALANCE, bug).largest > 1e4 * FLOAT64
 
 
-@pytest.mark.parametrize("bug", OF_TUNING)
-def test_parity_sees_the_bug_of_tuning(bug: str) -> None:
+@pytest.mark.parametrize("bug", OF_KEYS)
+def test_parity_sees_the_bug_of_a_key(bug: str) -> None:
     """The layout without the bug has a row of its own."""
-    layout, processes, keys = OF_TUNING[bug]
-    found = run_ranks(processes, train_with, bug, words("llama", layout, "fp64", STEPS, *keys))[0]
-    assert distance(found, reference("llama", "fp64", STEPS, *keys)).largest > 1e4 * FLOAT64
+    layout, processes, precision, keys = OF_KEYS[bug]
+    found = run_ranks(processes, train_with, bug, words("llama", layout, precision, STEPS, *keys))[0]
+    limit = {"fp64": 1e4 * FLOAT64, "fp32": 10 * FLOAT32}[precision]
+    assert distance(found, reference("llama", precision, STEPS, *keys)).largest > limit

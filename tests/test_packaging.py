@@ -54,7 +54,7 @@ def test_the_wheel_holds_every_yaml_and_module_and_no_test(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     yamls = {str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.yaml")}
     modules = {
-        str(file.relative_to(ROOT))
+        str(file.relative_to(ROOT)).removeprefix("launch/python/")
         for package in ("configs", "trainer", "launch", "slurm")
         for file in (ROOT / package).rglob("*.py")
     }
@@ -69,6 +69,7 @@ def test_the_wheel_holds_every_yaml_and_module_and_no_test(wheel: Path) -> None:
         "trainer",
         "launch",
         "slurm",
+        "cookbook",
     }
 
 
@@ -147,3 +148,10 @@ def test_set_up_does_nothing_the_second_time(tmp_path: Path) -> None:
         f"{key}; setup_environment dev; setup_environment; echo done", tmp_path, PATH=nothing + ":/usr/bin"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_the_release_names_one_version() -> None:
+    version = re.escape(PROJECT["version"])
+    assert re.search(f"^version: {version}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    changes = re.findall(r"^## (\S+)", (ROOT / "docs" / "changelog.md").read_text(), re.MULTILINE)
+    assert changes[0] == "Unreleased" or changes[0] == PROJECT["version"]

@@ -26,7 +26,7 @@ from trainer.plan.machine import Machine
 
 FLOAT64 = 1e-10
 FLOAT32 = 1e-5
-STEPS = 6
+STEPS = 4
 nightly = pytest.mark.nightly
 ACCUMULATE = ("train.gradient_accumulation_steps=2",)
 
@@ -55,6 +55,11 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "ddp on 4": ("ddp", 4, ()),
     "fsdp on 4": ("fsdp", 4, ()),
     "fsdp, parameters kept gathered": ("fsdp", 2, ("parallel.reshard_after_forward=false",)),
+    "fsdp on 4, gathered ahead and from fewer ranks": (
+        "fsdp",
+        4,
+        ("parallel.fsdp.reshard_size=2", "parallel.fsdp.forward_prefetch=2", "parallel.fsdp.backward_prefetch=2"),
+    ),
     "tensor on 4, key-value heads copied": ("tensor", 4, ("parallel.tp=4",)),
     "tensor, sequence parallel": ("tensor", 2, ("parallel.sequence_parallel=true",)),
     "tensor_fsdp, sequence parallel": ("tensor_fsdp", 4, ("parallel.sequence_parallel=true",)),
@@ -65,7 +70,7 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     ),
     "pipeline on 4": ("pipeline", 4, ("parallel.pp=4", "train.gradient_accumulation_steps=4")),
     "pipeline, recompute": ("pipeline", 2, ("train.activation_checkpointing=full",)),
-    "pipeline_fsdp, gathered anew": ("pipeline_fsdp", 4, ("parallel.reshard_after_forward=true",)),
+    "pipeline_fsdp, gathered again": ("pipeline_fsdp", 4, ("parallel.reshard_after_forward=true",)),
     "3d_zero1, sequence parallel, recompute": (
         "3d_zero1",
         8,
@@ -92,7 +97,10 @@ MIXED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "replicas": ("mixtral", "expert_fsdp", ("parallel.dp_replicate=2", "parallel.reshard_after_forward=false")),
 }
 # Other sizes of an axis, and what a later variant has in it as well.
-REPEATED = {"ddp on 4", "fsdp on 4", "tensor_fsdp, sequence parallel", "pipeline, recompute"}
+REPEATED = {
+    *("ddp on 4", "fsdp on 4", "tensor_fsdp, sequence parallel", "pipeline, recompute", "3d_zero1, interleaved"),
+    "tensor_fsdp, sequence parallel, recompute",
+}
 SCHEDULES = ["gpipe", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"]
 KEYS: dict[str, tuple[str, ...]] = {
     "no accumulation": (),
@@ -117,19 +125,39 @@ EXPERTS = ("model.config.model_type=qwen3_moe", "model.config.num_experts=4", "m
 EXPERTS += ("model.config.moe_intermediate_size=32",)
 MUON = [
     *(("ddp", 2, "experts"), ("fsdp", 2, "gpt2"), ("fsdp", 2, "experts"), ("tensor", 2, "gpt2")),
-    *(("tensor_fsdp", 4, "gpt2"), ("pipeline", 2, "gpt2"), ("context", 2, "llama"), ("3d_zero1", 8, "gpt2")),
-    ("expert_fsdp", 4, "experts"),
+    *(("tensor_fsdp", 4, "gpt2"), ("pipeline", 2, "gpt2"), ("context", 2, "llama"), ("expert_fsdp", 4, "experts")),
     *(pytest.param(*row, marks=nightly) for row in (("hsdp", 4, "llama"), ("3d", 8, "llama"), ("ddp", 2, "gpt2"))),
+    pytest.param("3d_zero1", 8, "gpt2", marks=nightly),
 ]
+
+
+SMOOTHED = ("train.label_smoothing=0.2", "train.neftune_alpha=1", "optimizer.ema=0.6", *ACCUMULATE)
 
 
 # Optimizer -> its keys, and the layouts of every change; the others are nightly.
 OPTIMIZERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "adamw_8bit": (("optimizer=adamw_8bit", "optimizer.lr=0.01"), ("tensor_fsdp", "expert_fsdp")),
+    "adamw_8bit": (("optimizer=adamw_8bit", "optimizer.lr=0.01"), ("tensor_fsdp",)),
     "adafactor": (("optimizer=adafactor", "optimizer.lr=0.02"), ("ddp",)),
     "lion": (("optimizer=lion",), ()),
     "schedule_free": (("optimizer=schedule_free", "scheduler=constant"), ("ddp", "fsdp")),
-    "custom": (("optimizer=custom", "optimizer.target=torch.optim.NAdam", "optimizer.lr=3e-3"), ("tensor_fsdp",)),
+    "groups by role": (
+        (
+            "optimizer.groups.embedding.lr=1e-3",
+            "optimizer.groups.matrix.weight_decay=0.5",
+            "optimizer.groups.vector.weight_decay=0.2",
+        ),
+        ("tensor_fsdp",),
+    ),
+    "an optimizer for each role": (
+        (
+            *MUON_KEYS,
+            "optimizer.groups.embedding.name=adafactor",
+            "optimizer.groups.vector.name=sgd",
+            "optimizer.groups.vector.lr=0.1",
+        ),
+        ("tensor_fsdp",),
+    ),
+    "custom": (("optimizer=custom", "optimizer.target=torch.optim.NAdam", "optimizer.lr=3e-3"), ("tensor",)),
 }
 CUT = {
     **{"ddp": "gpt2", "fsdp": "gpt2", "hsdp": "llama", "fsdp_offload": "llama", "tensor": "gpt2"},
@@ -196,9 +224,13 @@ def test_experts_that_the_ranks_do_not_divide_equal_single_process(layout: str, 
     assert found.largest <= FLOAT64, found
 
 
-# Tied embeddings under every schedule: test_pipeline_parallel.
+# Every schedule with every change, tied embeddings too: test_pipeline_parallel. Here with the trainer's data and loss.
 @pytest.mark.parametrize(
-    ("schedule", "model"), rows(product(SCHEDULES, ("llama", "gpt2")), lambda _, model: model == "llama")
+    ("schedule", "model"),
+    rows(
+        product(SCHEDULES, ("llama", "gpt2")),
+        lambda schedule, model: model == "llama" and schedule in ("interleaved_1f1b", "zbv_zero_bubble"),
+    ),
 )
 def test_schedule_equals_single_process(schedule: str, model: str) -> None:
     keys = [f"parallel.pipeline.schedule={schedule}"]
@@ -231,6 +263,20 @@ def test_optimizer_equals_single_process(optimizer: str, layout: str) -> None:
     assert found.largest <= FLOAT64, found
 
 
+@pytest.mark.parametrize(
+    ("layout", "keys"),
+    rows(
+        product(CUT, ((), ("train.chunked_loss=true",))),
+        lambda layout, keys: layout in (("tensor",) if keys else ("ddp", "fsdp", "tensor", "pipeline")),
+    ),
+)
+def test_smoothed_labels_noise_and_averaged_weights_equal_single_process(layout: str, keys: tuple[str, ...]) -> None:
+    """Parameters and validation are those of the average, and validation is plain, without noise."""
+    extra = (*SMOOTHED, *keys)
+    found = measure([layout], TORCH[layout][0], model="llama", precision="fp64", steps=STEPS, extra=extra)
+    assert found.largest <= FLOAT64, found
+
+
 @pytest.mark.parametrize(("layout", "processes", "model"), MUON)
 def test_muon_equals_single_process(layout: str, processes: int, model: str) -> None:
     """Whole matrices, whatever cuts them: packed and transposed ones and a tied embedding (gpt2), stacked experts."""
@@ -247,8 +293,10 @@ def test_muon_in_bfloat16_stays_near_single_process() -> None:
     assert max(found.loss, found.grad_norm) <= 1e-4, found
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("layout", ["single", "tensor_fsdp"])
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    rows(product(("single", "tensor_fsdp"), ("none", "full")), lambda *row: row != ("tensor_fsdp", "none")),
+)
 def test_compiled_layers_equal_plain_ones(layout: str, recompute: str) -> None:
     """By torch's own ahead-of-time tracing without code generation, which would need minutes of a C++ compiler."""
     expected = reference("llama", "fp64", 3)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import configs
+from configs.zero_settings import READ
 from tests.support.cases import Trained, train
 from tests.support.deepspeed_cases import WIDE, build_or_skip, train_validating
 from tests.support.harness import run_ranks
@@ -21,7 +22,7 @@ from tests.support.parity import MODELS, ROWS, Row, distance, measure, reference
 from tests.support.selection import rows
 
 FLOAT32 = 1e-5
-STEPS = 6
+STEPS = 4
 STABLE = ("train.gradient_accumulation_steps=2", "optimizer.lr=1e-3", "optimizer.eps=1e-5")
 
 # preset -> (processes, further keys, models of every change); the other models are nightly.
@@ -55,15 +56,31 @@ KEYS: dict[str, tuple[str, ...]] = {
     "four micro-batches": ("train.gradient_accumulation_steps=4",),
     "full recompute": ("train.activation_checkpointing=full",),
     "chunked loss": ("train.chunked_loss=true",),
+    "smoothed labels and noise": ("train.label_smoothing=0.2", "train.neftune_alpha=1"),
     "balanced experts": (*EXPERTS, "moe=global_batch", "moe.coefficient=0.5", "moe.z_loss=0.01"),
     "sgd": ("optimizer=sgd", "optimizer.lr=0.5", "optimizer.eps=1e-8"),
     "no clipping": ("train.clip_grad_norm=0",),
+    "groups by role": ("optimizer.groups.embedding.lr=3e-3", "optimizer.groups.vector.weight_decay=0.2"),
     "any optimizer": ("optimizer=custom", "optimizer.target=torch.optim.Adamax", *OPTIONS),
 }
+OWN = "parallel.deepspeed."
+SETTINGS: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "zero1, overlapped": ("zero1", 2, ("overlap_comm=true", "reduce_bucket_size=40000")),
+    "zero2, overlapped": ("zero2", 2, ("overlap_comm=true", "reduce_bucket_size=40000", "allgather_bucket_size=1000")),
+    "zero2, not contiguous": ("zero2", 2, ("contiguous_gradients=false", "reduce_bucket_size=40000")),
+    "zero2, all-reduced": ("zero2", 2, ("reduce_scatter=false",)),
+    "zero3, one by one": ("zero3", 2, ("stage3_allgather_sequential=true", "overlap_comm=false")),
+    "zero3, all-reduced": ("zero3", 2, ("stage3_use_all_reduce_for_fetch_params=true", "reduce_scatter=false")),
+    "zero3, bounded": ("zero3", 2, ("stage3_max_live_parameters=0", "stage3_model_persistence_threshold=100")),
+    "zero3, hpZ": ("zero3", 4, ("zero_hpz_partition_size=2", "stage3_max_reuse_distance=0")),
+}
+"""DeepSpeed's own settings: each trains as without it. Every one has a row, but sizes that all rows have."""
+SIZES_TRIED = {"sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"}
 # Partitioned gradients meet accumulation, partitioned and offloaded parameters the rest. Every key has a row.
 MEETS = {
     *(("zero2", "four micro-batches"), ("zero2", "full recompute"), ("zero2", "chunked loss")),
     *(("zero2", "balanced experts"), ("zero3_offload", "balanced experts"), ("zero2", "any optimizer")),
+    *(("zero2", "groups by role"), ("zero3_offload", "smoothed labels and noise")),
     *(("zero3_offload", "no accumulation"), ("zero3_offload", "sgd"), ("zero3_offload", "no clipping")),
 }
 ON_DISK: dict[str, tuple[str, ...]] = {
@@ -79,6 +96,8 @@ def test_every_zero_layout_has_a_row() -> None:
     assert files - {"zero3_nvme"} == LAYOUTS.keys()
     assert all(models for _, _, models in LAYOUTS.values()), "a layout has nightly rows only"
     assert {key for _, key in MEETS} == KEYS.keys()
+    tried = {key.partition("=")[0] for _, _, keys in SETTINGS.values() for key in keys}
+    assert tried == READ.keys() - SIZES_TRIED
 
 
 @pytest.mark.parametrize(
@@ -96,6 +115,15 @@ def test_variant_equals_single_process(variant: str) -> None:
     shared = tuple(key for key in keys if key.startswith("train."))
     own = [key for key in keys if key not in shared]
     found = measure([layout, *own], processes, model="llama", precision="fp32", steps=STEPS, extra=(*STABLE, *shared))
+    assert found.largest <= FLOAT32, found
+
+
+@pytest.mark.parametrize("name", rows(zip(SETTINGS), lambda name: name == "zero3, hpZ"))
+def test_setting_of_deepspeed_equals_single_process(name: str) -> None:
+    layout, processes, keys = SETTINGS[name]
+    shared = STABLE if processes == 2 else (*STABLE, "train.gradient_accumulation_steps=1")
+    own = [f"{OWN}{key}" for key in keys]
+    found = measure([layout, *own], processes, model="llama", precision="fp32", steps=STEPS, extra=shared)
     assert found.largest <= FLOAT32, found
 
 

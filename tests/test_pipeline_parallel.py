@@ -10,13 +10,16 @@ import pytest
 
 from tests.support.harness import run_ranks
 from tests.support.pipeline_cases import Case, Outcome, reference, train_pipelines
+from tests.support.selection import rows
 from trainer.axes.pipeline.table import SCHEDULES
 
 TOLERANCE = 1e-10
-MODELS = ["llama", "qwen3", "gpt2", "gemma2"]  # the last two tie their embeddings
+MODELS = ["llama", "gpt2"]  # gpt2 ties its embeddings, and so does gemma2
+OTHERS = ["qwen3", "gemma2"]  # nightly, but in one schedule
 
 GROUPS: dict[str, list[Case]] = {
     **{schedule: [Case(schedule, model=model) for model in MODELS] for schedule in SCHEDULES},
+    **{f"{schedule}, other models": [Case(schedule, model=model) for model in OTHERS] for schedule in SCHEDULES},
     "layers as asked": [
         Case("1f1b", model="gpt2", split=(4, 1)),
         Case("interleaved_1f1b", layers=7, stages_per_rank=3, split=(1, 1, 2, 1, 1, 1)),
@@ -65,7 +68,9 @@ GROUPS: dict[str, list[Case]] = {
 }
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "group", rows(zip(GROUPS), lambda group: "other models" not in group or group.startswith("zbv_zero_bubble"))
+)
 def test_pipeline_equals_single_process(group: str) -> None:
     cases = GROUPS[group]
     ranks = run_ranks(cases[0].world_size, train_pipelines, cases)

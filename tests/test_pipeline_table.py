@@ -19,6 +19,7 @@ from trainer.axes.pipeline import orders as pipeline_orders
 from trainer.axes.pipeline import run as pipeline
 from trainer.axes.pipeline import timeline as pipeline_timeline
 from trainer.axes.pipeline.orders import Action, rank_orders
+from trainer.axes.pipeline.receives import with_receives
 from trainer.axes.pipeline.run import RUNNERS
 from trainer.axes.pipeline.table import (
     SCHEDULES,
@@ -116,14 +117,21 @@ def test_rules_and_orders_are_those_of_torch(schedule: str, fake_group: int) -> 
         accepted += 1
         if schedule != "1f1b":  # torch's list for drawing starts at micro-batch 1 there; the parity tests see what runs
             assert orders == [list(_actions(runner.pipeline_order[rank])) for rank in range(pp)]
+        if v > 1:
+            posted = with_receives(schedule, pp=pp, micro_batches=micro_batches, stages_per_rank=v)
+            assert posted == [list(_actions(runner.pipeline_order_with_comms[rank])) for rank in range(pp)]
     assert accepted > pp
+
+
+RECEIVES = {"RECV_F": "RF", "RECV_B": "RB"}
 
 
 def _actions(row: list[Any]) -> Iterator[Action]:
     for action in filter(None, row):
         for part in action.sub_actions or (action,):
-            if part.computation_type.value in "FBIW":
-                yield Action(part.computation_type.value, part.stage_index, part.microbatch_index)
+            kind = RECEIVES.get(str(part.computation_type.name), part.computation_type.value)
+            if kind in ("F", "B", "I", "W", "RF", "RB"):
+                yield Action(kind, part.stage_index, part.microbatch_index)
 
 
 @pytest.mark.parametrize("pp", [2, 4, 8])
@@ -163,10 +171,18 @@ def test_micro_batches_in_flight() -> None:
 
 def test_receive_buffers() -> None:
     # Independent of the number of micro-batches, once the pipeline is full.
-    for count in (4, 16, 512):
-        assert receive_buffers("1f1b", pp=3, micro_batches=count) == [1, 3, 1]
+    full = {
+        "1f1b": [1, 3, 1],
+        "interleaved_1f1b": [4, 8, 8],
+        "interleaved_zero_bubble": [4, 9, 10],
+        "zbv_zero_bubble": [5, 12, 6],
+        "dualpipev": [4, 11, 5],
+    }
+    for schedule, count in itertools.product(full, (12, 18, 510)):
+        assert receive_buffers(schedule, pp=3, micro_batches=count) == full[schedule], schedule
+    # These hold every micro-batch of a step.
     assert receive_buffers("gpipe", pp=3, micro_batches=8) == [1, 9, 8]
-    assert receive_buffers("zbv_zero_bubble", pp=2, micro_batches=4) == [8, 16]
+    assert receive_buffers("looped_bfs", pp=3, micro_batches=8) == [9, 17, 24]
 
 
 def test_drawings_are_what_runs() -> None:

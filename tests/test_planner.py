@@ -17,9 +17,9 @@ from tests.benchmarks.published import RUNS
 from trainer.estimate.bounds import states_bytes, upper_bytes
 from trainer.estimate.estimate import estimate
 from trainer.estimate.search.candidates import candidates
-from trainer.estimate.search.cost import Dimensions, StepTime, step_time
+from trainer.estimate.search.cost import EXPOSED, Dimensions, StepTime, step_time
 from trainer.estimate.search.network import Network, RankGroup, build_network, group_of
-from trainer.estimate.search.render import command
+from trainer.estimate.search.render import command, kept
 from trainer.estimate.search.search import Search, search
 from trainer.make_plan import make_plan
 from trainer.optim.protocol import Work
@@ -140,7 +140,7 @@ def test_time_is_the_sum_of_its_terms_and_mfu_its_share_of_the_peak() -> None:
     found = timed("parallel=tensor_fsdp", "parallel.tp=4", "train.activation_checkpointing=full")
     assert found.total == pytest.approx(sum(found.seconds.values()))
     assert set(found.seconds) == {
-        "matrix products",
+        "matmuls",
         "around them",
         "recompute",
         "tensor parallel",
@@ -152,12 +152,50 @@ def test_time_is_the_sum_of_its_terms_and_mfu_its_share_of_the_peak() -> None:
     assert found.mfu == pytest.approx(found.tokens_per_second_per_gpu * flops / 989.4e12)
 
 
+def test_products_in_float8_run_at_its_peak_where_every_rank_s_part_divides() -> None:
+    """Half of the matrices in float8, of which tensor parallel leaves every second one in bfloat16."""
+    quarter = SIZE.matrices // 4 // 128
+    eight = replace(SIZE, float8=((128, quarter // 32 * 32), (48, SIZE.matrices // 4 // 48 // 32 * 32)))
+    share = 2 * sum(a * b for a, b in eight.float8) / (2 * SIZE.matrices + 4 * SIZE.layers * SIZE.attention * 4096)
+    for words, part in ((("parallel=fsdp",), share), (("parallel=tensor_fsdp", "parallel.tp=2"), share / 2)):
+        plain, fast = timed(*words), timed(*words, "precision=fp8", size=eight)
+        ratio = fast.seconds["matmuls"] / plain.seconds["matmuls"]
+        assert ratio == pytest.approx(1 - part / 2, rel=1e-3)
+
+
+def test_a_matrix_that_is_cut_too_small_for_blocks_of_32_stays_as_it_is() -> None:
+    """Half of its 96 rows are whole blocks of 16, which are enough for other recipes."""
+    eight = replace(SIZE, float8=((96, SIZE.matrices // 96 // 64 * 64),))
+    words = ("parallel=tensor_fsdp", "parallel.tp=2", "cluster.gpu=B200")
+    plain = timed(*words)
+    rows, blocks = (
+        timed(*words, "precision=fp8", f"precision.float8.recipe={recipe}", size=eight)
+        for recipe in ("rowwise", "mxfp8")
+    )
+    assert rows.seconds["matmuls"] < plain.seconds["matmuls"] == blocks.seconds["matmuls"]
+
+
+def test_what_is_gathered_in_float8_takes_a_byte() -> None:
+    """A quarter of the bytes less where half of the values are gathered in one byte instead of two; twice a step."""
+    matrix = (4096, SIZE.matrices // 2 // 4096 // 16 * 16)
+    words = ("parallel=fsdp", "precision=fp8", "parallel.reshard_after_forward=true")
+    wide, narrow = (
+        timed(*words, f"precision.float8.all_gather={gathered}", size=replace(SIZE, float8=(matrix,))).seconds
+        for gathered in ("false", "true")
+    )
+    network, group = build_network(load_config(BASE), H100, 8), RankGroup(size=8, per_node=8)
+    spared = 2 * network.gather(matrix[0] * matrix[1], group) - 2 * network.gather(0, group)
+    difference = wide["sharding, gradients"] - narrow["sharding, gradients"]
+    assert difference == pytest.approx(128 * EXPOSED * spared)
+    assert wide["matmuls"] == narrow["matmuls"]
+
+
 def test_frozen_parameters_cost_no_gradient_of_their_own() -> None:
     full, lora = timed("parallel=fsdp"), timed("parallel=fsdp", size=LORA)
     attention = 2 * SIZE.layers * SIZE.attention * 4096
     left = 3 * (2 * LORA.matrices + attention) - 2 * SIZE.matrices
     share = left / (3 * (2 * SIZE.matrices + attention))
-    assert lora.seconds["matrix products"] / full.seconds["matrix products"] == pytest.approx(share)
+    assert lora.seconds["matmuls"] / full.seconds["matmuls"] == pytest.approx(share)
     assert lora.seconds["update"] / full.seconds["update"] == pytest.approx(LORA.trained / SIZE.parameters)
     flops = 4 * SIZE.matrices + 6 * LORA.trained + 12 * SIZE.layers * SIZE.attention * 4096
     assert lora.mfu == pytest.approx(lora.tokens_per_second_per_gpu * flops / 989.4e12)
@@ -281,7 +319,7 @@ def test_the_command_prints_table_and_json(small: tuple[list[str], Search], caps
     assert main([*words, "estimate.search=true"]) == 0
     text = capsys.readouterr().out
     assert all(" ".join(one.candidate.words) in text for one in found.best)
-    assert "assumed: H100-SXM; matrix products at 60% of its peak" in text
+    assert "assumed: H100-SXM; matmuls at 60% of its peak" in text
     assert main([*words, "estimate.search=true", "estimate.format=json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert [one["overrides"] for one in answer["best"]] == [list(one.candidate.words) for one in found.best]
@@ -313,8 +351,8 @@ def test_a_sweep_of_searches_is_refused(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_what_stays_gathered_in_one_layout_is_not_held_against_another(small: tuple[list[str], Search]) -> None:
     """Of 4-bit weights FSDP holds an eighth; kept gathered it holds all, which must not speak for the first."""
-    words = [*small[0], "tuning=qlora", "model.config.num_hidden_layers=64", "model.config.hidden_size=2048"]
-    words += ["model.config.intermediate_size=4096", "cluster.gpu_memory_gib=2"]
+    words = [*small[0], "tuning=qlora", "model.config.num_hidden_layers=16", "model.config.hidden_size=4096"]
+    words += ["model.config.intermediate_size=8192", "cluster.gpu_memory_gib=2", "train.global_batch_size=8"]
     found = search(load_config(words), Machine(gpus=8))
     layouts = [one.candidate.layout for one in found.best]
     assert ("parallel=fsdp", "parallel.dp_shard=8") in layouts
@@ -329,3 +367,8 @@ def test_docs_name_every_published_run() -> None:
     text = (Path(__file__).parent.parent / "docs" / "planner.md").read_text()
     for run in RUNS:
         assert f"| {run.name} |" in text
+
+
+def test_a_layouts_command_keeps_what_is_not_searched() -> None:
+    words = ["model=tiny", "parallel=fsdp", "parallel.cp=2", "parallel.context_method=gather"]
+    assert kept(words) == ["model=tiny", "parallel.context_method=gather"]

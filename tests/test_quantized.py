@@ -13,6 +13,8 @@ from configs.load import load_config
 from tests.support.cases import run_trainer
 from tests.support.harness import run_ranks
 from tests.support.parity import MODELS, measure, reference
+from tests.support.selection import rows
+from trainer.estimate.estimate import estimate
 from trainer.linear import convert
 from trainer.linear.four_bit_layers import Linear4bit
 from trainer.make_plan import make_plan
@@ -25,16 +27,29 @@ LAYOUTS = {
     **{"ddp": 2, "fsdp": 2, "fsdp train.activation_checkpointing=full": 2, "hsdp": 4, "fsdp_offload": 2},
     **{"fsdp parallel.reshard_after_forward=false": 2, "pipeline": 2, "pipeline_fsdp": 4, "context": 2},
 }
+# Rows that two and four ranks cut between blocks of 64 values; scales that are not packed themselves.
+CUT = (*QLORA, "tuning.double_quantization=false", "model.config.hidden_size=256", "model.config.intermediate_size=512")
+DIVIDED = {
+    **{"tensor": 2, "tensor parallel.sequence_parallel=true train.activation_checkpointing=full": 2, "tensor_fsdp": 4},
+    **{"tensor_data": 4, "3d": 8},
+}
 FLOAT32 = 1e-5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", rows(zip(LAYOUTS), lambda layout: layout != "hsdp"))
 def test_layout_trains_the_adapters_of_one_process(layout: str) -> None:
     # Adam divides the small gradients of a young adapter by small moments, and their rounding with them.
     sgd = (*QLORA, "optimizer=sgd", "optimizer.lr=0.3")
     found = measure(layout.split(), LAYOUTS[layout], model="llama", precision="fp32", steps=STEPS, extra=sgd)
     assert found.largest <= FLOAT32
     assert all(".lora_" in name for name in reference("llama", "fp32", STEPS, *sgd).parameters)
+
+
+@pytest.mark.parametrize("layout", rows(zip(DIVIDED), lambda layout: layout in ("tensor", "tensor_fsdp")))
+def test_matrices_cut_between_blocks_train_the_adapters_of_one_process(layout: str) -> None:
+    sgd = (*CUT, "optimizer=sgd", "optimizer.lr=0.3")
+    found = measure(layout.split(), DIVIDED[layout], model="llama", precision="fp32", steps=STEPS, extra=sgd)
+    assert found.largest <= FLOAT32
 
 
 def test_four_bits_are_near_the_model_and_are_not_it() -> None:
@@ -55,7 +70,7 @@ def test_what_is_stored_is_what_was_counted(double: bool) -> None:
     counted = {name: module.packed_bytes() for name, module in layers.items()}
     values = {}
     for name, module in layers.items():
-        values[name] = torch.randn(module.values_shape())
+        values[name] = torch.randn(module.values_shape(module.weight.shape))
         module._parameters["weight"] = torch.nn.Parameter(module.pack(values[name]), requires_grad=False)
     for name, module in layers.items():
         weight, state = module.get_parameter("weight"), module.quant_state
@@ -67,7 +82,7 @@ def test_what_is_stored_is_what_was_counted(double: bool) -> None:
 
 
 def test_a_run_goes_on_to_the_bit_whatever_was_validated(tmp_path: Path) -> None:
-    """The base is not in the checkpoint: it is quantized anew, from the same values, and validation leaves it alone."""
+    """The base is not in the checkpoint: it is quantized again from the same values, and validation leaves it alone."""
     common = [*MODELS["llama"], *QLORA, "data.seq_len=32", "train.global_batch_size=8", "logging.progress=lines"]
     common += ["precision=fp32", "checkpoint.every=2", "scheduler=constant", "train.steps=4"]
     whole, half, rest = tmp_path / "whole", tmp_path / "half", tmp_path / "rest"
@@ -87,12 +102,20 @@ def test_a_run_goes_on_to_the_bit_whatever_was_validated(tmp_path: Path) -> None
 def test_a_run_goes_on_under_another_layout(tmp_path: Path) -> None:
     common = [*MODELS["llama"], *QLORA, "data.seq_len=32", "train.global_batch_size=8", "logging.progress=lines"]
     common += ["precision=fp32", "checkpoint.every=2", "scheduler=constant", "optimizer=sgd", "optimizer.lr=0.3"]
-    layouts = {"single": 1, "fsdp": 2, "pipeline": 2}
+    common += CUT[-3:]
+    layouts = {"single": 1, "fsdp": 2, "tensor": 2, "pipeline": 2}
     found = []
-    for before, after in (("single", "single"), ("single", "fsdp"), ("fsdp", "pipeline"), ("pipeline", "single")):
-        half, rest = tmp_path / f"{before} {after} half", tmp_path / f"{before} {after}"
-        first = [*common, f"parallel={before}", "train.steps=2", f"train.run_dir={half}"]
-        assert set(run_ranks(layouts[before], run_trainer, first)) == {0}
+    for layout, processes in layouts.items():
+        first = [*common, f"parallel={layout}", "train.steps=2", "train.export=false"]
+        assert set(run_ranks(processes, run_trainer, [*first, f"train.run_dir={tmp_path / layout}"])) == {0}
+    for before, after in (
+        ("single", "single"),
+        ("single", "fsdp"),
+        ("fsdp", "tensor"),
+        ("tensor", "pipeline"),
+        ("pipeline", "single"),
+    ):
+        half, rest = tmp_path / before, tmp_path / f"{before} {after}"
         second = [*common, f"parallel={after}", "train.steps=4", f"train.run_dir={rest}", f"train.resume={half}"]
         assert set(run_ranks(layouts[after], run_trainer, second)) == {0}
         found.append(load_file(rest / "model" / "adapter_model.safetensors"))
@@ -103,7 +126,7 @@ def test_a_run_goes_on_under_another_layout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        ("parallel=tensor", "parallel.tp=2"),
+        ("parallel=tensor", "parallel.tp=2: cuts matrices, and tuning.double_quantization=true packs scales across"),
         ("parallel=zero2", "tuning=qlora"),
         ("parallel=single precision=fp64", "precision=fp64"),
         ("parallel=single train.compile=true", "train.compile=true"),
@@ -116,6 +139,26 @@ def test_where_it_cannot_run_is_one_line(overrides: str, key: str) -> None:
         make_plan(config, Machine(world_size=2, local_world_size=2))
     (line,) = [line for line in str(caught.value).splitlines() if line.startswith(key)]
     assert "use" in line or "set" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            "model.config.hidden_size=192",
+            r"parallel.tp=2: model.layers.0.self_attn.o_proj\S* has 3 packed blocks in a row",
+        ),
+        (
+            "model.config.num_key_value_heads=1",
+            r"parallel.tp=2: model.layers.0.self_attn.[kv]_proj\S* is packed and has fewer",
+        ),
+    ],
+)
+def test_a_cut_through_a_block_is_one_line(overrides: str, line: str) -> None:
+    tensor = ["model=tiny", "parallel=tensor", "data=synthetic", "tuning=qlora", "tuning.double_quantization=false"]
+    config = load_config([*tensor, *overrides.split()])
+    with pytest.raises(PlanError, match=line):
+        estimate(config, make_plan(config, Machine(world_size=2, local_world_size=2)))
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:

@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.load import load_config
 from tests.support.harness import run_ranks
 from tests.support.reports import lone_plan, tiny_model
+from trainer.flops import Flops, count_parameters, counted_flops, mfu, model_flops, peak_flops
+from trainer.linear import float8
 from trainer.model.build import build_hf_config
-from trainer.model.flops import count_parameters, flops_per_token, mfu, peak_flops
+from trainer.passes import prepare_model
 from trainer.report import measure
 from trainer.report.measure import StepSeconds, StepTimer, _host_peak, peak_memory
 
@@ -20,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Stands still until it is told to go on."""
+    """Does not move until it is told to go on."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -106,7 +108,7 @@ def test_flops_per_token_agree_with_a_count_of_matrix_products(overrides: list[s
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens, use_cache=False).logits.sum().backward()
     counted = counter.get_total_flops() / tokens.numel()
-    formula = flops_per_token(model.config, parameters=count_parameters(model, active=True), seq_len=64)
+    formula = counted_flops(model.config, parameters=count_parameters(model, active=True), seq_len=64).both
     # Norms, biases and learned positions are in N and in no product; the first layer's input needs no gradient.
     assert formula == pytest.approx(counted, rel=0.06)
 
@@ -114,7 +116,7 @@ def test_flops_per_token_agree_with_a_count_of_matrix_products(overrides: list[s
 def test_flops_per_token_of_a_published_model() -> None:
     llama = build_hf_config(load_config(["model=llama3_1_8b"]).model)
     # 8.03e9 parameters, of which 128,256 x 4,096 are the input embedding; 32 layers, 32 heads of 128.
-    assert flops_per_token(llama, parameters=8_030_261_248, seq_len=8192) == pytest.approx(
+    assert counted_flops(llama, parameters=8_030_261_248, seq_len=8192).both == pytest.approx(
         6 * (8_030_261_248 - 128_256 * 4096) + 12 * 32 * 4096 * 8192
     )
 
@@ -134,12 +136,30 @@ def test_mfu_is_the_share_of_all_devices_peak() -> None:
     assert mfu(10_000, flops_per_token=5e10, world_size=2, peak_flops=1e15) == pytest.approx(0.25)
 
 
+def test_a_step_counts_what_runs_in_float8_and_what_its_update_runs() -> None:
+    config = load_config(["model=tiny", "precision=fp8"])
+    model = prepare_model(config)
+    found, text = model_flops(model, seq_len=64), model.config.get_text_config()
+    width, inner = text.hidden_size, text.intermediate_size
+    attention = 2 * width * (width + text.num_key_value_heads * (width // text.num_attention_heads))
+    assert found.float8 == 2 * text.num_hidden_layers * (attention + 3 * width * inner)
+    assert found.step(config) == found.both == 3 * found.forward
+    assert found.step(load_config(["optimizer=mezo"])) == 2 * found.forward
+    # A frozen model's two forwards are as long as any.
+    assert Flops(forward=4.0, spared=4.0).step(load_config(["optimizer=mezo", "tuning=lora"])) == 8
+
+
 def test_the_peak_is_that_of_the_card_and_the_dtype() -> None:
     def peak(gpu: str | None, *overrides: str) -> float | None:
-        return peak_flops(load_config(list(overrides)), lone_plan(*overrides), gpu)
+        config = load_config(list(overrides))
+        return peak_flops(config, lone_plan(*overrides), gpu, Flops(forward=4.0, float8=3.0 * float8.chosen(config)))
 
     assert peak("NVIDIA H200", "precision=bf16") == 989.4e12
     assert peak("NVIDIA H200", "precision=fp32") == 67e12
+    # Three quarters of all products in float8; with the other recipe half of the backward's are not.
+    both = ("precision=fp8", "precision.float8.recipe=rowwise_with_gw_hp")
+    assert peak("NVIDIA H200", "precision=fp8") == pytest.approx(1 / (0.75 / 1978.9e12 + 0.25 / 989.4e12))
+    assert peak("NVIDIA H200", *both) == pytest.approx(1 / (0.5 / 1978.9e12 + 0.5 / 989.4e12))
     assert peak("NVIDIA H200", "precision=tf32") == 494.7e12
     assert peak("NVIDIA Unheard", "precision=bf16") is None
     assert peak("NVIDIA Unheard", "precision=bf16", "cluster.gpu=L4") == 121e12

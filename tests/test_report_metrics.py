@@ -36,6 +36,7 @@ STEP = StepMetrics(
     skipped_steps=0,
     tokens=4096,
     valid_tokens=4000,
+    tokens_of=None,
 )
 ON_GPU = replace(
     STEP, mfu=0.4123, peak_allocated_bytes=3 * 2**30, peak_reserved_bytes=4 * 2**30, loss_scale=65536.0, skipped_steps=2
@@ -73,9 +74,9 @@ def test_the_keys_of_each_kind_of_line() -> None:
     assert list(to_dict(STEP)) == [
         "kind", "step", "loss", "grad_norm", "lr", "lr_of", "moe", "tokens_per_second", "step_seconds",
         "data_seconds", "forward_backward_seconds", "optimizer_seconds", "mfu", "peak_allocated_bytes",
-        "peak_reserved_bytes", "peak_host_bytes", "loss_scale", "skipped_steps", "tokens", "valid_tokens",
+        "peak_reserved_bytes", "peak_host_bytes", "loss_scale", "skipped_steps", "tokens", "valid_tokens", "tokens_of",
     ]  # fmt: skip
-    assert list(to_dict(VALIDATION)) == ["kind", "step", "validation_loss", "validation_perplexity", "tokens"]
+    assert list(to_dict(VALIDATION)) == ["kind", "step", "validation_loss", "validation_perplexity", "sets", "tokens"]
     assert [to_dict(line)["kind"] for line in (STEP, VALIDATION)] == ["step", "validation"]
 
 
@@ -165,6 +166,7 @@ def test_the_summary_tells_before_and_after() -> None:
         "speed      12,346 tokens/s in the median step",
         "memory     peak 512 MiB in the largest process (resident set)",
         "model      /runs/a/model",
+        "report     /runs/a/report.html",
         "run        /runs/a",
     ]
     on_gpu = replace(
@@ -182,5 +184,6 @@ def test_the_summary_tells_before_and_after() -> None:
         "training   loss 5.5000 -> 2.0000, perplexity 244.69 -> 7.39",
         "speed      12,346 tokens/s in the median step, mfu 40.0%",
         "memory     peak 2.00 GiB allocated, 3.00 GiB reserved on the fullest GPU",
+        "report     /runs/a/report.html",
         "run        /runs/a",
     ]

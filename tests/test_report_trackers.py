@@ -36,8 +36,40 @@ def test_an_unknown_tracker_is_one_line_with_the_known_ones() -> None:
     (problem,) = check_tracker(load_config(["logging.tracker=wandbb"]).logging)
     assert problem == (
         "logging.tracker=wandbb: not a known tracker; use none, aim, clearml, comet_ml, dvclive, mlflow, swanlab,"
-        " tensorboard, trackio, wandb"
+        " tensorboard, trackio, wandb, custom"
     )
+
+
+USERS = "tests.support.trackers_of_users"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["logging=custom"], "logging.target=null: logging.tracker=custom needs it: logging.target=package.module.Cla"),
+        (["logging.target=a.B"], "logging.target=a.B: is for logging.tracker=custom, this is none; set that, or leave"),
+        (
+            ["logging=custom", f"logging.target={USERS}.Lines", "logging.options.fiel=x"],
+            f"logging.options.fiel=x: {USERS}.Lines has no such option; did you mean logging.options.file?",
+        ),
+        (["logging=custom", "logging.target=math.pi"], "logging.target=math.pi: is no class; give one"),
+        (["logging=custom", "logging.target=builtins.dict"], "logging.target=builtins.dict: has no log() and no finis"),
+    ],
+)
+def test_a_tracker_of_the_users_own_refuses(words: list[str], line: str) -> None:
+    problems = list(check_tracker(load_config(words).logging))
+    assert [problem for problem in problems if problem.startswith(line)], problems
+
+
+def test_a_tracker_of_the_users_own_gets_what_every_tracker_gets(tmp_path: Path) -> None:
+    own = ["logging=custom", f"logging.target={USERS}.Lines", "logging.options.file=own.txt"]
+    config, plan = config_and_plan(tmp_path / "run", "launcher=python", *own)
+    with lone_runtime(plan) as runtime:
+        report_run(config, plan, runtime, [result(5.0), result(4.5)], SECONDS)
+    lines = (tmp_path / "run" / "own.txt").read_text().splitlines()
+    assert lines[0].startswith("begin ") and lines[-1] == "end False"
+    steps = {line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "step"}
+    assert {int(line.split()[0]) for line in lines[1:-1]} >= steps and "loss" in lines[1]
 
 
 @pytest.mark.parametrize("option", ["api_key", "API_KEY", "apikey", "auth_token", "settings.password", "secret"])

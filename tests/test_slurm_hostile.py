@@ -44,7 +44,7 @@ def test_hostile_texts_reach_the_ranks_word_for_word(tmp_path: Path) -> None:
     """They are data in job.json: the script, its arguments and sbatch's options do not hold them."""
     for number, text in enumerate(HOSTILE):
         run_dir = tmp_path / f"run{number}"
-        words = [*BASE, f"train.run_dir={run_dir}"]
+        words = [*BASE, "data=files", "data.paths=[corpus]", f"train.run_dir={run_dir}"]
         config = load_config(words)
         config.data.text_key = text
         job = make_job(config, plan_job(config), [*words, f"data.text_key={text}"], config_dir=None, run_dir=run_dir)

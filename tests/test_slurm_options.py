@@ -161,7 +161,7 @@ def test_forms_of_a_time_limit(text: str, seconds: int | None) -> None:
 
 def test_what_is_submitted(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*BASE, "train.resume=never", "train.run_dir=50% done"]
-    assert launch_job(load_config(words), words, config_dir=None) == 0
+    assert launch_job(load_config(words), words, config_dir=None) == (0, False)
     asked, submitted = given(slurm)
     assert (asked[0], submitted[0]) == ("--test-only", "--parsable")
     assert asked[1:] == submitted[1:]
@@ -184,7 +184,7 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", "/nonexistent")
     words = [*BASE, "dry_run=true", "cluster.device=cuda", "cluster.gpu=A100-SXM4-40GB"]
     words += ["cluster.slurm.setup=[module load cuda]", "cluster.slurm.container=/images/ours.sqsh"]
-    assert launch_job(load_config(words), words, config_dir=None) == 0
+    assert launch_job(load_config(words), words, config_dir=None) == (0, False)
     said = capsys.readouterr().out
     for part in (
         "world      8 = 2 node(s) x 4 process(es) on cuda",

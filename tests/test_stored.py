@@ -215,7 +215,7 @@ def state_of(folder: Path) -> dict[str, str]:
 
 
 def test_damage_by_chance_ends_in_one_line(tmp_path: Path) -> None:
-    folders = [tmp_path / "models" / str(seed) for seed in range(30)]
+    folders = [tmp_path / "models" / str(seed) for seed in range(18)]
     whole = tmp_path / "whole"
     save_llama(whole)
     for seed, folder in enumerate(folders):
@@ -233,6 +233,6 @@ def test_damage_by_chance_ends_in_one_line(tmp_path: Path) -> None:
         if code == 2:
             refused += 1
             assert 0 < len(lines) <= 6 and all(line.startswith(f"model.path={folder}: ") for line in lines), seed
-    assert refused > 20
+    assert refused > 12
     after = state_of(tmp_path)
     assert {path: state for path, state in after.items() if f"{tmp_path}/runs" not in path} == before

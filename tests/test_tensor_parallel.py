@@ -271,7 +271,7 @@ def test_rules() -> None:
         " 16",
     ]
     assert "the 12 attention heads; use 1, 2, 3, 4, 6, 12" in next(check_tensor(fields, 8, False, 16))
-    assert "leaves a rank without any of the 5 words" in next(check_tensor({"vocab_size": 5}, 4, False, 16))
+    assert "leaves a rank without any of the 5 tokens" in next(check_tensor({"vocab_size": 5}, 4, False, 16))
     assert "parallel.tp is 1; set it to false" in next(check_tensor(fields, 1, True, 16))
 
 

@@ -1,4 +1,5 @@
-"""`tuning=ia3|prompt|p_tuning|prefix`: every layout agrees with one process, and peft with the exported folder."""
+"""`tuning=ia3|adapter|prompt|p_tuning|prefix`: every layout agrees with one process, and who reads the exported folder
+computes the same."""
 
 from __future__ import annotations
 
@@ -8,39 +9,50 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 
-from configs.errors import ConfigError, PlanError
+from configs.errors import ConfigError, DataError, PlanError
 from configs.load import load_config
 from tests.support.cases import Trained, run_trainer, train
 from tests.support.harness import run_ranks
+from tests.support.mutations import train_with
 from tests.support.parity import ROWS, Row, distance, words
 from tests.support.selection import rows
 from tests.support.shared import once
 from tests.support.tuning_cases import IDS, train_and_export
 from trainer.checkpoint.export import export
+from trainer.checkpoint.merge import merge
+from trainer.linear.bottleneck_layers import load_bottlenecks
 from trainer.make_plan import make_plan
 from trainer.passes import prepare_model
 from trainer.plan.machine import Machine
 
-METHODS = ("ia3", "prompt", "p_tuning", "prefix")
+OF_PEFT = ("ia3", "prompt", "p_tuning", "prefix")
+METHODS = (*OF_PEFT, "adapter")
 COUNT = 6
 STEPS = 3
 # Gradients of a random model are small: without a small bound nothing would be clipped.
 COMMON = ("train.gradient_accumulation_steps=2", "train.clip_grad_norm=0.002", "optimizer=sgd", "optimizer.lr=10")
 ALL = {"ddp": 2, "fsdp": 2, "hsdp": 4, "zero1": 2, "zero2": 2, "zero3": 2}
 LAYOUTS = {(method, layout): count for method in METHODS for layout, count in ALL.items()}
-LAYOUTS |= {("ia3", "pipeline"): 2, ("ia3", "context"): 2}
+LAYOUTS |= {(method, layout): 2 for method in ("ia3", "adapter") for layout in ("pipeline", "context")}
+LAYOUTS |= {("adapter", "fsdp train.activation_checkpointing=full"): 2}
 LAYOUTS |= {(method, "tensor"): 2 for method in ("prompt", "p_tuning")}
 LAYOUTS |= {("prefix", "fsdp train.chunked_loss=true"): 2, ("ia3", "pipeline train.chunked_loss=true"): 2}
 LAYOUTS |= {("p_tuning", "tensor parallel.sequence_parallel=true"): 2, ("prompt", "zero2_tensor"): 4}
 OFTEN = {("ia3", "pipeline"), ("prompt", "zero3"), ("p_tuning", "tensor")}
-OFTEN |= {("prefix", "fsdp train.chunked_loss=true")}
+OFTEN |= {("prefix", "fsdp train.chunked_loss=true"), ("adapter", "ddp")}
+OFTEN |= {("adapter", "fsdp train.activation_checkpointing=full")}
+OWN = {
+    "ia3": (),
+    "adapter": ("tuning.bottleneck=8", "tuning.after_attention=true"),
+    **dict.fromkeys(("prompt", "p_tuning", "prefix"), (f"tuning.virtual_tokens={COUNT}",)),
+}
 FLOAT64, FLOAT32 = 1e-10, 1e-5
 
 
 def keys(method: str) -> tuple[str, ...]:
-    return (f"tuning={method}", *COMMON, *(() if method == "ia3" else (f"tuning.virtual_tokens={COUNT}",)))
+    return (f"tuning={method}", *COMMON, *OWN[method])
 
 
 @once
@@ -61,13 +73,19 @@ def test_layout_trains_what_one_process_trains(method: str, layout: str) -> None
     assert apart.largest <= (FLOAT32 if precision == "fp32" else FLOAT64), apart
 
 
+def test_parity_sees_bottlenecks_that_each_rank_draws() -> None:
+    given = words("llama", "fsdp", "fp64", STEPS, *keys("adapter"))
+    broken = run_ranks(2, train_with, "adapters_drawn_by_each_rank", given)[0]
+    assert distance(broken, alone("adapter", "fp64")).largest > 1e4 * FLOAT64
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.nightly)])
 def test_peft_computes_what_was_trained(kind: str, tmp_path: Path) -> None:
     config = load_config(words(kind, "single", "fp32", STEPS))
     base = AutoModelForCausalLM.from_config(prepare_model(config).config)
     base.save_pretrained(tmp_path / "base")
-    for method in METHODS:
+    for method in OF_PEFT:
         given = [*words(kind, "single", "fp32", STEPS, *keys(method)), f"model.path={tmp_path / 'base'}"]
         given = [word for word in given if not word.startswith(("model=", "model.config"))]
         given += ["model.weights=pretrained", "optimizer=adamw", "optimizer.lr=0.1"]
@@ -81,7 +99,34 @@ def test_peft_computes_what_was_trained(kind: str, tmp_path: Path) -> None:
         assert (ours - before).abs().max() > 1e-3, method
 
 
-@pytest.mark.parametrize("method", rows([(m,) for m in METHODS], lambda method: method == "p_tuning"))
+def test_an_exported_bottleneck_computes_what_was_trained(tmp_path: Path) -> None:
+    """By whoever loads the folder, and in a run that goes on from it. It is never merged."""
+    base, made = tmp_path / "base", tmp_path / "made"
+    plain = AutoModelForCausalLM.from_config(prepare_model(load_config(words("llama", "single", "fp32", STEPS))).config)
+    plain.save_pretrained(base)
+    given = [
+        word for word in words("llama", "single", "fp32", STEPS) if not word.startswith(("model=", "model.config"))
+    ]
+    given += ["model.weights=pretrained", "optimizer=adamw", "optimizer.lr=0.1", "tuning=adapter"]
+    ours = run_ranks(1, train_and_export, [*given, *OWN["adapter"], f"model.path={base}"], made)[0]
+    loaded = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        before = loaded(input_ids=IDS).logits
+        load_bottlenecks(loaded, made)
+        assert (ours - loaded(input_ids=IDS).logits).abs().max() <= 1e-5
+    assert (ours - before).abs().max() > 1e-3
+    still = [word for word in given if not word.startswith("optimizer.lr")]
+    again = run_ranks(1, train_and_export, [*still, "optimizer.lr=1e-30", f"model.path={made}"], tmp_path / "again")[0]
+    assert (ours - again).abs().max() <= 1e-5
+    with pytest.raises(
+        ConfigError, match=r"^tuning=lora: .*set tuning=adapter to go on from it, or begin from its base"
+    ):
+        load_config(["tuning=lora", "model.weights=pretrained", f"model.path={made}"])
+    with pytest.raises(DataError, match=r"holds a bottleneck adapter, which no matrix of its model can take up; use"):
+        merge(made, tmp_path / "merged", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("method", rows([(m,) for m in METHODS], lambda method: method in ("p_tuning", "adapter")))
 def test_a_run_goes_on_under_another_layout(method: str, tmp_path: Path) -> None:
     given = words("llama", "single", "fp64", 4, *keys(method), "logging.progress=lines", "checkpoint.every=2")
     given += ["scheduler=constant", "scheduler.warmup_steps=0"]
@@ -104,8 +149,14 @@ def test_a_run_goes_on_under_another_layout(method: str, tmp_path: Path) -> None
         ("tuning=ia3 parallel=tensor", "parallel.tp=2: cuts features that tuning=ia3 multiplies by vectors it holds"),
         (
             "tuning=ia3 tuning.rank=4",
-            "tuning.rank=4: is for adapters, this is tuning=ia3; choose tuning=lora, or leave",
+            "tuning.rank=4: is for lora, qlora, this is tuning=ia3; choose tuning=lora, or leave",
         ),
+        (
+            "tuning=adapter parallel=tensor",
+            "parallel.tp=2: may cut what tuning=adapter reads, and it holds its matrices",
+        ),
+        ("tuning=adapter train.compile=true", "train.compile=true: compiles no layers with adapters behind them; set"),
+        ("tuning=ia3 tuning.bottleneck=4", "tuning.bottleneck=4: is for bottleneck adapters, this is tuning=ia3;"),
         ("tuning=ia3 tuning.virtual_tokens=4", "tuning.virtual_tokens=4: is for prompt, p_tuning, prefix, this is"),
         (
             "tuning=prompt parallel=pipeline",
@@ -142,6 +193,12 @@ def test_what_cannot_be_combined_is_one_line(given: str, says: str) -> None:
     with pytest.raises(PlanError) as refused:
         make_plan(load_config(given.split()), Machine(gpus=2))
     assert [line for line in refused.value.problems if line.startswith(says)], refused.value.problems
+
+
+def test_layers_without_a_module_for_the_mlp_are_one_line(tmp_path: Path) -> None:
+    OPTConfig(num_hidden_layers=1, hidden_size=32, ffn_dim=64, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^tuning=adapter: layer 0 of OPTForCausalLM has no module for its MLP"):
+        prepare_model(load_config(["tuning=adapter", f"model.path={tmp_path}"]))
 
 
 def test_an_architecture_that_peft_s_table_lacks_is_one_line() -> None:

@@ -4,7 +4,7 @@
 #
 #   bash tests/versions.sh                         every set, one after another (each downloads some 2 GB)
 #   bash tests/versions.sh lowest 3.13             some
-#   bash tests/versions.sh newest -- tests -n 3    words behind -- go to pytest in place of --quick
+#   bash tests/versions.sh newest -- tests -n 3    words behind -- go to pytest instead of --quick
 #   bash tests/versions.sh --dry-run lowest        say what would be installed, and install nothing
 #   bash tests/versions.sh --list
 #

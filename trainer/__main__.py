@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from configs.door import Arguments, Door, parse_arguments, show, turn_away
 from configs.errors import (
@@ -33,7 +34,8 @@ from configs.errors import (
 )
 from configs.interpolation import settle_clock
 from configs.load import load_config
-from configs.output import delivered, guard_output
+from configs.output import announce, delivered, guard_output
+from configs.schema import Config
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
 from trainer.process.disks import told_anywhere
@@ -41,7 +43,10 @@ from trainer.process.exhausted import told_at_start
 from trainer.process.lifeline import watch
 from trainer.process.segments import set_segments
 from trainer.process.stopping import QUIET_STOP
-from trainer.process.world import accelerate_note, check_world, speaks_for_node
+from trainer.process.world import PLAN_SHOWN, accelerate_note, check_world, speaks_for_node
+
+if TYPE_CHECKING:
+    from trainer.report.callbacks import Callback
 
 EXIT_INTERRUPTED = 130
 DOOR = Door(
@@ -82,8 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: Arguments) -> int:
-    """Compose, plan, and run the loop. Raises CookbookError on what the user can mend."""
-    config = load_config(_settled(arguments.overrides), config_dir=arguments.config_dir)
+    """Compose, then start. Raises CookbookError on what the user can mend."""
+    return start(load_config(_settled(arguments.overrides), config_dir=arguments.config_dir))
+
+
+def start(config: Config, callbacks: Sequence[Callback] = ()) -> int:
+    """Plan, and run the loop on this rank. callbacks: see `trainer.report.callbacks`. Raises CookbookError."""
     check_world()
     plan = make_plan(config, find_machine())
     if config.dry_run:
@@ -100,12 +109,15 @@ def train(arguments: Arguments) -> int:
     if config.profile:
         # Kineto, which reads it as torch is loaded, otherwise writes a line whenever it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    if os.environ.get("RANK", "0") == "0" and PLAN_SHOWN not in os.environ:
+        print(plan.describe(), flush=True)
     with progress_told():
         if (note := accelerate_note()) is not None:
             logging.getLogger("trainer").info(note)
+        announce("importing torch and transformers")
         from trainer.run.loop import run
 
-        return run(config, plan)
+        return run(config, plan, callbacks)
 
 
 def _settled(words: Sequence[str]) -> list[str]:

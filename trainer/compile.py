@@ -1,4 +1,4 @@
-"""torch.compile, layer by layer: fused kernels in place of one kernel per operation. No communication of its own.
+"""torch.compile, layer by layer: fused kernels instead of one kernel per operation. No communication of its own.
 
 All decoder layers of a kind share one compiled program, so the first step pays for one layer, not for all. The layer's
 `forward` is compiled, not its call: hooks that sharding registers on the layer stay outside and cause no graph breaks.

@@ -1,17 +1,28 @@
-"""Start-up check of `data.document_mask`: does this architecture keep packed documents apart?
+"""`data.document_mask`: how attention learns where documents end, and the start-up check that it does.
 
 The trainer gives every document positions of its own, 0 1 2 0 1 2 3 ..., and no mask: transformers reads the borders
-off the positions and builds the mask that its attention needs. Architectures that make their masks by themselves, or
-carry a state along the sequence, would train on, seeing across the borders. So a shrunk copy computes two documents
-in one row and alone: the logits must agree.
+off the positions and builds the mask that its attention needs, seq_len x seq_len for each sequence.
+
+    position_ids    0 1 2 0 1 2 3 | 0 1 2 3 4 0 1       two rows of a micro-batch
+    cu_seq_lens     0     3       7         12  14      where documents end, over all rows one after the other
+
+Kernels that take lengths need no mask. transformers finds lengths in the positions of one row alone and takes several
+rows for sequences without borders, so the trainer passes them (`give_lengths`).
+
+Architectures that make their masks by themselves, or carry a state along the sequence, would train on, seeing across
+the borders; others do not pass lengths on. So a shrunk copy computes two documents in one row and alone: the logits
+must agree. It stands in for a kernel of a GPU with a few lines that take the same lengths.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import flash_attention_mask
 
 from configs.errors import ConfigError, first_line
 from trainer.model.miniature import small_model
@@ -22,27 +33,91 @@ TOLERANCE = 1e-5
 LENGTHS = (3, 5)
 
 
-def check_document_mask(config: PretrainedConfig) -> None:
-    """Raise ConfigError where attention crosses the border between packed documents. Computes on the CPU."""
+NAME = "documents_by_length"
+"""The stand-in's."""
+
+
+def give_lengths(model: nn.Module) -> None:
+    """Let each forward that gets positions also get the lengths that they mean, as transformers names them."""
+    model.register_forward_pre_hook(_with_lengths, with_kwargs=True)
+
+
+def _with_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        return args, kwargs
+    flat = positions.reshape(-1)
+    ends = torch.cat([(flat == 0).nonzero()[:, 0], flat.new_tensor([flat.numel()])]).to(torch.int32)
+    longest = int(ends.diff().max())
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return args, {**kwargs, **lengths}
+
+
+def check_document_mask(config: PretrainedConfig, *, lengths: bool = False) -> None:
+    """Raise ConfigError where attention crosses the border between packed documents. Computes on the CPU.
+
+    lengths: attention is a kernel that takes them.
+    """
     try:
-        apart = _apart(config)
+        apart = _apart(config, lengths=lengths)
     except Exception as error:  # a config in miniature may break any rule of its architecture
         reason = first_line(error)
+        if lengths:
+            raise ConfigError(
+                f"data.document_mask=true: nothing shows that a {config.model_type} passes lengths of documents to its"
+                f" attention, since a small copy does not run with them: {reason}; use model.attention=sdpa"
+            ) from None
         log.warning("data.document_mask not checked: a small %s does not run: %s", config.model_type, reason)
         return
     if apart > TOLERANCE:
+        remedy = "use model.attention=sdpa, or set it to false" if lengths else "set it to false"
         raise ConfigError(
             f"data.document_mask=true: a {config.model_type} sees across the border between packed documents whatever"
-            " their positions say; set it to false"
+            f" their {'lengths' if lengths else 'positions'} say; {remedy}"
         )
 
 
 @torch.no_grad()
-def _apart(config: PretrainedConfig) -> float:
-    """Largest difference of the logits between one row and two."""
+def _apart(config: PretrainedConfig, *, lengths: bool) -> float:
+    """Largest difference of the logits between documents in two rows, and each alone."""
     model = small_model(config)
-    ids = torch.arange(3, 3 + sum(LENGTHS))[None]
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    if lengths:
+        AttentionInterface.register(NAME, _within_lengths)
+        AttentionMaskInterface.register(NAME, flash_attention_mask)
+        model.set_attn_implementation(NAME)
+        give_lengths(model)
+    ids = torch.arange(3, 3 + sum(LENGTHS)).repeat(2, 1)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).repeat(2, 1)
     packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    alone = [model(input_ids=document, use_cache=False).logits for document in ids.split(LENGTHS, dim=1)]
+    alone = []
+    for document in ids.split(LENGTHS, dim=1):
+        own = {"position_ids": torch.arange(document.shape[1]).repeat(2, 1)} if lengths else {}
+        alone.append(model(input_ids=document, use_cache=False, **own).logits)
     return (packed - torch.cat(alone, dim=1)).abs().max().item()
+
+
+def _within_lengths(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention inside each document, as a kernel computes it from lengths; without them, inside each row."""
+    rows, heads, size, width = query.shape
+    key, value = (each.repeat_interleave(heads // each.shape[1], dim=1) for each in (key, value))
+    ends = torch.arange(rows + 1) * size if cu_seq_lens_q is None else cu_seq_lens_q.to(torch.int64)
+    document = torch.bucketize(torch.arange(rows * size), ends[1:], right=True)
+    place = torch.arange(rows * size)
+    seen = (document[:, None] == document) & (place[:, None] >= place)
+    if sliding_window is not None:
+        seen &= place[:, None] - place < sliding_window
+    flat = [each.transpose(1, 2).reshape(rows * size, heads, -1).transpose(0, 1) for each in (query, key, value)]
+    scores = flat[0] @ flat[1].transpose(1, 2) * (width**-0.5 if scaling is None else scaling)
+    mixed = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ flat[2]
+    return mixed.transpose(0, 1).reshape(rows, size, heads, -1), None

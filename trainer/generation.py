@@ -3,7 +3,7 @@
 a run             the model that it exported, or else its newest whole checkpoint
 a checkpoint      exported into a temporary folder first
 a model           as transformers reads it
-an adapter        with the model that it belongs to, by peft
+an adapter        with the model that it belongs to, by peft or by what `linear.bottleneck` has put there
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
+from configs.adapter_folder import OWN_KIND
 from configs.errors import ConfigError, CookbookError, EnvironmentProblem, first_line
 from configs.load import from_yaml
 from trainer.checkpoint.export import export
 from trainer.data.tokenizer import tokenizer_to_export
+from trainer.linear.bottleneck_layers import load_bottlenecks
 from trainer.model.build import materialize
 from trainer.model.causal import build_causal
+from trainer.model.custom import introduce_of_run
 from trainer.model.weights import open_weights
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -119,6 +122,7 @@ def _load(folder: Path, asked: Request, device: torch.device) -> tuple[PreTraine
     if asked.initial:
         model, tokenizer = _initial(folder)
     else:
+        introduce_of_run(folder)
         tokenizer = _tokenizer(folder, asked)
         try:
             if (folder / ADAPTER).is_file():
@@ -157,12 +161,8 @@ def _tokenizer(folder: Path, asked: Request) -> PreTrainedTokenizerBase:
 
 
 def _with_adapter(folder: Path, asked: Request) -> PreTrainedModel:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise EnvironmentProblem(f"{folder}: holds an adapter, which peft reads; pip install peft") from None
-    named = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path")
-    if not (base := asked.base or named):
+    said = json.loads((folder / ADAPTER).read_text())
+    if not (base := asked.base or said.get("base_model_name_or_path")):
         raise ConfigError(f"{folder}: does not name the model that it belongs to; give --base FOLDER")
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
@@ -170,6 +170,13 @@ def _with_adapter(folder: Path, asked: Request) -> PreTrainedModel:
         raise ConfigError(
             f"{folder}: its model {base} cannot be loaded ({first_line(error)}); give --base FOLDER"
         ) from None
+    if said.get("peft_type") == OWN_KIND:
+        load_bottlenecks(model, folder)
+        return model
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise EnvironmentProblem(f"{folder}: holds an adapter, which peft reads; pip install peft") from None
     with warnings.catch_warnings():
         # peft 0.21 reads an attribute that transformers has renamed.
         warnings.simplefilter("ignore", FutureWarning)

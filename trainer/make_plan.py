@@ -17,11 +17,13 @@ from configs.choices import EngineName, LauncherName, OffloadDevice
 from configs.errors import PlanError
 from configs.schema import Config
 from trainer import linear, update
-from trainer.axes import AXES, expert
+from trainer.axes import AXES, SHARD, expert, shard
 from trainer.axes import degrees as degrees_of
 from trainer.axes.pipeline.table import check_pipeline
 from trainer.axes.pipeline.timeline import bubble_fraction
+from trainer.engine.deepspeed import settings as deepspeed
 from trainer.plan.batch import BatchPlan, plan_batch
+from trainer.plan.length import planned_steps
 from trainer.plan.machine import Machine
 from trainer.plan.model_fields import config_fields, sizes
 from trainer.plan.plan import Plan
@@ -45,6 +47,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     if config.parallel.pp > 1 and config.parallel.engine is EngineName.torch:
         problems += _check_pipeline(config, batch)
     problems += _check_offload(config, view)
+    problems += [*deepspeed.check_groups(config, view.degrees[SHARD]), *shard.check_groups(config, view)]
     problems += update.problems(config, batch)
     if problems:
         raise PlanError(*problems)
@@ -62,8 +65,10 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         reduce_dtype=config.precision.reduce_dtype,
         master_dtype=config.precision.master_dtype,
         reshard_after_forward=_reshard(config),
+        fsdp=config.parallel.fsdp,
         bubble=_bubble(config, batch),
-        steps=config.train.steps,
+        steps=planned_steps(config),
+        epochs=config.train.epochs,
         layers=linear.words(config),
     )
 
@@ -111,7 +116,7 @@ def _dense_view(config: Config, world_size: int, problems: list[str]) -> View:
     product = " * ".join(named) or "1"
     if len(open_axes) > 1:
         problems.append(
-            f"parallel.{open_axes[0]}=null, parallel.{open_axes[1]}=null: one degree at the most can be filled"
+            f"parallel.{open_axes[0]}=null, parallel.{open_axes[1]}=null: at most one degree can be filled"
             " from the world size; set the other to a number"
         )
     elif open_axes and world_size % fixed:
@@ -130,7 +135,7 @@ def _dense_view(config: Config, world_size: int, problems: list[str]) -> View:
 
 
 def _reshard(config: Config) -> bool:
-    """Under a pipeline every micro-batch would gather the parameters anew, so there they are kept."""
+    """Under a pipeline every micro-batch would gather the parameters again, so there they are kept."""
     asked = config.parallel.reshard_after_forward
     return asked if asked is not None else config.parallel.pp == 1
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -34,16 +35,20 @@ from trainer.axes.tensor.apply import TensorParallel, apply_tensor_parallel, sha
 from trainer.axes.tensor.check import self_check
 from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
 from trainer.compile import apply_compile
-from trainer.document_mask import check_document_mask
-from trainer.model.build import architecture, text_config
+from trainer.document_mask import check_document_mask, give_lengths
+from trainer.model.build import architecture, decoder_layers, text_config
 from trainer.model.causal import build_causal
 from trainer.model.head import slice_head
-from trainer.model.loss import cross_entropy_sum
+from trainer.model.layers import mark_read_directly
+from trainer.model.loss import Smoothed, cross_entropy_sum, in_training
+from trainer.model.noise import Noise, add_noise
 from trainer.model.objective import Objective
-from trainer.model.probe import probe, untrained_names
+from trainer.model.probe import Probe, probe, uncalled_names, untrained_names
 from trainer.model.roles import Described, describe
 from trainer.moe.balancing import Balancing, build_balancing
+from trainer.optim import by_role
 from trainer.optim.table import saved_kinds
+from trainer.plan.documents import by_length
 from trainer.plan.plan import Plan
 from trainer.plan.views import EXPERT
 from trainer.recompute import apply_checkpointing
@@ -59,8 +64,9 @@ class Parts:
     meshes: None where nothing is divided, in an estimate. model: whole, with all its names. modules: the model, or this
     rank's pipeline stages. stages: the latter; empty without a pipeline. tensor: one for each module; empty without
     tensor parallel. objective: where the loss is computed. balancing: of routed experts; None for a dense model.
-    described: of the whole model. kinds: of tensors that the optimizer keeps of each parameter. fill, zero: the
-    engine's own, which give a module its values, and the model to DeepSpeed.
+    compiler: what compiles the layers; an estimate has one of its own. described: of the whole model. kinds: of tensors
+    that the optimizer keeps of each parameter. fill, zero: the engine's own, which give a module its values, and the
+    model to DeepSpeed.
     """
 
     config: Config
@@ -69,6 +75,7 @@ class Parts:
     model: PreTrainedModel
     fill: Callable[[PreTrainedModel], None] | None = None
     zero: Callable[[Parts], None] | None = None
+    compiler: Callable[[nn.Module], None] = apply_compile
     modules: list[PreTrainedModel] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     tensor: list[TensorParallel] = field(default_factory=list)
@@ -109,13 +116,18 @@ def _convert(parts: Parts) -> list[str]:
     linear.report(parts.model, parts.config)
     parts.described = describe(parts.model, parts.config.parallel.tensor_plan)
     trained = [parts.described[name] for name, p in parts.model.named_parameters() if p.requires_grad]
+    by_role.check(trained, parts.config.optimizer, type(parts.model).__name__)
     parts.kinds = saved_kinds(trained, parts.config.optimizer)
     return []
 
 
 def _mask_documents(parts: Parts) -> list[str]:
-    check_document_mask(parts.model.config.get_text_config())
-    return ["document mask: attention stays inside each document"]
+    lengths = by_length(parts.config)
+    check_document_mask(parts.model.config.get_text_config(), lengths=lengths)
+    if lengths:
+        give_lengths(parts.model)
+    how = "by its length, without a mask" if lengths else "by a mask"
+    return [f"document mask: attention stays inside each document, {how}"]
 
 
 def _check_sequences(parts: Parts) -> list[str]:
@@ -178,13 +190,26 @@ def _slice_head(parts: Parts) -> list[str]:
 
 
 def _choose_loss(parts: Parts) -> list[str]:
+    loss: Smoothed = cross_entropy_sum
     if parts.tensor:
-        parts.objective.loss, parts.objective.words = parts.tensor[0].loss, parts.tensor[0].words
+        loss, parts.objective.words = parts.tensor[0].loss, parts.tensor[0].words
+        parts.objective.first = parts.tensor[0].first
     elif parts.config.train.chunked_loss:
-        parts.objective.loss = chunked_cross_entropy_sum
+        loss = chunked_cross_entropy_sum
+    parts.objective.loss = in_training(loss, parts.config.train.label_smoothing)
     if parts.with_head is not None and (parts.stages or parts.objective.sliced):
         parts.objective.attach(parts.with_head, staged=bool(parts.stages))
     return []
+
+
+def _disturb(parts: Parts) -> list[str]:
+    train, place = parts.config.train, (0, 1)
+    if parts.plan.degree(CONTEXT) > 1 and parts.meshes is not None:
+        place = parts.axis(CONTEXT).get_local_rank(), parts.plan.degree(CONTEXT)
+    noise = Noise(alpha=train.neftune_alpha, seq_len=parts.config.data.seq_len, seed=train.seed, slice_of=place)
+    embeds = [stage.module for stage in parts.stages if stage.is_first] if parts.stages else parts.modules
+    add_noise(parts.modules, embeds, noise, repeated=any(stage.repeated for stage in parts.stages))
+    return [f"embeddings: uniform noise of alpha {train.neftune_alpha} in training (NEFTune)"]
 
 
 def _check_matrices(parts: Parts) -> list[str]:
@@ -203,7 +228,7 @@ def _watch_routers(parts: Parts) -> list[str]:
 
 def _compile(parts: Parts) -> list[str]:
     for module in parts.modules:
-        apply_compile(module)
+        parts.compiler(module)
     return ["compile: each decoder layer"]
 
 
@@ -226,6 +251,8 @@ def _shard(parts: Parts) -> list[str]:
     for module in parts.modules:
         apply_fsdp(module, plan, parts.meshes, parts.described, returns_logits=not inside)
     kept = "dropped after the forward" if plan.reshard_after_forward else "kept for the backward"
+    if plan.fsdp.reshard_size is not None:
+        kept = f"kept for the backward by {plan.fsdp.reshard_size} together"
     shards = f"over {plan.fsdp_size} ranks, gathered parameters {kept}" if plan.fsdp_size > 1 else "nothing"
     return [f"FSDP2: shards {shards}; gradients reduced in {plan.reduce_dtype}"]
 
@@ -235,6 +262,8 @@ def _fill(parts: Parts) -> list[str]:
     for module in parts.modules:
         parts.fill(module)
         module.train()
+    # It holds what the values came from: perhaps the whole model, as every process has read it.
+    parts.fill = None
     return []
 
 
@@ -270,9 +299,11 @@ PASSES = (
     Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_split_matrices),
     Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_check_matrices, traced=False),
     Pass(wanted=_always, apply=_choose_loss),
+    # After the checks, which compare what is divided with what is whole.
+    Pass(wanted=lambda config, plan: config.train.neftune_alpha > 0, apply=_disturb),
     # Inside recompute, which must find the terms of the routers again.
     Pass(wanted=_always, apply=_watch_routers),
-    Pass(wanted=lambda config, plan: config.train.compile, apply=_compile, traced=False),
+    Pass(wanted=lambda config, plan: config.train.compile, apply=_compile),
     # Around the compiled layer, whose call it repeats.
     Pass(wanted=lambda config, plan: config.train.activation_checkpointing is not Checkpointing.none, apply=_recompute),
     # What it wraps must be the layer as it will run, and it cuts what tensor parallel has left.
@@ -312,7 +343,20 @@ def convert_model(model: PreTrainedModel, config: Config) -> None:
     """Make of the linear layers what the config asks for, and freeze what gets no gradient. Raises as
     `linear.convert`."""
     found = probe(text_config(model.config), config.data.seq_len)
+    if found is not None:
+        mark_read_directly(model, uncalled_names(model, found))
     linear.convert(model, config, untrained_names(model, found) if found is not None else ())
+
+
+def _idle_layers(model: PreTrainedModel, found: Probe | None) -> list[str]:
+    """Names of the decoder layers of which no parameter gets a gradient."""
+    untrained = {*untrained_names(model, found)} if found is not None else set()
+    layers = {id(layer) for layer in decoder_layers(model)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) in layers and untrained.issuperset(f"{name}.{leaf}" for leaf, _ in module.named_parameters())
+    ]
 
 
 def check_layout(model: PreTrainedModel, config: Config) -> None:
@@ -326,5 +370,17 @@ def check_layout(model: PreTrainedModel, config: Config) -> None:
             " as well; use model.text_only=true, or parallel=single, ddp or fsdp"
             for axis, degree in cutting(config).items()
         ]
+    found = probe(text_config(model.config), config.data.seq_len)
+    if found is not None and found.reversible and not model.get_input_embeddings().weight.requires_grad:
+        problems.append(
+            f"tuning.method={config.tuning.method}: {name} computes its layers again in a backward of their own, which"
+            " needs the embeddings' gradient, and they are frozen; use tuning=full"
+        )
+    if config.parallel.sequence_parallel and (idle := _idle_layers(model, found)):
+        # The last layer joins the sequence again: one that the model passes by would leave it cut.
+        problems.append(
+            f"parallel.sequence_parallel=true: {name} leaves layers out where there is text alone ({', '.join(idle)});"
+            " use parallel.sequence_parallel=false"
+        )
     if problems:
         raise ConfigError(*problems)

@@ -3,7 +3,7 @@
     none        every intermediate tensor of every layer is kept
     full        only each decoder layer's input is kept; the backward runs the layer's forward once more:
                 about a third more compute, activations fall from all layers' to one layer's
-    selective   matrix products and attention outputs are the expensive part: every second product and all
+    selective   matmuls and attention outputs are the expensive part: every second matmul and all
                 attention outputs are kept, the rest is computed again (the policy of torchtitan)
 
 No communication of its own. Under sharding the layer's parameters are gathered once more for the recompute.

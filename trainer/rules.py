@@ -7,14 +7,15 @@ need the machine the job runs on (libraries, disks) in `preflight`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from configs.choices import (
     BYTES,
     Attention,
-    Bos,
     Checkpointing,
-    DataSource,
+    ClusterKind,
     DType,
     EngineName,
     LauncherName,
@@ -22,10 +23,16 @@ from configs.choices import (
     OffloadDevice,
     Weights,
 )
-from configs.schema import Config, Offload
+from configs.errors import PlanError
+from configs.schema import Cluster, Config, Model, Offload
 from trainer import axes, linear, moe
+from trainer.checkpoint import selection
+from trainer.data.rules import check_data
+from trainer.engine.deepspeed import settings as deepspeed
+from trainer.model.custom import introduce
 from trainer.optim.rules import check_optimizer
 from trainer.plan.devices import check_gpu
+from trainer.plan.length import check_length
 from trainer.plan.model_fields import check_sizes, config_fields, sizes
 from trainer.plan.trackers import check_tracker
 
@@ -34,27 +41,30 @@ def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]
     """All problems of a config whose numbers lie in their ranges, in the order of its sections. device: "cpu" or
     "cuda". sharded: whether the plan's mesh divides the parameters."""
     yield from _check_model(config, device)
-    yield from _check_data(config)
+    yield from check_data(config)
     yield from _check_parallel(config)
     yield from axes.problems(config)
     yield from _check_compile(config)
     yield from _check_precision(config)
     yield from linear.problems(config)
     yield from moe.problems(config)
-    yield from check_optimizer(config, sharded=sharded and config.parallel.engine is EngineName.torch)
+    yield from check_optimizer(config, device, sharded=sharded and config.parallel.engine is EngineName.torch)
+    yield from selection.problems(config)
     yield from check_gpu(config.cluster.gpu)
+    yield from _check_cluster(config.cluster)
     yield from check_tracker(config.logging)
     yield from _check_measuring(config, device)
-    yield from _check_profile(config)
+    yield from check_length(config)
     yield from _check_run_dir(config.train.run_dir)
     if config.launcher.name is LauncherName.python and (config.cluster.gpus_per_node or 1) * config.cluster.nodes != 1:
         yield "launcher.name=python: starts one process only; use launcher=torchrun for more"
 
 
 def _check_model(config: Config, device: str) -> Iterator[str]:
-    model, fields = config.model, config_fields(config)
-    yield from check_sizes(fields, model)
-    if model.path is None and "model_type" not in fields:
+    model, given = config.model, config_fields(config)
+    yield from check_sizes(given, model)
+    yield from _check_own_model(model)
+    if model.path is None and model.target is None and "model_type" not in given:
         yield (
             "model.path=null: give a preset (model=tiny), a folder or hub id (model.path=...), or"
             " model.config.model_type"
@@ -70,7 +80,7 @@ def _check_model(config: Config, device: str) -> Iterator[str]:
             "model.trust_remote_code=true: needs model.revision=COMMIT, so that the code that runs is the code you"
             " have read"
         )
-    positions = sizes(fields).positions
+    positions = sizes(given).positions
     if positions is not None and config.data.seq_len > positions:
         yield (
             f"data.seq_len={config.data.seq_len}: the model has {positions} positions;"
@@ -86,49 +96,41 @@ def _check_model(config: Config, device: str) -> Iterator[str]:
             )
 
 
-def _check_data(config: Config) -> Iterator[str]:
-    data = config.data
-    of_files = (DataSource.files, DataSource.chat)
-    if data.source in of_files and not data.paths:
-        yield f"data.paths=[]: data={data.source} needs at least one file, folder or pattern: data.paths=[corpus/]"
-    if data.source is DataSource.hub and data.name is None:
-        yield "data.name=null: data=hub needs the name of a data set, or a local folder of one"
-    of_documents = (DataSource.builtin, DataSource.files, DataSource.hub)
-    read_by = [
-        ("bos", data.bos if data.bos is not Bos.auto else None, of_documents),
-        ("control_tokens", data.control_tokens, (*of_documents, DataSource.chat)),
-        ("paths", data.paths, of_files),
-        ("validation_paths", data.validation_paths, of_files),
-        ("packing", data.packing, (DataSource.chat,)),
-        ("name", data.name, (DataSource.hub,)),
-        ("subset", data.subset, (DataSource.hub,)),
-        ("validation_split", data.validation_split, (DataSource.hub,)),
-    ]
-    for key, value, sources in read_by:
-        if value and data.source not in sources:
-            names = " or ".join(f"data={source}" for source in sources)
-            yield f"data.{key}={value}: is for {names}, this is data={data.source}; choose {names}, or leave it out"
-    yield from _check_document_mask(config)
-    if data.ignore_fraction and data.source is not DataSource.synthetic:
-        yield f"data.ignore_fraction={data.ignore_fraction}: only data=synthetic makes ignored labels; set it to 0"
-
-
-def _check_document_mask(config: Config) -> Iterator[str]:
-    if not config.data.document_mask:
+def _check_own_model(model: Model) -> Iterator[str]:
+    if model.target is None:
         return
-    if config.data.source is DataSource.synthetic:
-        yield "data.document_mask=true: data=synthetic has no documents; choose other data, or set it to false"
-    if config.parallel.cp > 1:
-        yield (
-            f"data.document_mask=true: parallel.cp={config.parallel.cp} brings its own attention, which knows no"
-            " documents; use parallel.cp=1, or set it to false"
-        )
-    if config.model.attention is Attention.flash_attention_2:
-        yield "data.document_mask=true: flash_attention_2 takes no mask between documents; use model.attention=sdpa"
+    key = f"model.target={model.target}"
+    if model.architecture and model.path is None:
+        yield f"{key}: is an architecture of its own, and model={model.preset} is another; add model=custom"
+    if "model_type" in model.config:
+        yield f"model.config.model_type={model.config['model_type']}: {key} says which it is; leave it out"
+    if model.trust_remote_code:
+        yield f"model.trust_remote_code=true: {key} names the code that runs; leave it out"
+    try:
+        introduce(model)
+    except PlanError as error:
+        yield from error.problems
+
+
+def _check_cluster(cluster: Cluster) -> Iterator[str]:
+    """A kind of cluster has the section of its name, and reads no other."""
+    for kind in ClusterKind:
+        section: Any = getattr(cluster, kind, None)
+        if section is None or kind is cluster.kind:
+            continue
+        plain = type(section)()
+        for name in (field.name for field in fields(section)):
+            value = getattr(section, name)
+            if value != getattr(plain, name):
+                yield (
+                    f"cluster.{kind}.{name}={value}: is read with cluster.kind={kind} alone, and this is"
+                    f" cluster.kind={cluster.kind}; set that kind, or leave it out"
+                )
 
 
 def _check_parallel(config: Config) -> Iterator[str]:
     parallel, offload = config.parallel, config.parallel.offload
+    yield from deepspeed.problems(config)
     offloads = [("optimizer", offload.optimizer), ("parameters", offload.parameters)]
     if parallel.engine is EngineName.torch:
         if parallel.zero_stage:
@@ -220,15 +222,6 @@ def _check_measuring(config: Config, device: str) -> Iterator[str]:
         yield f"estimate.measure=true: is for the CPU, this run is on {device}, whose allocator counts; set it to false"
     if config.train.compile:
         yield "estimate.measure=true: counts operator by operator, which train.compile=true fuses; set one to false"
-
-
-def _check_profile(config: Config) -> Iterator[str]:
-    steps, last = config.profile_steps, config.train.steps
-    if config.profile and (not steps or not all(1 <= step <= last for step in steps)):
-        yield (
-            f"profile_steps={steps}: must name steps of the run, which are 1 to {last} (train.steps); set"
-            f" profile_steps=[{last}], or more steps"
-        )
 
 
 def _check_run_dir(run_dir: str | None) -> Iterator[str]:

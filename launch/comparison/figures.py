@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from configs.errors import EnvironmentProblem
-from launch.comparison.runs import Run, incomparable
+from launch.comparison.runs import incomparable
 from launch.comparison.table import MIB
-from trainer.estimate.plot import COLOURS
+from trainer.html import COLOURS
+from trainer.report.reading import Run
 
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
 MEASURED, PREDICTED = COLOURS[0], "#cccccc"
@@ -43,7 +44,7 @@ def draw_losses(runs: Sequence[Run], reference: Run) -> bytes:
             apart = [abs(run.losses[step] - reference.losses[step]) / abs(reference.losses[step]) for step in common]
             right.plot(common, apart, MARKERS[number % len(MARKERS)], label=run.name, color=look["color"], alpha=0.7)
     left.set(title="training loss (points: validation)", xlabel="step", ylabel="cross-entropy per token")
-    right.set(title=f"loss apart from {reference.name}", xlabel="step", ylabel="relative difference")
+    right.set(title=f"loss against {reference.name}", xlabel="step", ylabel="relative difference")
     # Zero, which a log scale has not: equal to the last bit.
     right.set_yscale("symlog", linthresh=1e-16)
     right.set_ylim(bottom=0)

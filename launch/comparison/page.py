@@ -9,18 +9,17 @@ from pathlib import Path
 
 from configs.errors import EnvironmentProblem
 from launch.comparison.figures import draw_losses, draw_speed_and_memory
-from launch.comparison.runs import Run, find_reference
+from launch.comparison.runs import find_reference
 from launch.comparison.table import LEGEND, TITLES, memory_by_rank, problems, setting, table
+from trainer.html import page
+from trainer.html import table as html_table
 from trainer.process.files import replace_text
+from trainer.report.reading import Run
 
 MADE = "<!-- made by python -m launch compare -->"
 HTML, MARKDOWN = "comparison.html", "comparison.md"
 RANK_TITLES = ("run", "ranks", "predicted MiB", "measured MiB")
-STYLE = """\
-body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; }
-table { border-collapse: collapse; margin: 1em 0; } td, th { border-bottom: 1px solid #ccc; padding: .3em .7em; }
-td { text-align: right; } td:first-child, td:nth-child(2), th { text-align: left; } img { max-width: 100%; }
-.problem { color: #b00; } code { background: #f3f3f3; }"""
+STYLE = "td:nth-child(2) { text-align: left; }"
 
 
 def write_page(folder: Path, runs: Sequence[Run], *, command: str) -> list[Path]:
@@ -85,23 +84,13 @@ def _markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 def _html(runs: Sequence[Run], reference: Run | None, pictures: dict[str, bytes], command: str) -> str:
     parts = [f"<h1>Comparison</h1>\n<p><code>{escape(command)}</code></p>"]
     parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in setting(runs, reference)) + "</ul>")
-    parts.append(_html_table(TITLES, table(runs, reference)))
+    parts.append(html_table(TITLES, table(runs, reference)))
     parts += [f'<p class="problem">{escape(line)}</p>' for line in problems(runs, reference)]
     for name, picture in pictures.items():
         content = base64.b64encode(picture).decode()
         parts.append(f'<p><img alt="{escape(Path(name).stem)}" src="data:image/png;base64,{content}"></p>')
     by_rank = memory_by_rank(runs)
     if by_rank:
-        parts.append(f"<h2>Ranks that are not alike</h2>{_html_table(RANK_TITLES, by_rank)}")
+        parts.append(f"<h2>Ranks that are not alike</h2>{html_table(RANK_TITLES, by_rank)}")
     parts.append(f"<p>{escape(LEGEND)}</p>")
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>{MADE}\n<html lang="en"><meta charset="utf-8"><title>Comparison</title>'
-        f"<style>{STYLE}</style>\n<body>\n{body}\n</body></html>\n"
-    )
-
-
-def _html_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}</table>"
+    return page("Comparison", "\n".join(parts), style=STYLE, mark=MADE)

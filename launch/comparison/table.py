@@ -5,27 +5,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from launch.comparison.runs import Run, differences, distance, incomparable
+from launch.comparison.runs import differences, distance, incomparable
+from trainer.report.reading import Run
+from trainer.report.terminal import size
 
 MIB = 2**20
 NONE = "-"
 TITLES = (
     "run",
-    "apart in",
+    "differs in",
     "last loss",
     "validation loss",
-    "loss apart",
-    "gradient norm apart",
+    "loss difference",
+    "gradient norm difference",
     "tokens/s",
     "MFU",
     "predicted MiB",
     "measured MiB",
 )
 LEGEND = """\
-Losses are of the last step and of the last validation. Apart: the largest relative difference from the reference over
-all logged steps, |a - b| / |b|. Tokens/s: of all ranks together, in the median step, the first left out; MFU where the
-device's peak is known. MiB: peak of tensors on the fullest rank in the first two steps, as the estimator predicts it
-and as the run measured it: by torch's allocator on GPUs, on the CPU where estimate.measure=true counts."""
+Losses are of the last step and of the last validation. Loss and gradient norm difference: the largest relative one
+from the reference over all logged steps, |a - b| / |b|. Tokens/s: of all ranks together, in the median step, the
+first left out; MFU where the device's peak is known. MiB: peak of tensors on the fullest rank in the first two steps,
+as the estimator predicts it and as the run measured it: by torch's allocator on GPUs, on the CPU where
+estimate.measure=true counts."""
 
 
 def table(runs: Sequence[Run], reference: Run | None) -> list[tuple[str, ...]]:
@@ -51,6 +54,30 @@ def _row(run: Run, reference: Run | None) -> tuple[str, ...]:
         f"{mfu:.1%}" if (mfu := summary.get("mfu")) is not None else NONE,
         _mebibytes(run.predicted_bytes),
         _mebibytes(run.measured_bytes),
+    )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text, one column under the other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def outcome(run: Run) -> tuple[str, ...]:
+    """A run of a sweep in a row: its name, state, losses, speed, the peak memory of the fullest GPU (on a CPU of the
+    largest process) and folder. Of one that is not through, what its last line of a step says."""
+    last = run.steps[-1] if run.steps else {}
+    speed = run.summary.get("tokens_per_second") or last.get("tokens_per_second")
+    memory = last.get("peak_allocated_bytes") or last.get("peak_host_bytes")
+    return (
+        run.name,
+        "finished" if run.problem is None else "not through" if run.config is not None else "not begun",
+        _fixed(last.get("loss")),
+        _fixed([*run.validations.values()][-1] if run.validations else None),
+        f"{speed:,.0f}" if speed is not None else NONE,
+        size(memory) if memory is not None else NONE,
+        str(run.folder) if run.folder is not None else NONE,
     )
 
 

@@ -127,7 +127,7 @@ def by_torch(parameters: Parameters) -> Callable[[], None]:
 
 
 def by_us(parameters: Parameters, dtype: torch.dtype) -> Callable[[], None]:
-    group = {"kind": "muon", "params": parameters, "matrices": [Matrices()] * len(parameters), "dtype": dtype}
+    group = {"params": parameters, "matrices": [Matrices()] * len(parameters), "dtype": dtype}
     return Muon([{**group, **OPTIONS}]).step
 
 

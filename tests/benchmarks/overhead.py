@@ -153,7 +153,7 @@ def by_transformers(config: Config, plan: Plan, runtime: Runtime) -> Contender:
                     yield {"input_ids": ids, "labels": torch.cat([ids[:1], labels[:-1]])}
 
     class Clock(TrainerCallback):
-        """Leaves out that each round builds a Trainer anew."""
+        """Leaves out that each round builds a Trainer again."""
 
         def on_train_begin(self, *_, **__) -> None:
             self.begin = time.perf_counter()

@@ -16,8 +16,8 @@ from configs.load import load_config
 from trainer.estimate.estimate import planned_device
 from trainer.estimate.profiles import get_anatomy
 from trainer.estimate.search.cost import StepTime, dimensions, step_time
+from trainer.flops import flops
 from trainer.make_plan import make_plan
-from trainer.model.flops import training_flops_per_token
 from trainer.plan.machine import Machine
 from trainer.rules import config_fields
 
@@ -136,10 +136,8 @@ def predict(run: Published) -> tuple[StepTime, float]:
     if run.tokens is not None:
         return time, time.tokens_per_second_per_gpu / run.tokens
     assert run.flops is not None
-    per_token = training_flops_per_token(
-        matrices=size.matrices, layers=size.layers, attention=size.attention, seq_len=config.data.seq_len
-    )
-    return time, time.tokens_per_second_per_gpu * per_token / run.flops
+    per_token = flops(matrices=size.matrices, layers=size.layers, attention=size.attention, seq_len=config.data.seq_len)
+    return time, time.tokens_per_second_per_gpu * per_token.both / run.flops
 
 
 def _alone(run: Published) -> list[str]:

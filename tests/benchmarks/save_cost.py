@@ -65,7 +65,7 @@ def table(plain: dict[str, float], aside: dict[str, float]) -> str:
                 f" {STEPS // EVERY - 1} times in {STEPS} steps. Saving aside stops training for"
                 f" {aside['blocked'] / plain['blocked']:.0%} of the time.",
                 "",
-                "| `checkpoint.async_save` | training stands still | from begin to commit | median step |",
+                "| `checkpoint.async_save` | checkpoint stall | from begin to commit | median step |",
                 "| --- | --- | --- | --- |",
                 *(
                     f"| {name} | {row['blocked']:.3f} s | {row['seconds']:.2f} s | {row['step']:.3f} s |"

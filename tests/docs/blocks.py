@@ -1,6 +1,6 @@
 """Parts of the pages that are made from the code: drawings, plans, differences of configurations, refusals.
 
-Each function returns Markdown. All are torch-free and quick, so that the tests make them anew and compare.
+Each function returns Markdown. All are torch-free and quick, so that the tests make them again and compare.
 `tests/docs/write.py` puts them into the pages.
 """
 
@@ -20,7 +20,10 @@ from typing import Any
 
 from configs.choices import DType, EngineName, LauncherName, OffloadDevice, TuningMethod
 from configs.errors import CookbookError
-from configs.load import group_options, load_config
+from configs.foreign import ABSENT, Fate
+from configs.foreign import table as foreign_table
+from configs.keys import value_at
+from configs.load import group_options, load_config, usual
 from configs.schema import Config
 from launch.command import Rendezvous, build_command
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers, stages_of_rank
@@ -97,6 +100,22 @@ def commands(words: str) -> str:
     return _fenced("\n\n".join(lines))
 
 
+def foreign(section: str) -> str:
+    """The table of another trainer's names: how each is spelt here, their default where ours differs, what to know."""
+    before, _ = usual()
+    rows: list[str] = []
+    for name, entry in foreign_table()[section].items():
+        if entry.fate is Fate.harmless:
+            continue
+        here = ", ".join(f"`{each}`" for each in entry.keys) or "none"
+        differs = entry.default is not ABSENT and entry.default is not None
+        if differs and entry.key is not None and entry.times is None and value_at(before, entry.key) == entry.default:
+            differs = False
+        default = f"`{str(entry.default).lower()}`" if differs else ""
+        rows.append(f"| `{name}` | {here} | {default} | {entry.note.replace('|', '')} |")
+    return "\n".join(["| there | here | their default | |", "| --- | --- | --- | --- |", *rows])
+
+
 def schedule(name: str, pp: str, micro_batches: str) -> str:
     """A pipeline's step in time."""
     share = bubble_fraction(name, pp=int(pp), micro_batches=int(micro_batches))
@@ -148,7 +167,7 @@ def dtypes() -> str:
     lines = [f"| `precision=` | {' | '.join(titles)} | loss scale |", "| --- | --- | --- | --- | --- |"]
     for name in group_options()["precision"]:
         precision = load_config([f"precision={name}"]).precision
-        compute = f"{precision.param_dtype}{', matrix products in TF32' if precision.tf32 else ''}"
+        compute = f"{precision.param_dtype}{', matmuls in TF32' if precision.tf32 else ''}"
         scale = "dynamic" if precision.param_dtype is DType.float16 and precision.loss_scale is None else ""
         lines.append(f"| `{name}` | {compute} | {precision.reduce_dtype} | {precision.master_dtype} | {scale} |")
     return "\n".join(lines)
@@ -162,7 +181,7 @@ def predictions() -> str:
         apart[name] = float(share.rstrip("%"))
     close = sum(share <= 0.1 for share in apart.values())
     worst = max(apart, key=lambda name: apart[name])
-    return f"{len(apart)} cases: {close} within 0.1 %; the worst ({worst}) {apart[worst]} % apart."
+    return f"{len(apart)} cases: {close} within 0.1 %; the worst ({worst}) off by {apart[worst]} %."
 
 
 def _table(page: str, title: str) -> tuple[list[str], list[str]]:
@@ -176,7 +195,7 @@ def _table(page: str, title: str) -> tuple[list[str], list[str]]:
 def layouts() -> str:
     """All presets, as their files describe themselves, and how far docs/parity.md has them from one process."""
     apart = _distances()
-    titles = ("`parallel=`", "engine", "what", "memory per GPU", "loss apart", "parameters apart")
+    titles = ("`parallel=`", "engine", "what", "memory per GPU", "loss difference", "parameters difference")
     lines = [f"| {' | '.join(titles)} |", "| --- " * 4 + "| ---: " * 2 + "|"]
     for name in group_options()["parallel"]:
         config = load_config([f"parallel={name}"])
@@ -244,7 +263,7 @@ def _layers(config: Config, plan: Plan, rank: int) -> str:
 
 
 def _most_held(name: str, pp: int, micro_batches: int) -> str:
-    """Micro-batches whose activations a rank holds at the most, in whole ranks' worth of layers."""
+    """Maximum number of micro-batches whose activations a rank holds, in whole ranks' worth of layers."""
     weight = 1 / default_stages_per_rank(name)
     peaks = in_flight(name, pp=pp, micro_batches=micro_batches)
     return " ".join(f"{sum(peak.values()) * weight:g}" for peak in peaks)

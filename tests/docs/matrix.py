@@ -89,6 +89,7 @@ def _offloads() -> dict[str, Change]:
         "optimizer: cpu": setting(cpu, nowhere),
         "both: cpu": setting(cpu, cpu),
         "both: nvme": setting(nvme, nvme, "/local_nvme"),
+        "paged states": lambda config: setattr(config.optimizer, "paged", True),
     }
 
 

@@ -1,6 +1,6 @@
 """Tables of the pages that take runs or traces: what `memory-estimate` predicts, what real runs hold.
 
-Each function returns a Markdown table, and `check_*` says what a table must be like without making it anew.
+Each function returns a Markdown table, and `check_*` says what a table must be like without making it again.
 `tests/docs/write.py` puts them into the pages.
 """
 
@@ -16,13 +16,15 @@ from configs.load import load_config
 from launch.estimate import answer
 from tests.benchmarks import published as published_runs
 from tests.docs.comparison import check_comparison, check_profiled, comparison, profiled  # noqa: F401
+from tests.docs.tuning import check_methods, methods  # noqa: F401
 from tests.support.held import held
 from tests.support.rounding import STEPS, rounded
 from trainer.estimate.estimate import estimate
 from trainer.estimate.plot import save_plot
-from trainer.estimate.render import LABELS, Answer, render_table
+from trainer.estimate.render import LABELS, Answer, component, gib_range, render_table
 from trainer.estimate.timeline import COMPONENTS
 from trainer.estimate.tracing import NotEstimated
+from trainer.estimate.verdict import Verdict
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 
@@ -42,6 +44,9 @@ PRECISIONS = (
     "precision=fp16",
     "precision=fp16 precision.loss_scale=1",
     "precision=bf16 precision.master_dtype=bfloat16 precision.reduce_dtype=bfloat16",
+    "precision=fp8",
+    "precision=fp8 precision.float8.head=true",
+    "precision=fp8 precision.float8.recipe=rowwise_with_gw_hp",
 )
 
 
@@ -62,7 +67,8 @@ def check_memory(words: str, table: str) -> None:
         numbers = [cell.strip() for cell in line.split("|")[2:]]
         if numbers[0].startswith("not estimated"):
             continue
-        parts, peak = [float(cell.replace(",", "")) for cell in numbers[:-5]], float(numbers[-5].replace(",", ""))
+        sizes = [float(cell.split(" (")[0].replace(",", "")) for cell in numbers[:-4]]
+        *parts, peak = sizes
         assert abs(sum(parts) - peak) < 0.05, f"{line}: the parts do not add up"
         make_plan(load_config(shlex.split(f"{common} {line.split('`')[1]}")), Machine(gpus=8))
 
@@ -92,9 +98,9 @@ def _memory_row(common: str, row: str) -> str:
 
 def _memory_cells(found: Answer) -> list[str]:
     rank = found.estimate.busiest
-    sizes = [*rank.components.values(), rank.peak_allocated_bytes, rank.device_bytes, rank.host_bytes]
     kind = "" if len(found.estimate.ranks) == 1 else f"{rank.kind}: "
-    return [*(f"{size / GIB:,.2f}" for size in sizes), f"{kind}{rank.peak_phase}, step {rank.peak_step}"]
+    sizes = [f"{rank.peak_allocated_bytes / GIB:,.2f}", gib_range(rank), f"{rank.host_bytes / GIB:,.2f}"]
+    return [*(component(rank, name) for name in COMPONENTS), *sizes, f"{kind}{rank.peak_phase}, step {rank.peak_step}"]
 
 
 def fits(words: str) -> str:
@@ -134,7 +140,8 @@ def _fit(common: str, model: str, layout: str) -> str:
     except NotEstimated:
         return "not estimated"
     size = f"{found.busiest.device_bytes / GIB:,.0f}"
-    return f"**{size}**" if found.fits else size
+    marks = {Verdict.fits: "**", Verdict.tight: "*"}.get(found.verdict, "")
+    return f"{marks}{size}{marks}"
 
 
 def estimated(words: str) -> str:
@@ -195,9 +202,11 @@ def _holding_head() -> list[str]:
 def precisions() -> str:
     """What a short run in each precision loses."""
     lines = _precisions_head()
+    exact = rounded([PRECISIONS[0]]).gradient
     for words in PRECISIONS:
         found = rounded(shlex.split(words))
-        numbers = f"{found.zero_gradients:.3%} | {found.unmoved:.1%} | {found.loss:.4f}"
+        apart = (found.gradient - exact).norm().item() / exact.norm().item()
+        numbers = f"{apart:.4%} | {found.zero_gradients:.3%} | {found.unmoved:.1%} | {found.loss:.4f}"
         lines.append(f"| `{words}` | {numbers} |")
     return "\n".join(lines)
 
@@ -207,14 +216,18 @@ def check_precisions(table: str) -> None:
     assert lines[:2] == _precisions_head(), "another head"
     rows = {line.split("`")[1]: [cell.strip(" %") for cell in line.split("|")[2:-1]] for line in lines[2:]}
     assert list(rows) == list(PRECISIONS), "other rows"
-    zeros, unmoved = ({words: float(cells[column]) for words, cells in rows.items()} for column in (0, 1))
+    columns = ({words: float(cells[column]) for words, cells in rows.items()} for column in range(3))
+    apart, zeros, unmoved = columns
+    fine, coarse, with_head, by_row = (apart[words] for words in ("precision=bf16", *PRECISIONS[-3:]))
+    assert fine < 1 < by_row < min(coarse, with_head), "scales of rows lose less"
     assert zeros["precision=fp16 precision.loss_scale=1"] > zeros["precision=fp16"], "scaling keeps small gradients"
-    assert unmoved[PRECISIONS[-1]] > 1 > unmoved["precision=bf16"], "updates are lost without a float32 master"
+    assert unmoved[PRECISIONS[-4]] > 1 > unmoved["precision=bf16"], "updates are lost without a float32 master"
 
 
 def _precisions_head() -> list[str]:
-    titles = f"gradients of the head that are zero | parameters unmoved after {STEPS} steps | loss of the last step"
-    return [f"| | {titles} |", "| --- | ---: | ---: | ---: |"]
+    first = "gradient difference | gradients of the head that are zero"
+    titles = f"{first} | parameters unmoved after {STEPS} steps | loss of the last step"
+    return [f"| | {titles} |", "| --- | ---: | ---: | ---: | ---: |"]
 
 
 def predicted() -> str:
@@ -244,7 +257,7 @@ def check_predicted(table: str) -> None:
 
 
 def _predicted_head() -> list[str]:
-    titles = "| case | processes | predicted peak, MiB | measured peak, MiB | apart |"
+    titles = "| case | processes | predicted peak, MiB | measured peak, MiB | difference |"
     return [titles, "| --- | ---: | ---: | ---: | ---: |"]
 
 

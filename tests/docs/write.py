@@ -4,8 +4,9 @@
     python -m tests.docs.write --quick             only those that need neither
     python -m tests.docs.write README.md           of one page
 
-NAME is a function of blocks, matrix, numbers or comparison; its arguments are quoted as for a shell. The tests fail
-where a quick part is not what its function returns. docs/parity.md is written by `pytest tests --write-docs`.
+NAME is a function of blocks, matrix, numbers, comparison or tuning; its arguments are quoted as for a shell. The tests
+fail where a quick part is not what its function returns. Parts of docs/zh/ are copied from the English page.
+docs/parity.md is written by `pytest tests --write-docs`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from tests.docs import blocks
+from tests.docs import blocks, chinese
 from tests.docs.matrix import matrix
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ QUICK: dict[str, Callable[..., str]] = {
             blocks.difference,
             blocks.drawing,
             blocks.dtypes,
+            blocks.foreign,
             blocks.layouts,
             blocks.measured,
             blocks.parity,
@@ -47,6 +49,7 @@ QUICK: dict[str, Callable[..., str]] = {
 COSTLY = ("memory", "components", "estimated", "fits", "holding", "picture", "precisions", "predicted", "published")
 """Functions of numbers, which imports what runs."""
 COSTLY += ("comparison", "profiled")  # of comparison
+COSTLY += ("methods",)  # of tuning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +62,12 @@ class Part:
     text: str
 
     @property
+    def key(self) -> tuple[str, tuple[str, ...]]:
+        return self.name, self.arguments
+
+    @property
     def quick(self) -> bool:
-        return self.name in QUICK
+        return self.name in QUICK or chinese.is_chinese(self.page)
 
 
 def pages() -> list[Path]:
@@ -76,6 +83,9 @@ def parts(page: Path) -> Iterator[Part]:
 
 def make(part: Part) -> str:
     """What belongs between the markers."""
+    if chinese.is_chinese(part.page):
+        same = (other for other in parts(chinese.english(part.page)) if (other.name, other.arguments) == part.key)
+        return chinese.moved(next(same).text)
     if part.quick:
         return QUICK[part.name](*part.arguments)
     assert part.name in COSTLY, f"{part.page.name}: nothing makes {part.name}"
@@ -83,7 +93,7 @@ def make(part: Part) -> str:
 
 
 def write(page: Path, *, quick: bool) -> bool:
-    """Make the parts of a page anew. Returns whether that changed it."""
+    """Make the parts of a page again. Returns whether that changed it."""
     made = iter(list(parts(page)))
 
     def replace(found: re.Match[str]) -> str:

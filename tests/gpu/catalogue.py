@@ -16,7 +16,8 @@ from typing import Any
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """call: which function of `run.CALLS`, with further options. words: overrides. limit: seconds. shared: small enough
-    to have company on the GPU. predicted: the memory of these words is estimated as well."""
+    to have company on the GPU. predicted: the memory of these words is estimated as well. needs: a distribution without
+    which the case is skipped."""
 
     name: str
     part: str
@@ -26,12 +27,14 @@ class Case:
     limit: float = 60.0
     shared: bool = False
     predicted: bool = False
+    needs: str = ""
 
     @property
     def key(self) -> str:
         return f"{self.part}: {self.name}"
 
 
+PAGED = "optimizer.paged=true"
 RECOMPUTE, CHUNKED = "train.activation_checkpointing=full", "train.chunked_loss=true"
 PROBE = Case(name="machine", part="machine", call="probe", limit=90)
 EXACT, SINGLE, NEAR = 1e-8, 1e-4, 2e-2
@@ -44,15 +47,22 @@ def cases(device: str) -> list[Case]:
         return [*_small_parity(), *_small_memory(), *_small_speed(), *_pages(["model=tiny", "data.seq_len=64"])]
     memory, speed, pages = list(_memory()), list(_speed()), list(_pages(["model=gpt2", "precision=bf16"]))
     # The best of each kind first: whatever the time is worth, each table has its most important rows.
-    return [*_parity(), *memory[:14], *speed[:5], *pages, *memory[14:31], *speed[5:8], *memory[31:], *speed[8:]]
+    return [*_parity(), *memory[:14], *speed[:5], *pages, *memory[14:33], *speed[5:8], *memory[33:], *speed[8:]]
 
 
 def parity(
-    name: str, *words: str, limit: float = SINGLE, by: str = "loss", seconds: float = 45, **options: Any
+    name: str,
+    *words: str,
+    limit: float = SINGLE,
+    by: str = "loss",
+    seconds: float = 45,
+    needs: str = "",
+    **options: Any,
 ) -> Case:
     """by: what is held to the limit, see `run.parity`. against: words of the reference on the CPU in float64."""
     options = {"limit": limit, "by": by, "model": "llama", "against": (), **options}
-    return Case(name=name, part="parity", call="parity", words=words, options=options, limit=seconds, shared=True)
+    about: dict[str, Any] = {"options": options, "limit": seconds, "needs": needs}
+    return Case(name=name, part="parity", call="parity", words=words, shared=True, **about)
 
 
 def _parity() -> Iterator[Case]:
@@ -75,6 +85,7 @@ def _parity() -> Iterator[Case]:
     yield parity("single, bf16", "precision=bf16", limit=NEAR, by="near")
     yield parity("single, fp16", "precision=fp16", "precision.loss_scale_init=1024", limit=NEAR, by="near")
     yield parity("single, tf32", "precision=tf32", limit=NEAR, by="near")
+    yield from _float8("tensorwise", "rowwise")
     yield parity("fsdp, bf16", "parallel=fsdp", "precision=bf16", limit=NEAR, by="near")
     yield parity("zero3, bf16", "parallel=zero3", "precision=bf16", limit=NEAR, by="near")
     yield parity(
@@ -94,6 +105,11 @@ def _parity() -> Iterator[Case]:
     for name in ("adamw_8bit", "adafactor"):
         words = (f"optimizer={name}", "precision=fp64")
         yield parity(f"{name}, fp64", *words, limit=EXACT, by="all", against=words)
+    # Against the same states without pages.
+    pages: dict[str, Any] = {"limit": EXACT, "by": "all", "model": "tall", "needs": "bitsandbytes"}
+    for name, layout in (("adamw", "single"), ("adamw_8bit", "single"), ("adamw_8bit", "fsdp")):
+        words = (f"optimizer={name}", "precision=fp64")
+        yield parity(f"{name}, paged, {layout}", *words, PAGED, f"parallel={layout}", against=words, **pages)
     exact = ("optimizer=muon", "optimizer.options.dtype=float64")
     yield parity("muon, fp64", *exact, "precision=fp64", limit=EXACT, by="all", against=exact)
     rounded = ("optimizer=muon", "precision=fp32")
@@ -103,8 +119,15 @@ def _parity() -> Iterator[Case]:
         yield parity(f"{tuning}, fp32, first loss", *words, by="first", against=words)
 
 
+def _float8(*recipes: str) -> Iterator[Case]:
+    for recipe in recipes:
+        words = ("precision=fp8", f"precision.float8.recipe={recipe}")
+        yield parity(f"single, fp8 {recipe}", *words, limit=NEAR, by="near", needs="torchao")
+
+
 def _small_parity() -> Iterator[Case]:
     yield parity("single, llama, fp64", "precision=fp64", limit=EXACT, by="all")
+    yield from _float8("tensorwise")
     yield parity("single, bf16", "precision=bf16", limit=NEAR, by="near")
 
 
@@ -112,9 +135,9 @@ EIGHT_B = ("model=llama3_1_8b", "model.config.num_hidden_layers=8")
 """Matrices of the 8B model, a quarter of its layers: with AdamW in float32 it fits one GPU."""
 
 
-def memory(name: str, *words: str, limit: float = 40) -> Case:
+def memory(name: str, *words: str, limit: float = 40, needs: str = "") -> Case:
     words = ("data.seq_len=1024", *words)
-    return Case(name=name, part="memory", call="memory", words=words, limit=limit, predicted=True)
+    return Case(name=name, part="memory", call="memory", words=words, limit=limit, predicted=True, needs=needs)
 
 
 def fake(name: str, rank: int, world: int, *words: str, limit: float = 60) -> Case:
@@ -146,6 +169,9 @@ def _memory() -> Iterator[Case]:
     yield memory("1B, muon, bf16", one, "optimizer=muon", "precision=bf16", f"{b}=2")
     yield memory("1B, adafactor, bf16", one, "optimizer=adafactor", "precision=bf16", f"{b}=2")
     yield memory("1B, adamw_8bit, bf16", one, "optimizer=adamw_8bit", "precision=bf16", f"{b}=4")
+    for optimizer in ("adamw", "adamw_8bit"):
+        words = (f"optimizer={optimizer}", PAGED, "precision=bf16", f"{b}=4")
+        yield memory(f"1B, {optimizer}, paged, bf16", one, *words, needs="bitsandbytes")
     yield memory("1B, selective recompute", one, "precision=bf16", f"{b}=4", "train.activation_checkpointing=selective")
     yield memory("1B, fsdp, bf16", one, "parallel=fsdp", "precision=bf16", f"{b}=4")
     yield memory("1B, zero1, bf16", one, "parallel=zero1", "precision=bf16", f"{b}=4")
@@ -168,6 +194,7 @@ def _memory() -> Iterator[Case]:
     thirty = ("model=qwen3_30b_a3b", "model.config.num_hidden_layers=4")
     yield memory("30B-A3B shape, bf16", *thirty, "precision=bf16", f"{b}=2", RECOMPUTE)
     yield memory("1B, compiled", one, "precision=bf16", f"{b}=4", "train.compile=true", limit=90)
+    yield memory("1B, fp8", one, "precision=fp8", f"{b}=4", needs="torchao")
     yield memory("1B, accumulation", one, "precision=bf16", f"{b}=2", "train.gradient_accumulation_steps=4")
     yield memory("1B, fp32, batch 8 of 2,048", one, "precision=fp32", f"{b}=8", long)
     yield memory("gpt2, bf16, batch 62", "model=gpt2", "precision=bf16", f"{b}=62")
@@ -225,8 +252,8 @@ def _small_memory() -> Iterator[Case]:
     yield fake("tiny, pp 4, rank 3", 3, 4, *tiny, *heads, "parallel=pipeline", "parallel.pp=4", accumulate)
 
 
-def speed(name: str, call: str, *words: str, limit: float = 60, predicted: bool = False, **options: Any) -> Case:
-    return Case(name=name, part="speed", call=call, words=words, options=options, limit=limit, predicted=predicted)
+def speed(name: str, call: str, *words: str, limit: float = 60, needs: str = "", **options: Any) -> Case:
+    return Case(name=name, part="speed", call=call, words=words, options=options, limit=limit, needs=needs)
 
 
 def _speed() -> Iterator[Case]:
@@ -257,6 +284,8 @@ def _speed() -> Iterator[Case]:
         "tuning=qlora",
         RECOMPUTE,
     )
+    eighth = (*EIGHT_B, "precision=fp8", long)
+    yield speed("8B shape, fp8, compiled", "speed", *eighth, f"{b}=2", compiled, CHUNKED, limit=120, needs="torchao")
     low = ("precision.master_dtype=bfloat16", "precision.reduce_dtype=bfloat16")
     yield speed(
         "8B, all in bf16, recompute",
@@ -306,12 +335,13 @@ def _pages(words: list[str]) -> Iterator[Case]:
     yield Case(name="the page that compares them", part="pages", call="compare", options={"into": "compared"})
     if "model=tiny" not in words:
         saved = (*once, "checkpoint.every=2", "checkpoint.final=true", "train.export=true")
-        for end in (4, 6):
-            run = {"into": "resumed", "resumed": end == 6}
-            yield Case(
-                name=f"checkpoints, to step {end}",
-                part="pages",
-                call="run",
-                words=(*saved, f"train.steps={end}"),
-                options=run,
-            )
+        for kind, more in (("", ()), (" of paged states", ("optimizer=adamw_8bit", PAGED))):
+            for end in (4, 6):
+                yield Case(
+                    name=f"checkpoints{kind}, to step {end}",
+                    part="pages",
+                    call="run",
+                    words=(*saved, *more, f"train.steps={end}"),
+                    options={"into": f"resumed{kind.replace(' ', '-')}", "resumed": end == 6},
+                    needs="bitsandbytes" if more else "",
+                )

@@ -11,11 +11,16 @@ import sys
 import time
 import traceback
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 LEVEL = "TESTS_GPU_PRELOAD"
 LEVELS = ("all", "without deepspeed", "nothing")
+
+
+class Skipped(Exception):
+    """The case cannot run here."""
 
 
 def begin(text: str, file: str, log: str) -> None:
@@ -29,11 +34,15 @@ def begin(text: str, file: str, log: str) -> None:
     started = time.monotonic()
     result: dict[str, Any] = {"status": "failed", "numbers": {}, "note": None}
     try:
+        if not _installed(task["case"]["needs"]):
+            raise Skipped(f"needs {task['case']['needs']}, which is not installed")
         module = import_module("tests.gpu.run")
         module.set_segments(task)
         numbers = module.predict(task) if task["predicts"] else module.CALLS[task["case"]["call"]](task)
         result["note"] = numbers.pop("failed", None)
         result.update(status="failed" if result["note"] else "passed", numbers=numbers)
+    except Skipped as reason:
+        result.update(status="skipped", note=str(reason))
     except BaseException as error:
         traceback.print_exc()
         result.update(_of(error))
@@ -45,6 +54,15 @@ def begin(text: str, file: str, log: str) -> None:
     sys.stderr.flush()
     # Libraries' own clean-up at the end of a process (communicators, compilers) can take seconds, and hang.
     os._exit(0)
+
+
+def _installed(distribution: str) -> bool:
+    if distribution:
+        try:
+            version(distribution)
+        except PackageNotFoundError:
+            return False
+    return True
 
 
 def _of(error: BaseException) -> dict[str, Any]:

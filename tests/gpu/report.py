@@ -60,11 +60,15 @@ def memory(found: Found) -> str:
             middle = statistics.median(errors)
             lines.append(f"- {name}: median {middle:.1%}, 90th percentile {most:.1%}, largest {errors[-1]:.1%}")
     beyond = [row for row in rows if row["status"] == "out of memory"]
-    missed = [row["name"] for row in beyond if row.get("predicted", {}).get("verdict") != "does not fit"]
+    missed = [row["name"] for row in beyond if _verdict(row) not in ("does not fit", "tight")]
     fitted = [row["name"] for row in rows if row["status"] == "passed" and _verdict(row) == "does not fit"]
     if rows:
         lines.append(f"- out of memory though predicted to fit: {', '.join(missed) or 'none'} (of {len(beyond)})")
         lines.append(f"- fits though predicted not to: {', '.join(fitted) or 'none'}")
+    for name in ("reserved", "device"):
+        inside = [lies for row in rows if (lies := _inside(row, name)) is not None]
+        if inside:
+            lines.append(f"- {name}: {sum(inside)} of {len(inside)} between the lower and the upper end")
     lines += ["", "Error: predicted / measured - 1. GiB; *device* is what nvidia-smi shows for the whole card.", ""]
     head = (
         "| case | allocated: predicted | measured | error | reserved | measured | error | device | measured | error |"
@@ -158,6 +162,14 @@ def _verdict(row: Result) -> str:
 def _error(row: Result, name: str) -> float | None:
     predicted, measured = row.get("predicted", {}).get(name), row["numbers"].get(name)
     return predicted / measured - 1 if predicted and measured else None
+
+
+def _inside(row: Result, name: str) -> bool | None:
+    """Whether what was measured lies in the range that was predicted."""
+    predicted, measured = row.get("predicted", {}), row["numbers"].get(name)
+    if not measured or not predicted.get(f"{name}_most"):
+        return None
+    return predicted[name] <= measured <= predicted[f"{name}_most"]
 
 
 def _cells(row: Result, name: str) -> Iterator[str]:

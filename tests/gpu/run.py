@@ -40,17 +40,19 @@ from trainer.engine import build_engine
 from trainer.estimate.compose import STEPS
 from trainer.estimate.estimate import estimate
 from trainer.estimate.tracker import StorageTracker
+from trainer.flops import Flops, mfu, model_flops, peak_flops
 from trainer.make_plan import make_plan
 from trainer.model.build import build_hf_config
-from trainer.model.flops import mfu, model_flops_per_token, peak_flops
 from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime, join_world
 from trainer.run.step import train_step
 
+SHAPES = {**MODELS, **MIXTURES, "tall": [*MODELS["llama"], "model.config.vocab_size=2048"]}
+"""tall: a table of more than 100,000 values, whose states are paged where that is asked for."""
 Task = dict[str, Any]
 Numbers = dict[str, Any]
-LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "triton", "numpy")
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "torchao", "triton", "numpy")
 WARM = 3  # steps that are not timed
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # what `join` leaves behind
 
@@ -95,6 +97,8 @@ def predict(task: Task) -> Numbers:
         "allocated": rank.peak_allocated_bytes,
         "reserved": rank.peak_reserved_bytes,
         "device": rank.device_bytes,
+        "reserved_most": rank.peak_reserved_most_bytes,
+        "device_most": rank.device_most_bytes,
         "verdict": str(found.verdict),
     }
 
@@ -111,7 +115,7 @@ def parity(task: Task) -> Numbers:
     weights = _weights(task, options["model"])
     shared = [
         *COMMON,
-        *{**MODELS, **MIXTURES}[options["model"]],
+        *SHAPES[options["model"]],
         "parallel=single",
         "precision=fp64",
         "train.steps=5",
@@ -170,7 +174,7 @@ def speed(task: Task) -> Numbers:
         for _ in range(WARM - 1):
             step()
         seconds = _timed(step, task["case"]["options"].get("seconds", 8.0))
-        flops = model_flops_per_token(engine.model, seq_len=config.data.seq_len)
+        flops = model_flops(engine.model, seq_len=config.data.seq_len)
         return {
             **_speed(config, plan, seconds, flops, task["gpu"]),
             "build_seconds": built - begun,
@@ -185,7 +189,7 @@ def versus(task: Task) -> Numbers:
     device = torch.device("cuda", 0) if task["device"] == "cuda" else torch.device("cpu")
     budget = task["case"]["options"].get("seconds", 6.0)
     with torch.device("meta"):
-        flops = model_flops_per_token(
+        flops = model_flops(
             AutoModelForCausalLM.from_config(build_hf_config(config.model)), seq_len=config.data.seq_len
         )
     found: dict[str, Numbers] = {}
@@ -336,10 +340,10 @@ def _timed(step: Callable[[], float], budget: float) -> list[float]:
     return seconds
 
 
-def _speed(config: Config, plan: Plan, seconds: Sequence[float], flops: float, gpu: str | None) -> Numbers:
+def _speed(config: Config, plan: Plan, seconds: Sequence[float], flops: Flops, gpu: str | None) -> Numbers:
     median = statistics.median(seconds)
-    tokens, peak = plan.batch.tokens / median, peak_flops(config, plan, gpu)
-    used = mfu(tokens, flops_per_token=flops, world_size=1, peak_flops=peak) if peak else None
+    tokens, peak = plan.batch.tokens / median, peak_flops(config, plan, gpu, flops)
+    used = mfu(tokens, flops_per_token=flops.step(config), world_size=1, peak_flops=peak) if peak else None
     return {"step_seconds": median, "steps": len(seconds), "tokens_per_second": tokens, "mfu": used}
 
 
@@ -374,9 +378,7 @@ def _weights(task: Task, model: str) -> list[str]:
     with _alone(folder):
         if not (folder / "config.json").exists():
             torch.manual_seed(0)
-            plain = AutoModelForCausalLM.from_config(
-                build_hf_config(load_config([*COMMON, *{**MODELS, **MIXTURES}[model]]).model)
-            )
+            plain = AutoModelForCausalLM.from_config(build_hf_config(load_config([*COMMON, *SHAPES[model]]).model))
             plain.save_pretrained(folder)
     return [f"model.path={folder}", "model.weights=pretrained", "data.tokenizer=bytes"]
 

@@ -102,7 +102,7 @@ def test_a_node_is_cut_off_and_comes_back(place: int, cluster: Cluster, alone: R
 
 @full
 def test_ddp_goes_on_to_the_last_bit_too(cluster: Cluster, run_dir: Path) -> None:
-    """Its buckets are laid out anew at every start, and decide in which order gradients are added."""
+    """Its buckets are laid out again at every start, and decide in which order gradients are added."""
     alone = cluster.launch(run_dir / "alone", "parallel=ddp")
     assert alone.end() == "COMPLETED", alone.log()
     run = cluster.launch(run_dir / "killed", "parallel=ddp")

@@ -59,7 +59,7 @@ def test_status_and_cancel(cluster: Cluster, run_dir: Path) -> None:
 
 
 def test_gpus_are_asked_for_and_given(cluster: Cluster, run_dir: Path) -> None:
-    """With a script of the user's own in place of ours; it gets the run folder and the interpreter."""
+    """With a script of the user's own instead of ours; it gets the run folder and the interpreter."""
     script = cluster.tmp / "own.sbatch"
     script.write_text('#!/bin/bash\nsrun bash -c \'echo "$SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"\' >"$1/seen"\n')
     for request, kind in (("gpus_per_node", "fake"), ("gres", "null")):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -17,10 +19,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from configs.load import load_config
+from configs.schema import Optimizer
 from tests.support.muon_cases import LAYOUTS
 from trainer.model.pieces import cut, join
 from trainer.model.roles import Described, Matrices, Role
-from trainer.optim import placed
+from trainer.optim import managed, paged, placed
 from trainer.optim.build import build_optimizer
 from trainer.optim.protocol import COUNTER
 from trainer.optim.table import ask
@@ -46,9 +49,16 @@ TENSOR: dict[str, Placement] = {
 }
 """How tensor parallel cuts them; the others are whole on each rank. Columns end within blocks of 256."""
 STEPS = 4
+PAGED = "optimizer.paged=true"
 Values = dict[str, torch.Tensor]
 
 
+@functools.cache
+def settings_of(words: tuple[str, ...]) -> Optimizer:
+    return load_config(words).optimizer
+
+
+@functools.cache
 def described() -> dict[str, Described]:
     matrices = {name: Matrices(stacked=len(shape) == 3) for name, (shape, _) in SHAPES.items() if len(shape) > 1}
     return {
@@ -68,7 +78,7 @@ def values(seed: int) -> Values:
 
 
 def run(parameters: dict[str, nn.Parameter], words: list[str], *, replicas: Any = None) -> torch.optim.Optimizer:
-    optimizer = build_optimizer(parameters.items(), described(), load_config(words).optimizer, replicas=replicas)
+    optimizer = build_optimizer(parameters.items(), described(), settings_of(tuple(words)), replicas=replicas)
     for step in range(STEPS):
         update(optimizer, parameters, step + 1)
     return optimizer
@@ -136,17 +146,20 @@ def cuts_and_bugs(
     and the collectives of one update."""
     dist.init_process_group("gloo")
     meshes = {name: _mesh(sizes) for name, sizes in LAYOUTS.items()}
-    expected = {name: one_process(words) for name, words in optimizers.items()}
+    expected = {name: one_process([word for word in words if word != PAGED]) for name, words in optimizers.items()}
     sound, calls = {}, {}
+    pages = pages_on_cpu()
     for name, words in optimizers.items():
         for layout, mesh in meshes.items():
             parameters = cut_parameters(mesh)
             optimizer = run(parameters, words)
             sound[name, layout] = apart(whole_state(parameters, optimizer), expected[name])
+            assert bool(pages.made) is (PAGED in words), (name, layout)
             _check_pieces(parameters, optimizer, words)
             with CommDebugMode() as counted:
                 update(optimizer, parameters, STEPS + 1)
             calls[name, layout] = sum(counted.get_comm_counts().values())
+            pages.made.clear()
     planted = {}
     for bug, names in bugs.items():
         with pytest.MonkeyPatch.context() as patch:
@@ -156,12 +169,36 @@ def cuts_and_bugs(
                 found = whole_state(parameters, run(parameters, optimizers[name]))
                 planted[bug, name] = apart(found, expected[name])
     dist.destroy_process_group()
+    pages.undo()
     return sound, planted, calls
+
+
+@dataclass
+class Pages:
+    """What `managed.zeros` made."""
+
+    patch: pytest.MonkeyPatch
+    made: list[torch.Tensor] = field(default_factory=list)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        self.made.append(torch.zeros(tuple(shape), dtype=dtype, device=device))
+        return self.made[-1]
+
+    def undo(self) -> None:
+        self.patch.undo()
+
+
+def pages_on_cpu(smallest: int = 1000) -> Pages:
+    """Memory of the CPU for that which a GPU shares with it, of parameters from so many values on."""
+    pages = Pages(pytest.MonkeyPatch())
+    pages.patch.setattr(managed, "zeros", pages.zeros)
+    pages.patch.setattr(paged, "SMALLEST", smallest)
+    return pages
 
 
 def _check_pieces(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, words: list[str]) -> None:
     """A rank's states are what the table says of its piece, and what a checkpoint is read into."""
-    settings = load_config(words).optimizer
+    settings = settings_of(tuple(words))
     for name, parameter in parameters.items():
         about = described()[name]
         assert isinstance(parameter, DTensor)

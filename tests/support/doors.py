@@ -80,7 +80,7 @@ def start_and_fail(words: list[str], rank: int, where: str) -> int:
 
 
 def start_with_slow_save(words: list[str], step: int, seconds: float, grace: float) -> int:
-    """The real door; the save of one step takes so long, gets SIGTERM as it begins, and SIGKILL after the grace."""
+    """The real door; the save of one step takes that long, gets SIGTERM as it begins, and SIGKILL after the grace."""
     fsync, files = os.fsync, itertools.count()
 
     def slow(descriptor: int) -> None:

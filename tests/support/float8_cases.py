@@ -6,6 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 
 from tests.support.cases import train
 from tests.support.parity import words
@@ -25,3 +26,38 @@ def count_products(mode: str) -> int:
     with patch("torch._scaled_mm", counting):
         train(words("llama", "single", "fp8", STEPS, *keys))
     return len(calls)
+
+
+def cut_products() -> tuple[float, float, float]:
+    """Of a layer in blocks, and of its halves as ranks hold them: how far the products that are put together are from
+    the whole one's, those that are added up, and the whole one's from plain ones."""
+    torch.manual_seed(0)
+    weight, given, gradient = torch.randn(192, 128), torch.randn(2, 32, 128), torch.randn(2, 32, 192)
+    output, of_input, of_weight = _products(weight, given, gradient)
+    rows = [_products(weight[part], given, gradient[..., part]) for part in (slice(0, 96), slice(96, 192))]
+    columns = [_products(weight[:, part], given[..., part], gradient) for part in (slice(0, 64), slice(64, 128))]
+    joined = [
+        _apart(torch.cat([half[0] for half in rows], -1), output),
+        _apart(torch.cat([half[2] for half in rows]), of_weight),
+        _apart(torch.cat([half[1] for half in columns], -1), of_input),
+        _apart(torch.cat([half[2] for half in columns], -1), of_weight),
+    ]
+    added = [_apart(rows[0][1] + rows[1][1], of_input), _apart(columns[0][0] + columns[1][0], output)]
+    return max(joined), max(added), _apart(output, given @ weight.T)
+
+
+def _products(weight: torch.Tensor, given: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of the input and of the weight."""
+    from trainer.linear.float8_layers import LinearMX  # torchao, which only ranks import
+
+    layer, given = nn.Linear(weight.shape[1], weight.shape[0], bias=False), given.clone().requires_grad_()
+    layer.weight.data = weight.contiguous()
+    layer.__class__ = LinearMX
+    output = layer(given)
+    output.backward(gradient.contiguous())
+    assert given.grad is not None and layer.weight.grad is not None
+    return [output.detach(), given.grad, layer.weight.grad]
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())

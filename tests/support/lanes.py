@@ -1,4 +1,4 @@
-"""Pytest plugin: `-n 3` (pytest-xdist) keeps two cores at work, with no test in another's way.
+"""Pytest plugin: `-n 4` (pytest-xdist) keeps two cores at work, with no test in another's way.
 
 The first lane begins with what waits most of its time: Slurm jobs, kills, restarts, hung ranks. The others compute
 meanwhile. A lane that has nothing left takes from what is left for the others.

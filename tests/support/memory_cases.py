@@ -15,6 +15,7 @@ from trainer.data import Batch
 from trainer.engine import build_engine
 from trainer.estimate.tracker import StorageTracker
 from trainer.make_plan import make_plan
+from trainer.optim.table import ask
 from trainer.plan.machine import find_machine
 from trainer.process.runtime import join_world
 
@@ -52,6 +53,10 @@ def measure(overrides: Overrides) -> Measured:
             for _ in range(STEPS):
                 engine.forward_backward(batches, valid_tokens)
                 engine.step(1e-3)
+            if config.train.eval_samples and ask(config.optimizer).average(config.optimizer) is not None:
+                # Weights that wait for the end of a validation take more than any other one does.
+                with engine.averaged():
+                    engine.evaluate(batches[0])
         engine.close()
     totals = [total for _, total in balance(tracker.events)]
     return Measured(peak=max(totals[built - 1 :]), after=totals[-1])

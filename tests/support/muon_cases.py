@@ -22,6 +22,7 @@ from trainer.model.pieces import cut, join
 from trainer.model.roles import Matrices
 from trainer.optim.muon import exchange
 from trainer.optim.muon.update import Muon
+from trainer.optim.several import Several
 
 Shapes = dict[str, tuple[int, ...]]
 PACKED, STACKED = Matrices(parts=(12, 12, 12), dim=1, transposed=True), Matrices(stacked=True)
@@ -75,13 +76,13 @@ def values(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Ten
     }
 
 
-def optimizer_of(parameters: dict[str, nn.Parameter], *, replicas: Any = None, **options: Any) -> Muon:
+def optimizer_of(parameters: dict[str, nn.Parameter], *, replicas: Any = None, **options: Any) -> Several:
     kept = {key: options.pop(key) for key in ("bucket_bytes",) if key in options}
     muon = [name for name in parameters if name in MATRICES]
     halves = (muon[::2], muon[1::2])
     groups = [
         {
-            "kind": "muon",
+            "optimizer": "muon",
             "params": [parameters[name] for name in names],
             "matrices": [MATRICES[name][1] for name in names],
             "dtype": torch.float64,
@@ -91,8 +92,9 @@ def optimizer_of(parameters: dict[str, nn.Parameter], *, replicas: Any = None, *
         }
         for names, lr in zip(halves, (0.02, 0.03), strict=True)
     ]
-    groups.append({"kind": "adamw", "params": [parameters[name] for name in VECTORS], "lr": 0.01, "weight_decay": 0.1})
-    return Muon(groups, replicas=replicas, **kept)
+    others = {"optimizer": "adamw", "params": [parameters[name] for name in VECTORS], "lr": 0.01, "weight_decay": 0.1}
+    adamw = torch.optim.AdamW([others], fused=True)
+    return Several({"muon": Muon(groups, replicas=replicas, **kept), "adamw": adamw})
 
 
 def one_process(options: dict[str, Any], steps: int = 3) -> dict[str, torch.Tensor]:
@@ -153,7 +155,7 @@ def peak_bytes(mesh: DeviceMesh | None, limit: int) -> int:
     if mesh is not None:
         _shard(module, mesh)
     held = list(module.parameters())
-    group = {"kind": "muon", "params": held, "matrices": [Matrices()] * len(held), "dtype": torch.bfloat16}
+    group = {"params": held, "matrices": [Matrices()] * len(held), "dtype": torch.bfloat16}
     optimizer = Muon([group], bucket_bytes=limit, replicas=dist.group.WORLD if mesh is None else None)
     for parameter in held:
         parameter.grad = parameter.detach().clone()
@@ -202,7 +204,7 @@ def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(module, mesh=mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"])
 
 
-def _step(optimizer: Muon, parameters: dict[str, nn.Parameter], step: int) -> None:
+def _step(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], step: int) -> None:
     for name, value in values(step).items():
         parameter = parameters[name]
         parameter.grad = _share(value, parameter) if isinstance(parameter, DTensor) else value

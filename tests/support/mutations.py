@@ -9,14 +9,17 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
 
 from tests.support.cases import Trained, train
 from trainer.axes.pipeline.run import PipelineRun
+from trainer.axes.tensor import vocabulary
 from trainer.axes.tensor.apply import TensorParallel
 from trainer.data import IGNORED
 from trainer.engine.torch import TorchEngine
 from trainer.linear.values import TunedWeights
 from trainer.moe.balancing import Balancing, MicroBatch
+from trainer.optim import ema
 
 
 def train_with(bug: str, overrides: list[str]) -> Trained:
@@ -79,6 +82,19 @@ def partial_gradients_not_summed() -> Iterator[None]:
         patch.object(TensorParallel, "reduce_partial_gradients", lambda self, model: None),
         patch("trainer.passes.self_check", lambda *args, **kwargs: None),
     ):
+        yield
+
+
+@contextmanager
+def scales_of_the_first_rank() -> Iterator[None]:
+    """Each rank reads its 4-bit codes by the scales that belong to the first one's."""
+
+    def first(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
+        (placement,) = like.placements
+        assert isinstance(placement, Shard)
+        return whole.chunk(like.device_mesh.size(), placement.dim)[0]
+
+    with patch("trainer.linear.four_bit_layers.cut", first):
         yield
 
 
@@ -162,12 +178,29 @@ def adapters_drawn_by_each_rank() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def smoothed_over_own_words() -> Iterator[None]:
+    """Each rank spreads labels over its part of the vocabulary."""
+    right = vocabulary.Weights.of
+    with patch.object(vocabulary.Weights, "of", lambda smoothing, words: right(smoothing, -(-words // 2))):
+        yield
+
+
+@contextmanager
+def averaged_on_the_first_rank() -> Iterator[None]:
+    """The others have the weights as they are, as where one rank alone is to save."""
+    follow = ema.follow
+    with patch.object(ema, "follow", lambda built, decay: follow(built, 0.0 if dist.get_rank() else decay)):
+        yield
+
+
 BUGS: dict[str, Callable[[], Any]] = {
     "none": nullcontext,
     "skipped_all_reduce": skipped_all_reduce,
     "mean_of_means": mean_of_means,
     "last_micro_batch_only": last_micro_batch_only,
     "partial_gradients_not_summed": partial_gradients_not_summed,
+    "scales_of_the_first_rank": scales_of_the_first_rank,
     "tied_gradients_not_summed": tied_gradients_not_summed,
     "local_norm": local_norm,
     "load_of_each_rank": load_of_each_rank,
@@ -176,4 +209,6 @@ BUGS: dict[str, Callable[[], Any]] = {
     "expert_gradients_not_averaged": expert_gradients_not_averaged,
     "expert_shards_swapped": expert_shards_swapped,
     "adapters_drawn_by_each_rank": adapters_drawn_by_each_rank,
+    "smoothed_over_own_words": smoothed_over_own_words,
+    "averaged_on_the_first_rank": averaged_on_the_first_rank,
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -192,7 +193,9 @@ def _train(case: Case, plan: Plan, runtime: Runtime) -> Outcome:
     shape = {"pp": case.pp, "micro_batches": case.micro_batches, "stages_per_rank": case.stages_per_rank}
     rank = plan.coordinates(runtime.rank)["pp"]
     assert actions == STEPS * rank_orders(case.schedule, **shape)[rank], "torch ran another order than the table says"
-    assert _buffers(engine.pipeline) == receive_buffers(case.schedule, **shape)[rank], "torch keeps other buffers"
+    # torch 2.15 makes its buffers when it posts a receive, and lets go of them itself.
+    kept = 0 if Version(torch.__version__) >= Version("2.15") else receive_buffers(case.schedule, **shape)[rank]
+    assert _buffers(engine.pipeline) == kept, "other buffers than the table says"
     return Outcome(
         losses=[result.loss for result in results],
         grad_norms=[result.report.grad_norm for result in results if result.report],
@@ -231,8 +234,7 @@ def _buffers(pipeline: PipelineRun) -> int:
     stages = _engine_stages(pipeline)
     rows = [row for stage in stages for row in (stage.args_recv_info, stage.grad_recv_info)]
     buffers = [getattr(info, "buffer", None) for row in rows for infos in row.values() for info in infos]
-    spare = [len(buffers) for stage in stages for buffers in stage.spare or ()]
-    return sum(spare) + sum(buffer is not None and not buffer.is_meta for buffer in buffers)
+    return sum(map(len, pipeline.spare.values())) + sum(buffer is not None and not buffer.is_meta for buffer in buffers)
 
 
 def _recording(method: Callable[..., Any], kind: str, stage: int, actions: list[Action]) -> Callable[..., Any]:

@@ -59,7 +59,7 @@ def train_and_save(overrides: Overrides, folder: str, *, upto: int | None = None
 
 @composes
 def resume_each(overrides: Overrides, folders: list[str], steps: int) -> list[Journal]:
-    """For each run folder: build the engine anew, resume, train `steps` more. Saves nothing."""
+    """For each run folder: build the engine again, resume, train `steps` more. Saves nothing."""
     config = saving(composed(overrides), every=0)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1) as runtime:
@@ -68,7 +68,7 @@ def resume_each(overrides: Overrides, folders: list[str], steps: int) -> list[Jo
 
 @composes
 def train_then_resume_each(overrides: Overrides, folder: str, others: list[str], saved: int) -> list[Journal]:
-    """Train to the end, with a checkpoint of step `saved` alone; then, with engines built anew, go on to the end from
+    """Train to the end, with a checkpoint of step `saved` alone; then, with engines built again, go on to the end from
     that checkpoint and from those of other run folders. Journals in this order."""
     whole = saving(composed(overrides), every=saved)
     assert saved < whole.train.steps < 2 * saved

@@ -1,4 +1,5 @@
-"""What 16 bit costs, counted: gradients that become zero, parameters that do not move, the loss after some steps.
+"""What 16 bit costs, counted: gradients that change or become zero, parameters that do not move, the loss after some
+steps.
 
 A small model with a vocabulary large enough that the gradients of its logits are small, in one process on the CPU. The
 table in docs/precision.md is written from it.
@@ -34,9 +35,10 @@ COMMON = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rounded:
-    """zero_gradients: part of the head's gradient, of the first step, that is exactly zero. unmoved: part of all
-    parameters that are what they were before the first step. loss: of the last step."""
+    """gradient: of the first step, of all parameters. zero_gradients: part of the head's that is exactly zero. unmoved:
+    part of all parameters that are what they were before the first step. loss: of the last step."""
 
+    gradient: torch.Tensor
     zero_gradients: float
     unmoved: float
     loss: float
@@ -61,11 +63,14 @@ def _train(overrides: Overrides) -> Rounded:
         engine.forward_backward(batches, tokens)
         gradient = engine.named["lm_head.weight"].grad
         assert gradient is not None
+        every = torch.cat([p.grad.flatten().float() for p in engine.named.values() if p.grad is not None])
+        every /= engine.loss_scale.value if engine.loss_scale else 1
         zeros = (gradient == 0).double().mean().item()
         engine.discard()
         losses = [train_step(engine, next(steps), plan, runtime, LEARNING_RATE).loss for _ in range(STEPS)]
         unmoved = sum((engine.named[name] == value).sum().item() for name, value in before.items())
     return Rounded(
+        gradient=every,
         zero_gradients=zeros,
         unmoved=unmoved / sum(value.numel() for value in before.values()),
         loss=losses[-1],

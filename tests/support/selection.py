@@ -15,7 +15,7 @@ import pytest
 # Configuration, plans, refusals, estimates: whole files that start no ranks, or few.
 QUICK_FILES = (
     *("test_config", "test_config_values", "test_fuzz", "test_imports", "test_devices", "test_restarts"),
-    *("test_model", "test_optimizer", "test_selection"),
+    *("test_model", "test_optimizer", "test_optimizer_refusals", "test_selection"),
     *("test_preflight", "test_pipeline_table", "test_pipeline_split", "test_slurm_options", "test_deepspeed_config"),
     *("test_data_positions", "test_data_files", "test_data_build", "test_memory_estimate"),
     *("test_report_metrics", "test_report_folder", "test_report_measure", "test_report_reporter"),

@@ -13,13 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from configs.errors import CookbookError
 from configs.schema import Config
 from tests.support.cases import Trained, train
+from tests.support.memory_cases import Measured, measure
 from trainer.data.build import build_data
 from trainer.engine import build_engine
+from trainer.estimate.estimate import estimate
 from trainer.make_plan import make_plan
-from trainer.model.build import build_hf_config, text_config
+from trainer.model.build import body_first, build_hf_config, text_config
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.precision import torch_dtype
-from trainer.plan.machine import find_machine
+from trainer.plan.machine import Machine, find_machine
 from trainer.process.runtime import join_world
 
 
@@ -28,6 +30,26 @@ def attempt(config: Config) -> Trained | str:
     _quietly()
     try:
         return train(config)
+    except CookbookError as error:
+        return " ".join(error.problems)
+
+
+def predict(config: Config, world_size: int) -> tuple[int, int] | str:
+    """The estimate of the fullest rank: bytes at the peak, and between steps; or the line of a refusal."""
+    _quietly()
+    try:
+        plan = make_plan(config, Machine(world_size=world_size, local_world_size=world_size))
+        found = estimate(config, plan)
+    except CookbookError as error:
+        return " ".join(error.problems)
+    return found.busiest.peak_allocated_bytes, found.busiest.between_steps_bytes
+
+
+def count(config: Config) -> Measured | str:
+    """The same of the tensors that are there; or the line of a refusal."""
+    _quietly()
+    try:
+        return measure(config)
     except CookbookError as error:
         return " ".join(error.problems)
 
@@ -66,6 +88,7 @@ def theirs(config: Config) -> tuple[float, float]:
         data = build_data(config, plan, data_rank=0, vocab_size=text_config(hf_config).vocab_size)
         values = {n: value for n, value in build_engine(config, plan, runtime).parameters() if value is not None}
         model = _plain(hf_config, torch_dtype(config.precision.param_dtype))
+        body_first(model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(values[name])

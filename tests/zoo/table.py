@@ -24,9 +24,16 @@ the gradient norm, at any step and in the validation at the end. One process (*s
 transformers builds itself. All in float64 within 1e-4 (some types compute parts in float32 whatever the precision),
 but ZeRO, which has no float64, and types that transformers cannot run in it: float32 within 1e-3.
 
+*memory* and *fsdp's memory* hold the estimated peak, in one process and under FSDP, against what is counted on the
+fullest rank over two steps, and what stays between steps, which must be equal to 4 KiB; the number is the difference of
+the peaks relative to the estimate, within 5 %.
+
 *refused* stands for a line that the run prints before it begins; the lines are below the table, and begin with the
 layout. What *differs* from one process, or ends in a *crash*, is open. An empty cell has not been tried. A star marks
 the language model alone (`model.text_only=true`), since the whole model has parts that no layout cuts.
+
+With the oldest versions that pyproject.toml allows (transformers 5.17, torch 2.11) 178 types are there: under *single*
+164 are equal, 8 refused, and 6 are not tried, as below.
 
 `python -m tests.zoo TYPE` does the same for one type in some seconds; `--layouts` names some of the layouts.
 """

@@ -102,6 +102,8 @@ OWN: dict[str, Mapping[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), PLAIN_OF_IMAGES)},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots3_note_text": {"head_dim": HEAD_DIM + 8},
+    # Not the end of a document: at a sequence's begin, the pad token has a gradient of NaN there (0 ** 0.5).
+    "gemma3n_text": {"pad_token_id": VOCABULARY - 1},
     "hunyuan_v1_dense": WITH_HEADS,
     "hunyuan_v1_moe": WITH_HEADS,
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},

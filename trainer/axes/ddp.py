@@ -56,7 +56,7 @@ def _settle_buckets(
 ) -> None:
     """One backward whose gradient is dropped, without a trace in the random state.
 
-    After its first backward DDP deals the gradients out anew, in the order in which they came. Where a gradient lies in
+    After its first backward DDP deals the gradients out again, in the order of their arrival. Where a gradient lies in
     its bucket decides in which order the ranks' parts are added up, so a resumed run would repeat its first step with
     other rounding than the run that was never stopped.
     """

@@ -16,21 +16,25 @@ The next layer's all-gather runs while this layer computes. Zhao et al. 2023 (Py
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fully_shard as engine
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from configs.choices import OffloadDevice
+from configs.errors import ConfigError
 from trainer.axes.gradients import scale
 from trainer.axes.mesh import Meshes, fsdp_mesh
-from trainer.axes.shard import shard_dim
-from trainer.model.build import held_layers, tied_names
+from trainer.axes.shard import in_order, shard_dim
+from trainer.model.build import architecture, held_layers, tied_names
 from trainer.model.precision import torch_dtype
 from trainer.model.roles import Described
 from trainer.plan.plan import Plan
@@ -50,25 +54,66 @@ def apply_fsdp(
 
     Groups are what is gathered at once. Tied embeddings stay in the root group: a parameter has one owner. model: whole
     or one pipeline stage; only where it `returns_logits` is its output cast to the dtype of the loss. described: of the
-    whole model.
+    whole model. Raises ConfigError for parameters of which no part can stay between forward and backward.
     """
+    _check_rows(model, plan, described)
     param_dtype, reduce_dtype = torch_dtype(plan.param_dtype), torch_dtype(plan.reduce_dtype)
     options: dict[str, Any] = {
         "mesh": fsdp_mesh(meshes.dense, plan.dense),
         "shard_placement_fn": partial(_placement, ranks=plan.fsdp_size),
-        "reshard_after_forward": plan.reshard_after_forward,
+        "reshard_after_forward": plan.reshard_after_forward and (plan.fsdp.reshard_size or True),
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
         "offload_policy": _offload_policy(plan),
     }
     for module, view in _in_other_views(model, plan, described):
         other = {"mesh": fsdp_mesh(meshes.of(view), view), "shard_placement_fn": partial(_placement, ranks=view.shards)}
         fully_shard(module, **options | other)
-    for module in sharded_modules(model).values():
-        fully_shard(module, **options)
-    # Only the root may cast its output: a layer's output must stay in the dtype that the next layer computes in.
-    if returns_logits:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype, output_dtype=_loss_dtype(plan))
-    fully_shard(model, **options)
+    groups = sharded_modules(model)
+    with _one_smaller_mesh() if plan.fsdp.reshard_size is not None else nullcontext():
+        for module in groups.values():
+            fully_shard(module, **options)
+        # Only the root may cast its output: a layer's output must stay in the dtype that the next layer computes in.
+        if returns_logits:
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype, output_dtype=_loss_dtype(plan))
+        fully_shard(model, **options)
+    gather_ahead(groups, plan)
+
+
+def gather_ahead(groups: Mapping[str, nn.Module], plan: Plan) -> None:
+    """Name the groups that each one gathers ahead, where the plan gives their number."""
+    order = [cast(FSDPModule, groups[name]) for name in in_order(groups)]
+    for place, module in enumerate(order):
+        if (forward := plan.fsdp.forward_prefetch) is not None:
+            module.set_modules_to_forward_prefetch(order[place + 1 :][:forward])
+        if (backward := plan.fsdp.backward_prefetch) is not None:
+            module.set_modules_to_backward_prefetch(order[max(0, place - backward) : place][::-1])
+
+
+def _check_rows(model: PreTrainedModel, plan: Plan, described: Mapping[str, Described]) -> None:
+    """Of parameters that are cut along rows alone torch 2.13 gathers a part that fewer ranks keep."""
+    fewer, ranks = plan.fsdp.reshard_size, plan.fsdp_size
+    if fewer is None or fewer == ranks:
+        return
+    if any(shard_dim(about.shape, about.shape, ranks) for about in described.values()):
+        raise ConfigError(
+            f"parallel.fsdp.reshard_size={fewer}: {ranks} ranks do not divide the experts of {architecture(model)};"
+            " their features are cut instead, of which FSDP2 keeps no part; leave it out"
+        )
+
+
+def _one_smaller_mesh() -> AbstractContextManager[object]:
+    """For `reshard_size`: torch makes a mesh for each module that it shards, all of the same ranks. NCCL would have two
+    communicators of each, some GiB for a model of many layers."""
+    make: Callable[[int, Any], Any] = engine._get_post_forward_mesh_info  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    made: dict[tuple[int, Any], Any] = {}
+
+    def once(size: int, info: Any) -> Any:
+        key = size, info.mesh
+        if key not in made:
+            made[key] = make(size, info)
+        return made[key]
+
+    return patch.object(engine, "_get_post_forward_mesh_info", once)
 
 
 def _placement(parameter: nn.Parameter, ranks: int) -> Shard:

@@ -18,6 +18,7 @@ more data. Jacobs et al. 2023 (DeepSpeed Ulysses), Dubey et al. 2024, section 3.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -52,11 +53,12 @@ def slice_of(batch: Batch, mesh: DeviceMesh) -> Batch:
     size, rank = mesh[CONTEXT].size(), mesh[CONTEXT].get_local_rank()
     rows, length = batch.input_ids.shape[0], batch.input_ids.shape[1] // size
     begin = rank * length
-    return Batch(
-        batch.input_ids[:, begin : begin + length].contiguous(),
-        batch.labels[:, begin : begin + length].contiguous(),
-        torch.arange(begin, begin + length, device=batch.input_ids.device).repeat(rows, 1),
-        None if batch.lengths is None else (batch.lengths - begin).clamp(min=0, max=length),
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, begin : begin + length].contiguous(),
+        labels=batch.labels[:, begin : begin + length].contiguous(),
+        position_ids=torch.arange(begin, begin + length, device=batch.input_ids.device).repeat(rows, 1),
+        lengths=None if batch.lengths is None else (batch.lengths - begin).clamp(min=0, max=length),
     )
 
 

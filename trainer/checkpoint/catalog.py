@@ -33,7 +33,16 @@ def step_name(step: int) -> str:
 
 
 def partial_folder(folder: Path, step: int) -> Path:
-    return folder / f".{step_name(step)}.partial"
+    return partial_of(folder / step_name(step))
+
+
+def partial_of(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
+
+
+def final_of(checkpoint: Path) -> Path:
+    """Where a checkpoint stands when it is committed: a committed one, where it stands."""
+    return checkpoint.with_name(checkpoint.name.removeprefix(".").removesuffix(".partial"))
 
 
 def committed(folder: Path) -> list[Path]:
@@ -49,7 +58,7 @@ def committed(folder: Path) -> list[Path]:
 def commit(partial: Path) -> Path:
     """Give a complete, flushed folder its name. Where that name is taken, the old folder goes when the new one is in
     place; `tidy` brings it back if a kill comes in between."""
-    target = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+    target = final_of(partial)
     old = partial.with_name(f".{target.name}.replaced")
     if target.exists():
         rename_synced(target, old)
@@ -80,11 +89,14 @@ def set_aside(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def surplus(checkpoints: Sequence[Path], *, keep_last: int, keep_every: int) -> list[Path]:
-    """Which to delete. checkpoints: oldest first. The newest `keep_last` stay, and every step that `keep_every`
-    divides (0: none)."""
+def surplus(checkpoints: Sequence[Path], *, keep_last: int, keep_every: int, best: int | None = None) -> list[Path]:
+    """Which to delete. checkpoints: oldest first. The newest `keep_last` stay, every step that `keep_every` divides
+    (0: none), and the best one."""
     old = checkpoints[: max(0, len(checkpoints) - keep_last)]
-    return [path for path in old if not (keep_every and (step_of(path) or 0) % keep_every == 0)]
+    steps = [step_of(path) or 0 for path in old]
+    return [
+        p for p, step in zip(old, steps, strict=True) if not ((keep_every and step % keep_every == 0) or step == best)
+    ]
 
 
 def delete(checkpoint: Path) -> None:

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from configs.errors import CheckpointDamaged, CheckpointMismatch, EnvironmentProblem
 from trainer import linear
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
-from trainer.checkpoint.hub import export_model
+from trainer.checkpoint.hub import SHARD_BYTES, export_model
 from trainer.checkpoint.manifest import (
     GENERATION,
     STATE,
@@ -31,17 +31,19 @@ from trainer.checkpoint.manifest import (
     check_file_sizes,
     read_manifest,
 )
-from trainer.checkpoint.progress import AVERAGE, read_progress
+from trainer.checkpoint.progress import AVERAGE, find_best, read_progress
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data.tokenizer import no_tokenizer
 from trainer.engine.saved import BUFFER
+from trainer.model.custom import introduce_of_run
 from trainer.model.fitting import persistent_buffers
 from trainer.process.disks import readable, refused
+from trainer.process.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
 
-def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
+def export(source: Path, target: Path, *, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write the model of a checkpoint, or of the newest whole one of a run, to `target`. Returns the checkpoint.
 
     Raises CheckpointDamaged or CheckpointMismatch when there is none that can be read, EnvironmentProblem when the
@@ -57,18 +59,41 @@ def export(source: Path, target: Path, *, dtype: torch.dtype) -> Path:
     model = _build_model(folder, known)
     with refused(target, lambda why: _not_written(target, why)):
         linear.restore(model, known)
-        saved = TensorReader(folder, manifest)
-        for name, buffer in persistent_buffers(model):
-            if f"{BUFFER}/{name}" in saved.names():
-                buffer.copy_(saved.read(f"{BUFFER}/{name}"))
+        _read_buffers(model, folder, manifest)
         file = folder / TOKENIZER / GENERATION
         generation = file.read_bytes() if file.exists() else None
-        export_model(parameters, model, tokenizer, target, dtype=dtype, generation=generation)
+        export_model(parameters, model, tokenizer, target, dtype=dtype, generation=generation, shard_bytes=shard_bytes)
     return folder
 
 
+def parameters_of(
+    checkpoint: Path, model: PreTrainedModel, runtime: Runtime
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """As `Engine.parameters` gives them, with the values of a checkpoint of this very run. The model's buffers take
+    theirs. A collective. Raises CheckpointDamaged where its files are not as long as they were."""
+
+    def read() -> Manifest:
+        manifest = read_manifest(checkpoint)
+        check_file_sizes(checkpoint, manifest)
+        return manifest
+
+    manifest = runtime.agree(read)
+    _read_buffers(model, checkpoint, manifest)
+    for name, value in _parameters(checkpoint, manifest, read_progress(checkpoint, manifest).identity.get(AVERAGE)):
+        runtime.max(0)  # the other ranks wait for rank 0 no longer than one tensor takes
+        yield name, value if runtime.is_main else None
+
+
+def _read_buffers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
+    saved = TensorReader(folder, manifest)
+    for name, buffer in persistent_buffers(model):
+        if f"{BUFFER}/{name}" in saved.names():
+            buffer.copy_(saved.read(f"{BUFFER}/{name}"))
+
+
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder) if folder.is_dir() and any(folder.iterdir()) else no_tokenizer()
+    files = {file.name for file in folder.iterdir()} - {GENERATION} if folder.is_dir() else ()
+    return AutoTokenizer.from_pretrained(folder) if files else no_tokenizer()
 
 
 def _not_written(target: Path, why: str) -> EnvironmentProblem:
@@ -79,6 +104,7 @@ def _not_written(target: Path, why: str) -> EnvironmentProblem:
 def newest_whole(source: Path, *, newest: bool = False) -> tuple[Path, Manifest]:
     """The checkpoint that `source` is, or the newest one below it whose every byte is right. newest: the newest of all
     must be. Raises CheckpointDamaged, CheckpointMismatch, or EnvironmentProblem where one cannot be read."""
+    source = find_best(source)
     candidates = committed(source / CHECKPOINTS) or committed(source)
     with readable(source / STATE):
         alone = (source / STATE).is_file()
@@ -119,10 +145,12 @@ def _parameters(
 
 
 def _build_model(folder: Path, known: Mapping[str, Any]) -> PreTrainedModel:
-    """The model that was trained, without memory: the config is in the checkpoint. Its code is transformers' own."""
+    """The model that was trained, without memory: the config is in the checkpoint."""
     prefix = "model."
     fields = {key.removeprefix(prefix): value for key, value in known.items() if key.startswith(prefix)}
     kind = fields.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        introduce_of_run(folder)
     if kind not in CONFIG_MAPPING:
         raise CheckpointMismatch(
             f"{folder}: holds a model of type {kind}, which this version of transformers does not know"

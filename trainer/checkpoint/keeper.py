@@ -24,9 +24,13 @@ from configs.errors import CheckpointDamaged, CheckpointFailed, CheckpointMismat
 from configs.schema import Config
 from trainer import linear
 from trainer.checkpoint import catalog
+from trainer.checkpoint.foreign.bring import bring
+from trainer.checkpoint.foreign.compare import contradictions
+from trainer.checkpoint.foreign.table import known
 from trainer.checkpoint.manifest import STATE, Manifest, check_contents, check_file_sizes, read_manifest
-from trainer.checkpoint.progress import Progress, check_same, layout, read_progress
+from trainer.checkpoint.progress import Progress, check_same, find_best, layout, read_progress
 from trainer.checkpoint.saving import Save
+from trainer.checkpoint.selection import Selection
 from trainer.checkpoint.tensors import TensorReader
 from trainer.engine import Engine
 from trainer.engine.saved import BUFFER
@@ -45,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedCheckpoint:
-    """A committed checkpoint. blocked_seconds: training stood still for it. seconds: from its begin to its commit."""
+    """A committed checkpoint. blocked_seconds: how long it stalled training. seconds: from its begin to its commit."""
 
     step: int
     folder: Path
@@ -87,9 +91,10 @@ class Keeper:
         self._begun = self._blocked = 0.0
         self._tell: Callable[[SavedCheckpoint], None] = lambda saved: None
         self.step = 0
+        self.selection = Selection(config)
 
     def find(self) -> Progress | None:
-        """Where the run is to begin: at its own newest whole checkpoint, else at `train.resume`, else anew (None).
+        """Where the run is to begin: at its own newest whole checkpoint, else at `train.resume`, else at step 0 (None).
 
         A collective. Damaged checkpoints are named and passed over. Raises CheckpointDamaged when there are
         checkpoints and none is whole, CheckpointMismatch when the one to go on from belongs to another run,
@@ -117,29 +122,56 @@ class Keeper:
         if ours:
             self._as_main(lambda: [catalog.set_aside(checkpoint) for checkpoint in damaged])
         self.step = self._found.progress.step
+        if ours:
+            there = {catalog.step_of(checkpoint) or 0 for checkpoint in own if checkpoint not in damaged}
+            self.selection.restore(self._found.progress.selection, there)
+        elif self.step >= self._plan.steps:
+            place = catalog.final_of(self._found.folder)
+            self._say(
+                f"{place}: stands at step {self.step}, and this run has {self._plan.steps} steps, all in"
+                " all: nothing is left to train; give more train.steps, or train.epochs"
+            )
         return self._found.progress
+
+    def said(self) -> dict[str, Any]:
+        """What the status of the run says of the best validation."""
+        return self.selection.said(self._folder)
+
+    def best(self) -> Path | None:
+        """The checkpoint of the best validation, where it is kept."""
+        return self._folder / catalog.step_name(self.selection.kept) if self.selection.kept is not None else None
 
     def report_to(self, tell: Callable[[SavedCheckpoint], None]) -> None:
         """tell: called on every rank for each checkpoint that was committed."""
         self._tell = tell
 
     def restore(self, engine: Engine) -> None:
-        """Put the found checkpoint, if there is one, into the engine and the random generators. A collective."""
+        """Put the found checkpoint, if there is one, into the engine and the random generators. One that was imported
+        becomes the run's own by that. A collective."""
         if self._found is None:
             return
-        saved = TensorReader(self._found.folder, self._found.manifest)
+        folder, final = self._found.folder, catalog.final_of(self._found.folder)
+        saved = TensorReader(folder, self._found.manifest)
         progress = self._found.progress
         self._runtime.agree(lambda: engine.load_state(saved, progress.engine))
         self._restore_random_numbers(saved, progress)
-        self._say(f"resumed    step {progress.step} from {self._found.folder}")
+        if folder != final:
+            self._as_main(lambda: catalog.commit(folder))
+        self._say(f"resumed    step {progress.step} from {final}")
 
     def after_step(
-        self, step: int, engine: Engine, *, samples: int, report: Callable[[], dict[str, Any]]
+        self,
+        step: int,
+        engine: Engine,
+        *,
+        samples: int,
+        data: Callable[[], Any] = lambda: None,
+        report: Callable[[], dict[str, Any]],
     ) -> str | None:
         """Save if it is time. Returns why the run is to stop, if any rank was told to; else None.
 
-        step: updates so far. samples: the position in the data that belongs to it. report: what the reporter wants to
-        find again. A collective.
+        step: updates so far. samples: the position in the data that belongs to it. data, report: what the data and the
+        reporter want to find again. A collective.
         Raises CheckpointFailed on every rank when a save failed and `checkpoint.on_failure` is stop.
         """
         settings = self._config.checkpoint
@@ -148,21 +180,23 @@ class Keeper:
         reason = self._stop.reason()
         stopping, writing = (bool(flag) for flag in self._runtime.max(reason is not None, unfinished))
         if self._pending is not None and not writing:
-            self._guard(self._commit)
-        last = step >= self._plan.steps
-        due = settings.every > 0 and step % settings.every == 0
+            self._guard(self._pending.progress.step, self._commit)
+        last = step >= self._plan.steps or self.selection.ended is not None
+        due = self.selection.due(step) or (settings.every > 0 and step % settings.every == 0)
         if stopping or due or (last and settings.final):
             progress = Progress(
                 step=step,
                 samples=samples,
+                data=data(),
                 engine=engine.counters(),
                 identity=self._identity,
                 layout=layout(self._plan),
                 report=report(),
+                selection=self.selection.state(),
             )
-            self._guard(lambda: self._save(engine, progress))
+            self._guard(step, lambda: self._save(engine, progress))
         if stopping or last:
-            self._guard(self._commit)
+            self._guard(step, self._commit)
         return self._agree_on(reason) if stopping else None
 
     def _agree_on(self, reason: str | None) -> str:
@@ -188,6 +222,7 @@ class Keeper:
             return
         before = time.perf_counter()
         folder, size = save.commit(self._tokenizer, self._generation)
+        self.selection.saved(save.progress.selection)
         if self._runtime.is_main:
             self._delete_surplus()
         now = time.perf_counter()
@@ -202,11 +237,13 @@ class Keeper:
             )
         )
 
-    def _guard(self, work: Callable[[], None]) -> None:
+    def _guard(self, step: int, work: Callable[[], None]) -> None:
+        """step: up to which no checkpoint is there where the work fails that was not there before."""
         try:
             work()
         except CheckpointFailed as failure:
             self._pending = None
+            self.selection.lost(step)
             if self._config.checkpoint.on_failure is OnFailure.stop:
                 raise
             self._say(*(f"{problem}; training goes on without it" for problem in failure.problems))
@@ -214,7 +251,8 @@ class Keeper:
     def _delete_surplus(self) -> None:
         settings = self._config.checkpoint
         checkpoints = catalog.committed(self._folder)
-        for old in catalog.surplus(checkpoints, keep_last=settings.keep_last, keep_every=settings.keep_every):
+        keep = {"keep_last": settings.keep_last, "keep_every": settings.keep_every, "best": self.selection.kept}
+        for old in catalog.surplus(checkpoints, **keep):
             try:
                 catalog.delete(old)
             except OSError as error:
@@ -263,18 +301,21 @@ class Keeper:
         wanted = self._config.train.resume
         if wanted in ("auto", "never"):
             return []
-        path = Path(wanted).expanduser().absolute()
+        path = self._runtime.agree(lambda: find_best(Path(wanted).expanduser().absolute()))
         listed = self._listed(path) or self._listed(path / catalog.CHECKPOINTS)
         if listed:
             return listed
         with readable(path / STATE):
             is_checkpoint = (path / STATE).is_file()
-        if not is_checkpoint:
-            raise CheckpointMismatch(
-                f"train.resume={wanted}: is no checkpoint and holds none; give auto, never, RUN_DIR or"
-                f" RUN_DIR/{catalog.CHECKPOINTS}/{catalog.step_name(100)}"
-            )
-        return [path]
+        if is_checkpoint:
+            return [path]
+        run = (self._config, self._plan, self._runtime)
+        if made := bring(path, self._folder, *run, identity=self._identity, tokenizer=self._tokenizer):
+            return made
+        raise CheckpointMismatch(
+            f"train.resume={wanted}: is no checkpoint and holds none; give auto, never, RUN_DIR or"
+            f" RUN_DIR/{catalog.CHECKPOINTS}/{catalog.step_name(100)}, or of another trainer {known()}"
+        )
 
     def _check(self, folder: Path) -> Found:
         """Raises on every rank alike. Each rank hashes its share of the files."""
@@ -292,8 +333,9 @@ class Keeper:
         # In two steps: what one rank cannot read must not count as damaged because another rank finds damage.
         found = self._runtime.agree(check)
         found = self._runtime.agree(lambda: _whole(found))
-        batch = self._plan.batch.global_batch_size
-        check_same(found.progress, self._identity, source=folder, global_batch_size=batch)
+        batch, final = self._plan.batch.global_batch_size, catalog.final_of(folder)
+        check_same(found.progress, self._identity, source=final, global_batch_size=batch)
+        self._say(*contradictions(found.progress, self._config, source=final, global_batch_size=batch))
         return found
 
     def _say(self, *lines: str) -> None:

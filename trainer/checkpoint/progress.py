@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from transformers import PretrainedConfig
 from configs.errors import CheckpointDamaged, CheckpointMismatch
 from configs.schema import Config
 from trainer import linear
-from trainer.checkpoint.manifest import STATE, Manifest, check_missing
+from trainer.checkpoint.catalog import committed, step_name
+from trainer.checkpoint.manifest import STATE, Manifest, check_missing, read_manifest
 from trainer.data import DataSet
 from trainer.engine import Counters
+from trainer.optim import by_role
 from trainer.optim.table import ask, difference
 from trainer.plan.plan import Plan
 
@@ -35,6 +38,7 @@ _INCIDENTAL = {
     "transformers_version",
     "use_cache",
 }
+BEST = "best"
 AVERAGE = "optimizer.average"
 """Says that a checkpoint holds weights in the midst of training: `trainer.optim.protocol.Average`."""
 _REMEDY = {
@@ -50,7 +54,9 @@ _REMEDY = {
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """step: optimizer updates so far. samples: global position in the data. engine: from `Engine.counters`.
-    report: from `Reporter.totals`. identity: what the run is, key by key. layout: what it was spread over."""
+    report: from `Reporter.totals`. identity: what the run is, key by key. layout: what it was spread over. origin: what
+    another trainer's checkpoint said of its settings; empty in a run's own (`trainer.checkpoint.foreign`). selection:
+    from `Selection.state`. data: from `DataSet.mark`."""
 
     step: int
     samples: int
@@ -58,14 +64,16 @@ class Progress:
     identity: dict[str, Any]
     layout: dict[str, Any]
     report: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
+    data: Any = None
 
 
 def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict[str, Any]:
     """All that must be the same for a run to be continued rather than mixed with another one."""
     average = ask(config.optimizer).average(config.optimizer)
-    model = {f"model.{key}": value for key, value in hf_config.to_dict().items() if key not in _INCIDENTAL}
     return {
-        **json.loads(json.dumps(model, default=str)),
+        **model_identity(hf_config),
         "tokenizer": _fingerprint(data),
         "data.source": str(config.data.source),
         "data.seq_len": config.data.seq_len,
@@ -74,11 +82,18 @@ def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict
         "data.document_mask": config.data.document_mask,
         "data.fingerprint": data.fingerprint,
         "optimizer.name": str(config.optimizer.name),
+        by_role.KEY: {role: str(name) for role, name in by_role.names(config.optimizer).items()},
         **({"optimizer.target": config.optimizer.target} if config.optimizer.target else {}),
+        "optimizer.ema": config.optimizer.ema > 0,
         **({AVERAGE: [average.kind, average.part]} if average else {}),
         "train.seed": config.train.seed,
         **linear.identity(config),
     }
+
+
+def model_identity(hf_config: PretrainedConfig) -> dict[str, Any]:
+    model = {f"model.{key}": value for key, value in hf_config.to_dict().items() if key not in _INCIDENTAL}
+    return json.loads(json.dumps(model, default=str))
 
 
 def layout(plan: Plan) -> dict[str, Any]:
@@ -131,6 +146,21 @@ def read_progress(folder: Path, manifest: Manifest) -> Progress:
     if progress.step != manifest.step:
         raise CheckpointDamaged(f"{path}: expected step {manifest.step}, which the manifest has, found {progress.step}")
     return progress
+
+
+def find_best(source: Path) -> Path:
+    """Of RUN_DIR/checkpoints/best the checkpoint that it is, as the newest whole one has it; any other path as it is.
+    Raises CheckpointMismatch where the run has kept none."""
+    if source.name != BEST or source.exists():
+        return source
+    for folder in reversed(committed(source.parent)):
+        with suppress(CheckpointDamaged):
+            best = read_progress(folder, read_manifest(folder)).selection.get("best")
+            found = source.parent / step_name(best["step"]) if best else None
+            if found is not None and found.is_dir():
+                return found
+            break
+    raise CheckpointMismatch(f"{source}: the run has kept no best checkpoint (checkpoint.best=true); give step-N")
 
 
 def _short(value: object) -> str:

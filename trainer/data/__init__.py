@@ -9,9 +9,9 @@ contract can be imported without the libraries that read and tokenise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     import torch
@@ -27,23 +27,30 @@ class Batch:
     input_ids[b, i] (already shifted), or IGNORED. position_ids: the same shape, where they are not 0, 1, 2, ... in each
     row: of a rank's slice of a longer sequence, and where every document has positions of its own, from which
     transformers builds a mask that keeps them apart (`data.document_mask`). lengths: [micro_batch_size], the tokens of
-    each row before its padding, where there may be any."""
+    each row before its padding, where there may be any. numbers: [micro_batch_size], the samples' positions in the run,
+    from which random numbers can be drawn that are the same under every layout."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Self:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Self:
         """A copy in page-locked memory, from which a GPU copies while it computes. Called by the loader."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        positions, lengths = (None if one is None else change(one) for one in (self.position_ids, self.lengths))
-        return Batch(change(self.input_ids), change(self.labels), positions, lengths)
+    @property
+    def named(self) -> dict[str, Any]:
+        """The tensors by their names; None for those that this batch has not."""
+        names = ("input_ids", "labels", "position_ids", "lengths", "numbers")
+        return {name: getattr(self, name) for name in names}
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        return replace(self, **{name: None if one is None else change(one) for name, one in self.named.items()})
 
     def valid_tokens(self) -> int:
         return int((self.labels != IGNORED).sum())
@@ -62,13 +69,37 @@ class DataSet(Protocol):
         """Equal where the text and its tokens are equal."""
         ...
 
-    def steps(self, first_step: int = 0) -> Iterator[list[Batch]]:
-        """For each step from `first_step` on: this rank's `gradient_accumulation_steps` micro-batches. Endless."""
+    @property
+    def length(self) -> int:
+        """Steps of the run."""
         ...
 
-    def validation(self) -> Iterator[Batch]:
+    def steps(self, first_step: int = 0, mark: Any = None) -> Iterator[list[Batch]]:
+        """For each step from `first_step` on: this rank's `gradient_accumulation_steps` micro-batches. Endless.
+        mark: from `mark`, of an earlier start; without one a stream is read from its start."""
+        ...
+
+    def mark(self) -> Any:
+        """Where a stream stands at the step that was given out last, the same on all ranks, as JSON can hold it; None
+        where a step is found without it."""
+        ...
+
+    def samples_of(self, positions: range) -> Mapping[str, int]:
+        """How many of these positions of the run each source has; empty where there is one source."""
+        ...
+
+    @property
+    def validation_sets(self) -> Sequence[str]:
+        """Names of those that `validation` takes."""
+        ...
+
+    def validation(self, name: str | None = None) -> Iterator[Batch]:
         """The same `train.eval_samples` sequences each time, divided over the ranks. Every rank gets equally many
         batches: where samples run out, rows are filled up with IGNORED labels."""
+        ...
+
+    def beginnings(self, count: int) -> Batch:
+        """The first `count` validation samples, or all where there are fewer. The same on every rank."""
         ...
 
     def describe(self) -> str:

@@ -1,32 +1,38 @@
 """From configuration to data: which source, which tokenizer, which samples for this rank.
 
 Read next: `paths` and `documents` (files to text), `tokenizer` and `encoding` (text to ids), `cache` (ids to disk),
-`samples` (ids to windows), `positions` (which window when, on which rank), `loader` (windows to the loop). `stream` is
-for a data set on the hub: windows in one pass. `chat` and `conversations` go from messages to samples.
+`samples` (ids to windows), `positions` (which window when, on which rank), `loader` (windows to the loop). `stream` and
+`windows` are for a data set on the hub: windows in one pass. `chat` and `conversations` go from messages to samples.
+`mixture` says what several sources are, `mixed` reads them as one.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
-from configs.choices import DataSource
+from configs.choices import BadRows, ChatFormat, DataSource
 from configs.errors import DataError
 from configs.schema import Config
-from trainer.data import Batch, DataSet
+from configs.schema_data import Data
+from trainer.data import DataSet, mixture
 from trainer.data.agreement import Agreement
-from trainer.data.cache import Corpus, TokenisedText, load_tokens
-from trainer.data.chat import SUFFIX as CHAT_SUFFIX
+from trainer.data.cache import TokenisedText, load_tokens
 from trainer.data.conversations import ConversationSamples, load_conversations
-from trainer.data.documents import builtin_files, content_hash
-from trainer.data.loader import OrderedSamples, RankData, build_loader
-from trainer.data.paths import SUFFIXES, find_files
+from trainer.data.corpus import corpus_of
+from trainer.data.custom.read import custom_source
+from trainer.data.documents import content_hash
+from trainer.data.formats.common import Reading
+from trainer.data.loader import OrderedSamples, RankData, Source
+from trainer.data.mixed import blend
 from trainer.data.positions import Order, Share, key_of
-from trainer.data.samples import PackedSamples, SyntheticSamples, TokenArray
-from trainer.data.stream import HeldOut, StreamedBatches, TextStream, hold_out, open_stream, take
+from trainer.data.samples import PackedSamples, Samples, SyntheticSamples, TokenArray
+from trainer.data.stream import HeldOut, TextStream, hold_out, open_stream, take
 from trainer.data.tokenizer import Encoder, build_encoder, tokenizer_key, tokenizer_to_export
+from trainer.data.windows import StreamedSamples
 from trainer.data.workers import check_workers
+from trainer.plan.length import steps_of
 from trainer.plan.plan import Plan
 
 
@@ -37,66 +43,122 @@ def build_data(config: Config, plan: Plan, *, data_rank: int, vocab_size: int, l
     the model. local_rank 0 goes first on each machine, so that text is tokenised and downloaded once.
     Raises DataError, on all ranks alike, for input that cannot be used.
     """
-    data: RankData | None = None
-    share = Share(batch=plan.batch, data_rank=data_rank)
+    found: Source | None = None
     with Agreement() as ranks:
         with ranks.together():
             if local_rank == 0:
-                data = _build(config, plan, share, vocab_size)
+                found = _build(config, plan, vocab_size)
         with ranks.together():
-            data = data or _build(config, plan, share, vocab_size)
-        assert data is not None
-        ranks.check_equal(data.fingerprint)
-    return data
+            found = found or _build(config, plan, vocab_size)
+        assert found is not None
+        ranks.check_equal(found.fingerprint)
+        with ranks.together():
+            sets = _validation_sets(config, plan, vocab_size)
+        ranks.check_equal(found.fingerprint + "".join(sets[name][0] for name in sets))
+    length = steps_of(config, plan.batch, count=found.count, until_exhausted=found.until_exhausted)
+    return RankData(
+        source=found,
+        sets={name: samples for name, (_, samples) in sets.items()},
+        share=Share(batch=plan.batch, data_rank=data_rank),
+        eval_samples=config.train.eval_samples,
+        length=length,
+        num_workers=config.data.num_workers,
+        pin_memory=plan.device == "cuda",
+    )
 
 
-def _build(config: Config, plan: Plan, share: Share, vocab_size: int) -> RankData:
-    hub = config.data.source is DataSource.hub
-    check_workers(min(1, config.data.num_workers) if hub else config.data.num_workers, plan)
+def _build(config: Config, plan: Plan, vocab_size: int) -> Source:
+    """Each source as if it was the only one, and then all of them as one."""
+    parts = mixture.parts(config)
+    streams = any(part.config.data.source is DataSource.hub for part in parts)
+    check_workers(min(1, config.data.num_workers) if streams else config.data.num_workers, plan)
+    found: list[Source] = []
+    problems: list[str] = []
+    for part in parts:
+        try:
+            found.append(_source_of(part.config, plan, vocab_size))
+        except DataError as error:
+            problems += [part.label + problem for problem in error.problems]
+    if problems:
+        raise DataError(*problems)
+    return blend(parts, found, seed=config.train.seed)
+
+
+def _validation_sets(config: Config, plan: Plan, vocab_size: int) -> dict[str, tuple[str, Samples]]:
+    """By name the fingerprint and the samples of each, read as `data` itself says."""
+    found: dict[str, tuple[str, Samples]] = {}
+    problems: list[str] = []
+    for name, paths in config.data.validation_sets.items():
+        only = {"paths": paths, "validation_paths": [], "validation_sets": {}, "validation_fraction": 0.0}
+        only |= {"name": None, "validation_split": None}
+        data, train = replace(config.data, **only), replace(config.train, eval_samples=0)
+        try:
+            source = _source_of(replace(config, data=data, train=train), plan, vocab_size)
+        except DataError as error:
+            lines = [line.replace("data.paths", f"data.validation_sets.{name}") for line in error.problems]
+            problems += [line.replace(" to train on", "") for line in lines]
+            continue
+        assert isinstance(source.reading, OrderedSamples)
+        found[name] = source.fingerprint, source.reading.samples
+    if problems:
+        raise DataError(*problems)
+    return found
+
+
+def _source_of(config: Config, plan: Plan, vocab_size: int) -> Source:
     if config.data.source is DataSource.synthetic:
-        return _synthetic(config, plan, share, vocab_size)
+        return _synthetic(config, plan, vocab_size)
+    if config.data.source is DataSource.custom:
+        return custom_source(config, seq_len=plan.batch.seq_len, vocab_size=vocab_size)
     encoder = build_encoder(config, vocab_size=vocab_size)
-    if hub:
-        return _hub(config, plan, share, encoder)
+    if config.data.source is DataSource.hub:
+        return _hub(config, plan, encoder)
     if config.data.source is DataSource.chat:
-        return _chat(config, plan, share, encoder)
-    return _files(config, plan, share, encoder)
+        return _chat(config, plan, encoder)
+    return _files(config, plan, encoder)
 
 
-def _files(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData:
+def _files(config: Config, plan: Plan, encoder: Encoder) -> Source:
     """`builtin` and `files`: tokens in the cache, windows in a shuffled order."""
     data = config.data
-    corpus = _corpus(config)
+    corpus = corpus_of(config)
     text = load_tokens(corpus, encoder, cache_dir=data.cache_dir)
     seq_len = plan.batch.seq_len
     shape: dict[str, Any] = {"seq_len": seq_len, "padding": encoder.end, "separate": data.document_mask}
     training = PackedSamples(tokens=text.training, **shape)
     validation = PackedSamples(tokens=text.validation, **shape)
     _check_enough(config, text)
-    epochs = plan.steps * plan.batch.global_batch_size / training.count
-    return RankData(
+    return Source(
         tokenizer=encoder.tokenizer,
-        micro_batches=_shuffled(config, plan, share, training),
-        validation_samples=validation,
-        eval_samples=config.train.eval_samples,
-        share=share,
+        reading=_shuffled(config, training),
+        validation=validation,
+        count=training.count,
+        until_exhausted=training.count,
         fingerprint=text.counts.digest,
-        text=(
+        text=lambda samples, steps: (
             f"{_source(config)}: {len(corpus.training) + len(corpus.validation)} file(s),"
             f" {text.counts.documents:,} document(s)"
             f"{f' ({text.counts.skipped:,} empty ones passed over)' if text.counts.skipped else ''},"
             f" {text.training.count:,} tokens in {training.count:,} samples"
-            f" ({epochs:.2g} epochs in {plan.steps} steps); validation {text.validation.count:,} tokens in"
+            f" ({samples / training.count:.2g} epochs in {steps} steps); validation {text.validation.count:,} tokens in"
             f" {validation.count:,} samples; {_tokenizer(encoder)}"
         ),
     )
 
 
-def _chat(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData:
+def _chat(config: Config, plan: Plan, encoder: Encoder) -> Source:
     """`chat`: conversations in the cache, one or several to a sample, in a shuffled order."""
     data = config.data
-    corpus = _corpus(config)
-    chats = load_conversations(corpus, encoder, tokenizer_key=tokenizer_key(config), cache_dir=data.cache_dir)
+    corpus, where = corpus_of(config), data.name or ", ".join(data.paths)
+    try:
+        chats = load_conversations(
+            corpus, encoder, _reading(data), tokenizer_key=tokenizer_key(config), cache_dir=data.cache_dir
+        )
+    except DataError as error:
+        if data.name is None:
+            raise
+        lines = [problem.replace("data.paths: ", f"data.name={data.name}: ") for problem in error.problems]
+        raise DataError(*lines) from None
     shape: dict[str, Any] = {
         "seq_len": plan.batch.seq_len,
         "padding": encoder.end,
@@ -108,73 +170,55 @@ def _chat(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankDat
     _check_conversations(config, training, validation)
     left_out = chats.training.count - training.conversations
     filled = training.tokens / (training.count * plan.batch.seq_len)
-    return RankData(
+    return Source(
         tokenizer=encoder.tokenizer,
-        micro_batches=_shuffled(config, plan, share, training),
-        validation_samples=validation,
-        eval_samples=config.train.eval_samples,
-        share=share,
+        reading=_shuffled(config, training),
+        validation=validation,
+        count=training.count,
+        until_exhausted=training.count,
         fingerprint=chats.digest,
-        text=(
-            f"chat: {', '.join(data.paths)}: {training.conversations:,} conversation(s) in {training.count:,} samples,"
-            f" {filled:.0%} of them filled ({plan.steps * plan.batch.global_batch_size / training.count:.2g} epochs in"
-            f" {plan.steps} steps)"
+        text=lambda samples, steps: (
+            f"chat: {where}, {chats.describe()}:"
+            f" {training.conversations:,} conversation(s) in {training.count:,} samples,"
+            f" {filled:.0%} of them filled ({samples / training.count:.2g} epochs in {steps} steps)"
             f"{f'; {left_out:,} left out, too long for data.seq_len={data.seq_len}' if left_out else ''};"
             f" validation {validation.conversations:,} in {validation.count:,} samples; {_tokenizer(encoder)}"
         ),
     )
 
 
-def _shuffled(
-    config: Config, plan: Plan, share: Share, samples: PackedSamples | ConversationSamples
-) -> Callable[[int], Iterable[Batch | DataError]]:
-    """The loader of a rank's micro-batches from a step on, each epoch in an order of its own."""
-    order = Order(count=samples.count, seed=config.train.seed, shuffle=config.data.shuffle)
-    return lambda first_step: build_loader(
-        OrderedSamples(samples=samples, order=order),
-        sampler=share.micro_batches(first_step),
-        num_workers=config.data.num_workers,
-        pin_memory=plan.device == "cuda",
+def _reading(data: Data) -> Reading:
+    """How `chat` reads rows."""
+    return Reading(
+        key=data.messages_key,
+        form=None if data.chat_format is ChatFormat.auto else str(data.chat_format),
+        fields=data.fields,
+        roles=data.roles,
+        trained=tuple(data.train_roles),
+        skip=data.bad_rows is BadRows.skip,
     )
+
+
+def _shuffled(config: Config, samples: PackedSamples | ConversationSamples) -> OrderedSamples:
+    """Each epoch in an order of its own."""
+    order = Order(count=samples.count, seed=config.train.seed, shuffle=config.data.shuffle)
+    return OrderedSamples(samples=samples, order=order)
 
 
 def _check_conversations(config: Config, training: ConversationSamples, validation: ConversationSamples) -> None:
     data, found = config.data, training.file.count
+    where = f"data.paths={data.paths}" if data.name is None else f"data.name={data.name}"
     if not training.count:
         raise DataError(
-            f"data.paths={data.paths}: {found} conversation(s) to train on, none of which reaches a turn of the"
+            f"{where}: {found} conversation(s) to train on, none of which reaches a turn of the"
             f" assistant within data.seq_len={data.seq_len} tokens; give more, or a larger data.seq_len"
         )
+    other = "data.validation_paths" if data.name is None else "data.validation_split"
     if config.train.eval_samples and not validation.count:
         raise DataError(
-            f"data.paths={data.paths}: no conversation is left for validation (data.validation_fraction="
-            f"{data.validation_fraction}); give more or data.validation_paths, or set train.eval_samples=0"
+            f"{where}: no conversation is left for validation (data.validation_fraction="
+            f"{data.validation_fraction}); give more or {other}, or set train.eval_samples=0"
         )
-
-
-def _corpus(config: Config) -> Corpus:
-    data = config.data
-    suffixes, key = SUFFIXES, data.text_key
-    if data.source is DataSource.chat:
-        suffixes, key = (CHAT_SUFFIX,), data.messages_key
-    if data.source is DataSource.builtin:
-        return Corpus(
-            training=tuple(builtin_files()), validation=(), text_key=data.text_key, fraction=data.validation_fraction
-        )
-    training = find_files(data.paths, key="data.paths", suffixes=suffixes)
-    validation = find_files(data.validation_paths, key="data.validation_paths", suffixes=suffixes)
-    # A file to validate on is never trained on, also where a folder or a pattern names it a second time.
-    training = [path for path in training if path not in set(validation)]
-    if not training:
-        raise DataError(
-            f"data.paths={data.paths}: names no file that data.validation_paths does not; nothing is left to train on"
-        )
-    return Corpus(
-        training=tuple(training),
-        validation=tuple(validation),
-        text_key=key,
-        fraction=data.validation_fraction,
-    )
 
 
 def _check_enough(config: Config, text: TokenisedText) -> None:
@@ -197,7 +241,7 @@ def _check_enough(config: Config, text: TokenisedText) -> None:
         )
 
 
-def _hub(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData:
+def _hub(config: Config, plan: Plan, encoder: Encoder) -> Source:
     """`hub`: windows cut from the stream as it arrives; the validation text is taken from it beforehand."""
     data, seq_len = config.data, plan.batch.seq_len
     stream = TextStream(rows=open_stream(data, split=data.split), data=data, split=data.split)
@@ -209,31 +253,20 @@ def _hub(config: Config, plan: Plan, share: Share, encoder: Encoder) -> RankData
     held = _validation_of_stream(config, stream, encoder, seq_len=seq_len)
     row = TokenArray(tokens=held.tokens)
     validation = PackedSamples(tokens=row, seq_len=seq_len, padding=encoder.end, separate=data.document_mask)
-    return RankData(
+    shuffled = f"shuffle_buffer={data.shuffle_buffer}" if data.shuffle else "as it stands"
+    return Source(
         tokenizer=encoder.tokenizer,
-        micro_batches=lambda first_step: build_loader(
-            StreamedBatches(
-                stream=stream,
-                encoder=encoder,
-                share=share,
-                seed=config.train.seed,
-                threshold=held.threshold,
-                first_step=first_step,
-            ),
-            sampler=None,
-            # A second process would read and tokenise the same stream once more, and help nothing.
-            num_workers=min(1, data.num_workers),
-            pin_memory=plan.device == "cuda",
+        reading=StreamedSamples(
+            stream=stream, encoder=encoder, seq_len=seq_len, seed=config.train.seed, threshold=held.threshold
         ),
-        validation_samples=validation,
-        eval_samples=config.train.eval_samples,
-        share=share,
+        validation=validation,
+        count=None,
         fingerprint=" ".join(
-            [str(content_hash(first)), str(content_hash(str(held.tokens.tolist()))), *map(str, encoder.begin)]
+            [shuffled, str(content_hash(first)), str(content_hash(str(held.tokens.tolist()))), *map(str, encoder.begin)]
         ),
-        text=(
+        text=lambda samples, _: (
             f"hub: {data.name}{f'/{data.subset}' if data.subset else ''}, split {data.split}, streamed; the run reads"
-            f" {plan.batch.tokens * plan.steps:,} tokens; validation {len(held.tokens):,} tokens in"
+            f" {samples * seq_len:,} tokens; validation {len(held.tokens):,} tokens in"
             f" {validation.count:,} samples from {data.validation_split or 'held-out documents'}; {_tokenizer(encoder)}"
         ),
     )
@@ -257,7 +290,7 @@ def _validation_of_stream(config: Config, stream: TextStream, encoder: Encoder, 
     return held
 
 
-def _synthetic(config: Config, plan: Plan, share: Share, vocab_size: int) -> RankData:
+def _synthetic(config: Config, plan: Plan, vocab_size: int) -> Source:
     """`synthetic`: no text at all; a tokenizer is there only to be exported with the model."""
     data, seed = config.data, config.train.seed
 
@@ -270,19 +303,13 @@ def _synthetic(config: Config, plan: Plan, share: Share, vocab_size: int) -> Ran
             count=count,
         )
 
-    return RankData(
+    return Source(
         tokenizer=tokenizer_to_export(config),
-        micro_batches=lambda first_step: build_loader(
-            OrderedSamples(samples=samples(0, None), order=None),
-            sampler=share.micro_batches(first_step),
-            num_workers=data.num_workers,
-            pin_memory=plan.device == "cuda",
-        ),
-        validation_samples=samples(1, None),
-        eval_samples=config.train.eval_samples,
-        share=share,
+        reading=OrderedSamples(samples=samples(0, None), order=None),
+        validation=samples(1, None),
+        count=None,
         fingerprint="synthetic",
-        text=(
+        text=lambda *_: (
             f"synthetic: made on the fly, {vocab_size:,} token ids,"
             f" up to {data.ignore_fraction:.0%} of a sample's labels ignored"
         ),

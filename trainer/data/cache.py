@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from trainer.data.documents import Piece, content_hash, read_pieces
 from trainer.data.encoding import encode_documents
 from trainer.data.entries import META, cached, check_files, token_dtype
 from trainer.data.samples import TokenFile
+from trainer.data.split import Split
 from trainer.data.tokenizer import Encoder
 
 FORMAT = 1
@@ -41,10 +42,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """Files to train on and to validate on. validation: empty if `fraction` of the text is held out instead."""
+    """Files to train on and to validate on; of conversations also splits of a data set. validation: empty if `fraction`
+    of the text is held out instead."""
 
-    training: tuple[Path, ...]
-    validation: tuple[Path, ...]
+    training: tuple[Path | Split, ...]
+    validation: tuple[Path | Split, ...]
     text_key: str
     fraction: float
 
@@ -62,7 +64,9 @@ class Corpus:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def _identity(path: Path) -> tuple[str, int, int]:
+def _identity(path: Path | Split) -> tuple[Any, ...]:
+    if isinstance(path, Split):
+        return path.identity
     try:
         status = path.stat()
     except OSError as error:
@@ -176,6 +180,7 @@ def _pieces(corpus: Corpus) -> Iterator[tuple[_Origin, Piece]]:
         if time.monotonic() - said > PROGRESS_SECONDS:
             said = time.monotonic()
             log.info("tokenised %d of %d file(s), %.0f %% of the bytes", number, len(files), 100 * done / total)
+        assert isinstance(path, Path), "documents are read from files"
         for piece in read_pieces(path, text_key=corpus.text_key):
             yield _Origin(for_validation, piece.last), piece
         done += sizes[path]

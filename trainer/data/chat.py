@@ -5,32 +5,30 @@
     <|im_start|>user\\n2 + 2?<|im_end|>\\n<|im_start|>assistant\\n4<|im_end|>\\n      the template's text
     ........................................................########              trained on: the assistant's part
 
-Where the template marks the assistant's part with {% generation %}, that is it. Elsewhere it is what the text of the
-first k messages and the assistant's header lacks of the text of the first k + 1. That holds only if each of these
-texts begins the whole one; a template that renders a message differently when others follow is told, not guessed at.
-A message that spells a control token spells text (`plain_text`). Which fields of a row count: `messages`.
+Where the template marks the assistant's part with {% generation %}, that is it; elsewhere `spans` finds it. A message
+that spells a control token spells text (`plain_text`). Which fields of a row count: `messages`.
 Loss on the assistant's turns alone: Ouyang et al. 2022 (InstructGPT).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError, first_line
-from trainer.data.messages import NEEDS_TEMPLATE, REASONING, Conversation, Message
+from trainer.data.messages import NEEDS_TEMPLATE, REASONING, Conversation
+from trainer.data.parts import Contents
 from trainer.data.plain_text import GUARD
+from trainer.data.spans import Rendering, Span
 from trainer.data.tokenizer import BYTES, Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-SUFFIX = ".jsonl"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -38,8 +36,6 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """The template of the tokenizer `bytes`, which has none of its own; its marks are plain text, byte by byte."""
-
-Span = tuple[int, int]
 
 
 class Tokens(NamedTuple):
@@ -59,6 +55,7 @@ class ChatEncoder:
         self.plain = encoder.plain
         self.name = f"{key}={encoder.name}"
         self.spelled = 0
+        self._contents: dict[str, Contents] = {}
         if encoder.name == BYTES:
             self.tokenizer.chat_template = CHATML
         try:
@@ -87,7 +84,8 @@ class ChatEncoder:
 
         try:
             guarded = self._guarded(conversation)
-            text, spans = self._marked(guarded) if marked else self._by_prefixes(guarded)
+            rendering = Rendering(self.tokenizer, guarded, tuple(self.plain.control.values()), self.name)
+            text, spans = self._marked(rendering) if marked else rendering.spans()
         except DataError:
             raise
         except TemplateError as error:
@@ -119,6 +117,7 @@ class ChatEncoder:
         template = self.template(conversation)
         given = dict.fromkeys(conversation.options)
         given |= dict.fromkeys(key for message in conversation.messages for key in NEEDS_TEMPLATE if message.get(key))
+        given |= dict.fromkeys(m["role"] for m in conversation.messages if m["role"] in NEEDS_TEMPLATE)
         for field in given:
             names = REASONING if field in REASONING and _reasoning_has_one_name() else (field,)
             if not any(re.search(rf"\b{re.escape(name)}\b", template) for name in names):
@@ -130,15 +129,23 @@ class ChatEncoder:
     def _guarded(self, conversation: Conversation) -> Conversation:
         """As the template gets it: without fields that are null, on which many stumble, and with control tokens that
         are spelled out kept from being found."""
-        messages = [{key: value for key, value in m.items() if value is not None} for m in conversation.messages]
+        template = self.template(conversation)
+        if template not in self._contents:
+            self._contents[template] = Contents(self.tokenizer, template)
+        write = self._contents[template].written
+        messages = [
+            {key: write(value) if key == "content" else value for key, value in message.items() if value is not None}
+            for message in conversation.messages
+        ]
         options = self.plain.guarded(dict(conversation.options))
-        return Conversation(self.plain.guarded(messages), conversation.where, options)
+        return conversation._replace(messages=self.plain.guarded(messages), options=options)
 
-    def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
+    def _marked(self, rendering: Rendering) -> tuple[str, list[Span]]:
         """By the template's own marks. The tokenizer's `return_assistant_tokens_mask` reads the same ones, but where a
         turn ends in a blank that some tokenizers count to no token it marks all that follows too."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        conversation = rendering.conversation
         options: dict[str, Any] = {**self.tokenizer.special_tokens_map, **conversation.options}
         rendered: Any = render_jinja_template(
             conversations=[conversation.messages],
@@ -148,43 +155,17 @@ class ChatEncoder:
         )
         (text,), (spans,) = rendered
         places = [place for place, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        chosen = list(filter(conversation.trained, range(len(conversation.messages))))
+        others = [rendering.of_content(place, text) for place in chosen if place not in places]
         if all(map(conversation.trained, places)):
-            return text, spans
+            return text, [*spans, *others]
         if len(spans) != len(places):
             raise DataError(
                 f"data.paths: {conversation.where}: the chat template of {self.name} marks {len(spans)} part(s) of"
                 f' {len(places)} turn(s) of the assistant, so which of them have "weight": 0 cannot be seen; take the'
                 " weights out, or {% generation %} out of the template"
             )
-        return text, [span for span, place in zip(spans, places, strict=True) if conversation.trained(place)]
-
-    def _by_prefixes(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        messages, options = conversation.messages, conversation.options
-        whole = self._render(messages, options)
-        spans = []
-        for place in filter(conversation.trained, range(len(messages))):
-            if place == 0:
-                raise DataError(
-                    f"data.paths: {conversation.where}: begins with the assistant, whose header cannot be told from its"
-                    f" words without {{% generation %}} in the chat template of {self.name}; begin with another role"
-                )
-            before, after = (
-                self._render(messages[:place], options, prompt=True),
-                self._render(messages[: place + 1], options),
-            )
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise DataError(
-                    f"data.paths: {conversation.where}: the chat template of {self.name} renders message {place + 1}"
-                    " differently when others follow, so the assistant's words cannot be told from the rest; mark them"
-                    " with {% generation %} ... {% endgeneration %} in the template"
-                )
-            spans.append((len(before), len(after)))
-        return whole, spans
-
-    def _render(self, messages: list[Message], options: Mapping[str, Any], *, prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **options)
-        assert isinstance(text, str)
-        return text
+        return text, [*others, *(span for span, place in zip(spans, places, strict=True) if place in chosen)]
 
 
 def _reasoning_has_one_name() -> bool:

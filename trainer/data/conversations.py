@@ -19,7 +19,8 @@ import json
 import logging
 import time
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -30,11 +31,13 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from configs.errors import DataError
 from trainer.data import IGNORED, Batch
 from trainer.data.cache import PROGRESS_SECONDS, Corpus, both_sides
 from trainer.data.chat import ChatEncoder
 from trainer.data.documents import content_hash
 from trainer.data.entries import META, cached, check_files, token_dtype
+from trainer.data.formats.common import Reading
 from trainer.data.messages import Conversation, read_conversations
 from trainer.data.samples import TokenFile
 from trainer.data.tokenizer import Encoder
@@ -59,11 +62,21 @@ class ConversationFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversations:
-    """digest: of all tokens and of which are trained on."""
+    """digest: of all tokens and of which are trained on. forms: those of the rows, each with its count. skipped: rows
+    that were left out; why: what was wrong with the first."""
 
     training: ConversationFile
     validation: ConversationFile
     digest: str
+    forms: Mapping[str, int]
+    skipped: int
+    why: str
+
+    def describe(self) -> str:
+        forms = ", ".join(f"{count:,} x {name}" for name, count in self.forms.items())
+        return f"read as {forms or 'nothing'}" + (
+            f"; {self.skipped:,} row(s) skipped, the first: {self.why}" if self.skipped else ""
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,17 +85,22 @@ class _Meta:
     tokens: tuple[int, int]
     conversations: tuple[int, int]
     digest: str
+    forms: dict[str, int]
+    skipped: int
+    why: str
 
 
-def load_conversations(corpus: Corpus, encoder: Encoder, *, tokenizer_key: str, cache_dir: str) -> Conversations:
-    """The corpus's conversations as tokens, from the cache or tokenised now. corpus.text_key: `data.messages_key`.
+def load_conversations(
+    corpus: Corpus, encoder: Encoder, reading: Reading, *, tokenizer_key: str, cache_dir: str
+) -> Conversations:
+    """The corpus's conversations as tokens, from the cache or tokenised now.
 
     tokenizer_key: where the tokenizer's name stands in the config. Raises DataError for rows that cannot be used.
     """
     chat = ChatEncoder(encoder, key=tokenizer_key)
-    identity = f"chat 2 {transformers.__version__} {corpus.key(encoder)} {chat.templates}"
+    identity = f"chat 3 {transformers.__version__} {corpus.key(encoder)} {chat.templates} {reading.identity()}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    return cached(cache_dir, key, build=lambda folder: _build(corpus, encoder, chat, folder), read=_open)
+    return cached(cache_dir, key, build=lambda folder: _build(corpus, encoder, chat, reading, folder), read=_open)
 
 
 def _open(folder: Path) -> Conversations:
@@ -96,21 +114,29 @@ def _open(folder: Path) -> Conversations:
         }
         check_files(folder, {Path(f.path).name: f.count * np.dtype(f.dtype).itemsize for f in files.values()})
         sides.append(ConversationFile(**files))
-    return Conversations(training=sides[0], validation=sides[1], digest=meta.digest)
+    return Conversations(
+        training=sides[0],
+        validation=sides[1],
+        digest=meta.digest,
+        forms=meta.forms,
+        skipped=meta.skipped,
+        why=meta.why,
+    )
 
 
-def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, folder: Path) -> None:
+def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, reading: Reading, folder: Path) -> None:
     log.info(
-        "tokenising the conversations of %d file(s); later runs find them in the cache",
+        "tokenising the conversations of %d file(s) or split(s); later runs find them in the cache",
         len(corpus.training) + len(corpus.validation),
     )
     threshold, hashes = 0 if corpus.validation else int(corpus.fraction * 2**64), []
     if threshold:
-        hashes = [_hash(conversation) for conversation, _ in _all(corpus)]
+        hashes = [_hash(conversation) for conversation, _ in _all(corpus, reading, [])]
         threshold = both_sides(threshold, min(hashes, default=0), max(hashes, default=0))
     dtype, digest = token_dtype(encoder.vocabulary), hashlib.sha256()
     tokens, conversations = [0, 0], [0, 0]
     said, unused = time.monotonic(), dict[str, None]()
+    forms, skipped = Counter[str](), list[str]()
     with ExitStack() as stack:
         files = [
             {
@@ -119,9 +145,16 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, folder: Path) ->
             }
             for side in SIDES
         ]
-        for conversation, for_validation in _all(corpus):
+        for conversation, for_validation in _all(corpus, reading, skipped):
+            try:
+                ids, trained = chat.encode(conversation)
+            except DataError as error:
+                if not reading.skip:
+                    raise
+                skipped.append(str(error))
+                continue
             unused |= dict.fromkeys(conversation.unused)
-            ids, trained = chat.encode(conversation)
+            forms[conversation.form] += 1
             side = int(for_validation or _hash(conversation) < threshold)
             written = {
                 "bin": ids.astype(dtype).tobytes(),
@@ -136,6 +169,8 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, folder: Path) ->
             if time.monotonic() - said > PROGRESS_SECONDS:
                 said = time.monotonic()
                 log.info("tokenised %d conversations", sum(conversations))
+    if skipped and not forms:
+        raise DataError(f"data.bad_rows=skip: all {len(skipped):,} row(s) were left out, the first: {skipped[0]}")
     if unused:
         log.info("fields of the rows that play no part: %s", ", ".join(unused))
     if chat.spelled:
@@ -149,15 +184,18 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, folder: Path) ->
         tokens=(tokens[0], tokens[1]),
         conversations=(conversations[0], conversations[1]),
         digest=digest.hexdigest(),
+        forms=dict(forms),
+        skipped=len(skipped),
+        why=next(iter(skipped), ""),
     )
     (folder / META).write_text(json.dumps(asdict(meta)))
 
 
-def _all(corpus: Corpus) -> Iterator[tuple[Conversation, bool]]:
+def _all(corpus: Corpus, reading: Reading, skipped: list[str]) -> Iterator[tuple[Conversation, bool]]:
     """Every conversation, and whether it stands in a file to validate on."""
     for files, for_validation in ((corpus.training, False), (corpus.validation, True)):
         for path in files:
-            for conversation in read_conversations(path, key=corpus.text_key):
+            for conversation in read_conversations(path, reading, skipped):
                 yield conversation, for_validation
 
 
@@ -169,7 +207,7 @@ def _hash(conversation: Conversation) -> int:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversationSamples:
     """`Samples` of seq_len tokens. padding: the token that fills them up. packing: several conversations in one.
-    separate: positions start anew with each of them, from which attention learns to keep them apart."""
+    separate: positions start at 0 with each of them, from which attention learns to keep them apart."""
 
     file: ConversationFile
     seq_len: int
@@ -231,7 +269,7 @@ def _arrange(samples: ConversationSamples) -> tuple[list[NDArray[np.int64]], NDA
 
 
 def pack(lengths: NDArray[np.int64], kept: NDArray[np.int64], *, seq_len: int) -> list[list[int]]:
-    """Best fit decreasing: the numbers `kept`, in samples whose lengths add up to seq_len at the most."""
+    """Best fit decreasing: the numbers `kept`, in samples whose lengths add up to no more than seq_len."""
     samples: list[list[int]] = []
     room: list[tuple[int, int]] = []  # of each sample that has any, sorted: tokens left, and its number
     for number in kept[np.argsort(-lengths[kept], kind="stable")].tolist():

@@ -1,8 +1,7 @@
 """Files in, documents out: the text that stands in the files of a configuration (which files: `paths`).
 
-    .txt .md     one document per file
-    .jsonl       one document per line, in the field `data.text_key`
-    .parquet     one document per row, in the column `data.text_key`
+    .txt .md                        one document per file
+    .jsonl .json .csv .parquet      one document per row, in the field `data.text_key` (`rows`)
 
 A document comes in pieces. A text file of any size is read in pieces of about 16 KiB that end at a line's end:
 memory stays small, and a single big file can still be divided into training and validation text. Empty files,
@@ -14,13 +13,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.errors import DataError, first_line
+from trainer.data.rows import ABSENT, is_rows, names_of, not_text, read_rows, value_of
 
 PIECE_BYTES = 16 * 2**10
 BUILTIN_BYTES = 8 * 2**20
@@ -54,7 +53,7 @@ def content_hash(text: str) -> int:
 
 
 def builtin_files() -> list[Path]:
-    """The running Python's own library as source files, in the order of their names, 8 MiB at the most."""
+    """The running Python's own library as source files, in the order of their names, up to 8 MiB."""
     root = Path(sysconfig.get_path("stdlib"))
     chosen, total = [], 0
     for path in sorted(root.rglob("*.py")):
@@ -73,10 +72,8 @@ def builtin_files() -> list[Path]:
 def read_pieces(path: Path, *, text_key: str) -> Iterator[Piece]:
     """The text of one file. Raises DataError with file and line, row or byte where it is not what it should be."""
     try:
-        if path.suffix.lower() == ".jsonl":
-            yield from _read_jsonl(path, text_key)
-        elif path.suffix.lower() == ".parquet":
-            yield from _read_parquet(path, text_key)
+        if is_rows(path):
+            yield from _read_rows(path, text_key)
         else:
             yield from _read_text(path)
     except OSError as error:
@@ -93,12 +90,12 @@ def _read_text(path: Path) -> Iterator[Piece]:
             following = _read_block(file)
             undecoded = len(decoder.getstate()[0])
             if (zero := block.find(b"\0")) >= 0:
-                raise DataError(_not_text(path, f"NUL at byte {offset + zero}"))
+                raise DataError(not_text(path, f"NUL at byte {offset + zero}"))
             try:
                 text = decoder.decode(block, final=not following)
             except UnicodeDecodeError as error:
                 bad = error.object[error.start]
-                raise DataError(_not_text(path, f"0x{bad:02x} at byte {offset - undecoded + error.start}")) from None
+                raise DataError(not_text(path, f"0x{bad:02x} at byte {offset - undecoded + error.start}")) from None
             yield Piece(text, not following)
             offset, block = offset + len(block), following
 
@@ -108,49 +105,16 @@ def _read_block(file: Any) -> bytes:
     return file.read(PIECE_BYTES) + file.readline(PIECE_BYTES)
 
 
-def _not_text(path: Path, what: str) -> str:
-    return f"data.paths: {path} is not UTF-8 text ({what}); convert it to UTF-8, or leave it out"
-
-
-def _read_jsonl(path: Path, text_key: str) -> Iterator[Piece]:
-    for number, row in read_rows(path, example=f'{{"{text_key}": ...}}'):
-        yield Piece(text_of(row, text_key, where=f"{path}:{number}"), last=True)
-
-
-def read_rows(path: Path, *, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a .jsonl file, each with the number of its line; empty lines are passed over.
-
-    example: what a line should look like. Raises DataError with file and line, OSError where nothing can be read.
-    """
-    end = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            start, end = end, end + len(line)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                place = f"0x{line[error.start]:02x} at byte {start + error.start}, line {number}"
-                raise DataError(_not_text(path, place)) from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"data.paths: {path}:{number}: not JSON ({first_line(error)}); mend or remove the line"
-                ) from None
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"data.paths: {path}:{number}: not a JSON object but {type(row).__name__}; write {example}"
-                )
-            yield number, row
+def _read_rows(path: Path, text_key: str) -> Iterator[Piece]:
+    for where, row in read_rows(path, example=f'{{"{text_key}": ...}}', column=text_key):
+        yield Piece(text_of(row, text_key, where=where), last=True)
 
 
 def text_of(row: dict[str, Any], text_key: str, *, where: str) -> str:
     """The text of a row; "" for null. Raises DataError if the field is absent or is not text."""
-    if text_key not in row:
-        raise DataError(
-            f"data.text_key={text_key}: {where} has no such field; it has {', '.join(map(repr, row)) or 'none'}"
-        )
-    text = row[text_key]
+    text = value_of(row, text_key)
+    if text is ABSENT:
+        raise DataError(f"data.text_key={text_key}: {where} has no such field; it has {names_of(row)}")
     if text is None:
         return ""
     if not isinstance(text, str):
@@ -169,27 +133,4 @@ def check_characters(text: str, *, what: str) -> None:
         raise DataError(
             f"{what} holds half a character (\\u{ord(text[error.start]):04x}), which no UTF-8 text can; mend or remove"
             " the line"
-        ) from None
-
-
-def _read_parquet(path: Path, text_key: str) -> Iterator[Piece]:
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            if text_key not in names:
-                raise DataError(
-                    f"data.text_key={text_key}: {path} has no such column; it has {', '.join(map(repr, names))}"
-                )
-            # Batches of a row group, not the group: one group may be larger than memory.
-            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    yield Piece(text_of({text_key: text}, text_key, where=str(path)), last=True)
-    except (DataError, OSError):
-        raise
-    # The library raises its own errors, and for some damage those of Python: of values, memory, characters.
-    except Exception as error:
-        raise DataError(
-            f"data.paths: {path} is not a sound parquet file ({first_line(error)}); write it again"
         ) from None

@@ -10,15 +10,17 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from configs.errors import DataError, RankProblem
 from trainer.data import IGNORED, Batch
@@ -35,35 +37,147 @@ VALIDATION_KEY = 0x5EED
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
+class Opened(Protocol):
+    """The samples at positions of the run."""
+
+    def at(self, positions: NDArray[np.int64]) -> Batch: ...
+
+    def mark(self) -> Any:
+        """What finds the place again that has been reached, as JSON can hold it; None where that takes no search."""
+        ...
+
+
+class Reading(Protocol):
+    """What stands at each position of the run. Goes to loader processes, so it must pickle small."""
+
+    @property
+    def in_order(self) -> bool:
+        """Whether positions must be asked for in increasing order, because what comes before a sample is read first."""
+        ...
+
+    def open(self, mark: Any = None) -> Opened:
+        """Called in the process that reads. mark: from `Opened.mark`, at or before the first position."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class OrderedSamples(TorchDataset[Batch]):
-    """Positions of the run to batches."""
+class OrderedSamples:
+    """`Reading` of numbered samples, in any order and at once."""
 
     samples: Samples
     order: Order | None
+    in_order: bool = False
 
-    def __getitem__(self, positions: range) -> Batch:
-        numbers = np.arange(positions.start, positions.stop, dtype=np.int64)
-        return self.samples.read(self.order(numbers) if self.order else numbers)
+    def open(self, mark: Any = None) -> OrderedSamples:
+        return self
+
+    def at(self, positions: NDArray[np.int64]) -> Batch:
+        return self.samples.read(self.order(positions) if self.order else positions)
+
+    def mark(self) -> None:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankData:
-    """`DataSet` of one data-parallel rank. micro_batches: endless from a step on. fingerprint: equal on all ranks
-    whose data is equal. text: the line that `describe` gives."""
+class _Anywhere(TorchDataset[Batch | DataError]):
+    """Positions to batches, in any number of processes; a DataError as below."""
+
+    opened: Opened
+
+    def __getitem__(self, positions: range) -> Batch | DataError:
+        try:
+            return _numbered(self.opened, positions)
+        except DataError as error:
+            return error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OneAfterAnother(TorchIterableDataset[Batch | DataError]):
+    """The micro-batches of one rank from `first_step` on, in one process. Endless.
+
+    A DataError is the last item instead of an exception: a loader process would turn it into a traceback.
+    """
+
+    reading: Reading
+    share: Share
+    first_step: int
+    mark: Any
+
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        per_step = self.share.batch.gradient_accumulation_steps
+        try:
+            opened = self.reading.open(self.mark)
+            for number, positions in enumerate(self.share.micro_batches(self.first_step)):
+                mark = None if number % per_step else opened.mark()
+                batch = _numbered(opened, positions)
+                yield batch if mark is None else MarkedBatch(**batch.named, mark=mark)
+        except DataError as error:
+            yield error
+
+
+def _numbered(opened: Opened, positions: range) -> Batch:
+    numbers = np.arange(positions.start, positions.stop, dtype=np.int64)
+    return replace(opened.at(numbers), numbers=torch.from_numpy(numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedBatch(Batch):
+    """The first micro-batch of a step, with what finds its place in a stream again."""
+
+    mark: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What the samples of a run are read from, the same on every rank.
+
+    count: samples of one epoch; None where that is not known. fingerprint: equal where the data is equal.
+    text: one line about it, given how many samples the run reads of it, and in how many steps.
+    parts: how many of some positions each source of a mixture has.
+    until_exhausted: positions before the first source has been read to its end; None: never.
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    micro_batches: Callable[[int], Iterable[Batch | DataError]]
-    validation_samples: Samples | None
-    eval_samples: int
-    share: Share
+    reading: Reading
+    validation: Samples
+    count: int | None
     fingerprint: str
-    text: str
+    text: Callable[[int, int], str]
+    parts: Callable[[range], Mapping[str, int]] = lambda _: {}
+    until_exhausted: int | None = None
 
-    def steps(self, first_step: int = 0) -> Iterator[list[Batch]]:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankData:
+    """`DataSet` of one data-parallel rank. length: steps of the run. sets: of `data.validation_sets`."""
+
+    source: Source
+    sets: Mapping[str, Samples] = field(default_factory=dict)
+    share: Share
+    eval_samples: int
+    length: int
+    num_workers: int
+    pin_memory: bool
+    _marks: list[Any] = field(default_factory=list)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.source.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def describe(self) -> str:
+        return self.source.text(self.length * self.share.batch.global_batch_size, self.length)
+
+    def samples_of(self, positions: range) -> Mapping[str, int]:
+        return self.source.parts(positions)
+
+    def steps(self, first_step: int = 0, mark: Any = None) -> Iterator[list[Batch]]:
         with signals_held_back():
             try:
-                micro_batches = iter(self.micro_batches(first_step))
+                micro_batches = iter(self._micro_batches(first_step, mark))
             except OSError as error:
                 # Its queues, too, need room in shared memory.
                 raise RankProblem(*no_room(error).problems) from None
@@ -75,12 +189,33 @@ class RankData:
                     # A stream can break off for one rank alone, which must then say so itself.
                     raise RankProblem(*batch.problems)
                 step.append(batch)
+            self._marks[:] = [batch.mark for batch in step if isinstance(batch, MarkedBatch)]
             yield step
 
-    def validation(self) -> Iterator[Batch]:
-        if self.validation_samples is None:
-            return
-        available = self.validation_samples.count
+    def mark(self) -> Any:
+        return self._marks[0] if self._marks else None
+
+    def _micro_batches(self, first_step: int, mark: Any) -> Iterable[Batch | DataError]:
+        reading = self.source.reading
+        if reading.in_order:
+            whole = _OneAfterAnother(reading=reading, share=self.share, first_step=first_step, mark=mark)
+            # A second process would read and tokenise the same stream once more, and help nothing.
+            workers = min(1, self.num_workers)
+            return build_loader(whole, sampler=None, num_workers=workers, pin_memory=self.pin_memory)
+        return build_loader(
+            _Anywhere(opened=reading.open()),
+            sampler=self.share.micro_batches(first_step),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+
+    @property
+    def validation_sets(self) -> Sequence[str]:
+        return tuple(self.sets)
+
+    def validation(self, name: str | None = None) -> Iterator[Batch]:
+        samples = self.source.validation if name is None else self.sets[name]
+        available = samples.count
         wanted = self.eval_samples if available is None else min(self.eval_samples, available)
         for positions in self.share.rounds(wanted):
             places = np.arange(positions.start, positions.stop, dtype=np.int64)
@@ -88,12 +223,19 @@ class RankData:
             places[surplus] = 0
             if available is not None:
                 places = permute(places, count=available, key=VALIDATION_KEY)
-            batch = self.validation_samples.read(places)
+            try:
+                batch = samples.read(places)
+            except DataError as error:
+                raise RankProblem(*error.problems) from None
             batch.labels[torch.from_numpy(surplus)] = IGNORED
             yield batch
 
-    def describe(self) -> str:
-        return self.text
+    def beginnings(self, count: int) -> Batch:
+        samples = self.source.validation
+        places = np.arange(count if samples.count is None else min(count, samples.count), dtype=np.int64)
+        return samples.read(
+            places if samples.count is None else permute(places, count=samples.count, key=VALIDATION_KEY)
+        )
 
 
 def next_item(items: Iterator[Any]) -> Any:

@@ -10,14 +10,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from configs.errors import DataError, first_line
+from trainer.data import rows
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+TEXT = (".txt", ".md")
+ROW_SUFFIXES = (*rows.SUFFIXES, *rows.NAMED_ALONE)
+SUFFIXES = (*TEXT, *ROW_SUFFIXES)
 
 
 def find_files(entries: Iterable[str], *, key: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """The files that paths, folders (searched recursively) and glob patterns name, each once.
 
-    Folders and patterns pass over other suffixes and hidden files; a file that is named itself must be supported.
+    Folders and patterns pass over other suffixes and hidden files, folders also over .json and .csv where they hold
+    other data; a file that is named itself must be supported.
     Raises DataError with every entry that yields nothing. key: where the entries stand in the configuration.
     """
     found: dict[Path, None] = {}
@@ -25,14 +29,14 @@ def find_files(entries: Iterable[str], *, key: str, suffixes: Sequence[str] = SU
     for entry in entries:
         path = Path(os.path.expanduser(entry))
         try:
-            matches = _matches(path)
-            usable = [match for match in matches if match.suffix.lower() in suffixes or match == path]
+            matches = _matches(path, suffixes)
+            usable = [match for match in matches if _ends(match, suffixes) or match == path]
             unreadable = [f"{key}={entry}: {why}" for match in usable if (why := why_not_readable(match))]
         # What no path can be (a NUL in it) is a ValueError.
         except (OSError, ValueError) as error:
             problems.append(f"{key}={entry}: cannot be looked up ({_why(error, path)}); name another")
             continue
-        usable = [match for match in usable if match.suffix.lower() in suffixes]
+        usable = [match for match in usable if _ends(match, suffixes)]
         if not usable and not unreadable:
             problems.append(f"{key}={entry}: {_why_nothing(path, matches, suffixes)}")
         problems += unreadable
@@ -42,14 +46,25 @@ def find_files(entries: Iterable[str], *, key: str, suffixes: Sequence[str] = SU
     return list(found)
 
 
-def _matches(path: Path) -> list[Path]:
+def _matches(path: Path, suffixes: Sequence[str]) -> list[Path]:
     """The file itself, the files in the folder, or those that the pattern matches, in folders it matches too."""
     if path.is_dir():
-        return files_inside(path)
+        return _in_folder(path, suffixes)
     if os.path.lexists(path):
         return [path]
     matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
-    return [file for match in matches for file in (files_inside(match) if match.is_dir() else [match])]
+    return [file for match in matches for file in (_in_folder(match, suffixes) if match.is_dir() else [match])]
+
+
+def _in_folder(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a folder, without those that may be about others: a dataset_info.json next to data."""
+    found = files_inside(folder)
+    data = [path for path in found if _ends(path, suffixes) and not _ends(path, rows.NAMED_ALONE)]
+    return [path for path in found if not _ends(path, rows.NAMED_ALONE)] if data else found
+
+
+def _ends(path: Path, suffixes: Sequence[str]) -> bool:
+    return path.name.lower().endswith(tuple(suffixes))
 
 
 def files_inside(folder: Path) -> list[Path]:
@@ -94,7 +109,8 @@ def _why(error: Exception, path: Path) -> str:
 
 
 def _why_nothing(path: Path, matches: list[Path], suffixes: Sequence[str]) -> str:
-    supported = f"supported are {', '.join(suffixes)}"
+    supported = f"supported are {', '.join(s for s in suffixes if not s.endswith(rows.COMPRESSIONS))}"
+    supported += f" ({' or '.join(rows.COMPRESSIONS)} may follow those of rows)"
     if path.is_file():
         return f"is a {path.suffix or 'file without suffix'}; {supported}"
     if matches:

@@ -6,7 +6,7 @@ Documents stand one after the other in one long row of tokens, each ended by EOS
 
 Neighbouring windows share one token, so every token but the first is a label exactly once. The last window is
 filled up, with IGNORED labels. A window may span documents: attention sees across their border, and the EOS there
-is what tells them apart, as is usual in pretraining. With `data.document_mask` positions begin anew after each EOS,
+is what tells them apart, as is usual in pretraining. With `data.document_mask` positions start at 0 after each EOS,
 attention stays inside a document, and no document is asked for the first token of the next.
 """
 

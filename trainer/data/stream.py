@@ -1,40 +1,33 @@
-"""A data set on the hub (or a local folder in its formats), read as it arrives: shuffled, tokenised, packed on the fly.
+"""A data set on the hub (or a local folder in its formats) as it is read: its files, its rows, what is held out.
 
-Sample p is the p-th window of one endless row of tokens: the stream's documents in the order of the shuffle
-buffer, epoch after epoch, each epoch shuffled anew. Every rank walks the same stream and keeps its own windows.
-That makes a step the same under any layout, and it has a price: each rank reads and tokenises everything, so the
-run as a whole is as fast as one process can tokenise (about half a million tokens per second and core), and a run
-that resumes reads again what came before. Where that is too slow, or the data is read more than once,
-download it and use data=files, which tokenises it into the cache.
+Next: `windows`, which shuffles, tokenises and packs the texts on the fly.
 """
 
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count as count_from
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from configs.errors import DataError, first_line
 from configs.schema import Data
-from trainer.data import Batch
 from trainer.data.cache import both_sides
 from trainer.data.documents import Piece, content_hash, text_of
 from trainer.data.encoding import encode_documents
 from trainer.data.paths import files_inside, why_not_readable
-from trainer.data.positions import Share, key_of, permute
-from trainer.data.samples import make_batch
+from trainer.data.positions import key_of, permute
 from trainer.data.tokenizer import Encoder
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+T = TypeVar("T")
 
 # Smaller than for files: the first step waits until so much text has arrived.
 BULK_CHARACTERS = 2**16
@@ -92,42 +85,54 @@ class TextStream:
     data: Data
     split: str
 
-    def texts(self, files: Iterable[int] | None = None) -> Iterator[str]:
-        """One pass over all texts that are not empty. files: the order of the data set's files, else as they stand."""
-        count = self.rows.num_shards
-        for file in files if files is not None else range(count):
-            rows: Iterator[dict[str, Any]] = iter(self.rows.shard(num_shards=count, index=file))
-            for number in count_from():
-                where = f"data.name={self.data.name}: split {self.split}, file {file + 1} of {count}, row {number}"
-                try:
-                    row = next(rows, None)
-                except Exception as error:
-                    raise DataError(f"{where} cannot be read ({first_line(error)})") from None
-                if row is None:
-                    break
-                if text := text_of(row, self.data.text_key, where=where):
+    def texts(self) -> Iterator[str]:
+        """One pass over all texts that are not empty, as they stand."""
+        for file in range(self.rows.num_shards):
+            for text, _ in self.file(file):
+                if text:
                     yield text
 
-    def epoch(self, number: int, *, seed: int, threshold: int) -> Iterator[str]:
-        """The texts to train on in one epoch, in its order. threshold: text with a lower content hash is left out."""
-        key, count = key_of(seed, number), self.rows.num_shards
-        files = permute(np.arange(count), count=count, key=key).tolist() if self.data.shuffle else None
-        texts = (text for text in self.texts(files) if content_hash(text) >= threshold)
-        return shuffle_in_buffer(texts, size=self.data.shuffle_buffer, key=key) if self.data.shuffle else texts
+    def file(self, number: int, start: FilePlace | None = None) -> Iterator[tuple[str, Callable[[], FilePlace]]]:
+        """The texts of one file, empty ones too, each with what tells the place after it. start: a place in it."""
+        import datasets
+
+        count = self.rows.num_shards
+        shard = self.rows.shard(num_shards=count, index=number)
+        begin, version = start or FilePlace(), datasets.__version__
+        skipped = False
+        if begin.state is not None and begin.version == version:
+            shard.load_state_dict(begin.state)
+        elif begin.row:
+            # A version of the library does not read the state of another one.
+            shard, skipped = shard.skip(begin.row), True
+
+        def after() -> FilePlace:
+            return FilePlace(row=read, state=None if skipped else shard.state_dict(), version=version)
+
+        rows: Iterator[dict[str, Any]] = iter(shard)
+        for read in count_from(begin.row + 1):
+            where = f"data.name={self.data.name}: split {self.split}, file {number + 1} of {count}, row {read - 1}"
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                raise DataError(f"{where} cannot be read ({first_line(error)})") from None
+            if row is None:
+                return
+            yield text_of(row, self.data.text_key, where=where), after
+
+    def order(self, epoch: int, *, seed: int) -> list[int]:
+        """The files of an epoch."""
+        count = self.rows.num_shards
+        files = np.arange(count)
+        return (permute(files, count=count, key=key_of(seed, epoch)) if self.data.shuffle else files).tolist()
 
 
-def shuffle_in_buffer(texts: Iterable[str], *, size: int, key: int) -> Iterator[str]:
-    """Hold `size` texts, and give out one of them, drawn at random, for each that arrives."""
-    draw, buffer = random.Random(key), []
-    for text in texts:
-        if len(buffer) < size:
-            buffer.append(text)
-            continue
-        # Of Python's random numbers, `random()` alone is promised to stay the same.
-        place = int(draw.random() * size)
-        yield buffer[place]
-        buffer[place] = text
-    yield from (buffer[place] for place in permute(np.arange(len(buffer)), count=len(buffer), key=key))
+class FilePlace(NamedTuple):
+    """A place in a file. row: rows before it. state: what `datasets` needs to go on there. version: of `datasets`."""
+
+    row: int = 0
+    state: Any = None
+    version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,68 +167,15 @@ def hold_out(stream: TextStream, encoder: Encoder, *, fraction: float, tokens: i
 def take(texts: Iterable[str], encoder: Encoder, *, tokens: int) -> NDArray[np.int64]:
     """The first `tokens` tokens of these texts, each begun and ended as a document."""
     rows, missing = [np.empty(0, np.int64)], tokens
-    arriving = _tokens(texts, encoder)
+    arriving = tokens_of(((None, text) for text in texts), encoder)
     while missing > 0 and (row := next(arriving, None)) is not None:
-        rows.append(row)
-        missing -= len(row)
+        rows.append(row[1])
+        missing -= len(row[1])
     return np.concatenate(rows)[:tokens]
 
 
-def _tokens(texts: Iterable[str], encoder: Encoder) -> Iterator[NDArray[np.int64]]:
-    documents = ((None, Piece(text, last=True)) for text in texts)
-    for _, _, ids in encode_documents(documents, encoder, characters=BULK_CHARACTERS):
-        yield np.concatenate([np.array(encoder.begin, np.int64), ids, [encoder.end]])
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamedBatches(TorchIterableDataset[Batch | DataError]):
-    """One rank's micro-batches from `first_step` on. Endless. seed, threshold: as for `TextStream.epoch`.
-
-    A DataError is the last item instead of an exception: a loader process would turn it into a traceback.
-    """
-
-    stream: TextStream
-    encoder: Encoder
-    share: Share
-    seed: int
-    threshold: int
-    first_step: int
-
-    def __iter__(self) -> Iterator[Batch | DataError]:
-        rows: list[NDArray[np.int64]] = []
-        try:
-            for window in self._windows():
-                rows.append(window)
-                if len(rows) == self.share.batch.micro_batch_size:
-                    end = self.encoder.end if self.stream.data.document_mask else None
-                    yield make_batch(np.stack(rows), end=end)
-                    rows = []
-        except DataError as error:
-            yield error
-
-    def _windows(self) -> Iterator[NDArray[np.int64]]:
-        """This rank's windows of seq_len + 1 tokens; the rest of an epoch goes on into the next."""
-        seq_len, position = self.share.batch.seq_len, 0
-        first = self.first_step * self.share.batch.global_batch_size
-        left = np.empty(0, np.int64)
-        for row in self._rows():
-            left = np.concatenate([left, row])
-            start = 0
-            while len(left) - start > seq_len:
-                if position >= first and self.share.owns(position):
-                    yield left[start : start + seq_len + 1]
-                start, position = start + seq_len, position + 1
-            left = left[start:]
-
-    def _rows(self) -> Iterator[NDArray[np.int64]]:
-        """The tokens of one document after the other, epoch after epoch."""
-        for epoch in count_from():
-            empty = True
-            for row in _tokens(self.stream.epoch(epoch, seed=self.seed, threshold=self.threshold), self.encoder):
-                empty = False
-                yield row
-            if empty:
-                raise DataError(
-                    f"data.name={self.stream.data.name}: split {self.stream.split} holds no text to train on;"
-                    " choose another split, or set data.validation_fraction=0"
-                )
+def tokens_of(texts: Iterable[tuple[T, str]], encoder: Encoder) -> Iterator[tuple[T, NDArray[np.int64]]]:
+    """Each text with its tokens, begun and ended as a document."""
+    documents = ((tag, Piece(text, last=True)) for tag, text in texts)
+    for tag, _, ids in encode_documents(documents, encoder, characters=BULK_CHARACTERS):
+        yield tag, np.concatenate([np.array(encoder.begin, np.int64), ids, [encoder.end]])

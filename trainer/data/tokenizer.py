@@ -154,7 +154,7 @@ def build_encoder(config: Config, *, vocab_size: int | None) -> Encoder:
     what = f"{tokenizer_key(config)}={name}"
     end = _end_of_document(config, name, tokenizer)
     of_documents = config.data.source in (DataSource.builtin, DataSource.files, DataSource.hub)
-    begin = _begin_of_document(config, what, tokenizer) if of_documents else ()
+    begin = begin_of_document(config, tokenizer, what) if of_documents else ()
     if config.data.document_mask and end in begin:
         raise DataError(
             f"data.document_mask=true: {what} begins documents with the token that ends them, {end}, so their borders"
@@ -231,8 +231,10 @@ def _end_of_document(config: Config, name: str, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def _begin_of_document(config: Config, what: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What the tokenizer puts before a text, if `data.bos` says no other."""
+def begin_of_document(
+    config: Config, tokenizer: PreTrainedTokenizerBase, what: str = "data.tokenizer"
+) -> tuple[int, ...]:
+    """What the tokenizer puts before a text, if `data.bos` says no other. what: names the tokenizer in a DataError."""
     if config.data.bos is Bos.never:
         return ()
     begin = _put_before_a_text(tokenizer)

@@ -21,6 +21,8 @@ PREFETCHED = 2
 PER_CPU = 8
 """Loader processes per CPU beyond which they only take turns."""
 _TENSORS = 3
+_SMALL = 2
+"""Of a number for each row; each takes a page."""
 _QUEUES = 16
 """Pages for the locks of a process's queues."""
 
@@ -53,7 +55,7 @@ def share(batch: Any) -> Any:
     if isinstance(batch, DataError):
         return batch
     try:
-        for tensor in (batch.input_ids, batch.labels, batch.position_ids, batch.lengths):
+        for tensor in batch.named.values():
             if tensor is not None:
                 tensor.share_memory_()
     except (RuntimeError, OSError) as error:
@@ -74,7 +76,7 @@ _REMEDY = "make it larger (docker run --shm-size=1g, or --ipc=host), or set data
 def _bytes_of_worker(plan: Plan, *, page: int) -> int:
     tensor = 8 * plan.batch.micro_batch_size * plan.batch.seq_len
     # One batch more is in use while the others wait.
-    return page * (-(-tensor // page) * _TENSORS * (PREFETCHED + 1) + _QUEUES)
+    return page * ((-(-tensor // page) * _TENSORS + _SMALL) * (PREFETCHED + 1) + _QUEUES)
 
 
 def _size(count: int) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from trainer.data import Batch
     from trainer.engine.saved import Saved
+    from trainer.model.objective import Objective
     from trainer.process.runtime import Runtime
 
 
@@ -68,10 +69,12 @@ class Engine(Protocol):
     """One optimizer step over a model that is spread over ranks in a way the caller need not know.
 
     model: the Hugging Face module, for its config and names; its parameters may be partitioned.
+    objective: of every forward; what it picks are the logits as this rank has them.
     kinds: tensors that the optimizer keeps of each parameter that is trained, on whatever rank, as `state` names them.
     """
 
     model: PreTrainedModel
+    objective: Objective
     kinds: dict[str, frozenset[str]]
 
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:

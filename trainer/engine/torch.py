@@ -29,6 +29,7 @@ from trainer.engine import Counters, StepReport, torch_state
 from trainer.engine.assemble import assemble
 from trainer.engine.saved import Saved, read_buffer, write_buffers
 from trainer.model.build import materialize
+from trainer.model.noise import numbered
 from trainer.model.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
 from trainer.model.weights import WeightSource
 from trainer.optim.build import build_optimizer, learning_rates, set_lr
@@ -218,7 +219,8 @@ class TorchEngine:
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
         # FSDP2 casts by its own policy; autocast on top would cast again.
         with nullcontext() if self.plan.fully_sharded else autocast(self.plan):
-            return module(input_ids=batch.input_ids, use_cache=False, **positions, **more)
+            noise = numbered(batch, wanted=self.config.train.neftune_alpha > 0)
+            return module(input_ids=batch.input_ids, use_cache=False, **positions, **noise, **more)
 
     def _synchronise(self, *, last: bool) -> AbstractContextManager[None]:
         """Only the last micro-batch's backward may average over replicas; `no_sync` must cover the forward too."""

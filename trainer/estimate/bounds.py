@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from configs.choices import BYTES, EngineName, OffloadDevice
 from configs.schema import Config, Optimizer
-from trainer.axes import PIPELINE, SHARD, TENSOR
+from trainer.axes import CONTEXT, PIPELINE, SHARD, TENSOR
 from trainer.optim.table import moments
 from trainer.plan.model_fields import config_fields, sizes
 from trainer.plan.plan import Plan
@@ -52,6 +52,11 @@ def _trained_bytes(plan: Plan, parameters: int, kept_moments: float, *, gradient
     gathered = held * width * _stay_gathered(plan)
     kept_gradients = gradients * held * master / (plan.fsdp_size if plan.degree(PIPELINE) == 1 else 1)
     return gathered + kept_gradients + kept * master * held / plan.fsdp_size
+
+
+def partitions(plan: Plan) -> bool:
+    """Whether a trace makes the graphs of compiled layers: they cannot be made of layers that hold collectives."""
+    return plan.degree(TENSOR) == plan.degree(CONTEXT) == 1
 
 
 def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:

@@ -20,7 +20,7 @@ from trainer.axes.pipeline.orders import Action
 from trainer.estimate.layouts.common import Layout
 from trainer.estimate.layouts.staged import Staged
 from trainer.estimate.profile import Profile
-from trainer.estimate.program import Program, Running
+from trainer.estimate.program import PHASE, Program, Running
 from trainer.estimate.timeline import Timeline
 
 STEPS = 2
@@ -28,8 +28,6 @@ STEPS = 2
 
 class Neighbours(Protocol):
     """What a pipeline's rank keeps of what it sends and receives."""
-
-    def start_step(self) -> None: ...
 
     def after(self, action: Action) -> None: ...
 
@@ -59,6 +57,21 @@ def replay(
     timeline.sample()
 
 
+def replay_validation(profile: Profile, layout: Layout, timeline: Timeline) -> None:
+    """Replay a forward without a backward, on weights that were averaged for it, while the trained ones wait.
+    profile: of such a forward."""
+    timeline.phase("validation", STEPS)
+    waiting = timeline.allocate("parameters", layout.set_aside())
+    layout.begin_micro_batch(STEPS, first=True, last=True)
+    program = Program(profile)
+    program.parts["f"] = [op for op in program.parts["f"] if op[0] != PHASE]
+    running = Running(program, layout, timeline, STEPS)
+    running.run("f")
+    running.run("e")
+    timeline.free(waiting)
+    timeline.sample()
+
+
 def replay_stages(
     stages: Mapping[int, tuple[Profile, Staged]],
     order: Sequence[Action],
@@ -74,12 +87,12 @@ def replay_stages(
     for _, layout in stages.values():
         layout.start()
     for step in range(1, STEPS + 1):
-        neighbours.start_step()
         given = [timeline.allocate("activations", size) for size in inputs]
         for _, layout in stages.values():
             layout.begin_micro_batch(step, first=True, last=False)
         running: dict[tuple[int, int], Running] = {}
         for action in order:
+            timeline.mark()
             kind, stage, number = action
             if kind == "F":
                 running[stage, number] = Running(programs[stage], stages[stage][1], timeline, step)

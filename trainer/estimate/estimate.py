@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from functools import partial
 from math import prod
 
-from configs.choices import EngineName
+from configs.choices import Checkpointing, EngineName
 from configs.schema import Config
 from trainer.axes import PIPELINE
 from trainer.engine.deepspeed.config import deepspeed_config
-from trainer.estimate.compose import Layout, replay
+from trainer.estimate.bounds import partitions
+from trainer.estimate.compose import Layout, replay, replay_validation
 from trainer.estimate.layouts.common import Setting, step_inputs
 from trainer.estimate.layouts.deepspeed import zero_layout
 from trainer.estimate.layouts.replicated import Replicated
@@ -27,7 +28,9 @@ from trainer.estimate.pipelined import PipelineRank
 from trainer.estimate.profile import ModelProfile
 from trainer.estimate.profiles import get_profile, stage_layers
 from trainer.estimate.timeline import COMPONENTS, Moment, Timeline
+from trainer.estimate.verdict import ABOVE, COMPILED_KEEPS, Ends, Verdict, judge
 from trainer.model.resize import settle_vocabulary
+from trainer.optim.table import ask as ask_optimizer
 from trainer.plan.devices import Gpu, find_gpu
 from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
@@ -35,17 +38,9 @@ from trainer.update import ask
 
 GIB = 2**30
 ASSUMED_GPU, ASSUMED_GPUS_PER_NODE = "H100-SXM", 8
-TIGHT = 0.05  # part of the device below which the margin counts as tight
 # cuBLAS: one workspace per stream that computes, the forward's and the backward's; larger since Hopper.
 CUBLAS_BYTES, CUBLAS_HOPPER_BYTES, CUBLAS_HANDLES = 8_519_680, 32 * 2**20, 2
-HOPPER_AND_LATER = ("H100", "H200", "B200")
-
-
-class Verdict(StrEnum):
-    fits = "fits"
-    tight = "tight"
-    does_not_fit = "does not fit"
-    unknown = "no device to compare with"
+HOPPER_AND_LATER = ("H", "GH", "B", "GB")  # as their names begin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,16 +58,20 @@ class TargetDevice:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankEstimate:
     """One kind of rank. components: bytes at the moment of the peak, in the order of `COMPONENTS`; they add up to
-    peak_allocated_bytes. peak_reserved_bytes: the allocator's segments. device_bytes: with CUDA context and NCCL, what
-    nvidia-smi shows. between_steps_bytes: allocated when an update is done. curve: the timeline, one moment per layer
-    and phase of the first two steps."""
+    peak_allocated_bytes. highest: the most that each component ever holds, each at a moment of its own.
+    peak_reserved_bytes: the allocator's segments. device_bytes: with CUDA context and NCCL, what nvidia-smi shows. Both
+    are lower ends, and their `_most_` the upper ones (`verdict`). between_steps_bytes: allocated when an update is
+    done. curve: the timeline, one moment per layer and phase of the first two steps."""
 
     kind: str
     count: int
     components: dict[str, int]
+    highest: dict[str, int]
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+    peak_reserved_most_bytes: int
     device_bytes: int
+    device_most_bytes: int
     host_bytes: int
     nvme_bytes: int
     peak_phase: str
@@ -107,22 +106,23 @@ class Estimate:
 
     @property
     def margin_bytes(self) -> int | None:
-        """What the busiest rank leaves free; negative: what it lacks."""
+        """What the lower end of the busiest rank leaves free; negative: what it lacks."""
         capacity = self.device.capacity_bytes
         return None if capacity is None else capacity - self.busiest.device_bytes
 
     @property
     def verdict(self) -> Verdict:
-        margin, capacity = self.margin_bytes, self.device.capacity_bytes
-        if margin is None or capacity is None:
-            return Verdict.unknown
-        if margin < 0:
-            return Verdict.does_not_fit
-        return Verdict.tight if margin < TIGHT * capacity else Verdict.fits
+        return judge(self.busiest.device_bytes, self.busiest.device_most_bytes, self.device.capacity_bytes)
 
     @property
     def fits(self) -> bool:
-        return self.verdict is not Verdict.does_not_fit
+        """With the upper end; what has no device to compare with fits."""
+        return self.verdict in (Verdict.fits, Verdict.unknown)
+
+    @property
+    def too_large(self) -> bool:
+        """Even the lower end does not fit."""
+        return self.verdict is Verdict.does_not_fit
 
 
 def planned_machine(config: Config, found: Machine) -> Machine:
@@ -179,44 +179,55 @@ def estimate(
     profile: ModelProfile | None = None,
     places: Collection[int] | None = None,
     heaviest: bool = False,
+    alone: int | None = None,
 ) -> Estimate:
     """Predict the memory of the plan's ranks. found_gpu: see `planned_device`. profile: instead of the one on disk.
     places: in a pipeline, only these of it, from 0; the answer has no others. heaviest: only those that no other holds
-    at least as much as.
+    at least as much as. alone: see `get_profile`.
 
     Raises NotEstimated for a model whose code cannot be traced, and what building the model raises (ConfigError,
     DataError).
     """
     settle_vocabulary(config)
     device = planned_device(config, plan, found_gpu=found_gpu)
-    profile = profile or get_profile(config, plan, device.gpu)
+    profile = profile or get_profile(config, plan, device.gpu, alone=alone)
     gpu = plan.device == "cuda"
     context = int(config.estimate.context_gib * GIB) if gpu else 0
     nccl = int(config.estimate.nccl_gib * GIB) * communicators(plan) if gpu else 0
-    outside = context + nccl
+    ends = Ends(
+        outside=context + nccl,
+        above=ABOVE[device.expandable_segments] if gpu else 1.0,
+        spared=0.0 if _traced_as_it_runs(config, plan) else 1 - COMPILED_KEEPS,
+    )
     if plan.degree(PIPELINE) > 1:
         ranges = stage_layers(config, plan, profile.outline)
         places = places or range(plan.degree(PIPELINE))
         stages = {place: PipelineRank(config, plan, profile, ranges, place) for place in places}
         if heaviest:
             stages = {place: rank for place, rank in stages.items() if not _exceeded(place, stages)}
-        ranks = _estimate_stages(plan, stages, device, outside=outside)
+        ranks = _estimate_stages(plan, stages, device, ends)
     else:
-        ranks = (_estimate_whole(config, plan, profile, device, outside=outside),)
+        averages = config.train.eval_samples > 0 and ask_optimizer(config.optimizer).average(config.optimizer)
+        forwards = get_profile(config, plan, device.gpu, alone=alone, evaluation=True) if averages else None
+        ranks = (_estimate_whole(config, plan, profile, device, ends, forwards),)
     return Estimate(ranks=ranks, device=device, context_bytes=context, nccl_bytes=nccl, profile=profile)
 
 
 def _estimate_whole(
-    config: Config, plan: Plan, profile: ModelProfile, device: TargetDevice, *, outside: int
+    config: Config, plan: Plan, profile: ModelProfile, device: TargetDevice, ends: Ends, alone: ModelProfile | None
 ) -> RankEstimate:
-    """Without a pipeline all ranks hold the same. outside: bytes that torch's allocator does not know of."""
+    """Without a pipeline all ranks hold the same. alone: of a validation's forwards, where they need more than steps
+    do."""
     timeline = _begin(plan, device)
     module = profile.stage(range(len(profile.anatomy.layers)), stages=1, index=0)
     passes = ask(config.optimizer).passes(config)
     setting = Setting(profile=module, plan=plan, optimizer=config.optimizer, timeline=timeline, passes=passes)
     count = plan.batch.gradient_accumulation_steps
-    replay(module, _layout(config, setting), timeline, micro_batches=count, inputs=step_inputs(plan))
-    return _read(plan, timeline, setting, kind="all", outside=outside)
+    layout = _layout(config, setting)
+    replay(module, layout, timeline, micro_batches=count, inputs=step_inputs(plan))
+    if alone is not None:
+        replay_validation(alone.stage(range(len(alone.anatomy.layers)), stages=1, index=0), layout, timeline)
+    return _read(plan, timeline, setting, ends, kind="all")
 
 
 def _exceeded(place: int, ranks: Mapping[int, PipelineRank]) -> bool:
@@ -227,15 +238,14 @@ def _exceeded(place: int, ranks: Mapping[int, PipelineRank]) -> bool:
 
 
 def _estimate_stages(
-    plan: Plan, stages: Mapping[int, PipelineRank], device: TargetDevice, *, outside: int
+    plan: Plan, stages: Mapping[int, PipelineRank], device: TargetDevice, ends: Ends
 ) -> tuple[RankEstimate, ...]:
     """One for each place in the pipeline. Places that do the same are replayed once."""
     known, ranks = dict[Hashable, RankEstimate](), []
     for pp_rank, rank in stages.items():
         if rank.work not in known:
-            timeline = _begin(plan, device)
-            setting = rank.replay(timeline)
-            known[rank.work] = _read(plan, timeline, setting, kind=f"{PIPELINE}{pp_rank}", outside=outside)
+            timeline, setting = rank.replay(partial(_begin, plan, device))
+            known[rank.work] = _read(plan, timeline, setting, ends, kind=f"{PIPELINE}{pp_rank}")
         ranks.append(replace(known[rank.work], kind=f"{PIPELINE}{pp_rank}"))
     return tuple(ranks)
 
@@ -248,14 +258,25 @@ def _begin(plan: Plan, device: TargetDevice) -> Timeline:
     return timeline
 
 
-def _read(plan: Plan, timeline: Timeline, setting: Setting, *, kind: str, outside: int) -> RankEstimate:
+def _traced_as_it_runs(config: Config, plan: Plan) -> bool:
+    """Not so: compiled layers around collectives, which are traced as eager ones and keep less."""
+    kept = config.train.activation_checkpointing is Checkpointing.none
+    return not (config.train.compile and kept and not partitions(plan))
+
+
+def _read(plan: Plan, timeline: Timeline, setting: Setting, ends: Ends, *, kind: str) -> RankEstimate:
+    components = dict[str, int](zip(COMPONENTS, timeline.peak.parts, strict=True))
+    lower, upper = ends.device(timeline.peak_reserved, components["activations"])
     return RankEstimate(
         kind=kind,
         count=plan.world_size // plan.degree(PIPELINE),
-        components=dict(zip(COMPONENTS, timeline.peak.parts, strict=True)),
+        components=components,
+        highest=dict(zip(COMPONENTS, timeline.highest, strict=True)),
         peak_allocated_bytes=timeline.peak.total,
-        peak_reserved_bytes=timeline.peak_reserved,
-        device_bytes=timeline.peak_reserved + outside,
+        peak_reserved_bytes=lower - ends.outside,
+        peak_reserved_most_bytes=upper - ends.outside,
+        device_bytes=lower,
+        device_most_bytes=upper,
         host_bytes=sum(setting.host.values()),
         nvme_bytes=sum(setting.nvme.values()),
         peak_phase=timeline.peak.phase,
@@ -266,11 +287,13 @@ def _read(plan: Plan, timeline: Timeline, setting: Setting, *, kind: str, outsid
 
 
 def communicators(plan: Plan) -> int:
-    """NCCL communicators of a rank: the world's, and one for each mesh axis that another group than it talks over."""
+    """NCCL communicators of a rank: the world's, and one for each mesh axis that another group than it talks over; one
+    more for the fewer ranks that FSDP2's backward gathers from."""
     if plan.world_size == 1:
         return 0
     axes = [axis for axis, size in plan.mesh.items() if size > 1]
-    return 1 + (len(axes) if plan.fully_sharded else 0)
+    fewer = plan.fsdp.reshard_size is not None and plan.fsdp.reshard_size < plan.fsdp_size
+    return 1 + (len(axes) + fewer if plan.fully_sharded else 0)
 
 
 def cublas_bytes(gpu: Gpu) -> int:

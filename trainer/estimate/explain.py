@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from configs.choices import BYTES, EngineName
+from configs.choices import BYTES, Checkpointing, EngineName
 from configs.schema import Config
 from trainer.axes import CONTEXT, PIPELINE, TENSOR
 from trainer.axes.pipeline.timeline import in_flight, receive_buffers
+from trainer.engine.deepspeed.settings import accumulating
+from trainer.estimate.bounds import partitions
 from trainer.estimate.estimate import CUBLAS_HANDLES, GIB, Estimate, communicators, cublas_bytes
 from trainer.estimate.profile import Anatomy
 from trainer.estimate.profiles import stage_layers
+from trainer.estimate.verdict import ABOVE, COMPILED_KEEPS
 from trainer.optim.protocol import Held, Spread
 from trainer.optim.table import ask
 from trainer.plan.plan import Plan
@@ -41,6 +44,7 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
         trained,
         master,
         param,
+        added=BYTES[accumulating(config)],
         gradients=ask_update(config.optimizer).GRADIENTS,
     )
     yield _optimizer(config, plan, anatomy)
@@ -49,6 +53,16 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
         f" {plan.batch.seq_len // plan.degree(CONTEXT)} by running the model's own code on fake tensors, and repeated"
         f" for {len(anatomy.layers)} layers; activation checkpointing {config.train.activation_checkpointing}"
     )
+    if config.train.compile and partitions(plan):
+        yield (
+            "compiled layers keep what the graph of their forward hands to that of their backward, cut by inductor's"
+            " own partitioner; what one kernel joins is not known, so that one layer's intermediate results count"
+        )
+    elif config.train.compile and config.train.activation_checkpointing is Checkpointing.none:
+        yield (
+            "compiled layers around collectives are traced as eager ones; the lower end of the range counts"
+            f" {COMPILED_KEEPS} of their activations"
+        )
     for name, part in found.profile.parts.items():
         forward = [_kept(entry) for (phase, _), steps in part.trace.sections.items() if phase == "f" for entry in steps]
         yield (
@@ -62,7 +76,11 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
     segments = "segments that grow" if found.device.expandable_segments else "segments of 2 MiB, 20 MiB or the request"
     yield (
         f"reserved = allocated + {waste / GIB:.2f} GiB: the same requests replayed through the rules of the CUDA"
-        f" caching allocator (512-byte rounding, best fit, a pool per stream; {segments})"
+        f" caching allocator (512-byte rounding, best fit, a pool per stream; {segments}): the lower end of the range"
+    )
+    yield (
+        f"the upper end of reserved and device: {ABOVE[found.device.expandable_segments]:.2f} x what the replay needs"
+        " of the device, the most that public runs show above it: fragmentation that a replay does not see"
     )
     if found.device.gpu is not None:
         yield (
@@ -108,14 +126,17 @@ def _frozen(plan: Plan, anatomy: Anatomy, trained: int, param: int) -> Iterator[
         )
 
 
-def _states(plan: Plan, which: str, numel: int, master: int, param: int, *, gradients: bool) -> Iterator[str]:
-    """which: the letter for the number of parameters that have states. gradients: whether they are kept."""
+def _states(
+    plan: Plan, which: str, numel: int, master: int, param: int, *, added: int, gradients: bool
+) -> Iterator[str]:
+    """which: the letter for the number of parameters that have states. added: width of the gradients that add up.
+    gradients: whether they are kept."""
     shard = plan.fsdp_size
     kept, each = ("parameters and gradients", " each") if gradients else ("parameters", "")
     if plan.engine is EngineName.deepspeed:
         parts = [
             f"parameters {param} B x {which}" + (f" / {shard}" if plan.zero_stage == 3 else ""),
-            f"gradients {master} B x {which}" + (f" / {shard}" if plan.zero_stage > 1 else ""),
+            f"gradients {added} B x {which}" + (f" / {shard}" if plan.zero_stage > 1 else ""),
             f"master weights {master} B x {which} / {shard}",
         ]
         yield "; ".join(parts) + ": DeepSpeed's partitions, padded, with the buckets of its generated configuration"

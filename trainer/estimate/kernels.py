@@ -34,14 +34,14 @@ def quiet() -> Iterator[None]:
 def as_on_device(*, gpu: bool, exact_attention: bool, documents: bool = False) -> Iterator[None]:
     """Let fake tensors take the paths that real ones take, and CPU ones those of a GPU if that is wanted.
 
-    documents: positions begin anew inside the rows, so that transformers builds a mask between documents.
+    documents: positions start at 0 again inside the rows, so that transformers builds a mask between documents.
     """
     attention = F.scaled_dot_product_attention
 
     def scaled_dot_product_attention(query: torch.Tensor, *args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Any:
         # Without the flash kernel: the memory-efficient one takes no grouped queries and no float64.
         exact = exact_attention and (kwargs.get("enable_gqa", False) or query.dtype is torch.float64)
-        # A fused GPU kernel draws its dropout mask anew in the backward; the CPU has no such kernel.
+        # A fused GPU kernel draws its dropout mask again in the backward; the CPU has no such kernel.
         with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
             return attention(query, *args, dropout_p=dropout_p if exact else 0.0, **kwargs)
 
@@ -71,6 +71,8 @@ def as_on_device(*, gpu: bool, exact_attention: bool, documents: bool = False) -
         # Hugging Face builds a mask of seq_len x seq_len for tensors whose values it cannot read. On real tensors it
         # builds one for packed positions only.
         stack.enter_context(patch.object(masking_utils, "is_tracing", lambda *_, **__: False))
+        # A decoder that makes a padding mask itself (BART's) makes one of ones. Older versions have no such function.
+        stack.enter_context(patch.object(masking_utils, "fast_all", lambda _: True, create=True))
         packed = _packed if documents else _not_packed
         stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", packed))
         if gpu:

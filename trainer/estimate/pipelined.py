@@ -7,7 +7,8 @@ of its forwards and backwards (`pipeline.orders`), how many buffers torch sets a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from operator import ge
 from typing import Any
@@ -23,6 +24,7 @@ from trainer.estimate.layouts.common import Setting, step_inputs
 from trainer.estimate.layouts.sharded import update_together
 from trainer.estimate.layouts.staged import Staged
 from trainer.estimate.profile import ModelProfile, Profile, role
+from trainer.estimate.steady import Replayed, continued, repeats_only
 from trainer.estimate.timeline import Handle, Timeline
 from trainer.plan.plan import Plan
 
@@ -33,30 +35,44 @@ class PipelineRank:
     def __init__(self, config: Config, plan: Plan, model: ModelProfile, ranges: Sequence[range], rank: int) -> None:
         pipeline, pp, count = config.parallel.pipeline, plan.degree(PIPELINE), plan.batch.gradient_accumulation_steps
         self.plan, self.model, self.ranges, self.schedule = plan, model, ranges, pipeline.schedule
+        self.config, self.place = config, rank
         self.optimizer = config.optimizer
         self.per_rank = pipeline.stages_per_rank or default_stages_per_rank(self.schedule)
         self.owned = stages_of_rank(self.schedule, pp=pp, rank=rank, stages_per_rank=self.per_rank)
         shape: dict[str, Any] = dict(schedule=self.schedule, pp=pp, stages_per_rank=pipeline.stages_per_rank)
-        whole = rank_orders(**shape, micro_batches=count)[rank]
-        self.order = shortest_orders(**shape, micro_batches=count)[rank] if plan.device == "cuda" else whole
-        self.left_out = self._input_gradients(whole) - self._input_gradients(self.order)
-        self.buffers = receive_buffers(**shape, micro_batches=count)[rank]
+        orders = shortest_orders if plan.device == "cuda" else _orders
+        self.order = orders(**shape, micro_batches=count)[rank]
+        self.buffers = _buffers(**shape, micro_batches=count)[rank]
 
     @property
     def work(self) -> Hashable:
         place = {stage: index for index, stage in enumerate(self.owned)}
         order = tuple((kind, place[stage], micro_batch) for kind, stage, micro_batch in self.order)
-        return self._stages(), order, self.left_out, self.buffers
+        return self._stages(), order, self.buffers
 
     def contains(self, other: PipelineRank) -> bool:
         """Whether this rank holds, at one moment or another, all that the other ever holds at once."""
-        if self._stages() != other._stages() or self.left_out < other.left_out or self.buffers < other.buffers:
+        if self._stages() != other._stages() or self.buffers < other.buffers:
             return False
         mine = _states(self.order)
         return all(any(all(map(ge, held, state)) for held in mine) for state in _states(other.order) - mine)
 
-    def replay(self, timeline: Timeline) -> Setting:
-        """Replay two steps on the timeline. The setting returned knows what lies in host memory."""
+    def replay(self, begin: Callable[[], Timeline]) -> tuple[Timeline, Setting]:
+        """Two steps on a timeline that begins so. The setting knows what lies in host memory."""
+        timeline, count = begin(), self.plan.batch.gradient_accumulation_steps
+        if timeline.cuts_exactly and repeats_only(self.order, count):
+            found = continued(partial(self._shortened, begin), count)
+            if found is not None:
+                return found
+        return timeline, self._replay(timeline)
+
+    def _shortened(self, begin: Callable[[], Timeline], count: int) -> Replayed:
+        plan = replace(self.plan, batch=replace(self.plan.batch, gradient_accumulation_steps=count))
+        rank, timeline = PipelineRank(self.config, plan, self.model, self.ranges, self.place), begin()
+        setting = rank._replay(timeline)
+        return Replayed(order=rank.order, timeline=timeline, setting=setting)
+
+    def _replay(self, timeline: Timeline) -> Setting:
         exchanged = SCHEDULES[self.schedule].arrangement != "v"
         settings: list[Setting] = []
         modules: dict[int, tuple[Profile, Staged]] = {}
@@ -83,10 +99,6 @@ class PipelineRank:
         """Whether a stage's input comes from another rank."""
         return stage > 0 and stage - 1 not in self.owned
 
-    def _input_gradients(self, order: Sequence[Action]) -> int:
-        """How many gradients of inputs stay until the next step."""
-        return sum(action.kind == "I" and self.crosses(action.stage) for action in order)
-
     def _stages(self) -> tuple[tuple[str, tuple[int, ...], bool], ...]:
         """Of each stage: its role, its layers' kinds, and whether the next one is here too."""
         return tuple(
@@ -97,6 +109,10 @@ class PipelineRank:
     def _kinds(self, stage: int) -> tuple[int, ...]:
         layers = self.ranges[stage]
         return self.model.anatomy.layers[layers.start : layers.stop]
+
+
+_orders, _buffers = cache(rank_orders), cache(receive_buffers)
+"""Of all ranks; each of them asks."""
 
 
 @cache
@@ -145,7 +161,7 @@ def _states(order: Sequence[Action]) -> set[tuple[int, ...]]:
 class _Neighbours:
     """Fulfils `compose.Neighbours`: hidden states and their gradients at the borders of this rank's stages.
 
-    waiting: the buffers that torch sets aside for good. keeps_sent: how many of the tensors that have been sent stay.
+    waiting: the buffers that are set aside for good. keeps_sent: how many of the tensors that have been sent stay.
     torch's engine waits for its sends at the end of a step (1f1b: at the next one), and gloo keeps the tensors until
     then; NCCL gives them back when they have left.
     """
@@ -158,30 +174,20 @@ class _Neighbours:
         self.keeps_sent = 0 if gpu else all_sent
         self.waiting = [timeline.allocate("buffers", self.size) for _ in range(rank.buffers)]
         self.sent: list[Handle | None] = []
-        self.gradients: list[Handle | None] = []
-
-    def start_step(self) -> None:
-        self.timeline.free_all(self.gradients)
+        self.gradients: dict[tuple[int, int], Handle | None] = {}
 
     def after(self, action: Action) -> None:
-        (kind, stage, _), owned = action, self.rank.owned
-        if kind == "F":
-            if stage + 1 in owned:
-                # The next stage is here: the output takes the place of the buffer it would be received in.
-                self.timeline.free(self.waiting.pop())
-        elif kind in "BW" and stage < len(self.rank.ranges) - 1:
-            if stage + 1 in owned:
-                self.waiting.append(self.timeline.allocate("buffers", self.size))
-            else:
-                self._keep()
+        kind, stage, micro_batch = action
+        if kind in "BW" and stage < len(self.rank.ranges) - 1 and stage + 1 not in self.rank.owned:
+            self._keep()
         if kind in "BI" and self.rank.crosses(stage):
-            if kind == "I":
-                # Stays in the buffer's `.grad`, which torch clears when the next step begins. Those of micro-batches
-                # that are not replayed would be there when the last ones that are come to their peak.
-                more = 0 if self.gradients else self.rank.left_out
-                self.gradients += [self.timeline.allocate("buffers", self.size) for _ in range(1 + more)]
+            if kind == "I" and not self.keeps_sent:
+                # Until the gradient of the weights is there, the buffer's `.grad` holds it.
+                self.gradients[stage, micro_batch] = self.timeline.allocate("buffers", self.size)
             else:
                 self._keep()
+        if kind == "W" and (gradient := self.gradients.pop((stage, micro_batch), None)) is not None:
+            self.timeline.free(gradient)
 
     def _keep(self) -> None:
         if len(self.sent) < self.keeps_sent:

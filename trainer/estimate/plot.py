@@ -1,26 +1,54 @@
 """The memory of a step as a picture: stacked components over time, or one bar for each configuration of a sweep.
 
+Above the components of one configuration stand lines: what torch's allocator has reserved, what is then on the device
+with CUDA context and NCCL (a band, since both are ranges), and the device. In a sweep the first two are parts of the
+bars, at their lower ends.
+
 FILE.html holds an SVG and needs nothing; FILE.png is drawn by matplotlib (pip install matplotlib).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, EnvironmentProblem
-from trainer.estimate.render import Answer, own_words
+from trainer.estimate.render import Answer, common_words, own_words
 from trainer.estimate.timeline import COMPONENTS
+from trainer.html import COLOURS, page, ticks
 
 GIB = 2**30
-COLOURS = ("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900, 420, 60, 60, 30
+BEYOND = {"reserved, not in use": "#d9d9d9", "CUDA context, NCCL": "#8c8c8c"}
+"""What is on the device besides the components, of a sweep's bars."""
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900, 420, 60, 60, 40
+TICKS = 6
 
 Column = tuple[str, tuple[int, ...]]
-"""Label and bytes of each component."""
+"""Label and bytes of each component; in a sweep also of what BEYOND names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """lines: (text, bytes) over the whole width, from below. band: the range on the device, of one configuration."""
+
+    title: str
+    columns: Sequence[Column]
+    lines: Sequence[tuple[str, int]]
+    band: tuple[int, int] | None
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """What the columns are made of, with its colour."""
+        known = dict[str, str](zip(COMPONENTS, COLOURS, strict=True))
+        return known if len(self.columns[0][1]) == len(known) else known | BEYOND
+
+    @property
+    def top(self) -> int:
+        return max([sum(parts) for _, parts in self.columns] + [size for _, size in self.lines]) or 1
 
 
 def save_plot(answers: Sequence[Answer], file: str) -> None:
@@ -29,25 +57,45 @@ def save_plot(answers: Sequence[Answer], file: str) -> None:
     path = Path(file).expanduser()
     if path.suffix not in (".html", ".png"):
         raise ConfigError(f"estimate.plot={file}: draws .html or .png; name the file so")
-    capacity = answers[0].estimate.device.capacity_bytes
-    columns = _columns(answers)
+    picture = _picture(answers)
     try:
         if path.suffix == ".png":
-            _save_png(columns, capacity, path, description=_description(answers))
+            _save_png(picture, path, description=_description(answers))
         else:
-            path.write_text(_html(columns, capacity))
+            path.write_text(_html(picture))
     except OSError as error:
         raise EnvironmentProblem(f"estimate.plot={file}: cannot be written: {error.strerror}") from None
 
 
-def _columns(answers: Sequence[Answer]) -> list[Column]:
-    if len(answers) == 1:
-        curve = answers[0].estimate.busiest.curve
-        return [(f"{moment.phase}, step {moment.step}", moment.parts) for moment in curve]
-    labels = own_words(answers)
-    return [
-        (label, tuple(one.estimate.busiest.components.values())) for label, one in zip(labels, answers, strict=True)
+def _picture(answers: Sequence[Answer]) -> Picture:
+    found = answers[0].estimate
+    rank, capacity = found.busiest, found.device.capacity_bytes
+    device = [] if capacity is None else [(f"{found.device.name}: {capacity / GIB:.1f} GiB", capacity)]
+    if len(answers) > 1:
+        columns = [(label, _bar(one)) for label, one in zip(own_words(answers), answers, strict=True)]
+        title = _title("Peak of one GPU", common_words(answers))
+        return Picture(title=title, columns=columns, lines=device, band=None)
+    columns = [(f"{moment.phase}, step {moment.step}", moment.parts) for moment in rank.curve]
+    title = _title("Two steps of one GPU" if capacity else "Two steps of one process", answers[0].overrides)
+    if capacity is None:
+        return Picture(title=title, columns=columns, lines=[], band=None)
+    lower, upper = rank.device_bytes, rank.device_most_bytes
+    lines = [
+        (f"reserved by torch: {rank.peak_reserved_bytes / GIB:.1f}", rank.peak_reserved_bytes),
+        (f"with context and NCCL: {lower / GIB:.1f} to {upper / GIB:.1f}", lower),
     ]
+    return Picture(title=title, columns=columns, lines=[*lines, *device], band=(lower, upper))
+
+
+def _title(what: str, words: Sequence[str]) -> str:
+    own = [word for word in words if not word.startswith(("estimate.", "data.cache_dir="))]
+    return f"{what}: {' '.join(own)}" if own else what
+
+
+def _bar(answer: Answer) -> tuple[int, ...]:
+    found, rank = answer.estimate, answer.estimate.busiest
+    unused = max(0, rank.peak_reserved_bytes - rank.peak_allocated_bytes)
+    return (*rank.components.values(), unused, found.context_bytes + found.nccl_bytes)
 
 
 def _description(answers: Sequence[Answer]) -> str:
@@ -55,7 +103,7 @@ def _description(answers: Sequence[Answer]) -> str:
     return "; ".join(f"{' '.join(one.overrides)}: {one.estimate.busiest.peak_allocated_bytes} bytes" for one in answers)
 
 
-def _save_png(columns: list[Column], capacity: int | None, path: Path, *, description: str) -> None:
+def _save_png(picture: Picture, path: Path, *, description: str) -> None:
     try:
         figure_module: Any = import_module("matplotlib.figure")
     except ImportError:
@@ -63,22 +111,26 @@ def _save_png(columns: list[Column], capacity: int | None, path: Path, *, descri
             f"estimate.plot={path}: PNG needs matplotlib (pip install matplotlib); or use a file named .html"
         ) from None
     figure = figure_module.Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.add_subplot()
+    axes, columns = figure.add_subplot(), picture.columns
     base = [0.0] * len(columns)
-    for index, (name, colour) in enumerate(zip(COMPONENTS, COLOURS, strict=True)):
+    for index, (name, colour) in enumerate(picture.parts.items()):
         sizes = [parts[index] / GIB for _, parts in columns]
         axes.bar(range(len(columns)), sizes, bottom=base, width=1.0, label=name, color=colour)
         base = [a + b for a, b in zip(base, sizes, strict=True)]
-    if capacity is not None:
-        axes.axhline(capacity / GIB, color="black", linestyle="--", label="device")
+    if picture.band is not None:
+        axes.axhspan(*(size / GIB for size in picture.band), color="#bbbbbb", alpha=0.4, linewidth=0)
+    for (text, size), style in zip(reversed(picture.lines), ("--", "-", ":"), strict=False):
+        axes.axhline(size / GIB, color="black", linestyle=style, linewidth=1, label=text)
+    axes.set_yticks(ticks(0, picture.top / GIB, TICKS))
+    axes.set_title(picture.title, fontsize="small", wrap=True)
     marks = _marks(columns)
     axes.set_xticks([at for at, _ in marks], [text for _, text in marks], rotation=30, ha="right")
-    axes.set_ylabel("GiB allocated")
+    axes.set_ylabel("GiB")
     figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, metadata={"Description": description})
 
 
-def _marks(columns: list[Column]) -> list[tuple[int, str]]:
+def _marks(columns: Sequence[Column]) -> list[tuple[int, str]]:
     """A label in the middle of each run of columns that share it: at their beginnings two would overlap where one
     of them is short."""
     labels = [label for label, _ in columns]
@@ -87,15 +139,28 @@ def _marks(columns: list[Column]) -> list[tuple[int, str]]:
     return [((begin + end - 1) // 2, labels[begin]) for begin, end in zip(begins, ends, strict=True)]
 
 
-def _html(columns: list[Column], capacity: int | None) -> str:
-    top = max([sum(parts) for _, parts in columns] + [capacity or 0]) or 1
-    step = (WIDTH - LEFT) / len(columns)
-    scale = (HEIGHT - BOTTOM - TOP) / top
-    floor = HEIGHT - BOTTOM
-    shapes: list[str] = []
+def _line(text: str, x: int, y: float, colour: str) -> list[str]:
+    """Over the whole width, with its text."""
+    line = f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}"/>'
+    place = f'x="{x}" y="{y + 4 if x < LEFT else y - 3:.1f}"' + (' text-anchor="end"' if x > WIDTH / 2 else "")
+    return [line, f'<text {place} font-size="11">{escape(text)}</text>']
+
+
+def _html(picture: Picture) -> str:
+    columns, ground = picture.columns, HEIGHT - BOTTOM
+    step, scale = (WIDTH - LEFT) / len(columns), (ground - TOP) / picture.top
+    shapes = [f'<text x="{LEFT}" y="16" font-size="13" font-weight="bold">{escape(picture.title)}</text>']
+    for value in ticks(0, picture.top / GIB, TICKS):
+        shapes += _line(f"{value:g} GiB", 4, ground - value * GIB * scale, "#ccc")
+    if picture.band is not None:
+        lower, upper = (ground - size * scale for size in picture.band)
+        shapes.append(
+            f'<rect x="{LEFT}" y="{upper:.1f}" width="{WIDTH - LEFT}" height="{lower - upper:.1f}" fill="#bbb"'
+            ' fill-opacity="0.4"><title>on the device, from the lower to the upper end</title></rect>'
+        )
     for at, (label, parts) in enumerate(columns):
-        y = float(floor)
-        for name, colour, size in zip(COMPONENTS, COLOURS, parts, strict=True):
+        y = float(ground)
+        for (name, colour), size in zip(picture.parts.items(), parts, strict=True):
             if size:
                 y -= size * scale
                 shapes.append(
@@ -104,17 +169,14 @@ def _html(columns: list[Column], capacity: int | None) -> str:
                 )
     for at, label in _marks(columns):
         shapes.append(
-            f'<text x="{LEFT + at * step:.1f}" y="{floor + 14}" font-size="10"'
-            f' transform="rotate(20 {LEFT + at * step:.1f} {floor + 14})">{escape(label)}</text>'
+            f'<text x="{LEFT + at * step:.1f}" y="{ground + 14}" font-size="10"'
+            f' transform="rotate(20 {LEFT + at * step:.1f} {ground + 14})">{escape(label)}</text>'
         )
-    lines = [(top / GIB * part / 4, floor - top * scale * part / 4, "#ccc") for part in range(5)]
-    if capacity is not None:
-        lines.append((capacity / GIB, floor - capacity * scale, "#000"))
-    for value, y, colour in lines:
-        shapes.append(f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}"/>')
-        shapes.append(f'<text x="4" y="{y + 4:.1f}" font-size="11">{value:.2f} GiB</text>')
+    for number, (text, size) in enumerate(picture.lines):
+        # On alternate sides: two of these lines are close to one another.
+        shapes += _line(text, (LEFT + 4, WIDTH - 4)[number % 2], ground - size * scale, "currentColor")
     legend = " ".join(
-        f'<span style="color:{colour}">&#9632;</span> {name}' for name, colour in zip(COMPONENTS, COLOURS, strict=True)
+        f'<span style="color:{colour}">&#9632;</span> {escape(name)}' for name, colour in picture.parts.items()
     )
-    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 60}" width="{WIDTH}">{"".join(shapes)}</svg>'
-    return f"<!doctype html><meta charset=utf-8><title>memory</title><body>{picture}<p>{legend}</p></body>\n"
+    drawn = f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 60}" width="{WIDTH}">{"".join(shapes)}</svg>'
+    return page(picture.title, f"{drawn}<p>{legend}</p>", style="svg text { fill: currentColor; }")

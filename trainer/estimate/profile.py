@@ -45,13 +45,17 @@ WHOLE, FIRST, MIDDLE, LAST = "whole", "first", "middle", "last"
 class Parameter:
     """name: inside its group. shape: on one tensor-parallel rank. summed: over whom its gradient is summed once more
     at the end of a step: tensor-parallel ranks, the two "ends" of a pipeline that share it, or nobody. packed: bytes of
-    the tensors that hold it where it is quantized. whole: what it is in the model, before tensor parallel cuts it."""
+    the tensors that hold it where it is quantized. eight_bits: it is multiplied in float8. gathered: bytes per
+    value as FSDP2 gathers it; 0: those of the compute dtype. whole: what it is in the model, before tensor parallel
+    cuts it."""
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = True
     summed: str = ""
     packed: tuple[int, ...] = ()
+    eight_bits: bool = False
+    gathered: int = 0
     whole: Described = UNKNOWN
 
     @property
@@ -166,14 +170,14 @@ class Outline:
     """What is known of a model before any part of it is traced: enough to cut it into stages.
 
     anatomy: of the whole model. layer_costs, head_cost: see `pipeline.probe.count_costs`; empty if it was not asked
-    for. hidden_size: features of what one stage sends to the next. layer_buffers_bytes: of one layer.
+    for. hidden_size: features of what one stage sends to the next. layer_buffers_bytes: of a layer of each kind.
     """
 
     anatomy: Anatomy
     layer_costs: tuple[float, ...]
     head_cost: float
     hidden_size: int
-    layer_buffers_bytes: int
+    layer_buffers_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +204,7 @@ class ModelProfile:
         whole = self.outline.anatomy
         kinds = whole.layers[layers.start : layers.stop]
         part = self.parts[part_name(kinds, stages=stages, index=index)]
-        buffers = part.buffers_bytes + len(kinds) * self.outline.layer_buffers_bytes
+        buffers = part.buffers_bytes + sum(self.outline.layer_buffers_bytes[kind] for kind in kinds)
         anatomy = Anatomy(whole.kinds, kinds, part.groups, buffers, whole.name)
         return Profile(anatomy=anatomy, trace=part.trace)
 

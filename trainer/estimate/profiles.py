@@ -16,12 +16,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from configs.by_path import source_of
 from configs.choices import DType, EngineName
 from configs.errors import PlanError
 from configs.schema import Config
 from trainer import linear
 from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers
+from trainer.estimate import family, progress
 from trainer.estimate.profile import (
     Anatomy,
     ModelProfile,
@@ -35,34 +37,46 @@ from trainer.estimate.profile import (
 from trainer.estimate.sources import dependencies
 from trainer.estimate.tracing import Tracer
 from trainer.plan.devices import Gpu
+from trainer.plan.documents import by_mask
 from trainer.plan.plan import Plan
 from trainer.process.files import replace_text
 from trainer.update import ask as ask_update
 
 Made = TypeVar("Made")
+NOTHING: dict[str, Any] = {"batches": [0, 0], "lengths": [0, 0], "part": None}
+ALONE = {**NOTHING, "tried": False}
+"""Where a family would stand: one shape was traced by itself."""
+UNLIKE = {**NOTHING, "tried": True}
+"""Where a family would stand: the shapes around one were traced in vain. Nobody tries again."""
 
 
-def get_profile(config: Config, plan: Plan, gpu: Gpu | None, *, micro_batch_size: int | None = None) -> ModelProfile:
+def get_profile(
+    config: Config,
+    plan: Plan,
+    gpu: Gpu | None,
+    *,
+    micro_batch_size: int | None = None,
+    alone: int | None = None,
+    evaluation: bool = False,
+) -> ModelProfile:
     """The profile of the plan's micro-batch, from disk or traced now. gpu: whose kernels are assumed; None: the CPU's.
+    alone: so many shapes are traced by themselves; the next is traced with those around it (`family`). None: all are.
+    evaluation: forwards without a backward.
 
     Raises NotEstimated for a model that cannot be traced, and what building and dividing a model raise.
     """
     tracer = _tracer(config, plan)
     outline = _outline(config, plan, tracer)
     shape = _shape_fields(config, plan, gpu, micro_batch_size or plan.batch.micro_batch_size)
+    shape["backward"] = shape["backward"] and not evaluation
     parts: dict[str, Part] = {}
     layers, stages = outline.anatomy.layers, stage_layers(config, plan, outline)
     for index, owned in enumerate(stages):
         name = part_name(layers[owned.start : owned.stop], stages=len(stages), index=index)
         if name not in parts:
             fields = {**_outline_fields(config, plan), **shape, "part": name}
-            parts[name] = _cached(
-                config,
-                _key(config, fields),
-                read=part_from_json,
-                write=part_to_json,
-                make=partial(tracer.part, shape, layers, owned, stages=len(stages), index=index),
-            )
+            trace = partial(tracer.part, kinds=layers, owned=owned, stages=len(stages), index=index)
+            parts[name] = _part(config, fields, trace, tracer, alone=alone)
     return ModelProfile(outline=outline, parts=parts)
 
 
@@ -93,6 +107,45 @@ def stage_layers(config: Config, plan: Plan, outline: Outline) -> list[range]:
     return split_layers(count, stages, split=pipeline.split, **costs)
 
 
+def _part(
+    config: Config,
+    fields: dict[str, Any],
+    trace: Callable[[dict[str, Any]], Part],
+    tracer: Tracer,
+    *,
+    alone: int | None,
+) -> Part:
+    """A part as it is on disk for this shape, as its family has it, or as it is traced now. tracer: knows the model's
+    config, for a family that is not there."""
+    key, asked = _key(config, fields), (fields["micro_batch_size"], fields["seq_len"])
+    alike = _key(config, {**fields, "micro_batch_size": None, "seq_len": None})
+
+    def make() -> Part:
+        known = _read(config, alike) or []
+        covering = (family.at(one, asked) for one in known if family.covers(one, asked))
+        made = next((part for part in covering if part is not None), None)
+        if made is not None:
+            return made
+        made = trace(fields)
+        if UNLIKE in known:
+            return made
+        found = [ALONE]
+        if alone is not None and known.count(ALONE) >= alone:
+            borders = list(family.limits(tracer.model.config.to_dict()))
+            upwards = config.train.chunked_loss or fields[TENSOR][0] > 1
+
+            def traced(place: family.Point) -> Part:
+                return made if place == asked else trace({**fields, "micro_batch_size": place[0], "seq_len": place[1]})
+
+            found = family.families(asked, borders, traced, upwards=upwards)
+            if not any(family.covers(one, asked) for one in found):
+                found.append(UNLIKE)
+        _save(_file(config, alike), {"key": alike, "value": [*known, *found]})
+        return made
+
+    return _cached(config, key, read=part_from_json, write=part_to_json, make=make)
+
+
 def _cached(
     config: Config,
     key: str,
@@ -101,16 +154,25 @@ def _cached(
     write: Callable[[Made], dict[str, Any]],
     make: Callable[[], Made],
 ) -> Made:
-    file = _folder(config) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    try:
-        found = json.loads(file.read_text())
-        if found["key"] == key:
-            return read(found["value"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    with suppress(KeyError, TypeError, ValueError):
+        if (found := _read(config, key)) is not None:
+            return read(found)
+    progress.show(f"tracing {config.model.preset}")
     made = make()
-    _save(file, {"key": key, "value": write(made)})
+    _save(_file(config, key), {"key": key, "value": write(made)})
     return made
+
+
+def _read(config: Config, key: str) -> Any:
+    """What is on disk under a key; None: nothing is."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(_file(config, key).read_text())
+        return found["value"] if found["key"] == key else None
+    return None
+
+
+def _file(config: Config, key: str) -> Path:
+    return _folder(config) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def _folder(config: Config) -> Path:
@@ -130,6 +192,7 @@ def _key(config: Config, fields: Mapping[str, Any]) -> str:
     local = Path(model.path or "").expanduser() / "config.json"
     described = {
         "model": [model.path, model.revision, str(model.attention), model.architecture, model.config],
+        **({"target": [model.target, source_of(model.target)]} if model.target else {}),
         "local": local.read_text() if model.path and local.is_file() else None,
         **_surroundings(),
         **fields,
@@ -163,10 +226,13 @@ def _shape_fields(config: Config, plan: Plan, gpu: Gpu | None, micro_batch_size:
         "imbalance": config.estimate.imbalance if plan.degree(EXPERTS) > 1 else None,
         "dtypes": _dtypes(plan),
         "checkpointing": str(config.train.activation_checkpointing),
+        "compile": config.train.compile,
         "gpu": gpu is not None,
         "exact_attention": _exact_attention(plan, gpu),
         "chunked_loss": config.train.chunked_loss,
-        "documents": config.data.document_mask,
+        **({"label_smoothing": True} if config.train.label_smoothing else {}),
+        **({"neftune": True} if config.train.neftune_alpha else {}),
+        "documents": [config.data.document_mask, by_mask(config)],
         "moe": [str(config.moe.balance), config.moe.z_loss > 0],
         "backward": ask_update(config.optimizer).passes(config).backwards > 0,
         "split_backward": plan.degree(PIPELINE) > 1 and SCHEDULES[schedule].splits_backward,

@@ -54,6 +54,8 @@ class Running:
     def run(self, part: str) -> None:
         slots, timeline, layout = self.slots, self.timeline, self.layout
         allocate, free = timeline.allocate, timeline.free
+        if part in "bi":
+            layout.begin_backward()
         for code, slot, first, second in self.parts[part]:
             if code == ALLOCATE:
                 slots[slot] = allocate(first, second)
@@ -146,8 +148,6 @@ class _Writer:
         match name:
             case "loss":
                 self.ops.append((PHASE, 0, "loss", None))
-            case "backward" | "input":
-                self.ops.append((HOOK, 0, "before_backward", "root"))
             case "forward_enter":
                 self.ops.append((HOOK, 0, "before_forward", group))
             case "forward_exit":

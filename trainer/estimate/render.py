@@ -2,6 +2,7 @@
 
 The JSON's schema is the function `to_dict`. Three totals stand in every form and are never mixed up: allocated (what
 tensors hold), reserved (what torch's allocator has taken for them), device (with CUDA context and NCCL: nvidia-smi).
+The last two are ranges (`verdict`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from trainer.estimate.estimate import Estimate, RankEstimate, Verdict
+from trainer.estimate.estimate import Estimate, RankEstimate
 from trainer.estimate.suggest import Suggestion
 from trainer.estimate.timeline import COMPONENTS
+from trainer.estimate.verdict import Verdict, judge
 from trainer.plan.plan import Plan
 
 GIB = 2**30
@@ -30,8 +32,15 @@ LABELS = {
     "buffers": "communication, gathered and cast parameters",
     "workspace": "workspace (temporaries, cuBLAS)",
 }
-BESIDE = 6  # more kinds of ranks than this do not fit beside each other on a line
-TOTALS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "host_bytes", "nvme_bytes")
+WIDEST = 6  # more kinds of ranks than this do not fit into one line
+DEVICE_TOTALS = (
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "peak_reserved_most_bytes",
+    "device_bytes",
+    "device_most_bytes",
+)
+TOTALS = (*DEVICE_TOTALS, "host_bytes", "nvme_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +57,8 @@ class Answer:
 
 
 def to_dict(answer: Answer) -> dict[str, object]:
-    """All bytes are of one rank; `components` are those at its peak and add up to peak_allocated_bytes."""
+    """All bytes are of one rank; `components` are those at its peak and add up to peak_allocated_bytes, `highest` the
+    most that each of them ever holds. peak_reserved_bytes and device_bytes are lower ends, with `_most_` upper ones."""
     found = answer.estimate
     return {
         "overrides": list(answer.overrides),
@@ -65,7 +75,7 @@ def to_dict(answer: Answer) -> dict[str, object]:
         "parameters": found.profile.anatomy.whole,
         "active_parameters": found.profile.anatomy.whole_active,
         "busiest": found.busiest.kind,
-        **{total: getattr(found.busiest, total) for total in TOTALS[:3]},
+        **{total: getattr(found.busiest, total) for total in DEVICE_TOTALS},
         "fits": found.fits,
         "verdict": str(found.verdict),
         "margin_bytes": found.margin_bytes,
@@ -74,7 +84,8 @@ def to_dict(answer: Answer) -> dict[str, object]:
             {
                 "overrides": list(suggestion.overrides),
                 "why": suggestion.why,
-                **{total: getattr(suggestion.estimate.busiest, total) for total in TOTALS[:3]},
+                "verdict": str(suggestion.estimate.verdict),
+                **{total: getattr(suggestion.estimate.busiest, total) for total in DEVICE_TOTALS},
             }
             for suggestion in answer.suggestions or ()
         ],
@@ -82,15 +93,17 @@ def to_dict(answer: Answer) -> dict[str, object]:
 
 
 def _rank(rank: RankEstimate, found: Estimate) -> dict[str, object]:
-    capacity = found.device.capacity_bytes
+    verdict = judge(rank.device_bytes, rank.device_most_bytes, found.device.capacity_bytes)
     return {
         "kind": rank.kind,
         "count": rank.count,
         "components": {f"{name}_bytes": size for name, size in rank.components.items()},
+        "highest": {f"{name}_bytes": size for name, size in rank.highest.items()},
         **{total: getattr(rank, total) for total in TOTALS},
         "peak_phase": rank.peak_phase,
         "peak_step": rank.peak_step,
-        "fits": capacity is None or rank.device_bytes <= capacity,
+        "fits": verdict in (Verdict.fits, Verdict.unknown),
+        "verdict": str(verdict),
     }
 
 
@@ -103,17 +116,19 @@ def render_json(answers: Sequence[Answer], *, sweep: bool) -> str:
 def render_csv(answers: Sequence[Answer]) -> str:
     """One line for each configuration and kind of rank."""
     out = io.StringIO()
-    names = ["overrides", "rank", "count", *(f"{name}_bytes" for name in COMPONENTS), *TOTALS]
-    names += ["peak_phase", "peak_step", "device", "capacity_bytes", "fits"]
+    names = ["overrides", "rank", "count", *(f"{name}_bytes" for name in COMPONENTS)]
+    names += [*(f"highest_{name}_bytes" for name in COMPONENTS), *TOTALS]
+    names += ["peak_phase", "peak_step", "device", "capacity_bytes", "fits", "verdict"]
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
     for answer in answers:
         for rank in answer.estimate.ranks:
             values = _rank(rank, answer.estimate)
-            components = values.pop("components")
-            assert isinstance(components, dict)
+            components, highest = values.pop("components"), values.pop("highest")
+            assert isinstance(components, dict) and isinstance(highest, dict)
             values |= {
                 **components,
+                **{f"highest_{name}": size for name, size in highest.items()},
                 "rank": values.pop("kind"),
                 "overrides": " ".join(answer.overrides),
                 "device": answer.estimate.device.name,
@@ -126,8 +141,10 @@ def render_csv(answers: Sequence[Answer]) -> str:
 def render_table(answer: Answer) -> str:
     """One configuration: components and totals of each kind of rank, the verdict, what to change."""
     ranks = answer.estimate.ranks
-    table = _ranks_below_each_other(answer) if len(ranks) > BESIDE else _ranks_beside_each_other(answer)
-    return "\n".join([answer.plan.describe(), *_experts(answer), "", _text(table), "", *_verdict(answer)])
+    table = _text(_ranks_below_each_other(answer) if len(ranks) > WIDEST else _ranks_side_by_side(answer))
+    moments = any("(" in component(rank, name) for rank in ranks for name in COMPONENTS)
+    note = ["in parentheses: what the component holds at its own highest moment, another one"] if moments else []
+    return "\n".join([answer.plan.describe(), *_experts(answer), "", table, *note, "", *_verdict(answer)])
 
 
 def _experts(answer: Answer) -> list[str]:
@@ -138,22 +155,22 @@ def _experts(answer: Answer) -> list[str]:
     return [f"experts    {anatomy.whole_active:,} of {anatomy.whole:,} parameters are active for a token: {said}"]
 
 
-def _ranks_beside_each_other(answer: Answer) -> Table:
+def _ranks_side_by_side(answer: Answer) -> Table:
     found = answer.estimate
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("GiB per GPU" if found.device.capacity_bytes is not None else "GiB per process")
     for rank in found.ranks:
         table.add_column(_named(rank, found), justify="right")
     for name in COMPONENTS:
-        table.add_row(LABELS[name], *(_gib(rank.components[name]) for rank in found.ranks))
+        table.add_row(LABELS[name], *(component(rank, name) for rank in found.ranks))
     table.add_section()
     table.add_row("peak allocated", *(_gib(rank.peak_allocated_bytes) for rank in found.ranks))
     if found.device.capacity_bytes is not None:
-        table.add_row("peak reserved by torch", *(_gib(rank.peak_reserved_bytes) for rank in found.ranks))
+        table.add_row("peak reserved by torch", *(gib_range(rank, "peak_reserved") for rank in found.ranks))
         table.add_row(
             "CUDA context, NCCL (assumed)", *(_gib(found.context_bytes + found.nccl_bytes) for _ in found.ranks)
         )
-        table.add_row("on the device (nvidia-smi)", *(_gib(rank.device_bytes) for rank in found.ranks), style="bold")
+        table.add_row("on the device (nvidia-smi)", *(gib_range(rank) for rank in found.ranks), style="bold")
     for label, total in (("host memory", "host_bytes"), ("NVMe", "nvme_bytes")):
         if any(getattr(rank, total) for rank in found.ranks):
             table.add_row(f"{label} per rank", *(_gib(getattr(rank, total)) for rank in found.ranks))
@@ -165,13 +182,14 @@ def _ranks_below_each_other(answer: Answer) -> Table:
     """For a long pipeline: a line for each kind of rank."""
     found = answer.estimate
     table = Table(box=None, pad_edge=False, header_style="bold")
-    totals = {"allocated": "peak_allocated_bytes", "reserved": "peak_reserved_bytes", "device": "device_bytes"}
-    totals |= {"host": "host_bytes"} if any(rank.host_bytes for rank in found.ranks) else {}
+    host = any(rank.host_bytes for rank in found.ranks)
+    totals = ["allocated", "reserved", "device", *(["host"] if host else [])]
     for name in ("GiB per GPU", *COMPONENTS, *totals, "peak in"):
         table.add_column(name, justify="left" if name in ("GiB per GPU", "peak in") else "right")
     for rank in found.ranks:
-        sizes = [*rank.components.values(), *(getattr(rank, total) for total in totals.values())]
-        table.add_row(_named(rank, found), *map(_gib, sizes), f"{rank.peak_phase}, step {rank.peak_step}")
+        sizes = [*(component(rank, name) for name in COMPONENTS), _gib(rank.peak_allocated_bytes)]
+        sizes += [gib_range(rank, "peak_reserved"), gib_range(rank), *([_gib(rank.host_bytes)] if host else [])]
+        table.add_row(_named(rank, found), *sizes, f"{rank.peak_phase}, step {rank.peak_step}")
     return table
 
 
@@ -189,9 +207,9 @@ def render_sweep(answers: Sequence[Answer]) -> str:
         table.add_column(name, justify="right" if numeric else "left")
     for answer, label in zip(answers, own_words(answers), strict=True):
         rank = answer.estimate.busiest
-        sizes = (rank.peak_allocated_bytes, rank.peak_reserved_bytes, rank.device_bytes)
+        sizes = (_gib(rank.peak_allocated_bytes), gib_range(rank, "peak_reserved"), gib_range(rank))
         phase = f"{rank.peak_phase}, step {rank.peak_step}"
-        shown = (label, f"{answer.plan.world_size:,}", rank.kind, *map(_gib, sizes), phase)
+        shown = (label, f"{answer.plan.world_size:,}", rank.kind, *sizes, phase)
         table.add_row(*shown, str(answer.estimate.verdict))
     return "\n".join([*([f"all with {' '.join(common)}"] if common else []), _text(table)])
 
@@ -215,12 +233,19 @@ def _verdict(answer: Answer) -> list[str]:
         return ["no GPU in this plan: nothing to compare with (cluster=8xh100, or cluster.gpu=NAME, names one)"]
     named = f"{device.name} ({_gib(capacity)} GiB)"
     assumed = "; assumed, since cluster.gpu names none" if device.assumed else ""
-    lines = [f"{found.verdict}: {named} leaves {_gib(margin)} GiB free{assumed}"]
-    if found.verdict is Verdict.does_not_fit:
-        lines = [f"{found.verdict}: {named} lacks {_gib(-margin)} GiB{assumed}"]
+    least = capacity - found.busiest.device_most_bytes  # free at the upper end
+    match found.verdict:
+        case Verdict.does_not_fit:
+            text = f"lacks {_gib(-margin)} GiB"
+        case Verdict.tight:
+            text = f"leaves {_gib(margin)} GiB free at the lower end, lacks {_gib(-least)} GiB at the upper"
+        case _:
+            text = f"leaves {_gib(least)} to {_gib(margin)} GiB free"
+    lines = [f"{found.verdict}: {named} {text}{assumed}"]
+    if found.too_large:
         for suggestion in answer.suggestions or ():
-            size = _gib(suggestion.estimate.busiest.device_bytes)
-            lines.append(f"  {size:>7} GiB with {' '.join(suggestion.overrides)}   ({suggestion.why})")
+            size = gib_range(suggestion.estimate.busiest)
+            lines.append(f"  {size:>16} GiB with {' '.join(suggestion.overrides)}   ({suggestion.why})")
         if answer.suggestions is not None and not answer.suggestions:
             frozen = not all(parameter.trainable for parameter in found.profile.anatomy.parameters())
             others = "try parallel=pipeline_fsdp" if frozen else "estimate.search=true ranks the others that do"
@@ -230,12 +255,24 @@ def _verdict(answer: Answer) -> list[str]:
     return lines
 
 
+def component(rank: RankEstimate, name: str) -> str:
+    """GiB at the peak of the rank, and in parentheses the component's own maximum where that is another."""
+    size, highest = _gib(rank.components[name]), _gib(rank.highest[name])
+    return size if highest == size else f"{size} ({highest})"
+
+
+def gib_range(rank: RankEstimate, total: str = "device", *, digits: int = 2) -> str:
+    """The lower and the upper end of a total that is a range; one number where they are the same."""
+    lower, upper = getattr(rank, f"{total}_bytes") / GIB, getattr(rank, f"{total}_most_bytes") / GIB
+    return f"{lower:,.{digits}f}" + ("" if lower == upper else f" to {upper:,.{digits}f}")
+
+
 def _gib(size: int) -> str:
     return f"{size / GIB:,.2f}"
 
 
 def _text(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console = Console(file=io.StringIO(), width=240, color_system=None)
     console.print(table)
     file = console.file
     assert isinstance(file, io.StringIO)

@@ -1,33 +1,42 @@
 """What to change so that it fits, and the largest micro-batch when it does: each with its own estimate.
 
-Changes are tried from the cheapest to the dearest in speed; each is given as overrides to append to the command. If no
-single one is enough they are added up until one set is.
+The smallest change comes first: the one with the fewest keys, and of several the one that costs least speed. Each is
+given as overrides to append to the command. If no single one is enough, two are tried together, then three;
+only then as many as help, without those that turn out not to be needed. Five are never suggested where two do.
+What alters the run (other moments, adapters) is named where no single other change is enough. The smallest number of
+nodes on which the layout fits as it is stands at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from math import inf
+from itertools import combinations
+from math import inf, prod
 from typing import Any
 
-from configs.choices import BYTES, Checkpointing, DType, EngineName, OffloadDevice
+from configs.choices import BYTES, EngineName
 from configs.errors import CookbookError
 from configs.keys import as_text, set_value
 from configs.schema import Config
-from trainer.axes import PIPELINE, REPLICATE, TENSOR
+from trainer.axes import PIPELINE
 from trainer.estimate.bounds import states_bytes
+from trainer.estimate.changes import Change, changes
 from trainer.estimate.estimate import Estimate, estimate, with_micro_batch
 from trainer.estimate.profile import ModelProfile, Trace
 from trainer.estimate.profiles import get_profile
-from trainer.estimate.timeline import COMPONENTS
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
 
 ENOUGH = 3  # single changes that are shown
+TOGETHER = (2, 3)  # as many changes at once are tried in every combination
+TRIED = 8  # combinations of one size that are estimated: those that should be enough, and cost least
+ALIKE = 0.9  # of what two changes should leave together, as each alone leaves it, they leave at least this part
+MORE_NODES = 6  # doublings
 LARGEST = 4096
+ALONE = 1  # shape of a change that is traced by itself: who asks for a second one will ask for others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,55 +48,183 @@ class Suggestion:
     estimate: Estimate
 
 
-STATES = frozenset({"parameters", "gradients", "optimizer", "buffers", "workspace"})
-PASSING = frozenset({"activations", "loss", "buffers", "workspace"})
-ALL = frozenset(COMPONENTS)
-
-Change = tuple[str, dict[str, Any], frozenset[str]]
-"""What it does in words, the keys it sets, and the components that it may make smaller."""
-
-
 def suggest(
     config: Config, plan: Plan, machine: Machine, before: Estimate, *, found_gpu: str | None = None
 ) -> list[Suggestion]:
-    """The cheapest changes that make a plan fit that does not. before: its estimate. Empty: nothing known here does.
+    """The smallest changes that make a plan fit that does not. before: its estimate. Empty: nothing known here does.
 
-    What cannot help enough is not traced: where the components that a set of changes leaves as they are exceed the
-    device by themselves.
+    If nothing makes it fit, what makes it tight is named.
     """
-    changes = list(_changes(config, plan))
-    found: list[Suggestion] = []
-    for why, keys, touched in changes:
-        single = None if _too_little(before, touched) else _try(config, machine, before, why, keys, found_gpu)
-        if single is not None and single.estimate.fits:
-            found.append(single)
-            if len(found) == ENOUGH:
-                return found
-    together: dict[str, dict[str, Any]] = {}
-    all_touched = frozenset[str]()
-    for why, keys, touched in changes if not found else ():
-        # A stronger form of a change takes its place.
-        stronger = {earlier: its for earlier, its in together.items() if not its.keys() <= keys.keys()} | {why: keys}
-        every = {key: value for its in stronger.values() for key, value in its.items()}
-        if not _allowed(config, machine, every):
-            # With it every set that follows would be refused too.
-            continue
-        together = stronger
-        all_touched |= touched
-        several = None
-        if len(together) > 1 and not _too_little(before, all_touched):
-            several = _try(config, machine, before, " + ".join(together), every, found_gpu)
-        if several is not None and several.estimate.fits:
-            return [several]
-    return found
+    search = _Search(config, plan, machine, before, found_gpu)
+    found = search.single(alters=False)
+    if not found:
+        found = search.together() or search.all_that_help()
+        found += search.single(alters=True)
+    return [*(found or search.tight()), *search.more_nodes()]
 
 
-def _too_little(before: Estimate, touched: frozenset[str]) -> bool:
-    capacity, outside = before.device.capacity_bytes, before.context_bytes + before.nccl_bytes
-    if capacity is None:
-        return False
-    left = (sum(size for name, size in rank.components.items() if name not in touched) for rank in before.ranks)
-    return max(left) + outside > capacity
+class _Search:
+    """tried: the changes that were estimated, by their keys; None: refused, or too large in a bound."""
+
+    def __init__(self, config: Config, plan: Plan, machine: Machine, before: Estimate, found_gpu: str | None) -> None:
+        self.config, self.plan, self.machine, self.before, self.found_gpu = config, plan, machine, before, found_gpu
+        self.every = changes(config, plan)
+        self.changes = [change for change in self.every if not change.alters]
+        self.tried: dict[frozenset[str], Suggestion | None] = {}
+
+    def single(self, *, alters: bool) -> list[Suggestion]:
+        """Up to ENOUGH of them that are enough alone."""
+        found: list[Suggestion] = []
+        for change in [change for change in self.every if change.alters is alters]:
+            if len(found) < ENOUGH and (one := self.fitting([change])) is not None:
+                found.append(one)
+        return found
+
+    def together(self) -> list[Suggestion]:
+        """The smallest set of several that is enough."""
+        for size in TOGETHER:
+            sets = [
+                some
+                for some in combinations(self.changes, size)
+                if len({key for change in some for key in change.keys}) == sum(len(change.keys) for change in some)
+            ]
+            sets = [some for some in sets if ALIKE * self._left(some) <= (self.before.device.capacity_bytes or inf)]
+            sets.sort(key=self._promise)
+            for some in [some for some in sets if self._allowed(some)][:TRIED]:
+                if (found := self.fitting(some)) is not None:
+                    return [self._needed(some, found)]
+        return []
+
+    def _promise(self, some: Sequence[Change]) -> tuple[bool, int, int]:
+        """Sets that should be enough go first; of these the one with the fewest keys, and then the one that is least
+        dear."""
+        rank, known = self.before.busiest, all(self._part(change) for change in some)
+        aside = rank.device_most_bytes - rank.peak_allocated_bytes  # more than these will have
+        enough = known and self._left(some) + aside <= (self.before.device.capacity_bytes or inf)
+        return not enough, sum(len(one.keys) for one in some), sum(one.dear for one in some)
+
+    def all_that_help(self) -> list[Suggestion]:
+        """As many from cheap to dear until they are enough, then without those that are not needed."""
+        chosen: list[Change] = []
+        for change in sorted(self.changes, key=lambda one: one.dear):
+            # A stronger form of a change takes its place.
+            stronger = [earlier for earlier in chosen if not earlier.keys.keys() <= change.keys.keys()] + [change]
+            if not self._allowed(stronger):
+                continue  # with it every set that follows would be refused too
+            chosen = stronger
+            if len(chosen) > 1 and (found := self.fitting(chosen)) is not None:
+                return [self._needed(chosen, found)]
+        return []
+
+    def _needed(self, chosen: Sequence[Change], found: Suggestion) -> Suggestion:
+        """Without each change, the dearest first, without which it fits too."""
+        for change in sorted(chosen, key=lambda one: -one.dear):
+            fewer = [one for one in chosen if one is not change]
+            if fewer and (less := self.fitting(fewer)) is not None:
+                chosen, found = fewer, less
+        return found
+
+    def tight(self) -> list[Suggestion]:
+        """Of all that was tried, the smallest changes whose lower end fits."""
+        near = [one for one in self.tried.values() if one is not None and not one.estimate.too_large]
+        return sorted(near, key=lambda one: len(one.overrides))[:ENOUGH]
+
+    def more_nodes(self) -> list[Suggestion]:
+        """The layout as it is on the fewest nodes on which it fits, where more of them divide it further."""
+        zero = self.plan.engine is EngineName.deepspeed and self.plan.zero_stage > 0
+        if self.plan.world_size == 1 or not (zero or self.plan.fully_sharded):
+            return []
+        nodes, size = self.config.cluster.nodes, inf
+        for doubling in range(1, MORE_NODES + 1):
+            found = self._on(nodes << doubling)
+            if found is not None and found.estimate.fits:
+                return [self._fewest(nodes << (doubling - 1), nodes << doubling, found)]
+            if found is not None:
+                now = found.estimate.busiest.device_bytes
+                if now >= size:
+                    return []
+                size = now
+        return []
+
+    def _fewest(self, low: int, high: int, found: Suggestion) -> Suggestion:
+        while high - low > 1:
+            middle = (low + high) // 2
+            there = self._on(middle)
+            if there is not None and there.estimate.fits:
+                high, found = middle, there
+            else:
+                low = middle
+        return found
+
+    def _on(self, nodes: int) -> Suggestion | None:
+        change = Change(why=f"this layout on {nodes} nodes", keys={"cluster.nodes": nodes}, touched=frozenset(), dear=0)
+        return self._try([change])
+
+    def fitting(self, some: Sequence[Change]) -> Suggestion | None:
+        """What these changes come to together, if that fits."""
+        keys = frozenset(f"{key}={value}" for change in some for key, value in change.keys.items())
+        if keys not in self.tried:
+            enough = self._left(some, measured=False) <= (self.before.device.capacity_bytes or inf)
+            self.tried[keys] = self._try(some) if enough else None
+        found = self.tried[keys]
+        return found if found is not None and found.estimate.fits else None
+
+    def _left(self, some: Sequence[Change], *, measured: bool = True) -> float:
+        """A bound from below: what the components that no change touches hold; of the others, measured, what each
+        change leaves of it where it was tried alone."""
+        outside = self.before.context_bytes + self.before.nccl_bytes
+        parts = [self._part(change) if measured else {} for change in some]
+        sizes: list[float] = []
+        for rank in self.before.ranks:
+            left = 0.0
+            for name, size in rank.components.items():
+                touching = [
+                    part.get(name, 0.0) for change, part in zip(some, parts, strict=True) if name in change.touched
+                ]
+                left += size * prod(touching)
+            sizes.append(left)
+        return max(sizes) + outside
+
+    def _part(self, change: Change) -> dict[str, float]:
+        """Of each component of the busiest rank, the part that a change leaves; empty where it was not tried."""
+        alone = self.tried.get(frozenset(f"{key}={value}" for key, value in change.keys.items()))
+        if alone is None:
+            return {}
+        before, after = self.before.busiest, alone.estimate.busiest
+        return {
+            name: min(1.0, after.components[name] / before.components[name]) if before.components[name] else 1.0
+            for name in before.components
+        }
+
+    def _try(self, some: Sequence[Change]) -> Suggestion | None:
+        """None where the changes do not go with the rest of the configuration, leave states that do not fit, or are not
+        enough for what is the busiest place of the pipeline without them."""
+        before, found_gpu = self.before, self.found_gpu
+        keys = {key: value for change in some for key, value in change.keys.items()}
+        changed = _changed(self.config, keys)
+        try:
+            plan = make_plan(changed, self.machine)
+            known = changed.tuning == self.config.tuning  # of the parameters as many are trained as before
+            states = _states(changed, plan, before, self.config.parallel.tp or 1) if known else 0
+            if states > (before.device.capacity_bytes or inf):
+                return None
+            if plan.degree(PIPELINE) > 1:
+                place = min(before.busiest_place, plan.degree(PIPELINE) - 1)
+                if not estimate(changed, plan, found_gpu=found_gpu, places=[place], alone=ALONE).fits:
+                    return None
+            found = estimate(changed, plan, found_gpu=found_gpu, heaviest=True, alone=ALONE)
+        except CookbookError:
+            return None
+        words = tuple(f"{key}={as_text(value)}" for key, value in keys.items())
+        return Suggestion(overrides=words, why=" + ".join(change.why for change in some), estimate=found)
+
+    def _allowed(self, some: Sequence[Change]) -> bool:
+        """Whether there is a plan with these changes."""
+        try:
+            make_plan(_changed(self.config, {k: v for change in some for k, v in change.keys.items()}), self.machine)
+        except CookbookError:
+            return False
+        return True
 
 
 def largest_micro_batch(config: Config, plan: Plan, *, found_gpu: str | None = None) -> int | None:
@@ -163,107 +300,7 @@ def _extrapolate_trace(first: Trace, second: Trace, steps: int) -> Trace | None:
     return Trace(templates=first.templates, sections=sections)
 
 
-def _changes(config: Config, plan: Plan) -> Iterator[Change]:
-    """From cheap to dear. Only what changes something."""
-    train, parallel, batch = config.train, config.parallel, plan.batch
-    full = {"train.activation_checkpointing": Checkpointing.full}
-    if plan.param_dtype is DType.float32:
-        yield "compute in bfloat16", {"precision.param_dtype": DType.bfloat16}, ALL
-    if plan.degree(TENSOR) > 1 and not parallel.sequence_parallel:
-        yield "norms and residuals along the sequence", {"parallel.sequence_parallel": True}, PASSING
-    if plan.degree(TENSOR) == 1 and not train.chunked_loss:
-        yield "loss in slices", {"train.chunked_loss": True}, frozenset({"loss", "buffers", "workspace"})
-    if plan.world_size > 1:
-        yield from _more_partitioning(plan)
-    if train.activation_checkpointing is Checkpointing.none:
-        yield "recompute every second product", {"train.activation_checkpointing": Checkpointing.selective}, PASSING
-    if batch.micro_batch_size > 1:
-        yield "smaller micro-batch, more accumulation", _smaller(batch.micro_batch_size, plan), PASSING
-    if train.activation_checkpointing is not Checkpointing.full:
-        yield "recompute whole layers", full, PASSING
-    if plan.engine is EngineName.torch:
-        yield from _more_division(config, plan)
-    if parallel.offload.optimizer is OffloadDevice.none:
-        yield from _offload(plan)
-
-
-def _smaller(size: int, plan: Plan) -> dict[str, Any]:
-    return {
-        "train.micro_batch_size": 1,
-        "train.gradient_accumulation_steps": plan.batch.gradient_accumulation_steps * size,
-        "train.global_batch_size": None,
-    }
-
-
-def _more_partitioning(plan: Plan) -> Iterator[Change]:
-    if plan.engine is EngineName.deepspeed:
-        for stage in range(plan.zero_stage + 1, 4):
-            yield f"ZeRO {stage}", {"parallel.zero_stage": stage}, ALL
-    elif not plan.fully_sharded:
-        yield "shard states over all ranks (FSDP)", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}, ALL
-    elif plan.degree(REPLICATE) > 1:
-        yield "shard over all ranks instead of groups", {"parallel.dp_replicate": 1, "parallel.dp_shard": None}, STATES
-    elif not plan.reshard_after_forward and plan.degree(PIPELINE) == 1:
-        yield "drop gathered parameters after the forward", {"parallel.reshard_after_forward": True}, STATES
-
-
-def _more_division(config: Config, plan: Plan) -> Iterator[Change]:
-    """More of the ranks for one model and fewer for data, where a degree is left open to fill the rest."""
-    parallel, tp = config.parallel, plan.degree(TENSOR)
-    if None not in (parallel.dp_replicate, parallel.dp_shard):
-        return
-    for degree in sorted({2 * tp, plan.gpus_per_node}):
-        if tp < degree <= plan.gpus_per_node:
-            divided = {"parallel.tp": degree, "parallel.sequence_parallel": True}
-            yield f"matrices and activations over {degree} GPUs", divided, ALL
-    if plan.degree(PIPELINE) > 1:
-        yield "twice as many stages", {"parallel.pp": 2 * plan.degree(PIPELINE)}, ALL
-
-
-def _offload(plan: Plan) -> Iterator[Change]:
-    cpu = OffloadDevice.cpu
-    if plan.engine is EngineName.deepspeed:
-        yield "optimizer in host memory", {"parallel.offload.optimizer": cpu}, STATES
-        if plan.zero_stage == 3:
-            both = {"parallel.offload.optimizer": cpu, "parallel.offload.parameters": cpu}
-            yield "optimizer and parameters in host memory", both, STATES
-    elif plan.world_size > 1:
-        # Only beside sharding: on its own it is refused where every rank holds the whole model.
-        both = {"parallel.offload.optimizer": cpu, "parallel.offload.parameters": cpu}
-        yield "parameters, gradients and optimizer in host memory", both, STATES
-
-
-def _try(
-    config: Config, machine: Machine, before: Estimate, why: str, keys: dict[str, Any], found_gpu: str | None
-) -> Suggestion | None:
-    """None where the change does not go with the rest of the configuration, leaves states that do not fit, or is not
-    enough for what is the busiest place of the pipeline without it."""
-    changed = _changed(config, keys)
-    try:
-        plan = make_plan(changed, machine)
-        if _states(changed, plan, before, config.parallel.tp or 1) > (before.device.capacity_bytes or inf):
-            return None
-        if plan.degree(PIPELINE) > 1:
-            place = min(before.busiest_place, plan.degree(PIPELINE) - 1)
-            if not estimate(changed, plan, found_gpu=found_gpu, places=[place]).fits:
-                return None
-        found = estimate(changed, plan, found_gpu=found_gpu, heaviest=True)
-    except CookbookError:
-        return None
-    words = tuple(f"{key}={as_text(value)}" for key, value in keys.items())
-    return Suggestion(overrides=words, why=why, estimate=found)
-
-
-def _allowed(config: Config, machine: Machine, keys: dict[str, Any]) -> bool:
-    """Whether there is a plan with these changes."""
-    try:
-        make_plan(_changed(config, keys), machine)
-    except CookbookError:
-        return False
-    return True
-
-
-def _changed(config: Config, keys: dict[str, Any]) -> Config:
+def _changed(config: Config, keys: Mapping[str, Any]) -> Config:
     changed = deepcopy(config)
     for key, value in keys.items():
         set_value(changed, key, value)

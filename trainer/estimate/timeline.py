@@ -4,10 +4,12 @@ timeline.phase("forward", step=1)
 handle = timeline.allocate("activations", 4096)
 timeline.free(handle)
 timeline.peak                     bytes, component by component, phase and step of the highest moment
+timeline.highest                  bytes of each component at its own highest moment
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +42,40 @@ class Moment:
 
 class Timeline:
     """Replays one rank's step. gpu: with the CUDA allocator's rounding and segments, expandable or not; else plain
-    bytes. `peak` and `curve` know of everything up to the last `sample`."""
+    bytes. `peak` and `curve` know of everything up to the last `sample`. marks: places in the curve."""
 
     def __init__(self, *, gpu: bool, expandable: bool = False) -> None:
         self._allocator = (ExpandableAllocator() if expandable else CudaAllocator()) if gpu else PlainAllocator()
         self._parts = [0] * len(COMPONENTS)
+        self._highest = [0] * len(COMPONENTS)
         self._now = ("start", 0)
         self._high, self._high_parts = 0, tuple(self._parts)
         self.peak = Moment(0, "start", 0, self._high_parts)
         self.curve: list[Moment] = []
+        self.marks: list[int] = []
+
+    @classmethod
+    def of(cls, curve: list[Moment], *, highest: Sequence[int], allocated: int, reserved: int) -> Timeline:
+        """One of a GPU that has been replayed elsewhere."""
+        made, played = cls(gpu=True), CudaAllocator()
+        played.allocated, played.reserved = allocated, reserved
+        made._allocator, made._highest = played, list(highest)
+        made.curve, made.peak = curve, max(curve, key=lambda moment: moment.total)
+        return made
 
     @property
     def allocated(self) -> int:
         return self._allocator.allocated
+
+    @property
+    def cuts_exactly(self) -> bool:
+        """Whether a request always takes its own size, wherever its block is cut from: with expandable segments."""
+        return isinstance(self._allocator, ExpandableAllocator)
+
+    @property
+    def highest(self) -> tuple[int, ...]:
+        """Of each component, in the order of COMPONENTS: the most that it ever held, each at a moment of its own."""
+        return tuple(self._highest)
 
     @property
     def peak_reserved(self) -> int:
@@ -71,6 +94,10 @@ class Timeline:
                 self.peak = self.curve[-1]
         self._high = 0
 
+    def mark(self) -> None:
+        """Remember how far the curve is."""
+        self.marks.append(len(self.curve))
+
     def allocate(self, component: str, size: int, stream: int = COMPUTE) -> Handle | None:
         """None for nothing at all."""
         if size <= 0:
@@ -79,6 +106,8 @@ class Timeline:
         block = allocator.malloc(size, stream)
         held = block.size
         parts[index] += held
+        if parts[index] > self._highest[index]:
+            self._highest[index] = parts[index]
         if allocator.allocated > self._high:
             self._high, self._high_parts = allocator.allocated, tuple(parts)
         return index, held, block
@@ -100,6 +129,8 @@ class Timeline:
         if handle is None:
             return None
         index, held, block = handle
-        self._parts[index] -= held
-        self._parts[_INDEX[component]] += held
-        return _INDEX[component], held, block
+        to, parts = _INDEX[component], self._parts
+        parts[index] -= held
+        parts[to] += held
+        self._highest[to] = max(self._highest[to], parts[to])
+        return to, held, block

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +30,13 @@ from trainer.estimate.kernels import as_on_device, quiet
 from trainer.estimate.profile import Step, Trace
 from trainer.estimate.tracker import CAST, Born, Died, Mark, StorageTracker
 from trainer.estimate.units import Unit, groups_of
-from trainer.model.layers import as_parameter, is_packed, of_type
+from trainer.model.layers import EightBits, as_parameter, is_packed, of_type
 from trainer.model.objective import Objective
 
 Groups = dict[str, tuple[str, str]]
+FROZEN_BY_PYTHON = 10_000
+"""Objects: since 3.12 some hundred at its start. Who freezes what torch and transformers have made freezes 100 times
+more."""
 
 
 class CannotTrace(Exception):
@@ -123,7 +126,7 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
 @contextmanager
 def _collecting_what_is_new() -> Iterator[None]:
     """A collection in here leaves out the objects of torch and transformers: with them it takes as long as a trace."""
-    frozen = gc.get_freeze_count()
+    frozen = gc.get_freeze_count() > FROZEN_BY_PYTHON
     gc.freeze()
     try:
         yield
@@ -155,6 +158,9 @@ def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker) 
         with torch.autocast("cpu", shape.compute) if shape.compute else nullcontext():
             output = unit.module(input_ids=feed.inputs, use_cache=False, **feed.extras, **more)
         tracker.mark("forward_exit root")
+        # The root begins its backward when the gradient of what it returns is there: of its logits, after the loss's.
+        if (returned := _first_with_gradient(output)) is not None:
+            returned.register_hook(lambda _: tracker.mark("backward_enter root"))
         if shape.logits_dtype is not None and not unit.parts.objective.inside:
             output.logits = output.logits.to(shape.logits_dtype)
         return output
@@ -177,10 +183,12 @@ def _staged(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, sp
     values = [feed.inputs, *feed.extras.values()]
     if not split:
         tracker.mark("backward")
+        tracker.mark("backward_enter root")
         sent = stage_backward(result, feed.received, values)
         del sent
         return
     tracker.mark("input")
+    tracker.mark("backward_enter root")
     given = None if feed.received is None else [feed.received]
     sent, groups = stage_backward_input([result], given, values, unit.module.parameters())
     feed.inputs.grad = None
@@ -199,7 +207,8 @@ def _staged(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, sp
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype, *, frozen: torch.dtype) -> None:
-    """Fake parameters in place of meta ones, this rank's part of each; a shared one stays one. frozen: their dtype."""
+    """Fake parameters instead of meta ones, this rank's part of each; a shared one stays one. frozen: their dtype.
+    Fake buffers, too."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -209,9 +218,16 @@ def _make_fake(model: nn.Module, dtype: torch.dtype, *, frozen: torch.dtype) -> 
                     part = local(parameter)
                     packed = is_packed(module, name)
                     values = module.imitate(kind) if packed else torch.empty(part.shape, dtype=kind)
-                    fake = as_parameter(parameter, of_type(part, values))
+                    values = of_type(part, values)
+                    if name == "weight" and isinstance(module, EightBits):
+                        values = module.gathered(values)
+                    fake = as_parameter(parameter, values)
                     made[id(parameter)] = fake
                 module._parameters[name] = fake
+        # A real buffer would become a fake one at its first use, and count as new.
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _set_marks(unit: Unit, tracker: StorageTracker, groups: Groups) -> list[Any]:
@@ -305,7 +321,14 @@ def _sections(
                 key, part = _after(name, subject, key, part, layers)
                 if not subject.isdigit():
                     sections.setdefault(key, []).append(("m", name, subject))
-    return {key: tuple(steps) for key, steps in sections.items()}
+    return {key: tuple(_ordered(steps)) for key, steps in sections.items()}
+
+
+def _ordered(steps: Sequence[Step]) -> Iterator[Step]:
+    """What dies together in one order: Python's own differs from one trace to the next."""
+    for dying, run in itertools.groupby(steps, lambda step: step[0] == "-"):
+        together = list(run)
+        yield from sorted(together) if dying else together
 
 
 def _after(name: str, subject: str, key: tuple[str, str], part: str, layers: int) -> tuple[tuple[str, str], str]:
@@ -316,7 +339,7 @@ def _after(name: str, subject: str, key: tuple[str, str], part: str, layers: int
             return (name[0], "end"), "loss"
         case (("weights" | "weights_of"), _):
             return ("w", subject or "begin"), "workspace"
-        case ("loss", _) | (_, "root"):
+        case ("loss", _) | ("forward_exit", "root"):
             return ("f", "end"), "loss"
         case "forward_enter", "head":
             return key, "loss"

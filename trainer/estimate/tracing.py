@@ -16,6 +16,7 @@ from configs.schema import Config
 from trainer.axes import CONTEXT, PIPELINE
 from trainer.estimate.bounds import states_bytes, upper_bytes
 from trainer.estimate.profile import Outline, Part, kept_layers
+from trainer.plan.documents import by_mask
 from trainer.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Tracer:
     """Builds the model when the first thing is asked of it, and once. key: what the model depends on."""
 
     def __init__(self, config: Config, plan: Plan, key: str) -> None:
+        self.masked = by_mask(config)
         if config.model.attention is Attention.flash_attention_2:
             # The package runs on GPUs only. torch's flash kernel keeps the same tensors.
             config = replace(config, model=replace(config.model, attention=Attention.sdpa))
@@ -59,8 +61,14 @@ class Tracer:
 
     def outline(self) -> Outline:
         from trainer.axes.pipeline.probe import count_costs, examine
-        from trainer.estimate.units import build_unit, describe_unit, layer_buffers, layer_kinds
+        from trainer.estimate.units import buffers_bytes, build_unit, describe_unit, layer_kinds, shares_modules
 
+        if shares_modules(self.model):
+            name, between = type(self.model).__name__, _between(self.config, self.plan, self.model)
+            raise NotEstimated(
+                f"model={self.config.model.preset}: decoder layers of {name} share parameters, which are counted for"
+                f" each: not estimated. {between}; measure a run with a small train.micro_batch_size"
+            )
         kinds = layer_kinds(self.model)
         layer_costs, head_cost, hidden_size = [], 0.0, 0
         if self.plan.degree(PIPELINE) > 1:
@@ -72,13 +80,14 @@ class Tracer:
         whole = replace(self.plan, views=(dense, *self.plan.views[1:]))
         layers = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         with build_unit(self.model, layers, self.config, whole) as unit:
-            anatomy, per_layer = describe_unit(unit, kinds), layer_buffers(unit)
+            anatomy, buffers = describe_unit(unit, kinds), tuple(map(buffers_bytes, unit.layers))
+        in_layers = sum(buffers[kind] for kind in kinds)
         return Outline(
-            anatomy=replace(anatomy, buffers_bytes=anatomy.buffers_bytes + len(kinds) * per_layer),
+            anatomy=replace(anatomy, buffers_bytes=anatomy.buffers_bytes + in_layers),
             layer_costs=tuple(layer_costs),
             head_cost=head_cost,
             hidden_size=hidden_size,
-            layer_buffers_bytes=per_layer,
+            layer_buffers_bytes=buffers,
         )
 
     def part(self, fields: Mapping[str, Any], kinds: tuple[int, ...], owned: range, *, stages: int, index: int) -> Part:
@@ -97,7 +106,7 @@ class Tracer:
             gpu=fields["gpu"],
             exact_attention=fields["exact_attention"],
             positions=self.plan.degree(CONTEXT) > 1 or self.config.data.document_mask,
-            documents=self.config.data.document_mask,
+            documents=self.masked,
             split_backward=fields["split_backward"],
             backward=fields["backward"],
         )
@@ -119,7 +128,7 @@ class Tracer:
 
 def _between(config: Config, plan: Plan, model: PreTrainedModel) -> str:
     """The bounds of `bounds`, in words."""
-    from trainer.model.flops import count_parameters
+    from trainer.flops import count_parameters
     from trainer.model.layers import is_packed, owned
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

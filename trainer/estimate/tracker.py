@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch._guards import active_fake_mode
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
@@ -48,6 +47,9 @@ class Mark:
 
 Event = Born | Died | Mark
 CAST = "cast of a parameter"
+CASTS = ("aten::_to_copy", "prims::convert_element_type")  # the latter in graphs that are compiled
+FLATTEN = "__tensor_flatten__"
+"""What a tensor has that wraps others: it names the size of what it stands for, and holds no memory of its own."""
 
 
 class StorageTracker(TorchDispatchMode):
@@ -93,8 +95,8 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its operators on the local tensors come by again
+        if any(hasattr(kind, FLATTEN) for kind in types):
+            return NotImplemented  # a DTensor or another wrapper: its operators on the tensors inside come by again
         counts = active_fake_mode() is self._mode_on_entry
         if counts:
             # What comes from outside is older than the tracker: a view of it is no new memory.
@@ -105,10 +107,10 @@ class StorageTracker(TorchDispatchMode):
         # DTensor works out shapes under a fake mode of its own: those tensors are no memory.
         if counts:
             operator = func.name()
-            if operator == "aten::_to_copy" and self._known[args[0].untyped_storage()][0] == 0:
+            if operator in CASTS and self._known[args[0].untyped_storage()][0] == 0:
                 operator = CAST
             for leaf in tree_iter(result):
-                if isinstance(leaf, torch.Tensor) and leaf.device.type in self._devices:
+                if isinstance(leaf, torch.Tensor) and leaf.device.type in self._devices and not hasattr(leaf, FLATTEN):
                     self._see(leaf, operator)
         return result
 

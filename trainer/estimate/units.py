@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
@@ -27,9 +27,11 @@ from trainer.axes.fsdp import sharded_modules
 from trainer.axes.gradients import local
 from trainer.axes.mesh import Meshes, build_meshes
 from trainer.axes.pipeline.split import Stage
+from trainer.estimate.bounds import partitions
+from trainer.estimate.compiled import imitate_compile
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.model.build import decoder_layers, held_layers
-from trainer.model.layers import is_packed, owned, values_shape
+from trainer.model.layers import EightBits, gathered_width, is_packed, owned, values_shape
 from trainer.model.roles import describe
 from trainer.passes import Parts, divide
 from trainer.plan.plan import Plan
@@ -92,6 +94,12 @@ def layer_kinds(model: nn.Module) -> list[int]:
     return numbers
 
 
+def shares_modules(model: nn.Module) -> bool:
+    """Whether a parameter is part of several decoder layers (Zamba)."""
+    held = [id(parameter) for layer in decoder_layers(model) for parameter in layer.parameters()]
+    return len(held) > len(set(held))
+
+
 @contextmanager
 def build_unit(
     model: PreTrainedModel, layers: Sequence[int], config: Config, plan: Plan, *, first: bool = True, last: bool = True
@@ -114,9 +122,14 @@ def build_unit(
     # The first rank of its stage.
     rank = plan.world_size // len(split) * int(not first)
     with _fake_mesh(plan, rank) if plan.world_size > 1 else nullcontext() as ranks:
-        parts = Parts(config=config, plan=plan, meshes=ranks, model=module)
+        compiler = imitate_compile if partitions(plan) else _leave_eager
+        parts = Parts(config=config, plan=plan, meshes=ranks, model=module, compiler=compiler)
         divide(parts)
         yield Unit(kinds=tuple(kinds[index] for index in layers), parts=parts)
+
+
+def _leave_eager(model: nn.Module) -> None:
+    """What a compiled layer keeps less is then a part of the range (`verdict.COMPILED_KEEPS`)."""
 
 
 def _shrunk(plan: Plan, stages: int) -> tuple[View, ...]:
@@ -142,7 +155,10 @@ def _shortened(model: PreTrainedModel, chosen: Sequence[int]) -> PreTrainedModel
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == count:
             setattr(config, key, [value[index] for index in chosen])
-    config.num_hidden_layers = len(chosen)
+    # Embeddings with a part for each layer (Gemma 3n, 4) keep all parts: the first ones serve the layers that are here.
+    if not getattr(config, "hidden_size_per_layer_input", 0):
+        with suppress(NotImplementedError):  # ProphetNet counts the layers of its encoder and decoder apart
+            config.num_hidden_layers = len(chosen)
     return short
 
 
@@ -172,8 +188,16 @@ def describe_unit(unit: Unit, kinds: Sequence[int]) -> Anatomy:
         group, leaf = groups[name]
         summed = TENSOR if name in partial else "ends" if name in ends else ""
         packed = owner.packed_bytes() if is_packed(owner, last) else ()
-        shape = tuple(values_shape(owner, last, local(parameter)))
-        described = Parameter(leaf, shape, parameter.requires_grad, summed, packed, replace(roles[name], name=leaf))
+        described = Parameter(
+            leaf,
+            tuple(values_shape(owner, last, local(parameter))),
+            trainable=parameter.requires_grad,
+            summed=summed,
+            packed=packed,
+            eight_bits=last == "weight" and isinstance(owner, EightBits),
+            gathered=gathered_width(local(parameter)),
+            whole=replace(roles[name], name=leaf),
+        )
         members.setdefault(group, []).append(described)
     return Anatomy(
         kinds=tuple(tuple(members[str(unit.kinds.index(kind))]) for kind in range(max(kinds) + 1))
@@ -181,15 +205,11 @@ def describe_unit(unit: Unit, kinds: Sequence[int]) -> Anatomy:
         else (),
         layers=tuple(kinds),
         groups=tuple((group, tuple(items)) for group, items in members.items() if not group.isdigit()),
-        buffers_bytes=_buffers(unit.module) - sum(map(_buffers, unit.layers)),
+        buffers_bytes=buffers_bytes(unit.module) - sum(map(buffers_bytes, unit.layers)),
         name=type(unit.module).__name__,
     )
 
 
-def layer_buffers(unit: Unit) -> int:
-    """Bytes of buffers in one layer (GPT-Neo's masks), on average."""
-    return sum(map(_buffers, unit.layers)) // len(unit.layers)
-
-
-def _buffers(module: nn.Module) -> int:
+def buffers_bytes(module: nn.Module) -> int:
+    """Bytes of its buffers: of a layer (GPT-Neo's masks), or of a whole unit."""
     return sum(buffer.untyped_storage().nbytes() for buffer in module.buffers())

@@ -5,6 +5,7 @@
     adapter     W frozen, B A x added to its result      tuning=lora, qlora
     float8      W and x cast to 8 bits for each product  precision=fp8
     scaled      W frozen, its features multiplied        tuning=ia3
+    bottleneck  the MLP frozen, two matrices behind it   tuning=adapter
 
 The kinds of `trainer.inputs`, which leave linear layers alone and change what the model is given, answer the same
 questions and stand in the same table.
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from configs.schema import Config, Tuning
 from trainer import inputs
-from trainer.linear import adapter, float8, four_bit, plain, scaled
+from trainer.linear import adapter, bottleneck, float8, four_bit, plain, scaled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,11 +104,16 @@ class Kind(Protocol):
         ...
 
 
-KINDS: tuple[Kind, ...] = (plain, four_bit, adapter, scaled, float8, *inputs.KINDS)
+KINDS: tuple[Kind, ...] = (plain, four_bit, adapter, scaled, bottleneck, float8, *inputs.KINDS)
 
 
 def chosen(config: Config) -> list[Kind]:
     return [kind for kind in KINDS if kind.chosen(config)]
+
+
+def lighter(config: Config) -> tuple[str, dict[str, object]] | None:
+    """What trains less of the model than this config does, in words and as overrides; None if nothing does."""
+    return adapter.LIGHTER if plain.chosen(config) else None
 
 
 def problems(config: Config) -> Iterator[str]:

@@ -13,7 +13,7 @@ layers).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,20 @@ from typing import TYPE_CHECKING, Any
 from configs.choices import AdapterInit, EngineName, TuningMethod
 from configs.keys import as_text
 from configs.schema import Config, Tuning
+from trainer.linear.common import base_of, matmuls, settle, words  # noqa: F401
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 KEEPS_MODEL = False
+LIGHTER: tuple[str, dict[str, object]] = (
+    "train adapters beside the frozen model (LoRA)",
+    {"tuning.method": TuningMethod.lora},
+)
+"""What this kind offers where the whole model is trained."""
 SAVED = ("rank", "alpha", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save")
 """Fields of `Tuning` on which the saved tensors and their use depend."""
-OWN = ("rank", "alpha", "dropout", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save", "adapter")
+OWN = ("rank", "alpha", "dropout", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save")
 """Those that have no meaning for other methods."""
 RESIDUAL = (AdapterInit.pissa, AdapterInit.olora)
 """Adapters that begin as a part of the frozen matrix, which keeps the rest."""
@@ -46,7 +51,7 @@ def problems(config: Config) -> Iterator[str]:
         for name in OWN:
             if (value := getattr(tuning, name)) != getattr(plain, name):
                 yield (
-                    f"tuning.{name}={as_text(value)}: is for adapters, this is tuning={tuning.method};"
+                    f"tuning.{name}={as_text(value)}: is for lora, qlora, this is tuning={tuning.method};"
                     " choose tuning=lora, or leave it out"
                 )
         return
@@ -120,36 +125,23 @@ def report(model: PreTrainedModel) -> None:
 
 def identity(config: Config) -> dict[str, Any]:
     """What makes saved adapters those of this run: the model beneath them is not saved with them."""
-    tuning, model = config.tuning, config.model
+    tuning = config.tuning
     return {
         **{
             f"tuning.{name}": sorted(value) if isinstance(value := getattr(tuning, name), list) else value
             for name in SAVED
         },
-        "tuning.base": [str(model.weights), model.path, model.revision],
+        **base_of(config),
     }
 
 
 def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
     from trainer.linear.adapter_layers import add_adapters
 
-    if "tuning.base" in identity:
+    if identity.get("tuning.method") in (TuningMethod.lora, TuningMethod.qlora):
         fields = {name: identity[f"tuning.{name}"] for name in SAVED if f"tuning.{name}" in identity}
         fields["init"] = AdapterInit(fields.get("init", AdapterInit.kaiming))
         add_adapters(model, Tuning(method=TuningMethod.lora, **fields), base=identity["tuning.base"][1])
-
-
-def matmuls() -> set[object]:
-    """Both of an adapter's matrices are plain linear layers."""
-    return set()
-
-
-def settle(modules: Iterable[nn.Module]) -> None:
-    """Nothing depends on the values."""
-
-
-def words(config: Config) -> str:
-    return ""
 
 
 def traced(config: Config) -> Any:

@@ -3,7 +3,8 @@
     linear layer      a torch.nn.Linear (GPT-2: Conv1D) of a decoder layer: q_proj, down_proj, ...
     stacked experts   one parameter [experts, ..., ...] that no linear layer holds: experts.gate_up_proj, ...
 
-Empty: every linear layer of the decoder layers, except routers and gates. Stacked experts get adapters where they are
+Empty: every linear layer of the decoder layers, except routers and gates. A layer whose class computes something else,
+or whose weight the model's code reads without calling the layer, is none. Stacked experts get adapters where they are
 named; the adapter of such a parameter has `tuning.rank` rows for each expert. ALL says the same as an empty list.
 peft's own "all-linear" means other things for some families, whose targets it rewrites to names of transformers 4, so
 it gets the names that are found here. An entry with a character that no name has is a regular expression for whole
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from configs.errors import ConfigError
 from configs.schema import Tuning
 from trainer.model.build import decoder_layers
-from trainer.model.layers import is_linear, is_packed
+from trainer.model.layers import computes_linearly, is_packed
 
 ROUTERS = ("router", "gate")
 ALREADY_ADAPTED = "base_layer"
@@ -168,7 +169,7 @@ def _in_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _linears(model: PreTrainedModel) -> list[str]:
-    return [name for name, module in _in_layers(model) if is_linear(module)]
+    return [name for name, module in _in_layers(model) if computes_linearly(module)]
 
 
 def _stacks(model: PreTrainedModel) -> list[str]:

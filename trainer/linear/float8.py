@@ -7,6 +7,7 @@
     tensorwise           one scale per tensor             fastest; FSDP2 can gather the weights in 8 bits
     rowwise              one per row of each operand      e4m3 throughout, scales are powers of two
     rowwise_with_gw_hp   as rowwise, dW in param_dtype    most accurate
+    mxfp8                one per 32 values of a row       Blackwell's; on the CPU emulated
 
 torchao casts and multiplies, on a GPU and on the CPU alike. Parameters, gradients, states and checkpoints are those of
 the plain layer. Left out are the embedding, the head (`precision.float8.head`), matrices with a dimension on a rank
@@ -17,14 +18,17 @@ Micikevicius et al. 2022 (FP8 Formats for Deep Learning, arXiv:2209.05433).
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from math import prod
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import DType, EngineName, Recipe, TuningMethod
+from configs.choices import DType, EngineName, Recipe
 from configs.errors import EnvironmentProblem
-from configs.schema import Config, Float8, Tuning
+from configs.schema import Config, Float8
+from trainer.linear import plain
+from trainer.linear.common import fill, imitate, matmuls, owns, restore  # noqa: F401
 from trainer.plan.devices import GPUS, find_gpu
 
 if TYPE_CHECKING:
@@ -35,6 +39,9 @@ KEEPS_MODEL = True
 KEY = "precision.float8"
 BLOCK = 16
 """What the kernels need every dimension of a product to be a multiple of."""
+MX_BLOCK, BLACKWELL = 32, ("B2", "B3", "GB")
+BACKWARD = {Recipe.rowwise_with_gw_hp: 1}
+"""Of the two products of a layer's backward those in float8, where not both are."""
 
 
 def chosen(config: Config) -> bool:
@@ -54,22 +61,21 @@ def problems(config: Config) -> Iterator[str]:
                 )
         return
     named = f"{KEY}.recipe={float8.recipe}"
-    if float8.recipe is Recipe.mxfp8:
-        yield f"{named}: torchao's kernels for it need a GPU of compute capability 10 (B200); use tensorwise or rowwise"
     if parallel.engine is EngineName.deepspeed:
         yield f"{named}: DeepSpeed flattens and gathers parameters under the layers; use parallel=fsdp"
-    if config.tuning.method is not TuningMethod.full:
+    if not plain.chosen(config):
         yield f"{named}: converts layers that are trained, tuning={config.tuning.method} freezes them; use tuning=full"
     if precision.param_dtype not in (DType.bfloat16, DType.float32):
         yield (
             f"{named}: multiplies for bfloat16 or float32, precision.param_dtype is {precision.param_dtype}; use"
             " bfloat16"
         )
-    if config.data.seq_len % (BLOCK * parallel.cp):
+    block = block_of(float8)
+    if config.data.seq_len % (block * parallel.cp):
         share = f" on each of parallel.cp={parallel.cp} ranks" if parallel.cp > 1 else ""
         yield (
-            f"data.seq_len={config.data.seq_len}: float8 multiplies along the tokens{share} in steps of {BLOCK}; use a"
-            f" multiple of {BLOCK * parallel.cp}, or precision=bf16"
+            f"data.seq_len={config.data.seq_len}: float8 multiplies along the tokens{share} in steps of {block}; use a"
+            f" multiple of {block * parallel.cp}, or precision=bf16"
         )
     if config.optimizer.in_backward:
         yield (
@@ -94,6 +100,11 @@ def _check_all_gather(config: Config) -> Iterator[str]:
             f"{KEY}.all_gather=true: parallel={config.parallel.preset} gathers no parameters; use parallel=fsdp, or"
             " null"
         )
+    elif config.parallel.fsdp.reshard_size is not None:
+        yield (
+            f"{KEY}.all_gather=true: FSDP2 keeps no part of a weight in float8 for the backward, as"
+            f" parallel.fsdp.reshard_size={config.parallel.fsdp.reshard_size} asks; use null"
+        )
 
 
 def _check_device(config: Config, named: str) -> Iterator[str]:
@@ -101,6 +112,9 @@ def _check_device(config: Config, named: str) -> Iterator[str]:
     if gpu is not None and gpu.float8_flops is None:
         able = ", ".join(gpu.name for gpu in GPUS if gpu.float8_flops is not None)
         yield f"{named}: {gpu.name} has no unit for float8; use precision=bf16, or one of {able}"
+    elif gpu is not None and config.precision.float8.recipe is Recipe.mxfp8 and not gpu.name.startswith(BLACKWELL):
+        able = ", ".join(gpu.name for gpu in GPUS if gpu.name.startswith(BLACKWELL))
+        yield f"{named}: {gpu.name} has no unit for it; use tensorwise or rowwise, or one of {able}"
 
 
 def layers() -> ModuleType:
@@ -115,21 +129,27 @@ def layers() -> ModuleType:
     return float8_layers
 
 
+def backward_products(config: Config) -> int:
+    """Of a converted layer's two products in the backward, those in float8."""
+    return BACKWARD.get(config.precision.float8.recipe, 2)
+
+
+def block_of(float8: Float8) -> int:
+    """What every dimension of a product must be a multiple of."""
+    return MX_BLOCK if float8.recipe is Recipe.mxfp8 else BLOCK
+
+
+def step_of(config: Config) -> int:
+    """What every dimension of a matrix must be a multiple of, so that each rank's part of it can be multiplied."""
+    return block_of(config.precision.float8) * config.parallel.tp
+
+
+def divides(shape: Iterable[int], block: int) -> bool:
+    return all(side % block == 0 for side in shape)
+
+
 def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) -> None:
-    block = BLOCK * config.parallel.tp
-    layers().convert_layers(model, config.precision.float8, block=block, gathered=gathers(config))
-
-
-def imitate(model: PreTrainedModel, config: Config) -> None:
-    """Nothing is added, and a check of what is computed needs all of its bits."""
-
-
-def owns(name: str) -> bool:
-    return False
-
-
-def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:
-    """Nothing is added."""
+    layers().convert_layers(model, config.precision.float8, block=step_of(config), gathered=gathers(config))
 
 
 def report(model: PreTrainedModel) -> None:
@@ -141,15 +161,6 @@ def identity(config: Config) -> dict[str, Any]:
     return {}
 
 
-def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
-    """Nothing has been added."""
-
-
-def matmuls() -> set[object]:
-    """torchao's product is the plain one, of tensors of its own."""
-    return set()
-
-
 def settle(modules: Iterable[nn.Module]) -> None:
     layers().compute_scales(modules)
 
@@ -157,10 +168,9 @@ def settle(modules: Iterable[nn.Module]) -> None:
 def words(config: Config) -> str:
     float8 = config.precision.float8
     left = ["embedding", *([] if float8.head else ["head"]), *float8.exclude]
-    step = BLOCK * config.parallel.tp
     return (
         f"linear layers in float8, {float8.recipe}; in {config.precision.param_dtype} stay {', '.join(left)} and"
-        f" dimensions that {step} does not divide"
+        f" dimensions that {step_of(config)} does not divide"
     )
 
 
@@ -172,8 +182,16 @@ def traced(config: Config) -> Any:
 def gathers(config: Config) -> bool:
     """Whether weights are cast before FSDP2 gathers them."""
     float8: Float8 = config.precision.float8
-    possible = float8.recipe is Recipe.tensorwise and _gathered(config)
+    possible = float8.recipe is Recipe.tensorwise and _gathered(config) and config.parallel.fsdp.reshard_size is None
     return possible if float8.all_gather is None else float8.all_gather
+
+
+def not_gathered(shapes: Iterable[Sequence[int]], config: Config, width: int) -> int:
+    """Bytes less that all ranks gather of matrices of these sides, which one process would convert, than `width` per
+    value."""
+    if not gathers(config):
+        return 0
+    return sum(prod(shape) * (width - 1) for shape in shapes if divides(shape, step_of(config)))
 
 
 def _gathered(config: Config) -> bool:

@@ -13,15 +13,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from configs.choices import Recipe
 from configs.errors import ConfigError, EnvironmentProblem
 from configs.schema import Float8
 from trainer.linear.adapter_targets import is_router, kinds
-from trainer.model.layers import is_plain_linear
+from trainer.linear.float8 import divides
+from trainer.model.layers import EightBits, is_plain_linear
 from trainer.model.roles import routed_parts
 
 log = logging.getLogger(__name__)
 KEY = "precision.float8"
-LOWEST = (8, 9)
+LOWEST, MX_LOWEST = (8, 9), (10, 0)
 NOISY = ("torchao", "torch.utils._pytree")
 
 
@@ -43,10 +45,22 @@ with _quiet():
     from torchao.float8.float8_linear import Float8Linear
     from torchao.float8.float8_utils import amax_to_scale
     from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+    from torchao.prototype.moe_training.mxfp8_linear import _to_mxfp8_then_scaled_mm
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
 
-class Linear8(Float8Linear):
+class Linear8(EightBits, Float8Linear):
     """torchao's layer, which by itself casts its input under CUDA's autocast alone."""
+
+    def gathered(self, weight: torch.Tensor) -> torch.Tensor:
+        if not isinstance(weight, WeightWithDynamicFloat8CastTensor):
+            return weight
+        weight._precomputed_scale = weight._tensor.new_ones((), dtype=torch.float32)
+        codes, scale = weight.fsdp_pre_all_gather(None)
+        found = weight.fsdp_post_all_gather(codes, scale, weight.dtype)
+        assert found is not None  # only where it writes into a tensor that was given
+        return found[0]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         device = input.device.type
@@ -55,6 +69,23 @@ class Linear8(Float8Linear):
         output = super().forward(input)
         # torchao's is a view of the product, on whose hooks FSDP2 cannot rely.
         return torch.ops.aten._unsafe_view.default(output, output.shape)
+
+
+class LinearMX(EightBits, nn.Linear):
+    """Blocks of 32 values along each product's inner dimension share a scale that is a power of two."""
+
+    def gathered(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight, device = self.weight, input.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            input, weight = input.to(dtype), weight.to(dtype)
+        kernels = KernelPreference.AUTO if input.is_cuda else KernelPreference.EMULATED
+        output = _to_mxfp8_then_scaled_mm(input, weight, kernels, ScaleCalculationMode.RCEIL)
+        output = torch.ops.aten._unsafe_view.default(output, output.shape)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
 def convert_layers(model: PreTrainedModel, float8: Float8, *, block: int, gathered: bool) -> None:
@@ -83,9 +114,13 @@ def convert_layers(model: PreTrainedModel, float8: Float8, *, block: int, gather
         and id(module.weight) not in routed
         and not is_router(model, name)
         and not any(_named(name, entry) for entry in float8.exclude)
-        and _divides(module, block)
+        and divides(module.weight.shape, block)
     }
-    ends = {name for name, module in linears.items() if float8.head and module is head and _divides(module, block)}
+    ends = {
+        name
+        for name, module in linears.items()
+        if float8.head and module is head and divides(module.weight.shape, block)
+    }
     if not body:
         problems.append(
             f"{KEY}.recipe={float8.recipe}: {type(model).__name__} has no torch.nn.Linear that may be converted, with"
@@ -93,6 +128,10 @@ def convert_layers(model: PreTrainedModel, float8: Float8, *, block: int, gather
         )
     if problems:
         raise ConfigError(*problems)
+    if float8.recipe is Recipe.mxfp8:
+        for name in body | ends:
+            model.get_submodule(name).__class__ = LinearMX
+        return
     config = Float8LinearConfig.from_recipe_name(str(float8.recipe))
     # The head is a group of its own for FSDP2, and gloo cannot gather a group that is float8 throughout.
     for names, wrapped in ((body, gathered), (ends, False)):
@@ -105,15 +144,21 @@ def convert_layers(model: PreTrainedModel, float8: Float8, *, block: int, gather
 def log_layers(model: PreTrainedModel) -> None:
     """Log which linear layers multiply in float8 and which do not."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    converted = [name for name, module in linears.items() if isinstance(module, Linear8)]
+    converted = [name for name, module in linears.items() if isinstance(module, Linear8 | LinearMX)]
     left = [name for name in linears if name not in converted]
     log.info("float8: %d of %d linear layers: %s", len(converted), len(linears), ", ".join(kinds(converted)))
     if left:
         log.info("float8: left in the compute dtype: %s", ", ".join(kinds(left)))
 
 
-def check_device(name: str, capability: tuple[int, int]) -> None:
-    """Raise EnvironmentProblem for a GPU whose tensor cores do not multiply in float8. name: what torch calls it."""
+def check_device(name: str, capability: tuple[int, int], *, blocks: bool = False) -> None:
+    """Raise EnvironmentProblem for a GPU whose tensor cores do not multiply in float8. name: what torch calls it.
+    blocks: with a scale for each 32 values."""
+    if blocks and capability < MX_LOWEST:
+        raise EnvironmentProblem(
+            f"{KEY}.recipe=mxfp8: {name} has no unit for it (compute capability {'.'.join(map(str, capability))}); use"
+            " tensorwise or rowwise, or a GPU of 10.0 or later (Blackwell)"
+        )
     if capability < LOWEST:
         raise EnvironmentProblem(
             f"{KEY}: {name} has no unit for float8 (compute capability {'.'.join(map(str, capability))}); use"
@@ -128,7 +173,8 @@ def compute_scales(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         device = next(module.parameters()).device
         if device.type == "cuda" and torch.version.hip is None:
-            check_device(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+            blocks = any(isinstance(layer, LinearMX) for layer in module.modules())
+            check_device(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), blocks=blocks)
         weights = [layer.weight for layer in module.modules() if isinstance(layer, Linear8)]
         held = [w._local_tensor for w in weights if isinstance(w, DTensor)]
         held = [piece for piece in held if isinstance(piece, WeightWithDynamicFloat8CastTensor)]
@@ -143,10 +189,6 @@ def compute_scales(modules: Iterable[nn.Module]) -> None:
                 dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.get_group(dim))
         for piece, scale in zip(held, amax_to_scale(largest, held[0]._dtype), strict=True):
             piece._precomputed_scale = scale
-
-
-def _divides(linear: nn.Linear, block: int) -> bool:
-    return linear.in_features % block == 0 and linear.out_features % block == 0
 
 
 def _named(name: str, entry: str) -> bool:

@@ -7,20 +7,21 @@
 bitsandbytes does the arithmetic. The linear layers of the decoder are quantized, from what `model.weights` says and
 unit by unit, so that the model never exists whole in 16 bit. A layout that shards parameters cuts the codes by rows;
 the scales every rank has whole. Embedding, norms and head stay as they are, and so do layers whose rows are no whole
-number of blocks: bitsandbytes' kernel for the CPU unpacks those wrongly. The layers themselves: `four_bit_layers`.
+number of blocks: bitsandbytes' kernel for the CPU unpacks those wrongly. Tensor parallel cuts codes and scales between
+blocks, so scales must not be packed themselves (tuning.double_quantization=false). The layers: `four_bit_layers`.
 Dettmers et al. 2023 (QLoRA, arXiv:2305.14314, section 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import DType, EngineName, TuningMethod
-from configs.schema import Config, Tuning
+from configs.schema import Config
+from trainer.linear.common import fill, imitate, matmuls, owns, restore, settle, words  # noqa: F401
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 KEEPS_MODEL = False
@@ -31,7 +32,7 @@ def chosen(config: Config) -> bool:
 
 
 def problems(config: Config) -> Iterator[str]:
-    """4-bit weights are packed bytes: what computes on a part of a matrix cannot unpack its part."""
+    """4-bit weights are packed bytes: what computes on a part of a matrix unpacks whole blocks of it."""
     tuning, parallel = config.tuning, config.parallel
     if not chosen(config):
         if not tuning.double_quantization:
@@ -42,10 +43,10 @@ def problems(config: Config) -> Iterator[str]:
         return
     if parallel.engine is EngineName.deepspeed:
         yield "tuning=qlora: DeepSpeed casts and flattens parameters, and 4-bit ones cannot be; use parallel=fsdp"
-    elif parallel.tp > 1:
+    elif parallel.tp > 1 and tuning.double_quantization:
         yield (
-            f"parallel.tp={parallel.tp}: cuts matrices that tuning=qlora keeps packed, with scales across the cuts; use"
-            " parallel=fsdp or pipeline, or tuning=lora"
+            f"parallel.tp={parallel.tp}: cuts matrices, and tuning.double_quantization=true packs scales across the"
+            " cuts; use tuning.double_quantization=false, or parallel=fsdp or pipeline"
         )
     if DType.float64 in (config.precision.param_dtype, config.precision.master_dtype):
         yield "precision=fp64: bitsandbytes unpacks 4-bit weights to 16 or 32 bits; use bf16, fp16 or fp32"
@@ -57,41 +58,12 @@ def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) 
     replace_linears(model, config.tuning)
 
 
-def imitate(model: PreTrainedModel, config: Config) -> None:
-    """Nothing is added: codes are another form of the model's own weights."""
-
-
-def owns(name: str) -> bool:
-    return False
-
-
-def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:
-    """Nothing is added."""
-
-
 def report(model: PreTrainedModel) -> None:
     """The adapters, without which nothing would be trained, report for both."""
 
 
 def identity(config: Config) -> dict[str, Any]:
     return {"tuning.double_quantization": config.tuning.double_quantization}
-
-
-def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
-    """The frozen model is not saved."""
-
-
-def matmuls() -> set[object]:
-    """The unpacked matrix is multiplied as a plain one."""
-    return set()
-
-
-def settle(modules: Iterable[nn.Module]) -> None:
-    """Nothing depends on the values."""
-
-
-def words(config: Config) -> str:
-    return ""
 
 
 def traced(config: Config) -> Any:

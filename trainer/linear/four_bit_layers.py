@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from configs.errors import ConfigError, EnvironmentProblem
 from configs.schema import Tuning
 from trainer.model.build import decoder_layers
 from trainer.model.layers import PackedWeight, is_plain_linear
+from trainer.model.pieces import cut
 
 KIND, BLOCK, SCALES = "nf4", 64, 256
 """Values that share a scale; scales that share one."""
@@ -31,21 +33,39 @@ class Linear4bit(PackedWeight, nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.double_quantization = double_quantization
         self.quant_state: Any = None
+        self.divided: DTensor | None = None
 
-    def values_shape(self) -> torch.Size:
-        return torch.Size((self.out_features, self.in_features))
+    def values_shape(self, packed: torch.Size) -> torch.Size:
+        return torch.Size((packed[0], 2 * packed[1]))
+
+    def entries(self, dim: int) -> int:
+        return BLOCK // 2 if dim == 1 else 1
+
+    def divide(self, weight: DTensor) -> None:
+        self.divided = weight
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """values: in the dtype in which the layer is to compute. Returns the codes."""
         from bitsandbytes.functional import quantize_4bit
 
         nested = self.double_quantization
-        codes, self.quant_state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=nested, quant_type=KIND)
+        codes, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=nested, quant_type=KIND)
+        if self.divided is not None:
+            # Codes are cut between blocks, so that scales can be cut as they are. A copy: not a view of them all.
+            scales = cut(state.absmax.view(self.out_features, -1), self.divided)
+            state.absmax, state.shape = scales.clone(memory_format=torch.contiguous_format).flatten(), self._piece()
+        self.quant_state = state
         return codes.view(self.out_features, self.in_features // 2)
+
+    def _piece(self) -> torch.Size:
+        """Of this rank's values."""
+        if self.divided is None:
+            return torch.Size((self.out_features, self.in_features))
+        return self.values_shape(self.divided.to_local().shape)
 
     def packed_bytes(self) -> tuple[int, ...]:
         """Codes, scales, and what the scales are read with."""
-        count = self.values_shape().numel()
+        count = self._piece().numel()
         codes, blocks, table = count // 2, count // BLOCK, 16 * 4
         if not self.double_quantization:
             return codes, 4 * blocks, table
@@ -54,7 +74,7 @@ class Linear4bit(PackedWeight, nn.Linear):
     def imitate(self, dtype: torch.dtype) -> torch.Tensor:
         from bitsandbytes.functional import QuantState
 
-        shape = self.values_shape()
+        shape = self._piece()
         blocks = shape.numel() // BLOCK
         known: dict[str, Any] = {"shape": shape, "code": torch.empty(16), "blocksize": BLOCK, "quant_type": KIND}
         wide: dict[str, Any] = {"code": torch.empty(256), "blocksize": SCALES, "dtype": torch.float32}
@@ -62,7 +82,7 @@ class Linear4bit(PackedWeight, nn.Linear):
         nested = {"offset": torch.empty(()), "state2": scales} if self.double_quantization else {}
         kind = torch.uint8 if nested else torch.float32
         self.quant_state = QuantState(absmax=torch.empty(blocks, dtype=kind), dtype=dtype, **known, **nested)
-        return torch.empty(self.weight.shape, dtype=torch.uint8)
+        return torch.empty(shape[0], shape[1] // 2, dtype=torch.uint8)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         from bitsandbytes import matmul_4bit  # pyright: ignore[reportPrivateImportUsage]

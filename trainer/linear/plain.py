@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import TuningMethod
-from configs.schema import Config, Tuning
+from configs.schema import Config
+from trainer.linear.common import fill, imitate, owns, restore, settle, words  # noqa: F401
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -35,18 +35,6 @@ def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) 
         model.get_parameter(name).requires_grad_(False)
 
 
-def imitate(model: PreTrainedModel, config: Config) -> None:
-    """Nothing is added."""
-
-
-def owns(name: str) -> bool:
-    return False
-
-
-def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:
-    """Nothing is added."""
-
-
 def report(model: PreTrainedModel) -> None:
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if frozen:
@@ -57,22 +45,10 @@ def identity(config: Config) -> dict[str, Any]:
     return {}
 
 
-def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
-    """Nothing has been added."""
-
-
 def matmuls() -> set[object]:
     import torch
 
     return {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-
-
-def settle(modules: Iterable[nn.Module]) -> None:
-    """Nothing depends on the values."""
-
-
-def words(config: Config) -> str:
-    return ""
 
 
 def traced(config: Config) -> Any:

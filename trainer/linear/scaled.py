@@ -9,14 +9,14 @@ All begin at one. Which layers these are is written in peft's table, by architec
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import TuningMethod
 from configs.schema import Config, Tuning
+from trainer.linear.common import base_of, imitate, matmuls, settle, words  # noqa: F401
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 KEEPS_MODEL = False
@@ -44,10 +44,6 @@ def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) 
     add_vectors(model, base=config.model.path)
 
 
-def imitate(model: PreTrainedModel, config: Config) -> None:
-    """Is asked under tensor parallel alone."""
-
-
 def owns(name: str) -> bool:
     return ".ia3_l." in name
 
@@ -65,7 +61,7 @@ def report(model: PreTrainedModel) -> None:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    return {"tuning.base": [str(config.model.weights), config.model.path, config.model.revision]}
+    return base_of(config)
 
 
 def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
@@ -73,19 +69,6 @@ def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
 
     if identity.get("tuning.method") == TuningMethod.ia3:
         add_vectors(model, base=identity["tuning.base"][1])
-
-
-def matmuls() -> set[object]:
-    """Vectors are multiplied element by element."""
-    return set()
-
-
-def settle(modules: Iterable[nn.Module]) -> None:
-    """Nothing depends on the values."""
-
-
-def words(config: Config) -> str:
-    return ""
 
 
 def traced(config: Config) -> Any:

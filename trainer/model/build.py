@@ -32,6 +32,7 @@ from transformers import (
 from configs.choices import Attention
 from configs.errors import ConfigError, CookbookError, DataError
 from configs.schema import Model
+from trainer.model.custom import introduce
 from trainer.model.layers import holding, is_packed, values_shape
 from trainer.model.stored import local_folder, not_on_the_hub, read_config
 from trainer.plan.model_fields import check_experts, check_sizes, merged, text_fields, text_part
@@ -47,7 +48,12 @@ def build_hf_config(model: Model) -> PretrainedConfig:
 
     Raises ConfigError for an unknown architecture or field, DataError when the folder or hub id cannot be read.
     """
+    kind = introduce(model)
     plain, fields = _from_path(model, model.path) if model.path is not None else _from_preset(model)
+    if kind is not None and plain.model_type != kind:
+        raise ConfigError(
+            f"model.path={model.path}: is a {plain.model_type}, model.target={model.target} a {kind}; leave one out"
+        )
     overrides = {key: value for key, value in model.config.items() if key != "model_type"}
     _check_fields(plain, overrides)
     part = text_part(plain.to_dict())
@@ -107,7 +113,7 @@ def _from_path(model: Model, path: str) -> tuple[PretrainedConfig, dict[str, Any
 
 def _from_preset(model: Model) -> tuple[PretrainedConfig, dict[str, Any]]:
     fields = {**model.architecture}
-    fields["model_type"] = model.config.get("model_type", fields.get("model_type"))
+    fields["model_type"] = introduce(model) or model.config.get("model_type", fields.get("model_type"))
     try:
         plain = AutoConfig.for_model(str(fields["model_type"]))
     except Exception as error:
@@ -206,7 +212,9 @@ def body_first(model: PreTrainedModel) -> None:
 
 def named(model: Model) -> str:
     """The model as the user named it, for messages."""
-    return f"model={model.preset}" if model.path is None else f"model.path={model.path}"
+    if model.path is not None:
+        return f"model.path={model.path}"
+    return f"model={model.preset}" if model.target is None else f"model.target={model.target}"
 
 
 class Elsewhere(nn.Module):

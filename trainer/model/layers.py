@@ -7,7 +7,7 @@ float8, say). Whoever exchanges a parameter asks `holding` for the new one, whic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TypeGuard
 
 import torch
@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.model.pieces import cut
 
+READ_DIRECTLY = "_cookbook_read_directly"
+
 
 class PackedWeight(nn.Module, ABC):
     """Base of a layer whose `weight` is stored in another form than the values that it computes with.
@@ -26,7 +28,16 @@ class PackedWeight(nn.Module, ABC):
     """
 
     @abstractmethod
-    def values_shape(self) -> torch.Size: ...
+    def values_shape(self, packed: torch.Size) -> torch.Size:
+        """Of the values in a weight of this shape, or in a rank's piece of it."""
+
+    @abstractmethod
+    def entries(self, dim: int) -> int:
+        """How many entries of the weight along a dimension must stay together."""
+
+    @abstractmethod
+    def divide(self, weight: DTensor) -> None:
+        """From now on the layer computes with this rank's piece of its weight, which has been placed so."""
 
     @abstractmethod
     def pack(self, values: torch.Tensor) -> torch.Tensor:
@@ -34,11 +45,24 @@ class PackedWeight(nn.Module, ABC):
 
     @abstractmethod
     def packed_bytes(self) -> tuple[int, ...]:
-        """Bytes of each tensor that takes the weight's place. The first is the parameter; the rest is never divided."""
+        """Bytes of each tensor that takes the weight's place. The first is the parameter; the rest is never sharded."""
 
     @abstractmethod
     def imitate(self, dtype: torch.dtype) -> torch.Tensor:
         """`pack` without values, under fake tensors. dtype: in which the layer computes from here on."""
+
+
+class EightBits(nn.Module, ABC):
+    """Base of a layer whose `weight` is multiplied in float8, however it is stored."""
+
+    @abstractmethod
+    def gathered(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the layer has as its weight when FSDP2 has gathered it; the same where that takes it as it is."""
+
+
+def gathered_width(parameter: torch.Tensor) -> int:
+    """Bytes per value of a tensor that FSDP2 gathers in another form than the compute dtype; 0 for the others."""
+    return int(hasattr(parameter, "fsdp_pre_all_gather"))
 
 
 def is_packed(module: nn.Module | None, leaf: str) -> TypeGuard[PackedWeight]:
@@ -54,7 +78,7 @@ def owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]
 
 def values_shape(module: nn.Module, leaf: str, parameter: torch.Tensor) -> torch.Size:
     """Shape of the values that a parameter stands for."""
-    return module.values_shape() if is_packed(module, leaf) else parameter.shape
+    return module.values_shape(parameter.shape) if is_packed(module, leaf) else parameter.shape
 
 
 def is_linear(module: object) -> TypeGuard[nn.Linear | Conv1D]:
@@ -62,8 +86,20 @@ def is_linear(module: object) -> TypeGuard[nn.Linear | Conv1D]:
 
 
 def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
-    """Whether nothing has given the layer a forward of its own yet."""
-    return type(module) is nn.Linear
+    """Whether the model calls the layer, and nothing has given it a forward of its own yet."""
+    return type(module) is nn.Linear and not hasattr(module, READ_DIRECTLY)
+
+
+def computes_linearly(module: object) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether the model calls the layer for `x W + b`, and for nothing else: what is added to that is added once."""
+    alone = isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return (alone or isinstance(module, PackedWeight)) and not hasattr(module, READ_DIRECTLY)
+
+
+def mark_read_directly(model: nn.Module, names: Collection[str]) -> None:
+    """Let no layer of these names, of weights, be replaced: the model's code multiplies by the weight itself."""
+    for name in names:
+        setattr(model.get_submodule(name.rpartition(".")[0]), READ_DIRECTLY, True)
 
 
 def is_transposed(module: object) -> TypeGuard[Conv1D]:

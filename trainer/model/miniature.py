@@ -52,8 +52,7 @@ def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> P
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
     }
     small = {names.get(name, name): value for name, value in sizes.items() if get(name) is not None}
-    # Ranks would draw other numbers, and nothing could be compared.
-    small |= _no_dropout(fields)
+    small |= _short(fields)
     # Its width in the real model may exceed a whole head here.
     if isinstance(fields.get("rotary_dim"), int):
         small["rotary_dim"] = head_dim // 2
@@ -91,16 +90,15 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
     fields.pop("per_layer_config", None)
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1)
     small = {"vocab_size": 64, **{name: value for name, value in tokens.items() if fields.get(name) is not None}}
-    return type(config)(
-        **{**fields, **small, **_no_dropout(fields), **_few_layers(config, names), **_plain_rotary(fields)}
-    )
+    return type(config)(**{**fields, **small, **_short(fields), **_few_layers(config, names), **_plain_rotary(fields)})
 
 
-def _no_dropout(fields: Mapping[str, Any]) -> dict[str, float]:
+def _short(fields: Mapping[str, Any]) -> dict[str, float]:
+    """Without dropout: ranks would draw other numbers, and nothing could be compared. In chunks of few tokens: Mamba 2
+    pads every sequence to whole chunks, of 256."""
     named = ("dropout", "pdrop", "layerdrop")
-    return {
-        name: 0.0 for name, value in fields.items() if isinstance(value, float) and any(word in name for word in named)
-    }
+    noise = [n for n, value in fields.items() if isinstance(value, float) and any(word in n for word in named)]
+    return dict.fromkeys(noise, 0.0) | {n: 16 for n in ("chunk_size", "mamba_chunk_size") if fields.get(n)}
 
 
 def first_that_runs(

@@ -9,7 +9,8 @@ the backward, keeps a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from trainer.data import IGNORED
 from trainer.model.head import call_sliced
 from trainer.model.loss import Loss
 
@@ -26,18 +28,36 @@ from trainer.model.loss import Loss
 class Objective:
     """loss: of logits, as the model that returns them has divided them. inside: whether the model takes `targets`.
     sliced: whether its head computes the loss. words: how many it scores, the same on all ranks that compute together;
-    None: all that the head knows."""
+    None: all that the head knows. first: the first of those that this rank scores."""
 
     loss: Loss
     inside: bool = False
     sliced: bool = False
     words: int | None = None
+    first: int = 0
 
     def __call__(self, run: Callable[..., Any], labels: torch.Tensor) -> torch.Tensor:
         """The loss of what `run(**more)` returns, which calls the model with what it is given besides."""
         if self.inside:
             return run(targets=labels).loss
         return self.loss(run().logits, labels)
+
+    @contextmanager
+    def picking(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """While it is open the loss is zero, and the list gets labels that count, and the logits at their places as
+        this rank has them: what a slice of the head, a piece of the vocabulary or of the sequence gives."""
+        loss, picked = self.loss, list[tuple[torch.Tensor, torch.Tensor]]()
+
+        def pick(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            counts = labels != IGNORED
+            picked.append((labels[counts], logits[counts].detach()))
+            return torch.zeros((), dtype=torch.float32, device=logits.device)
+
+        self.loss = pick
+        try:
+            yield picked
+        finally:
+            self.loss = loss
 
     def attach(self, model: nn.Module, *, staged: bool) -> None:
         """Let the model take `targets`, the labels [batch, seq_len]. staged: it is the last stage of a pipeline, which

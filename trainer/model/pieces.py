@@ -10,6 +10,7 @@ gets right.
 from __future__ import annotations
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -29,10 +30,22 @@ def join(tensor: DTensor) -> torch.Tensor:
         shapes.append(_shape_after(shapes[-1], placement, tensor, name))
     piece = tensor.to_local()
     for (name, placement), shape in reversed(list(zip(_cuts(tensor), shapes[:-1], strict=True))):
-        mesh = tensor.device_mesh[name]
-        stride = torch.empty(shape, device="meta").stride()
-        piece = DTensor.from_local(piece, mesh, [placement], shape=shape, stride=stride).full_tensor()
+        piece = _joined(piece, tensor.device_mesh[name], placement, shape)
     return piece
+
+
+def _joined(piece: torch.Tensor, mesh: DeviceMesh, placement: Placement, shape: torch.Size) -> torch.Tensor:
+    """The pieces of one axis. Of a packed matrix each rank holds a part of every block, all as large: DTensor joins
+    them rank by rank, since torch 2.11 cannot join them block by block."""
+    stride = torch.empty(shape, device="meta").stride()
+    packed = isinstance(placement, _StridedShard)
+    alone = Shard(placement.dim) if packed else placement
+    whole = DTensor.from_local(piece, mesh, [alone], shape=shape, stride=stride).full_tensor()
+    if not packed:
+        return whole
+    blocks = torch.arange(shape[placement.dim], device=whole.device).chunk(int(placement.split_factor))
+    order = torch.cat([block.chunk(mesh.size())[rank] for rank in range(mesh.size()) for block in blocks])
+    return whole.index_select(placement.dim, order.argsort())
 
 
 def held(tensor: DTensor, dim: int) -> list[int]:

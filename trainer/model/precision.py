@@ -26,7 +26,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 
 def apply_tf32(precision: Precision) -> None:
-    """Allow or forbid TF32 in float32 matrix products, explicitly: torch's own default has changed over versions."""
+    """Allow or forbid TF32 in float32 matmuls, explicitly: torch's own default has changed over versions."""
     torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
 
 

@@ -2,6 +2,8 @@
 
     a later token is changed    do earlier logits change?         then it is no causal model as it is called: refused
     one backward                which parameters get no gradient?  they are frozen, in every layout alike
+                                which linear layers are not called, though their weights get one?
+                                                                  they keep their class: an adapter would add nothing
 
 DDP waits for the gradient of every parameter that is to be trained, checkpoints want an optimizer state of each: both
 would find out at step 2 or at the first save. Takes a fraction of a second, and answers the same on every rank.
@@ -15,9 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import first_line
+from trainer.model.layers import is_linear
 from trainer.model.miniature import language_model, shrink, stand_ins
 
 log = logging.getLogger(__name__)
@@ -34,13 +38,15 @@ TOLERANCE = 1e-3
 class Probe:
     """causal: whether logits depend on earlier tokens alone. trained, untrained: the copy's parameters, by their names
     inside the decoder or else in the model, that get a gradient and that get none. layers: for each layer of the model
-    the one of the copy that stands for it; empty where the copy has all. reversible: layers
-    that compute themselves again in a backward of their own (Reformer's), which no wrapper of the layer sees."""
+    the one of the copy that stands for it; empty where the copy has all. uncalled: weights of linear layers that get a
+    gradient without a call of the layer. reversible: layers that compute themselves again in a backward of their own
+    (Reformer's), which no wrapper of the layer sees."""
 
     causal: bool
     trained: frozenset[str]
     untrained: frozenset[str]
     layers: tuple[int, ...] = ()
+    uncalled: frozenset[str] = frozenset()
     reversible: bool = False
 
 
@@ -68,6 +74,7 @@ def _probe(config: PretrainedConfig, tokens: int) -> Probe | None:
         try:
             model, layers = _narrow_copy(config)
             ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, TOKENS))
+            called = _notes_calls(model)
             causal = _is_causal(model, ids)
             try:
                 untrained, reversible = _without_gradient(model, ids[:, :tokens]), False
@@ -79,8 +86,28 @@ def _probe(config: PretrainedConfig, tokens: int) -> Probe | None:
             reason = first_line(error)
             log.info("not probed: a small %s does not run: %s", config.model_type, reason)
             return None
-    trained = frozenset(name for name, _ in _inside(model)) - untrained
-    return Probe(causal=causal, trained=trained, untrained=untrained, layers=tuple(layers), reversible=reversible)
+    weights = {id(module.weight) for module in model.modules() if is_linear(module)} - called
+    return Probe(
+        causal=causal,
+        trained=frozenset(name for name, _ in _inside(model)) - untrained,
+        untrained=untrained,
+        layers=tuple(layers),
+        uncalled=frozenset(name for name, p in _inside(model) if id(p) in weights) - untrained,
+        reversible=reversible,
+    )
+
+
+def _notes_calls(model: PreTrainedModel) -> set[int]:
+    """The numbers (`id`) of linear layers' weights, of those that are called from now on."""
+    called: set[int] = set()
+
+    def note(layer: nn.Module, _: object) -> None:
+        called.add(id(layer.weight))
+
+    for module in model.modules():
+        if is_linear(module):
+            module.register_forward_pre_hook(note)
+    return called
 
 
 def _without_gradient(model: PreTrainedModel, ids: torch.Tensor) -> frozenset[str]:
@@ -104,6 +131,13 @@ def untrained_names(model: PreTrainedModel, found: Probe) -> list[str]:
         ):
             untrained.append(names[id(parameter)])
     return untrained
+
+
+def uncalled_names(model: PreTrainedModel, found: Probe) -> list[str]:
+    """Names of the model's weights that get a gradient without a call of the linear layer that owns them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    inside = ((name, names[id(parameter)]) for name, parameter in _inside(model))
+    return [name for there, name in inside if _stand_in(there, found.layers) in found.uncalled]
 
 
 def _stand_in(name: str, layers: Sequence[int]) -> str:

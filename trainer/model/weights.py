@@ -78,6 +78,9 @@ class RandomWeights:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             # Children first: some models re-draw a child's weight in the parent (GPT-2's scaled c_proj).
             for module_name, module in reversed(list(unit.named_modules())):
+                below = {id(parameter) for parameter in module.parameters()}
+                if below and not below & drawn:
+                    continue  # an adapter's, say, for which the model has no recipe
                 _seed(device, self._seed_of(plain_name(f"{name}.{module_name}")))
                 self._initialise(f"{name}.{module_name}", module)
         for owner, leaf, parameter in filled:

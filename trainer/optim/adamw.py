@@ -14,6 +14,7 @@ from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
+from trainer.optim.common import OPTIONS, ZEROED, average, groups, instead, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Spread, State
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ IMPLEMENTATIONS = (
     Implementation.deepspeed_cpu,
 )
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
-OPTIONS = None
-groups = common.decayed_and_plain
-work = common.elementwise
-average = common.as_trained
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:
@@ -42,10 +39,10 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
         )
 
 
-def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+def build(grouped: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
     import torch
 
-    params = [group.as_torch(settings.lr) for group in groups]
+    params = [group.as_torch(settings.lr) for group in grouped]
     betas = (settings.beta1, settings.beta2)
     if settings.implementation is Implementation.deepspeed_cpu:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -16,6 +16,7 @@ from configs.choices import Schedule
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
+from trainer.optim.by_role import divide
 from trainer.optim.table import ask
 
 
@@ -56,7 +57,7 @@ def build_optimizer(
     """
     chosen = ask(settings)
     trained = [(described[name], parameter) for name, parameter in parameters if parameter.requires_grad]
-    return chosen.build(chosen.groups(trained, settings), settings, replicas=replicas)
+    return chosen.build(divide(chosen.groups(trained, settings), settings), settings, replicas=replicas)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,4 +1,4 @@
-"""What most optimizers answer alike."""
+"""What most optimizers answer alike. A module takes over those answers that it imports."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from trainer.optim.protocol import COUNTER, Group, Held, Kept, State, Work
 if TYPE_CHECKING:
     import torch
 
+IMPLEMENTATIONS = (Implementation.for_loop,)
+OPTIONS: type | None = None
+ZEROED = True
 
-def decayed_and_plain(parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]:
+
+def groups(parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]:
     """Two groups: matrices and embeddings decay, norms and biases do not. Where they lie on several meshes, each mesh
     has its own: torch updates the DTensors of a group together."""
-    groups = []
+    found: list[Group] = []
     for name, decays, weight_decay in (("decayed", True, settings.weight_decay), ("plain", False, 0.0)):
         by_mesh: dict[Any, list[tuple[Described, torch.nn.Parameter]]] = {}
         for described, parameter in parameters:
             if (len(described.shape) >= 2) is decays:
                 by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append((described, parameter))
-        groups += [Group(name=name, parameters=tuple(items), weight_decay=weight_decay) for items in by_mesh.values()]
-    return groups
+        found += [Group(name=name, parameters=tuple(items), weight_decay=weight_decay) for items in by_mesh.values()]
+    return found
+
+
+def instead(parameter: Described, settings: Settings) -> Settings | None:
+    """It updates every parameter itself."""
 
 
 def like(parameter: Described, dtype: str, *kinds: str) -> dict[str, Kept]:
@@ -52,7 +60,7 @@ def fresh(built: torch.optim.Optimizer, parameter: torch.Tensor, state: State, *
         elif kept.host:
             made[kind] = torch.zeros(kept.shape, dtype=getattr(torch, kept.dtype))
         else:
-            made[kind] = zeros(parameter, kept.shape, getattr(torch, kept.dtype))
+            made[kind] = zeros(parameter, kept.shape, getattr(torch, kept.dtype), paged=kept.paged)
     return made
 
 
@@ -65,10 +73,10 @@ def nbytes(held: Sequence[Held], dtype: str) -> list[int]:
     return [one.piece.numel * BYTES[dtype] for one in held]
 
 
-def elementwise(parameter: Described, settings: Settings) -> Work:
+def work(parameter: Described, settings: Settings) -> Work:
     """The update takes as long as its memory traffic."""
     return Work()
 
 
-def as_trained(settings: Settings) -> None:
+def average(settings: Settings) -> None:
     """The weights that are trained are those to evaluate."""

@@ -8,35 +8,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import Implementation
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
+from trainer.optim.common import IMPLEMENTATIONS, OPTIONS, ZEROED, average, fresh, groups, instead, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Spread, State
 
 if TYPE_CHECKING:
     import torch
 
-IMPLEMENTATIONS = (Implementation.for_loop,)
 USES = frozenset({"beta1", "beta2", "weight_decay"})
-OPTIONS = None
-groups = common.decayed_and_plain
-work = common.elementwise
-average = common.as_trained
-fresh = common.fresh
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:
     yield from ()
 
 
-def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+def build(grouped: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
     import torch
 
     from trainer.optim.elementwise import Elementwise
 
-    params = [group.as_torch(settings.lr) for group in groups]
+    params = [group.as_torch(settings.lr) for group in grouped]
     betas = (settings.beta1, settings.beta2)
     return Elementwise(params, _update, lambda p: {"exp_avg": torch.zeros_like(p)}, betas=betas)
 

@@ -6,13 +6,13 @@ hold a `Range`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, fields
-from difflib import get_close_matches
 from enum import StrEnum
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from configs.by_path import unknown
 from configs.ranges import Range
 from configs.schema import Optimizer
 
@@ -41,18 +41,9 @@ def check_options(optimizer: Optimizer, declared: type | None) -> Iterator[str]:
     hints = get_type_hints(declared) if declared is not None else {}
     for key, value in optimizer.options.items():
         if key not in known:
-            yield f"{KEY}.{key}={value}: {optimizer.name} {unknown(key, known)}"
+            yield f"{KEY}.{key}={value}: {optimizer.name} {unknown(key, known, key=KEY)}"
             continue
         yield from (f"{KEY}.{key}={value}: {rule}" for rule in _rules(hints[key], value, known[key]))
-
-
-def unknown(key: str, known: Iterable[str]) -> str:
-    """What is wrong with an option of this name, and which there are."""
-    names = list(known)
-    near = get_close_matches(key, names, n=1)
-    meant = f"did you mean {KEY}.{near[0]}? It" if near else "it"
-    has = f"has {', '.join(names)}" if names else "has none; leave it out"
-    return f"has no such option; {meant} {has}"
 
 
 def _rules(wanted: Any, value: Any, declared: Field[Any]) -> Iterator[str]:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.optim.adamw import adamw
 
+from trainer.optim import managed
 from trainer.optim.protocol import Average
 
 
@@ -34,10 +34,11 @@ def local_gradient(parameter: torch.Tensor) -> torch.Tensor:
     return local(gradient)
 
 
-def zeros(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A state of this shape (of the whole). It is cut along the dimensions that it has in common with the parameter."""
+def zeros(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, *, paged: bool = False) -> torch.Tensor:
+    """A state of this shape (of the whole). It is cut along the dimensions that it has in common with the parameter.
+    paged: in memory that its GPU and the host share."""
     if not isinstance(parameter, DTensor):
-        return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
+        return _zeros(tuple(shape), dtype, parameter.device, paged=paged)
     common = [len(shape) == parameter.ndim and length == parameter.shape[dim] for dim, length in enumerate(shape)]
     piece = parameter.to_local()
     here = [piece.shape[dim] if common[dim] else length for dim, length in enumerate(shape)]
@@ -45,7 +46,7 @@ def zeros(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> 
         placement if (dim := _dim(placement)) is not None and common[dim] else Replicate()
         for placement in parameter.placements
     ]
-    return as_piece(torch.zeros(here, dtype=dtype, device=piece.device), parameter, placements, shape)
+    return as_piece(_zeros(here, dtype, piece.device, paged=paged), parameter, placements, shape)
 
 
 def as_piece(piece: torch.Tensor, like: DTensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
@@ -108,42 +109,8 @@ def averaged(optimizer: torch.optim.Optimizer, average: Average | None) -> Itera
             room.zero_()
 
 
-def update_by_adamw(
-    optimizer: torch.optim.Optimizer,
-    group: dict[str, Any],
-    parameters: Sequence[torch.Tensor],
-    *,
-    fused: bool,
-    foreach: bool,
-) -> None:
-    """torch's AdamW on this rank's pieces. group: holds lr, betas, eps and weight_decay."""
-    held = [parameter for parameter in parameters if parameter.grad is not None]
-    for parameter in held:
-        state = optimizer.state[parameter]
-        if not state:
-            device = local(parameter).device if fused else None
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-    if held:
-        states = [optimizer.state[parameter] for parameter in held]
-        adamw(
-            [local(parameter) for parameter in held],
-            [local_gradient(parameter) for parameter in held],
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=fused,
-            foreach=foreach,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, paged: bool) -> torch.Tensor:
+    return managed.zeros(shape, dtype, device) if paged else torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _dim(placement: Placement) -> int | None:

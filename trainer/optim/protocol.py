@@ -3,6 +3,7 @@
     problems      what it cannot be combined with, and why: one line each
     groups        which parameters are updated alike: weight decay, and a factor on the learning rate
     build         torch's optimizer over the groups
+    instead       the settings of another optimizer, for what it does not update itself
     state         what it keeps of a parameter: {kind: shape and dtype}. Checkpoints, estimates, bounds and preflight
                   read this table; a test holds it against what an update really allocates
     fresh         those tensors before they are filled from a checkpoint
@@ -37,11 +38,13 @@ class Kept:
     """A tensor that the optimizer keeps of a parameter.
 
     host: it lies in host memory, wherever the parameter does.
+    paged: it lies in memory that the parameter's GPU and its host share (`trainer.optim.managed`).
     """
 
     shape: tuple[int, ...]
     dtype: str
     host: bool = False
+    paged: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +123,8 @@ class Work:
 
 class Optimizer(Protocol):
     """A module of this folder. IMPLEMENTATIONS: those it has, the one that `auto` takes first. USES: keys of
-    `optimizer` that it reads. OPTIONS: the dataclass of `optimizer.options`; None: it has none."""
+    `optimizer` that it reads. OPTIONS: the dataclass of `optimizer.options`; None: it has none. ZEROED: whether all its
+    states begin as zeros, so that `fresh` also makes those before the first update."""
 
     @property
     def IMPLEMENTATIONS(self) -> Sequence[Implementation]: ...
@@ -131,13 +135,18 @@ class Optimizer(Protocol):
     @property
     def OPTIONS(self) -> type | None: ...
 
+    @property
+    def ZEROED(self) -> bool: ...
+
     def problems(self, config: Config, *, sharded: bool) -> Iterator[str]: ...
 
     def groups(self, parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]: ...
 
-    def build(self, groups: Sequence[Group], settings: Settings, *, replicas: Any) -> torch.optim.Optimizer:
+    def build(self, grouped: Sequence[Group], settings: Settings, *, replicas: Any) -> torch.optim.Optimizer:
         """replicas: the process group of ranks that hold the same plain tensors; None where there is one such rank."""
         ...
+
+    def instead(self, parameter: Described, settings: Settings) -> Settings | None: ...
 
     def state(self, parameter: Described, settings: Settings, dtype: str) -> State:
         """dtype: the parameter's own."""

@@ -7,34 +7,33 @@ from dataclasses import fields
 
 from configs.choices import Implementation
 from configs.schema import Config, Optimizer
+from trainer.optim import paged
 from trainer.optim.options import check_options
+from trainer.optim.parts import named
 from trainer.optim.table import OPTIMIZERS, ask
 
 OWN = ("beta1", "beta2", "eps", "weight_decay", "target")
 """Keys that not all optimizers read."""
 
 
-def check_optimizer(config: Config, *, sharded: bool) -> Iterator[str]:
-    """One line for each problem of `optimizer` and `scheduler`. sharded: whether engine torch makes DTensors of the
-    parameters."""
-    optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
+def check_optimizer(config: Config, device: str, *, sharded: bool) -> Iterator[str]:
+    """One line for each problem of `optimizer`. device: "cpu" or "cuda". sharded: whether engine torch makes DTensors
+    of the parameters."""
+    optimizer = config.optimizer
     chosen = ask(optimizer)
     yield from _check_implementation(optimizer)
     yield from _check_unused(optimizer)
     yield from check_options(optimizer, chosen.OPTIONS)
     yield from chosen.problems(config, sharded=sharded)
-    if scheduler.warmup_steps + scheduler.decay_steps > train.steps:
-        yield (
-            f"scheduler.warmup_steps={scheduler.warmup_steps}: with scheduler.decay_steps={scheduler.decay_steps} it is"
-            f" longer than train.steps={train.steps}; shorten it"
-        )
+    yield from paged.problems(config, device, OPTIMIZERS)
 
 
 def _check_implementation(optimizer: Optimizer) -> Iterator[str]:
     asked, has = optimizer.implementation, ask(optimizer).IMPLEMENTATIONS
     if asked is not Implementation.auto and asked not in has:
+        names = " with ".join(dict.fromkeys(str(one.name) for one in named(optimizer).values()))
         yield (
-            f"optimizer.implementation={asked}: {optimizer.name} has no such implementation; use"
+            f"optimizer.implementation={asked}: {names} has no such implementation; use"
             f" {', '.join(str(one) for one in has)} or auto"
         )
 

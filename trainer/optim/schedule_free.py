@@ -12,22 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import EngineName, Implementation, Schedule
+from configs.choices import EngineName, Schedule
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
+from trainer.optim.common import IMPLEMENTATIONS, OPTIONS, fresh, groups, instead, work  # noqa: F401
 from trainer.optim.protocol import Average, Group, Held, Kept, Spread, State
 
 if TYPE_CHECKING:
     import torch
 
-IMPLEMENTATIONS = (Implementation.for_loop,)
+ZEROED = False
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
-OPTIONS = None
-groups = common.decayed_and_plain
-work = common.elementwise
-fresh = common.fresh
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:
@@ -38,14 +35,14 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
         )
     if config.scheduler.name is not Schedule.constant:
         yield (
-            f"scheduler.name={config.scheduler.name}: optimizer=schedule_free averages weights instead of decaying the"
-            " learning rate; use scheduler=constant, with scheduler.warmup_steps if you like"
+            f"scheduler.name={config.scheduler.name}: optimizer.name=schedule_free averages weights instead of decaying"
+            " the learning rate; use scheduler=constant, with scheduler.warmup_steps if you like"
         )
     if not config.optimizer.beta1:
         yield "optimizer.beta1=0.0: schedule_free's average is found from beta1; use 0.9, or 0.95 to 0.98 for long runs"
 
 
-def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+def build(grouped: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
     import torch
 
     from trainer.optim.elementwise import Elementwise
@@ -58,7 +55,7 @@ def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) 
             "step": torch.zeros((), dtype=torch.float32),
         }
 
-    params = [group.as_torch(settings.lr) for group in groups]
+    params = [group.as_torch(settings.lr) for group in grouped]
     return Elementwise(params, _update, start, betas=(settings.beta1, settings.beta2), eps=settings.eps)
 
 

@@ -10,6 +10,7 @@ from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
+from trainer.optim.common import OPTIONS, ZEROED, average, fresh, groups, instead, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Spread, State
 
 if TYPE_CHECKING:
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = (Implementation.foreach, Implementation.fused, Implementation.for_loop)
 USES = frozenset({"beta1", "weight_decay"})
-OPTIONS = None
-groups = common.decayed_and_plain
-work = common.elementwise
-average = common.as_trained
-fresh = common.fresh
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:
@@ -29,12 +25,12 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
         yield "optimizer.implementation=fused: torch has no fused sgd for sharded parameters; use foreach or auto"
 
 
-def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+def build(grouped: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
     import torch
 
     asked = settings.implementation
     kernel = common.kernel(IMPLEMENTATIONS[0] if asked is Implementation.auto else asked)
-    params = [group.as_torch(settings.lr) for group in groups]
+    params = [group.as_torch(settings.lr) for group in grouped]
     return torch.optim.SGD(params, lr=settings.lr, momentum=settings.beta1, **kernel)
 
 

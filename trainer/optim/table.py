@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from configs.choices import OptimizerName
 from configs.schema import Optimizer as Settings
-from trainer.model.roles import Described, Matrices, Role
-from trainer.optim import adafactor, adamw, adamw_8bit, custom, lion, mezo, muon, schedule_free, sgd
+from trainer.model.roles import Described
+from trainer.optim import (
+    adafactor,
+    adamw,
+    adamw_8bit,
+    by_role,
+    common,
+    custom,
+    ema,
+    lion,
+    mezo,
+    muon,
+    paged,
+    schedule_free,
+    sgd,
+)
+from trainer.optim.parts import Parts, named
 from trainer.optim.protocol import COUNTER, Kept, Optimizer, State
 
 OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
@@ -22,9 +37,22 @@ OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
     OptimizerName.custom: custom,
 }
 
+LEANER = {OptimizerName.adamw: OptimizerName.adamw_8bit}
+"""The same update from smaller states."""
+
 
 def ask(settings: Settings) -> Optimizer:
-    return OPTIMIZERS[settings.name]
+    chosen = OPTIMIZERS[settings.name]
+    alone = chosen.instead is common.instead and not by_role.names(settings)
+    whole = chosen if alone else Parts(OPTIMIZERS, settings)
+    whole = paged.Paged(whole) if settings.paged else whole
+    return ema.Averaging(whole) if settings.ema else whole
+
+
+def chosen_by(settings: Settings, optimizer: object) -> str | None:
+    """What chooses an optimizer, as key=value; None where nothing does."""
+    found = (f"{key}={one.name}" for key, one in named(settings).items() if OPTIMIZERS[one.name] is optimizer)
+    return next(found, None)
 
 
 def saved_state(parameter: Described, settings: Settings, dtype: str) -> State:
@@ -41,7 +69,13 @@ def saved_kinds(parameters: Iterable[Described], settings: Settings) -> dict[str
 def kept(parameter: Described, settings: Settings, dtype: str) -> list[Kept]:
     """What each parameter has for itself in the memory where it lies itself."""
     state = ask(settings).state(parameter, settings, dtype)
-    return [tensor for tensor in state.values() if not tensor.host]
+    return [tensor for tensor in state.values() if not (tensor.host or tensor.paged)]
+
+
+def paged_bytes(parameters: Iterable[Described], settings: Settings, dtype: str) -> int:
+    """Of the states in memory that a GPU and its host share."""
+    states = (ask(settings).state(about, settings, dtype).values() for about in parameters)
+    return sum(tensor.nbytes for state in states for tensor in state if tensor.paged)
 
 
 def kept_bytes(parameters: Iterable[Described], settings: Settings, dtype: str) -> int:
@@ -55,17 +89,22 @@ def difference(name: str, other: str) -> str:
     for one in (name, other):
         if one not in OPTIMIZERS:
             return ""
-        about = Described(name="", shape=(2**20, 2**20), role=Role.matrix, matrices=Matrices())
-        state = saved_state(about, Settings(name=OptimizerName(one)), "float32")
+        state = saved_state(by_role.typical("matrix"), Settings(name=OptimizerName(one)), "float32")
         kinds.append(f"{one} keeps {' and '.join(state) or 'nothing'}")
     return f" ({kinds[0]} of a matrix, {kinds[1]})"
 
 
+def keeping(kinds: Set[str]) -> str | None:
+    """The first optimizer that keeps tensors of these kinds of a matrix, by its name."""
+    about = by_role.typical("matrix")
+    found = (name for name in OPTIMIZERS if name is not OptimizerName.custom)
+    return next((str(name) for name in found if set(saved_state(about, Settings(name=name), "float32")) == kinds), None)
+
+
 def moments(settings: Settings, *, most: bool = False) -> float:
-    """Numbers that the optimizer keeps per number of any parameter, at least or at most; one of one byte counts a
-    quarter. Sides of a matrix count nothing here."""
-    endless = (2**40, 2**40)
-    matrix = Described(name="", shape=endless, role=Role.matrix, matrices=Matrices())
-    table = Described(name="", shape=endless, role=Role.embedding)
-    ratios = [kept_bytes([one], settings, "float32") / (4 * one.numel) for one in (matrix, table)]
+    """Numbers that the optimizer keeps, where the parameters lie, per number of any of them, at least or at most; one
+    of one byte counts a quarter. Sides of a matrix count nothing here."""
+    likely = [by_role.typical(role) for role in {"matrix", "embedding", *by_role.names(settings)}]
+    tables = [one for one in likely if len(one.shape) > 1]
+    ratios = [sum(tensor.nbytes for tensor in kept(one, settings, "float32")) / (4 * one.numel) for one in tables]
     return max(ratios) if most else min(ratios)

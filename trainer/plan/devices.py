@@ -3,7 +3,7 @@
 A run reads its peak here to state its MFU; an estimate reads memory, a planner reads bandwidth. Torch-free.
 
 Peak FLOP/s are dense: data sheets since Ampere print twice as much, for matrices in which two of four numbers are
-zero. They are those of the unit that a matrix product runs on (tensor core, matrix core) with float32 accumulation,
+zero. They are those of the unit that a matmul runs on (tensor core, matrix core) with float32 accumulation,
 as training uses it. A missing entry (None) means that the GPU has no such unit.
 """
 
@@ -42,14 +42,21 @@ class Gpu:
     link: str
     link_bandwidth: float
 
-    def peak_flops(self, dtype: DType, *, tf32: bool = False) -> float | None:
-        """Dense FLOP/s of matrix products on `dtype` inputs; None where the table has none (float64 always)."""
+    def peak_flops(self, dtype: DType, *, tf32: bool = False, float8: float = 0.0) -> float | None:
+        """Dense FLOP/s of matmuls on `dtype` inputs; None where the table has none (float64 always).
+
+        float8: the part of the FLOPs that is multiplied in float8. The peak is then that of both parts, one after the
+        other.
+        """
         peaks = {
             DType.float32: self.tf32_flops if tf32 else self.float32_flops,
             DType.bfloat16: self.bfloat16_flops,
             DType.float16: self.float16_flops,
         }
-        return peaks.get(dtype)
+        rest = peaks.get(dtype)
+        if rest is None or not float8 or self.float8_flops is None:
+            return rest
+        return 1 / (float8 / self.float8_flops + (1 - float8) / rest)
 
 
 def _gpu(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from configs.choices import DType, EngineName, OffloadDevice
+from configs.schema import FSDP
 from trainer.plan.batch import BatchPlan
 from trainer.plan.views import View
 
@@ -16,7 +17,8 @@ from trainer.plan.views import View
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What will happen. views: of the ranks, the dense one first. bubble: part of a step that a pipeline's ranks spend
-    waiting; 0 without one. layers: what linear layers are, in words; empty for plain ones."""
+    waiting; 0 without one. steps: 0 where `epochs` decides, until the data set is known. layers: what linear layers
+    are, in words; empty for plain ones."""
 
     device: str
     nodes: int
@@ -31,8 +33,10 @@ class Plan:
     reduce_dtype: DType
     master_dtype: DType
     reshard_after_forward: bool
+    fsdp: FSDP
     bubble: float
     steps: int
+    epochs: float
     layers: str
 
     @property
@@ -113,14 +117,23 @@ class Plan:
             f"batch      {b.global_batch_size} sequences per step = micro_batch_size {b.micro_batch_size}"
             f" x gradient_accumulation_steps {b.gradient_accumulation_steps}"
             f" x data-parallel ranks {b.data_parallel_size}",
-            f"tokens     {b.tokens:,} per step = {b.global_batch_size} x seq_len {b.seq_len};"
-            f" {b.tokens * self.steps:,} in {self.steps} steps",
+            self.tokens(),
             f"precision  compute {self.param_dtype}, gradients reduced in {self.reduce_dtype},"
             f" master {self.master_dtype}",
         ]
         if self.layers:
             lines.append(f"layers     {self.layers}")
         return "\n".join(lines)
+
+    def tokens(self) -> str:
+        """The line that changes when the data has said how many steps its epochs are."""
+        b = self.batch
+        return f"tokens     {b.tokens:,} per step = {b.global_batch_size} x seq_len {b.seq_len}; {self._length()}"
+
+    def _length(self) -> str:
+        if self.steps:
+            return f"{self.batch.tokens * self.steps:,} in {self.steps} steps"
+        return f"as many steps as {self.epochs:g} epoch{'' if self.epochs == 1 else 's'} of the data take"
 
     def _partition(self) -> str:
         if self.engine is EngineName.torch:

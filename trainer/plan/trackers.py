@@ -6,9 +6,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from configs.by_path import find, misfits
+from configs.errors import PlanError
 from configs.schema import Logging
 
 NO_TRACKER = "none"
+CUSTOM = "custom"
+GIVEN = {
+    **{"project": "logging.project", "run_name": "logging.run_name", "folder": "train.run_dir"},
+    **{"config": "", "after_step": ""},
+}
+"""Arguments that a class of the user's own gets where its constructor names them, and the keys that give them."""
+METHODS = ("log", "finish")
 TRACKERS = {
     "aim": "aim",
     "clearml": "clearml",
@@ -25,8 +34,15 @@ SECRET = re.compile(r"(^|[._])(api_?key|token|secret|password)$", re.IGNORECASE)
 
 def check_tracker(logging: Logging) -> Iterator[str]:
     """What is wrong with the tracker's name and options, one line each."""
-    if logging.tracker not in (NO_TRACKER, *TRACKERS):
-        yield f"logging.tracker={logging.tracker}: not a known tracker; use none, {', '.join(TRACKERS)}"
+    if logging.tracker == CUSTOM:
+        yield from _check_custom(logging)
+    elif logging.tracker not in (NO_TRACKER, *TRACKERS):
+        yield f"logging.tracker={logging.tracker}: not a known tracker; use none, {', '.join(TRACKERS)}, {CUSTOM}"
+    if logging.target is not None and logging.tracker != CUSTOM:
+        yield (
+            f"logging.target={logging.target}: is for logging.tracker=custom, this is {logging.tracker}; set that, or"
+            " leave it out"
+        )
     if logging.run_name is not None and _leaves(logging.run_name):
         yield (
             f"logging.run_name={logging.run_name}: trackers name a folder after it, which must lie in the run folder;"
@@ -39,6 +55,29 @@ def check_tracker(logging: Logging) -> Iterator[str]:
                 f"logging.options.{option}: a key does not belong in a configuration, which is saved with the run;"
                 " let the tracker find it in its own login file or environment variable"
             )
+
+
+def custom_tracker(logging: Logging) -> type:
+    """The class of the user's own. Raises PlanError for a path that is none."""
+    if logging.target is None:
+        raise PlanError("logging.target=null: logging.tracker=custom needs it: logging.target=package.module.Class")
+    found = find(logging.target, f"logging.target={logging.target}")
+    if not isinstance(found, type):
+        raise PlanError(f"logging.target={logging.target}: is no class; give one")
+    return found
+
+
+def _check_custom(logging: Logging) -> Iterator[str]:
+    try:
+        found = custom_tracker(logging)
+    except PlanError as error:
+        yield from error.problems
+        return
+    missing = [f"{name}()" for name in METHODS if not callable(getattr(found, name, None))]
+    if missing:
+        yield f"logging.target={logging.target}: has no {' and no '.join(missing)}; a tracker has both"
+    shown = {name: value for name, value in logging.options.items() if not SECRET.search(name)}
+    yield from misfits(found, str(logging.target), shown, key="logging.options", own=GIVEN)
 
 
 def _leaves(name: str) -> bool:

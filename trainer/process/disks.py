@@ -15,14 +15,16 @@ import errno
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configs.errors import CookbookError, EnvironmentProblem, OutputFailed
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """No space or no inodes, quota used up, file larger than allowed."""
+SPEED_BYTES = 64 * 2**20
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 _NUMBER = re.compile(r"\(os error (\d+)\)")
@@ -48,12 +50,12 @@ def reason(error: OSError, place: Path) -> str:
 
 def out_of_inodes(place: Path) -> bool:
     """Whether its disk can hold no further file, whatever space it has."""
-    found = os.statvfs(_existing(place))
+    found = os.statvfs(existing(place))
     return found.f_files > 0 and found.f_ffree == 0
 
 
 def free_bytes(place: Path) -> int:
-    return shutil.disk_usage(_existing(place)).free
+    return shutil.disk_usage(existing(place)).free
 
 
 def mib(size: int) -> str:
@@ -118,6 +120,24 @@ def told_anywhere(error: BaseException, who: str = "") -> OutputFailed | None:
     return OutputFailed(f"{who}{what} ({reason(found, path)}); make room there, or make it accessible")
 
 
-def _existing(place: Path) -> Path:
+def existing(place: Path) -> Path:
     """The folder in which the first part that is missing would be made."""
     return next((path for path in (place, *place.absolute().parents) if os.path.exists(path)), Path("/"))
+
+
+def write_speed(folder: Path) -> float | None:
+    """Bytes per second of a file that is flushed to the disk; None where nothing can be written."""
+    path, block = folder / f".speed-{os.getpid()}", os.urandom(2**20)
+    try:
+        begin = time.perf_counter()
+        with open(path, "wb") as file:
+            for _ in range(SPEED_BYTES // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        return SPEED_BYTES / (time.perf_counter() - begin)
+    except OSError:
+        return None
+    finally:
+        with suppress(OSError):
+            path.unlink()

@@ -7,6 +7,7 @@ that may not even load its libraries or start its threads meets others still. Ne
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,14 +19,18 @@ START_WORDS = (
     "can't start new thread",
     "Resource temporarily unavailable",
     "failed to map segment",
-    "returned NULL without setting an exception",
+    "without setting an exception",
+    "error return without exception set",
 )
 """Of Python's threads, of C++'s and gloo's, of the dynamic linker, of a Python that could not even make its error."""
+NEAR = 64 * 2**20
+"""So many bytes below its limit, a process that fails to start has failed for want of memory: libraries swallow the
+MemoryError and stumble over what it left undone, each with words of its own."""
 
 
 @contextmanager
 def memory_told(rank: int, step: Callable[[], int]) -> Iterator[None]:
-    """Raise OutOfMemory in place of whatever says that memory is used up. step: updates so far, asked when it is."""
+    """Raise OutOfMemory instead of whatever says that memory is used up. step: updates so far, asked when it is."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -46,14 +51,33 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def told_at_start(error: BaseException, rank: int) -> OutOfMemory | None:
-    """What to raise in place of an error outside `memory_told`; None where it is about something else."""
+    """What to raise instead of an error outside `memory_told`; None where it is about something else."""
     starved = isinstance(error, (RuntimeError, OSError, ImportError, SystemError)) and any(
         words in str(error) for words in START_WORDS
     )
-    if not starved and not is_out_of_memory(error):
+    if not starved and not is_out_of_memory(error) and not (_is_starting() and _is_near_its_limit()):
         return None
     return OutOfMemory(
         f"rank {rank}: no memory, or no further thread, for the process itself, before it trained: "
         f"{first_line(error)}; raise what limits it (ulimit -v, ulimit -u, the memory of the job, memory and pids"
         " of the container)"
     )
+
+
+def _is_starting() -> bool:
+    """Whether libraries are still being loaded: the loop comes last."""
+    loop = sys.modules.get("trainer.run.loop")
+    return loop is None or not hasattr(loop, "run")
+
+
+def _is_near_its_limit() -> bool:
+    """Whether the address space has been as large as `ulimit -v` allows. False where the system does not say."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return False
+    try:
+        with open("/proc/self/status", encoding="utf-8") as status:
+            (peak,) = (int(line.split()[1]) * 1024 for line in status if line.startswith("VmPeak:"))
+    except (OSError, ValueError):
+        return False
+    return peak > limit - NEAR

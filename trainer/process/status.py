@@ -2,9 +2,12 @@
 
     state      running | finished | stopped | failed     a process that is killed leaves `running` behind, and no lock
     step       optimizer updates that were made
-    reason     why it is not running any more, in one line
+    reason     why it is not running any more, in one line; of one that has finished: why before its last step
     exit_code  of the rank that wrote it
     retry      false: it failed of something that somebody has to mend, and would do so again
+    best       the best validation so far (metric, value, step) and its checkpoint, where one is kept
+    waited     finished early: after so many validations that were no better
+    epochs     that the run was to take, where they say how long it is
 
 Exit codes alone do not carry this: a launcher turns a worker's 75 into its own 1.
 """
@@ -18,7 +21,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -49,16 +52,24 @@ FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
 
 
 class RunStatus:
-    """Context of a run, on every rank: writes the status at its end, also when it breaks off. `begin` comes before."""
+    """Context of a run, on every rank: writes the status at its end, also when it breaks off. `begin` comes before.
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank = folder, rank
+    epochs: `train.epochs`."""
+
+    def __init__(self, folder: Path, rank: int, *, epochs: float = 0.0) -> None:
+        self._folder, self._rank, self._epochs = folder, rank, epochs
         self._step: Callable[[], int] = lambda: 0
         self._stopped: str | None = None
+        self._early: str | None = None
+        self._more: Callable[[], Mapping[str, object]] = dict
 
-    def follow(self, step: Callable[[], int]) -> None:
-        """step: gives the number of updates so far, whenever it is asked."""
-        self._step = step
+    def follow(self, step: Callable[[], int], more: Callable[[], Mapping[str, object]]) -> None:
+        """step: gives the number of updates so far, whenever it is asked. more: `best` and `waited`, where they are."""
+        self._step, self._more = step, more
+
+    def early(self, reason: str) -> None:
+        """The run ends before its last step, and is through."""
+        self._early = reason
 
     def stopped(self, reason: str) -> int:
         """The run ends because it was told to. Returns the exit code."""
@@ -84,7 +95,7 @@ class RunStatus:
             elif self._rank == 0 and self._stopped is not None:
                 self._write(STOPPED, self._stopped, EXIT_STOPPED)
             elif self._rank == 0:
-                self._write(FINISHED, None, EXIT_FINISHED)
+                self._write(FINISHED, self._early, EXIT_FINISHED)
         except OSError as refusal:
             # How the run ended does not depend on whether that can be written down.
             log.warning("%s: cannot be written (%s)", self._folder / STATUS, reason(refusal, self._folder))
@@ -117,6 +128,8 @@ class RunStatus:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            **self._more(),
+            **({"epochs": self._epochs} if self._epochs else {}),
         }
         _put(self._folder, content)
 
@@ -169,18 +182,39 @@ def check_unfinished(config: Config, folder: Path) -> None:
     step = status.get("step")
     if status.get("state") != FINISHED:
         return
-    if not isinstance(step, int) or config.train.steps <= step:
+    if (waited := status.get("waited")) is not None:
+        if config.train.patience and isinstance(waited, int) and config.train.patience <= waited:
+            raise RunFinished(
+                f"train.run_dir={folder}: this run is finished, at step {step}: {status.get('reason')}; to train on,"
+                " give a larger train.patience, or 0"
+            )
+        return
+    epochs, steps = config.train.epochs, config.train.steps
+    key, given = ("train.epochs", f"{epochs:g}") if epochs else ("train.steps", str(steps))
+    if is_through(status, steps=steps, epochs=epochs):
         raise RunFinished(
-            f"train.run_dir={folder}: this run is finished, at step {step}; to train on, give more train.steps with"
+            f"train.run_dir={folder}: this run is finished, at step {step}; to train on, give more {key} with"
             f" scheduler=constant, or begin a new run with train.resume={folder}, another train.run_dir and more"
-            " train.steps"
+            f" {key}"
         )
     if config.scheduler.name is not Schedule.constant:
         raise PlanError(
-            f"train.steps={config.train.steps}: the run in {folder} is finished, at step {step}, and"
+            f"{key}={given}: the run in {folder} is finished, at step {step}, and"
             f" scheduler={config.scheduler.name} has brought the learning rate to its end there; begin a new run with"
             f" train.resume={folder} and another train.run_dir, or give scheduler=constant to go on in this one"
         )
+
+
+def is_through(status: Mapping[str, object], *, steps: int, epochs: float) -> bool:
+    """Whether the run is finished, and no more is asked for than it was to take."""
+    if status.get("state") != FINISHED:
+        return False
+    step, before = status.get("step"), status.get("epochs")
+    if epochs:
+        # How many steps they are is known when the data is there: after a run of steps the start ends at once, or
+        # trains on.
+        return status.get("waited") is None and isinstance(before, int | float) and epochs <= before
+    return not isinstance(step, int) or steps <= step
 
 
 _held: dict[Path, TextIO] = {}

@@ -3,6 +3,7 @@
     SIGTERM, SIGINT, SIGUSR1       what schedulers and people send; one rank that gets it is enough
     SIGHUP                         the terminal was closed; under nohup it stays ignored
     touch RUN_DIR/STOP             from anywhere that sees the folder
+    Run.stop                       a callback, on any rank (`trainer.report.callbacks`)
     its launcher is gone           see `lifeline`, which sends SIGTERM
 
 Nothing happens in the handler but a note. At the next step boundary the ranks agree, save a checkpoint, and the
@@ -62,6 +63,10 @@ class StopRequests:
         if self._signal is None and self._file is not None and os.path.exists(self._file):
             return f"{self._file} is there"
         return self._signal
+
+    def ask(self, reason: str) -> None:
+        """Stop, as a signal to this rank would."""
+        self._signal = self._signal or reason
 
     def obeyed(self) -> None:
         """The run has saved and ends, whichever rank was told. The file must not stop the next start too."""

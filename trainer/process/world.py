@@ -25,6 +25,8 @@ VARIABLES = (
     "GROUP_RANK",
 )
 LAST_PORT = 65535
+PLAN_SHOWN = "COOKBOOK_PLAN_SHOWN"
+"""Variable that is set where whoever starts the ranks has printed the plan."""
 REMEDY = "torchrun, deepspeed and accelerate launch set it; to train in one process, unset RANK"
 # Variable of accelerate's launcher, the values that ask for nothing, what the variable asks for, and our key for it.
 ACCELERATE = (

@@ -18,19 +18,20 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError, EnvironmentProblem
+from configs.keys import schema_keys, value_at
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from trainer.checkpoint.catalog import CHECKPOINTS, committed
 from trainer.process.disks import readable, writing
+from trainer.process.files import read_json
 from trainer.process.private import write_private
-from trainer.process.status import FINISHED, check_unfinished, lock, read_status, restarted_in
+from trainer.process.status import check_unfinished, lock, restarted_in
 from trainer.report import provenance
 from trainer.report.trackers import check_tracker_installed
 
@@ -124,7 +125,6 @@ def _open(config: Config, plan: Plan, device: torch.device, argv: Sequence[str])
     check_tracker_installed(config.logging.tracker)
     folder = claim_run_dir(config, datetime.now())
     with writing(folder):
-        _set_model_aside(folder)
         record = _record_folder(folder)
         write_private(record / "config.yaml", to_yaml(config))
         _write_new(record / "plan.txt", plan.describe() + "\n")
@@ -134,12 +134,20 @@ def _open(config: Config, plan: Plan, device: torch.device, argv: Sequence[str])
     return folder
 
 
-def _set_model_aside(folder: Path) -> None:
-    """Rename the model of a finished run that goes on with more steps, so that its new end is exported too."""
-    status, model = read_status(folder), folder / "model"
-    if status.get("state") == FINISHED and model.exists():
-        names = (f"model-step-{status.get('step')}{'' if n == 1 else f'-{n}'}" for n in count(1))
-        model.rename(next(folder / name for name in names if not (folder / name).exists()))
+def set_end_aside(folder: Path, step: int) -> None:
+    """Rename the model and the summary of an earlier end of a run that goes on from `step`: its new end has others.
+
+    It is called once the engine has loaded the checkpoint, so that a refused start leaves them where they are.
+    Raises EnvironmentProblem when the folder cannot be written.
+    """
+    with writing(folder):
+        summary = folder / "summary.json"
+        ended = read_json(summary).get("steps", step)
+        for path in (folder / "model", summary):
+            if path.exists():
+                stem = f"{path.stem}-step-{ended}"
+                names = (f"{stem}{'' if n == 1 else f'-{n}'}{path.suffix}" for n in count(1))
+                path.rename(next(folder / name for name in names if not (folder / name).exists()))
 
 
 def _record_folder(folder: Path) -> Path:
@@ -192,12 +200,12 @@ def _check_continuable(config: Config, folder: Path) -> None:
         # Nothing to lose, or a checkpoint, which knows better than config.yaml what it belongs to.
         return
     saved = from_yaml((folder / "config.yaml").read_text())
-    for name in ("model", "data", "optimizer", "scheduler"):
-        for key, here in asdict(getattr(config, name)).items():
-            there = getattr(getattr(saved, name), key)
+    for key in schema_keys():
+        if key.startswith(("model.", "data.", "optimizer.", "scheduler.")):
+            here, there = value_at(config, key), value_at(saved, key)
             if there != here:
                 raise EnvironmentProblem(
-                    f"train.run_dir={folder}: holds another run ({name}.{key}={there}, here {here}), which has no"
+                    f"train.run_dir={folder}: holds another run ({key}={there}, here {here}), which has no"
                     " checkpoint yet; choose another folder, or give the same value to start that run again"
                 )
 

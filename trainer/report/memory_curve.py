@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.estimate.estimate import RankEstimate
-from trainer.estimate.plot import COLOURS
 from trainer.estimate.timeline import COMPONENTS
 from trainer.estimate.tracker import Alive, Event
+from trainer.html import COLOURS
 from trainer.process.files import replace_text
 
 PARTS = ("forward_backward", "optimizer")

@@ -2,6 +2,7 @@
 
     step          every `logging.every` steps, and the first and the last
     validation    after each validation
+    sample        after a validation: each text of `train.samples`
     checkpoint    after each commit of a checkpoint
     summary       one, at the end; also saved as summary.json
 
@@ -31,7 +32,8 @@ class StepMetrics:
     step: int
     """Optimizer updates so far, this one included."""
     loss: float
-    """Mean cross-entropy over the step's valid tokens, and the terms of `moe`, before the update."""
+    """Mean cross-entropy over the step's valid tokens (with `train.label_smoothing` the smoothed one), and the terms of
+    `moe`, before the update."""
     grad_norm: float | None
     """Global L2 norm before clipping; null when the loss was not finite and there was no gradient."""
     lr: float
@@ -66,6 +68,8 @@ class StepMetrics:
     """So far, all ranks, ignored labels included."""
     valid_tokens: int
     """So far, all ranks: those that took part in the loss."""
+    tokens_of: Mapping[str, int] | None
+    """`tokens` of each source of `data.mixture`, by its name; null without a mixture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +82,26 @@ class ValidationMetrics:
     """Mean cross-entropy over the valid tokens of the validation samples."""
     validation_perplexity: float
     """exp(validation_loss)"""
+    sets: Mapping[str, float] | None = None
+    """validation_loss/NAME of each of `data.validation_sets`; null: there are none."""
     tokens: int
     """Trained on so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleMetrics:
+    kind: ClassVar[str] = "sample"
+
+    step: int
+    """Of the validation that it belongs to."""
+    number: int
+    """From 1: those of `train.samples.prompts` in their order, then those taken from the validation data."""
+    prompt: str
+    """The whole text before it: with data=chat as the template writes it."""
+    text: str
+    """What the model wrote."""
+    ended: bool
+    """Whether it ended the text itself; false: it was cut off after `train.samples.tokens`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +112,7 @@ class CheckpointMetrics:
     """Optimizer updates in it."""
     checkpoint_bytes: int
     checkpoint_blocked_seconds: float
-    """Training stood still for it that long: all of it, or with `checkpoint.async_save` the copy to host memory and
+    """How long the checkpoint stalled training: all of it, or with `checkpoint.async_save` the copy to host memory and
     the commit."""
     checkpoint_seconds: float
     """From its begin to its commit."""
@@ -104,6 +126,10 @@ class Comparison:
     """Peak, as `memory-estimate` predicts it (of the busiest kind of rank where nothing was measured); null: not
     estimated."""
     predicted_reserved_bytes: int | None = None
+    """The lower end of the range; predicted_reserved_most_bytes is the upper one."""
+    predicted_reserved_most_bytes: int | None = None
+    predicted_verdict: str | None = None
+    """What the prediction says of the GPU, all ranks together: `fits`, `tight` or `does not fit`."""
     measured_allocated_bytes: int | None = None
     """torch.cuda.max_memory_allocated; on the CPU the tensors that `estimate.measure` counts; null: not measured."""
     measured_reserved_bytes: int | None = None
@@ -116,6 +142,8 @@ class Comparison:
     """predicted_allocated_bytes of every rank; null: not estimated."""
     measured_bytes_by_rank: list[int] | None = None
     """measured_allocated_bytes of every rank; null: not measured on all of them."""
+    libraries_bytes: int | None = None
+    """Resident set of rank 0 before it built the model: Python and its libraries; null: the system does not tell."""
     memory_note: str | None = None
     """Why numbers are missing: what is not estimated, or why nothing was measured."""
 
@@ -129,6 +157,8 @@ class Summary:
     steps: int
     tokens: int
     valid_tokens: int
+    tokens_of: Mapping[str, int] | None = None
+    """`tokens` of each source of a mixture."""
     skipped_steps: int
     seconds: float
     """From the start of the first step or validation to the end of the last."""
@@ -138,6 +168,11 @@ class Summary:
     """Training loss of the last step."""
     validation_loss_first: float | None
     validation_loss_last: float | None
+    best: Mapping[str, object] | None = None
+    """The best validation after a step, where `checkpoint.best` or `train.patience` asks for one: metric, value, step
+    and, where it is kept, its checkpoint."""
+    stopped_early: str | None = None
+    """Why the run ended before `train.steps`; null: it did not."""
     tokens_per_second: float | None
     """From the median step, the first one (which allocates and compiles) left out."""
     mfu: float | None
@@ -158,16 +193,22 @@ class Totals:
     steps: int = 0
     tokens: int = 0
     valid_tokens: int = 0
+    tokens_of: Mapping[str, int] | None = None
     skipped_steps: int = 0
     loss_first: float | None = None
     loss_last: float | None = None
     validation_loss_first: float | None = None
     validation_loss_last: float | None = None
 
-    def add_step(self, *, loss: float, tokens: int, valid_tokens: int, updated: bool) -> None:
+    def add_step(
+        self, *, loss: float, tokens: int, valid_tokens: int, updated: bool, tokens_of: Mapping[str, int] | None = None
+    ) -> None:
         self.steps += 1
         self.tokens += tokens
         self.valid_tokens += valid_tokens
+        if tokens_of:
+            before = self.tokens_of or {}
+            self.tokens_of = {name: before.get(name, 0) + count for name, count in tokens_of.items()}
         self.skipped_steps += not updated
         self.loss_first = loss if self.loss_first is None else self.loss_first
         self.loss_last = loss
@@ -177,8 +218,8 @@ class Totals:
         self.validation_loss_last = loss
 
 
-Line = StepMetrics | ValidationMetrics | CheckpointMetrics | Summary
-LOGGED = (StepMetrics.kind, ValidationMetrics.kind, CheckpointMetrics.kind)
+Line = StepMetrics | ValidationMetrics | SampleMetrics | CheckpointMetrics | Summary
+LOGGED = (StepMetrics.kind, ValidationMetrics.kind, SampleMetrics.kind, CheckpointMetrics.kind)
 
 
 def to_dict(line: Line) -> dict[str, object]:
@@ -188,9 +229,13 @@ def to_dict(line: Line) -> dict[str, object]:
 
 def numbers(line: Line | Comparison) -> Mapping[str, int | float]:
     """What a tracker plots: the numbers of the line that are known, without the step, which is its own axis."""
+    if isinstance(line, SampleMetrics):
+        return {}
     values = asdict(line)
     groups = {f"lr/{name}": rate for name, rate in (values.get("lr_of") or {}).items()}
+    groups |= {f"tokens/{name}": count for name, count in (values.get("tokens_of") or {}).items()}
     groups |= {f"moe/{name}": value for name, value in (values.get("moe") or {}).items()}
+    groups |= values.get("sets") or {}
     known = {key: value for key, value in values.items() if isinstance(value, int | float) and key != "step"}
     return {**known, **groups}
 
@@ -203,6 +248,8 @@ def perplexity(loss: float) -> float:
 
 
 def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

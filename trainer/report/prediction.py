@@ -10,7 +10,7 @@ until the loss scale has come down, brings none. On GPUs torch's allocator has t
 counter, and its resident set holds Python and the libraries as well: there nothing is measured unless
 `estimate.measure=true` counts every tensor, with the tracker that the estimator is built on.
 
-The estimate never costs a run: whatever goes wrong in it becomes the note that stands in place of the numbers.
+The estimate never costs a run: whatever goes wrong in it becomes the note that stands instead of the numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trainer.report.measure import peak_memory
 from trainer.report.metrics import Comparison
 from trainer.report.terminal import size
 
-NOT_COUNTED = "a CPU process has no counter of its tensors; estimate.measure=true counts them"
+NOT_COUNTED = "estimate.measure=true counts the tensors of a CPU process"
 TOO_SHORT = f"fewer than {STEPS} steps with an update do not reach the predicted peak"
 
 
@@ -73,7 +73,7 @@ class MemoryCheck:
         self._counting = ExitStack()
         self._updates = 0
         self._measured: Measured | None = None
-        self._before = peak_memory(runtime.device).host_bytes
+        self._libraries = peak_memory(runtime.device).host_bytes
 
     def __enter__(self) -> MemoryCheck:
         if self._config.estimate.measure:
@@ -92,9 +92,21 @@ class MemoryCheck:
         if self._plan.device == "cpu":
             return f"memory     {size(rank.peak_allocated_bytes)} of tensors per process predicted"
         return (
-            f"memory     {size(rank.peak_allocated_bytes)} allocated, {size(rank.peak_reserved_bytes)} reserved per GPU"
-            " predicted"
+            f"memory     {size(rank.peak_allocated_bytes)} allocated, {size(rank.peak_reserved_bytes)} to"
+            f" {size(rank.peak_reserved_most_bytes)} reserved per GPU predicted: {self._estimate.verdict}"
         )
+
+    def record(self) -> dict[str, object]:
+        """The prediction for the busiest rank as a file keeps it."""
+        if self._estimate is None:
+            return {"note": self._note}
+        rank = self._estimate.busiest
+        return {
+            "components": rank.components,
+            "peak_allocated_bytes": rank.peak_allocated_bytes,
+            **({"peak_reserved_bytes": rank.peak_reserved_bytes} if self._plan.device == "cuda" else {}),
+            "verdict": str(self._estimate.verdict),
+        }
 
     def step_done(self, *, updated: bool) -> None:
         """A training step of this process is done. After the second update nothing is measured: checkpoints and the
@@ -117,12 +129,12 @@ class MemoryCheck:
         by_rank = [rank.peak_allocated_bytes for rank in predicted]
         pairs = [(p, m, rank) for rank, (p, m) in enumerate(zip(predicted, everyone, strict=True)) if m is not None]
         if not pairs:
-            note = TOO_SHORT if self._updates < STEPS else self._nothing_measured()
-            return _comparison(self._estimate.busiest, memory_note=note, predicted_bytes_by_rank=by_rank)
+            note = TOO_SHORT if self._updates < STEPS else NOT_COUNTED
+            return self._comparison(self._estimate.busiest, memory_note=note, predicted_bytes_by_rank=by_rank)
         # A ratio of 0.8 is as far off as one of 1.25.
         furthest = max(pairs, key=lambda pair: max(_ratio(*pair[:2]), 1 / _ratio(*pair[:2])))
         rank, measured, number = furthest
-        return _comparison(
+        return self._comparison(
             rank,
             measured_allocated_bytes=measured[0],
             measured_reserved_bytes=measured[1],
@@ -132,22 +144,21 @@ class MemoryCheck:
             measured_bytes_by_rank=[pair[1][0] for pair in pairs] if len(pairs) == len(everyone) else None,
         )
 
-    def _nothing_measured(self) -> str:
-        if self._before is None:
-            return NOT_COUNTED
-        return f"Python and its libraries took {size(self._before)} before the model was built; {NOT_COUNTED}"
+    def _comparison(self, rank: RankEstimate, **measured: int | float | str | list[int] | None) -> Comparison:
+        assert self._estimate is not None
+        known = self._estimate.device.capacity_bytes is not None
+        return Comparison(
+            predicted_allocated_bytes=rank.peak_allocated_bytes,
+            predicted_reserved_bytes=rank.peak_reserved_bytes,
+            predicted_reserved_most_bytes=rank.peak_reserved_most_bytes,
+            predicted_verdict=str(self._estimate.verdict) if known else None,
+            libraries_bytes=self._libraries,
+            **measured,  # pyright: ignore[reportArgumentType]
+        )
 
 
 def _ratio(predicted: RankEstimate, measured: Measured) -> float:
     return measured[0] / predicted.peak_allocated_bytes
-
-
-def _comparison(rank: RankEstimate, **measured: int | float | str | list[int] | None) -> Comparison:
-    return Comparison(
-        predicted_allocated_bytes=rank.peak_allocated_bytes,
-        predicted_reserved_bytes=rank.peak_reserved_bytes,
-        **measured,  # pyright: ignore[reportArgumentType]
-    )
 
 
 class _Peak:

@@ -7,10 +7,10 @@ import platform
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.packages import installed
 from trainer.process.private import without_secrets, write_private
 
 if TYPE_CHECKING:
@@ -47,16 +47,9 @@ def versions(device: torch.device) -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "device": _cuda(device) if device.type == "cuda" else {"name": _processor(), "type": "cpu"},
+        "packages": {name: installed(name) for name in PACKAGES},
+        "device": _cuda(device) if device.type == "cuda" else {"name": processor(), "type": "cpu"},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cuda(device: torch.device) -> dict[str, Any]:
@@ -74,7 +67,7 @@ def _cuda(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     model = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     return model.group(1) if model else platform.machine()
 

@@ -1,14 +1,14 @@
 """The reporter: everything that the loop tells, to the terminal, metrics.jsonl and the tracker.
 
     with Reporter(config, plan, runtime, folder, model=..., data=...) as reporter:
-        reporter.validation(0, loss)
+        reporter.validation(0, loss), reporter.samples(texts)
         for each step: reporter.step(step, result, lr, seconds)
                             reporter.checkpoint(saved)
         reporter.exported(path)
 
-Entering shows the plan and opens the outputs; leaving writes the summary, unless the run broke off. Every rank calls
-it alike: the slowest rank's times and the fullest rank's memory are reported, which takes one small all-reduce on the
-steps that log. Rank 0 alone writes.
+Entering shows data, model and folder and opens the outputs; leaving writes the summary, unless the run broke off. Every
+rank calls it alike: the slowest rank's times and the fullest rank's memory are reported, which takes one small
+all-reduce on the steps that log. Rank 0 alone writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from types import TracebackType
@@ -26,12 +26,13 @@ import torch
 
 from configs.errors import CookbookError, OutputFailed
 from configs.schema import Config
+from trainer.flops import count_parameters, mfu, model_flops, peak_flops
 from trainer.model.build import architecture
-from trainer.model.flops import count_parameters, mfu, model_flops_per_token, peak_flops
 from trainer.plan.plan import Plan
 from trainer.process.disks import writing, written
 from trainer.process.files import replace_text
 from trainer.process.runtime import Runtime
+from trainer.report.callbacks import Callbacks, Run
 from trainer.report.folder import run_label
 from trainer.report.measure import PeakMemory, StepSeconds, peak_memory
 from trainer.report.metrics import (
@@ -39,6 +40,7 @@ from trainer.report.metrics import (
     Comparison,
     Line,
     MetricsFile,
+    SampleMetrics,
     StepMetrics,
     Summary,
     Totals,
@@ -47,8 +49,11 @@ from trainer.report.metrics import (
     perplexity,
     to_dict,
 )
+from trainer.report.page import PREDICTION
+from trainer.report.picture import loss_picture
 from trainer.report.prediction import MemoryCheck
-from trainer.report.terminal import Terminal, open_terminal, render_summary
+from trainer.report.reading import read_run
+from trainer.report.terminal import Terminal, open_terminal, render_summary, shows_pictures
 from trainer.report.trackers import Tracker, start_tracker
 
 if TYPE_CHECKING:
@@ -62,7 +67,8 @@ UNKNOWN = -1  # a number that a rank does not know, in a maximum over ranks
 
 class Reporter:
     """folder: from `open_run_folder`. model: as the engine holds it. data: the data set in one line.
-    resumed: the `progress` of an earlier start that this one goes on from. memory: None: nothing is predicted."""
+    samples_of: from the data set. resumed: the `progress` of an earlier start that this one goes on from.
+    memory: None: nothing is predicted. ask: ends the run after this step, for a reason."""
 
     def __init__(
         self,
@@ -73,17 +79,22 @@ class Reporter:
         *,
         model: PreTrainedModel,
         data: str,
+        samples_of: Callable[[range], Mapping[str, int]] = lambda _: {},
         resumed: Mapping[str, Any] | None = None,
         memory: MemoryCheck | None = None,
+        callbacks: Callbacks | None = None,
+        ask: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._config, self._plan, self._runtime, self._folder, self._memory = config, plan, runtime, folder, memory
+        self._samples_of, self._callbacks = samples_of, callbacks
+        self._run = Run(config=config, plan=plan, rank=runtime.rank, folder=folder, model=model, ask=ask)
         parameters, active = count_parameters(model), count_parameters(model, active=True)
         met = f" ({active:,} active for a token)" if active < parameters else ""
-        self._flops_per_token = model_flops_per_token(model, seq_len=plan.batch.seq_len)
+        flops = model_flops(model, seq_len=plan.batch.seq_len)
+        self._flops_per_token = flops.step(config)
         gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
-        self._peak_flops = peak_flops(config, plan, gpu)
+        self._peak_flops = peak_flops(config, plan, gpu, flops)
         self._head = [
-            plan.describe(),
             f"data       {data}",
             f"model      {architecture(model)}, {parameters:,} parameters{met}, {config.model.weights} weights",
             f"run        {folder}",
@@ -91,9 +102,9 @@ class Reporter:
         if memory is not None and runtime.is_main:
             self._head.append(memory.describe())
         if gpu is not None:
-            flops = self._peak_flops
-            known = f"peak {flops / 1e12:,.0f} TFLOP/s" if flops else "peak not known, hence no mfu"
-            self._head.insert(1, f"device     {gpu}; {known} in {plan.param_dtype}")
+            peak, narrow = self._peak_flops, " and float8" if flops.float8 else ""
+            known = f"peak {peak / 1e12:,.0f} TFLOP/s" if peak else "peak not known, hence no mfu"
+            self._head.insert(0, f"device     {gpu}; {known} in {plan.param_dtype}{narrow}")
         self._terminal: Terminal | None = None
         self._file: MetricsFile | None = None
         self._tracker: Tracker | None = None
@@ -104,6 +115,8 @@ class Reporter:
         self.totals = Totals(**{key: value for key, value in (resumed or {}).items() if key != "seconds"})
         self._stopped: str | None = None
         self._exported: Path | None = None
+        self._best: Mapping[str, object] | None = None
+        self._early: str | None = None
 
     def __enter__(self) -> Reporter:
         """A collective. Raises EnvironmentProblem on every rank when an output cannot be opened."""
@@ -113,6 +126,8 @@ class Reporter:
             self.close(failed=True)
             raise
         self._started = self._ended = time.perf_counter() - self._seconds_before
+        if self._callbacks:
+            self._callbacks.begin(self._run)
         return self
 
     def __exit__(
@@ -131,11 +146,14 @@ class Reporter:
         updated = report is not None and report.updated
         self._step_seconds.append(seconds.step)
         self._unlogged.append(seconds)
+        before, batch = self.totals.tokens // self._plan.batch.seq_len, self._plan.batch
+        of_sources = self._samples_of(range(before, before + batch.global_batch_size))
         self.totals.add_step(
             loss=result.loss,
             tokens=self._plan.batch.tokens,
             valid_tokens=result.valid_tokens,
             updated=updated,
+            tokens_of={name: samples * batch.seq_len for name, samples in of_sources.items()},
         )
         self._ended = time.perf_counter()
         if self._memory:
@@ -168,18 +186,32 @@ class Reporter:
                 skipped_steps=self.totals.skipped_steps,
                 tokens=self.totals.tokens,
                 valid_tokens=self.totals.valid_tokens,
+                tokens_of=self.totals.tokens_of,
             )
         )
 
-    def validation(self, step: int, loss: float) -> None:
-        """step: updates before this validation; 0 for the untrained model. loss: the same on all ranks."""
+    def validation(self, step: int, loss: float, sets: Mapping[str, float] | None = None) -> None:
+        """step: updates before this validation; 0 for the untrained model. loss: the same on all ranks. sets: of those
+        with a name, by their metric."""
         self.totals.add_validation(loss)
         self._ended = time.perf_counter()
         self._write(
             ValidationMetrics(
-                step=step, validation_loss=loss, validation_perplexity=perplexity(loss), tokens=self.totals.tokens
+                step=step,
+                validation_loss=loss,
+                validation_perplexity=perplexity(loss),
+                sets=sets or None,
+                tokens=self.totals.tokens,
             )
         )
+
+    def samples(self, lines: Sequence[SampleMetrics]) -> None:
+        """The texts of one validation. A collective."""
+        self._ended = time.perf_counter()
+        for line in lines:
+            self._write(line)
+        if lines:
+            self._track_with(lambda tracker: _show(tracker, lines))
 
     def progress(self) -> dict[str, Any]:
         """What a later start of this run needs to go on with the same sums."""
@@ -195,6 +227,10 @@ class Reporter:
                 checkpoint_seconds=saved.seconds,
             )
         )
+
+    def chosen(self, best: Mapping[str, object] | None, early: str | None) -> None:
+        """best: the best validation. early: why the run ends before its last step. The summary says both."""
+        self._best, self._early = best, early
 
     def stopped(self, reason: str) -> None:
         """The run ends before its last step because it was told to: no summary."""
@@ -224,6 +260,8 @@ class Reporter:
         for line in self._head:
             self._terminal.say(line)
         with writing(self._folder):
+            if self._memory:
+                replace_text(self._folder / PREDICTION, json.dumps(self._memory.record()) + "\n")
             self._file = MetricsFile(self._folder / "metrics.jsonl", after_step=self.totals.steps)
         name = f"{run_label(self._config)}-{self._folder.name}"
         self._tracker = start_tracker(
@@ -239,6 +277,8 @@ class Reporter:
         speed = self._plan.batch.tokens / statistics.median(typical) if typical else None
         summary = Summary(
             **asdict(self.totals),
+            best=self._best,
+            stopped_early=self._early,
             seconds=self._ended - self._started,
             tokens_per_second=speed,
             mfu=self._mfu(speed) if speed is not None else None,
@@ -256,6 +296,10 @@ class Reporter:
         text = json.dumps(to_dict(summary), indent=2, allow_nan=False) + "\n"
         self._as_main("summary.json", lambda: replace_text(self._folder / "summary.json", text))
         if terminal:
+            if shows_pictures(self._config.logging.curve):
+                run = read_run(self._folder.name, self._folder)  # with the steps of earlier starts
+                if drawn := loss_picture(run.losses, run.validations):
+                    terminal.say(drawn)
             terminal.say(render_summary(summary))
 
     def _as_main(self, name: str, write: Callable[[], None]) -> None:
@@ -284,11 +328,17 @@ class Reporter:
             self._terminal.show(line)
         if not isinstance(line, Summary):
             self._track(numbers(line), line.step)
+        if self._callbacks:
+            self._callbacks.tell(line)
 
     def _track(self, values: Mapping[str, int | float], step: int) -> None:
-        if self._tracker and values:
+        if values:
+            self._track_with(lambda tracker: tracker.log(values, step))
+
+    def _track_with(self, tell: Callable[[Tracker], None]) -> None:
+        if self._tracker:
             try:
-                self._tracker.log(values, step)
+                tell(self._tracker)
             except Exception as error:
                 self._tracker = None
                 self._give_up_tracker(error, self._terminal)
@@ -320,3 +370,9 @@ class Reporter:
             world_size=self._plan.world_size,
             peak_flops=self._peak_flops,
         )
+
+
+def _show(tracker: Tracker, lines: Sequence[SampleMetrics]) -> None:
+    """Texts, which a tracker of the user's own need not take."""
+    if callable(texts := getattr(tracker, "texts", None)):
+        texts(lines, lines[0].step)

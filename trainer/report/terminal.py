@@ -16,12 +16,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from configs import choices
-from trainer.report.metrics import CheckpointMetrics, Comparison, StepMetrics, Summary, ValidationMetrics, perplexity
+from trainer.report.metrics import (
+    CheckpointMetrics,
+    Comparison,
+    SampleMetrics,
+    StepMetrics,
+    Summary,
+    ValidationMetrics,
+    perplexity,
+)
+from trainer.report.picture import readable_by
 
-Shown = StepMetrics | ValidationMetrics | CheckpointMetrics
+Shown = StepMetrics | ValidationMetrics | SampleMetrics | CheckpointMetrics
 
 GIB = 2**30
 MIB = 2**20
+PROMPT = 60
+"""Characters of a prompt that are shown: its last ones."""
 
 
 class Terminal(ABC):
@@ -39,6 +50,12 @@ class Terminal(ABC):
     def show(self, metrics: Shown) -> None: ...
 
     def close(self) -> None: ...
+
+
+def shows_pictures(curve: bool | None, console: Console | None = None) -> bool:
+    """curve: `logging.curve`. console: as for `open_terminal`."""
+    console = console or Console()
+    return readable_by(console.encoding) and (console.is_terminal if curve is None else curve)
 
 
 def open_terminal(progress: choices.ProgressDisplay, steps: int, *, console: Console | None = None) -> Terminal:
@@ -105,6 +122,8 @@ def render(metrics: Shown, steps: int) -> str:
             fields = _step_fields(metrics)
         case ValidationMetrics():
             fields = _validation_fields(metrics)
+        case SampleMetrics():
+            fields = _sample_fields(metrics)
         case CheckpointMetrics():
             fields = _checkpoint_fields(metrics)
     return "  ".join([f"step {metrics.step}/{steps}", *fields])
@@ -131,18 +150,30 @@ def _step_fields(metrics: StepMetrics) -> Iterator[str]:
 def _validation_fields(metrics: ValidationMetrics) -> Iterator[str]:
     yield f"validation_loss {metrics.validation_loss:.4f}"
     yield f"validation_perplexity {metrics.validation_perplexity:.2f}"
+    yield from (f"{metric} {loss:.4f}" for metric, loss in (metrics.sets or {}).items())
+
+
+def _sample_fields(metrics: SampleMetrics) -> Iterator[str]:
+    """Quoted as Python does: one line, in which nothing is a command to the terminal."""
+    cut = "..." if len(metrics.prompt) > PROMPT else ""
+    yield f"sample {metrics.number}"
+    yield f"prompt {cut}{metrics.prompt[-PROMPT:]!r}"
+    yield f"text {metrics.text!r}{'' if metrics.ended else '...'}"
 
 
 def _checkpoint_fields(metrics: CheckpointMetrics) -> Iterator[str]:
     yield f"checkpoint {size(metrics.checkpoint_bytes)}"
     yield f"saved in {metrics.checkpoint_seconds:.2f} s"
-    yield f"training stood still for {metrics.checkpoint_blocked_seconds:.2f} s"
+    yield f"checkpoint stall {metrics.checkpoint_blocked_seconds:.2f} s"
 
 
 def render_summary(summary: Summary) -> str:
     """The last words of a run, in the form of the plan."""
     skipped = f", {summary.skipped_steps} without an update" if summary.skipped_steps else ""
     lines = [f"finished   {summary.steps} steps{skipped}, {summary.tokens:,} tokens in {summary.seconds:.1f} s"]
+    if summary.tokens_of:
+        parts = ", ".join(f"{name} {count:,}" for name, count in summary.tokens_of.items())
+        lines.append(f"mixture    tokens: {parts}")
     for name, first, last in (
         ("training", summary.loss_first, summary.loss_last),
         ("validation", summary.validation_loss_first, summary.validation_loss_last),
@@ -150,6 +181,13 @@ def render_summary(summary: Summary) -> str:
         if first is not None and last is not None:
             before, after = perplexity(first), perplexity(last)
             lines.append(f"{name:<11}loss {first:.4f} -> {last:.4f}, perplexity {before:.2f} -> {after:.2f}")
+    if summary.stopped_early is not None:
+        lines.insert(0, f"enough     {summary.stopped_early}")
+    if summary.best is not None:
+        kept = f", kept as {summary.best['checkpoint']}" if "checkpoint" in summary.best else ""
+        lines.append(
+            f"best       {summary.best['metric']} {summary.best['value']:.4f} after step {summary.best['step']}{kept}"
+        )
     if summary.tokens_per_second is not None:
         utilisation = f", mfu {summary.mfu:.1%}" if summary.mfu is not None else ""
         lines.append(f"speed      {summary.tokens_per_second:,.0f} tokens/s in the median step{utilisation}")
@@ -159,11 +197,24 @@ def render_summary(summary: Summary) -> str:
             f" {size(summary.peak_reserved_bytes)} reserved on the fullest GPU"
         )
     elif summary.peak_host_bytes is not None:
-        lines.append(f"memory     peak {size(summary.peak_host_bytes)} in the largest process (resident set)")
+        lines.append(f"memory     peak {size(summary.peak_host_bytes)} in the largest process{_of(summary)}")
     lines += _predicted(summary.memory, gpu=summary.peak_allocated_bytes is not None)
     if summary.model_dir is not None:
         lines.append(f"model      {summary.model_dir}")
-    return "\n".join([*lines, f"run        {summary.run_dir}"])
+    return "\n".join([*lines, f"report     {summary.run_dir}/report.html", f"run        {summary.run_dir}"])
+
+
+def _of(summary: Summary) -> str:
+    """What a process of a CPU run took its memory for. The prediction is of the tensors, which are a part of it;
+    libraries allocate further buffers when they are first used."""
+    memory, resident = summary.memory, summary.peak_host_bytes or 0
+    tensors, libraries = memory.measured_allocated_bytes or memory.predicted_allocated_bytes, memory.libraries_bytes
+    if tensors is None or libraries is None:
+        return " (resident set)"
+    how = f"predicted; {memory.memory_note}" if memory.measured_allocated_bytes is None else "measured"
+    rest = resident - libraries - tensors
+    others = f", {size(rest)} buffers of libraries and allocator" if rest >= MIB else ""
+    return f" = {size(libraries)} Python and its libraries, {size(tensors)} tensors ({how}){others}"
 
 
 def _predicted(memory: Comparison, *, gpu: bool) -> Iterator[str]:
@@ -173,8 +224,12 @@ def _predicted(memory: Comparison, *, gpu: bool) -> Iterator[str]:
         if memory.memory_note is not None:
             yield f"predicted  {memory.memory_note}"
         return
+    if not gpu and measured is None and memory.libraries_bytes is not None:
+        return  # `_of` has said it
     reserved = memory.predicted_reserved_bytes if gpu else None
-    text = f"predicted  {_peak(allocated, reserved)}"
+    text = f"predicted  {_peak(allocated, reserved, memory.predicted_reserved_most_bytes)}"
+    if gpu and memory.predicted_verdict is not None:
+        text += f" ({memory.predicted_verdict})"
     if measured is None or memory.memory_ratio is None:
         yield f"{text}; {memory.memory_note}"
     else:
@@ -184,8 +239,12 @@ def _predicted(memory: Comparison, *, gpu: bool) -> Iterator[str]:
         )
 
 
-def _peak(allocated: int, reserved: int | None) -> str:
-    return f"{size(allocated)} " + ("of tensors" if reserved is None else f"allocated, {size(reserved)} reserved")
+def _peak(allocated: int, reserved: int | None, most: int | None = None) -> str:
+    """most: the upper end of what is reserved, where that is a prediction."""
+    if reserved is None:
+        return f"{size(allocated)} of tensors"
+    until = f" to {size(most)}" if most is not None and most != reserved else ""
+    return f"{size(allocated)} allocated, {size(reserved)}{until} reserved"
 
 
 def size(value: int) -> str:

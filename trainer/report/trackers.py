@@ -12,7 +12,7 @@ import json
 import netrc
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +21,13 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from configs.by_path import arguments
 from configs.errors import EnvironmentProblem
 from configs.load import to_yaml
 from configs.schema import Config, Logging
-from trainer.plan.trackers import NO_TRACKER, TRACKERS, flat
+from trainer.plan.trackers import CUSTOM, GIVEN, NO_TRACKER, TRACKERS, custom_tracker, flat
 from trainer.process.files import replace_text
+from trainer.report.metrics import SampleMetrics
 
 if TYPE_CHECKING:
     from trainer.plan.plan import Plan
@@ -42,6 +44,10 @@ class Tracker(Protocol):
         """Numbers of one line of metrics.jsonl. Steps never decrease."""
         ...
 
+    def texts(self, lines: Sequence[SampleMetrics], step: int) -> None:
+        """Texts of one validation, where the tracker shows text."""
+        ...
+
     def finish(self, *, failed: bool) -> None:
         """Flush and close; `failed` marks the run as broken off where the tracker has such a mark."""
         ...
@@ -49,7 +55,7 @@ class Tracker(Protocol):
 
 def check_tracker_installed(tracker: str) -> None:
     """Raises EnvironmentProblem when the tracker's package is missing."""
-    if tracker != NO_TRACKER and find_spec(tracker) is None:
+    if tracker not in (NO_TRACKER, CUSTOM) and find_spec(tracker) is None:
         raise EnvironmentProblem(
             f"logging.tracker={tracker}: its package is not installed; pip install {TRACKERS[tracker]},"
             " or set logging.tracker=none"
@@ -70,6 +76,8 @@ def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str, af
     try:
         if name == "wandb":
             return _Wandb(config.logging, folder, record, config.logging.run_name or run_name, after_step)
+        if name == CUSTOM:
+            return _own(config.logging, folder, record, config.logging.run_name or run_name, after_step)
         return _FromAccelerate(config.logging, folder, record, config.logging.run_name or run_name, after_step)
     except Exception as error:  # each client has errors of its own
         line = " ".join(str(error).split())
@@ -106,7 +114,7 @@ class _Wandb:
 
     def _tell_again(self, metrics: Path) -> None:
         """Offline each start has a file of its own. Killed, it lacks what the client had not flushed, and `wandb sync`
-        may put one start's history in place of another's. So this start's file gets all steps from the first one on, as
+        may replace one start's history by another's. So this start's file gets all steps from the first one on, as
         metrics.jsonl has them, and the files of earlier starts go where `wandb sync` does not look."""
         ours = Path(self.run.dir).parent
         aside = ours.parent / "earlier"
@@ -116,11 +124,19 @@ class _Wandb:
                 path.rename(aside / path.name)
         for line in metrics.read_text().splitlines():
             values = json.loads(line)
+            if values["kind"] == SampleMetrics.kind:
+                continue
             step = values.pop("step")
             self.log({key: value for key, value in values.items() if isinstance(value, Number)}, step)
 
     def log(self, values: Mapping[str, Number], step: int) -> None:
         self.run.log(dict(values), step=step)
+
+    def texts(self, lines: Sequence[SampleMetrics], step: int) -> None:
+        import wandb
+
+        rows: list[Any] = [[line.number, line.prompt, line.text] for line in lines]
+        self.run.log({"samples": wandb.Table(columns=["sample", "prompt", "text"], data=rows)}, step=step)
 
     def finish(self, *, failed: bool) -> None:
         self.run.finish(exit_code=1 if failed else 0)
@@ -153,6 +169,20 @@ def _wandb_login() -> bool:
     return bool({urlsplit(settings.base_url).netloc, "api.wandb.ai"} & logins.hosts.keys())
 
 
+def _own(logging: Logging, folder: Path, record: dict[str, Any], run_name: str, after_step: int) -> Tracker:
+    """A class of the user's own, which gets what its constructor names."""
+    found = custom_tracker(logging)
+    given = {
+        "project": logging.project,
+        "run_name": run_name,
+        "folder": folder,
+        "config": record,
+        "after_step": after_step,
+    }
+    named = arguments(found)
+    return found(**{name: given[name] for name in GIVEN if name in named}, **logging.options)
+
+
 class _FromAccelerate:
     """One of `accelerate.tracking`, without an Accelerator."""
 
@@ -160,6 +190,7 @@ class _FromAccelerate:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         _lone_accelerate_state()
+        self.name = logging.tracker
         arguments = {**_arguments(logging, folder, run_name, after_step), **logging.options}
         first = run_name if logging.tracker in ("aim", "tensorboard") else logging.project
         self.tracker = LOGGER_TYPE_TO_CLASS[logging.tracker](first, **arguments)
@@ -170,6 +201,11 @@ class _FromAccelerate:
 
     def log(self, values: Mapping[str, Number], step: int) -> None:
         self.tracker.log(dict(values), step=step)
+
+    def texts(self, lines: Sequence[SampleMetrics], step: int) -> None:
+        if self.name == "tensorboard":  # it reads Markdown, in which what is indented is as it stands
+            quoted = {line: f"{line.prompt}{line.text}".replace("\n", "\n    ") for line in lines}
+            self.tracker.log({f"sample/{line.number}": f"    {text}" for line, text in quoted.items()}, step=step)
 
     def finish(self, *, failed: bool) -> None:
         self.tracker.finish()

@@ -5,17 +5,22 @@ join the process group -> run folder -> data -> engine, restored -> steps, valid
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from configs.errors import EXIT_FINISHED, OutputFailed
+from configs.output import announce
 from configs.schema import Config
+from trainer.checkpoint.export import parameters_of
 from trainer.checkpoint.hub import export_model, generation_config
 from trainer.checkpoint.keeper import Keeper
 from trainer.checkpoint.progress import Progress, identity
+from trainer.checkpoint.selection import METRIC, metric_of
 from trainer.data import DataSet
 from trainer.data.build import build_data
 from trainer.engine import Engine, build_engine
@@ -24,6 +29,7 @@ from trainer.model.precision import export_dtype
 from trainer.model.resize import settle_vocabulary
 from trainer.model.weights import check_early
 from trainer.optim.build import lr_at
+from trainer.plan.length import settle
 from trainer.plan.plan import Plan
 from trainer.process.disks import written
 from trainer.process.exhausted import memory_told
@@ -31,27 +37,38 @@ from trainer.process.runtime import Runtime, dropout_stream, join_world
 from trainer.process.status import RunStatus
 from trainer.process.stopping import StopRequests
 from trainer.process.watchdog import Watchdog, watched
-from trainer.report.folder import open_run_folder
+from trainer.report.callbacks import Callback, Callbacks
+from trainer.report.folder import open_run_folder, set_end_aside
 from trainer.report.measure import StepTimer
+from trainer.report.page import reported
 from trainer.report.prediction import MemoryCheck, predict
 from trainer.report.reporter import Reporter
 from trainer.run.preflight_ranks import preflight
 from trainer.run.profiling import Profiler
+from trainer.run.sampling import Sampler, build_sampler
 from trainer.run.step import check_finite, train_step, validate
 
+log = logging.getLogger(__name__)
 
-def run(config: Config, plan: Plan) -> int:
+
+def run(config: Config, plan: Plan, callbacks: Sequence[Callback] = ()) -> int:
     """Train on this rank, from the first step or from where an earlier start left off. Returns the exit code.
+
+    callbacks: in addition to those of `train.callbacks`.
 
     Raises CookbookError, the same on every rank, on what the user can mend.
     """
+    called = Callbacks(config, callbacks)
+    announce("predicting the memory")
     settle_vocabulary(config)
     predicted = predict(config, plan)
+    announce(f"joining {plan.world_size} process(es)")
     with join_world(plan, timeout_minutes=config.train.timeout_minutes) as runtime:
         folder = open_run_folder(config, plan, runtime)
-        status = RunStatus(folder, runtime.rank)
+        status = RunStatus(folder, runtime.rank, epochs=config.train.epochs)
         runtime.agree(status.begin)
         with (
+            reported(folder, main=runtime.is_main),
             status,
             StopRequests(folder if runtime.is_main else None) as stop,
             Watchdog(folder, runtime, timeout_minutes=config.train.timeout_minutes),
@@ -60,7 +77,12 @@ def run(config: Config, plan: Plan) -> int:
             runtime.agree(lambda: check_early(config.model, hf_config))
             preflight(config, plan, runtime, folder)
             generation = runtime.agree(lambda: generation_config(config.model) if runtime.is_main else None)
+            announce("reading the data")
             data = _build_data(config, plan, runtime, vocab_size=text_config(hf_config).vocab_size)
+            planned, plan = plan, runtime.agree(lambda: settle(config, plan, data.length))
+            if plan.steps != planned.steps:
+                log.info(plan.tokens())
+            sampler = runtime.agree(lambda: build_sampler(config, data, plan, runtime, generation))
             same = identity(config, hf_config, data)
             keeper = Keeper(
                 config,
@@ -72,8 +94,9 @@ def run(config: Config, plan: Plan) -> int:
                 generation=generation,
                 stop=stop,
             )
-            status.follow(lambda: keeper.step)
+            status.follow(lambda: keeper.step, keeper.said)
             begin = keeper.find()
+            announce("building the model")
             # The parameters do not depend on this generator.
             torch.manual_seed(config.train.seed + dropout_stream(plan, runtime.rank))
             with (
@@ -83,6 +106,8 @@ def run(config: Config, plan: Plan) -> int:
                 closing(build_engine(config, plan, runtime)) as engine,
             ):
                 keeper.restore(engine)
+                if keeper.step < config.train.steps:
+                    runtime.agree(lambda: set_end_aside(folder, keeper.step) if runtime.is_main else None)
                 totals = begin.report if begin else None
                 reporter = Reporter(
                     config,
@@ -91,17 +116,24 @@ def run(config: Config, plan: Plan) -> int:
                     folder,
                     model=engine.model,
                     data=data.describe(),
+                    samples_of=data.samples_of,
                     resumed=totals,
                     memory=memory,
+                    callbacks=called,
+                    ask=stop.ask,
                 )
                 with reporter:
-                    told = train(engine, data, config, plan, runtime, reporter, keeper, profiler, begin)
+                    told = train(engine, data, config, plan, runtime, reporter, keeper, profiler, sampler, begin)
                     if told is not None:
                         reporter.stopped(told)
                         return status.stopped(told)
+                    if (early := keeper.selection.ended) is not None:
+                        status.early(early)
                     if config.train.export:
-                        runtime.agree(lambda: _export(engine, data, plan, folder / "model", generation))
-                        reporter.exported(folder / "model")
+                        model = folder / "model"
+                        runtime.agree(lambda: _export(engine, data, plan, runtime, model, generation, keeper.best()))
+                        reporter.exported(model)
+                    reporter.chosen(keeper.said().get("best"), early)
     return EXIT_FINISHED
 
 
@@ -112,11 +144,21 @@ def _build_data(config: Config, plan: Plan, runtime: Runtime, *, vocab_size: int
     )
 
 
-def _export(engine: Engine, data: DataSet, plan: Plan, target: Path, generation: bytes | None) -> None:
-    """A collective. Raises OutputFailed on the rank whose disk fails."""
+def _export(
+    engine: Engine,
+    data: DataSet,
+    plan: Plan,
+    runtime: Runtime,
+    target: Path,
+    generation: bytes | None,
+    best: Path | None,
+) -> None:
+    """The weights as they are, or those of the best checkpoint. A collective. Raises OutputFailed on the rank whose
+    disk fails."""
     if target.exists():
         return  # an earlier start of this run was killed between the export and its last words
-    parameters = watched(engine.parameters(), "the export")
+    weights = engine.parameters() if best is None else parameters_of(best, engine.model, runtime)
+    parameters = watched(weights, "the export")
     try:
         with written("the finished model", target):
             dtype = export_dtype(plan.param_dtype)
@@ -128,6 +170,24 @@ def _export(engine: Engine, data: DataSet, plan: Plan, target: Path, generation:
         raise
 
 
+def _validate(
+    engine: Engine,
+    data: DataSet,
+    plan: Plan,
+    runtime: Runtime,
+    reporter: Reporter,
+    sampler: Sampler | None,
+    step: int,
+) -> dict[str, float]:
+    """Report and return the loss of each validation set, by its metric; report what the model writes. A collective."""
+    loss = validate(engine, data, plan, runtime)
+    sets = {metric_of(name): validate(engine, data, plan, runtime, name) for name in data.validation_sets}
+    reporter.validation(step, loss, sets)
+    if sampler is not None:
+        reporter.samples(sampler.write(engine, step))
+    return {METRIC: loss, **sets}
+
+
 def train(
     engine: Engine,
     data: DataSet,
@@ -137,6 +197,7 @@ def train(
     reporter: Reporter,
     keeper: Keeper,
     profiler: Profiler,
+    sampler: Sampler | None = None,
     begin: Progress | None = None,
 ) -> str | None:
     """All steps from `begin` on, with validation before the first, after the last and every `train.eval_every` between
@@ -144,11 +205,13 @@ def train(
     timer = StepTimer(runtime.device, profiler.mark)
     keeper.report_to(reporter.checkpoint)
     first, samples = (begin.step, begin.samples) if begin else (0, 0)
-    steps = data.steps(samples // plan.batch.global_batch_size)
+    steps = data.steps(samples // plan.batch.global_batch_size, begin.data if begin else None)
     evaluating = config.train.eval_samples > 0
     if evaluating and begin is None:
-        reporter.validation(0, validate(engine, data, plan, runtime))
+        _validate(engine, data, plan, runtime, reporter, sampler, 0)
     for step in range(first, config.train.steps):
+        if keeper.selection.ended is not None:
+            break
         with profiler.step(step + 1):
             with timer.data():
                 batches = next(steps)
@@ -161,9 +224,10 @@ def train(
         last = step + 1 == config.train.steps
         due = config.train.eval_every > 0 and (step + 1) % config.train.eval_every == 0
         if evaluating and (last or due):
-            reporter.validation(step + 1, validate(engine, data, plan, runtime))
+            losses = _validate(engine, data, plan, runtime, reporter, sampler, step + 1)
+            keeper.selection.judge(step + 1, losses)
         # After the validation: what is saved has it in its totals, and the run that goes on does not repeat it.
-        told = keeper.after_step(step + 1, engine, samples=samples, report=reporter.progress)
-        if told is not None and not last:
+        told = keeper.after_step(step + 1, engine, samples=samples, data=data.mark, report=reporter.progress)
+        if told is not None and not last and keeper.selection.ended is None:
             return told
     return None

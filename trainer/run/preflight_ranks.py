@@ -12,7 +12,6 @@ What is wrong ends the run with a line for each problem, on every rank; what was
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import time
@@ -32,13 +31,13 @@ from trainer.model.roles import describe
 from trainer.optim.table import kept_bytes
 from trainer.passes import prepare_model
 from trainer.plan.plan import Plan
+from trainer.process.disks import write_speed
 from trainer.process.runtime import Runtime
 from trainer.report.provenance import versions
 
 GIB = 2**30
 ALL_REDUCE_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
 MATRIX = {"cuda": 4096, "cpu": 256}
-NVME_BYTES = 64 * 2**20
 REPEATS = 3
 MARK = ".preflight"
 SLOW = 1.5  # times the median
@@ -46,7 +45,7 @@ SLOW = 1.5  # times the median
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rank:
-    """What one rank tells. seconds: for the same matrix products on each; nvme: bytes per second of its swap folder."""
+    """What one rank tells. seconds: for the same matmuls on each; nvme: bytes per second of its swap folder."""
 
     host: str
     local_rank: int
@@ -102,7 +101,7 @@ def _ask(config: Config, plan: Plan, runtime: Runtime) -> Rank:
         versions={"python": found["python"], **packages},
         gpu=found["device"]["name"] if runtime.device.type == "cuda" else "",
         seconds=_work_seconds(runtime.device),
-        nvme=_write_speed(Path(path).expanduser()) if offload and path and runtime.local_rank == 0 else None,
+        nvme=write_speed(Path(path).expanduser()) if offload and path and runtime.local_rank == 0 else None,
     )
 
 
@@ -156,12 +155,12 @@ def _room(config: Config, folder: Path) -> tuple[int, int]:
     trained = [described[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
     weights = sum(about.numel for about in trained) * torch_dtype(dtype).itemsize
     states = kept_bytes(trained, config.optimizer, dtype)
-    kept = config.checkpoint.keep_last + 1
+    kept = config.checkpoint.keep_last + config.checkpoint.best + 1
     return (weights + states) * kept + weights * config.train.export, shutil.disk_usage(folder).free
 
 
 def _work_seconds(device: torch.device) -> float:
-    """The fastest of some rounds of matrix products on this rank's own device."""
+    """The fastest of some rounds of matmuls on this rank's own device."""
     side = MATRIX[device.type]
     matrix = torch.ones(side, side, device=device)
     times = []
@@ -205,20 +204,3 @@ def _nvme(config: Config, everyone: list[Rank]) -> Iterator[str]:
         host = min(speeds, key=lambda name: speeds[name])
         path = config.parallel.offload.nvme_path
         yield f"{path} writes {speeds[host] / 1e9:.2f} GB/s on {host}, the slowest node"
-
-
-def _write_speed(folder: Path) -> float | None:
-    """Bytes per second, flushed to the disk; None where nothing can be written, which the engine will refuse."""
-    path, block = folder / f"{MARK}-{os.getpid()}", os.urandom(2**20)
-    try:
-        begin = time.perf_counter()
-        with open(path, "wb") as file:
-            for _ in range(NVME_BYTES // len(block)):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        return NVME_BYTES / (time.perf_counter() - begin)
-    except OSError:
-        return None
-    finally:
-        path.unlink(missing_ok=True)

@@ -64,17 +64,18 @@ def check_finite(result: StepResult, step: int, wanted: NonFinite) -> None:
     problem = f"step {step}: loss {result.loss}, gradient norm {grad_norm}: not finite, the update was left out"
     if wanted is NonFinite.stop:
         raise TrainingFailed(
-            f"{problem}; try a smaller optimizer.lr, more scheduler.warmup_steps or precision=bf16 in place of fp16,"
+            f"{problem}; try a smaller optimizer.lr, more scheduler.warmup_steps or precision=bf16 instead of fp16,"
             " or go on with train.non_finite=skip"
         )
     log.warning(problem)
 
 
-def validate(engine: Engine, data: DataSet, plan: Plan, runtime: Runtime) -> float:
-    """Mean cross-entropy per valid token over the validation samples, the same on all ranks. A collective."""
+def validate(engine: Engine, data: DataSet, plan: Plan, runtime: Runtime, name: str | None = None) -> float:
+    """Mean cross-entropy per valid token over the validation samples, the same on all ranks. A collective.
+    name: of one of `data.validation_sets`."""
     total, tokens = 0.0, 0.0
     with engine.averaged():
-        for batch in watched(data.validation(), "validation"):
+        for batch in watched(data.validation(name), "validation"):
             total += engine.evaluate(batch.to(runtime.device)).item()
             tokens += batch.valid_tokens() / plan.same_data
     total, all_tokens = runtime.sum(total, tokens)

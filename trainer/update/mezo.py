@@ -17,7 +17,9 @@ from configs.schema import Config, Optimizer
 from trainer import moe
 from trainer.axes import PIPELINE
 from trainer.optim import mezo
-from trainer.optim.table import ask
+from trainer.optim.by_role import KEY as ROLES
+from trainer.optim.by_role import names
+from trainer.optim.table import chosen_by
 from trainer.plan.batch import BatchPlan
 from trainer.update.passes import Passes
 
@@ -26,11 +28,13 @@ GRADIENTS = False
 
 
 def wanted(settings: Optimizer) -> bool:
-    return ask(settings) is mezo
+    return chosen_by(settings, mezo) is not None
 
 
 def problems(config: Config, batch: BatchPlan) -> Iterator[str]:
-    key, parallel = f"optimizer.name={config.optimizer.name}", config.parallel
+    key, parallel = chosen_by(config.optimizer, mezo), config.parallel
+    for role, name in names(config.optimizer).items():
+        yield f"{ROLES}.{role}.name={name}: mezo moves all parameters along one direction; leave it out"
     if parallel.engine is EngineName.deepspeed:
         yield (
             f"{key}: has no gradients and no states, which is what ZeRO partitions; use parallel=fsdp, which shards the"
@@ -39,14 +43,21 @@ def problems(config: Config, batch: BatchPlan) -> Iterator[str]:
     if (degree := getattr(parallel, PIPELINE)) > 1:
         yield f"{key}: parallel.{PIPELINE}={degree} orders forwards with their backwards; use parallel=fsdp or tensor"
     if config.optimizer.in_backward:
-        yield f"optimizer.in_backward=true: {config.optimizer.name} runs no backward; leave it out"
+        yield f"optimizer.in_backward=true: {NAME} runs no backward; leave it out"
     if config.train.clip_grad_value:
         yield (
-            f"train.clip_grad_value={config.train.clip_grad_value}: {config.optimizer.name} has one slope, and no"
+            f"train.clip_grad_value={config.train.clip_grad_value}: {NAME} has one slope, and no"
             " elements to clip; use train.clip_grad_norm, which limits the slope"
         )
+    if config.optimizer.ema:
+        yield f"optimizer.ema={config.optimizer.ema}: {NAME} keeps no states; leave it out"
+    for name in ("label_smoothing", "neftune_alpha"):
+        if value := getattr(config.train, name):
+            yield (
+                f"train.{name}={value}: {NAME} follows the loss of a validation, which is the plain one; leave it out"
+            )
     if moe.acts(config):
-        yield f"{moe.asked(config)}: acts through gradients, and {config.optimizer.name} has none; leave it out"
+        yield f"{moe.asked(config)}: acts through gradients, and {NAME} has none; leave it out"
 
 
 def passes(config: Config) -> Passes:

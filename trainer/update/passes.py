@@ -12,7 +12,7 @@ class Passes:
     forwards: int = 1
     backwards: int = 1
 
-    @property
-    def useful(self) -> float:
-        """Of the FLOPs of one forward and backward. What is run again, as for a recompute, counts once."""
-        return 1.0 if self.backwards else self.forwards / 3
+    def useful(self, forward: float, backward: float) -> float:
+        """What counts of the FLOPs of a forward and of a backward. What is run again, as for a recompute, counts
+        once."""
+        return forward + backward if self.backwards else self.forwards * forward

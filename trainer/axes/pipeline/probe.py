@@ -129,7 +129,7 @@ class _Probe:
     def run(self) -> Examined:
         for name, module in self.others.items():
             if any(part is self.layers[0] for part in module.modules()):
-                raise _NotAChain(f"{name or 'the model'} owns parameters beside its layers")
+                raise _NotAChain(f"{name or 'the model'} owns parameters outside its layers")
         handles = [
             module.register_forward_pre_hook(lambda *_, name=name: self._note(name))
             for name, module in self.others.items()

@@ -19,26 +19,24 @@ and the last stage; their gradients (vocabulary * hidden_size) are exchanged and
 the same update and stay equal. Where layers get embeddings of their own besides the hidden states (Gemma 3n and 4),
 every stage makes them from the tokens: a copy of the tables on each, whose gradients are summed over all.
 
-Memory besides: the activations of the micro-batches in flight, and receive buffers (`in_flight`, `receive_buffers`):
-with one stage per rank one per micro-batch in flight and one for its gradient, with several one per micro-batch of the
-step in either direction, as torch makes them.
+Memory besides: the activations of the micro-batches in flight, and receive buffers (`in_flight`, `receive_buffers`),
+as many as hold something at once. Their number does not depend on the micro-batches of a step, but for the schedules
+that hold all of them anyway.
 
 torch.distributed.pipelining runs the schedule. Gradients are not scaled there: the loss is normalised already.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleDualPipeV,
     ScheduleGPipe,
@@ -47,14 +45,15 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining import stage as stage_module
 
 from configs.schema import Config
 from trainer.axes import CONTEXT, PIPELINE
 from trainer.axes.gradients import local
 from trainer.axes.pipeline.split import Stage
+from trainer.axes.pipeline.stage import EngineStage, Spare
 from trainer.axes.pipeline.table import SCHEDULES, rank_of_stage
 from trainer.data import Batch
+from trainer.model.noise import numbered
 from trainer.model.precision import torch_dtype
 from trainer.plan.plan import Plan
 
@@ -67,69 +66,6 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "zbv_zero_bubble": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
-
-
-class EngineStage(PipelineStage):
-    """The engine's view of a stage. spare: where a rank has one stage, receive buffers that no micro-batch uses, of
-    inputs and of gradients; else None, and torch keeps one buffer for each micro-batch."""
-
-    spare: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
-
-    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        with self._without_memory():
-            return super()._prepare_forward_infra(*args, **kwargs)
-
-    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        with self._without_memory():
-            return super()._prepare_backward_infra(*args, **kwargs)
-
-    def _without_memory(self) -> AbstractContextManager[object]:
-        """torch makes its buffers on the meta device: they only say what `_take` must find room for."""
-        if self.spare is None:
-            return nullcontext()
-        make: Callable[..., torch.Tensor] = stage_module._make_tensor_from_meta  # pyright: ignore[reportPrivateImportUsage]
-
-        def make_none(meta: Any, device: object) -> torch.Tensor:
-            return make(meta, torch.device("meta"))
-
-        return patch.object(stage_module, "_make_tensor_from_meta", make_none)
-
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        self._take(self.args_recv_info[fwd_chunk_id], 0)
-        return super().get_fwd_recv_ops(fwd_chunk_id)
-
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        self._take(self.grad_recv_info.get(bwd_chunk_id, ()), 1)
-        return super().get_bwd_recv_ops(bwd_chunk_id)
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        self._give_back(self.args_recv_info[bwd_chunk_id], 0)
-        self._give_back(self.grad_recv_info.get(bwd_chunk_id, ()), 1)
-
-    def _take(self, received: Sequence[Any], kind: int) -> None:
-        for info in received if self.spare is not None else ():
-            buffer: torch.Tensor | None = getattr(info, "buffer", None)
-            if self.spare is not None and buffer is not None and buffer.is_meta:
-                fits = self.spare[kind].pop() if self.spare[kind] else torch.empty_like(buffer, device=self.device)
-                info.buffer = fits.requires_grad_(buffer.requires_grad)
-
-    def _give_back(self, received: Sequence[Any], kind: int) -> None:
-        for info in received if self.spare is not None else ():
-            buffer: torch.Tensor | None = getattr(info, "buffer", None)
-            if self.spare is not None and buffer is not None and not buffer.is_meta:
-                info.buffer = torch.empty_like(buffer, device="meta").requires_grad_(buffer.requires_grad)
-                buffer.grad = None
-                self.spare[kind].append(buffer)
-
-    def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
-        """Nothing: torch 2.11 would compare the logits with the shape of what a stage sends, and they are not sent."""
-
-    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """The exchange that connects neighbours before step 1, in torch 2.11. Where a rank holds two stages that follow
-        each other (V schedules), gloo has no connection to itself."""
-        operations = super()._get_init_p2p_neighbors_ops()
-        return [operation for operation in operations if operation.group_peer != self.group_rank]
 
 
 class PipelineRun:
@@ -146,6 +82,7 @@ class PipelineRun:
         seq_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        disturbs: bool = False,
     ) -> None:
         """stages: from `split_model`, after all passes over their modules. group: of the mesh axis pp. seq_len: tokens
         that a rank sees. dtype: of hidden states between stages, the one layers compute in. Only the shapes are
@@ -157,12 +94,14 @@ class PipelineRun:
         self.micro_batches = micro_batches
         self.shape = (micro_batch_size, seq_len)
         self.dtype = dtype
+        self.disturbs = disturbs
         self.device = device
         self.modules: list[nn.Module] = [stage.module for stage in self.stages]
         self.holds_first = self.stages[0].is_first
         self.holds_last = self.stages[-1].is_last
         for stage in self.stages:
             stage.border.dtype = dtype
+        self.spare: Spare = defaultdict(list)
         engine_stages = [self._engine_stage(stage) for stage in self.stages]
         single = SCHEDULES[schedule].arrangement == "one"
         self.runner = RUNNERS[schedule](
@@ -263,7 +202,8 @@ class PipelineRun:
     def _extras(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What the model's code wants of a batch besides tokens and labels: every stage gets it."""
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        return positions | ({"tokens": batch.input_ids} if self.stages[0].repeated else {})
+        tokens = {"tokens": batch.input_ids} if self.stages[0].repeated else {}
+        return positions | tokens | numbered(batch, wanted=self.disturbs)
 
     def _loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = output / self._valid_tokens
@@ -287,8 +227,7 @@ class PipelineRun:
             output_args=hidden,
             group=self.group,
         )
-        if SCHEDULES[self.schedule].arrangement == "one":
-            made.spare = ([], [])
+        made.spare = self.spare
         return made
 
 
@@ -302,6 +241,7 @@ def build_pipeline(stages: Sequence[Stage], config: Config, plan: Plan, mesh: De
         micro_batch_size=plan.batch.micro_batch_size,
         seq_len=plan.batch.seq_len // plan.degree(CONTEXT),
         dtype=torch_dtype(plan.param_dtype),
+        disturbs=config.train.neftune_alpha > 0,
         device=torch.device(mesh.device_type, torch.cuda.current_device())
         if mesh.device_type == "cuda"
         else torch.device("cpu"),

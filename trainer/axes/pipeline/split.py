@@ -196,7 +196,7 @@ def build_stage(model: PreTrainedModel, anatomy: Examined, ranges: Sequence[rang
     for name in anatomy.after:
         if not last:
             answers[id(model.get_submodule(name))] = lambda hidden: hidden
-    # deepcopy takes what the memo says in place of a copy. The config stays one object for all stages.
+    # deepcopy takes what the memo says instead of a copy. The config stays one object for all stages.
     memo: dict[int, Any] = {id(model.config): model.config}
     of_layers = {id(layer) for layer in decoder_layers(model)}
     memo.update(

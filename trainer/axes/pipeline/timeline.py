@@ -9,7 +9,7 @@ long: a is the gradient of the stage's input (the rank before waits for it), A t
     rank 2  ..01234567...aAbBcCdDeEfFgGhH....
     rank 3  ...01234567aAbBcCdDeEfFgGhH......
 
-    1f1b               a backward as soon as there is one: the ranks wait as long, and rank r holds p - r at the most
+    1f1b               a backward as soon as there is one: the ranks wait as long, and rank r holds at most p - r
     rank 0  0123......aA4bB5cC6dD7eE.fF.gG.hH
     rank 1  .012....aA3bB4cC5dD6eE7fF.gG.hH..
     rank 2  ..01..aA2bB3cC4dD5eE6fF7gG.hH....
@@ -35,7 +35,8 @@ from functools import cache
 from typing import NamedTuple
 
 from trainer.axes.pipeline.orders import Action, rank_orders
-from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, stages_of_rank
+from trainer.axes.pipeline.receives import most_received, with_receives
+from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank
 
 DURATION = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 """In forwards of the same stage: each gradient takes as many multiply-adds as the forward."""
@@ -132,15 +133,14 @@ def receive_buffers(schedule: str, *, pp: int, micro_batches: int, stages_per_ra
     """For each rank the number of hidden states [micro_batch, seq, hidden_size] it sets aside for what neighbours send.
 
     With one stage per rank as many as it has micro-batches in flight, whose activations begin with them, and one for a
-    gradient. Of several stages torch's engine keeps one per micro-batch, stage and direction for the whole run.
+    gradient; with several as many as its receives need, which are posted early (`receives`).
     """
-    v = stages_per_rank or default_stages_per_rank(schedule)
-    last = pp * v - 1
     if SCHEDULES[schedule].arrangement == "one":
         held = in_flight(schedule, pp=pp, micro_batches=micro_batches)
-        return [held[rank][rank] * (rank > 0) + (rank < last) for rank in range(pp)]
-    owned = [stages_of_rank(schedule, pp=pp, rank=rank, stages_per_rank=v) for rank in range(pp)]
-    return [micro_batches * sum((stage > 0) + (stage < last) for stage in stages) for stages in owned]
+        return [held[rank][rank] * (rank > 0) + (rank < pp - 1) for rank in range(pp)]
+    v = stages_per_rank or default_stages_per_rank(schedule)
+    orders = with_receives(schedule, pp=pp, micro_batches=micro_batches, stages_per_rank=v)
+    return [most_received(order) for order in orders]
 
 
 def draw_schedule(schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None = None) -> str:

@@ -49,8 +49,8 @@ from trainer.axes.tensor.plans import (
 )
 from trainer.axes.tensor.regions import Wiring, run_on_local_parts, wire_layer, wire_module
 from trainer.model.build import decoder_layers, held_layers
-from trainer.model.layers import is_transposed, of_type
-from trainer.model.loss import Loss, cross_entropy_sum
+from trainer.model.layers import is_packed, is_transposed, of_type
+from trainer.model.loss import Smoothed, cross_entropy_sum
 from trainer.model.weights import plain_name
 
 KEY = "parallel.tensor_plan"
@@ -64,14 +64,16 @@ class TensorParallel:
     step.
     loss: takes the place of `trainer.model.loss.cross_entropy_sum`; logits hold this rank's part of the vocabulary.
     words: of the vocabulary, that a rank scores, or the one that scores the most.
+    first: the first of those that this rank scores.
     """
 
     mesh: DeviceMesh
     plan: Mapping[str, str]
     sequence_parallel: bool
     partial: tuple[str, ...]
-    loss: Loss
+    loss: Smoothed
     words: int
+    first: int
 
     def reduce_partial_gradients(self, model: nn.Module) -> None:
         """Complete the gradients of `partial`, after the last backward of the step. A collective, one in all.
@@ -170,6 +172,7 @@ def apply_tensor_parallel(
         partial=tuple(sorted(wiring.partial & trained)),
         loss=loss,
         words=len(vocabulary.part_of(config.vocab_size, wiring.ranks, 0)) if divided_logits else config.vocab_size,
+        first=vocabulary.part_of(_scored(model), wiring.ranks).start if divided_logits else 0,
     )
 
 
@@ -277,6 +280,8 @@ def _distribute(model: nn.Module, wiring: Wiring, mesh: DeviceMesh) -> None:
             part = of_type(parameter.detach(), value.to_local())
             value = DTensor.from_local(part, mesh, [placement], shape=value.shape, stride=value.stride())
             made[id(parameter)] = (nn.Parameter(value, requires_grad=parameter.requires_grad), full)
+            if is_packed(module, leaf):
+                module.divide(value)
         shared, owner = made[id(parameter)]
         if isinstance(shared.data, DTensor) and shared.data.placements[0] != placement:
             raise ConfigError(f"{KEY}: {full} and {owner} are one tied parameter; give both the same cut")
@@ -288,7 +293,13 @@ def _style_of(full: str, leaf: str, wiring: Wiring) -> str | None:
 
 
 def _placement(module: nn.Module, full: str, leaf: str, parameter: nn.Parameter, wiring: Wiring) -> Placement:
+    packed = module if is_packed(module, leaf) else None
     if full in wiring.slices:
+        if packed is not None:
+            raise PlanError(
+                f"parallel.tp={wiring.ranks.size}: {full} is packed and has fewer key-value heads, which each rank"
+                " would take out of it; use a divisor of their number, or tuning=lora"
+            )
         return Replicate()
     style = _style_of(full, leaf, wiring)
     share = share_of(style, leaf, parameter.ndim, transposed=is_transposed(module))
@@ -298,6 +309,11 @@ def _placement(module: nn.Module, full: str, leaf: str, parameter: nn.Parameter,
     if length % pieces and STYLES[split_style(style or "")[0]].cut != "vocabulary":
         raise PlanError(
             f"parallel.tp={wiring.ranks.size}: {full} has {length} features to divide, not a multiple of {pieces}"
+        )
+    if packed is not None and length % (pieces * packed.entries(share.dim)):
+        raise PlanError(
+            f"parallel.tp={wiring.ranks.size}: {full} has {length // packed.entries(share.dim)} packed blocks in a row,"
+            f" not a multiple of {pieces}; use a divisor, parallel=fsdp, or tuning=lora"
         )
     # Torch keeps this placement private, and its own FSDP2 stores parameters in it. Checkpoints must not: to them a
     # piece is one block.

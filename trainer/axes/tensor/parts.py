@@ -239,7 +239,8 @@ class Part:
                 if value.shape[share.dim] % (tp * share.parts):
                     raise ValueError("does not divide")
                 blocks = [block.chunk(tp, share.dim)[rank] for block in value.chunk(share.parts, share.dim)]
-                yield module._parameters, leaf, nn.Parameter(torch.cat(blocks, share.dim), False)
+                local = torch.cat(blocks, share.dim) if len(blocks) > 1 else blocks[0]
+                yield module._parameters, leaf, nn.Parameter(local, False)
         if is_transposed(module) and style != "rowwise":
             yield vars(module), "nf", -1
 

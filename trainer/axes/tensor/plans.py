@@ -213,7 +213,7 @@ def check_tensor(fields: Mapping[str, Any], tp: int, sequence_parallel: bool, se
         yield f"parallel.tp={tp}: does not divide the MLP's {width} features; use {_divisors(width)}"
     vocabulary = known.vocabulary
     if vocabulary and (tp - 1) * -(-vocabulary // tp) >= vocabulary:
-        yield f"parallel.tp={tp}: leaves a rank without any of the {vocabulary} words; use a smaller parallel.tp"
+        yield f"parallel.tp={tp}: leaves a rank without any of the {vocabulary} tokens; use a smaller parallel.tp"
     if sequence_parallel and seq_len % tp:
         yield (
             f"data.seq_len={seq_len}: parallel.sequence_parallel=true splits it over parallel.tp={tp};"

@@ -1,19 +1,21 @@
-"""Vocabulary parallel: embedding, head and loss, each rank with its own part of the words.
+"""Vocabulary parallel: embedding, head and loss, each rank with its own part of the vocabulary.
 
-                       rank 0: words 0..V/t            rank 1: words V/t..2V/t        ...
-    embedding          rows of its own words,          the same, for its words        --all-reduce--> hidden states
+                       rank 0: entries 0..V/t          rank 1: entries V/t..2V/t        ...
+    embedding          rows of its own entries,        the same, for its entries        --all-reduce--> hidden states
                        zero for all others
     head               logits [B, S, V/t]              logits [B, S, V/t]             stay where they are
     loss               max, sum of exponentials, the label's logit, each [B, S]       --2 all-reduces--> loss
 
-The logits are the largest activation of a small model (V words for each token) and never leave their rank: the loss
-moves 3 numbers per token, where a gather would move V. Backward: softmax - one_hot, local, without communication.
-Words that do not divide are no matter: the last rank has fewer.
+The logits are the largest activation of a small model (V entries for each token) and never leave their rank: the loss
+moves 3 numbers per token (4 with `train.label_smoothing`), where a gather would move V. Backward: softmax - one_hot,
+local, without communication.
+The vocabulary need not divide evenly: the last rank has fewer entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import nn
 
 from trainer.axes.tensor.collectives import Ranks
 from trainer.data import IGNORED
+from trainer.model.loss import Smoothed
 
 WIDE_ELEMENTS = 2**24
 """Logits are widened to float32 in slices of this many elements (64 MiB), never all at once."""
@@ -52,7 +55,7 @@ def embedding_forward(module: nn.Embedding, ranks: Ranks) -> Callable[..., torch
     return forward
 
 
-def cross_entropy_sum(ranks: Ranks, vocabulary: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def cross_entropy_sum(ranks: Ranks, vocabulary: int) -> Smoothed:
     """`trainer.model.loss.cross_entropy_sum` for divided logits: a function of (logits, labels).
 
     logits: this rank's [batch, seq_len, part of the vocabulary]; labels: [batch, seq_len], already shifted, the same
@@ -61,24 +64,43 @@ def cross_entropy_sum(ranks: Ranks, vocabulary: int) -> Callable[[torch.Tensor, 
     """
     start = part_of(vocabulary, ranks).start
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), start, ranks.group)
+    def loss(logits: torch.Tensor, labels: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor:
+        weights = Weights.of(smoothing, vocabulary)
+        return _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), start, ranks.group, weights)
 
     return loss
 
 
-def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor:
     """`trainer.model.loss.cross_entropy_sum` for whole logits, without its float32 copies of all of them: beside the
     logits and their gradient it holds one slice in float32. Of 14 bytes per token and word (16-bit logits) 4 remain."""
-    return _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), 0, None)
+    weights = Weights.of(smoothing, logits.shape[-1])
+    return _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), 0, None, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What the label of a token weighs, and what every word of the vocabulary, the label too. Together they are 1."""
+
+    label: float
+    word: float
+
+    @staticmethod
+    def of(smoothing: float, words: int) -> Weights:
+        return Weights(1 - smoothing, smoothing / words)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Saves the logits as they are and one number per token; the softmax is computed anew in the backward."""
+    """Saves the logits as they are and one number per token; the softmax is computed again in the backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, start: int, group: dist.ProcessGroup | None
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        start: int,
+        group: dist.ProcessGroup | None,
+        weights: Weights,
     ) -> torch.Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         valid = labels != IGNORED
@@ -87,17 +109,22 @@ class _CrossEntropy(torch.autograd.Function):
         largest = logits.amax(-1).to(wide)
         if group is not None:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        # exp_sum and the label's logit, in one collective.
-        sums = torch.empty((2, *labels.shape), dtype=wide, device=logits.device)
+        # exp_sum, the label's logit and, where labels are smoothed, the sum of all logits, in one collective.
+        sums = torch.empty((3 if weights.word else 2, *labels.shape), dtype=wide, device=logits.device)
         for rows in slices(logits):
-            sums[0, rows] = (logits[rows].to(wide) - largest[rows, None]).exp_().sum(-1)
+            shifted = logits[rows].to(wide) - largest[rows, None]
+            if weights.word:
+                sums[2, rows] = shifted.sum(-1)
+            sums[0, rows] = shifted.exp_().sum(-1)
         labelled = logits.gather(1, column[:, None]).squeeze(1).to(wide) - largest
         sums[1] = torch.where(here, labelled, 0)
         if group is not None:
             dist.all_reduce(sums, group=group)
         log_sum = sums[0].log()
         ctx.save_for_backward(logits, largest + log_sum, column, here, valid)
-        return torch.where(valid, log_sum - sums[1], 0).sum()
+        ctx.weights = weights
+        expected = sums[1] * weights.label + sums[2] * weights.word if weights.word else sums[1]
+        return torch.where(valid, log_sum - expected, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -106,9 +133,13 @@ class _CrossEntropy(torch.autograd.Function):
         weight = gradients[0] * valid
         for rows in slices(logits):
             softmax = (logits[rows].to(log_total.dtype) - log_total[rows, None]).exp_()
-            softmax.scatter_add_(1, column[rows, None], -here[rows, None].to(softmax.dtype))
+            labelled = here[rows, None].to(softmax.dtype)
+            if ctx.weights.word:
+                softmax.sub_(ctx.weights.word)
+                labelled.mul_(ctx.weights.label)
+            softmax.scatter_add_(1, column[rows, None], -labelled)
             result[rows] = softmax.mul_(weight[rows, None])
-        return result, None, None, None
+        return result, None, None, None, None
 
 
 def slices(logits: torch.Tensor) -> Iterator[slice]:

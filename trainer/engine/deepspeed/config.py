@@ -12,18 +12,20 @@ stated is irrelevant to both. The memory estimator reads the same dictionary.
     sub_group_size (one step of the optimizer)  10**8, never more than a quarter of what is trained, over W
 
 The caps are DeepSpeed's own defaults, except sub_group_size. The fractions make a small model behave as a large
-one does: with the bare defaults ZeRO 3 holds any model of less than 10**9 parameters whole on every rank.
+one does: with the bare defaults ZeRO 3 holds any model of less than 10**9 parameters whole on every rank. A size that
+`parallel.deepspeed` gives replaces the computed one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
 
 from configs.choices import BYTES, DType, OffloadDevice
 from configs.schema import Config
 from trainer.axes import SHARD
+from trainer.engine.deepspeed.settings import accumulating, given, given_aio
 from trainer.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -32,13 +34,14 @@ if TYPE_CHECKING:
 DTYPE_NAMES = {DType.float32: "fp32", DType.bfloat16: "bf16", DType.float16: "fp16"}
 # DeepSpeed swaps a tensor only if its part on a rank has at least this many bytes; smaller ones stay in memory.
 SWAP_BYTES = 2**20
+ALIGNED_BYTES = 1024  # each thread reads and writes whole ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSize:
     """Numbers of elements. parameters: all of them, tied ones once; trained: of those that are trained. largest: the
     largest parameter (an embedding, as a rule). largest_vector: the largest parameter with one dimension (a norm or a
-    bias). widest_module: how many parameters one module owns at the most (2 where there are biases)."""
+    bias). widest_module: maximum number of parameters of one module (2 where there are biases)."""
 
     parameters: int
     trained: int
@@ -76,6 +79,8 @@ def deepspeed_config(config: Config, plan: Plan, size: ModelSize, *, swap_folder
         "zero_allow_untested_optimizer": True,
         **_precision(config, plan),
     }
+    if config.parallel.deepspeed.comms_logger:
+        settings["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
     if OffloadDevice.nvme in (plan.offload_optimizer, plan.offload_parameters):
         settings["aio"] = {
             "block_size": SWAP_BYTES,
@@ -83,15 +88,16 @@ def deepspeed_config(config: Config, plan: Plan, size: ModelSize, *, swap_folder
             "intra_op_parallelism": 1,
             "single_submit": False,
             "overlap_events": True,
+            **given_aio(config.parallel.deepspeed),
         }
     return settings
 
 
 def _precision(config: Config, plan: Plan) -> dict[str, Any]:
-    """Gradients cross ranks in reduce_dtype and add up over micro-batches in master_dtype."""
+    """Gradients cross ranks in reduce_dtype and add up over micro-batches in master_dtype (see `accumulating`)."""
     settings: dict[str, Any] = {
         "communication_data_type": DTYPE_NAMES[plan.reduce_dtype],
-        "data_types": {"grad_accum_dtype": DTYPE_NAMES[plan.master_dtype]},
+        "data_types": {"grad_accum_dtype": DTYPE_NAMES[accumulating(config)]},
     }
     if plan.param_dtype is DType.bfloat16:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -115,7 +121,8 @@ def _zero(config: Config, plan: Plan, size: ModelSize, swap_folder: str | None) 
         "allgather_bucket_size": bucket,
     }
     if plan.zero_stage == 3:
-        settings |= _stage3(plan, size)
+        settings |= _stage3(config, plan, size)
+    settings |= given(config.parallel.deepspeed)
     pin_memory = config.parallel.offload.pin_memory and plan.device == "cuda"
     if plan.offload_optimizer is not OffloadDevice.none:
         settings["offload_optimizer"] = {"device": str(plan.offload_optimizer), "pin_memory": pin_memory}
@@ -125,11 +132,11 @@ def _zero(config: Config, plan: Plan, size: ModelSize, swap_folder: str | None) 
     if plan.offload_parameters is not OffloadDevice.none:
         settings["offload_param"] = {"device": str(plan.offload_parameters), "pin_memory": pin_memory}
         if plan.offload_parameters is OffloadDevice.nvme:
-            settings["offload_param"] |= _swapped_parameters(plan, size, swap_folder)
+            settings["offload_param"] |= _swapped_parameters(config, plan, size, swap_folder)
     return settings
 
 
-def _stage3(plan: Plan, size: ModelSize) -> dict[str, Any]:
+def _stage3(config: Config, plan: Plan, size: ModelSize) -> dict[str, Any]:
     window = max(size.parameters // 4, size.largest)
     on_disk = plan.offload_parameters is OffloadDevice.nvme
     share = ceil(size.trained / plan.degree(SHARD) / 4)
@@ -144,14 +151,15 @@ def _stage3(plan: Plan, size: ModelSize) -> dict[str, Any]:
         "stage3_max_reuse_distance": 0 if on_disk else min(10**9, window),
         # The optimizer updates one sub-group at a time; DeepSpeed's 10**9 means a temporary float32 gradient of
         # 4 GB, and with NVMe four pinned buffers of 4 GB, on each rank.
-        "sub_group_size": min(10**8, max(share, 4 * SWAP_BYTES // BYTES[plan.master_dtype])),
+        "sub_group_size": min(10**8, max(share, 4 * _swap_bytes(config) // BYTES[plan.master_dtype])),
         "stage3_gather_16bit_weights_on_model_save": False,
     }
 
 
-def _swapped_parameters(plan: Plan, size: ModelSize, swap_folder: str | None) -> dict[str, Any]:
+def _swapped_parameters(config: Config, plan: Plan, size: ModelSize, swap_folder: str | None) -> dict[str, Any]:
     """A buffer must hold the largest rank's part of a parameter; DeepSpeed's fixed 10**8 elements fit no rule."""
-    align = SWAP_BYTES // BYTES[plan.param_dtype]
+    threads = config.parallel.deepspeed.aio.intra_op_parallelism or 1
+    align = lcm(SWAP_BYTES, ALIGNED_BYTES * threads) // BYTES[plan.param_dtype]
     return {
         "nvme_path": swap_folder,
         "buffer_size": ceil(ceil(size.largest / plan.degree(SHARD)) / align) * align,
@@ -159,6 +167,10 @@ def _swapped_parameters(plan: Plan, size: ModelSize, swap_folder: str | None) ->
         # Elements per rank that stay in host memory after all. DeepSpeed's 10**9 would leave most models there.
         "max_in_cpu": 0,
     }
+
+
+def _swap_bytes(config: Config) -> int:
+    return max(SWAP_BYTES, config.parallel.deepspeed.aio.block_size or 0)
 
 
 def _even(elements: int) -> int:

@@ -20,6 +20,7 @@ float32 values. A checkpoint in 16 bit is the same for both.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
@@ -45,12 +46,14 @@ from trainer.engine.deepspeed.setup import (
     drop_gradient,
     import_deepspeed,
     load_kernels,
+    messages_sent,
     needed_kernels,
 )
 from trainer.engine.deepspeed.swap import SwapFolder
 from trainer.engine.deepspeed.tensor import make_plain, model_parallel_unit
 from trainer.engine.saved import Saved, read_buffer, write_buffers
 from trainer.model.build import materialize
+from trainer.model.noise import numbered
 from trainer.model.pieces import join
 from trainer.model.precision import apply_tf32, build_loss_scale, torch_dtype
 from trainer.model.weights import WeightSource
@@ -58,6 +61,8 @@ from trainer.optim.build import build_optimizer, learning_rates, set_lr
 from trainer.passes import Parts
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 
 class DeepSpeedEngine:
@@ -71,8 +76,10 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(verbose=False)
         apply_tf32(config.precision)
         self.plan, self.runtime = plan, runtime
+        self.disturbs = config.train.neftune_alpha > 0
         self.loss_scale = build_loss_scale(config.precision)
         self.whole = linear.keeps_model(config)
+        self.counts_messages = config.parallel.deepspeed.comms_logger
         path = config.parallel.offload.nvme_path
         swaps = OffloadDevice.nvme in (plan.offload_optimizer, plan.offload_parameters)
         self.swap = SwapFolder(path, runtime) if swaps and path is not None else None
@@ -196,10 +203,14 @@ class DeepSpeedEngine:
         # Without a collective: a rank that failed closes too, while the others wait for it elsewhere.
         if self.swap is not None:
             self.swap.close()
+        for line in messages_sent() if self.counts_messages else ():
+            if self.runtime.is_main:
+                log.info("messages: %s", line)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        run = partial(self.engine, input_ids=batch.input_ids, use_cache=False, **positions)
+        noise = numbered(batch, wanted=self.disturbs)
+        run = partial(self.engine, input_ids=batch.input_ids, use_cache=False, **positions, **noise)
         return self.objective(run, batch.labels)
 
     def _speaks(self) -> bool:

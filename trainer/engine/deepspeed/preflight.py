@@ -11,7 +11,6 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from packaging.version import Version
 
 from configs.choices import DType, OffloadDevice
 from configs.errors import EnvironmentProblem
+from configs.packages import installed
 from configs.schema import Config
 from trainer.engine.deepspeed.setup import (
     LOWEST_VERSION,
@@ -42,9 +42,8 @@ def check_deepspeed(config: Config, plan: Plan) -> None:
 
 def _check_version() -> Iterator[str]:
     remedy = f"pip install 'deepspeed{VERSIONS}'"
-    try:
-        found = version("deepspeed")
-    except PackageNotFoundError:
+    found = installed("deepspeed")
+    if found is None:
         yield f"parallel.engine=deepspeed: the package deepspeed is not installed; {remedy}, or use parallel=ddp"
         return
     if Version(found) < Version(LOWEST_VERSION):

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -137,7 +138,7 @@ class Partitioner:
 
     def __init__(self, deepspeed: ModuleType, settings: dict[str, Any]) -> None:
         self.deepspeed, self.settings = deepspeed, settings
-        self.swapper = None
+        self.swapper = self.sharing = None
 
     def __call__(self, unit: nn.Module) -> None:
         init = self.deepspeed.zero.Init(
@@ -146,8 +147,22 @@ class Partitioner:
             config_dict_or_path=self.settings,
             # One swapper for the whole model; each makes its own buffers.
             param_swapper=self.swapper,
+            # The ranks of a second copy (hpZ) alike: it makes their group once.
+            zero_param_parallel_group=self.sharing,
         )
-        self.swapper = init.param_swapper
+        self.swapper, self.sharing = init.param_swapper, init.zero_param_process_group
+
+
+def messages_sent() -> Iterator[str]:
+    """What DeepSpeed has counted since it was asked to, in lines, and forget it."""
+    from deepspeed.comm.comm import comms_logger
+
+    its_log: Any = comms_logger
+    for kind, sizes in its_log.get_raw_data().items():
+        for size, (count, milliseconds, *_) in sorted(sizes.items()):
+            yield f"{kind} of {size} bytes: {count} times, {sum(milliseconds) / count:.2f} ms each"
+    its_log.reset_data()
+    its_log.enabled = False
 
 
 def drop_gradient(optimizer: Any) -> None:
@@ -160,7 +175,7 @@ def drop_gradient(optimizer: Any) -> None:
     if isinstance(optimizer, BF16_Optimizer):
         optimizer.clear_hp_grads()
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        # The next backward would add to what is left here instead of starting anew.
+        # The next backward would add to what is left here instead of starting from zero.
         optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
         if optimizer.cpu_offload:
             optimizer.reset_cpu_buffers()

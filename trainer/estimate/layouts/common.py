@@ -13,8 +13,9 @@ from trainer.axes import CONTEXT, PIPELINE, REPLICATE, TENSOR
 from trainer.estimate.profile import Profile
 from trainer.estimate.timeline import Handle, Timeline
 from trainer.model.roles import Described
+from trainer.optim.by_role import updated_apart
 from trainer.optim.protocol import Held, Spread
-from trainer.optim.table import ask, kept, kept_bytes
+from trainer.optim.table import ask, kept, kept_bytes, paged_bytes
 from trainer.plan.plan import Plan
 from trainer.update import ask as ask_update
 from trainer.update.passes import Passes
@@ -66,16 +67,27 @@ class Setting:
         for one in held:
             for tensor in kept(one.piece, self.optimizer, self.plan.master_dtype):
                 self.timeline.allocate("optimizer", tensor.nbytes)
+        if shared := paged_bytes([one.piece for one in held], self.optimizer, self.plan.master_dtype):
+            self.place("paged optimizer states", shared, OffloadDevice.cpu)
 
     def states_bytes(self, held: Sequence[Held]) -> int:
         return kept_bytes([one.piece for one in held], self.optimizer, self.plan.master_dtype)
+
+    def averaged(self, held: Sequence[Held]) -> int:
+        """Bytes of those parameters that an average stands for while the model is validated."""
+        average, dtype = ask(self.optimizer).average(self.optimizer), self.plan.master_dtype
+        if average is None:
+            return 0
+        states = ((one.piece, ask(self.optimizer).state(one.whole, self.optimizer, dtype)) for one in held)
+        return sum(piece.numel * BYTES[dtype] for piece, state in states if average.kind in state)
 
     def update(self, held: Sequence[Held]) -> None:
         """What the update needs for a moment. held: the matrices that it updates at once, in its order."""
         plan = self.plan
         spread = Spread(ranks=plan.fsdp_size * plan.degree(TENSOR), copies=plan.degree(REPLICATE))
-        workspace = ask(self.optimizer).temporaries(held, self.optimizer, plan.master_dtype, spread)
-        self.timeline.free(self.timeline.allocate("workspace", workspace))
+        for group in updated_apart(held, self.optimizer):
+            workspace = ask(self.optimizer).temporaries(group, self.optimizer, plan.master_dtype, spread)
+            self.timeline.free(self.timeline.allocate("workspace", workspace))
 
 
 class Layout(ABC):
@@ -120,6 +132,8 @@ class Layout(ABC):
 
     def after_forward(self, group: str) -> None: ...
 
+    def begin_backward(self) -> None: ...
+
     def before_backward(self, group: str) -> None: ...
 
     def after_backward(self, group: str) -> None: ...
@@ -137,6 +151,10 @@ class Layout(ABC):
         """The update of a step without gradients, one parameter after the other."""
         for one in held:
             self.setting.update([one])
+
+    def set_aside(self) -> int:
+        """Bytes of trained weights that wait elsewhere on the device while their average is validated."""
+        return 0
 
     @abstractmethod
     def update(self, step: int) -> None:

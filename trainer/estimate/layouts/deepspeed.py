@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.choices import DType, OffloadDevice
+from configs.zero_settings import is_plain
 from trainer.estimate.layouts.common import Layout, Setting
 from trainer.estimate.layouts.zero import ZeroStage12
 from trainer.estimate.layouts.zero1 import Bfloat16ZeroStage1
@@ -16,7 +16,6 @@ def zero_layout(setting: Setting, settings: dict[str, Any]) -> Layout:
     plan = setting.plan
     if plan.zero_stage == 3:
         return ZeroStage3(setting, settings)
-    on_gpu = plan.offload_optimizer is OffloadDevice.none
-    if plan.zero_stage == 1 and plan.param_dtype is DType.bfloat16 and on_gpu:
+    if is_plain(stage=plan.zero_stage, compute=plan.param_dtype, offload=plan.offload_optimizer):
         return Bfloat16ZeroStage1(setting)
     return ZeroStage12(setting, settings)

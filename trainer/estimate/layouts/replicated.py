@@ -1,7 +1,7 @@
 """One process, and data parallel (DDP): every rank holds parameters, gradients and states whole.
 
 Under DDP gradients live in its buckets. DDP learns in its first backward, which the trainer runs before step 1
-(`parallel.ddp`), in which order gradients become ready, and builds its buckets anew at the start of step 1, one after
+(`parallel.ddp`), in which order gradients become ready, and builds its buckets again at the start of step 1, one after
 another; an old one is freed when its last gradient has moved.
 
 Gradients that are applied inside the backward have no buckets: of two replicas each is sent alone, and waits for the
@@ -102,6 +102,9 @@ class Replicated(Layout):
     def _use(self, key: Key, handle: Handle | None) -> None:
         self.apply_at_once("/".join(key), [self.pieces[key]])
         self.timeline.free(handle)
+
+    def set_aside(self) -> int:
+        return 0 if self.ddp else self.setting.averaged(self.held)  # DDP's buckets have the room
 
     def update(self, step: int) -> None:
         if not self.setting.passes.backwards:

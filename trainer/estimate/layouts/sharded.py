@@ -3,6 +3,7 @@
     gather    shard cast to param_dtype -> all-gather output -> a whole copy of each parameter; the output of the last
               gathering of a forward stays until the next one (their copies may overlap)
     backward  each group, as it begins, starts the gathering of the next one
+    `parallel.fsdp`  further groups gathered ahead; between forward and backward a part that fewer ranks share
     reduce    whole gradients -> reduce-scatter input in reduce_dtype -> 1/W of it in master_dtype; the input stays
               until the next group's reduction
 
@@ -22,7 +23,7 @@ from math import ceil, prod
 
 from configs.choices import OffloadDevice
 from trainer.axes import REPLICATE, TENSOR
-from trainer.axes.shard import shard_dim
+from trainer.axes.shard import in_order, shard_dim
 from trainer.estimate.layouts.common import Layout, Setting
 from trainer.estimate.profile import Parameter
 from trainer.estimate.timeline import COMPUTE, GATHER, REDUCE, Handle
@@ -38,6 +39,7 @@ class FullySharded(Layout):
         super().__init__(setting)
         plan, anatomy = self.plan, self.anatomy
         self.reshard = plan.reshard_after_forward
+        self.fewer = plan.fsdp.reshard_size
         self.ranks = plan.fsdp_size
         self.replicated = plan.degree(REPLICATE) > 1
         self.offloaded = plan.offload_parameters is not OffloadDevice.none
@@ -51,10 +53,16 @@ class FullySharded(Layout):
         self.trained = {
             name: sum(self._shard(p) for p in parameters if p.trainable) for name, parameters in self.groups.items()
         }
+        self.cast = {
+            name: sum(self._gathered(p) for p in parameters if self._cast(p))
+            for name, parameters in self.groups.items()
+        }
         self.reduced = {
             name: sum(self._shard(p) * self._ranks(p) for p in parameters if p.trainable)
             for name, parameters in self.groups.items()
         }
+        self.ends = in_order(name for name in self.groups if name != "root")
+        self.between: dict[str, list[Handle | None]] = {}
         self.whole: dict[str, list[Handle | None]] = {}
         self.pending: dict[str, Handle | None] = {}
         self.deferred: Handle | None = None
@@ -84,9 +92,17 @@ class FullySharded(Layout):
         return tuple(shape)
 
     def _gathered(self, parameter: Parameter) -> int:
-        """Bytes that a rank gives to a gathering: its part in param_dtype, or of what the values are packed in."""
+        """Bytes that a rank gives to a gathering: its part in param_dtype or float8, or of what the values are packed
+        in."""
         shard = self._shard(parameter)
-        return parameter.packed[0] * shard // parameter.numel if parameter.packed else shard * self.param
+        if parameter.packed:
+            return parameter.packed[0] * shard // parameter.numel
+        return shard * (parameter.gathered or self.param)
+
+    def _cast(self, parameter: Parameter) -> bool:
+        """Whether a rank's part is cast before it is gathered."""
+        narrower = self.param != self.master or parameter.gathered > 0
+        return parameter.trainable and (narrower or self.in_host_memory)
 
     def start(self) -> None:
         for parameters in self.groups.values():
@@ -113,11 +129,20 @@ class FullySharded(Layout):
             self._copy_out(group)
             self.timeline.free(self.deferred)
             self.deferred = self.pending.pop(group, None)
+        for other in self._ahead(group, self.plan.fsdp.forward_prefetch):
+            self._gather(other)
+
+    def _ahead(self, group: str, count: int | None, *, back: bool = False) -> list[str]:
+        """Groups that a group gathers ahead by its own list, the nearest first."""
+        if count is None or group not in self.ends:
+            return []
+        place = self.ends.index(group)
+        return self.ends[max(0, place - count) : place][::-1] if back else self.ends[place + 1 :][:count]
 
     def after_forward(self, group: str) -> None:
         if group in self.groups:
             if self.reshard:
-                self._drop(group)
+                self._drop_but_a_part(group)
             self.order.append(group)
         if group == "root":
             self.timeline.free(self.deferred)
@@ -131,8 +156,9 @@ class FullySharded(Layout):
             self._copy_out(group)
             self.timeline.free(self.pending.pop(group, None))
         place = self.order.index(group) if group in self.order else 0
-        if place > 0:
-            self._gather(self.order[place - 1])
+        listed = self._ahead(group, self.plan.fsdp.backward_prefetch, back=True)
+        for other in listed or self.order[max(0, place - 1) : place]:
+            self._gather(other)
 
     def after_backward(self, group: str) -> None:
         if group not in self.groups:
@@ -168,9 +194,14 @@ class FullySharded(Layout):
         if not self.delayed:
             self._finish()
 
+    def set_aside(self) -> int:
+        return 0 if self.in_host_memory else self.setting.averaged(self.updated())
+
     def end_alone(self) -> None:
         for group in [*self.whole]:
             self._drop(group)
+        for group in [*self.between]:
+            self.timeline.free_all(self.between.pop(group))
 
     def _add_up(self, group: str) -> None:
         """Gradients that are not reduced yet: kept whole, in the dtype in which they will be."""
@@ -250,9 +281,8 @@ class FullySharded(Layout):
         gathered = sum(shard * ranks for shard, ranks, _ in self.shards[group] if ranks > 1)
         if group in self.whole or group in self.pending or not gathered:
             return
-        cast = None
-        if self.param != self.master or self.in_host_memory:
-            cast = self.timeline.allocate("buffers", self.trained[group] * self.param, GATHER)
+        # From fewer ranks they come as they were kept, in param_dtype.
+        cast = self.timeline.allocate("buffers", 0 if group in self.between else self.cast[group], GATHER)
         self.pending[group] = self.timeline.allocate("buffers", gathered, GATHER)
         self.timeline.free(cast)
 
@@ -269,8 +299,15 @@ class FullySharded(Layout):
             copies.append(self.timeline.allocate("buffers", shard * ranks, COMPUTE))
             if again:
                 joined.append(self.timeline.allocate("buffers", shard * ranks, COMPUTE))
-        self.timeline.free_all([cast, *joined])
+        self.timeline.free_all([cast, *joined, *self.between.pop(group, [])])
         self.whole[group] = copies
+
+    def _drop_but_a_part(self, group: str) -> None:
+        """After the forward: what stays is sharded over `fewer` ranks, if that is given."""
+        if self.fewer is not None and self.fewer < self.ranks and group in self.whole:
+            parts = (shard * ranks // self.fewer for shard, ranks, _ in self.shards[group])
+            self.between[group] = [self.timeline.allocate("buffers", part, COMPUTE) for part in parts]
+        self._drop(group)
 
     def _drop(self, group: str) -> None:
         self.timeline.free_all(self.whole.pop(group, []))

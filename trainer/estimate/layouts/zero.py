@@ -56,6 +56,7 @@ class Bucketed(Zero):
     def __init__(self, setting: Setting, settings: dict[str, Any]) -> None:
         super().__init__(setting)
         self.bucket_elements = settings["zero_optimization"]["reduce_bucket_size"]
+        self.contiguous = settings["zero_optimization"]["contiguous_gradients"]
         self.numel = {(group, p.name): p.numel for group, members in self.anatomy.all_groups() for p in members}
         self.filled = 0
         self.outside: list[Handle | None] = []
@@ -64,7 +65,7 @@ class Bucketed(Zero):
         if self.filled and self.filled + elements > self.bucket_elements:
             self.empty()
         self.filled += elements
-        if elements > self.bucket_elements:
+        if elements > self.bucket_elements or not self.contiguous:
             self.outside.append(handle)
         else:
             self.timeline.free(handle)
@@ -86,7 +87,8 @@ class ZeroStage12(Bucketed):
     def __init__(self, setting: Setting, settings: dict[str, Any]) -> None:
         super().__init__(setting, settings)
         plan, anatomy = self.plan, self.anatomy
-        self.stage = plan.zero_stage
+        self.stage, zero = plan.zero_stage, settings["zero_optimization"]
+        self.overlaps, self.scatters = zero["overlap_comm"], zero["reduce_scatter"]
         self.offloaded = plan.offload_optimizer is not OffloadDevice.none
         # Gradients in 16 bit add up in float32: in a partition of their own, under stage 1 also while they are whole.
         self.compact = self.param != self.master
@@ -113,9 +115,13 @@ class ZeroStage12(Bucketed):
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
         key = group, parameter
         if self.bucket is None:
-            self.bucket = self.timeline.allocate("buffers", self.bucket_elements * self.whole_width)
+            # While one is reduced, the backward fills the other.
+            buckets = self.contiguous + self.overlaps
+            self.bucket = self.timeline.allocate("buffers", self.bucket_elements * self.whole_width * buckets)
         if self.stage == 1:
             self._accumulate(key, handle)
+            if self.overlaps and self.last:
+                self.fill(self.numel[key], self.whole.pop(key))
         else:
             self.fill(self.numel[key], handle)
 
@@ -177,7 +183,9 @@ class ZeroStage12(Bucketed):
                 self.timeline.allocate("gradients", elements // self.ranks * self.master) for elements in self.groups
             ]
         elements = min(self.filled, ALLREDUCE_ELEMENTS + self.groups[0] // self.ranks)
-        copy = self.timeline.allocate("buffers", elements * self.whole_width)
+        # An all-reduce of all of it is done in place, where it lies in one piece.
+        copies = self.scatters or not self.contiguous
+        copy = self.timeline.allocate("buffers", elements * self.whole_width if copies else 0)
         cast = None
         if self.reduce != self.whole_width:
             cast = self.timeline.allocate("buffers", elements * self.reduce)

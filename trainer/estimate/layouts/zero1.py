@@ -24,9 +24,8 @@ class Bfloat16ZeroStage1(Zero):
             self.timeline.allocate("gradients", elements * self.master)
         super().start()
 
-    def before_backward(self, group: str) -> None:
-        if group == "root":
-            self.timeline.free_all(self.gradients)
+    def begin_backward(self) -> None:
+        self.timeline.free_all(self.gradients)
 
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
         self.gradients.append(self.timeline.move(handle, "gradients"))

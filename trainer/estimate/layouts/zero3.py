@@ -1,10 +1,11 @@
 """ZeRO 3 (DeepSpeed): parameters, gradients, master weights and states partitioned over W ranks.
 
-    for good       param_dtype partition + float32 gradient partition + master partition + states, each P / W;
+    for good       param_dtype partition + gradients in grad_accum_dtype + master partition + states, each P / W;
                    one bucket of reduce_bucket_size elements in reduce_dtype; parameters below the persistence
                    threshold whole, from their first use on
     forward        a module's parameters are gathered before it and dropped after it, the next ones ahead of time;
                    those that the backward needs again within stage3_max_reuse_distance elements stay
+    hpZ            zero_hpz_partition_size ranks keep a second copy of what the forward has dropped, until the update
     backward       gradients are copied into the bucket; when it is full, a second copy of it is reduce-scattered
     update         one sub-group of sub_group_size elements after another, each with its own float32 gradient
     NVMe           states, master weights and the update's gradients on disk; in host memory pinned buffers for the
@@ -15,15 +16,18 @@ Reads `trainer.engine.deepspeed.config`; source: deepspeed/runtime/zero/stage3.p
 
 from __future__ import annotations
 
-from math import ceil
+from collections.abc import Iterable, Mapping
+from math import ceil, inf
 from typing import Any
 
-from configs.choices import OffloadDevice
+from configs.choices import BYTES, OffloadDevice
+from trainer.engine.deepspeed.config import DTYPE_NAMES
 from trainer.estimate.layouts.common import Setting, flat
 from trainer.estimate.layouts.zero import Bucketed, trained
 from trainer.estimate.profile import Anatomy, Parameter
 from trainer.estimate.timeline import GATHER, Handle
 
+WIDTHS = {name: BYTES[dtype] for dtype, name in DTYPE_NAMES.items()}
 NORM_BYTES = 8  # norms of an offloaded gradient are computed in float64
 
 
@@ -49,43 +53,64 @@ class ZeroStage3(Bucketed):
     def __init__(self, setting: Setting, settings: dict[str, Any]) -> None:
         super().__init__(setting, settings)
         plan, zero = setting.plan, settings["zero_optimization"]
+        # Of the partition in which gradients add up.
+        self.added = WIDTHS[settings["data_types"]["grad_accum_dtype"]]
         self.optimizer, self.parameters = plan.offload_optimizer, plan.offload_parameters
-        self.threshold = zero["stage3_param_persistence_threshold"]
+        self.groups = dict(self.anatomy.all_groups())
+        self.kept = self._kept_whole(zero)
+        self.live = zero["stage3_max_live_parameters"]
         self.reuse = zero["stage3_max_reuse_distance"]
         self.ahead = zero["stage3_prefetch_bucket_size"]
-        self.groups = dict(self.anatomy.all_groups())
+        # Ranks that share a second copy of the parameters, if fewer than all keep the first.
+        self.sharing = zero.get("zero_hpz_partition_size", 1)
         self.frozen = sum(ceil(p.numel / self.ranks) for p in self.anatomy.parameters() if not p.trainable)
         self.shards = [ceil(p.numel / self.ranks) for p in trained(self.anatomy)]
         self.sub_groups = sub_groups(self.anatomy, self.ranks, zero["sub_group_size"])
         self.swapped = zero.get("offload_param", {})
         self.swap_buffers = zero.get("offload_optimizer", {}).get("buffer_count", 0)
         self.after = self._elements_after()
+        self.second: dict[str, list[Handle | None]] = {}
         self.whole: dict[str, list[Handle | None]] = {}
         self.persistent: set[str] = set()
         self.step = 0
 
-    def _elements_after(self) -> dict[str, int]:
-        """Elements of all groups that the forward passes after each; the root (norm) stands before the head."""
+    def _order(self) -> list[str]:
+        """As the model names its parameters, and the forward passes them; the root (norm) stands before the head."""
         order = ["embedding", *(name for name in self.groups if name.isdigit()), "root", "head"]
+        return [name for name in order if name in self.groups]
+
+    def _kept_whole(self, zero: Mapping[str, Any]) -> set[tuple[str, str]]:
+        """Small parameters, as many as there is room for."""
+        room, kept = zero.get("stage3_model_persistence_threshold", inf), set[tuple[str, str]]()
+        for group in self._order():
+            for parameter in self.groups[group]:
+                if parameter.numel <= min(room, zero["stage3_param_persistence_threshold"]):
+                    room -= parameter.numel
+                    kept.add((group, parameter.name))
+        return kept
+
+    def _elements_after(self) -> dict[str, int]:
+        """Elements of all groups that the forward passes after each."""
         total, after = 0, {}
-        for name in reversed([name for name in order if name in self.groups]):
+        for name in reversed(self._order()):
             after[name] = total
             total += sum(p.numel for p in self._large(name))
         return after
 
     def _large(self, group: str) -> list[Parameter]:
-        return [p for p in self.groups.get(group, ()) if p.numel > self.threshold]
+        return [p for p in self.groups.get(group, ()) if (group, p.name) not in self.kept]
 
     def start(self) -> None:
         elements = sum(self.shards)
         self.setting.place("parameters", (elements + self.frozen) * self.param, self.parameters)
-        for what in ("gradients", "optimizer"):
-            self.setting.place(
-                what, elements * self.master, self.optimizer if what == "optimizer" else self._gradients()
-            )
+        self.setting.place("gradients", elements * self.added, self._gradients())
+        self.setting.place("optimizer", elements * self.master, self.optimizer)
         if self.optimizer is not OffloadDevice.none:
             # The gradient that the update on the CPU reads, beside the one that adds up micro-batches.
             self.setting.place("gradients of the update", elements * self.master, self.optimizer)
+        if self.sharing > 1:
+            for group, members in self.groups.items():
+                self._keep_second(group, members)
         self._place_staging()
         self.timeline.allocate("buffers", self.bucket_elements * self.reduce)
         super().start()
@@ -142,6 +167,16 @@ class ZeroStage3(Bucketed):
         elif step == 1:
             self.setting.place("optimizer states", self.setting.states_bytes(rows), self.optimizer)
 
+        # The next forward makes the second copies of the updated parameters, when it drops them.
+        for group in list(self.second):
+            self.timeline.free_all(self.second.pop(group))
+
+    def _keep_second(self, group: str, members: Iterable[Parameter]) -> None:
+        """hpZ: this rank's part of the copy that `sharing` ranks have of what is not gathered."""
+        if self.sharing > 1 and group not in self.second:
+            parts = (ceil(p.numel / self.sharing) * self.param for p in members)
+            self.second[group] = [self.timeline.allocate("parameters", part) for part in parts]
+
     def _next(self, group: str) -> str:
         """The layer after a layer, which in either direction is as large; of other groups none."""
         return group if group.isdigit() and len(self.anatomy.layers) > 1 else ""
@@ -152,17 +187,20 @@ class ZeroStage3(Bucketed):
             return
         if group not in self.persistent:
             for parameter in members:
-                if parameter.numel <= self.threshold:
+                if (group, parameter.name) in self.kept:
                     self.timeline.allocate("parameters", parameter.numel * self.param, GATHER)
             self.persistent.add(group)
         large = self._large(group)
         # Modules are gathered one by one; what is alive at once is the one that computes and what is fetched ahead.
         # That may reach into the group that comes next.
         both = sum(p.numel for p in (*large, *self._large(self._next(group))))
-        most = min(both, max((p.numel for p in large), default=0) + self.ahead)
+        largest = max((p.numel for p in large), default=0)
+        most = min(both, largest + min(self.ahead, max(0, self.live - largest)))
         self.whole[group] = [self.timeline.allocate("buffers", most * self.param, GATHER)]
 
     def _drop(self, group: str) -> None:
+        if group in self.whole:
+            self._keep_second(group, self._large(group))
         self.timeline.free_all(self.whole.pop(group, []))
 
     def reduce_bucket(self) -> None:

@@ -51,7 +51,7 @@ class Candidate:
         return tuple(word for word in self.words if word.startswith("parallel"))
 
     def apply(self, config: Config) -> Config:
-        """`config` with this layout in place of its own."""
+        """`config` with this layout instead of its own."""
         # The groups that are written to; a deep copy of all, a thousand times, takes longer than the times themselves.
         groups = {"parallel": config.parallel, "train": config.train, "cluster": config.cluster}
         changed = replace(config, **{name: replace(group) for name, group in groups.items()})

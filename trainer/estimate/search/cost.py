@@ -1,6 +1,6 @@
 """How long one step of a plan takes: a model made of a few stated terms, not a measurement.
 
-    matrix products        FLOPs / (peak * estimate.efficiency), at least the time to read the weights from memory
+    matmuls                FLOPs / (peak * estimate.efficiency), at least the time to read the weights from memory
     around them            norms, residuals, rotations, activation functions: bytes read and written / bandwidth
     unpacking              4-bit weights read, and written as they are multiplied, at each use
     recompute              what activation checkpointing computes a second time
@@ -9,7 +9,7 @@
     expert parallel        tokens to the ranks of their experts and back, at even routing
     sharding, gradients    gathers and reductions over the data-parallel ranks, behind the computation as far as it goes
     pipeline               waiting (`plan.bubble`) and handing on hidden states
-    update                 optimizer states read and written where they live; the way there and back; matrix products
+    update                 optimizer states read and written where they live; the way there and back; matmuls
 
 It ranks layouts, for which the differences between terms count; the constants below are its assumptions, and how far
 it is from published runs is measured by tests/benchmarks/published.py. Torch-free.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from configs.choices import BYTES, Checkpointing, EngineName, OffloadDevice
@@ -27,9 +28,10 @@ from configs.schema import Optimizer as Settings
 from trainer.axes import CONTEXT, EXPERTS, PIPELINE, REPLICATE, SENDING, SHARD, TENSOR
 from trainer.estimate.profile import Anatomy
 from trainer.estimate.search.network import Network, build_network, group_of
-from trainer.model.flops import training_flops_per_token
+from trainer.flops import Flops, flops
+from trainer.linear.float8 import divides, not_gathered, step_of
 from trainer.optim.protocol import Work
-from trainer.optim.table import ask, kept_bytes
+from trainer.optim.table import ask, kept_bytes, paged_bytes
 from trainer.plan.devices import GB_PER_SECOND, Gpu
 from trainer.plan.model_fields import attention_width, sizes
 from trainer.plan.plan import Plan
@@ -41,7 +43,7 @@ NOTHING = Work()
 MEMORY_ACHIEVED = 0.8
 """Of the data sheet's memory bandwidth, by kernels that only read and write."""
 WHOLE, DIVIDED = {False: 38.0, True: 10.0}, {False: 28.0, True: 14.0}
-"""Hidden-state-sized tensors that one layer's forward reads and writes outside its matrix products, in eager torch and
+"""Hidden-state-sized tensors that one layer's forward reads and writes outside its matmuls, in eager torch and
 compiled: whole ones (two norms, which compute in float32, and two residuals), and those that tensor parallel divides
 (rotation, activation function, product). A backward moves twice as many."""
 LOGIT_BYTES = 30.0
@@ -51,7 +53,7 @@ HIDDEN, EXPOSED = 0.8, 0.05
 UPDATE_BYTES = 14.0
 """Per parameter: master weight read and written, gradient read, copy written. Each state is read and written too."""
 SELECTIVE = 0.5
-"""Of the forward's matrix products are computed again: every second one. All around them is."""
+"""Of the forward's matmuls are computed again: every second one. All around them is."""
 HOST_MEMORY_GB_PER_SECOND = 20.0
 """A GPU's share of its node's memory bandwidth, for updates on the CPU."""
 
@@ -59,11 +61,12 @@ HOST_MEMORY_GB_PER_SECOND = 20.0
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dimensions:
     """Sizes of a decoder. attention: heads * head_dim; key_value: the same of keys. matrices: parameters that take
-    part in a matrix product (all but a look-up table, and of routed experts those that a token goes to). frozen:
+    part in a matmul (all but a look-up table, and of routed experts those that a token goes to). frozen:
     parameters that are not trained; frozen_matrices: those of `matrices` whose own gradient is left out; packed: those
     that are held in `packed_bytes` of other tensors. experts: routed ones of a layer, of which a token goes to
-    `chosen`; in_experts: trained parameters of theirs. kept_bytes: the optimizer's states, in float32. update: its work
-    on all parameters; update_largest: FLOPs of the largest."""
+    `chosen`; in_experts: trained parameters of theirs. kept_bytes: the optimizer's states, in float32; paged_bytes:
+    those of them that a full GPU leaves to its host. update: its work on all parameters; update_largest: FLOPs of the
+    largest. float8: sides of the matrices that one process would multiply in float8."""
 
     parameters: int
     matrices: int
@@ -80,8 +83,10 @@ class Dimensions:
     chosen: int = 0
     in_experts: int = 0
     kept_bytes: int = 0
+    paged_bytes: int = 0
     update: Work = NOTHING
     update_largest: float = 0.0
+    float8: tuple[tuple[int, ...], ...] = ()
 
     @property
     def trained(self) -> int:
@@ -138,31 +143,41 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy, settings: Settings) 
         chosen=chosen,
         in_experts=sum(about.numel for about in trained if about.view == EXPERT),
         kept_bytes=kept_bytes(trained, settings, "float32"),
+        paged_bytes=paged_bytes(trained, settings, "float32"),
         update=Work(flops=sum(one.flops for one in works), exchanged=sum(one.exchanged for one in works)),
         update_largest=max((one.flops for one in works), default=0.0),
+        float8=tuple(parameter.shape for parameter in anatomy.parameters() if parameter.eight_bits),
     )
 
 
 def step_time(config: Config, plan: Plan, size: Dimensions, gpu: Gpu) -> StepTime:
     """Predict the seconds of one optimizer step. The pipeline's stages are taken to be even."""
     seconds = _Step(config, plan, size, gpu).terms()
-    flops = ask_update(config.optimizer).passes(config).useful * training_flops_per_token(
+    work = _flops(config, plan, size)
+    useful, peak = plan.batch.tokens * work.step(config), plan.world_size * _peak(config, plan, gpu, work)
+    return StepTime(
+        seconds={name: value for name, value in seconds.items() if value},
+        tokens=plan.batch.tokens,
+        world_size=plan.world_size,
+        mfu=useful / (peak * sum(seconds.values())),
+    )
+
+
+def _flops(config: Config, plan: Plan, size: Dimensions) -> Flops:
+    """In float8 are the matrices that tensor parallel leaves large enough."""
+    converted = (sides for sides in size.float8 if divides(sides, step_of(config)))
+    return flops(
         matrices=size.matrices,
         layers=size.layers,
         attention=size.attention,
         seq_len=plan.batch.seq_len,
         frozen=size.frozen_matrices,
-    )
-    return StepTime(
-        seconds={name: value for name, value in seconds.items() if value},
-        tokens=plan.batch.tokens,
-        world_size=plan.world_size,
-        mfu=plan.batch.tokens * flops / (plan.world_size * _peak(config, plan, gpu) * sum(seconds.values())),
+        float8=sum(map(prod, converted)),
     )
 
 
-def _peak(config: Config, plan: Plan, gpu: Gpu) -> float:
-    return gpu.peak_flops(plan.param_dtype, tf32=config.precision.tf32) or gpu.float32_flops
+def _peak(config: Config, plan: Plan, gpu: Gpu, work: Flops) -> float:
+    return work.peak(config, plan, gpu) or gpu.float32_flops
 
 
 class _Step:
@@ -180,12 +195,14 @@ class _Step:
         # that are divided have a view of their own.
         apart = size.in_experts if self.ep > 1 else 0
         self.held = ((size.trained - apart) * self.width + size.frozen_bytes(self.width)) / (self.tp * self.pp)
+        self.gathered = self.held - not_gathered(size.float8, config, self.width) / (self.tp * self.pp)
         self.trained = (size.trained - apart) / (self.tp * self.pp)
         self.in_experts = apart / (self.ep * self.pp)
         self.bandwidth = gpu.memory_bandwidth * MEMORY_ACHIEVED
         self.micro_batches = plan.batch.gradient_accumulation_steps
         self.recompute = config.train.activation_checkpointing
         self.passes = ask_update(config.optimizer).passes(config)
+        self.peak = _peak(config, plan, gpu, _flops(config, plan, size)) * config.estimate.efficiency
 
     def terms(self) -> dict[str, float]:
         products, around, times = self._products(), self._around(), self.micro_batches
@@ -197,7 +214,7 @@ class _Step:
         around, again = (forwards + 2 * backwards) * around, backwards * again
         busy = every + around + unpacking + again + tensor + context + experts
         return {
-            "matrix products": every * times,
+            "matmuls": every * times,
             "around them": around * times,
             "unpacking": unpacking * times,
             "recompute": again * times,
@@ -211,7 +228,7 @@ class _Step:
         }
 
     def _products(self) -> float:
-        """Forward of the matrix products. torch's attention skips the masked half."""
+        """Forward of the matmuls. torch's attention skips the masked half."""
         attention = 2.0 * self.size.layers * self.size.attention * self.plan.batch.seq_len
         read = self.held + self.in_experts * self.width
         return max(self._multiplying(2.0 * self.size.matrices + attention), read / self.bandwidth)
@@ -221,8 +238,7 @@ class _Step:
         return self._multiplying(2.0 * self.size.frozen_matrices)
 
     def _multiplying(self, flops_per_token: float) -> float:
-        peak = _peak(self.config, self.plan, self.gpu) * self.config.estimate.efficiency
-        return flops_per_token * self.tokens / (self.tp * self.pp) / peak
+        return flops_per_token * self.tokens / (self.tp * self.pp) / self.peak
 
     def _unpacking(self) -> float:
         """In the forward, in the backward, and in what is computed again."""
@@ -277,7 +293,7 @@ class _Step:
         if plan.fsdp_size == 1:
             return _exposed(copies, 2 / 3 * busy)
         group = group_of(plan, SHARD, CONTEXT)
-        gather, scatter = network.gather(self.held, group), backwards * network.gather(gradients, group)
+        gather, scatter = network.gather(self.gathered, group), backwards * network.gather(gradients, group)
         if self.in_experts:
             group = group_of(plan, *plan.view(EXPERT).sharding)
             gather += network.gather(self.in_experts * self.width, group)
@@ -303,7 +319,8 @@ class _Step:
         plan, work = self.plan, self.size.update
         if not work.flops:
             return 0.0
-        peak = _peak(self.config, plan, self.gpu) * self.config.estimate.efficiency
+        plain = self.gpu.peak_flops(plan.param_dtype, tf32=self.config.precision.tf32) or self.gpu.float32_flops
+        peak = plain * self.config.estimate.efficiency
         group = group_of(plan, SHARD, CONTEXT)
         sent = self.network.all_to_all(work.exchanged / (self.tp * self.pp * group.size), group)
         return max(work.flops / plan.world_size, self.size.update_largest) / peak + sent
@@ -319,7 +336,9 @@ class _Step:
             speed = disk if plan.offload_parameters is OffloadDevice.nvme else self.network.host
             fetched = 2 * self.micro_batches * self.held / shards / min(speed, self.network.host)
         if plan.offload_optimizer is OffloadDevice.none:
-            return touched / self.bandwidth + fetched + self._step_multiplying()
+            # As if the GPU were full: what is paged comes from the host for each update, and goes back.
+            paged = own * 2 * self.size.paged_bytes / max(1, self.size.trained) / self.network.host
+            return touched / self.bandwidth + fetched + paged + self._step_multiplying()
         moved = own * (BYTES[plan.reduce_dtype] + self.width) / self.network.host
         computed = touched / (HOST_MEMORY_GB_PER_SECOND * GB_PER_SECOND)
         swapped = own * 2 * 4 * (1 + kept) / disk if plan.offload_optimizer is OffloadDevice.nvme else 0.0

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from configs.schema import Config
+from trainer.estimate.render import gib_range
 from trainer.estimate.search.cost import (
     EXPOSED,
     HIDDEN,
@@ -20,7 +22,6 @@ from trainer.estimate.search.cost import (
 from trainer.estimate.search.network import ACHIEVED, ASSUMED_NETWORK_GB_PER_SECOND
 from trainer.estimate.search.search import Ranked, Search
 
-GIB = 2**30
 # Words that the search puts in itself; the rest of the command goes before them.
 REPLACED = ("parallel=", "parallel.", "estimate.", "train.micro_batch_size=", "train.gradient_accumulation_steps=")
 REPLACED += ("train.activation_checkpointing=", "train.chunked_loss=", "train.global_batch_size=")
@@ -30,9 +31,19 @@ SAME = 0.02
 
 def command(found: Ranked, search: Search, overrides: Sequence[str]) -> str:
     """What to type to run it. overrides: those that the search was given."""
-    kept = [word for word in overrides if not word.startswith(REPLACED)]
-    batch = f"train.global_batch_size={search.config.train.global_batch_size}"
-    return " ".join(["python -m launch", *kept, *found.candidate.words, batch])
+    return " ".join(["python -m launch", *kept(overrides), *found.candidate.words, batch_word(search.config)])
+
+
+def kept(overrides: Sequence[str]) -> list[str]:
+    """The overrides that stay in the command of a layout."""
+    # How sequences are split is not searched: it stays as the user has it.
+    own = "parallel.context_method="
+    return [word for word in overrides if word.startswith(own) or not word.startswith(REPLACED)]
+
+
+def batch_word(config: Config) -> str:
+    """The override that gives every layout the batch at which they are compared."""
+    return f"train.global_batch_size={config.train.global_batch_size}"
 
 
 def render_search(search: Search, overrides: Sequence[str]) -> str:
@@ -48,6 +59,8 @@ def render_search(search: Search, overrides: Sequence[str]) -> str:
         console.print(f"nothing fits. {_too_large(search)}", soft_wrap=True)
         return text.getvalue()
     console.print(_table(search.best))
+    if not all(found.estimate.fits for found in search.best):
+        console.print("tight, all of these: their lower end fits, their upper end does not")
     console.print(_why(search))
     for number, found in enumerate(search.best, start=1):
         console.print(f"{number}  {command(found, search, overrides)}", soft_wrap=True)
@@ -69,7 +82,9 @@ def search_to_dict(search: Search, overrides: Sequence[str]) -> dict[str, object
                 "seconds": dict(found.time.seconds),
                 "tokens_per_second_per_gpu": found.time.tokens_per_second_per_gpu,
                 "mfu": found.time.mfu,
+                "verdict": str(found.estimate.verdict),
                 "device_bytes": found.estimate.busiest.device_bytes,
+                "device_most_bytes": found.estimate.busiest.device_most_bytes,
                 "peak_reserved_bytes": found.estimate.busiest.peak_reserved_bytes,
                 "host_bytes": found.estimate.busiest.host_bytes,
             }
@@ -87,7 +102,7 @@ def _table(best: Sequence[Ranked]) -> Table:
     for name in ("", "layout", "recompute"):
         table.add_column(name)
     for name in ("micro-batch", "GiB", "s/step", "tokens/s/GPU", "MFU"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("where the time goes")
     for number, found in enumerate(best, start=1):
         plan = found.plan
@@ -96,7 +111,7 @@ def _table(best: Sequence[Ranked]) -> Table:
             _layout(found),
             str(found.candidate.keys["train.activation_checkpointing"].value),
             f"{plan.batch.micro_batch_size} x {plan.batch.gradient_accumulation_steps}",
-            f"{found.estimate.busiest.device_bytes / GIB:.1f}",
+            gib_range(found.estimate.busiest, digits=1),
             f"{found.time.total:.2f}",
             f"{found.time.tokens_per_second_per_gpu:,.0f}",
             f"{found.time.mfu:.0%}",
@@ -137,15 +152,17 @@ def _why(search: Search) -> str:
 def _too_large(search: Search) -> str:
     if search.too_large is None:
         return ""
-    size = search.too_large.estimate.busiest.device_bytes / GIB
-    return f"Too large, even with full recompute: {_layout(search.too_large)}, with {size:.1f} GiB."
+    found = search.too_large.estimate
+    size = gib_range(found.busiest, digits=1)
+    what = "Too large" if found.too_large else "Tight"
+    return f"{what}, even with full recompute: {_layout(search.too_large)}, with {size} GiB."
 
 
 def _assumptions(search: Search) -> str:
     config, gpu = search.config, search.best[0].estimate.device.name
     between = config.cluster.network_gb_per_second or ASSUMED_NETWORK_GB_PER_SECOND
     return (
-        f"\nassumed: {gpu}; matrix products at {config.estimate.efficiency:.0%} of its peak (estimate.efficiency);"
+        f"\nassumed: {gpu}; matmuls at {config.estimate.efficiency:.0%} of its peak (estimate.efficiency);"
         f" memory at {MEMORY_ACHIEVED:.0%}, links and network at {ACHIEVED:.0%} of their bandwidth; {between:g} GB/s"
         f" per GPU between nodes (cluster.network_gb_per_second); collectives hide behind {HIDDEN:.0%} of the"
         f" computation beside them and show at least {EXPOSED:.0%}; {update_bytes(search.size):.0f} bytes moved"

@@ -13,15 +13,17 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from configs.choices import BYTES, Checkpointing, EngineName
-from configs.errors import ConfigError, CookbookError
+from configs.errors import ConfigError, CookbookError, PlanError
 from configs.schema import Config
 from trainer.axes import CONTEXT, EXPERTS, TENSOR
+from trainer.estimate import progress
 from trainer.estimate.bounds import states_bytes
 from trainer.estimate.estimate import Estimate, estimate, planned_device
 from trainer.estimate.profiles import get_anatomy
 from trainer.estimate.search.candidates import Candidate, candidates, nearest
 from trainer.estimate.search.cost import Dimensions, StepTime, dimensions, step_time
 from trainer.estimate.tracing import NotEstimated
+from trainer.estimate.verdict import ABOVE, Verdict
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 from trainer.plan.model_fields import config_fields, sizes
@@ -48,10 +50,10 @@ class Ranked:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
-    """best: the fastest that fit, each layout once, with its best micro-batch and recompute. too_large: the layout that
-    would be faster than all of them and does not fit, at the shape that needs least; None: there is none. timed: plans
-    that the trainer can run and whose states fit. asked: how many estimates were made. config: what was searched, with
-    the global batch filled in. size: of the model."""
+    """best: the fastest that fit (if none does: that are tight), each layout once, with its best micro-batch and
+    recompute. too_large: the layout that would be faster than all of them and is tight or does not fit, at the shape
+    that needs least; None: there is none. timed: plans that the trainer can run and whose states fit. asked: how many
+    estimates were made. config: what was searched, with the global batch filled in. size: of the model."""
 
     config: Config
     best: Sequence[Ranked]
@@ -98,8 +100,8 @@ def search(config: Config, machine: Machine) -> Search:
         )
     gpus_per_node = config.cluster.gpus_per_node or machine.gpus
     world_size = gpus_per_node * config.cluster.nodes
-    config = _with_global_batch(config, world_size)
-    size, gpu = _dimensions(config, machine), None
+    config = with_global_batch(config, world_size)
+    size, gpu = model_dimensions(config, machine), None
     timed: list[_Timed] = []
     for candidate in candidates(config, world_size=world_size, gpus_per_node=gpus_per_node):
         changed = candidate.apply(config)
@@ -122,6 +124,22 @@ def search(config: Config, machine: Machine) -> Search:
     return _fitting(config, timed, size)
 
 
+def speed_of(config: Config, machine: Machine) -> float:
+    """Tokens per second and GPU of one configuration; 0.0 where it cannot run or does not fit. Raises ConfigError where
+    no GPU is named, or the model's sizes are not known."""
+    size = model_dimensions(config, machine)
+    try:
+        plan = make_plan(config, machine)
+    except PlanError:
+        return 0.0
+    device = planned_device(config, plan)
+    if device.gpu is None:
+        raise ConfigError("predicted_speed: plans for GPUs; name them: cluster=8xh100, or cluster.gpu=...")
+    if not estimate(config, plan).fits:
+        return 0.0
+    return step_time(config, plan, size, device.gpu).tokens_per_second_per_gpu
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Beyond:
     """Bytes of a rank beside its states. growing: with the micro-batch."""
@@ -141,20 +159,25 @@ class _Questions:
         for one in sorted(timed, key=lambda each: -each.size):
             self.smallest[one.candidate.layout, one.recompute] = one
 
-    def fits(self, one: _Timed) -> Ranked | None:
-        """Its estimate, if it fits. Not asked where something smaller of its kind is known to be too large."""
+    def judged(self, one: _Timed, wanted: Verdict) -> Ranked | None:
+        """Its estimate, if that is the verdict. Not asked where something smaller of its kind is known to be too
+        large."""
         if one.pieces not in self.beyond:
             self.ask(self.smallest[one.candidate.layout, one.recompute])
         known = self.beyond[one.pieces].items()
         needs = [more.fixed + more.growing * one.size / size for size, more in known if size <= one.size]
-        if one.states + ALIKE * max(needs, default=0.0) > one.capacity:
+        least = one.states + ALIKE * max(needs, default=0.0)
+        if wanted is Verdict.fits:
+            least *= ABOVE[one.config.cluster.expandable_segments]
+        if least > one.capacity:
             return None
         found = self.ask(one)
-        return found if found is not None and found.estimate.fits else None
+        return found if found is not None and found.estimate.verdict is wanted else None
 
     def ask(self, one: _Timed) -> Ranked | None:
         """Its estimate, made once; None where memory cannot be told."""
         if one.candidate.words not in self.answers:
+            progress.show(f"searching: {len(self.answers)} estimates so far")
             self.answers[one.candidate.words] = self._estimate(one)
         return self.answers[one.candidate.words]
 
@@ -173,12 +196,7 @@ class _Questions:
 def _fitting(config: Config, timed: Sequence[_Timed], size: Dimensions) -> Search:
     """timed: fastest first."""
     questions = _Questions(timed)
-    best: dict[tuple[str, ...], Ranked] = {}
-    for one in timed:
-        if len(best) == SHOWN:
-            break
-        if one.candidate.layout not in best and (found := questions.fits(one)) is not None:
-            best[one.candidate.layout] = found
+    best = _best(timed, questions, Verdict.fits) or _best(timed, questions, Verdict.tight)
     return Search(
         config=config,
         best=list(best.values()),
@@ -187,6 +205,17 @@ def _fitting(config: Config, timed: Sequence[_Timed], size: Dimensions) -> Searc
         asked=len(questions.answers),
         size=size,
     )
+
+
+def _best(timed: Sequence[_Timed], questions: _Questions, wanted: Verdict) -> dict[tuple[str, ...], Ranked]:
+    """The fastest shape of each of the fastest layouts, of those with this verdict."""
+    best: dict[tuple[str, ...], Ranked] = {}
+    for one in timed:
+        if len(best) == SHOWN:
+            break
+        if one.candidate.layout not in best and (found := questions.judged(one, wanted)) is not None:
+            best[one.candidate.layout] = found
+    return best
 
 
 def _fastest_too_large(
@@ -201,7 +230,7 @@ def _fastest_too_large(
     return found if found is not None and not found.estimate.fits else None
 
 
-def _with_global_batch(config: Config, world_size: int) -> Config:
+def with_global_batch(config: Config, world_size: int) -> Config:
     """Layouts compare at the same batch alone."""
     if config.train.global_batch_size is not None:
         return config
@@ -210,7 +239,7 @@ def _with_global_batch(config: Config, world_size: int) -> Config:
     return replace(config, train=replace(config.train, global_batch_size=whole))
 
 
-def _dimensions(config: Config, machine: Machine) -> Dimensions:
+def model_dimensions(config: Config, machine: Machine) -> Dimensions:
     """The model's sizes, counted from its own modules."""
     fields = config_fields(config)
     if not (sizes(fields).hidden and sizes(fields).vocabulary):

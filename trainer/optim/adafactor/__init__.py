@@ -11,23 +11,18 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import BYTES, EngineName, Implementation
+from configs.choices import BYTES, EngineName
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
+from trainer.optim.common import IMPLEMENTATIONS, OPTIONS, ZEROED, average, fresh, groups, instead, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Kept, Spread, State
 
 if TYPE_CHECKING:
     import torch
 
-IMPLEMENTATIONS = (Implementation.for_loop,)
 USES = frozenset({"eps", "weight_decay"})
-OPTIONS = None
-groups = common.decayed_and_plain
-work = common.elementwise
-average = common.as_trained
-fresh = common.fresh
 SMALLEST_EPS = 1e-18  # float32 and bfloat16 hold its square; below, a row without gradients becomes 0 * infinity
 
 
@@ -41,10 +36,10 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
         )
 
 
-def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+def build(grouped: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
     from trainer.optim.adafactor.update import Adafactor
 
-    return Adafactor([group.as_torch(settings.lr) for group in groups], eps=settings.eps)
+    return Adafactor([group.as_torch(settings.lr) for group in grouped], eps=settings.eps)
 
 
 def state(parameter: Described, settings: Settings, dtype: str) -> State:

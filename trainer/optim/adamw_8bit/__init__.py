@@ -11,26 +11,22 @@ Dettmers et al. 2022 (8-bit Optimizers via Block-wise Quantization, arXiv:2110.0
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import BYTES, EngineName, Implementation
+from configs.choices import BYTES, EngineName, OptimizerName
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described, Role
 from trainer.optim import common
+from trainer.optim.common import IMPLEMENTATIONS, OPTIONS, ZEROED, average, fresh, groups, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Kept, Spread, State
 
 if TYPE_CHECKING:
     import torch
 
-IMPLEMENTATIONS = (Implementation.for_loop,)
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
-OPTIONS = None
-groups = common.decayed_and_plain
-work = common.elementwise
-average = common.as_trained
-fresh = common.fresh
 BLOCK = 256
 SMALLEST = 4096  # values, from which on a matrix's moments are quantized
 AT_ONCE = 2**22  # values whose moments are decoded at a time
@@ -45,22 +41,19 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
         )
 
 
-def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+def build(grouped: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
     from trainer.optim.adamw_8bit.update import AdamW8bit
 
-    split = []
-    for group in groups:
-        for eight_bits in (True, False):
-            members = [p for about, p in group.parameters if _quantized(about) is eight_bits]
-            if members:
-                split.append({**group.as_torch(settings.lr), "params": members, "eight_bits": eight_bits})
-    return AdamW8bit(split, betas=(settings.beta1, settings.beta2), eps=settings.eps)
+    params = [group.as_torch(settings.lr) for group in grouped]
+    return AdamW8bit(params, betas=(settings.beta1, settings.beta2), eps=settings.eps)
+
+
+def instead(parameter: Described, settings: Settings) -> Settings | None:
+    return None if _quantized(parameter) else replace(settings, name=OptimizerName.adamw)
 
 
 def state(parameter: Described, settings: Settings, dtype: str) -> State:
     """Codes; and the scales of the blocks of each row, which a rank has of whole rows."""
-    if not _quantized(parameter):
-        return {**common.like(parameter, dtype, "exp_avg", "exp_avg_sq"), **common.counter(host=False)}
     blocks = (*parameter.shape[:-1], -(-parameter.whole[-1] // BLOCK))
     return {
         **common.like(parameter, "uint8", "exp_avg", "exp_avg_sq"),
@@ -72,7 +65,7 @@ def state(parameter: Described, settings: Settings, dtype: str) -> State:
 def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
     """Two moments and the root of one, or the indices of their codes, of the rows that are decoded at a time; a
     gradient that was narrower. Of rows that several ranks share, what their blocks reach, also in one buffer."""
-    pieces = [one.piece for one in held if _quantized(one.whole)]
+    pieces = [one.piece for one in held]
     width = max(4, BYTES[dtype])
     each = 3 * width + (width if BYTES[dtype] < width else 0)
     most = max((each * _at_once(piece) for piece in pieces), default=0)

@@ -23,30 +23,24 @@ from torch.distributed.tensor import DTensor
 from trainer.model.pieces import held
 from trainer.optim.adamw_8bit import AT_ONCE, BLOCK
 from trainer.optim.adamw_8bit.codes import Map, Slab, positive_map, signed_map, slabs
-from trainer.optim.placed import cutting, local, local_gradient, reduce_together, update_by_adamw, zeros
+from trainer.optim.placed import cutting, local, local_gradient, reduce_together, zeros
 
 CODES, SCALES = ("exp_avg", "exp_avg_sq"), ("exp_avg_scale", "exp_avg_sq_scale")
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """Param groups hold lr, betas, eps, weight_decay and `eight_bits`: whether their states are codes; the others are
-    updated by torch's AdamW."""
+    """Param groups hold lr, betas, eps and weight_decay."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
         self._slabs: dict[torch.Tensor, list[Slab]] = {}
-        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "betas": betas, "eps": eps, "eight_bits": False})
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "betas": betas, "eps": eps})
         for group in self.param_groups:
-            for parameter in group["params"] if group["eight_bits"] else ():
+            for parameter in group["params"]:
                 _maps(_wide(parameter.dtype), local(parameter).device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        held_: list[tuple[dict[str, Any], torch.Tensor]] = []
-        for group in self.param_groups:
-            if group["eight_bits"]:
-                held_ += [(group, parameter) for parameter in group["params"] if parameter.grad is not None]
-            else:
-                update_by_adamw(self, group, group["params"], fused=True, foreach=False)
+        held_ = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for _, parameter in held_:
             self._start(parameter)
         largest = {parameter: self._largest(group, parameter) for group, parameter in held_ if _shared(parameter)}

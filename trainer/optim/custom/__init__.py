@@ -12,23 +12,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import EngineName, Implementation
+from configs.choices import EngineName
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
+from trainer.optim.common import IMPLEMENTATIONS, average, groups, instead, work  # noqa: F401
 from trainer.optim.options import Open
 from trainer.optim.protocol import COUNTER, Group, Held, Kept, Spread, State
 
 if TYPE_CHECKING:
     import torch
 
-IMPLEMENTATIONS = (Implementation.for_loop,)
+ZEROED = False
 USES = frozenset({"weight_decay", "target"})
 OPTIONS = Open
-groups = common.decayed_and_plain
-work = common.elementwise
-average = common.as_trained
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:
@@ -56,7 +54,7 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
             " tensor_fsdp, which shard as much, or another optimizer"
         )
     if settings.in_backward:
-        yield "optimizer.in_backward=true: optimizer=custom updates all parameters at once; set it to false"
+        yield "optimizer.in_backward=true: optimizer.name=custom updates all parameters at once; set it to false"
     if found.forgotten and config.checkpoint.every:
         yield (
             f"{key}: keeps {found.forgotten}, which a checkpoint does not hold, so that a resumed run would train"
@@ -64,10 +62,10 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
         )
 
 
-def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+def build(grouped: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
     from trainer.optim.custom.pieces import build_on_pieces
 
-    return build_on_pieces(groups, settings)
+    return build_on_pieces(grouped, settings)
 
 
 def state(parameter: Described, settings: Settings, dtype: str) -> State:

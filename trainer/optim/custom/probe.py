@@ -14,9 +14,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
-from importlib import import_module
 from math import ceil, prod
 from typing import Any
 
@@ -26,17 +24,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from configs.by_path import find, misfits
 from configs.choices import BYTES
 from configs.errors import PlanError
 from configs.schema import Optimizer as Settings
-from trainer.optim.options import KEY, unknown
+from trainer.optim.options import KEY
 from trainer.optim.protocol import COUNTER
 
 PRIMES, OTHERS = (67, 71, 73, 79), (83, 89, 97, 101)
 SHAPE, STEPS, SAVED = (96, 256), 5, 3  # large enough for what small tensors are exempt from
 Cut = Callable[[torch.Tensor], torch.Tensor]
-OWN = ("params", "lr", "weight_decay")
-"""Arguments that have keys of their own."""
+OWN = {"params": "", "lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay"}
+"""Arguments that have keys of their own, or come from the model."""
 
 
 class Refused(PlanError):
@@ -106,17 +105,11 @@ def _key(settings: Settings) -> str:
 @cache
 def _class(key: str) -> type[torch.optim.Optimizer]:
     path, options, _, decay = json.loads(key)
-    module, _, name = path.rpartition(".")
     given = f"optimizer.target={path}"
-    if not module:
-        raise Refused(f"{given}: is no path of a class; give package.module.Class")
     try:
-        found = getattr(import_module(module), name, None)
-    except Exception as error:
-        raise Refused(f"{given}: cannot import {module} ({_line(error)}); install it, or mend the path") from None
-    if found is None:
-        near = get_close_matches(name, dir(import_module(module)), n=1)
-        raise Refused(f"{given}: {module} has no {name}; {f'did you mean {near[0]}?' if near else 'mend the path'}")
+        found = find(path, given)
+    except PlanError as error:
+        raise Refused(*error.problems) from None
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise Refused(f"{given}: is no subclass of torch.optim.Optimizer; give one")
     problems = list(_misfits(found, path, options, decay))
@@ -127,16 +120,9 @@ def _class(key: str) -> type[torch.optim.Optimizer]:
 
 def _misfits(found: type, path: str, options: dict[str, Any], decay: float) -> Iterator[str]:
     """What its constructor does not take."""
-    signature = inspect.signature(found).parameters
-    takes = [name for name, about in signature.items() if about.kind is not about.VAR_KEYWORD]
-    open_ended = len(takes) < len(signature)
-    for key in options:
-        if key in OWN:
-            instead = "leave it out" if key == "params" else f"give optimizer.{key}"
-            yield f"{KEY}.{key}={options[key]}: is no option; {instead}"
-        elif key not in takes and not open_ended:
-            yield f"{KEY}.{key}={options[key]}: {path} {unknown(key, [name for name in takes if name not in OWN])}"
-    if decay and "weight_decay" not in takes and not open_ended:
+    yield from misfits(found, path, options, key=KEY, own=OWN)
+    takes = inspect.signature(found).parameters
+    if decay and "weight_decay" not in takes and not any(about.kind is about.VAR_KEYWORD for about in takes.values()):
         yield f"optimizer.weight_decay={decay}: {path} has none; set it to 0"
 
 

@@ -6,19 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import BYTES, DType, Implementation
+from configs.choices import BYTES, DType
 from configs.ranges import Range
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
-from trainer.optim import common
+from trainer.optim.common import IMPLEMENTATIONS, ZEROED, average, fresh, groups, instead, work  # noqa: F401
 from trainer.optim.options import RANGE
 from trainer.optim.protocol import Group, Held, Spread, State
 
 if TYPE_CHECKING:
     import torch
 
-IMPLEMENTATIONS = (Implementation.for_loop,)
 USES = frozenset({"weight_decay"})
 
 
@@ -30,10 +29,6 @@ class Options:
 
 
 OPTIONS = Options
-groups = common.decayed_and_plain
-work = common.elementwise
-fresh = common.fresh
-average = common.as_trained
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:
@@ -41,12 +36,12 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
     yield from ()
 
 
-def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+def build(grouped: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
     from trainer.optim.mezo.direction import Direction
 
-    names = ([about.name for about, _ in group.parameters] for group in groups)
+    names = ([about.name for about, _ in group.parameters] for group in grouped)
     return Direction(
-        [{**group.as_torch(settings.lr), "names": given} for group, given in zip(groups, names, strict=True)]
+        [{**group.as_torch(settings.lr), "names": given} for group, given in zip(grouped, names, strict=True)]
     )
 
 

@@ -13,17 +13,18 @@ and one learning rate serves both.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import BYTES, EngineName, Implementation
+from configs.choices import BYTES, EngineName, Implementation, OptimizerName
 from configs.ranges import Range
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer import linear
 from trainer.model.roles import Described
 from trainer.optim import common
+from trainer.optim.common import ZEROED, average, fresh  # noqa: F401
 from trainer.optim.muon.owners import boxes, flops, update_bytes
 from trainer.optim.options import KEY, RANGE, read_options
 from trainer.optim.protocol import Group, Held, Spread, State, Work
@@ -74,8 +75,6 @@ class Options:
 
 
 OPTIONS = Options
-fresh = common.fresh
-average = common.as_trained
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:
@@ -92,8 +91,8 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
         )
     if not linear.keeps_model(config):
         yield (
-            f"tuning.method={config.tuning.method}: optimizer=muon would orthogonalise an adapter's two factors, and"
-            " not the matrix that they make; use optimizer=adamw, or tuning=full"
+            f"tuning.method={config.tuning.method}: optimizer.name=muon would orthogonalise an adapter's two factors,"
+            " and not the matrix that they make; use optimizer=adamw, or tuning=full"
         )
     if given.get("adjust_lr") == AdjustLr.original and given.get("adamw_lr") is None:
         yield (
@@ -103,68 +102,46 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
 
 
 def groups(parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]:
-    """Muon's matrices; what AdamW updates, decayed and not, at one learning rate."""
+    return [Group(name="muon", parameters=tuple(parameters), weight_decay=settings.weight_decay)]
+
+
+def instead(parameter: Described, settings: Settings) -> Settings | None:
+    if parameter.matrices is not None:
+        return None
     options = read_options(settings, Options)
-    matrices = tuple(item for item in parameters if _orthogonal(item[0]))
-    others = [item for item in parameters if not _orthogonal(item[0])]
-    decay, lr = options.adamw_weight_decay, options.adamw_lr
-    of_adamw: dict[str, Any] = {
-        "name": "adamw",
-        "factor": 1.0 if lr is None else lr / settings.lr,
-        "settings": {"kind": "adamw", "fused": _implementation(settings) is Implementation.fused},
-    }
-    kept = ("momentum", "nesterov", "steps", "coefficients")
-    of_muon = {key: value for key, value in asdict(options).items() if key in kept}
-    found = [
-        Group(
-            name="muon",
-            parameters=matrices,
-            weight_decay=settings.weight_decay,
-            settings={
-                "kind": "muon",
-                "matrices": [about.matrices for about, _ in matrices],
-                "adjust_lr": str(options.adjust_lr),
-                **of_muon,
-            },
-        ),
-        Group(
-            parameters=tuple(item for item in others if len(item[0].shape) >= 2),
-            weight_decay=settings.weight_decay if decay is None else decay,
-            **of_adamw,
-        ),
-        Group(parameters=tuple(item for item in others if len(item[0].shape) < 2), weight_decay=0.0, **of_adamw),
-    ]
-    return [group for group in found if group.parameters]
+    return replace(
+        settings,
+        name=OptimizerName.adamw,
+        options={},
+        lr=settings.lr if options.adamw_lr is None else options.adamw_lr,
+        weight_decay=settings.weight_decay if options.adamw_weight_decay is None else options.adamw_weight_decay,
+    )
 
 
-def build(groups: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
+def build(grouped: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
     import torch
 
     from trainer.optim.muon.update import Muon
 
-    dtype = getattr(torch, read_options(settings, Options).dtype)
-    params = [group.as_torch(settings.lr) for group in groups]
-    for group in params:
-        if group["kind"] == "muon":
-            group["dtype"] = dtype
-    betas = (settings.beta1, settings.beta2)
-    kernel = common.kernel(_implementation(settings))
-    return Muon(params, betas=betas, eps=settings.eps, replicas=replicas, **kernel)
+    options = asdict(read_options(settings, Options))
+    own = {key: options[key] for key in ("momentum", "nesterov", "steps", "coefficients")}
+    own |= {"adjust_lr": str(options["adjust_lr"]), "dtype": getattr(torch, options["dtype"])}
+    params = [
+        {**group.as_torch(settings.lr), **own, "matrices": [about.matrices for about, _ in group.parameters]}
+        for group in grouped
+    ]
+    return Muon(params, replicas=replicas)
 
 
 def state(parameter: Described, settings: Settings, dtype: str) -> State:
-    if _orthogonal(parameter):
-        return common.like(parameter, dtype, "momentum_buffer")
-    moments = common.like(parameter, dtype, "exp_avg", "exp_avg_sq")
-    return {**moments, **common.counter(host=_implementation(settings) is not Implementation.fused)}
+    return common.like(parameter, dtype, "momentum_buffer")
 
 
 def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
     """The largest round: gathered matrices, this rank's pieces, what the iteration needs; and one piece that nesterov
     moves towards the momentum."""
     options = read_options(settings, Options)
-    matrices = [one for one in held if _orthogonal(one.whole)]
-    shapes = [shape for one in matrices for shape in _shapes(one.whole)]
+    shapes = [shape for one in held for shape in _shapes(one.whole)]
     if not shapes:
         return 0
     width = BYTES[options.dtype]
@@ -181,8 +158,6 @@ def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Sp
 
 
 def work(parameter: Described, settings: Settings) -> Work:
-    if not _orthogonal(parameter):
-        return Work()
     options = read_options(settings, Options)
     total = sum(flops(shape, options.steps) for shape in _shapes(parameter))
     return Work(flops=total, exchanged=2 * parameter.numel * BYTES[options.dtype])
@@ -196,18 +171,8 @@ def said(settings: Settings) -> str:
     )
 
 
-def _orthogonal(parameter: Described) -> bool:
-    return parameter.matrices is not None
-
-
 def _shapes(parameter: Described) -> list[tuple[int, int]]:
     """Of the matrices in a whole parameter."""
     assert parameter.matrices is not None
     sides = [[end - begin for begin, end in box[-2:]] for box in boxes(parameter.shape, parameter.matrices)]
     return [(rows, columns) for rows, columns in sides]
-
-
-def _implementation(settings: Settings) -> Implementation:
-    """Of the AdamW in it."""
-    asked = settings.implementation
-    return IMPLEMENTATIONS[0] if asked is Implementation.auto else asked

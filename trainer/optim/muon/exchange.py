@@ -254,7 +254,7 @@ class Fleet:
         iterate: Callable[[int, torch.Tensor], torch.Tensor],
         dtypes: Sequence[torch.dtype],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The updates of what this rank owns, in place of what it gathered where each piece has one holder."""
+        """The updates of what this rank owns, written over what it gathered if each piece has one holder."""
         same = round_.updated is round_.gathered
         updated = gathered if same else self._empty(round_.updated.total)
         taken, given = _by_job(round_.gathered), _by_job(round_.updated)

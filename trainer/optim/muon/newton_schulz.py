@@ -1,4 +1,4 @@
-"""Newton-Schulz iteration: the nearest orthogonal matrix, nearly, by matrix products alone.
+"""Newton-Schulz iteration: the nearest orthogonal matrix, nearly, by matmuls alone.
 
 Jordan 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon). With
 X = U S V^T scaled to a spectral norm of at most 1, each step

@@ -1,4 +1,4 @@
-"""Muon: SGD with momentum whose update is orthogonalised, matrix by matrix, and AdamW for everything else.
+"""Muon: SGD with momentum whose update is orthogonalised, matrix by matrix.
 
     B <- momentum B + (1 - momentum) G                  on each rank's own piece, as torch.optim.Muon has it
     U <- NewtonSchulz(G + momentum (B - G))             on the whole matrix (without nesterov: of B)
@@ -20,9 +20,8 @@ from torch.distributed.tensor import DTensor
 from trainer.optim.muon.exchange import Cells, Fleet, Job, Placed, block
 from trainer.optim.muon.newton_schulz import JORDAN, orthogonalize_
 from trainer.optim.muon.owners import BUCKET_BYTES, Piece, adjusted, boxes
-from trainer.optim.placed import local, local_gradient, update_by_adamw
+from trainer.optim.placed import local, local_gradient
 
-MUON, ADAMW = "muon", "adamw"
 MUON_DEFAULTS = {
     "momentum": 0.95,
     "nesterov": True,
@@ -34,11 +33,9 @@ MUON_DEFAULTS = {
 
 
 class Muon(torch.optim.Optimizer):
-    """Two kinds of param groups, each a dict with `params`, `lr`, `weight_decay` and `kind`.
+    """Param groups hold `params`, `lr`, `weight_decay`, `matrices`, one `owners.Matrices` per parameter, and the keys
+    of MUON_DEFAULTS. State: momentum_buffer.
 
-    kind "muon": also `matrices`, one `owners.Matrices` per parameter, and the keys of MUON_DEFAULTS. State:
-    momentum_buffer.
-    kind "adamw": torch's own AdamW. State: exp_avg, exp_avg_sq, step.
     replicas: the group of ranks that hold the same plain tensors (DDP), or None. The mesh of a DTensor names its own.
     bucket_bytes: of the matrices that a rank gathers at once; a larger matrix comes alone. See `owners.update_bytes`.
 
@@ -49,30 +46,20 @@ class Muon(torch.optim.Optimizer):
         self,
         groups: Iterable[dict[str, Any]],
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        fused: bool = True,
-        foreach: bool = False,
         replicas: Any = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.replicas, self.bucket_bytes = replicas, bucket_bytes
-        self.fused, self.foreach = fused, foreach
         self._fleets: dict[tuple[Any, ...], list[Fleet]] = {}
         self._groups: dict[tuple[int, ...], Any] = {}
-        super().__init__(groups, {"lr": 0.02, "weight_decay": 0.0, "kind": ADAMW, "betas": betas, "eps": eps})
+        super().__init__(groups, {"lr": 0.02, "weight_decay": 0.0, **MUON_DEFAULTS})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if param_group.get("kind") == MUON:
-            param_group.update({key: param_group.get(key, value) for key, value in MUON_DEFAULTS.items()})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["kind"] == MUON:
-            for parameter, matrices in zip(group["params"], group["matrices"], strict=True):
-                boxes(parameter.shape, matrices)
-                adjusted(parameter.shape, group["adjust_lr"])
-        elif group["kind"] != ADAMW:
-            raise ValueError(f"kind={group['kind']}: use {MUON} or {ADAMW}")
+        for parameter, matrices in zip(group["params"], group["matrices"], strict=True):
+            boxes(parameter.shape, matrices)
+            adjusted(parameter.shape, group["adjust_lr"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -80,19 +67,16 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            if group["kind"] == ADAMW:
-                update_by_adamw(self, group, group["params"], fused=self.fused, foreach=self.foreach)
-        self._muon()
+        self._update()
         return loss
 
-    def _muon(self) -> None:
+    def _update(self) -> None:
         """Momentum and decay on the pieces, all parameters at once; then the orthogonalised updates, round by round."""
         weights: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
         momenta: list[torch.Tensor] = []
         for group in self.param_groups:
-            held = [p for p in group["params"] if p.grad is not None] if group["kind"] == MUON else []
+            held = [p for p in group["params"] if p.grad is not None]
             if not held:
                 continue
             for parameter in held:
@@ -123,7 +107,7 @@ class Muon(torch.optim.Optimizer):
             rate = group["lr"] * adjusted(job.shape, group["adjust_lr"], transposed=job.transposed)
             block(weight, piece.local).add_(update.to(weight.device), alpha=-rate)
 
-        dtypes = [group.get("dtype", torch.float32) for group in self.param_groups]
+        dtypes = [group["dtype"] for group in self.param_groups]
         for fleet in self._dealt():
             fleet.run(fill, iterate, dtypes, apply)
 
@@ -132,7 +116,6 @@ class Muon(torch.optim.Optimizer):
         live = tuple(
             (number, place)
             for number, group in enumerate(self.param_groups)
-            if group["kind"] == MUON
             for place, parameter in enumerate(group["params"])
             if parameter.grad is not None
         )

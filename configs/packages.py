@@ -1,0 +1,13 @@
+"""The version of an installed package, without importing it."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+
+def installed(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,75 @@
+"""Where a run is started, other than on this machine alone: one module for each kind of cluster.
+
+A module gives what `Elsewhere` names. Kinds that keep a folder in the run folder also give `status_lines` and `cancel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from configs.choices import ClusterKind
+from configs.errors import EXIT_FINISHED, ConfigError, EnvironmentProblem
+from configs.schema import Config
+
+
+class Elsewhere(Protocol):
+    """COMPARE: what to do there instead of `python -m launch compare`.
+    WAITS: whether `launch_job` waits for the end of the run.
+    KEEPS: what in the run folder shows that a run of this kind was started there; None where nothing does."""
+
+    COMPARE: str
+    WAITS: bool
+    KEEPS: str | None
+
+    def launch_job(self, config: Config, overrides: Sequence[str], *, config_dir: str | None) -> tuple[int, bool]:
+        """Plan the run, and submit it or look after it. Returns the exit code, and whether a signal asked to end.
+
+        Raises CookbookError before anything is submitted.
+        """
+        ...
+
+
+class Controlled(Elsewhere, Protocol):
+    def status_lines(self, run_dir: Path) -> list[str]: ...
+
+    def cancel(self, run_dir: Path) -> str: ...
+
+
+MODULES = {
+    ClusterKind.slurm: "launch.jobs",
+    ClusterKind.kubernetes: "launch.kubernetes.submit",
+    ClusterKind.ray: "launch.ray.submit",
+}
+CONTROLS = ("status", "cancel")
+
+
+def elsewhere(kind: ClusterKind) -> Elsewhere | None:
+    """The module of that kind of cluster; None for this machine."""
+    return cast(Elsewhere, import_module(MODULES[kind])) if kind in MODULES else None
+
+
+def control(words: Sequence[str]) -> int:
+    """`status RUN_DIR` or `cancel RUN_DIR`. Raises CookbookError where no run was submitted, or its cluster is gone."""
+    if words[1:] in (["-h"], ["--help"]):
+        print(f"python -m launch {words[0]} RUN_DIR")
+        return EXIT_FINISHED
+    if len(words) != 2:
+        raise ConfigError(f"python -m launch {words[0]}: give the run folder, and nothing else")
+    run_dir = Path(words[1]).expanduser().absolute()
+    cluster = _cluster_of(run_dir)
+    lines = cluster.status_lines(run_dir) if words[0] == "status" else [cluster.cancel(run_dir)]
+    print(*lines, sep="\n")
+    return EXIT_FINISHED
+
+
+def _cluster_of(run_dir: Path) -> Controlled:
+    """The cluster that this run was last submitted to."""
+    modules = [cast(Controlled, elsewhere(kind)) for kind in MODULES]
+    kept = {run_dir / module.KEEPS: module for module in modules if module.KEEPS is not None}
+    there = [path for path in kept if path.exists()]
+    if not there:
+        raise EnvironmentProblem(f"{run_dir}: no job was submitted from this folder; give the run folder of one")
+    return kept[max(there, key=lambda path: path.stat().st_mtime)]

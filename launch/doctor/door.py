@@ -1,0 +1,79 @@
+"""`cookbook doctor`: one line per fact, printed as it is found.
+
+    cookbook doctor                                       this machine, and every layout
+    cookbook doctor parallel=zero3_nvme parallel.offload.nvme_path=/local_nvme    one layout, as it would run
+
+A line that starts with `!` names something that is missing or outside of what was tested, with its remedy. The exit
+code is 2 where a layout that the overrides name cannot run here, else 0.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from configs.door import Arguments, Door, parse_arguments, show, turn_away
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, CookbookError
+from configs.interpolation import settle_clock
+from configs.load import load_config
+from configs.output import delivered, guard_output
+from launch.doctor.fact import Fact
+
+NAMED = "parallel"  # the group whose options are the layouts
+DOOR = Door(
+    program="cookbook doctor",
+    purpose="Say what is installed, what this machine offers, and what each layout lacks here.",
+    examples=(
+        ("cookbook doctor", "this machine, and every layout"),
+        ("cookbook doctor parallel=zero3 precision=bf16", "whether this configuration can run here"),
+        ("cookbook doctor train.run_dir=/shared/runs/a", "the speed of that disk instead of ./runs"),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Examine and print. Returns the exit code."""
+    guard_output()
+    try:
+        arguments = parse_arguments(DOOR, settle_clock(sys.argv[1:] if argv is None else argv, datetime.now()))
+        if arguments.show is not None:
+            print(show(DOOR, arguments))
+            return delivered(EXIT_FINISHED)
+        config = load_config(arguments.overrides, config_dir=arguments.config_dir)
+        named = any(word.startswith((f"{NAMED}=", f"{NAMED}.")) for word in arguments.overrides)
+        lacking = _print(_examine(arguments, Path(config.train.run_dir or "runs").expanduser(), named=named))
+    except CookbookError as error:
+        return turn_away(error)
+    code = delivered(EXIT_FINISHED)
+    return EXIT_BAD_CONFIG if named and lacking["layouts"] else code
+
+
+def _examine(arguments: Arguments, folder: Path, *, named: bool) -> Iterator[tuple[str, Iterator[Fact]]]:
+    # Each imports more than the one before; what is known is printed meanwhile.
+    from launch.doctor.software import software
+
+    yield "software", software()
+    from launch.doctor.machine import machine
+
+    yield "machine", machine(folder)
+    from launch.doctor.layouts import layouts
+
+    yield "layouts", layouts(arguments.overrides, arguments.config_dir, named=named)
+
+
+def _print(parts: Iterator[tuple[str, Iterator[Fact]]]) -> dict[str, int]:
+    """Returns how many facts of each part are wrong."""
+    lacking: dict[str, int] = {}
+    for title, facts in parts:
+        print(f"{title}:", flush=True)
+        lacking[title] = 0
+        for fact in facts:
+            lacking[title] += not fact.well
+            print(f"{' ' if fact.well else '!'} {fact.name:<20} {fact.text}", flush=True)
+    return lacking
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+"""The planner as the objective: a sweeper looks for the fastest layout that fits, and nothing is trained."""
+
+import hydra
+from cookbook import from_hydra, predicted_speed
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")
+def main(composed: DictConfig) -> float:
+    return predicted_speed(from_hydra(composed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""An application of Hydra that trains: a sweeper makes the last validation loss small. See docs/hydra.md."""
+
+import hydra
+from cookbook import from_hydra, train
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")
+def main(composed: DictConfig) -> float:
+    result = train(from_hydra(composed))
+    return result.summary["validation_loss_last"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""`cookbook import`: what people have for another trainer becomes an experiment of this one.
+
+    cookbook import ds_config.json args.json model.path=FOLDER cluster=8xh100
+    cookbook import llama3_8b.toml model=llama3_1_8b --to mine/experiment/llama.yaml
+
+FILE: of DeepSpeed, accelerate, TrainingArguments (also training_args.bin, which is not executed), torchtitan, axolotl
+or LLaMA-Factory; several are read as one run. Every field is printed under what became of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.door import turn_away
+from configs.errors import EXIT_FINISHED, ConfigError, CookbookError, PlanError
+from configs.imports.combine import Imported, has_model
+from configs.imports.write import experiment, report
+from configs.load import group_options
+from configs.output import delivered, guard_output
+from launch.translated import translate
+from trainer.estimate.gate import EXIT_DOES_NOT_FIT, judged
+from trainer.process.disks import told_anywhere
+
+OWN = Path("mine")
+"""The folder of a person's own options, as docs/slurm.md has it: `--config-dir mine`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Translate, write, judge. Returns the exit code: 0, 2 for files that cannot be read or a configuration that cannot
+    run, 3 where it does not fit the GPUs."""
+    guard_output()
+    try:
+        words = _parser().parse_intermixed_args(argv)
+        return delivered(_import(words))
+    except CookbookError as error:
+        return turn_away(error)
+    except OSError as error:
+        if (told := told_anywhere(error)) is None:
+            raise
+        return turn_away(told)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cookbook import", description="Translate the configuration of another trainer into an experiment file."
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="FILE|OVERRIDE", help="files to translate; key=value wins over them"
+    )
+    parser.add_argument("--to", type=Path, help="the file to write (mine/experiment/FIRST_FILE.yaml)")
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    parser.add_argument("-cd", "--config-dir", help="a folder of your own options, which overrides may name")
+    return parser
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files and overrides. A word with = is an override, unless there is a file of this name."""
+    files = [word for word in words if "=" not in word or os.path.isfile(word)]
+    return files, [word for word in words if word not in files]
+
+
+def _import(words: argparse.Namespace) -> int:
+    files, overrides = split_words(words.words)
+    if not files:
+        raise ConfigError("cookbook import: no file is named; give at least one, see cookbook import --help")
+    target = words.to or OWN / "experiment" / f"{_label(files[0])}.yaml"
+    _check_target(target, force=words.force)
+    made = translate(files, overrides, config_dir=words.config_dir)
+    start = ["python", "-m", "launch", f"--config-dir={target.parent.parent}", f"experiment={target.stem}"]
+    command = shlex.join(start) + ("" if has_model(made) else " model.path=FOLDER")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(experiment(made, command), encoding="utf-8")
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise ConfigError(f"--to={target}: cannot be written ({error.strerror})") from None
+    print(report(made), end="\n\n")
+    for line in made.assumed:
+        print(f"assumed    {line}")
+    code, verdict = _judge(made, target)
+    print(verdict, flush=True)
+    if has_model(made):  # torch is imported by now
+        from launch.their_libraries import checked
+
+        for line in checked(made):
+            print(line)
+    print(f"written    {target}")
+    print(f"run it     {command}")
+    return code
+
+
+def _label(file: str) -> str:
+    name = re.sub(r"\W+", "_", Path(file).stem, flags=re.ASCII).strip("_") or "imported"
+    return f"{name}_imported" if name in group_options()["experiment"] else name
+
+
+def _check_target(target: Path, *, force: bool) -> None:
+    problems: list[str] = []
+    if target.suffix != ".yaml" or target.parent.name != "experiment":
+        problems.append(f"--to={target}: must be FOLDER/experiment/NAME.yaml, which --config-dir=FOLDER then finds")
+    elif target.stem in group_options()["experiment"]:
+        problems.append(f"--to={target}: experiment={target.stem} is an option of this package; give another name")
+    if target.exists() and not force:
+        problems.append(f"{target}: exists; --to=FOLDER/experiment/NAME.yaml writes another, --force replaces it")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _judge(made: Imported, target: Path) -> tuple[int, str]:
+    """The exit code, and a line about memory. Raises CookbookError where the configuration cannot run at all."""
+    if not has_model(made):
+        return EXIT_FINISHED, "memory     not estimated: no file names a model; give model.path=FOLDER or model=OPTION"
+    # Seconds of imports, which --help and a file that cannot be read need not wait for.
+    from launch.estimate import answer
+
+    try:
+        found = answer([f"experiment={target.stem}"], config_dir=str(target.parent.parent), compare=True).estimate
+    except (ConfigError, PlanError):
+        raise
+    except CookbookError as error:
+        return EXIT_FINISHED, f"memory     not estimated: {error.problems[0]}"
+    return EXIT_DOES_NOT_FIT if found.too_large else EXIT_FINISHED, judged(found, found.device.capacity_bytes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""`cookbook report RUN_DIR`: the page of a run, RUN_DIR/report.html, from what its folder holds, and its loss curve.
+
+A run writes its page when it ends. This makes it while the run goes on, and for runs of an earlier version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.door import turn_away
+from configs.errors import EXIT_FINISHED, ConfigError, CookbookError
+from configs.output import delivered, guard_output
+from trainer.report.page import write_report
+from trainer.report.picture import loss_picture, readable_by
+from trainer.report.reading import read_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page. Returns the exit code: 0, or 2 where there is no run or it cannot be written."""
+    guard_output()
+    parser = argparse.ArgumentParser(
+        prog="cookbook report", description="Write RUN_DIR/report.html, a run on one page."
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, whether it is through or not")
+    folder: Path = parser.parse_args(argv).run_dir.expanduser()
+    try:
+        run = read_run(folder.name, folder)
+        if run.config is None:
+            raise ConfigError(f"{folder}: holds no run ({run.problem}); give the folder of one")
+        file = write_report(folder)
+    except CookbookError as error:
+        return turn_away(error)
+    if readable_by(sys.stdout.encoding) and (drawn := loss_picture(run.losses, run.validations)) is not None:
+        print(drawn)
+    if run.problem is not None:
+        print(f"state      {run.problem}")
+    print(f"report     {file}")
+    return delivered(EXIT_FINISHED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""A configuration that no plan can be made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from configs.errors import PlanError
+from configs.load import load_config
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
+
+
+def assert_refused(words: Sequence[str], line: str) -> None:
+    """Two processes are planned. One problem, and no other, begins with `line`."""
+    with pytest.raises(PlanError) as caught:
+        make_plan(load_config(words), Machine(world_size=2, local_world_size=2))
+    assert sum(problem.startswith(line) for problem in caught.value.problems) == 1, caught.value

@@ -1,0 +1,125 @@
+"""Model FLOPs utilisation: the share of the devices' peak that the model's own arithmetic takes.
+
+The convention is that of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): recomputed activations do not
+count, nor does it help that the upper half of the attention matrix is masked. Of a mixture of experts only the
+parameters count that a token meets: the experts that it goes to, and shared ones. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from configs.schema import Config
+from trainer.linear.float8 import backward_products
+from trainer.plan.devices import Gpu, find_gpu
+from trainer.plan.model_fields import attention_width
+from trainer.update import ask as ask_update
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from trainer.plan.plan import Plan
+
+
+ATTENTION = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers, as configs name them, whose work grows with the square of the sequence."""
+
+
+def count_parameters(model: PreTrainedModel, *, frozen: bool = False, active: bool = False) -> int:
+    """Of the whole model, tied ones once, however they are spread over ranks. frozen: only those not trained. active:
+    only those that a token meets."""
+    from trainer.model.layers import owned, values_shape
+    from trainer.model.roles import met, routed_parts
+
+    routed = routed_parts(model) if active else {}
+    # DeepSpeed leaves an empty parameter behind, with its true size as an attribute. A DTensor knows its own.
+    return sum(
+        met(
+            getattr(parameter, "ds_numel", None) or values_shape(owner, leaf, parameter).numel(),
+            routed.get(id(parameter)),
+        )
+        for _, owner, leaf, parameter in owned(model)
+        if not (frozen and parameter.requires_grad)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flops:
+    """FLOPs of one token. forward: of the whole model. spared: of its backward, for parameters that are not trained.
+    float8: of the forward, what is multiplied in float8."""
+
+    forward: float
+    spared: float = 0.0
+    float8: float = 0.0
+
+    @property
+    def both(self) -> float:
+        """Forward and backward."""
+        return 3 * self.forward - self.spared
+
+    def step(self, config: Config) -> float:
+        """What a step needs by the way that it updates (`trainer.update`)."""
+        return ask_update(config.optimizer).passes(config).useful(self.forward, self.both - self.forward)
+
+    def peak(self, config: Config, plan: Plan, gpu: Gpu) -> float | None:
+        """FLOP/s of one device, in the dtype that the plan computes in and in float8, each for its part of a step; None
+        where the table of devices has none."""
+        backward = backward_products(config) * self.float8
+        eight = ask_update(config.optimizer).passes(config).useful(self.float8, backward)
+        return gpu.peak_flops(plan.param_dtype, tf32=config.precision.tf32, float8=eight / self.step(config))
+
+
+def flops(*, matrices: int, layers: int, attention: int, seq_len: int, frozen: int = 0, float8: int = 0) -> Flops:
+    """A forward takes 2 N + 4 L H Q T and a backward twice as much, less 2 for each frozen parameter of N.
+
+    matrices: N, parameters that take part in a matmul; layers: L, those that have attention; attention: H * Q,
+    heads of size Q; seq_len: T. frozen: those of N not trained, whose own gradient is not computed. float8: those of N
+    that are multiplied in float8.
+    """
+    forward = 2.0 * matrices + 4.0 * layers * attention * seq_len
+    return Flops(forward=forward, spared=2.0 * frozen, float8=2.0 * float8)
+
+
+def counted_flops(
+    config: PretrainedConfig, *, parameters: int, seq_len: int, frozen: int = 0, float8: int = 0
+) -> Flops:
+    """`flops` of a model that has so many parameters: all that a token meets, tied ones once.
+
+    The input embedding is a table look-up and takes part in no product, unless the output layer uses the same table.
+    Norms, biases and learned positions are let in: about 1 % in GPT-2, less in larger models.
+    """
+    text = config.get_text_config()
+    embedding = 0 if getattr(text, "tie_word_embeddings", False) else text.vocab_size * text.hidden_size
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    return flops(
+        matrices=parameters - embedding,
+        layers=sum(kind in ATTENTION for kind in kinds) if kinds else text.num_hidden_layers,
+        attention=attention_width(text.to_dict()),
+        seq_len=seq_len,
+        frozen=max(0, frozen - embedding),
+        float8=float8,
+    )
+
+
+def model_flops(model: PreTrainedModel, *, seq_len: int) -> Flops:
+    """Of a model as it is trained."""
+    from trainer.model.layers import EightBits, owned
+
+    parameters, frozen = count_parameters(model, active=True), count_parameters(model, frozen=True, active=True)
+    eight = sum(p.numel() for _, owner, leaf, p in owned(model) if leaf == "weight" and isinstance(owner, EightBits))
+    return counted_flops(model.config, parameters=parameters, frozen=frozen, seq_len=seq_len, float8=eight)
+
+
+def mfu(tokens_per_second: float, *, flops_per_token: float, world_size: int, peak_flops: float) -> float:
+    """Between 0 and 1. tokens_per_second: of all ranks together. peak_flops: of one device, in FLOP/s."""
+    return tokens_per_second * flops_per_token / (world_size * peak_flops)
+
+
+def peak_flops(config: Config, plan: Plan, gpu: str | None, flops: Flops) -> float | None:
+    """`Flops.peak` of the device that a run has; None where it is not known.
+
+    gpu: what torch calls it, None on the CPU. `cluster.gpu` goes before, for a card that torch names in its own way.
+    """
+    found = find_gpu(config.cluster.gpu or gpu) if gpu is not None else None
+    return flops.peak(config, plan, found) if found else None

@@ -1,0 +1,47 @@
+"""What most kinds answer alike. A module takes over those answers that it imports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import Config, Tuning
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def imitate(model: PreTrainedModel, config: Config) -> None:
+    """It adds no parameters, or refuses tensor parallel, which alone asks."""
+
+
+def owns(name: str) -> bool:
+    return False
+
+
+def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:
+    """It adds no parameters."""
+
+
+def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
+    """Nothing that it adds is saved."""
+
+
+def matmuls() -> set[object]:
+    """Its products are those of plain layers."""
+    return set()
+
+
+def settle(modules: Iterable[nn.Module]) -> None:
+    """Nothing depends on the values."""
+
+
+def words(config: Config) -> str:
+    return ""
+
+
+def base_of(config: Config) -> dict[str, Any]:
+    """The part of an identity that says upon which frozen model something is trained. The model is not saved."""
+    model = config.model
+    return {"tuning.base": [str(model.weights), model.path, model.revision]}
