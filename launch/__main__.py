@@ -17,11 +17,11 @@ from datetime import datetime
 from pathlib import Path
 
 from configs.choices import LauncherName
-from configs.door import Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_FINISHED, CookbookError
+from configs.door import Door, parse_arguments, show
+from configs.errors import EXIT_FINISHED
 from configs.interpolation import settle_clock
 from configs.load import load_config
-from configs.output import announce, delivered, guard_output
+from configs.output import announce, delivered
 from configs.schema import Config
 from launch.clusters import CONTROLS, control, elsewhere
 from launch.command import HOST, Command, Rendezvous, build_command
@@ -33,7 +33,7 @@ from trainer.estimate.gate import check_memory
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
 from trainer.plan.plan import Plan
-from trainer.process.disks import told_anywhere
+from trainer.process.answering import answered
 from trainer.process.status import check_idle
 from trainer.process.world import PLAN_SHOWN
 from trainer.report.folder import default_run_dir, make_run_dir
@@ -57,35 +57,31 @@ DOOR = Door(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the words say. Returns the exit code of the job, or of the first that failed in a sweep."""
-    guard_output()
     # Read once: ranks, restarts and the runs of a comparison get the same time.
     words = settle_clock(sys.argv[1:] if argv is None else argv, datetime.now())
-    try:
-        if words and words[0] in CONTROLS:
-            return control(words)
-        if words and words[0] == "compare":  # its figures, and the tables of other trainers, are not for every answer
-            from launch.compare import compare
+    return answered(lambda: _answer(words))
 
-            return compare(words[1:], launch=launch)
-        if words and words[0] == "import":
-            from launch.importing import main as import_main
 
-            return import_main(words[1:])
-        arguments = parse_arguments(DOOR, words)
-        if arguments.show is not None:
-            print(show(DOOR, arguments))
-            return delivered(EXIT_FINISHED)
-        if not arguments.sweep:
-            return launch(arguments.overrides, config_dir=arguments.config_dir)[0]
-        from launch.sweep import sweep
+def _answer(words: Sequence[str]) -> int:
+    if words and words[0] in CONTROLS:
+        return control(words)
+    if words and words[0] == "compare":  # its figures, and the tables of other trainers, are not for every answer
+        from launch.compare import compare
 
-        return sweep(arguments, launch)
-    except CookbookError as error:
-        return turn_away(error)
-    except OSError as error:
-        if (told := told_anywhere(error)) is None:
-            raise
-        return turn_away(told)
+        return compare(words[1:], launch=launch)
+    if words and words[0] == "import":
+        from launch.importing import main as import_main
+
+        return import_main(words[1:])
+    arguments = parse_arguments(DOOR, words)
+    if arguments.show is not None:
+        print(show(DOOR, arguments))
+        return delivered(EXIT_FINISHED)
+    if not arguments.sweep:
+        return launch(arguments.overrides, config_dir=arguments.config_dir)[0]
+    from launch.sweep import sweep
+
+    return sweep(arguments, launch)
 
 
 def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = False) -> tuple[int, bool]:

@@ -14,44 +14,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from configs.door import turn_away
-from configs.errors import EXIT_FINISHED, ConfigError, CookbookError
-from configs.output import delivered, guard_output
-from trainer.process.disks import told_anywhere
+from configs.errors import EXIT_FINISHED, ConfigError
+from configs.output import delivered
+from trainer.process.answering import answered
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write text. Returns the exit code: 0, 1 for a damaged checkpoint, 2 for a mistake in the words or a folder that
     cannot be read."""
-    guard_output()
-    words = _parser().parse_intermixed_args(argv)
-    try:
-        _check(words)
-        prompt = sys.stdin.read() if words.prompt == "-" else words.prompt
-        # Seconds of imports, which `--help` and a misspelt word need not wait for.
-        from trainer.generation import Request, write
+    return answered(lambda: _generate(_parser().parse_intermixed_args(argv)))
 
-        write(
-            Request(
-                source=words.source,
-                prompt=prompt,
-                tokens=words.tokens,
-                temperature=words.temperature,
-                top_p=words.top_p,
-                seed=words.seed,
-                chat=words.chat,
-                initial=words.initial,
-                base=words.base,
-                device=words.device,
-            )
-        )
-    except CookbookError as error:
-        return turn_away(error)
-    except OSError as error:
-        if (line := told_anywhere(error)) is None:
-            raise
-        return turn_away(line)
+
+def _generate(words: argparse.Namespace) -> int:
+    _check(words)
+    prompt = sys.stdin.read() if words.prompt == "-" else words.prompt
+    # Seconds of imports, which `--help` and a misspelt word need not wait for.
+    from trainer.generation import Request, write
+
+    asked: dict[str, Any] = {**vars(words), "prompt": prompt}
+    write(Request(**asked))
     return delivered(EXIT_FINISHED)
 
 

@@ -17,15 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.door import turn_away
 from configs.errors import EXIT_FINISHED, ConfigError, CookbookError, PlanError
 from configs.imports.combine import Imported, has_model
 from configs.imports.write import experiment, report
 from configs.load import group_options
-from configs.output import delivered, guard_output
+from configs.output import delivered
 from launch.translated import translate
 from trainer.estimate.gate import EXIT_DOES_NOT_FIT, judged
-from trainer.process.disks import told_anywhere
+from trainer.process.answering import answered
 
 OWN = Path("mine")
 """The folder of a person's own options, as docs/slurm.md has it: `--config-dir mine`."""
@@ -34,16 +33,7 @@ OWN = Path("mine")
 def main(argv: Sequence[str] | None = None) -> int:
     """Translate, write, judge. Returns the exit code: 0, 2 for files that cannot be read or a configuration that cannot
     run, 3 where it does not fit the GPUs."""
-    guard_output()
-    try:
-        words = _parser().parse_intermixed_args(argv)
-        return delivered(_import(words))
-    except CookbookError as error:
-        return turn_away(error)
-    except OSError as error:
-        if (told := told_anywhere(error)) is None:
-            raise
-        return turn_away(told)
+    return answered(lambda: delivered(_import(_parser().parse_intermixed_args(argv))))
 
 
 def _parser() -> argparse.ArgumentParser:

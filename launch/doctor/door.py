@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from configs.door import Arguments, Door, parse_arguments, show, turn_away
-from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, CookbookError
+from configs.door import Arguments, Door, parse_arguments, show
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED
 from configs.interpolation import settle_clock
 from configs.load import load_config
-from configs.output import delivered, guard_output
+from configs.output import delivered
 from launch.doctor.fact import Fact
+from trainer.process.answering import answered
 
 NAMED = "parallel"  # the group whose options are the layouts
 DOOR = Door(
@@ -35,17 +36,17 @@ DOOR = Door(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Examine and print. Returns the exit code."""
-    guard_output()
-    try:
-        arguments = parse_arguments(DOOR, settle_clock(sys.argv[1:] if argv is None else argv, datetime.now()))
-        if arguments.show is not None:
-            print(show(DOOR, arguments))
-            return delivered(EXIT_FINISHED)
-        config = load_config(arguments.overrides, config_dir=arguments.config_dir)
-        named = any(word.startswith((f"{NAMED}=", f"{NAMED}.")) for word in arguments.overrides)
-        lacking = _print(_examine(arguments, Path(config.train.run_dir or "runs").expanduser(), named=named))
-    except CookbookError as error:
-        return turn_away(error)
+    words = settle_clock(sys.argv[1:] if argv is None else argv, datetime.now())
+    return answered(lambda: _answer(parse_arguments(DOOR, words)))
+
+
+def _answer(arguments: Arguments) -> int:
+    if arguments.show is not None:
+        print(show(DOOR, arguments))
+        return delivered(EXIT_FINISHED)
+    config = load_config(arguments.overrides, config_dir=arguments.config_dir)
+    named = any(word.startswith((f"{NAMED}=", f"{NAMED}.")) for word in arguments.overrides)
+    lacking = _print(_examine(arguments, Path(config.train.run_dir or "runs").expanduser(), named=named))
     code = delivered(EXIT_FINISHED)
     return EXIT_BAD_CONFIG if named and lacking["layouts"] else code
 

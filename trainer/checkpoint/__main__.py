@@ -15,10 +15,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from configs.door import turn_away
-from configs.errors import EXIT_FINISHED, ConfigError, CookbookError
-from configs.output import delivered, guard_output
-from trainer.process.disks import told_anywhere
+from configs.errors import EXIT_FINISHED, ConfigError
+from configs.output import delivered
+from trainer.process.answering import answered
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -26,18 +25,13 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the words say. Returns the exit code: 0, 1 for a damaged checkpoint (of a run: its newest one), 2 for a
     mistake in the words, or a folder that cannot be read or written."""
-    guard_output()
-    words = _parser().parse_args(argv)
-    try:
-        # Their imports take seconds, which `--help` and a misspelt word need not wait for.
-        for line in {"export": _export, "merge": _merge, "import": _import, "verify": _verify}[words.command](words):
-            print(line)
-    except CookbookError as error:
-        return turn_away(error)
-    except OSError as error:
-        if (told := told_anywhere(error)) is None:
-            raise
-        return turn_away(told)
+    return answered(lambda: _answer(_parser().parse_args(argv)))
+
+
+def _answer(words: argparse.Namespace) -> int:
+    # Their imports take seconds, which `--help` and a misspelt word need not wait for.
+    for line in {"export": _export, "merge": _merge, "import": _import, "verify": _verify}[words.command](words):
+        print(line)
     return delivered(EXIT_FINISHED)
 
 

@@ -1,0 +1,23 @@
+"""How the work behind an entry point ends: its exit code, or one line for each problem that a user can mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from configs.door import turn_away
+from configs.errors import CookbookError
+from configs.output import guard_output
+from trainer.process.disks import told_anywhere
+
+
+def answered(work: Callable[[], int]) -> int:
+    """Returns the exit code. Raises what is no CookbookError, and no disk's refusal."""
+    guard_output()
+    try:
+        return work()
+    except CookbookError as error:
+        return turn_away(error)
+    except OSError as error:
+        if (told := told_anywhere(error)) is None:
+            raise
+        return turn_away(told)
