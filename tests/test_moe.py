@@ -45,10 +45,10 @@ LAYOUTS = [
     (GLOBAL, "tensor", 2, (TWO, "parallel.sequence_parallel=true", SELECTIVE)),
     (GLOBAL, "pipeline", 2, (FOUR, f"{SCHEDULE}=zbv_zero_bubble")),
     (SEQUENCE, "context", 2, (TWO,)),
-    (SEQUENCE, "3d", 8, (TWO, FULL)),
     (GLOBAL, "expert_fsdp", 4, (TWO, FULL)),
 ]
 MORE = [
+    (SEQUENCE, "3d", 8, (TWO, FULL)),
     (SEQUENCE, "expert", 4, (TWO, "parallel.tp=2")),
     (GLOBAL, "expert_fsdp", 4, (TWO, "parallel.pp=2", f"{SCHEDULE}=interleaved_1f1b")),
     (SEQUENCE, "expert_fsdp", 4, (TWO, "parallel.cp=2")),

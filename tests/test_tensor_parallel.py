@@ -92,14 +92,16 @@ def test_recompute_changes_nothing(model: str) -> None:
         assert distance(found, reference(model)) <= EXACT
 
 
-@pytest.mark.parametrize("bug", sorted(tensor_cases.BUGS.keys() - {"none"}))
 @pytest.mark.parametrize(
     ("model", "sequence", "adapters"), [("qwen3", False, False), ("gpt2", True, False), ("llama", False, True)]
 )
-def test_a_planted_bug_shows(model: str, sequence: bool, adapters: bool, bug: str) -> None:
-    case = Case(model, sequence_parallel=sequence, bug=bug, adapters=adapters)
-    found = run_ranks(2, tensor_cases.train, [case])[0][0]
-    assert distance(found, reference(model, adapters=adapters)) > 1e-4
+def test_each_planted_bug_shows(model: str, sequence: bool, adapters: bool) -> None:
+    """One after another on the same ranks."""
+    bugs = sorted(tensor_cases.BUGS.keys() - {"none"})
+    cases = [Case(model, sequence_parallel=sequence, bug=bug, adapters=adapters) for bug in bugs]
+    found = run_ranks(2, tensor_cases.train, cases)[0]
+    for bug, trained in zip(bugs, found, strict=True):
+        assert distance(trained, reference(model, adapters=adapters)) > 1e-4, bug
 
 
 @pytest.mark.parametrize(("seeds", "alike"), [((5,), True), ((5, 6), False)])

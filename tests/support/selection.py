@@ -25,7 +25,7 @@ QUICK_TESTS = (
     "tests/test_parity.py::test_every_layout_has_a_row",
     *(f"tests/test_parity.py::test_layout_equals_single_process[[]{layout}-llama]" for layout in ("ddp", "fsdp")),
     *(f"tests/test_parity.py::test_layout_equals_single_process[[]{layout}-*]" for layout in ("tensor", "pipeline")),
-    "tests/test_parity.py::test_layout_equals_single_process[[]context-llama]",
+    "tests/test_parity.py::test_layout_equals_single_process[[]context-*]",
     "tests/test_parity_deepspeed.py::test_layout_equals_single_process[[]zero[23]-llama]",
     "tests/test_mutations.py::test_parity_sees_the_bug[[]local_norm]",
 )
