@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, int, str, tuple[str, ...], tuple[str, ...]]] = {
     "context": ("context", 2, "llama", (), ()),
 }
 OFTEN = {"single, clipped by norm, dropout, tied", "ddp, clipped by value", "fsdp, clipped by norm, recompute"}
-OFTEN |= {"fsdp, not clipped, tied", "fsdp, schedule-free"}
+OFTEN |= {"fsdp, not clipped, tied"}
 
 
 @pytest.mark.parametrize("name", rows(zip(CASES), lambda name: name in OFTEN))

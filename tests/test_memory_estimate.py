@@ -362,7 +362,13 @@ def test_ranks_of_a_pipeline_are_named(cache: str, capsys: pytest.CaptureFixture
     assert f"2 x {found['busiest']} (busiest)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"])
+@pytest.mark.parametrize(
+    "schedule",
+    rows(
+        zip(("1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble")),
+        lambda schedule: schedule in ("1f1b", "interleaved_zero_bubble"),
+    ),
+)
 def test_places_left_out_are_not_the_busiest(schedule: str, cache: str) -> None:
     words = ["model=llama3_2_1b", "cluster=8xh100", "precision=bf16", cache, "parallel=pipeline", "parallel.pp=8"]
     words += ["train.gradient_accumulation_steps=16", f"parallel.pipeline.schedule={schedule}"]

@@ -306,6 +306,11 @@ NIGHTLY = {
     *("zero3 fp32", "ddp fp32, adamw in the backward, tied", "hsdp bf16, lomo"),
     *("tensor_fsdp bf16, mezo", "tensor_fsdp bf16, adapters, tied", "zero1 bf16, adapters"),
     *("ddp fp32, adapters over 4 bits, recompute", "tensor, key-value heads copied"),
+    *("single autocast, recompute", "single fp8", "ddp bf16, adapters", "ddp fp32, muon, routed experts"),
+    *("fsdp bf16, adapters over 4 bits", "fsdp bf16, adapters, recompute", "fsdp bf16, averaged weights"),
+    *("fsdp bf16, adamw in the backward, uneven", "fsdp fp32, lomo", "fsdp fp32, mezo, kept gathered"),
+    *("tensor_fsdp bf16, muon, tied", "tensor sequence, recompute", "context ulysses, chunked loss"),
+    *("zero1 bf16, offload", "zero2 fp32", "zero2 fp16"),
 }
 
 

