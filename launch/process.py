@@ -39,13 +39,15 @@ PR_SET_CHILD_SUBREAPER = 36
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """code: the exit code, 128 + N after signal N. killed: the signal that ended the launcher itself, if one did. told:
-    whether somebody asked the run to end. relay: what went to stderr. lost: a node that is gone with its ranks."""
+    whether somebody asked the run to end. relay: what went to stderr. lost: a node that is gone with its ranks.
+    started: False where the ranks were still waiting for their turn."""
 
     code: int
     killed: signal.Signals | None
     told: bool
     relay: Relay
     lost: str | None = None
+    started: bool = True
 
 
 def run_command(command: Command, signals: Forwarding) -> Outcome:

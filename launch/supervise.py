@@ -79,7 +79,9 @@ def _report_end(run_dir: Path) -> None:
 def _end(outcome: Outcome, before: Standing, after: Standing, reason: str, run_dir: Path) -> int:
     """The exit code of a job that is not started again; says why it failed, if it did."""
     code = outcome.code
-    rank_code = after.status.get("exit_code") if after.status != before.status else None
+    # What is written while ranks wait to be started is about an earlier start.
+    said = outcome.started and after.status != before.status
+    rank_code = after.status.get("exit_code") if said else None
     if code != EXIT_FINISHED and isinstance(rank_code, int):
         code = rank_code
     from trainer.report.page import report_end  # a twelfth of what `launch --help` takes, and of no use to it

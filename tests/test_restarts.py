@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
+from launch.process import Outcome, Relay
+from launch.supervise import keep_running
 from tests.support.harness import run_ranks
 from tests.support.parity import words
 from trainer.__main__ import main
@@ -102,3 +105,11 @@ def test_a_run_says_whether_starting_again_can_help(tmp_path: Path) -> None:
     assert run_ranks(1, main, diverging) == [EXIT_FAILED]
     status = read_status(tmp_path)
     assert (status["state"], status["retry"]) == ("failed", False)
+
+
+def test_a_run_that_is_told_to_stop_while_it_waits_was_stopped(tmp_path: Path) -> None:
+    """Though status.json still says `running`, of an earlier start that was killed: the record is put right."""
+    (tmp_path / STATUS).write_text(json.dumps({"state": "running", "step": 3}))
+    waiting = Outcome(code=EXIT_STOPPED, killed=None, told=True, relay=Relay(sys.stderr), started=False)
+    assert keep_running(lambda _again, _signals: waiting, tmp_path, max_restarts=3) == (EXIT_STOPPED, True)
+    assert read_status(tmp_path)["state"] == "failed"
