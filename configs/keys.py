@@ -170,4 +170,5 @@ def _describe(kind: Any) -> str:
     inner = get_args(kind)[1]
     if get_origin(inner) is list:
         return "must be a dictionary of lists: {a: [b], c: [d,e]}"
-    return f"must be a dictionary{' of texts: {a: b, c: d}' if inner is str else ': {a: 1, b: 2}'}"
+    shown = {str: " of texts: {a: b, c: d}", float: " of numbers: {a: 1, b: 0.5}"}
+    return f"must be a dictionary{shown.get(inner, ': {a: 1, b: 2}')}"

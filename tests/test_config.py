@@ -188,6 +188,10 @@ def test_parameters_of_a_published_model(name: str) -> None:
         ("data.paths=corpus.txt", "data.paths=corpus.txt: must be a list: [a,b]"),
         ("model.config=3", "model.config=3: must be a dictionary: {a: 1, b: 2}"),
         ("data.roles={1: user}", "data.roles={1: user}: its name 1 is no text; quote it in YAML, or write it w"),
+        (
+            "cluster.ray.resources={TPU: [1]}",
+            "cluster.ray.resources={TPU: [1]}: must be a dictionary of numbers: {a: 1",
+        ),
         ("data.roles=user", "data.roles=user: must be a dictionary of texts: {a: b, c: d}"),
         ("data.validation_sets={a: b/}", "data.validation_sets={a: b/}: must be a dictionary of lists: {a: [b], c: "),
         ("train.seed=1,2", "one value expected; for a list write train.seed=[1,2], for several runs add -m"),

@@ -204,7 +204,7 @@ def test_what_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> No
         "cluster=ray",
         "cluster.device=auto",
         "cluster.ray.address=head",
-        "cluster.ray.resources={GPU: 1, tpu: 0}",
+        "cluster.ray.resources={GPU: 1, tpu: 0, slot: 0.00001}",
         "cluster.ray.environment={RANK: '1', a-b: c}",
         "launcher=deepspeed",
         "launcher.master_port=2000",
@@ -214,6 +214,7 @@ def test_what_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> No
         "cluster.ray.address=head",
         "cluster.ray.resources={GPU",
         "cluster.ray.resources={tpu",
+        "cluster.ray.resources={slot",
         "cluster.ray.environment={RANK",
         "cluster.ray.environment={a-b",
         "cluster.device=auto",
@@ -221,6 +222,13 @@ def test_what_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> No
         "launcher.name=deepspeed",
         "launcher.master_port=2000",
     ]
+
+
+def test_an_amount_that_ray_cannot_divide(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = [*RAY, f"train.run_dir={tmp_path}/run", "cluster.ray.resources={TPU: 1.5, slot: 1.5}"]
+    assert main(words) == EXIT_BAD_CONFIG
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cluster.ray.resources={TPU: 1.5}: Ray refuses it (The number of requested 'TPU' was set to")
 
 
 def test_an_address_where_nothing_answers(

@@ -43,6 +43,7 @@ class Cluster:
             raise EnvironmentProblem("cluster=ray: ray is not installed; pip install '.[ray]' here and on all nodes")
         import ray
 
+        check_amounts(self._config.cluster.ray.resources)
         given = self._config.cluster.ray.address
         theirs = ray.is_initialized()  # a Python program that calls `cookbook.launch` may have its own connection
         if not theirs:
@@ -200,6 +201,21 @@ def find_cluster(address: str | None) -> str | None:
             " --head` starts one, and cluster.ray.address=local one that ends with the run"
         ) from None
     return found
+
+
+def check_amounts(resources: Mapping[str, float]) -> None:
+    """Raises EnvironmentProblem, with a line for each amount that Ray refuses: it knows what a TPU can be divided into.
+    It would say so by a traceback, when nodes are free."""
+    import ray
+
+    problems: list[str] = []
+    for name, amount in resources.items():
+        try:
+            ray.remote(Cluster).options(resources={name: amount})  # pyright: ignore[reportAttributeAccessIssue]
+        except ValueError as error:
+            problems.append(f"cluster.ray.resources={{{name}: {amount:g}}}: Ray refuses it ({first_line(error)})")
+    if problems:
+        raise EnvironmentProblem(*problems)
 
 
 def bundle(config: Config, plan: Plan) -> dict[str, float]:

@@ -10,6 +10,7 @@ from configs.schema import Config
 from slurm.options import check_nodes
 from trainer.process.world import VARIABLES
 
+LEAST = 0.0001
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 BY_KEY = {
     "CPU": "set cluster.ray.cpus_per_node",
@@ -29,8 +30,8 @@ def check_options(config: Config) -> Iterator[str]:
         key = f"cluster.ray.resources={{{name}: {amount:g}}}"
         if name in BY_KEY:
             yield f"{key}: is no further resource; {BY_KEY[name]}"
-        elif not 0 < amount < float("inf"):
-            yield f"{key}: must be above 0"
+        elif not LEAST <= amount < float("inf"):
+            yield f"{key}: must be at least {LEAST}, which is the least that Ray counts"
     for name in options.environment:
         key = f"cluster.ray.environment={{{name}: ...}}"
         if name in VARIABLES:
