@@ -45,6 +45,12 @@ print(out)
 print(err, file=sys.stderr)
 sys.exit(code)
 """
+# As kubectl 1.32 writes it.
+UNREACHED = """E1129 01:48:25.910731 1 memcache.go:265] "Unhandled Error" err="couldn't get current server API"
+Warning: the server doesn't have a resource type 'jobsets' in group 'jobset.x-k8s.io'
+
+The connection to the server 10.0.0.1:6443 was refused"""
+ALLOWED = [["can-i"], [0, "yes", ""]]
 SHARED = [["get"], [0, json.dumps({"spec": {"accessModes": ["ReadWriteMany"]}}), ""]]
 
 
@@ -149,35 +155,40 @@ def test_everything_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[
             " name another namespace",
         ),
         (
-            [[["can-i"], [1, "", "Warning: the server doesn't have a resource type 'jobsets'"]]],
+            [[["can-i"], [0, "yes", "Warning: the server doesn't have a resource type 'jobsets'"]]],
             "cluster=kubernetes: this cluster does not know jobsets.jobset.x-k8s.io; install JobSet"
             " (https://jobset.sigs.k8s.io/docs/installation)",
         ),
         (
-            [[["can-i"], [1, "", "The connection to the server 10.0.0.1:6443 was refused"]]],
+            [[["can-i"], [1, "", UNREACHED]]],
             "cluster=kubernetes: kubectl does not reach the cluster: The connection to the server 10.0.0.1:6443 was"
-            " refused",
+            " refused; name one of `kubectl config get-contexts` by cluster.kubernetes.context, or print the manifest"
+            " with dry_run=true",
         ),
         (
-            [[["get"], [1, "", 'Error from server (NotFound): persistentvolumeclaims "runs" not found']]],
+            [ALLOWED, [["get"], [1, "", 'Error from server (NotFound): persistentvolumeclaims "runs" not found']]],
             'cluster.kubernetes.volume=runs: (NotFound): persistentvolumeclaims "runs" not found; create a'
             " PersistentVolumeClaim of that name, or name another",
         ),
         (
-            [[["get"], [0, json.dumps({"spec": {"accessModes": ["ReadWriteOnce"]}}), ""]]],
+            [ALLOWED, [["get"], [0, json.dumps({"spec": {"accessModes": ["ReadWriteOnce"]}}), ""]]],
             "cluster.kubernetes.volume=runs: is ReadWriteOnce, and 2 nodes write to the run folder; name one that is"
             " ReadWriteMany",
         ),
         (
-            [SHARED, [["--dry-run=server"], [1, "", 'error: unable to recognize "STDIN"']]],
+            [ALLOWED, SHARED, [["--dry-run=server"], [1, "", 'error: unable to recognize "STDIN"']]],
             'kubectl create: unable to recognize "STDIN"',
         ),
         (
-            [SHARED, [["--dry-run=server"], [1, "", 'Error from server (AlreadyExists): jobsets "a" already exists']]],
+            [
+                ALLOWED,
+                SHARED,
+                [["--dry-run=server"], [1, "", 'Error from server (AlreadyExists): jobsets "a" already exists']],
+            ],
             'kubectl create: (AlreadyExists): jobsets "a" already exists; if that run is through, delete it, and submit'
             " again: kubectl --context lab --namespace ml delete jobset a",
         ),
-        ([SHARED], None),
+        ([ALLOWED, SHARED], None),
     ],
 )
 def test_the_cluster_is_asked_first(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from configs.schema import Config
 SECONDS = 60
 RESOURCE = "jobsets.jobset.x-k8s.io"
 SHARED = "ReadWriteMany"
+LOGGED = r"[EWIF]\d{4} |Warning: "
 
 
 class Kubectl:
@@ -52,15 +54,20 @@ class Kubectl:
         options = self._config.cluster.kubernetes
         where = f"cluster.kubernetes.namespace={options.namespace or 'null'}"
         done = self._run("auth", "can-i", "create", RESOURCE)
-        if "doesn't have a resource type" in done.stderr:
+        # It warns of an unknown type also where it reaches no server at all, and then gives no answer.
+        answer = done.stdout.strip()
+        if answer not in ("yes", "no"):
+            yield (
+                f"cluster=kubernetes: kubectl does not reach the cluster: {_said(done)}; name one of `kubectl config"
+                " get-contexts` by cluster.kubernetes.context, or print the manifest with dry_run=true"
+            )
+        elif "doesn't have a resource type" in done.stderr:
             yield (
                 f"cluster=kubernetes: this cluster does not know {RESOURCE}; install JobSet"
                 " (https://jobset.sigs.k8s.io/docs/installation)"
             )
-        elif done.stdout.strip() == "no":
+        elif answer == "no":
             yield f"{where}: you may not create {RESOURCE} there; ask for that right, or name another namespace"
-        elif done.returncode:
-            yield f"cluster=kubernetes: kubectl does not reach the cluster: {_said(done)}"
 
     def _volume(self) -> Iterator[str]:
         name, nodes = self._config.cluster.kubernetes.volume, self._config.cluster.nodes
@@ -91,6 +98,8 @@ def _found(text: str) -> dict[str, Any]:
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
-    """The first line of what kubectl complains of."""
-    lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-    return lines[0].removeprefix("error: ").removeprefix("Error from server ").rstrip(".")[:300]
+    """The first line of what kubectl complains of, which may follow lines of its own log."""
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    told = [line for line in lines if line.strip() and not re.match(LOGGED, line)] or lines
+    line = told[0] if told else f"exit code {done.returncode}"
+    return line.removeprefix("error: ").removeprefix("Error from server ").rstrip(".")[:300]
