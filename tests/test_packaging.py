@@ -150,6 +150,17 @@ def test_set_up_does_nothing_the_second_time(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+def test_the_image_is_made_of_what_there_is() -> None:
+    text = (ROOT / "launch/kubernetes/Dockerfile").read_text()
+    offered = re.findall(r"(\w+) \(", re.findall(r"^# EXTRAS.*$", text, re.MULTILINE)[0])
+    assert {*offered, "dev"} == {*PROJECT["optional-dependencies"]}
+    assert re.findall(r"^ARG EXTRAS=(\w+)$", text, re.MULTILINE)[0] in offered
+    copied = [word for words in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for word in words.split()[:-1]]
+    seen = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied.pop() == "." and {word.partition("/")[0] for word in copied} == seen
+    assert all((ROOT / word).is_file() for word in copied), copied
+
+
 def test_the_release_names_one_version() -> None:
     version = re.escape(PROJECT["version"])
     assert re.search(f"^version: {version}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
