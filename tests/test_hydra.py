@@ -19,6 +19,7 @@ from hydra import initialize_config_dir, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from configs.errors import EXIT_STOPPED
 from configs.load import from_yaml, load_config, to_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +90,19 @@ def test_the_script_trains_with_folders_and_experiments_of_its_own(
     config = from_yaml((folder / "config.yaml").read_text())
     assert (config.train.steps, config.data.seq_len, config.model.config) == (2, 32, {"hidden_size": 32})
     assert (folder / "summary.json").exists() and folder.name == Path(str(config.train.run_dir)).name
+
+
+def test_a_trial_that_is_stopped_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C asks the run to stop, and it has no last validation loss then."""
+    monkeypatch.chdir(tmp_path)
+    script = ROOT / "launch/examples/sweep.py"
+    words = ["--config-dir", str(ROOT / "launch/examples/conf"), "experiment=short", "++logging.progress=off"]
+    words += ["+model.config.hidden_size=32", "train.steps=9", "train.callbacks=[tests.test_python.Stops]"]
+    monkeypatch.setattr(sys, "argv", [str(script), *words, "hydra/hydra_logging=none"])
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == EXIT_STOPPED
 
 
 @pytest.mark.nightly  # three interpreters
