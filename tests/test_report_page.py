@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 from html import unescape
 from pathlib import Path
@@ -57,6 +58,12 @@ def test_a_run_leaves_a_page_however_it_ends(runs: tuple[Path, list[tuple[int, s
     assert page.count("<svg") == 4 and all(f"<td>{row}</td>" in page for row in ROWS)
     for name, size in json.loads((folder / "whole/prediction.json").read_text())["components"].items():
         assert f"{name} {size / 2**20:.0f} MiB" in page
+    # The device counts a sum alone, which stands below on the same scale.
+    sums = json.loads((folder / "whole/summary.json").read_text())["memory"]
+    share = sums["measured_allocated_bytes"] / sums["predicted_allocated_bytes"]
+    assert f"which is {share:.1%} of it:" in page and 'title="measured: ' in page
+    widths = [float(found) for found in re.findall(r'"bar" style="width:([\d.]+)%', page)]
+    assert widths == pytest.approx([100 / max(share, 1), 100 * min(share, 1)], abs=0.11)
     failed = unescape((folder / "failed/report.html").read_text())
     reason = json.loads((folder / "failed/status.json").read_text())["reason"]
     assert "not finite" in reason and '<p class="problem">failed at step' in failed and reason in failed
@@ -118,3 +125,19 @@ def test_curves_of_any_length() -> None:
     for losses in ({1: 2.0, 2: 2.0}, {step: step**0.5 for step in range(1, 50_000)}):
         drawn = loss_picture(losses, {}) or ""
         assert drawn.count("\n") < 15 and max(map(len, drawn.splitlines())) < 100
+
+
+def test_the_busiest_rank_is_held_against_itself(runs: tuple[Path, list[tuple[int, str]]], tmp_path: Path) -> None:
+    """Of stages that hold different parts, the numbers of the summary may be another rank's."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs[0] / "whole", folder)
+    total = json.loads((folder / "prediction.json").read_text())["peak_allocated_bytes"]
+    *before, last = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    summary = json.loads(last)
+    furthest = {"predicted_allocated_bytes": 2**20, "measured_allocated_bytes": 2**21, "memory_rank": 1}
+    by_rank = {"predicted_bytes_by_rank": [total, 2**20], "measured_bytes_by_rank": [total // 2, 2**21]}
+    summary["memory"] |= {**furthest, **by_rank}
+    (folder / "metrics.jsonl").write_text("".join([*before, json.dumps(summary) + "\n"]))
+    page = unescape(report(folder))
+    assert "which is 50.0% of it:" in page
+    assert "<td>tensors of rank 1, the furthest from its prediction: predicted</td><td>1 MiB</td>" in page

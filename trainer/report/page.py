@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
@@ -36,7 +36,7 @@ OWN_STYLE = (
     + """
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); padding: .6em; }
 td { text-align: left; overflow-wrap: anywhere; } .good { color: var(--good); } .fair { color: var(--fair); }
-.bar { display: flex; height: 1.2em; max-width: 44em; margin: .4em 0; }"""
+.bars { max-width: 44em; } .bar { display: flex; height: 1.2em; margin: .4em 0; }"""
 )
 DOORS = ("trainer/__main__.py", "launch/cookbook.py", "cookbook")
 
@@ -148,28 +148,21 @@ def _curves(run: Run) -> Iterator[str]:
 
 
 def _memory(run: Run, prediction: Mapping[str, Any]) -> Iterator[str]:
-    """What was predicted, by component, and the sums that were measured: no counter knows of components."""
+    """What was predicted, by component, and the sums that were measured."""
     yield "<h2>Memory</h2>"
     measured = run.summary.get("memory") or {}
     components: Mapping[str, int] = prediction.get("components") or {}
     total = prediction.get("peak_allocated_bytes")
+    of_busiest = _of_busiest(measured, total)
     if not total:
         yield f"<p>{escape(str(prediction.get('note') or 'Nothing was predicted.'))}</p>"
     else:
-        shown = [(name, value, COLOURS[at % len(COLOURS)]) for at, (name, value) in enumerate(components.items())]
-        bars = "".join(
-            f'<span style="flex:{value};background:{colour}" title="{escape(name)}: {size(value)}"></span>'
-            for name, value, colour in shown
-            if value
-        )
-        legend = " ".join(
-            f'<span style="color:{colour}">&#9632;</span> {escape(name)} {size(value)}' for name, value, colour in shown
-        )
-        yield f'<p>Predicted peak of the busiest rank, {size(total)}:</p><div class="bar">{bars}</div><p>{legend}</p>'
+        yield from _bars(components, total, of_busiest)
     last = run.steps[-1] if run.steps else {}
     rows = [
         ("tensors, predicted", total),
-        ("tensors, measured in the first two updates", measured.get("measured_allocated_bytes")),
+        ("tensors, measured in the first two updates", of_busiest),
+        *_furthest(measured, of_busiest),
         ("allocator, predicted to reserve at least", prediction.get("peak_reserved_bytes")),
         ("allocator, reserved in the whole run", last.get("peak_reserved_bytes")),
         ("largest process, resident", last.get("peak_host_bytes")),
@@ -178,6 +171,48 @@ def _memory(run: Run, prediction: Mapping[str, Any]) -> Iterator[str]:
     yield table(("peak", "bytes"), [(name, size(value)) for name, value in rows if value])
     if note := measured.get("memory_note"):
         yield f"<p>{escape(note)}</p>"
+
+
+def _of_busiest(measured: Mapping[str, Any], total: int | None) -> int | None:
+    """What a rank of the kind that was predicted to be the busiest has needed; None where it was not measured."""
+    predicted, found = measured.get("predicted_bytes_by_rank"), measured.get("measured_bytes_by_rank")
+    if predicted and found:
+        return max((peak for expected, peak in zip(predicted, found, strict=True) if expected == total), default=None)
+    same = measured.get("predicted_allocated_bytes") in (total, None)
+    return measured.get("measured_allocated_bytes") if same else None
+
+
+def _furthest(measured: Mapping[str, Any], shown: int | None) -> Iterator[tuple[str, int]]:
+    """The rank whose prediction was worst, if that is another one than is shown already."""
+    found, expected = measured.get("measured_allocated_bytes"), measured.get("predicted_allocated_bytes")
+    if found and expected and found != shown:
+        rank = measured.get("memory_rank")
+        yield f"tensors of rank {rank}, the furthest from its prediction: predicted", expected
+        yield f"tensors of rank {rank}: measured", found
+
+
+def _bars(components: Mapping[str, int], total: int, measured: int | None) -> Iterator[str]:
+    """The predicted components, and on the same scale the one sum that is measured."""
+
+    def bar(parts: Sequence[tuple[str, int, str]]) -> str:
+        spans = "".join(
+            f'<span style="flex:{value};background:{colour}" title="{escape(name)}: {size(value)}"></span>'
+            for name, value, colour in parts
+            if value
+        )
+        width = 100 * sum(value for _, value, _ in parts) / max(total, measured or 0)
+        return f'<div class="bar" style="width:{width:.1f}%">{spans}</div>'
+
+    shown = [(name, value, COLOURS[at % len(COLOURS)]) for at, (name, value) in enumerate(components.items())]
+    legend = " ".join(
+        f'<span style="color:{colour}">&#9632;</span> {escape(name)} {size(value)}' for name, value, colour in shown
+    )
+    yield f'<p>Predicted peak of the busiest rank, {size(total)}:</p><div class="bars">{bar(shown)}'
+    if measured:
+        yield f"<p>Measured in the first two updates, {size(measured)}, which is {measured / total:.1%} of it:</p>"
+        yield bar([("measured", measured, "var(--quiet)")])
+    yield f"</div><p>{legend}</p>"
+    yield "<p>Only the sum can be measured, so a difference does not say which component it belongs to.</p>"
 
 
 def _versions(record: Path) -> Iterator[tuple[str, str]]:
