@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import runpy
 import signal
 import subprocess
 import sys
@@ -183,3 +185,14 @@ def test_a_failure_is_told_once_and_kept_whole(written: str, shown: str, tmp_pat
     assert (log is None) == (shown == written)
     if log is not None:
         assert log.read_text() == written
+
+
+def test_a_rank_that_is_through_does_not_look_for_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes seconds with torch, after the run's last line."""
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    monkeypatch.setattr(sys, "argv", ["trainer", "--help"])
+    monkeypatch.delitem(sys.modules, "trainer.__main__", raising=False)
+    with pytest.raises(SystemExit):
+        runpy.run_module("trainer", run_name="__main__")
+    assert frozen == [True]
