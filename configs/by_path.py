@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from sysconfig import get_path
+from traceback import extract_tb
 from typing import Any
 
 from configs.errors import PlanError
+
+ROOT = Path(__file__).parent.parent
+PLACES = [get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+PLACES += [str(ROOT / name) for name in ("configs", "trainer", "launch", "slurm")]
+STRANGE = ("<", *(f"{place}{os.sep}" for place in PLACES))
+"""Beginnings of the paths of files that are not a user's."""
 
 
 def find(path: str, given: str, *, kind: str = "class") -> Any:
@@ -24,7 +33,7 @@ def find(path: str, given: str, *, kind: str = "class") -> Any:
     try:
         found = getattr(import_module(module), name, None)
     except Exception as error:  # whatever the module raises
-        raise PlanError(f"{given}: cannot import {module} ({_line(error)}); install it, or mend the path") from None
+        raise PlanError(f"{given}: cannot import {module} ({told(error)}); install it, or mend the path") from None
     if found is None:
         near = get_close_matches(name, dir(import_module(module)), n=1)
         raise PlanError(f"{given}: {module} has no {name}; {f'did you mean {near[0]}?' if near else 'mend the path'}")
@@ -78,5 +87,15 @@ def unknown(name: str, known: Iterable[str], *, key: str) -> str:
     return f"has no such option; {meant} {has}"
 
 
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def told(error: BaseException) -> str:
+    """What code of the user's own raises, and where in it: `KeyError: 3, at /home/me/rows.py:12 in __getitem__`.
+
+    Without a place where the error is not from such code: of Python, of a library or of this project.
+    """
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith(STRANGE)]
+    if not frames:
+        return said
+    # Where it enters their file it may call further into it; what they call elsewhere is not theirs to mend.
+    last = next(frame for frame in reversed(frames) if frame.filename == frames[0].filename)
+    return f"{said}, at {last.filename}:{last.lineno} in {last.name}"

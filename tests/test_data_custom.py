@@ -159,7 +159,7 @@ def test_each_sample_that_breaks_a_rule_is_said_before_the_run() -> None:
 def test_a_sample_that_breaks_in_mid_run_ends_it_in_one_line(workers: int) -> None:
     nothing_held_out = [NO_VALIDATION, "data.validation_fraction=0", "data.shuffle=false"]
     data = data_of(*custom("Late", "count=40"), *nothing_held_out, f"data.num_workers={workers}")
-    with pytest.raises(RankProblem, match=r"Late: sample 1 fails \(KeyError: 1\); mend it"):
+    with pytest.raises(RankProblem, match=r"sample 1 fails \(KeyError: 1, at \S+/data_of_users\.py:\d+ in "):
         step_rows(data, steps=3)
 
 

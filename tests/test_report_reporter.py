@@ -119,9 +119,10 @@ def test_a_tracker_that_goes_away_does_not_end_the_run(
     assert tracker.logged == [0, 1, 2]
     assert [line["kind"] for line in read_metrics(folder)].count("step") == 4
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("logging.tracker=")]
+    line = Unreachable.log.__code__.co_firstlineno + 3
     assert told == [
-        "logging.tracker=wandb: failed (ConnectionError: no route to host) and is not used from here on;"
-        f" {folder / 'metrics.jsonl'} goes on"
+        f"logging.tracker=wandb: failed (ConnectionError: no route to host, at {__file__}:{line} in log) and is not"
+        f" used from here on; {folder / 'metrics.jsonl'} goes on"
     ]
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from configs.by_path import told
 from configs.errors import CookbookError, OutputFailed
 from configs.schema import Config
 from trainer.flops import count_parameters, mfu, model_flops, peak_flops
@@ -346,10 +347,9 @@ class Reporter:
     def _give_up_tracker(self, error: Exception, terminal: Terminal | None) -> None:
         """A server that goes away must not end a training run: metrics.jsonl has it all."""
         if terminal:
-            reason = " ".join(str(error).split())
             terminal.say(
-                f"logging.tracker={self._config.logging.tracker}: failed ({type(error).__name__}: {reason}) and is"
-                f" not used from here on; {self._folder / 'metrics.jsonl'} goes on"
+                f"logging.tracker={self._config.logging.tracker}: failed ({told(error)}) and is not used from here on;"
+                f" {self._folder / 'metrics.jsonl'} goes on"
             )
 
     def _over_ranks(self) -> tuple[StepSeconds, PeakMemory]:
