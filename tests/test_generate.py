@@ -28,12 +28,12 @@ TRAIN += [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `whole`, `lora` and `adapter`, of a model and of two adapters to it."""
+    """Folders `whole`, `lora`, `adapter` and `prompt`, of a model and of three adapters to it."""
     folder = tmp_path_factory.mktemp("runs")
     run_ranks(1, door, [*TRAIN, f"train.run_dir={folder / 'whole'}"])
     words = [word for word in TRAIN if not word.startswith("model")]
     words += [f"model.path={folder / 'whole' / 'model'}", "model.weights=pretrained"]
-    for method in ("lora", "adapter"):
+    for method in ("lora", "adapter", "prompt"):
         run_ranks(1, door, [*words, f"tuning={method}", f"train.run_dir={folder / method}"])
     return folder
 
@@ -73,7 +73,7 @@ def test_a_seed_gives_one_text_and_the_first_weights_another(runs: Path, capsys:
     assert not set(map(ord, untrained)) & {*range(10), *range(11, 32), 127} - {9}, "a terminal would obey it"
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter"])
+@pytest.mark.parametrize("method", ["lora", "adapter", "prompt"])
 def test_an_adapter_writes_with_its_model(method: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("def", "--tokens", "8", "--temperature", "0")
     assert written(capsys, str(runs / method), *options).startswith("def")

@@ -80,15 +80,18 @@ def write(asked: Request) -> None:
     ends = tokenizer.eos_token_id if ends is None else ends
     torch.manual_seed(asked.seed)
     writer: Any = model
-    writer.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(asked.tokens, room),
-        streamer=Printer(tokenizer, skip_prompt=asked.chat or not asked.prompt, skip_special_tokens=True),
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
-    )
+    with warnings.catch_warnings():
+        # peft numbers the positions behind virtual tokens itself, and says so at each token.
+        warnings.filterwarnings("ignore", message="Position ids are not supported")
+        writer.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(asked.tokens, room),
+            streamer=Printer(tokenizer, skip_prompt=asked.chat or not asked.prompt, skip_special_tokens=True),
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
 
 
 @contextmanager
