@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from math import inf
+from typing import Any
 
 from configs.keys import schema_keys, value_at
 from configs.schema import Config
@@ -160,11 +161,16 @@ RANGES: Mapping[str, Range] = {
 def check_ranges(config: Config) -> Iterator[str]:
     """One line for each number, or list of numbers, that is outside of its range: key, value, range."""
     for key in schema_keys():
-        if key not in RANGES:
-            continue
         value = value_at(config, key)
-        numbers = value if isinstance(value, list) else [] if value is None else [value]
-        wrong = next((number for number in numbers if not RANGES[key].holds(number)), None)
-        if wrong is not None:
-            each = "each " if isinstance(value, list) else ""
-            yield f"{key}={value}: {each}{RANGES[key].rule(wrong)}"
+        if (rule := broken_range(key, value)) is not None:
+            yield f"{key}={value}: {rule}"
+
+
+def broken_range(key: str, value: Any) -> str | None:
+    """The range that a number, or one of a list of numbers, is outside of, in words. None where it may stand."""
+    if key not in RANGES:
+        return None
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    wrong = next((number for number in numbers if not RANGES[key].holds(number)), None)
+    each = "each " if isinstance(value, list) else ""
+    return None if wrong is None else each + RANGES[key].rule(wrong)

@@ -59,7 +59,12 @@ def _check(words: argparse.Namespace) -> None:
         f"--{name}={value}: {rule}"
         for name, value, bad, rule in (
             ("tokens", words.tokens, words.tokens < 1, "must be at least 1"),
-            ("temperature", words.temperature, not 0 <= words.temperature < float("inf"), "must be 0 or more"),
+            (
+                "temperature",
+                words.temperature,
+                words.temperature != 0 and not 1e-3 <= words.temperature < float("inf"),
+                "must be 0, or 0.001 or more",
+            ),
             ("top-p", words.top_p, not 0 < words.top_p <= 1, "must be above 0 and at most 1"),
         )
         if bad

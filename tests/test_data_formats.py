@@ -413,6 +413,40 @@ def test_a_data_set_by_its_name_gives_the_samples_of_its_file(tmp_path: Path) ->
         data_of(*keys, f"data.name={folder}", "data.split=test")
 
 
+@pytest.mark.parametrize(
+    "row", ['{"messages": [{"role": "user", "content": "?"}]}\n', "no JSON\n"], ids=["no answer", "no row"]
+)
+def test_a_file_to_validate_on_has_its_own_key(tmp_path: Path, row: str) -> None:
+    good = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "4"}]}
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text((json.dumps(good) + "\n") * 9)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(row)
+    keys = ["data=chat", f"data.cache_dir={tmp_path}/cache", f"data.validation_paths=[{bad}]"]
+    for training in (f"data.name={tmp_path}/set", f"data.paths=[{tmp_path}/set]"):
+        with pytest.raises(DataError, match=rf"^data\.validation_paths: {bad}:1: no"):
+            data_of(*keys, training)
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "one and two"}\n' * 9)
+    bad.write_text("no JSON\n")
+    with pytest.raises(DataError, match=rf"^data\.validation_paths: {bad}:1: not JSON"):
+        data_of("data=files", f"data.paths=[{tmp_path}/set]", *keys[1:])
+
+
+def test_a_hub_that_stops_answering_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the connection was cut\nin the middle")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [])
+    monkeypatch.setattr(datasets, "load_dataset_builder", cut)
+    with pytest.raises(DataError) as refused:
+        data_of("data=chat", "data.name=somebody/chats")
+    (line,) = refused.value.problems
+    assert line.startswith("data.name=somebody/chats: the hub does not say which commit it is (the connection was cut")
+    assert "\n" not in line
+
+
 def test_every_key_of_the_data_has_its_rule() -> None:
     known = {*READ_BY, *EVERYWHERE, *ON_CONDITION}
     assert known == {field.name for field in fields(Data)}

@@ -85,8 +85,8 @@ def test_an_adapter_writes_with_its_model(method: str, runs: Path, capsys: pytes
     ("words", "says"),
     [
         (
-            ["absent", "--tokens", "0", "--top-p", "2"],
-            ["--tokens=0: must", "--top-p=2.0: must", "absent: no such folder"],
+            ["absent", "--tokens", "0", "--temperature", "1e-308", "--top-p", "2"],
+            ["--tokens=0: must", "--temperature=1e-308: must", "--top-p=2.0: must", "absent: no such folder"],
         ),
         (["RUN", "--chat", "hello"], ["--chat: the tokenizer of RUN has no chat template"]),
         (["RUN", "x" * 3000], ["prompt: has 3000 tokens, and the model of RUN takes"]),

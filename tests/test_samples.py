@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from configs.errors import ConfigError
+from configs.load import load_config
 from tests.support.doors import door
 from tests.support.harness import run_ranks
 from tests.support.refusals import assert_refused
@@ -19,6 +22,7 @@ from tests.support.selection import rows
 from trainer.data.tokenizer import build_byte_tokenizer
 from trainer.report.metrics import SampleMetrics, numbers
 from trainer.report.terminal import render
+from trainer.run.sampling import _given, chances  # pyright: ignore[reportPrivateUsage]
 
 TINY = ["model=tiny", "data=builtin", "data.seq_len=128", "cluster.device=cpu", "precision=fp64", "estimate.gate=off"]
 TINY += ["model.config.num_hidden_layers=2", "model.config.hidden_size=32", "model.config.intermediate_size=64"]
@@ -177,3 +181,26 @@ def test_a_template_that_fails_on_a_prompt_is_one_line(tmp_path: Path, capsys: p
     said = capsys.readouterr().err
     assert "train.samples.prompts: number 1: the chat template fails on one message of the user (TemplateError" in said
     assert "Traceback" not in said
+
+
+def test_a_prompt_begins_as_the_texts_of_all_sources_do(tmp_path: Path) -> None:
+    """Whose `bos` may be the sources' own."""
+    tokenizer = build_byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    source = {"weight": 1, "source": "builtin"}
+
+    def first(*bos: str) -> list[int]:
+        sources = {f"{number}": {**source, "bos": each} for number, each in enumerate(bos)}
+        config = load_config([*TINY, *SAMPLES])
+        return next(_given(replace(config, data=replace(config.data, mixture=sources)), tokenizer)).ids
+
+    assert first("always", "always") == [tokenizer.eos_token_id, *b"def"]
+    assert first("never", "never") == [*b"def"]
+    with pytest.raises(ConfigError, match=r"data\.mixture\.0: data\.bos=always and data\.mixture\.1: data\.bos=never"):
+        first("always", "never")
+
+
+@pytest.mark.parametrize("heat", [1e-308, 5e-324, 1e-3])
+def test_the_coldest_temperature_takes_the_likeliest(heat: float) -> None:
+    scores = torch.tensor([[1.0, 300.0, 299.0, -torch.inf]], dtype=torch.float64)
+    assert chances(scores, heat).tolist() == [[0, 1, 0, 0]]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from configs.imports import deepspeed, sharding
-from configs.imports.fields import Field, Handler, Source, Unreadable, flatten, translate
+from configs.imports.fields import Field, Handler, Source, Unreadable, by_table, flatten, translate
 
 NAME = "accelerate"
 SECTIONS = ("accelerate",)
@@ -114,10 +114,11 @@ def _distributed_optimizer(source: Source, name: str, value: Any) -> Field:
     return source.translated(name, value, {"parallel.dp_replicate": None})
 
 
-def _mixed(source: Source, name: str, value: Any) -> Field | None:
-    if source.together & {"training_arguments", "axolotl", "llama_factory"}:
-        return source.harmless(name, value, "the Trainer's own bf16 and fp16 count")
-    return None
+def _mixed(source: Source, name: str, value: Any) -> Field:
+    """The Trainer's own bf16 and fp16 win over it where they are true."""
+    found = by_table(source, name, value)
+    found.implied = frozenset(found.settings)
+    return found
 
 
 SPECIAL: dict[str, Handler] = {

@@ -14,6 +14,7 @@ from configs.imports.fields import Field, show
 from configs.imports.reading import Read, read_files
 from configs.keys import open_key, value_at
 from configs.load import group_options, load_chosen, load_config, usual
+from configs.ranges import broken_range
 
 BATCH = ("train.micro_batch_size", "train.gradient_accumulation_steps", "train.global_batch_size")
 
@@ -91,7 +92,7 @@ def _layout(fields: list[Field]) -> list[Field]:
 
 
 def _strength(each: Field, key: str) -> int:
-    return (2 if each.given else 0) - (key in each.implied)
+    return (2 if each.given else 0) - (key in each.implied) + each.over
 
 
 def _merge(fields: list[Field], taken: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -110,8 +111,15 @@ def _merge(fields: list[Field], taken: Mapping[str, Any], problems: list[str]) -
                 one, two = (f"{field.file}: {field.name}={show(field.value)}" for field in (other, each))
                 problems.append(f"{one} and {two} say different things; give {key}=VALUE to choose")
     values = {key: each.settings[key] for key, each in best.items()}
+    for key, each in best.items():
+        if not _is_taken(key, taken) and (rule := broken_range(key, values[key])) is not None:
+            problems.append(f"{each.file}: {each.name}={show(each.value, each.name)}: here {key}: {rule}")
     for each in fields:
         lost = [key for key, value in each.settings.items() if value != values[key]]
+        if any(best[key].over for key in lost):
+            # What it says is said as a whole by the other: an end of a curve belongs to the curve.
+            lost = list(each.settings)
+            values = {key: value for key, value in values.items() if best[key] is not each}
         for key in [*lost, *(key for key in each.settings if _is_taken(key, taken))]:
             each.settings.pop(key, None)
         if lost and not each.settings and each.given:
@@ -139,7 +147,10 @@ def _settle(fields: list[Field], settings: dict[str, Any], taken: Mapping[str, A
         if "~decay_ratio" in each.settings:
             ratio = each.settings.pop("~decay_ratio")
             if total is not None and not _is_taken("scheduler.decay_steps", taken):
-                each.settings["scheduler.decay_steps"] = settings["scheduler.decay_steps"] = round(total * ratio)
+                # Never into the warm-up, as in torchtitan.
+                left = total - min(total, settings.get("~warmup_steps", settings.get("scheduler.warmup_steps", 0)))
+                number = min(round(total * ratio), left)
+                each.settings["scheduler.decay_steps"] = settings["scheduler.decay_steps"] = number
         if "~epochs" in each.settings:
             number = each.settings.pop("~epochs")
             if total is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from configs.foreign import Fate, look_up, table
-from configs.imports.fields import Field, Handler, Source, Unreadable, show, translate
+from configs.imports.fields import Field, Handler, Source, Unreadable, by_table, show, translate
 from configs.zero_settings import READ, is_plain
 
 NAME = "DeepSpeed"
@@ -170,6 +170,13 @@ def _betas(source: Source, name: str, value: Any) -> Field:
     return source.translated(name, value, {"optimizer.beta1": float(value[0]), "optimizer.beta2": float(value[1])})
 
 
+def _over(source: Source, name: str, value: Any) -> Field:
+    """transformers' Trainer makes no optimizer and no scheduler of its own beside those of DeepSpeed's file."""
+    found = by_table(source, name, value)
+    found.over = found.fate is Fate.translated
+    return found
+
+
 def _lr(source: Source, name: str, value: Any) -> Field | None:
     if isinstance(source.get("scheduler.params.warmup_max_lr"), (int, float)):
         return source.harmless(name, value, "the scheduler sets it to warmup_max_lr")
@@ -273,6 +280,8 @@ def _mics(source: Source, name: str, value: Any) -> Field:
 SPECIAL: dict[str, Handler] = {
     "zero_optimization": _stage,  # true or false, the form of 2020
     "zero_optimization.stage": _stage,
+    "optimizer.type": _over,
+    "scheduler.type": _over,
     "optimizer.params.betas": _betas,
     "optimizer.params.lr": _lr,
     "fp16.loss_scale": _loss_scale,

@@ -18,7 +18,7 @@ class Field:
 
     settings: our keys with their values; a key that begins with `~` waits for what other fields say (`combine`).
     implied: those of them that another field may say better. why: what to know about it. given: whether the file says
-    it; otherwise it is a default of theirs.
+    it; otherwise it is a default of theirs. over: whether its trainer takes it over what another file says of the same.
     """
 
     file: str
@@ -29,6 +29,7 @@ class Field:
     implied: frozenset[str] = frozenset()
     why: str = ""
     given: bool = True
+    over: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ def strategy(source: Source, name: str, value: Any, gpus_per_node: Any) -> Field
         raise Unreadable(f"choose {', '.join(STRATEGIES)}")
     settings: dict[str, Any] = {"parallel.reshard_after_forward": text in ("FULL_SHARD", "HYBRID_SHARD")}
     if not text.startswith("HYBRID"):
-        return source.translated(name, value, settings | {"parallel.dp_shard": None})
+        return _over_all(source.translated(name, value, settings | {"parallel.dp_shard": None}))
     if not isinstance(gpus_per_node, int):
         return source.lost(
             name,
@@ -37,5 +37,12 @@ def reshard(source: Source, name: str, value: Any, gpus_per_node: Any) -> Field:
     """Version 2's bool, or version 1's strategy under the newer name."""
     if str(value).lower() in ("true", "false"):
         on = str(value).lower() == "true"
-        return source.translated(name, value, {"parallel.dp_shard": None, "parallel.reshard_after_forward": on})
+        settings = {"parallel.dp_shard": None, "parallel.reshard_after_forward": on}
+        return _over_all(source.translated(name, value, settings))
     return strategy(source, name, value, gpus_per_node)
+
+
+def _over_all(found: Field) -> Field:
+    """Sharded over whatever ranks there are, unless ParallelismConfig says how many."""
+    found.implied = frozenset(["parallel.dp_shard"])
+    return found

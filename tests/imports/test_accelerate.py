@@ -167,3 +167,12 @@ def test_accelerate(kind: str, tmp_path: Path) -> None:
         found.pop("parallel.preset")
     assert found == wanted
     assert names(made, Fate.lost) == lost and not names(made, Fate.unknown)
+
+
+@pytest.mark.parametrize("how", [{"fsdp_reshard_after_forward": True}, {"fsdp_sharding_strategy": "FULL_SHARD"}])
+def test_degrees_of_parallelism_config_stand_beside_a_strategy_of_fsdp(how: dict[str, Any], tmp_path: Path) -> None:
+    degrees = {"parallelism_config_dp_shard_size": 2, "parallelism_config_tp_size": 2}
+    tree = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": how, "parallelism_config": degrees}
+    made = import_files(written(tmp_path, acc_yaml=tree))
+    assert (made.settings["parallel.dp_shard"], made.settings["parallel.tp"]) == (2, 2)
+    assert made.settings["parallel.reshard_after_forward"] is True

@@ -20,8 +20,11 @@ from configs.imports.write import as_config, experiment, report
 from configs.load import load_config
 from launch.__main__ import main as launch
 from launch.estimate import main as memory_estimate
+from launch.translated import translate
 from tests.support.imported import experiment_of, names, written
 from trainer.engine.deepspeed.settings import problems
+from trainer.make_plan import make_plan
+from trainer.plan.machine import Machine
 
 ZERO2 = {
     "train_batch_size": "auto",
@@ -335,6 +338,110 @@ def test_files_that_contradict_each_other_are_refused_unless_an_override_decides
     (line,) = refused.value.problems
     assert "gradient_clipping=0.5" in line and "max_grad_norm=1.0" in line and "train.clip_grad_norm=VALUE" in line
     assert import_files(files, ["train.clip_grad_norm=2"]).settings["train.clip_grad_norm"] == 2
+
+
+FSDP = {"distributed_type": "FSDP", "num_processes": 2, "mixed_precision": "bf16"}
+PAGED = {"per_device_train_batch_size": 1, "max_steps": 3, "optim": "paged_adamw_32bit"}
+LEFT_OUT = {
+    "paging beside accelerate's offload": (
+        {"args_json": PAGED, "acc_yaml": {**FSDP, "fsdp_config": {"fsdp_offload_params": True}}},
+        ("optim", "optimizer.paged", "parallel.offload.parameters=cpu keeps states in host memory for good"),
+    ),
+    "paging beside accelerate's DeepSpeed": (
+        {"args_json": PAGED, "acc_yaml": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}},
+        ("optim", "optimizer.paged", "DeepSpeed makes the states of its partitions itself"),
+    ),
+    "prefetch where nothing is sharded": (
+        {
+            "acc_yaml": {
+                **FSDP,
+                "fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD", "fsdp_forward_prefetch": True},
+            }
+        },
+        ("fsdp_config.fsdp_forward_prefetch", "parallel.fsdp.forward_prefetch", "nothing is sharded here"),
+    ),
+    "a bucket of an odd size": (
+        {"ds_json": {"zero_optimization": {"stage": 2, "allgather_bucket_size": 5_000_001}}},
+        (
+            "zero_optimization.allgather_bucket_size",
+            "parallel.deepspeed.allgather_bucket_size",
+            "DeepSpeed divides it by two",
+        ),
+    ),
+    "a disk that nothing goes to": (
+        {
+            "acc_yaml": {
+                "distributed_type": "DEEPSPEED",
+                "deepspeed_config": {"zero_stage": 3, "offload_optimizer_nvme_path": "/nvme"},
+            }
+        },
+        (
+            "deepspeed_config.offload_optimizer_nvme_path",
+            "parallel.offload.nvme_path",
+            "nothing is offloaded to nvme",
+        ),
+    ),
+    "packing of a stream, which is packed anyhow": (
+        {"args_json": {**PAGED, "optim": "adamw_torch", "dataset_name": "x/y", "packing": True}},
+        ("packing", "data.packing", "is for data=chat, this is data=hub"),
+    ),
+    "compilation under DeepSpeed": (
+        {"args_json": {**PAGED, "optim": "adamw_torch", "torch_compile": True}, "ds_json": ZERO2},
+        ("torch_compile", "train.compile", "engine torch only"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_the_run_would_not_read_is_left_out_and_said(case: str, tmp_path: Path) -> None:
+    files, (name, key, rule) = LEFT_OUT[case]
+    made = translate(written(tmp_path, **files), [], config_dir=None)
+    assert key not in made.settings
+    (field,) = (each for each in made.fields if each.name == name)
+    assert rule in field.why
+    assert key not in experiment_of(made, tmp_path)
+    make_plan(as_config(made), Machine(gpus=2))
+    assert rule in experiment(made, "command") or field.fate is Fate.translated
+
+
+def test_paging_stays_where_a_gpu_reads_it(tmp_path: Path) -> None:
+    made = translate(written(tmp_path, args_json=PAGED), [], config_dir=None)
+    assert made.settings["optimizer.paged"] is True
+
+
+@pytest.mark.parametrize("size", [0, -5, 1e30])
+def test_a_number_out_of_range_is_said_of_the_files_field(size: float, tmp_path: Path) -> None:
+    tree = {"zero_optimization": {"stage": 2, "allgather_bucket_size": size}}
+    files = written(tmp_path, ds_json=tree)
+    with pytest.raises(ConfigError, match=r"ds\.json: zero_optimization\.allgather_bucket_size=.*: here parallel"):
+        import_files(files)
+    taken = import_files(files, ["parallel.deepspeed.allgather_bucket_size=2"])
+    assert taken.settings["parallel.deepspeed.allgather_bucket_size"] == 2
+
+
+def test_the_optimizer_and_the_scheduler_of_deepspeeds_file_win(tmp_path: Path) -> None:
+    """The Trainer makes none of its own beside them; a curve of its own goes as a whole."""
+    own = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "scheduler": {"type": "WarmupLR", "params": {}}}
+    tree = {**ARGUMENTS, "optim": "adafactor", "lr_scheduler_type": "linear"}
+    made = import_files(written(tmp_path, args_json=tree, ds_json={**ZERO2, **own}))
+    assert made.settings["scheduler.name"] == "constant" and made.settings["optimizer.name"] == "adamw"
+    assert "scheduler.min_lr_ratio" not in made.settings
+    assert {"optim", "lr_scheduler_type"} <= names(made, Fate.harmless)
+    alone = import_files(written(tmp_path, args_json=tree, ds_json=ZERO2))
+    assert (alone.settings["scheduler.name"], alone.settings["scheduler.min_lr_ratio"]) == ("linear", 0.0)
+
+
+def test_a_size_may_be_a_text(tmp_path: Path) -> None:
+    made = import_files(written(tmp_path, ds_json={"zero_optimization": {"stage": 2, "allgather_bucket_size": "1e8"}}))
+    assert made.settings["parallel.deepspeed.allgather_bucket_size"] == 10**8
+
+
+def test_the_launchers_16_bits_count_where_the_trainer_says_none(tmp_path: Path) -> None:
+    """As in `TrainingArguments.__post_init__`: the environment says it, true bf16 and fp16 win."""
+    plain = {"per_device_train_batch_size": 1, "max_steps": 3}
+    for more, dtype in (({}, "bfloat16"), ({"bf16": False}, "bfloat16"), ({"fp16": True}, "float16")):
+        made = import_files(written(tmp_path, args_json={**plain, **more}, acc_yaml=FSDP))
+        assert made.settings["precision.param_dtype"] == dtype
 
 
 class Evil:

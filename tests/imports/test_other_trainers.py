@@ -526,3 +526,18 @@ def test_several_data_sets_become_a_mixture(tmp_path: Path) -> None:
     made = import_files(written(tmp_path, run_yaml=yaml.safe_dump(factory)))
     assert {name: source["weight"] for name, source in made.settings["data.mixture"].items()} == {"a": 0.7, "b": 0.3}
     assert made.settings["data.exhausted"] == "stop"
+
+
+@pytest.mark.parametrize("warmup", [2, 9])
+def test_a_decay_begins_after_the_warmup(warmup: int, tmp_path: Path) -> None:
+    tree = f"""
+[training]
+steps = 4
+local_batch_size = 1
+[lr_scheduler]
+decay_ratio = 0.8
+warmup_steps = {warmup}
+"""
+    made = import_files(written(tmp_path, titan_toml=tree))
+    found = made.settings["scheduler.warmup_steps"], made.settings["scheduler.decay_steps"]
+    assert found == (min(warmup, 4), 4 - min(warmup, 4))

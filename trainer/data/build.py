@@ -150,15 +150,9 @@ def _chat(config: Config, plan: Plan, encoder: Encoder) -> Source:
     """`chat`: conversations in the cache, one or several to a sample, in a shuffled order."""
     data = config.data
     corpus, where = corpus_of(config), data.name or ", ".join(data.paths)
-    try:
-        chats = load_conversations(
-            corpus, encoder, _reading(data), tokenizer_key=tokenizer_key(config), cache_dir=data.cache_dir
-        )
-    except DataError as error:
-        if data.name is None:
-            raise
-        lines = [problem.replace("data.paths: ", f"data.name={data.name}: ") for problem in error.problems]
-        raise DataError(*lines) from None
+    chats = load_conversations(
+        corpus, encoder, _reading(data), tokenizer_key=tokenizer_key(config), cache_dir=data.cache_dir
+    )
     shape: dict[str, Any] = {
         "seq_len": plan.batch.seq_len,
         "padding": encoder.end,

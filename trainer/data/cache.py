@@ -19,6 +19,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -62,6 +63,27 @@ class Corpus:
             "end": encoder.end,
         }
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+    def entries(self) -> Iterator[tuple[bool, Path | Split]]:
+        """All of them, and whether each is to validate on."""
+        for for_validation, entries in ((False, self.training), (True, self.validation)):
+            yield from ((for_validation, entry) for entry in entries)
+
+
+@contextmanager
+def named(entry: Path | Split, *, for_validation: bool) -> Iterator[None]:
+    """Whatever is wrong with an entry is said under the key that it stands at."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(*(renamed(line, entry, for_validation=for_validation) for line in error.problems)) from None
+
+
+def renamed(line: str, entry: Path | Split, *, for_validation: bool) -> str:
+    """Readers of files know `data.paths` alone."""
+    if isinstance(entry, Split):
+        return line.replace("data.paths: ", f"data.name={entry.data.name}: ", 1)
+    return line.replace("data.paths: ", "data.validation_paths: ", 1) if for_validation else line
 
 
 def _identity(path: Path | Split) -> tuple[Any, ...]:
@@ -171,7 +193,7 @@ def _tokenise(corpus: Corpus, encoder: Encoder, folder: Path, threshold: int) ->
 
 def _pieces(corpus: Corpus) -> Iterator[tuple[_Origin, Piece]]:
     """All text of the corpus in pieces. Says now and then how far it is."""
-    files = [(False, path) for path in corpus.training] + [(True, path) for path in corpus.validation]
+    files = list(corpus.entries())
     sizes = {path: _identity(path)[1] for _, path in files}
     total = sum(sizes[path] for _, path in files)
     log.info("tokenising %d file(s), %.1f MiB; later runs find the tokens in the cache", len(files), total / 2**20)
@@ -181,8 +203,9 @@ def _pieces(corpus: Corpus) -> Iterator[tuple[_Origin, Piece]]:
             said = time.monotonic()
             log.info("tokenised %d of %d file(s), %.0f %% of the bytes", number, len(files), 100 * done / total)
         assert isinstance(path, Path), "documents are read from files"
-        for piece in read_pieces(path, text_key=corpus.text_key):
-            yield _Origin(for_validation, piece.last), piece
+        with named(path, for_validation=for_validation):
+            for piece in read_pieces(path, text_key=corpus.text_key):
+                yield _Origin(for_validation, piece.last), piece
         done += sizes[path]
 
 

@@ -33,13 +33,14 @@ from numpy.typing import NDArray
 
 from configs.errors import DataError
 from trainer.data import IGNORED, Batch
-from trainer.data.cache import PROGRESS_SECONDS, Corpus, both_sides
+from trainer.data.cache import PROGRESS_SECONDS, Corpus, both_sides, named, renamed
 from trainer.data.chat import ChatEncoder
 from trainer.data.documents import content_hash
 from trainer.data.entries import META, cached, check_files, token_dtype
 from trainer.data.formats.common import Reading
 from trainer.data.messages import Conversation, read_conversations
 from trainer.data.samples import TokenFile
+from trainer.data.split import Split
 from trainer.data.tokenizer import Encoder
 
 SIDES = ("train", "validation")
@@ -131,7 +132,7 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, reading: Reading
     )
     threshold, hashes = 0 if corpus.validation else int(corpus.fraction * 2**64), []
     if threshold:
-        hashes = [_hash(conversation) for conversation, _ in _all(corpus, reading, [])]
+        hashes = [_hash(conversation) for conversation, _, _ in _all(corpus, reading, [])]
         threshold = both_sides(threshold, min(hashes, default=0), max(hashes, default=0))
     dtype, digest = token_dtype(encoder.vocabulary), hashlib.sha256()
     tokens, conversations = [0, 0], [0, 0]
@@ -145,9 +146,10 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, reading: Reading
             }
             for side in SIDES
         ]
-        for conversation, for_validation in _all(corpus, reading, skipped):
+        for conversation, for_validation, entry in _all(corpus, reading, skipped):
             try:
-                ids, trained = chat.encode(conversation)
+                with named(entry, for_validation=for_validation):
+                    ids, trained = chat.encode(conversation)
             except DataError as error:
                 if not reading.skip:
                     raise
@@ -191,12 +193,14 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, reading: Reading
     (folder / META).write_text(json.dumps(asdict(meta)))
 
 
-def _all(corpus: Corpus, reading: Reading, skipped: list[str]) -> Iterator[tuple[Conversation, bool]]:
-    """Every conversation, and whether it stands in a file to validate on."""
-    for files, for_validation in ((corpus.training, False), (corpus.validation, True)):
-        for path in files:
-            for conversation in read_conversations(path, reading, skipped):
-                yield conversation, for_validation
+def _all(corpus: Corpus, reading: Reading, skipped: list[str]) -> Iterator[tuple[Conversation, bool, Path | Split]]:
+    """Every conversation, whether it is to validate on, and the file or split that it stands in."""
+    for for_validation, entry in corpus.entries():
+        wrong: list[str] = []
+        with named(entry, for_validation=for_validation):
+            for conversation in read_conversations(entry, reading, wrong):
+                yield conversation, for_validation, entry
+        skipped += (renamed(line, entry, for_validation=for_validation) for line in wrong)
 
 
 def _hash(conversation: Conversation) -> int:

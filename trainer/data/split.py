@@ -58,5 +58,12 @@ def _revision(data: Data) -> tuple[str, ...]:
     """The commit that a name on the hub stands for now, and which of its files are meant."""
     import datasets
 
-    builder = datasets.load_dataset_builder(str(data.name), data.subset, revision=data.revision)
+    try:
+        builder = datasets.load_dataset_builder(str(data.name), data.subset, revision=data.revision)
+    # As `open_stream`, which has reached the hub a moment before.
+    except Exception as error:
+        raise DataError(
+            f"data.name={data.name}: the hub does not say which commit it is ({first_line(error)}); try again, or"
+            " give a local folder"
+        ) from None
     return str(builder.hash), builder.config_id

@@ -125,10 +125,9 @@ class Sampler:
         """Rank 0's choice for each row. A collective."""
         heat = self.asked.temperature
         if heat > 0:
-            chances = (scores / heat).softmax(-1).nan_to_num()
             chosen = [
                 int(torch.multinomial(row, 1, generator=draw)) if row.sum() > 0 else 0
-                for row, draw in zip(chances, draws, strict=True)
+                for row, draw in zip(chances(scores, heat), draws, strict=True)
             ]
         else:
             chosen = scores.argmax(-1).tolist()
@@ -160,6 +159,12 @@ def build_sampler(
     return Sampler(config, data, plan, runtime, generation) if asked.prompts or asked.from_validation else None
 
 
+def chances(scores: torch.Tensor, heat: float) -> torch.Tensor:
+    """Of each token at a temperature, [rows, vocabulary]; a row of zeros where the scores are no numbers."""
+    # Of the distance to the likeliest: a score itself, divided by a tiny temperature, would be infinite.
+    return ((scores - scores.amax(-1, keepdim=True)) / heat).softmax(-1).nan_to_num()
+
+
 def _unit(plan: Plan) -> int:
     ranks = plan.degree(CONTEXT) * plan.degree(TENSOR)
     return ranks * ceil(STEP / ranks)
@@ -168,7 +173,8 @@ def _unit(plan: Plan) -> int:
 def _given(config: Config, tokenizer: Any) -> Iterator[Prompt]:
     """The prompts of the configuration."""
     asked, room = config.train.samples, config.data.seq_len - config.train.samples.tokens
-    chat = all(part.config.data.source is DataSource.chat for part in mixture.parts(config))
+    text_parts = [part for part in mixture.parts(config) if part.config.data.source is not DataSource.chat]
+    chat, beginning = not text_parts, _beginning(text_parts, tokenizer) if asked.prompts else ()
     problems: list[str] = []
     for number, prompt in enumerate(asked.prompts, start=1):
         text, begin = prompt, ()
@@ -183,7 +189,7 @@ def _given(config: Config, tokenizer: Any) -> Iterator[Prompt]:
                 )
                 continue
         else:
-            begin = begin_of_document(config, tokenizer)
+            begin = beginning
         ids = [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
         if len(ids) > room:
             problems.append(
@@ -195,6 +201,18 @@ def _given(config: Config, tokenizer: Any) -> Iterator[Prompt]:
         yield Prompt(text, ids)
     if problems:
         raise ConfigError(*problems)
+
+
+def _beginning(parts: Sequence[mixture.Part], tokenizer: Any) -> tuple[int, ...]:
+    """What comes before a text, in all sources of text alike. Raises ConfigError where they differ."""
+    begins = {begin_of_document(part.config, tokenizer): part for part in parts}
+    if len(begins) > 1:
+        ways = " and ".join(f"{part.label}data.bos={part.config.data.bos}" for part in begins.values())
+        raise ConfigError(
+            f"train.samples.prompts: the sources begin a text in different ways ({ways}); use"
+            " train.samples.from_validation, or give all sources one data.bos"
+        )
+    return next(iter(begins), ())
 
 
 def _taken(config: Config, data: DataSet) -> Iterator[Prompt]:
