@@ -92,6 +92,11 @@ def test_the_script_trains_with_folders_and_experiments_of_its_own(
     assert (folder / "summary.json").exists() and folder.name == Path(str(config.train.run_dir)).name
 
 
+def test_the_page_shows_the_script() -> None:
+    shown = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[0]
+    assert shown in (ROOT / "launch/examples/sweep.py").read_text()
+
+
 def test_a_trial_that_is_stopped_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C asks the run to stop, and it has no last validation loss then."""
     monkeypatch.chdir(tmp_path)
