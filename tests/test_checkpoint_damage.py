@@ -24,7 +24,7 @@ from tests.support.resuming import train_and_save
 from trainer.checkpoint import catalog
 from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
-from trainer.checkpoint.keeper import Keeper
+from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.manifest import MANIFEST, STATE, Manifest, entry_of, read_manifest, write_manifest
 from trainer.checkpoint.progress import identity
 from trainer.data.build import build_data
@@ -71,7 +71,7 @@ def resume_step(runtime: Runtime, run: Path, *more: str) -> int | None:
     data = build_data(config, plan, data_rank=0, vocab_size=hf_config.vocab_size)
     same = identity(config, hf_config, data)
     stop = StopRequests(None)
-    found = Keeper(config, plan, runtime, run, identity=same, tokenizer=data.tokenizer, stop=stop).find()
+    found = CheckpointManager(config, plan, runtime, run, identity=same, tokenizer=data.tokenizer, stop=stop).find()
     return found.step if found else None
 
 

@@ -14,7 +14,7 @@ for model in ("gemma2", "gpt2", "llama", "mixtral", "qwen3"):
     import_module(f"transformers.models.{model}.modeling_{model}")
 for module in ("generation.utils", "processing_utils", "convert_slow_tokenizer", "tokenization_utils_tokenizers"):
     import_module(f"transformers.{module}")
-for module in ("checkpoint.keeper", "data.build", "estimate.tracker", "run.loop"):
+for module in ("checkpoint.manager", "data.build", "estimate.tracker", "run.loop"):
     import_module(f"trainer.{module}")
 for module in ("peft.tuners.lora.bnb", "bitsandbytes", "torch.profiler._cupti_monitor"):  # not installed everywhere
     with contextlib.suppress(ImportError):

@@ -18,7 +18,7 @@ import torch
 
 from configs.schema import Config
 from tests.support.harness import Overrides, composed, composes
-from trainer.checkpoint.keeper import Keeper
+from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.progress import identity
 from trainer.data.build import build_data
 from trainer.engine import Engine, build_engine
@@ -202,7 +202,7 @@ def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, fur
     hf_config = build_hf_config(config.model)
     data = build_data(config, plan, data_rank=plan.data_rank(runtime.rank), vocab_size=hf_config.vocab_size)
     torch.manual_seed(config.train.seed + dropout_stream(plan, runtime.rank))
-    keeper = Keeper(
+    manager = CheckpointManager(
         config,
         plan,
         runtime,
@@ -211,11 +211,11 @@ def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, fur
         tokenizer=data.tokenizer,
         stop=StopRequests(None),
     )
-    found = keeper.find()
+    found = manager.find()
     engine = build_engine(config, plan, runtime)
-    keeper.restore(engine)
+    manager.restore(engine)
     # What a killed process leaves: each checkpoint of whose commit it knew.
-    keeper.report_to(lambda saved: _append(folder / "committed.txt", str(saved.step)) if runtime.is_main else None)
+    manager.report_to(lambda saved: _append(folder / "committed.txt", str(saved.step)) if runtime.is_main else None)
     first = found.step if found else 0
     size = plan.batch.global_batch_size
     steps = data.steps(found.samples // size if found else 0)
@@ -226,7 +226,7 @@ def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, fur
         journal.losses[step + 1], journal.grad_norms[step + 1] = result.loss, result.report.grad_norm
         scale, state = result.report.loss_scale, state_hash(engine, runtime)
         journal.lines[step + 1] = f"{bits(result.loss)} {bits(result.report.grad_norm)} {scale} {state}"
-        keeper.after_step(step + 1, engine, samples=(step + 1) * size, report=dict)
+        manager.after_step(step + 1, engine, samples=(step + 1) * size, report=dict)
     engine.close()
     return journal
 

@@ -19,7 +19,7 @@ nothing about the layout, which may be another one at each resume.
     tensors     the files of one rank; reading through a memory map
     progress    state.json: where the run stood, and whether this run is the same
     saving      one save: snapshot, write (aside if asked for), commit
-    keeper      all of these together, as the loop sees them
+    manager     all of these together, as the loop sees them
     foreign/    checkpoints of other trainers: `python -m trainer.checkpoint import`, `train.resume=THEIRS`
     export      `python -m trainer.checkpoint export`: a Hugging Face folder, one tensor at a time
     universal   the same with `--format deepspeed`: optimizer states and step too

@@ -60,7 +60,7 @@ from trainer.report.trackers import Tracker, start_tracker
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from trainer.checkpoint.keeper import SavedCheckpoint
+    from trainer.checkpoint.manager import SavedCheckpoint
     from trainer.engine import StepResult
 
 UNKNOWN = -1  # a number that a rank does not know, in a maximum over ranks

@@ -18,7 +18,7 @@ from configs.output import announce
 from configs.schema import Config
 from trainer.checkpoint.export import parameters_of
 from trainer.checkpoint.hub import export_model, generation_config
-from trainer.checkpoint.keeper import Keeper
+from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.progress import Progress, identity
 from trainer.checkpoint.selection import METRIC, metric_of
 from trainer.data import DataSet
@@ -84,7 +84,7 @@ def run(config: Config, plan: Plan, callbacks: Sequence[Callback] = ()) -> int:
                 log.info(plan.tokens())
             sampler = runtime.agree(lambda: build_sampler(config, data, plan, runtime, generation))
             same = identity(config, hf_config, data)
-            keeper = Keeper(
+            manager = CheckpointManager(
                 config,
                 plan,
                 runtime,
@@ -94,20 +94,20 @@ def run(config: Config, plan: Plan, callbacks: Sequence[Callback] = ()) -> int:
                 generation=generation,
                 stop=stop,
             )
-            status.follow(lambda: keeper.step, keeper.said)
-            begin = keeper.find()
+            status.follow(lambda: manager.step, manager.said)
+            begin = manager.find()
             announce("building the model")
             # The parameters do not depend on this generator.
             torch.manual_seed(config.train.seed + dropout_stream(plan, runtime.rank))
             with (
-                memory_told(runtime.rank, lambda: keeper.step),
+                memory_told(runtime.rank, lambda: manager.step),
                 MemoryCheck(config, plan, runtime, predicted) as memory,
                 Profiler(config, plan, runtime, folder, predicted) as profiler,
                 closing(build_engine(config, plan, runtime)) as engine,
             ):
-                keeper.restore(engine)
-                if keeper.step < config.train.steps:
-                    runtime.agree(lambda: set_end_aside(folder, keeper.step) if runtime.is_main else None)
+                manager.restore(engine)
+                if manager.step < config.train.steps:
+                    runtime.agree(lambda: set_end_aside(folder, manager.step) if runtime.is_main else None)
                 totals = begin.report if begin else None
                 reporter = Reporter(
                     config,
@@ -123,17 +123,17 @@ def run(config: Config, plan: Plan, callbacks: Sequence[Callback] = ()) -> int:
                     ask=stop.ask,
                 )
                 with reporter:
-                    told = train(engine, data, config, plan, runtime, reporter, keeper, profiler, sampler, begin)
+                    told = train(engine, data, config, plan, runtime, reporter, manager, profiler, sampler, begin)
                     if told is not None:
                         reporter.stopped(told)
                         return status.stopped(told)
-                    if (early := keeper.selection.ended) is not None:
+                    if (early := manager.selection.ended) is not None:
                         status.early(early)
                     if config.train.export:
                         model = folder / "model"
-                        runtime.agree(lambda: _export(engine, data, plan, runtime, model, generation, keeper.best()))
+                        runtime.agree(lambda: _export(engine, data, plan, runtime, model, generation, manager.best()))
                         reporter.exported(model)
-                    reporter.chosen(keeper.said().get("best"), early)
+                    reporter.chosen(manager.said().get("best"), early)
     return EXIT_FINISHED
 
 
@@ -195,7 +195,7 @@ def train(
     plan: Plan,
     runtime: Runtime,
     reporter: Reporter,
-    keeper: Keeper,
+    manager: CheckpointManager,
     profiler: Profiler,
     sampler: Sampler | None = None,
     begin: Progress | None = None,
@@ -203,14 +203,14 @@ def train(
     """All steps from `begin` on, with validation before the first, after the last and every `train.eval_every` between
     them. Returns why the run was told to stop; None when it is through."""
     timer = StepTimer(runtime.device, profiler.mark)
-    keeper.report_to(reporter.checkpoint)
+    manager.report_to(reporter.checkpoint)
     first, samples = (begin.step, begin.samples) if begin else (0, 0)
     steps = data.steps(samples // plan.batch.global_batch_size, begin.data if begin else None)
     evaluating = config.train.eval_samples > 0
     if evaluating and begin is None:
         _validate(engine, data, plan, runtime, reporter, sampler, 0)
     for step in range(first, config.train.steps):
-        if keeper.selection.ended is not None:
+        if manager.selection.ended is not None:
             break
         with profiler.step(step + 1):
             with timer.data():
@@ -225,9 +225,9 @@ def train(
         due = config.train.eval_every > 0 and (step + 1) % config.train.eval_every == 0
         if evaluating and (last or due):
             losses = _validate(engine, data, plan, runtime, reporter, sampler, step + 1)
-            keeper.selection.judge(step + 1, losses)
+            manager.selection.judge(step + 1, losses)
         # After the validation: what is saved has it in its totals, and the run that goes on does not repeat it.
-        told = keeper.after_step(step + 1, engine, samples=samples, data=data.mark, report=reporter.progress)
-        if told is not None and not last and keeper.selection.ended is None:
+        told = manager.after_step(step + 1, engine, samples=samples, data=data.mark, report=reporter.progress)
+        if told is not None and not last and manager.selection.ended is None:
             return told
     return None

@@ -1,9 +1,9 @@
-"""The keeper of a run's checkpoints: which one to begin from, when to save, what stays.
+"""The manager of a run's checkpoints: which one to begin from, when to save, what stays.
 
-    keeper = Keeper(config, plan, runtime, run_dir, identity=..., tokenizer=..., stop=...)
-    found = keeper.find()                       before the engine is built: a mistake costs seconds
-    keeper.restore(engine)
-    for each step: reason = keeper.after_step(step, engine, ...)
+    manager = CheckpointManager(config, plan, runtime, run_dir, identity=..., tokenizer=..., stop=...)
+    found = manager.find()                      before the engine is built: a mistake costs seconds
+    manager.restore(engine)
+    for each step: reason = manager.after_step(step, engine, ...)
 
 Every rank has one and calls it alike.
 """
@@ -67,7 +67,7 @@ class Found:
     progress: Progress
 
 
-class Keeper:
+class CheckpointManager:
     """identity: from `progress.identity`. generation: from `export.generation_config`, on rank 0. stop: the requests
     to stop that this rank has got."""
 
