@@ -166,7 +166,7 @@ class Train:
 @dataclass(kw_only=True, slots=True)
 class Checkpoint:
     every: int = 500
-    """Steps between two checkpoints. 0: only where the run is told to stop, and at the end."""
+    """Steps between two checkpoints. 0: only when the run is asked to stop, and at the end."""
     final: bool = True
     """One more after the last step, from which a longer run can go on."""
     keep_last: int = 2

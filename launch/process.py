@@ -101,11 +101,11 @@ def replace_process(command: Command) -> None:
 
 class Forwarding:
     """Context in which signals are passed on: the first, and every SIGUSR1, to the ranks; where there are none yet, and
-    when told again, to the launcher's process group. With nobody to tell they end this process.
+    when asked again, to the launcher's process group. With nobody to tell they end this process.
 
     A signal that we were started to ignore (nohup) stays ignored. In another thread than the main one, to which Python
     gives no signals, none is passed on.
-    tell: passes a signal on; its second argument is whether the run was told before.
+    tell: passes a signal on; its second argument is whether the run was asked before.
     """
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class Forwarding:
 
 
 def tell_ranks(launcher: int, number: signal.Signals, again: bool) -> None:
-    """Send a signal to a launcher's ranks; to its process group where there are none yet, and when told again."""
+    """Send a signal to a launcher's ranks; to its process group where there are none yet, and when asked again."""
     with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
         ranks = [] if again else rank_processes(psutil.Process(launcher))
         for rank in ranks:

@@ -60,7 +60,7 @@ def keep_running(start: Callable[[bool, Forwarding], Outcome], run_dir: Path, *,
 
 def _death(outcome: Outcome) -> str | None:
     """Which signal killed the launcher itself, or a rank, as far as its launcher tells: torchrun by name, deepspeed by
-    an exit code of -N. Ranks that lose their launcher are told to stop, and save: but nobody wanted the run to end."""
+    an exit code of -N. Ranks that lose their launcher are asked to stop, and save: but nobody wanted the run to end."""
     if outcome.lost is not None:
         return outcome.lost
     if outcome.killed is not None:

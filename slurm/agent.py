@@ -33,7 +33,7 @@ def job_words(job: Job, place: Place) -> list[str]:
 def node_environment(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
     """The launcher's: without a foreign world, and with each rank's share of the CPUs that Slurm gives to this node.
 
-    Ranks that stop because they were told to end with 0: the supervisor reads status.json, and the job's log ends with
+    Ranks that stop because they were asked to end with 0: the supervisor reads status.json, and the job's log ends with
     its line instead of every launcher's report of a failure.
     """
     ours = for_children(environment)

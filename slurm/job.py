@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class Memory:
-    """in_vain, step: see `trainer.run.restarts.Attempts`. stops_in_vain: jobs told to stop, one after another, without
+    """in_vain, step: see `trainer.run.restarts.Attempts`. stops_in_vain: jobs asked to stop, one after another, without
     a checkpoint newer than `stopped_at`. starts: of the ranks, over all jobs."""
 
     in_vain: int = 0

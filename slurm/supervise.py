@@ -54,7 +54,7 @@ class Supervisor:
         self._hosts: list[str] = []
 
     def run(self) -> int:
-        """Start the ranks until the run is through, told to stop, or given up. Returns the exit code."""
+        """Start the ranks until the run is through, asked to stop, or given up. Returns the exit code."""
         (self._dir / STOP_FILE).unlink(missing_ok=True)  # of an earlier start, which was killed before it obeyed
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGTERM, self._note)
@@ -140,7 +140,7 @@ class Supervisor:
         return verdict
 
     def _stop(self, why: str, step: int) -> int:
-        """The ranks have ended because the job was told to stop: go back to the queue, or end."""
+        """The ranks have ended because the job was asked to stop: go back to the queue, or end."""
         (self._dir / STOP_FILE).unlink(missing_ok=True)
         if why != "SIGUSR1":
             # scancel, or a node that was lost: both look like this from here, and only Slurm knows which it was.

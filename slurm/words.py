@@ -1,6 +1,6 @@
 """What each launcher is given, on one node and on several, by `launch.command` and on a cluster. Standard library only.
 
-Rendezvous is static: every node is told its rank and the first node's address. The dynamic kind (c10d) orders nodes by
+Rendezvous is static: every node gets its rank and the first node's address. The dynamic kind (c10d) orders nodes by
 their names as text, joins another job's store when the port is taken, and unpickles what anyone sends it.
 """
 

@@ -62,7 +62,7 @@ DOOR = Door(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the words say. Returns the exit code; a mistake of the user is told once per node, in plain lines."""
+    """Train as the overrides say. Returns the exit code. A user's mistake is reported once per node, in plain lines."""
     guard_output()
     try:
         arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)

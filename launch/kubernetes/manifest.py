@@ -1,7 +1,7 @@
 """From the plan to a JobSet: one pod per node, ended and started together. Pure.
 
     a pod ends with 2 or 3     a mistake in the configuration, or too little memory: the run fails, nothing is restarted
-    it ends with anything else a rank died or was told to stop (75): all pods are started again, from the newest
+    it ends with anything else a rank died or was asked to stop (75): all pods are started again, from the newest
                                checkpoint, at most `launcher.max_restarts` times
     it is evicted or lost      the same
     all end with 0             the run is finished

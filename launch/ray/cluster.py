@@ -66,7 +66,7 @@ class Cluster:
         self._leave()
 
     def wait(self, told: Callable[[], bool]) -> bool:
-        """Wait until all bundles have their node, also after one was lost. Returns False if told to stop meanwhile.
+        """Wait until all bundles have their node, also after one was lost. Returns False if asked to stop meanwhile.
 
         Raises EnvironmentProblem after `cluster.ray.start_minutes`.
         """

@@ -87,7 +87,7 @@ class Starter:
         return Outcome(code=code, killed=None, told=signals.told, relay=relay, lost=lost)
 
     def _ready(self, told: Callable[[], bool]) -> bool:
-        """Wait for the ranks of an earlier start to be gone, and for the nodes. Returns False if told to stop.
+        """Wait for the ranks of an earlier start to be gone, and for the nodes. Returns False if asked to stop.
 
         A node that is cut off keeps its ranks until their collectives time out.
         """

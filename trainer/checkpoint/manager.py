@@ -168,7 +168,7 @@ class CheckpointManager:
         data: Callable[[], Any] = lambda: None,
         report: Callable[[], dict[str, Any]],
     ) -> str | None:
-        """Save if it is time. Returns why the run is to stop, if any rank was told to; else None.
+        """Save if it is time. Returns why the run is to stop, if any rank was asked to; else None.
 
         step: updates so far. samples: the position in the data that belongs to it. data, report: what the data and the
         reporter want to find again. A collective.

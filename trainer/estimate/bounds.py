@@ -1,4 +1,4 @@
-"""Between what and what a rank's memory must lie, told from sizes alone, without the model's code. Torch-free.
+"""Lower and upper bounds of a rank's memory, from sizes alone, without the model's code. Torch-free.
 
     below    parameters, gradients, master weights and moments, as far as the layout leaves them on the GPU
     above    that, all parameters and gradients once more as buffers, and the activations of a dense decoder that keeps

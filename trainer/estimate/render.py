@@ -45,8 +45,10 @@ TOTALS = (*DEVICE_TOTALS, "host_bytes", "nvme_bytes")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """One configuration's estimate with all that is told of it. suggestions, largest_micro_batch: None where not looked
-    for."""
+    """One configuration's estimate with all that is printed of it.
+
+    suggestions, largest_micro_batch: None where nobody looked for them.
+    """
 
     overrides: tuple[str, ...]
     config: dict[str, object]

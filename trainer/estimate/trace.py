@@ -47,7 +47,7 @@ class CannotTrace(Exception):
 class Shape:
     """What a trace depends on besides the unit.
 
-    seq_len: tokens of a sequence that one rank has. positions: it is told which ones; documents: of several documents.
+    seq_len: tokens of a sequence that one rank has. positions: the model gets them; documents: of several.
     storage, compute: dtypes of the parameters and of autocast (None: no autocast). logits_dtype: what the root casts
     its output to (FSDP2's policy), None where the loss gets the logits as they are. gpu: follow the rules by which CUDA
     chooses its attention and dropout kernels, instead of the CPU's. exact_attention: without the flash kernel, calls

@@ -1,4 +1,4 @@
-"""Out of memory, told in one line: which rank, in which step, and what to do about it.
+"""Out of memory, reported in one line: which rank, in which step, and what to do about it.
 
 torch raises its own error for a GPU, a plain RuntimeError for host memory, and Python a MemoryError; each comes with a
 traceback of the place that happened to ask for the last bytes, which is seldom the one that took the others. A process

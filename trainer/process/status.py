@@ -72,7 +72,7 @@ class RunStatus:
         self._early = reason
 
     def stopped(self, reason: str) -> int:
-        """The run ends because it was told to. Returns the exit code."""
+        """The run ends because it was asked to. Returns the exit code."""
         self._stopped = reason
         return EXIT_STOPPED
 
@@ -155,8 +155,8 @@ def _ignore_loaders() -> None:
 def report_death(folder: Path, why: str) -> None:
     """Put on record how the run ended, for a rank that was killed and could not. For its launcher, when all are gone.
 
-    What the others wrote is that a connection was closed, or that they were told to stop. Does nothing where no run has
-    begun, or where it has reached its end.
+    The others wrote that a connection was closed, or that they were asked to stop. Does nothing where no run has begun,
+    or where it has reached its end.
     """
     content = read_status(folder)
     if content and content.get("state") != FINISHED:

@@ -1,4 +1,4 @@
-"""Being told to stop: by a signal, or by a file named STOP in the run folder.
+"""Requests to stop: by a signal, or by a file named STOP in the run folder.
 
     SIGTERM, SIGINT, SIGUSR1       what schedulers and people send; one rank that gets it is enough
     SIGHUP                         the terminal was closed; under nohup it stays ignored
@@ -58,7 +58,7 @@ class StopRequests:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def reason(self) -> str | None:
-        """Why this rank was told to stop; None if it was not."""
+        """Why this rank was asked to stop; None if it was not."""
         # A file system that does not answer for a moment must not end the run: `Path.exists` would raise.
         if self._signal is None and self._file is not None and os.path.exists(self._file):
             return f"{self._file} is there"

@@ -114,7 +114,7 @@ class Watchdog:
                 # Who can end by itself, ends: by the exception of its collective.
                 if not self._ended.wait(4 * self._pause + 5):
                     os._exit(EXIT_FAILED)
-            # Collectives have the same limit: a rank that waits in one is told by its exception, a moment later.
+            # Collectives have the same limit: a rank that waits in one learns it from its exception, a moment later.
             elif time.monotonic() - _marks.since > self._limit + 2 * self._pause:
                 self._call()
                 self._answer()

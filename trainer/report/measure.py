@@ -43,7 +43,7 @@ class StepTimer:
     """
 
     def __init__(self, device: torch.device, on_part: Callable[[str], None] = lambda _: None) -> None:
-        """on_part: told the name of each part as it begins."""
+        """on_part: called with the name of each part as it begins."""
         self._on_part = on_part
         self._cuda = device if device.type == "cuda" else None
         self._parts = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}

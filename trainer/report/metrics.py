@@ -266,7 +266,7 @@ class MetricsFile:
         self._file.write(json.dumps(to_dict(line), allow_nan=False) + "\n")
 
     def close(self) -> None:
-        with suppress(OSError):  # the rest of a line that a full disk did not take, which was told when it was written
+        with suppress(OSError):  # the rest of a line that a full disk did not take, reported when it was written
             self._file.close()
 
 

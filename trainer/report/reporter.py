@@ -234,7 +234,7 @@ class Reporter:
         self._best, self._early = best, early
 
     def stopped(self, reason: str) -> None:
-        """The run ends before its last step because it was told to: no summary."""
+        """The run ends before its last step because it was asked to: no summary."""
         self._stopped = reason
         if self._terminal:
             self._terminal.say(f"stopped    after step {self.totals.steps} ({reason}); the same command goes on")

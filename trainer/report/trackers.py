@@ -211,7 +211,7 @@ class _FromAccelerate:
 
 
 def _arguments(logging: Logging, folder: Path, run_name: str, after_step: int) -> dict[str, Any]:
-    """How each client is told the run's name and, where it writes files, the run folder."""
+    """How each client gets the run's name and, where it writes files, the run folder."""
     return {
         "aim": {"logging_dir": folder, "experiment": logging.project},
         "clearml": {"project_name": logging.project, "task_name": run_name},

@@ -201,7 +201,7 @@ def train(
     begin: Progress | None = None,
 ) -> str | None:
     """All steps from `begin` on, with validation before the first, after the last and every `train.eval_every` between
-    them. Returns why the run was told to stop; None when it is through."""
+    them. Returns why the run was asked to stop; None when it is through."""
     timer = StepTimer(runtime.device, profiler.mark)
     manager.report_to(reporter.checkpoint)
     first, samples = (begin.step, begin.samples) if begin else (0, 0)

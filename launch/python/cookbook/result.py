@@ -23,7 +23,7 @@ class Result:
 
     @property
     def stopped(self) -> bool:
-        """The run was told to stop and has saved; the same call goes on with it."""
+        """The run was asked to stop and has saved; the same call continues it."""
         return self.code == EXIT_STOPPED
 
     @property

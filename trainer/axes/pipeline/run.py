@@ -214,7 +214,7 @@ class PipelineRun:
         return rank_of_stage(self.schedule, pp=self.pp, stage=stage)
 
     def _engine_stage(self, stage: Stage) -> EngineStage:
-        """Told the shapes, it need not run a micro-batch to find them out."""
+        """With the shapes given, it need not run a micro-batch to find them."""
         tokens = torch.empty(self.shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(*self.shape, *stage.hidden, dtype=self.dtype, device="meta", requires_grad=True)
         made = EngineStage(

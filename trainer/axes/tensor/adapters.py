@@ -8,8 +8,8 @@
                                 a part  |                                            ^
                                         +--> [ A: rows ] -- sum --> [ B: whole ] ----+
 
-Columns: A turns the same x into the same few features on every rank, but is told of a part of them only by each B,
-so its gradient is summed once per step. Rows: one more sum forward, of `rank` features for each token, and B works on
+Columns: every rank computes the same A x, but each local B backpropagates only part of its gradient, so A's gradient is
+summed once per step. Rows: one more sum forward, of `rank` features for each token, and B works on
 whole ones; under sequence parallel on this rank's tokens, and then its gradient is a part too. Where a layer takes and
 returns whole features (routers, latent projections), its adapter is whole as well.
 """

@@ -33,7 +33,7 @@ _scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 class Ranks:
     """The tensor-parallel ranks and the six ways for an activation [batch, seq_len, features] to pass between them.
-    dim: the one that is cut, the sequence unless told otherwise."""
+    dim: the one that is cut, by default the sequence."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group

@@ -1,4 +1,4 @@
-"""ZeRO 1 and 2 over tensor parallel: what DeepSpeed must be told of a model whose matrices are divided.
+"""ZeRO 1 and 2 over tensor parallel: what DeepSpeed must know of a model whose matrices are divided.
 
     4 ranks, dp_shard 2 x tp 2          tp 0         tp 1
                             dp_shard 0  W[:, left]   W[:, right]     rows: tensor parallel, as under the torch engine
