@@ -185,7 +185,7 @@ class Parallel:
     """With `tp`: norms and residuals hold only 1 / tp of the sequence."""
     reshard_after_forward: bool | None = None
     """With `dp_shard` and engine torch. True: parameters are gathered again for the backward (as ZeRO 3); false:
-    they stay gathered from the forward to the end of the backward (as ZeRO 2), under a pipeline to that of the step.
+    they stay gathered until the end of the backward (as ZeRO 2), or of the step under a pipeline.
     Null: false under a pipeline, else true."""
     zero_stage: int = 0
     """Engine deepspeed: what data-parallel ranks partition. 1: optimizer states; 2: + gradients; 3: + parameters."""

@@ -53,7 +53,7 @@ class Data:
     """`chat`: several whole conversations in one sample; false: one each, filled up with padding."""
     document_mask: bool = False
     """Attention stays inside a document or conversation, whose positions begin at 0 wherever it stands in a sample.
-    False: it sees what stands before in the same sample, as is usual in pretraining."""
+    False: attention also crosses document boundaries within a sample, as is usual in pretraining."""
     name: str | None = None
     """`hub`, and `chat` instead of `paths`: the name of the data set, or a local folder that `datasets` can load."""
     subset: str | None = None

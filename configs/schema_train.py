@@ -56,7 +56,7 @@ class Optimizer:
     beta2: float = 0.95
     """As `beta1`, of the second moment; `adafactor` has its own, 1 - step**-0.8."""
     eps: float = 1e-8
-    """As `beta1`: added to the second moment's root; `adafactor`: the least that this root may be."""
+    """As `beta1`: added to the second moment's root; `adafactor`: the lower bound of that root."""
     weight_decay: float = 0.1
     """Applied to matrices and embeddings; never to norms and biases."""
     implementation: Implementation = Implementation.auto
@@ -121,7 +121,7 @@ class Train:
     """Sequences per update over all ranks. Of these three give two, and the third is derived; with fewer given,
     `gradient_accumulation_steps` is 1 (2 * pp under a pipeline) and then `micro_batch_size` 8."""
     activation_checkpointing: Checkpointing = Checkpointing.none
-    """Recompute activations in the backward: of nothing, of whole decoder layers, or of every second product."""
+    """What to recompute in the backward: nothing, whole decoder layers, or every second matmul."""
     chunked_loss: bool = False
     """Compute head and loss in slices of tokens, forward and backward: no rank ever holds all its logits."""
     neftune_alpha: float = 0.0

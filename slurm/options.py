@@ -1,7 +1,7 @@
-"""From `cluster.slurm` to the words of sbatch. Pure; each text is checked against what Slurm could mean by it.
+"""From `cluster.slurm` to the arguments of sbatch. Pure; each text is checked against what Slurm could mean by it.
 
-The words go to sbatch as they stand, through no shell and into no script, so a pattern protects people from mistakes
-more than the cluster from people.
+The arguments go to sbatch unchanged, through no shell and into no script: the patterns catch typos and are no security
+boundary.
 """
 
 from __future__ import annotations

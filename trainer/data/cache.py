@@ -173,7 +173,7 @@ def _tokenise(corpus: Corpus, encoder: Encoder, folder: Path, threshold: int) ->
             lowest, highest = min(lowest, digest), max(highest, digest)
             held_out = origin.for_validation or digest < threshold
             row, other = (validation, training) if held_out else (training, validation)
-            # A text file goes on on the other side of the split: what it left here ends here.
+            # The file has switched between training and validation: its open document ends on this side.
             other.end_document()
             row.add(ids)
             if origin.ends_document:

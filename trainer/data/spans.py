@@ -4,7 +4,7 @@
     after    <|im_start|>user\\n2 + 2?<|im_end|>\\n<|im_start|>assistant\\n4<|im_end|>\\n
     the part                                                             ################
 
-An answer is what the text of the first k messages and the assistant's header lacks of the text of the first k + 1.
+An answer is the text of the first k + 1 messages less that of the first k and the assistant's header.
 Two kinds of template need more:
 
 - The header of a reasoning model may open its thoughts, `<think>`. An answer that has none follows the header without

@@ -51,7 +51,7 @@ class StepResult:
 
     @property
     def overflowed(self) -> bool:
-        """A float16 gradient beyond its range: the loss scale answers it, it is no sign of trouble."""
+        """A float16 gradient beyond its range: expected, because the loss scale handles it."""
         return self.report is not None and not self.report.updated and self.report.loss_scale is not None
 
 

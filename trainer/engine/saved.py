@@ -27,7 +27,7 @@ class Saved(Protocol):
 
 
 class Dealer:
-    """Deals tensors to the ranks that hold them, the next one to whoever has the least. Every rank that deals the same
+    """Assigns each tensor to the holder with the fewest bytes so far. Every rank that deals the same
     sizes comes to the same result without asking the others."""
 
     def __init__(self, ranks: Sequence[int]) -> None:

@@ -43,7 +43,7 @@ class TorchEngine:
     """Fulfils `trainer.engine.Engine` for every layout without DeepSpeed.
 
     model: on the meta device where a pipeline runs its stages in its place. named: this rank's parameters by name,
-    each once, under adapters those alone; the last stage's copy of a tied embedding is the first stage's to name.
+    each once; under adapters only the adapters'. A tied embedding is listed on the first stage only.
     """
 
     def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
@@ -59,7 +59,7 @@ class TorchEngine:
         self.kinds = self.parts.kinds
         self.pipeline = build_pipeline(self.parts.stages, config, plan, self.mesh) if self.parts.stages else None
         self.objective, self.balancing = self.parts.objective, self.parts.balancing
-        # Kept: after a forward that leaves FSDP's parameters gathered, the modules would name other tensors.
+        # Taken now: after a forward that leaves FSDP's parameters gathered, modules expose the unsharded tensors.
         everything = [(name, p) for module in self.modules for name, p in module.named_parameters()]
         self.copies = dict(self._tied_copies(everything))
         kept = [(name, p) for name, p in everything if self.whole or p.requires_grad]
@@ -177,7 +177,7 @@ class TorchEngine:
                     child.reshard()
 
     def _fill(self, module: PreTrainedModel, weights: WeightSource) -> None:
-        # What adapters leave frozen needs no precision beyond that of its use.
+        # Frozen weights are only read, so they are stored in the compute dtype.
         frozen = None if self.whole else torch_dtype(self.plan.param_dtype)
         dtype = torch_dtype(self.plan.master_dtype)
         materialize(module, weights, device=self._home(), dtype=dtype, frozen_dtype=frozen)

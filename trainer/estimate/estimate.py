@@ -181,9 +181,13 @@ def estimate(
     heaviest: bool = False,
     alone: int | None = None,
 ) -> Estimate:
-    """Predict the memory of the plan's ranks. found_gpu: see `planned_device`. profile: instead of the one on disk.
-    places: in a pipeline, only these of it, from 0; the answer has no others. heaviest: only those that no other holds
-    at least as much as. alone: see `get_profile`.
+    """Predict the memory of the plan's ranks.
+
+    found_gpu: see `planned_device`.
+    profile: instead of the one on disk.
+    places: pipeline ranks to estimate, from 0.
+    heaviest: skip pipeline ranks of which another holds at least as much.
+    alone: see `get_profile`.
 
     Raises NotEstimated for a model whose code cannot be traced, and what building the model raises (ConfigError,
     DataError).

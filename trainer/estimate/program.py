@@ -117,7 +117,7 @@ class _Writer:
         return self.ops
 
     def end(self) -> list[Op]:
-        """What the trace saw nobody free goes with the micro-batch."""
+        """Storages still alive at the end of the trace are freed with the micro-batch."""
         return [(FREE, slot, None, None) for slots in self.live.values() for slot in slots.values()]
 
     def _layer(self, phase: str, template: str, layer: str, before: str, after: str) -> None:

@@ -236,7 +236,7 @@ def largest_micro_batch(config: Config, plan: Plan, *, found_gpu: str | None = N
     if not first.fits or first.device.capacity_bytes is None:
         return None
     here, gpu = plan.batch.micro_batch_size, first.device.gpu
-    # A single sequence may be computed in another way than several, and tells nothing about them.
+    # A single sequence may take another code path than several, so it is not extrapolated from.
     for traced in (here, here + 1):
         smaller = first.profile if traced == here else get_profile(config, plan, gpu, micro_batch_size=traced)
         larger = get_profile(config, plan, gpu, micro_batch_size=traced + 1)

@@ -1,4 +1,4 @@
-"""Adapters (LoRA): a frozen model, and beside its linear layers thin matrices that are trained in its place.
+"""Adapters (LoRA): the model is frozen; low-rank matrices next to its linear layers are trained instead.
 
     x ----> W (frozen) --------------------------> (+) ---> y = W x + alpha / rank * B A x
       \\                                            /

@@ -60,7 +60,7 @@ def insert_adapters(
 
     try:
         with warnings.catch_warnings():
-            # GPT-2's Conv1D: peft sets what it says it sets.
+            # GPT-2's Conv1D: peft warns, and sets fan_in_fan_out correctly.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             inject_adapter_in_model(adapters, layers, adapter_name=NAME)
     except ValueError as error:

@@ -35,7 +35,7 @@ def add_vectors(model: PreTrainedModel, *, base: str | None) -> None:
         base_model_name_or_path=base,
     )
     with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-        # GPT-2's Conv1D: peft sets what it says it sets.
+        # GPT-2's Conv1D: peft warns, and sets fan_in_fan_out correctly.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         peft.inject_adapter_in_model(described, decoder_layers(model), adapter_name=NAME)
     for name, parameter in model.named_parameters():

@@ -274,7 +274,7 @@ def materialize(
 ) -> None:
     """Give every parameter memory on `device` in `dtype` and its value from `weights`, unit by unit.
 
-    frozen_dtype: of those that are not trained; None: `dtype`.
+    frozen_dtype: dtype of frozen parameters; default: `dtype`.
 
     A parameter that is sharded already (a DTensor on meta) gets this rank's part of the value; the whole unit exists
     only while it is filled. after_unit: called with each filled unit before the next one is allocated; an engine that

@@ -20,7 +20,7 @@ def log_trained(model: PreTrainedModel, what: str) -> None:
 
 def import_peft(method: str) -> Any:
     """Raises EnvironmentProblem where it is not installed. method: for the message."""
-    # peft imports it where it is installed, and it tells every process of faster kernels that are not.
+    # peft imports bitsandbytes, which logs in every process the faster kernels that are not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft

@@ -1,8 +1,8 @@
 """Out of memory, reported in one line: which rank, in which step, and what to do about it.
 
 torch raises its own error for a GPU, a plain RuntimeError for host memory, and Python a MemoryError; each comes with a
-traceback of the place that happened to ask for the last bytes, which is seldom the one that took the others. A process
-that may not even load its libraries or start its threads meets others still. Needs no torch.
+traceback of the place that happened to ask for the last bytes, which is seldom the one that took the others. Loading
+a library and starting a thread fail with yet other errors. Needs no torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MemoryError and stumble over what it left undone, each with words of its own."""
 
 @contextmanager
 def memory_told(rank: int, step: Callable[[], int]) -> Iterator[None]:
-    """Raise OutOfMemory instead of whatever says that memory is used up. step: updates so far, asked when it is."""
+    """Convert any out-of-memory error to OutOfMemory. step: a callback that returns the updates so far."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -51,7 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def told_at_start(error: BaseException, rank: int) -> OutOfMemory | None:
-    """What to raise instead of an error outside `memory_told`; None where it is about something else."""
+    """What to raise instead of an error outside `memory_told`; None if it is unrelated to memory."""
     starved = isinstance(error, (RuntimeError, OSError, ImportError, SystemError)) and any(
         words in str(error) for words in START_WORDS
     )

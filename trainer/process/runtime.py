@@ -166,8 +166,8 @@ def _restarted(timeout: timedelta) -> dict[str, Any]:
     """Where ranks meet that torchrun has started again (`--max-restarts`); nothing to say otherwise.
 
     Its store outlives them, with the addresses at which the killed ranks listened, and torch 2.13 looks for this
-    start's under the same names: who reads before the others have written calls ports that nobody answers. Names of
-    their own, then; on one node only, since the agents of several nodes count their restarts each for itself.
+    start's under the same names. A rank that reads early gets stale addresses, so each restart uses its own names; on
+    one node only, because the agents of several nodes count their restarts separately.
     """
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if not count or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:

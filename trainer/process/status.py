@@ -4,7 +4,7 @@
     step       optimizer updates that were made
     reason     why it is not running any more, in one line; of one that has finished: why before its last step
     exit_code  of the rank that wrote it
-    retry      false: it failed of something that somebody has to mend, and would do so again
+    retry      false: a restart would fail again; the user has to mend something
     best       the best validation so far (metric, value, step) and its checkpoint, where one is kept
     waited     finished early: after so many validations that were no better
     epochs     that the run was to take, where they say how long it is

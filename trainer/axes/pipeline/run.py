@@ -223,7 +223,7 @@ class PipelineRun:
             stage.count,
             self.device,
             input_args=tokens if stage.is_first else hidden,
-            # What the last stage returns is never sent; that there is something suffices.
+            # The last stage's output is never sent, so any shape works here.
             output_args=hidden,
             group=self.group,
         )

@@ -12,9 +12,10 @@ stage makes its own. Where it calls a part that is elsewhere, a substitute answe
     norm                    passes on           passes on             held
     head                    not called          not called            held --> logits
 
-What it computes before its first layer is dropped: the layer before that answers with the hidden states that came from
-the stage before. Slicing the list of layers would be simpler, and wrong where a layer's number chooses its attention
-(Gemma 2, GPT-OSS); feeding a slice with embeddings would scale, shift or normalise them once more on every stage.
+The model's output before the stage's first layer is discarded: a placeholder for the previous layer returns the hidden
+states that the previous stage sent. Slicing the list of layers would be simpler, and wrong where a layer's number
+chooses its attention (Gemma 2, GPT-OSS); feeding a slice with embeddings would scale, shift or normalise them once more
+on every stage.
 
 Which parts come before and after the layers: `probe`. What is sent between stages: `pipeline`.
 """

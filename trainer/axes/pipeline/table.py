@@ -92,7 +92,7 @@ def _balanced_ends(costs: Sequence[float], stages: int, embedding_cost: float, h
     """Where each stage ends. best[end] is, for the stages so far and the first `end` layers: (the largest cost of a
     stage, the sum of squares that prefers an even spread of the rest, the ends)."""
     upto = [0.0, *accumulate(costs)]
-    # No cut needs a stage beyond the average by more than one layer; longer ones are not tried.
+    # An optimal stage is never more than one layer above the average; longer ones are not tried.
     bound = (upto[-1] + embedding_cost + head_cost) / stages + max(costs) + embedding_cost + head_cost
     best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
     for stage in range(stages):

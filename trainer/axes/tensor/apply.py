@@ -11,13 +11,13 @@ Collectives: two all-reduces of the activation per layer forward (`leave` of att
 neighbours on a node. Stored per rank: 1/t of every matrix, its gradient and optimizer states, and of the activations
 inside regions. Edges and sequence parallel: `regions`, `collectives`. Embedding, head, loss: `vocabulary`.
 
-Every parameter becomes a DTensor on the tp axis: sharding, checkpoints, norms and optimizers read from it what is
-divided. The computation does not use DTensor: inside a layer each parameter stands for this rank's plain part, the
-model's own code runs on those, and only the edges of regions know of other ranks.
+Every parameter becomes a DTensor on the tp axis: FSDP, checkpoints, norms and optimizers read its placement to see
+which dimension is sharded. The computation does not use DTensor: inside a layer each parameter stands for this rank's
+plain part, the model's own code runs on those, and only the edges of regions know of other ranks.
 
-Parameters that are whole on each rank but see only this rank's heads, or part of the sequence, get a part of their
-gradient. They are listed in `partial` and summed once per step, after the last micro-batch: a sum at each backward
-would count earlier micro-batches again. All tp ranks need the same data and the same random seed.
+Replicated parameters that see only this rank's heads, or its part of the sequence, get a partial gradient. They are
+listed in `partial` and summed once per step, after the last micro-batch: a sum at each backward would count earlier
+micro-batches again. All tp ranks need the same data and the same random seed.
 """
 
 from __future__ import annotations

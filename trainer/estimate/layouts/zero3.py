@@ -191,7 +191,7 @@ class ZeroStage3(Bucketed):
                     self.timeline.allocate("parameters", parameter.numel * self.param, GATHER)
             self.persistent.add(group)
         large = self._large(group)
-        # Modules are gathered one by one; what is alive at once is the one that computes and what is fetched ahead.
+        # Modules are gathered one by one: at most the computing module and the prefetched ones are alive.
         # That may reach into the group that comes next.
         both = sum(p.numel for p in (*large, *self._large(self._next(group))))
         largest = max((p.numel for p in large), default=0)

@@ -49,7 +49,8 @@ compiled: whole ones (two norms, which compute in float32, and two residuals), a
 LOGIT_BYTES = 30.0
 """Read and written per logit by cast, softmax, loss and their gradients."""
 HIDDEN, EXPOSED = 0.8, 0.05
-"""Communication hides behind this part of the computation beside it, and this part of it shows nevertheless."""
+"""HIDDEN: fraction of the computation that can hide communication. EXPOSED: fraction of communication that always
+shows."""
 UPDATE_BYTES = 14.0
 """Per parameter: master weight read and written, gradient read, copy written. Each state is read and written too."""
 SELECTIVE = 0.5

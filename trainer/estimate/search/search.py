@@ -31,7 +31,7 @@ from trainer.plan.plan import Plan
 
 SHOWN = 5
 ALIKE = 0.8
-"""Of what one layout needs beyond its states, another with the same pieces needs at least this part."""
+"""Lower bound when a layout's memory beyond its states is transferred to another with the same sharding."""
 GROWING = ("activations", "loss", "workspace")
 RECOMPUTE = (Checkpointing.full, Checkpointing.selective, Checkpointing.none)
 TOKENS_PER_STEP = 2**22

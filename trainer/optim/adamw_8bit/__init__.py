@@ -3,8 +3,8 @@
     moment of N values ----> 256 values share a scale ----> 8-bit codes of a dynamic map     1 + 4 / 256 bytes per value
 
 Blocks are counted along the rows of the whole matrix, so every layout of engine torch holds the same codes (`update`
-says how ranks that share a block agree). What is small gains nothing from it and keeps the dtype of the parameter, and
-so do vectors, and embeddings: few of their rows get a gradient in a step, and those get large ones.
+says how ranks that share a block agree). Small tensors gain nothing and keep the parameter's dtype. So do
+vectors, and embeddings, whose sparse gradients are large.
 Dettmers et al. 2022 (8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, sections 2.1 to 2.3).
 """
 
