@@ -1,4 +1,4 @@
-"""The words that keys of the configuration choose between; `configs.schema` says what each means."""
+"""The options that keys of the configuration choose between; `configs.schema` says what each means."""
 
 from enum import StrEnum
 

@@ -45,7 +45,7 @@ class Door:
             for group, options in group_options(config_dir).items()
         ]
         flags = [
-            "  --cfg job         print the whole configuration these words give: every key with its value",
+            "  --cfg job         print the whole configuration of these overrides: every key with its value",
             "  --info            print which file each group is taken from",
             "  --config-dir DIR  search DIR for options as well: DIR/model/mine.yaml is model=mine",
             *["  --from FILE       the configuration of another trainer; overrides win over it"] * self.translates,

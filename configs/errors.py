@@ -1,7 +1,7 @@
 """The errors a user can cause, as a tree.
 
 CookbookError
-|-- ConfigError     the words: a misspelt key, a wrong type, an unknown choice
+|-- ConfigError     the overrides: a misspelt key, a wrong type, an unknown choice
 |-- PlanError       the meaning: degrees, batch, offload, precision that do not fit together
 |-- TrainingFailed  the run: a loss or gradient that is not finite; the exit code is `EXIT_FAILED`
 |   |-- RankStuck          a rank that does not move any more, named by one that waited for it

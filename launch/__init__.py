@@ -1,6 +1,6 @@
 """The door for people: `python -m launch` starts the ranks of a run on this machine.
 
-`command` builds the words of each launcher, `process` runs them, `__main__` is the door.
+`command` builds the command of each launcher, `process` runs it, `__main__` is the entry point.
 """
 
 import sys

@@ -56,7 +56,7 @@ DOOR = Door(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the words say. Returns the exit code of the job, or of the first that failed in a sweep."""
+    """Do what the arguments say. Returns the exit code of the job, or of the first that failed in a sweep."""
     # Read once: ranks, restarts and the runs of a comparison get the same time.
     words = settle_clock(sys.argv[1:] if argv is None else argv, datetime.now())
     return answered(lambda: _answer(words))

@@ -1,4 +1,4 @@
-"""The command that starts a plan's ranks: pure functions from a plan to the words of each launcher.
+"""The command that starts a plan's ranks: pure functions from a plan to the arguments of each launcher.
 
     torchrun --rdzv-backend=loopback --nproc-per-node=2 -m trainer experiment=demo
     deepspeed --num_gpus=2 --master_port=29500 ... --module trainer experiment=demo
@@ -42,7 +42,7 @@ class Rendezvous:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """argv: the words. environment: what is set in addition to the caller's own environment."""
+    """argv: the command. environment: what is set in addition to the caller's own environment."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]

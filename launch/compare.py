@@ -43,7 +43,7 @@ Launch = Callable[..., tuple[int, bool]]
 
 
 def compare(words: Sequence[str], *, launch: Launch) -> int:
-    """Do what the words behind `compare` say. Returns 0, or the exit code of the first run that is not through.
+    """Do what the arguments of `compare` say. Returns 0, or the exit code of the first run that is not through.
 
     Raises CookbookError before anything is started.
     """

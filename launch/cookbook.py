@@ -17,7 +17,7 @@ from configs.door import turn_away, version
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.output import delivered, guard_output
 
-# The module whose `main` answers; the words that it gets before the user's; what it does.
+# The module whose `main` answers; the arguments that it gets before the user's; what it does.
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "train": ("trainer.__main__", (), "train in this process"),
     "launch": ("launch.__main__", (), "start the ranks of a run on this machine, or submit it to a cluster"),

@@ -4,7 +4,7 @@
     memory-estimate -m parallel=ddp,fsdp model=llama3_1_70b cluster.nodes=8
     memory-estimate --from ds_config.json --from args.json model.path=FOLDER cluster=8xh100
 
-The overrides are the trainer's. Exit code: 0 fits or tight, 3 does not fit, 2 a mistake in the words.
+The overrides are the trainer's. Exit code: 0 fits or tight, 3 does not fit, 2 a mistake in the overrides.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ DOOR = Door(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer as the words ask. Returns the exit code."""
+    """Answer as the overrides ask. Returns the exit code."""
     # Millions of small tuples are made and freed by count; collections among them find nothing and take a sixth of the
     # time. What leaves cycles, a trace, collects them itself.
     gc.disable()

@@ -22,7 +22,7 @@ from trainer.process.answering import answered
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write text. Returns the exit code: 0, 1 for a damaged checkpoint, 2 for a mistake in the words or a folder that
+    """Write text. Returns the exit code: 0, 1 for a damaged checkpoint, 2 for wrong arguments or a folder that
     cannot be read."""
     return answered(lambda: _generate(_parser().parse_intermixed_args(argv)))
 

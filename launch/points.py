@@ -41,7 +41,7 @@ class Point:
 
 
 def plan_points(overrides: Sequence[str], *, config_dir: str | None) -> tuple[Path, list[Point]]:
-    """The comparison's folder, and its runs in the order of the words.
+    """The comparison's folder, and its runs in the order of the arguments.
 
     All get the same train.global_batch_size: the smallest that each of them can make. Raises CookbookError where there
     are not two runs, where they are not of one model and data, and where none can be planned.

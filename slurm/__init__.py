@@ -1,7 +1,7 @@
 """Training as a SLURM job: what is submitted, and what runs inside the allocation.
 
     python -m launch cluster=slurm ...
-        options    from the configuration to the words of sbatch, each checked against a pattern
+        options    from the configuration to the arguments of sbatch, each checked against a pattern
         submit     `sbatch --test-only`, the files of RUN_DIR/slurm, sbatch
         job.sbatch the batch script: always the same text, with the run folder as its argument
             supervise  on the first node: starts the ranks, again after a fault, and requeues before the time limit

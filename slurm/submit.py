@@ -153,7 +153,7 @@ def prepare(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir:
 
 
 def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir: str | None, run_dir: Path) -> Job:
-    """What the job starts. Its ranks compose from the same words, with the run folder as an absolute path."""
+    """What the job starts. Its ranks compose from the same overrides, with the run folder as an absolute path."""
     search = ["--config-dir", str(Path(config_dir).expanduser().absolute())] if config_dir is not None else []
     passed_on = [word for word in overrides if not word.startswith(("dry_run=", "train.run_dir="))]
     settled = f"train.run_dir={quote_value(str(run_dir))}"
@@ -194,7 +194,7 @@ def script_text(config: Config) -> str:
 
 
 def beside_script(config: Config) -> list[str]:
-    """What a job takes from the run folder besides: the lines that the script sources, the words that srun gets."""
+    """What a job takes from the run folder besides: the lines that the script sources, the arguments that srun gets."""
     setup, words = config.cluster.slurm.setup, srun_words(config)
     lines = [f"slurm/setup.sh  {line}" for line in setup]
     return [*lines, f"srun            {shlex.join(words)}"] if words else lines
@@ -211,7 +211,7 @@ def _note(run_dir: Path, job_id: str) -> None:
 
 
 def _sbatch(config: Config, words: Sequence[str], root: Path) -> str:
-    """Raises EnvironmentProblem with Slurm's own words in one line, and the key that they are about."""
+    """Raises EnvironmentProblem with Slurm's own message in one line, and the key that they are about."""
     try:
         done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:

@@ -38,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def build_on_rank(overrides_by_rank: list[list[str]]) -> list[str]:
-    """Build the data in a real process group; what each rank was told."""
+    """Build the data in a real process group; what each rank reports."""
     rank = int(os.environ["RANK"])
     config = load_config(["parallel=ddp", "cluster.device=cpu", "data.seq_len=16", *overrides_by_rank[rank]])
     plan = make_plan(config, find_machine())

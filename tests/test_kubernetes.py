@@ -314,7 +314,7 @@ def controlled(made: dict[str, Any], words: list[str], disturb: Any) -> tuple[st
         if not starts:
             disturb(running)
         codes: list[int] = []
-        for process in running:  # the job fails with its first pod, and the others are told to end
+        for process in running:  # the job fails with its first pod, and the others are asked to end
             codes.append(process.wait(timeout=300))
             if codes[-1]:
                 for other in running:

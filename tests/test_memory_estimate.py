@@ -35,7 +35,7 @@ from trainer.plan.model_fields import config_fields
 MIB = 2**20
 UNMEASURED = {
     "parallel=zero3_nvme": "follows DeepSpeed's code and settings",
-    "parallel=fsdp_offload": "tensors of host and device are told apart on GPUs only",
+    "parallel=fsdp_offload": "tensors of host and device are distinguished on GPUs only",
 }
 BIG = ["model=llama3_1_405b", "precision=bf16", "data.seq_len=4096", "train.micro_batch_size=1"]
 

@@ -1,4 +1,4 @@
-"""What the machine lacks is told in one line each, before anything is built."""
+"""Each thing that the machine lacks is reported in one line, before anything is built."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Does not move until it is told to go on."""
+    """Does not move until it is asked to go on."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -1,4 +1,4 @@
-"""The suite's own machinery: what runs when, in which lane, what is computed once, and how the time is told."""
+"""The suite's own machinery: what runs when, in which lane, what is computed once, and how the time is reported."""
 
 from __future__ import annotations
 

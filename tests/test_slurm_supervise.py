@@ -1,4 +1,4 @@
-"""The supervisor's decisions, with programs in the place of srun and scontrol that do as they are told."""
+"""The supervisor's decisions, with programs instead of srun and scontrol that follow a script."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if state == "stopped":
     (run / "STOP").unlink()
 if int(step):
     (run / "{checkpoints}" / f"step-{{int(step):08d}}").mkdir(parents=True, exist_ok=True)
-word = dict(exit_code=int(code), reason="so it was told")
+word = dict(exit_code=int(code), reason="so it was asked")
 note(state)
 sys.exit(1 if int(code) and state != "stopped" else 0)
 """
@@ -157,7 +157,7 @@ def test_the_words_of_a_step(run_dir: Path) -> None:
 def test_ranks_that_die_are_started_again_while_that_helps(run_dir: Path) -> None:
     code, said = supervise(run_dir, "1 failed 10", "1 failed 20", "1 failed 30", "0 finished 40")
     assert code == EXIT_FINISHED
-    assert said.count("slurm: restarting: so it was told; starting again from step") == 3
+    assert said.count("slurm: restarting: so it was asked; starting again from step") == 3
     assert [words[-1] for words in starts(run_dir)] == ["1", "2", "3", "4"]
     assert len({words[-2] for words in starts(run_dir)}) == 4, "a port was used twice"
     assert state(run_dir) == "finished"
@@ -260,7 +260,7 @@ def test_a_stop_file_of_a_person_ends_the_job(run_dir: Path) -> None:
         said, _ = running.communicate(timeout=60)
     assert running.returncode == EXIT_STOPPED
     assert state(run_dir) == "stopped"
-    assert said.endswith("slurm: stopped: so it was told; step 10 is saved; goes on with: python -m launch again\n")
+    assert said.endswith("slurm: stopped: so it was asked; step 10 is saved; goes on with: python -m launch again\n")
     assert not (run_dir.parent / "bin/requeued.txt").exists()
 
 

@@ -23,6 +23,8 @@ EVERYWHERE = {
     r"anew": "again",
     r"(stood|stands?) still": "checkpoint stall",
     r"matrix products?": "matmul",
+    r"keepers?": "checkpoint manager",
+    r"(is|are|was|were|been|being) told": "asked, reported, known",
 }
 IN_PAGES = {
     r"told": "asked, reported",

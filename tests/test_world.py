@@ -107,7 +107,7 @@ def _several(folder: str) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for number, layout in enumerate(("single", "zero1", "zero3", "single", "single")):
         run = Path(folder, str(number))
-        if number == 4:  # told to stop before its first step: it stops after it
+        if number == 4:  # asked to stop before its first step: it stops after it
             run.mkdir()
             (run / "STOP").touch()
         before = [signal.getsignal(one) for one in numbers]

@@ -6,7 +6,7 @@
     accelerate launch --num_processes 8 -m trainer OVERRIDES
 
 Config and plan come first and need no torch, so that a mistake is answered before the libraries are loaded. Every
-rank composes the same configuration from the same words. Next: `loop`.
+rank composes the same configuration from the same overrides. Next: `loop`.
 """
 
 from __future__ import annotations

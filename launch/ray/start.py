@@ -75,7 +75,7 @@ class Starter:
         try:
             write_state(self.run_dir, "waiting", reason=f"for {self.cluster.wanted()}", starts=self.starts)
             if not self._ready(lambda: bool(told) or self._stop_file()):
-                print("ray: told to stop before the ranks were started", flush=True)
+                print("ray: asked to stop before the ranks were started", flush=True)
                 return Outcome(code=EXIT_STOPPED, killed=None, told=True, relay=relay, started=False)
             lost = self._begin(running, again)
             lost = lost or self._follow(running, told, relay)

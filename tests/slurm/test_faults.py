@@ -141,7 +141,7 @@ def test_a_job_that_counts_for_more_takes_the_nodes(cluster: Cluster, run_dir: P
 
 @full
 def test_a_real_time_limit(cluster: Cluster, run_dir: Path) -> None:
-    """Saved and requeued before it, and nothing is lost; then told to stop by a person, and ended with one line."""
+    """Saved and requeued before it, and nothing is lost; then asked to stop by a person, and ended with one line."""
     words = ("cluster.slurm.time=2", "cluster.slurm.signal_seconds=30", "train.steps=100000", "checkpoint.every=0")
     run = cluster.launch(run_dir, *words)
     run.wait(lambda: run.status()["state"] == "requeued", "the time limit")

@@ -100,7 +100,7 @@ def test_setup_lines_run_and_secrets_stay_in_the_environment(cluster: Cluster, r
 
 @pytest.mark.nightly
 def test_jobs_of_an_array_follow_each_other(cluster: Cluster, run_dir: Path, alone: Run) -> None:
-    """The first is told to stop near its limit, the second finishes, the third finds nothing to do."""
+    """The first is asked to stop near its limit, the second finishes, the third finds nothing to do."""
     run = cluster.launch(run_dir, "cluster.slurm.array=1-3%1")
     run.reach(1)
     run.warn()

@@ -1,4 +1,4 @@
-"""Faults of whole runs, started by their real doors: processes that die, hang, are told to stop, or meet each other.
+"""Faults of whole runs, started by their real entry points: processes that die, hang, are asked to stop, or meet.
 
 As in `fault_cases`, each case injects one fault and raises AssertionError saying what was lost.
 """

@@ -167,7 +167,7 @@ def resume_often(overrides: Overrides, folder: str, starts: int) -> tuple[dict[i
 
 
 def kill_at(folder: str, at: int | None) -> list[str]:
-    """Python tells of every open, mkdir, rename, remove and rmdir before it happens; fsync is told of here. Returns the
+    """Python reports every open, mkdir, rename, remove and rmdir before it happens; fsync is reported here. Returns the
     list in which they are noted."""
     seen: list[str] = []
 

@@ -23,8 +23,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the words say. Returns the exit code: 0, 1 for a damaged checkpoint (of a run: its newest one), 2 for a
-    mistake in the words, or a folder that cannot be read or written."""
+    """Do what the arguments say. Returns the exit code: 0, 1 for a damaged checkpoint (of a run: its newest one), 2
+    for a mistake in the arguments, or a folder that cannot be read or written."""
     return answered(lambda: _answer(_parser().parse_args(argv)))
 
 

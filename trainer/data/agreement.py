@@ -1,4 +1,4 @@
-"""All ranks prepare their data, and all of them succeed or all of them fail, with the same words.
+"""All ranks prepare their data, and all of them succeed or all of them fail, with the same message.
 
 Without this a missing file on one node would leave the others waiting in a collective until its timeout. The
 ranks talk over a gloo group of their own: tokenising a large corpus for the first time takes longer than any

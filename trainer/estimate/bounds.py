@@ -5,7 +5,7 @@
              every intermediate tensor in float32: twice s b h (34 + 5 a s / h) bytes per layer (Korthikanti et al.
              2022, arXiv:2205.05198, equation 1), four copies of the logits, and 256 MiB of workspace
 
-The planner drops by the first what cannot fit; where a model's code cannot be traced, the two are all that is told.
+The planner drops by the first what cannot fit; where a model's code cannot be traced, the two are all that is known.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def check_memory(config: Config, plan: Plan, *, driver: Path = Path("/proc/drive
         found = estimate(config, plan, found_gpu=_gpu_name(driver))
     except Exception as error:
         if isinstance(error, CookbookError) and not isinstance(error, NotEstimated):
-            raise  # a mistake in the words
+            raise  # a mistake in the overrides
         # A defect of the estimator must not end a run that has nothing to do with it.
         return [f"{UNCHECKED}: {why_not(error)}"]
     finally:

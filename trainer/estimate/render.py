@@ -201,7 +201,7 @@ def _named(rank: RankEstimate, found: Estimate) -> str:
 
 
 def render_sweep(answers: Sequence[Answer]) -> str:
-    """One line for each configuration of a sweep, by the words that are not those of all."""
+    """One line for each configuration of a sweep, by the overrides that differ."""
     common = [word for word in common_words(answers) if not word.startswith("estimate.")]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("overrides", "GPUs", "busiest", "allocated", "reserved", "device GiB", "peak in", "verdict"):
@@ -223,7 +223,7 @@ def common_words(answers: Sequence[Answer]) -> list[str]:
 
 
 def own_words(answers: Sequence[Answer]) -> list[str]:
-    """Of each configuration the words that not all have: what tells it from the others."""
+    """Of each configuration the overrides that not all have: what distinguishes it."""
     common = common_words(answers)
     return [" ".join(word for word in one.overrides if word not in common) for one in answers]
 

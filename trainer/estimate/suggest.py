@@ -41,7 +41,7 @@ ALONE = 1  # shape of a change that is traced by itself: who asks for a second o
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suggestion:
-    """overrides: words to append to the command. why: what they do, in a few words."""
+    """overrides: to append to the command. why: what they do, in a few words."""
 
     overrides: tuple[str, ...]
     why: str

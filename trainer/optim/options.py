@@ -1,6 +1,6 @@
 """`optimizer.options`: keys of one optimizer alone, declared as a dataclass in its module. Torch-free.
 
-A field's type is bool, int, float, str, an enum of words, a tuple of numbers, or one of these or None. Its metadata may
+A field's type is bool, int, float, str, an enum, a tuple of numbers, or one of these or None. Its metadata may
 hold a `Range`.
 """
 

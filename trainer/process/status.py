@@ -267,7 +267,7 @@ def _taken(folder: Path, file: TextIO) -> EnvironmentProblem:
 
 def restarted_in(folder: Path) -> bool:
     """Whether the folder was claimed by an earlier start of this very job, whose worker torchrun has restarted
-    (`--max-restarts`): the same words then mean to go on with it."""
+    (`--max-restarts`): the same overrides then mean to continue it."""
     if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         return False
     try:

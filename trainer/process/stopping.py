@@ -69,7 +69,7 @@ class StopRequests:
         self._signal = self._signal or reason
 
     def obeyed(self) -> None:
-        """The run has saved and ends, whichever rank was told. The file must not stop the next start too."""
+        """The run has saved and ends, whichever rank was asked. The file must not stop the next start too."""
         self._obeyed = True
         if self._file is not None:
             try:

@@ -22,7 +22,7 @@ from trainer.process.status import read_status
 
 NEVER_AGAIN = {
     EXIT_FINISHED: "the run is finished",
-    EXIT_STOPPED: "the run was told to stop, and has saved",
+    EXIT_STOPPED: "the run was asked to stop, and has saved",
     EXIT_BAD_CONFIG: "the configuration has to be mended first",
 }
 

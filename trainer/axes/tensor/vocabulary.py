@@ -31,7 +31,7 @@ WIDE_ELEMENTS = 2**24
 
 
 def part_of(vocabulary: int, ranks: Ranks, rank: int | None = None) -> range:
-    """The words of this rank, or of another one, cut as torch.chunk cuts."""
+    """The vocabulary entries of this rank, or of another one, cut as torch.chunk cuts."""
     length, rank = -(-vocabulary // ranks.size), ranks.rank if rank is None else rank
     return range(min(rank * length, vocabulary), min((rank + 1) * length, vocabulary))
 

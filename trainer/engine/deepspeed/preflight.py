@@ -1,6 +1,6 @@
 """What only the machine of the job can answer, asked before anything is built: libraries, kernels, disks.
 
-`plan` has checked what the words mean. A rank that lacks something raises here, in a line with key, value, rule and
+`plan` has checked what the overrides mean. A rank that lacks something raises here, in a line with key, value, rule and
 remedy, rather than minutes later inside a library.
 """
 

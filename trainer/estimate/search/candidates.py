@@ -47,7 +47,7 @@ class Candidate:
 
     @property
     def layout(self) -> tuple[str, ...]:
-        """The words that say how the model is split, without the batch and the recompute."""
+        """The overrides that say how the model is split, without the batch and the recompute."""
         return tuple(word for word in self.words if word.startswith("parallel"))
 
     def apply(self, config: Config) -> Config:

@@ -175,7 +175,7 @@ class _Questions:
         return found if found is not None and found.estimate.verdict is wanted else None
 
     def ask(self, one: _Timed) -> Ranked | None:
-        """Its estimate, made once; None where memory cannot be told."""
+        """Its estimate, made once; None where memory cannot be estimated."""
         if one.candidate.words not in self.answers:
             progress.show(f"searching: {len(self.answers)} estimates so far")
             self.answers[one.candidate.words] = self._estimate(one)
