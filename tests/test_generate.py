@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launch.cookbook import main as cookbook
 from tests.support.doors import door
@@ -108,3 +108,17 @@ def test_what_cannot_write_is_one_line(
     assert not printed.out and len(lines) == len(says), printed
     for line, said in zip(lines, says, strict=True):
         assert said.replace("RUN", str(run)).replace("BARE", str(bare)) in line
+
+
+def test_a_template_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=260, **sizes)).save_pretrained(tmp_path)
+    tokenizer = build_byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    tokenizer.save_pretrained(tmp_path)
+    capsys.readouterr()  # transformers' bar of what it has saved
+    assert cookbook(["generate", str(tmp_path), "hello", "--chat"]) == 2
+    assert capsys.readouterr().err == (
+        f"--chat: the chat template of {tmp_path} fails on a user's message (no users here); mend it, or leave --chat"
+        " out\n"
+    )

@@ -192,7 +192,13 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, asked: Request, device: torch.d
         if not tokenizer.chat_template:
             raise ConfigError(f"--chat: the tokenizer of {asked.source} has no chat template; leave --chat out")
         message = [{"role": "user", "content": asked.prompt}]
-        text: Any = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        try:
+            text: Any = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of somebody else
+            raise ConfigError(
+                f"--chat: the chat template of {asked.source} fails on a user's message ({first_line(error)}); mend it,"
+                " or leave --chat out"
+            ) from None
         ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(asked.prompt)["input_ids"]
