@@ -19,7 +19,7 @@ from pathlib import Path
 
 from configs.errors import EXIT_FINISHED, ConfigError, CookbookError, PlanError
 from configs.imports.combine import Imported, has_model
-from configs.imports.write import experiment, report
+from configs.imports.write import as_config, experiment, report
 from configs.load import group_options
 from configs.output import delivered
 from launch.translated import translate
@@ -64,16 +64,17 @@ def _import(words: argparse.Namespace) -> int:
     made = translate(files, overrides, config_dir=words.config_dir)
     start = ["python", "-m", "launch", f"--config-dir={target.parent.parent}", f"experiment={target.stem}"]
     command = shlex.join(start) + ("" if has_model(made) else " model.path=FOLDER")
+    print(report(made), end="\n\n")
+    for line in made.assumed:
+        print(f"assumed    {line}")
+    code, verdict = _judge(made)
+    print(verdict, flush=True)
+    # After the verdict: what is refused leaves no file, which would stand in the way of the next try.
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(experiment(made, command), encoding="utf-8")
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigError(f"--to={target}: cannot be written ({error.strerror})") from None
-    print(report(made), end="\n\n")
-    for line in made.assumed:
-        print(f"assumed    {line}")
-    code, verdict = _judge(made, target)
-    print(verdict, flush=True)
     if has_model(made):  # torch is imported by now
         from launch.their_libraries import checked
 
@@ -101,7 +102,7 @@ def _check_target(target: Path, *, force: bool) -> None:
         raise ConfigError(*problems)
 
 
-def _judge(made: Imported, target: Path) -> tuple[int, str]:
+def _judge(made: Imported) -> tuple[int, str]:
     """The exit code, and a line about memory. Raises CookbookError where the configuration cannot run at all."""
     if not has_model(made):
         return EXIT_FINISHED, "memory     not estimated: no file names a model; give model.path=FOLDER or model=OPTION"
@@ -109,7 +110,7 @@ def _judge(made: Imported, target: Path) -> tuple[int, str]:
     from launch.estimate import answer
 
     try:
-        found = answer([f"experiment={target.stem}"], config_dir=str(target.parent.parent), compare=True).estimate
+        found = answer([], config=as_config(made), compare=True).estimate
     except (ConfigError, PlanError):
         raise
     except CookbookError as error:

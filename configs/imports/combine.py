@@ -92,11 +92,12 @@ def _layout(fields: list[Field]) -> list[Field]:
 
 
 def _strength(each: Field, key: str) -> int:
-    return (2 if each.given else 0) - (key in each.implied) + each.over
+    return (2 if each.given else 0) - (key in each.implied)
 
 
 def _merge(fields: list[Field], taken: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """One value for each key. Two files that say different things are a problem, unless an override decides."""
+    _overrule(fields)
     best: dict[str, Field] = {}
     for each in fields:
         for key, value in each.settings.items():
@@ -116,15 +117,23 @@ def _merge(fields: list[Field], taken: Mapping[str, Any], problems: list[str]) -
             problems.append(f"{each.file}: {each.name}={show(each.value, each.name)}: here {key}: {rule}")
     for each in fields:
         lost = [key for key, value in each.settings.items() if value != values[key]]
-        if any(best[key].over for key in lost):
-            # What it says is said as a whole by the other: an end of a curve belongs to the curve.
-            lost = list(each.settings)
-            values = {key: value for key, value in values.items() if best[key] is not each}
         for key in [*lost, *(key for key in each.settings if _is_taken(key, taken))]:
             each.settings.pop(key, None)
         if lost and not each.settings and each.given:
             each.fate, each.why = Fate.harmless, f"{best[lost[0]].name} says it"
     return {key: value for key, value in values.items() if not _is_taken(key, taken)}
+
+
+def _overrule(fields: list[Field]) -> None:
+    """What another file says beside a field that wins over it goes as a whole: the end of a curve belongs to it."""
+    winning = {key: each for each in fields if each.over for key in each.settings}
+    for each in fields:
+        beside = [(winning[key], key, value) for key, value in each.settings.items() if key in winning]
+        differing = (by for by, key, value in beside if by.file != each.file and by.settings[key] != value)
+        winner = next(differing, None)
+        if winner is not None and not each.over:
+            each.settings.clear()
+            each.fate, each.why = Fate.harmless, f"{winner.name} says it"
 
 
 def _is_taken(key: str, taken: Mapping[str, Any]) -> bool:

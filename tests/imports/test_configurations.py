@@ -427,6 +427,11 @@ def test_the_optimizer_and_the_scheduler_of_deepspeeds_file_win(tmp_path: Path) 
     assert made.settings["scheduler.name"] == "constant" and made.settings["optimizer.name"] == "adamw"
     assert "scheduler.min_lr_ratio" not in made.settings
     assert {"optim", "lr_scheduler_type"} <= names(made, Fate.harmless)
+    cosine = {"type": "WarmupCosineLR", "params": {"cos_min_ratio": 0.1, "total_num_steps": 200}}
+    for curve in ("linear", "cosine"):
+        mixed = {**tree, "lr_scheduler_type": curve}
+        made = import_files(written(tmp_path, args_json=mixed, ds_json={**ZERO2, **own, "scheduler": cosine}))
+        assert (made.settings["scheduler.name"], made.settings["scheduler.min_lr_ratio"]) == ("cosine", 0.1)
     alone = import_files(written(tmp_path, args_json=tree, ds_json=ZERO2))
     assert (alone.settings["scheduler.name"], alone.settings["scheduler.min_lr_ratio"]) == ("linear", 0.0)
 
@@ -588,3 +593,14 @@ def test_an_experiment_goes_into_no_file(
     many = f"data.paths=[{','.join(f'file{n}.jsonl' for n in range(40))}]"
     assert launch(["import", "a.json", many, "--to=a.json/experiment/x.yaml"]) == 2
     assert "--to=a.json/experiment/x.yaml: cannot be written" in capsys.readouterr().err
+
+
+def test_what_the_plan_refuses_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, ds_json=ZERO2, args_json={**ARGUMENTS, "optim": "adamw_8bit"})
+    for _ in range(2):
+        assert launch(["import", "args.json", "ds.json", "model=tiny", "cluster=8xh100"]) == 2
+        assert capsys.readouterr().err.startswith("optimizer.name=adamw_8bit: ")
+    assert not (tmp_path / "mine").exists()
