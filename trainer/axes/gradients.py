@@ -1,6 +1,7 @@
 """The gradient of the whole model, wherever its pieces are: its global norm, and scaling in place.
 
 A gradient is a plain tensor (the same on every rank that holds it) or a DTensor, of which this rank holds a piece.
+Pieces are taken without autograd, which would note each of them: for a small sharded model a tenth of the step.
 The norm counts each element once: squares of the local pieces, summed over exactly those mesh axes that split the
 tensor, and at last over the pipeline's stages, which hold different parameters.
 """
@@ -34,12 +35,13 @@ class GlobalNorm:
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._norms: dict[frozenset[str], list[torch.Tensor]] = defaultdict(list)
 
+    @torch.no_grad()
     def add(self, gradients: Sequence[torch.Tensor]) -> None:
         pieces: dict[frozenset[str], list[torch.Tensor]] = defaultdict(list)
         for gradient in gradients:
             axes = _splitting_axes(gradient, self._groups)
-            if local(gradient).numel():
-                pieces[axes].append(local(gradient))
+            if (piece := local(gradient)).numel():
+                pieces[axes].append(piece)
         for axes, tensors in pieces.items():
             self._norms[axes] += _norms(tensors)
 
@@ -71,17 +73,20 @@ def global_norm(gradients: Sequence[torch.Tensor], *, mesh: DeviceMesh, device: 
 
 def clamp(gradients: Sequence[torch.Tensor], largest: float) -> None:
     """Limit every element in place to -largest ... largest; 0: no limit."""
-    pieces = [local(gradient) for gradient in gradients if local(gradient).numel()]
-    if largest and pieces:
+    if largest and (pieces := _pieces(gradients)):
         torch._foreach_clamp_min_(pieces, -largest)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_clamp_max_(pieces, largest)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def scale(gradients: Sequence[torch.Tensor], factor: float) -> None:
     """Multiply every gradient in place."""
-    pieces = [local(gradient) for gradient in gradients if local(gradient).numel()]
-    if factor != 1.0 and pieces:
+    if factor != 1.0 and (pieces := _pieces(gradients)):
         torch._foreach_mul_(pieces, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
+def _pieces(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [piece for gradient in gradients if (piece := local(gradient)).numel()]
 
 
 def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
