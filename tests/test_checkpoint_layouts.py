@@ -31,7 +31,7 @@ ZERO = {"zero1": 2, "zero2": 2, "zero3": 2, "zero3_offload": 2, "zero2_tensor": 
 FORWARDS = {"hsdp": 1}  # per step; 12 sequences do not divide by 4 data-parallel ranks times 2
 ODD = {"fsdp on 3": ("fsdp", 3), "zero3 on 3": ("zero3", 3)}
 # With every change these read a DeepSpeed layout's checkpoint: each of those once.
-READS_ZERO = ("single", "ddp", "fsdp", "hsdp", "tensor", "pipeline")
+READS_ZERO = ("single", "ddp", "fsdp", "hsdp", "tensor")
 FLOAT64, FLOAT32 = 1e-10, 1e-5
 ROLES = "optimizer=muon optimizer.options.dtype=float64 optimizer.groups.embedding.name=adafactor"
 ROLES += " optimizer.groups.vector.name=sgd"

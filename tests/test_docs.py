@@ -25,7 +25,7 @@ INTERPRETERS = (
     "torchrun ",
     "cookbook ",
     "memory-estimate -m ",
-    'overrides="parallel=',
+    'overrides="data=synthetic data.seq_len=32 train.global_batch_size=8 scheduler=constant"',
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
