@@ -39,6 +39,7 @@ SIZE = Dimensions(
     attention=4096,
     key_value=1024,
     vocabulary=128256,
+    spans=(None,) * 32,
 )
 BASE = ["model=llama3_1_8b", "cluster=8xh100", "precision=bf16", "data.seq_len=4096", "train.global_batch_size=1024"]
 SMALL = ["model=tiny", "cluster=8xh100", "precision=bf16", "data.seq_len=128", "train.global_batch_size=64"]
@@ -365,6 +366,19 @@ def test_docs_name_every_published_run() -> None:
     text = (Path(__file__).parent.parent / "docs" / "planner.md").read_text()
     for run in RUNS:
         assert f"| {run.name} |" in text
+
+
+def test_only_a_kernel_that_knows_of_windows_gains_by_them() -> None:
+    half = replace(SIZE, spans=(1024, None) * 16)
+    long = ["parallel=fsdp", "data.seq_len=32768"]
+    masked, whole = timed(*long, size=half), timed(*long)
+    flash = timed(*long, "model.attention=flash_attention_2", size=half)
+    assert flash.seconds["matmuls"] < whole.seconds["matmuls"] < masked.seconds["matmuls"]
+    # A mask of its own keeps torch's kernel from leaving out the half of each windowed layer that nobody sees.
+    lost, gained = (abs(each.seconds["matmuls"] - whole.seconds["matmuls"]) for each in (masked, flash))
+    assert lost / gained == pytest.approx(16384 / (16384 - (1024 - 16)))
+    # Short of its window a layer is like any.
+    assert timed("parallel=fsdp", "data.seq_len=512", size=half) == timed("parallel=fsdp", "data.seq_len=512")
 
 
 def test_a_layouts_command_keeps_what_is_not_searched() -> None:

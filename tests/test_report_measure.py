@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from configs.load import load_config
 from tests.support.harness import run_ranks
@@ -15,6 +16,7 @@ from trainer.flops import Flops, count_parameters, counted_flops, mfu, model_flo
 from trainer.linear import float8
 from trainer.model.build import build_hf_config
 from trainer.passes import prepare_model
+from trainer.plan.model_fields import attention_spans, keys_seen
 from trainer.report import measure
 from trainer.report.measure import StepSeconds, StepTimer, _host_peak, peak_memory
 
@@ -119,6 +121,34 @@ def test_flops_per_token_of_a_published_model() -> None:
     assert counted_flops(llama, parameters=8_030_261_248, seq_len=8192).both == pytest.approx(
         6 * (8_030_261_248 - 128_256 * 4096) + 12 * 32 * 4096 * 8192
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seen"),
+    [
+        (["model=tiny"], 16),
+        (["model=tiny", "model.config.model_type=mistral", "model.config.sliding_window=5"], 5),
+        (["model=gemma2_2b", *SMALL, "model.config.sliding_window=6"], 6),
+        (["model=gpt_oss_20b", *SMALL, "model.config.num_local_experts=4", "model.config.sliding_window=7"], 7),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_window_is_as_long_as_what_the_last_token_attends_to(overrides: list[str], seen: int) -> None:
+    fields = build_hf_config(load_config(overrides).model)
+    model = AutoModelForCausalLM.from_config(fields, attn_implementation="eager")
+    found = model(input_ids=torch.arange(3, 19)[None], use_cache=False, output_attentions=True).attentions
+    attended = [int((layer[0, 0, -1, :16] > 0).sum()) for layer in found]
+    assert min(attended) == seen
+    spans = attention_spans(model.config.get_text_config().to_dict())
+    assert [min(span or 16, 16) for span in spans] == attended
+    assert keys_seen(spans, 16) == sum(attended)
+
+
+def test_a_layer_with_a_window_counts_the_window() -> None:
+    gpt_oss = build_hf_config(load_config(["model=gpt_oss_20b"]).model)
+    # 12 of 24 layers see 128 tokens; 64 heads of 64.
+    numbers = {length: counted_flops(gpt_oss, parameters=10**9, seq_len=length).forward for length in (64, 32_768)}
+    assert numbers[32_768] - numbers[64] == 4 * 64 * 64 * (12 * (32_768 - 64) + 12 * (128 - 64))
 
 
 def test_parameters_are_counted_whole_where_a_rank_holds_a_part() -> None:

@@ -1,8 +1,9 @@
 """Model FLOPs utilisation: the share of the devices' peak that the model's own arithmetic takes.
 
 The convention is that of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): recomputed activations do not
-count, nor does it help that the upper half of the attention matrix is masked. Of a mixture of experts only the
-parameters count that a token meets: the experts that it goes to, and shared ones. Torch-free.
+count, nor does it help that the upper half of the attention matrix is masked. A layer whose tokens see a window counts
+the window. Of a mixture of experts only the parameters count that a token meets: the experts that it goes to, and
+shared ones. Torch-free.
 """
 
 from __future__ import annotations
@@ -13,17 +14,13 @@ from typing import TYPE_CHECKING
 from configs.schema import Config
 from trainer.linear.float8 import backward_products
 from trainer.plan.devices import Gpu, find_gpu
-from trainer.plan.model_fields import attention_width
+from trainer.plan.model_fields import attention_spans, attention_width, keys_seen
 from trainer.update import ask as ask_update
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from trainer.plan.plan import Plan
-
-
-ATTENTION = ("attention", "full_attention", "sliding_attention", "chunked_attention")
-"""Kinds of layers, as configs name them, whose work grows with the square of the sequence."""
 
 
 def count_parameters(model: PreTrainedModel, *, frozen: bool = False, active: bool = False) -> int:
@@ -70,14 +67,14 @@ class Flops:
         return gpu.peak_flops(plan.param_dtype, tf32=config.precision.tf32, float8=eight / self.step(config))
 
 
-def flops(*, matrices: int, layers: int, attention: int, seq_len: int, frozen: int = 0, float8: int = 0) -> Flops:
-    """A forward takes 2 N + 4 L H Q T and a backward twice as much, less 2 for each frozen parameter of N.
+def flops(*, matrices: int, attention: int, keys: int, frozen: int = 0, float8: int = 0) -> Flops:
+    """A forward takes 2 N + 4 H Q K and a backward twice as much, less 2 for each frozen parameter of N.
 
-    matrices: N, parameters that take part in a matmul; layers: L, those that have attention; attention: H * Q,
-    heads of size Q; seq_len: T. frozen: those of N not trained, whose own gradient is not computed. float8: those of N
-    that are multiplied in float8.
+    matrices: N, parameters that take part in a matmul; attention: H * Q, heads of size Q; keys: K, what a token sees in
+    all layers together (`keys_seen`): the sequence's length for each, or its window. frozen: those of N not trained,
+    whose own gradient is not computed. float8: those of N that are multiplied in float8.
     """
-    forward = 2.0 * matrices + 4.0 * layers * attention * seq_len
+    forward = 2.0 * matrices + 4.0 * attention * keys
     return Flops(forward=forward, spared=2.0 * frozen, float8=2.0 * float8)
 
 
@@ -91,12 +88,11 @@ def counted_flops(
     """
     text = config.get_text_config()
     embedding = 0 if getattr(text, "tie_word_embeddings", False) else text.vocab_size * text.hidden_size
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    fields = text.to_dict()
     return flops(
         matrices=parameters - embedding,
-        layers=sum(kind in ATTENTION for kind in kinds) if kinds else text.num_hidden_layers,
-        attention=attention_width(text.to_dict()),
-        seq_len=seq_len,
+        attention=attention_width(fields),
+        keys=keys_seen(attention_spans(fields), seq_len),
         frozen=max(0, frozen - embedding),
         float8=float8,
     )

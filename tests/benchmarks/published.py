@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from configs.load import load_config
 from trainer.estimate.estimate import planned_device
-from trainer.estimate.profiles import get_anatomy
+from trainer.estimate.profiles import get_outline
 from trainer.estimate.search.cost import StepTime, dimensions, step_time
 from trainer.flops import flops
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
+from trainer.plan.model_fields import keys_seen
 from trainer.rules import config_fields
 
 
@@ -130,13 +131,14 @@ def predict(run: Published) -> tuple[StepTime, float]:
     plan = make_plan(config, Machine(gpus=8))
     gpu = planned_device(config, plan).gpu
     assert gpu is not None
-    anatomy = get_anatomy(alone, make_plan(alone, Machine(gpus=1)))
-    size = dimensions(config_fields(config), anatomy, config.optimizer)
+    outline = get_outline(alone, make_plan(alone, Machine(gpus=1)))
+    size = dimensions(config_fields(config), outline, config.optimizer)
     time = step_time(config, plan, size, gpu)
     if run.tokens is not None:
         return time, time.tokens_per_second_per_gpu / run.tokens
     assert run.flops is not None
-    per_token = flops(matrices=size.matrices, layers=size.layers, attention=size.attention, seq_len=config.data.seq_len)
+    keys = keys_seen(size.spans, config.data.seq_len)
+    per_token = flops(matrices=size.matrices, attention=size.attention, keys=keys)
     return time, time.tokens_per_second_per_gpu * per_token.both / run.flops
 
 

@@ -171,6 +171,8 @@ class Outline:
 
     anatomy: of the whole model. layer_costs, head_cost: see `pipeline.probe.count_costs`; empty if it was not asked
     for. hidden_size: features of what one stage sends to the next. layer_buffers_bytes: of a layer of each kind.
+    spans: how far each layer with attention sees (`model_fields.attention_spans`). scores: its kernel computes each
+    score, masked ones too.
     """
 
     anatomy: Anatomy
@@ -178,6 +180,8 @@ class Outline:
     head_cost: float
     hidden_size: int
     layer_buffers_bytes: tuple[int, ...]
+    spans: tuple[int | None, ...]
+    scores: bool
 
 
 @dataclass(frozen=True, slots=True)

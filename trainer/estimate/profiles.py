@@ -25,7 +25,6 @@ from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers
 from trainer.estimate import family, progress
 from trainer.estimate.profile import (
-    Anatomy,
     ModelProfile,
     Outline,
     Part,
@@ -80,9 +79,9 @@ def get_profile(
     return ModelProfile(outline=outline, parts=parts)
 
 
-def get_anatomy(config: Config, plan: Plan) -> Anatomy:
+def get_outline(config: Config, plan: Plan) -> Outline:
     """The parameters of the plan's pieces of the model, counted on its modules, without a trace."""
-    return _outline(config, plan, _tracer(config, plan)).anatomy
+    return _outline(config, plan, _tracer(config, plan))
 
 
 def _tracer(config: Config, plan: Plan) -> Tracer:

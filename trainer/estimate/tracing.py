@@ -17,6 +17,7 @@ from trainer.axes import CONTEXT, PIPELINE
 from trainer.estimate.bounds import states_bytes, upper_bytes
 from trainer.estimate.profile import Outline, Part, kept_layers
 from trainer.plan.documents import by_mask
+from trainer.plan.model_fields import attention_spans
 from trainer.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class Tracer:
             head_cost=head_cost,
             hidden_size=hidden_size,
             layer_buffers_bytes=buffers,
+            spans=attention_spans(self.model.config.get_text_config().to_dict()),
+            scores=self.model.config._attn_implementation == Attention.eager,
         )
 
     def part(self, fields: Mapping[str, Any], kinds: tuple[int, ...], owned: range, *, stages: int, index: int) -> Part:

@@ -100,6 +100,39 @@ def attention_width(fields: Mapping[str, Any]) -> int:
     return heads * int(fields.get("head_dim") or hidden // heads)
 
 
+KINDS = ("layer_types", "layers_block_type", "attention_layers")
+"""Names for the list of the layers' kinds."""
+ATTENTION = {
+    "attention": None,
+    "full_attention": None,
+    "sliding_attention": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+    "global": None,
+    "local": "window_size",
+}
+"""Kinds of layers whose work grows with the length of the sequence, as configs name them, and the field that says how
+far each sees."""
+
+
+def attention_spans(fields: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """How many tokens one sees at most, itself included, in each layer that has attention; None: all up to itself.
+
+    fields: of the language model's config, with what its class adds.
+    """
+    kinds = next((fields[name] for name in KINDS if fields.get(name)), ())
+    if not kinds:
+        # Without a list of kinds a window is that of every layer (Mistral).
+        return (fields.get("sliding_window") or None,) * (sizes(fields).layers or 0)
+    windows = (ATTENTION[kind] for kind in kinds if kind in ATTENTION)
+    return tuple(fields.get(window) or None if window else None for window in windows)
+
+
+def keys_seen(spans: Iterable[int | None], seq_len: int) -> int:
+    """Of one token, in all layers together, as if the masked half of a layer were seen: the end of the sequence sees as
+    much as a window or the sequence holds."""
+    return sum(seq_len if span is None else min(span, seq_len) for span in spans)
+
+
 COUNTS = ("hidden", "layers", "heads", "key_value_heads", "vocabulary")
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", "head_dim")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_moe_experts", "moe_num_experts")

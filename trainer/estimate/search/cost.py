@@ -22,18 +22,18 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from configs.choices import BYTES, Checkpointing, EngineName, OffloadDevice
+from configs.choices import BYTES, Attention, Checkpointing, EngineName, OffloadDevice
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.axes import CONTEXT, EXPERTS, PIPELINE, REPLICATE, SENDING, SHARD, TENSOR
-from trainer.estimate.profile import Anatomy
+from trainer.estimate.profile import Outline
 from trainer.estimate.search.network import Network, build_network, group_of
 from trainer.flops import Flops, flops
 from trainer.linear.float8 import divides, not_gathered, step_of
 from trainer.optim.protocol import Work
 from trainer.optim.table import ask, kept_bytes, paged_bytes
 from trainer.plan.devices import GB_PER_SECOND, Gpu
-from trainer.plan.model_fields import attention_width, sizes
+from trainer.plan.model_fields import attention_width, keys_seen, sizes
 from trainer.plan.plan import Plan
 from trainer.plan.traffic import LayerWork
 from trainer.plan.views import EXPERT
@@ -61,13 +61,13 @@ HOST_MEMORY_GB_PER_SECOND = 20.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dimensions:
-    """Sizes of a decoder. attention: heads * head_dim; key_value: the same of keys. matrices: parameters that take
-    part in a matmul (all but a look-up table, and of routed experts those that a token goes to). frozen:
-    parameters that are not trained; frozen_matrices: those of `matrices` whose own gradient is left out; packed: those
-    that are held in `packed_bytes` of other tensors. experts: routed ones of a layer, of which a token goes to
-    `chosen`; in_experts: trained parameters of theirs. kept_bytes: the optimizer's states, in float32; paged_bytes:
-    those of them that a full GPU leaves to its host. update: its work on all parameters; update_largest: FLOPs of the
-    largest. float8: sides of the matrices that one process would multiply in float8."""
+    """Sizes of a decoder. attention: heads * head_dim; key_value: the same of keys. spans, scores: see `Outline`.
+    matrices: parameters that take part in a matmul (all but a look-up table, and of routed experts those that a token
+    goes to). frozen: parameters that are not trained; frozen_matrices: those of `matrices` whose own gradient is left
+    out; packed: those that are held in `packed_bytes` of other tensors. experts: routed ones of a layer, of which a
+    token goes to `chosen`; in_experts: trained parameters of theirs. kept_bytes: the optimizer's states, in float32;
+    paged_bytes: those of them that a full GPU leaves to its host. update: its work on all parameters; update_largest:
+    FLOPs of the largest. float8: sides of the matrices that one process would multiply in float8."""
 
     parameters: int
     matrices: int
@@ -76,6 +76,8 @@ class Dimensions:
     attention: int
     key_value: int
     vocabulary: int
+    spans: tuple[int | None, ...]
+    scores: bool = False
     frozen: int = 0
     frozen_matrices: int = 0
     packed: int = 0
@@ -116,9 +118,9 @@ class StepTime:
         return self.tokens / self.total / self.world_size
 
 
-def dimensions(fields: Mapping[str, Any], anatomy: Anatomy, settings: Settings) -> Dimensions:
+def dimensions(fields: Mapping[str, Any], outline: Outline, settings: Settings) -> Dimensions:
     """Sizes from the Hugging Face config's fields, which tell width and vocabulary, and the counted parameters."""
-    known = sizes(fields)
+    known, anatomy = sizes(fields), outline.anatomy
     hidden, heads, vocabulary = known.hidden or 1, known.heads or 1, known.vocabulary or 1
     head_dim = int(fields.get("head_dim") or hidden // heads)
     tied = "head" not in dict(anatomy.groups)
@@ -136,6 +138,8 @@ def dimensions(fields: Mapping[str, Any], anatomy: Anatomy, settings: Settings) 
         attention=attention_width(fields),
         key_value=(known.key_value_heads or heads) * head_dim,
         vocabulary=vocabulary,
+        spans=outline.spans,
+        scores=outline.scores,
         frozen=sum(parameter.numel for parameter in frozen),
         frozen_matrices=max(0, sum(parameter.active for parameter in frozen) - table),
         packed=sum(parameter.numel for parameter in packed),
@@ -169,9 +173,8 @@ def _flops(config: Config, plan: Plan, size: Dimensions) -> Flops:
     converted = (sides for sides in size.float8 if divides(sides, step_of(config)))
     return flops(
         matrices=size.matrices,
-        layers=size.layers,
         attention=size.attention,
-        seq_len=plan.batch.seq_len,
+        keys=keys_seen(size.spans, plan.batch.seq_len),
         frozen=size.frozen_matrices,
         float8=sum(map(prod, converted)),
     )
@@ -229,10 +232,20 @@ class _Step:
         }
 
     def _products(self) -> float:
-        """Forward of the matmuls. torch's attention skips the masked half."""
-        attention = 2.0 * self.size.layers * self.size.attention * self.plan.batch.seq_len
+        """Forward of the matmuls."""
+        attention = 4.0 * self.size.attention * self._keys()
         read = self.held + self.in_experts * self.width
         return max(self._multiplying(2.0 * self.size.matrices + attention), read / self.bandwidth)
+
+    def _keys(self) -> float:
+        """Those that attention multiplies with a token, on average, in all layers together."""
+        length, spans = self.plan.batch.seq_len, self.size.spans
+        if self.config.model.attention is Attention.flash_attention_2:
+            return sum(_mean_seen(length, span) for span in spans)
+        if self.size.scores:
+            return float(length * len(spans))
+        # torch's kernel skips the masked half if it is told no more than that. A window is a mask, which skips nothing.
+        return sum(length / 2 if span is None or span > length else float(length) for span in spans)
 
     def _left_out(self) -> float:
         """Of the backward: the gradients of frozen matrices themselves."""
@@ -349,6 +362,12 @@ class _Step:
 def update_bytes(size: Dimensions) -> float:
     """Per parameter that is updated: each byte of a state is read and written."""
     return UPDATE_BYTES + 2 * size.kept_bytes / max(1, size.trained)
+
+
+def _mean_seen(length: int, span: int | None) -> float:
+    """Keys that a token sees on average: the first ones of a sequence have fewer before them than a window holds."""
+    held = length if span is None else min(span, length)
+    return held * (1 - held / (2 * length))
 
 
 def _exposed(communication: float, computation: float) -> float:

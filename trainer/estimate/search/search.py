@@ -19,7 +19,7 @@ from trainer.axes import CONTEXT, EXPERTS, TENSOR
 from trainer.estimate import progress
 from trainer.estimate.bounds import states_bytes
 from trainer.estimate.estimate import Estimate, estimate, planned_device
-from trainer.estimate.profiles import get_anatomy
+from trainer.estimate.profiles import get_outline
 from trainer.estimate.search.candidates import Candidate, candidates, nearest
 from trainer.estimate.search.cost import Dimensions, StepTime, dimensions, step_time
 from trainer.estimate.tracing import NotEstimated
@@ -250,4 +250,4 @@ def model_dimensions(config: Config, machine: Machine) -> Dimensions:
     plain = nearest({}, {"cluster.nodes": 1, "cluster.gpus_per_node": 1, "train.micro_batch_size": 1})
     alone = plain.apply(replace(config, train=replace(config.train, global_batch_size=1)))
     plan = make_plan(alone, machine)
-    return dimensions(fields, get_anatomy(alone, plan), config.optimizer)
+    return dimensions(fields, get_outline(alone, plan), config.optimizer)
