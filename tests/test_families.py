@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from configs.load import load_config
 from tests.support.cases import Trained
 from tests.support.families import FAMILIES, fields_of, train_all, words_of
 from tests.support.harness import run_ranks
@@ -18,7 +19,9 @@ from tests.support.selection import rows
 from tests.support.shared import once
 from trainer.checkpoint.hub import export_model
 from trainer.data.tokenizer import build_byte_tokenizer
+from trainer.model.build import build_hf_config, build_model, materialize
 from trainer.model.fitting import persistent_buffers, quiet
+from trainer.model.weights import open_weights
 
 OFTEN = ("deepseek_v3", "gpt_oss", "qwen2_moe")
 """With every change: latent attention, dense layers before the others, a shared expert; biases, sinks and windows; a
@@ -88,6 +91,19 @@ def test_a_folder_with_the_hubs_names_begins_every_layout_alike(tmp_path: Path) 
     runs = {layout: words_of("mixtral", "single", *words, path) for layout, words in LAYOUTS.items()}
     for layout, found in run_ranks(2, train_all, runs)[0].items():
         assert distance(found, expected).largest <= 1e-10, layout
+
+
+@pytest.mark.parametrize("family", rows(zip(FAMILIES), lambda family: family in (*OFTEN, "mixtral")))
+def test_what_is_read_of_a_folder_is_what_transformers_loads(family: str, tmp_path: Path) -> None:
+    theirs = their_model(family)
+    with quiet():
+        theirs.save_pretrained(tmp_path)
+    choice = load_config([f"model.path={tmp_path}", "model.weights=pretrained"]).model
+    model = build_model(choice, build_hf_config(choice))
+    materialize(model, open_weights(choice, model, seed=0)(model), device=torch.device("cpu"), dtype=torch.float32)
+    read = model.state_dict()
+    assert read.keys() == theirs.state_dict().keys()
+    assert [name for name, value in theirs.state_dict().items() if not torch.equal(value, read[name])] == []
 
 
 @pytest.mark.parametrize("family", rows(zip(FAMILIES), lambda family: family in (*OFTEN, "mixtral")))

@@ -19,6 +19,7 @@ from tests.support.model_folders import (
     float8,
     rewrite,
     run_all,
+    save,
     save_llama,
     tensors_of,
     unpacked,
@@ -77,6 +78,38 @@ def test_float8_is_multiplied_exactly(pieced: tuple[Path, dict[str, torch.Tensor
     )
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(model.get_parameter(name), expected[name])
+
+
+def fill_and_let_go(folder: Path) -> tuple[int, int]:
+    """Bytes of a model whose experts are stored one by one; and what its process needed more than before, at most,
+    while each part was filled and then let go, as a sharding engine does."""
+    choice = load_config([f"model.path={folder}", "model.weights=pretrained"]).model
+    model = build_model(choice, build_hf_config(choice))
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+    def let_go(unit: torch.nn.Module) -> None:
+        found.append(anonymous())
+        for parameter in unit.parameters():
+            parameter.data = torch.empty(0)
+
+    found = [anonymous()]
+    source = open_weights(choice, model, seed=0)(model)
+    materialize(model, source, device=torch.device("cpu"), dtype=torch.float32, after_unit=let_go)
+    return whole, max(found) - found[0]
+
+
+def anonymous() -> int:
+    """Bytes that are this process' own; what it has mapped of files is the system's to take back."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def test_a_process_holds_a_part_of_a_folder_at_a_time(tmp_path: Path) -> None:
+    fields = {**FIELDS, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_local_experts": 8}
+    save(AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **fields)), tmp_path)
+    whole, held = run_ranks(1, fill_and_let_go, tmp_path)[0]
+    assert whole > 100 * 2**20
+    assert held < whole / 2
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:

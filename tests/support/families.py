@@ -95,6 +95,9 @@ class InFloat64(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.Tensor.view:
+            # Bytes of a file, read as numbers of the type that it says.
+            return func(*args, **(kwargs or {}))
         func = torch.Tensor.double if func is torch.Tensor.float else func
         args = tuple(_wide(value) for value in args)
         return func(*args, **{name: _wide(value) for name, value in (kwargs or {}).items()})

@@ -1,8 +1,8 @@
 """What a folder of weights holds against what the model needs, by name, shape and dtype, before a value is read.
 
     every name fits              tensor by tensor, each rank reads what it holds
-    names of another layout      through transformers, which renames and merges them (experts stored one by one, ...)
-    float8 or mxfp4 with scales  through transformers, which multiplies codes and scales
+    names of another layout      by transformers' rules, which rename and merge them (experts stored one by one, ...)
+    float8 or mxfp4 with scales  by transformers' rules, which multiply codes and scales
     anything else                one line for each problem
 
 transformers itself is asked what it would make of the names: it loads a folder whose tensors have shapes and no values.
@@ -59,12 +59,12 @@ TOWER_NAMES = re.compile(r"(^|\.)(vis\w*|vision\w*|audio\w*|speech\w*|multi_moda
 class Fit:
     """How the values get into the model. names: the stored name of each of the model's, for reading tensor by tensor.
     drawn: names that are not stored, which the user allows. grown: rows that are stored of the tensors that get
-    more. whole: through transformers, with this as its config; None: tensor by tensor."""
+    more. theirs: by transformers' rules (`converted`), with this as the config; None: tensor by tensor."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     drawn: frozenset[str] = frozenset()
     grown: Mapping[str, int] = field(default_factory=dict)
-    whole: PretrainedConfig | None = None
+    theirs: PretrainedConfig | None = None
 
 
 def fit(
@@ -97,7 +97,7 @@ def fit(
     if whole is not None and grown:
         whole.get_text_config().vocab_size = next(iter(grown.values()))
     drawn |= frozenset(found.computed)
-    return Fit(names=found.names, drawn=drawn, grown=grown, whole=whole)
+    return Fit(names=found.names, drawn=drawn, grown=grown, theirs=whole)
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -149,7 +149,7 @@ def _compare(model: PreTrainedModel, stored: Mapping[str, Stored], fields: Mappi
     """Name by name, as the model has them, with or without the prefix of the bare model (GPT-2 on the hub)."""
     found = Differences()
     prefix, used = f"{model.base_model_prefix}.", set()
-    for names, tensor in _needed(model):
+    for names, tensor in needed(model):
         places = [(n, c) for n in names for c in (n, n.removeprefix(prefix), prefix + n) if c in stored]
         if not places:
             found.missing.append(names[0])
@@ -177,7 +177,7 @@ def _compare(model: PreTrainedModel, stored: Mapping[str, Stored], fields: Mappi
     return found
 
 
-def _needed(model: PreTrainedModel) -> Iterator[tuple[list[str], torch.Tensor]]:
+def needed(model: PreTrainedModel) -> Iterator[tuple[list[str], torch.Tensor]]:
     """Every tensor that a saved model has, with all its names: those of tied weights are several."""
     names: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, torch.Tensor] = {}
@@ -258,13 +258,13 @@ def _ask_transformers(
         holes = _holes(list(stored))
         said = f"it lacks {some(holes)}" if holes else first_line(error)
         return Differences(broken=[f"transformers cannot put its tensors together ({said}); copy the folder again"])
-    needed = {name: names for names, _ in _needed(model) for name in names}
-    missing = {needed[name][0] for name in info["missing_keys"] if name in needed}
+    same = {name: names for names, _ in needed(model) for name in names}
+    missing = {same[name][0] for name in info["missing_keys"] if name in same}
     ignored = _ignored(model, fields)
     return Differences(
-        missing=[name for name in dict.fromkeys(names[0] for names in needed.values()) if name in missing],
+        missing=[name for name in dict.fromkeys(names[0] for names in same.values()) if name in missing],
         unknown=sorted(name for name in info["unexpected_keys"] if not ignored(name)),
-        shapes={needed.get(n, [n])[0]: (tuple(was), tuple(now)) for n, was, now in info["mismatched_keys"]},
+        shapes={same.get(n, [n])[0]: (tuple(was), tuple(now)) for n, was, now in info["mismatched_keys"]},
     )
 
 
@@ -298,7 +298,7 @@ def quiet() -> Iterator[None]:
 def _vocabulary(model: PreTrainedModel) -> set[str]:
     """Names of the tensors that have a row for each token."""
     owners = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return {n for names, tensor in _needed(model) for n in names if any(_owns(owner, tensor) for owner in owners)}
+    return {n for names, tensor in needed(model) for n in names if any(_owns(owner, tensor) for owner in owners)}
 
 
 def _owns(owner: nn.Module | None, tensor: torch.Tensor) -> bool:
@@ -308,7 +308,7 @@ def _owns(owner: nn.Module | None, tensor: torch.Tensor) -> bool:
 def _differing_ties(model: PreTrainedModel, stored: Mapping[str, Stored], folder: Path, key: str) -> Iterator[str]:
     """A head that is stored with values of its own, of a model whose config.json ties it to the embedding."""
     prefix = f"{model.base_model_prefix}."
-    for names, _ in _needed(model):
+    for names, _ in needed(model):
         held = list(dict.fromkeys(c for n in names for c in (n, n.removeprefix(prefix), prefix + n) if c in stored))
         if len(held) > 1 and not _equal(*(_read(folder, stored[name].file, name) for name in held[:2])):
             yield (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +25,8 @@ from configs.errors import DataError, first_line
 from configs.schema import Model
 from trainer.model.build import build_model
 from trainer.model.constructed import Constructors
-from trainer.model.fitting import Fit, fit, persistent_buffers, quiet
+from trainer.model.converted import Conversion, give_back
+from trainer.model.fitting import Fit, fit, needed, persistent_buffers
 from trainer.model.stored import Stored, find_folder, read_config, read_tensors
 
 log = logging.getLogger(__name__)
@@ -136,22 +138,26 @@ class SavedWeights:
             return file.get_tensor(stored_name)
 
 
-class LoadedWeights:
-    """Parameters of a model that transformers itself has loaded whole into host memory.
+class ConvertedWeights:
+    """Parameters made of stored tensors that are not the model's one to one (experts stored singly, float8 and its
+    scales), as many at a time as one parameter needs."""
 
-    For files whose tensors are not the model's parameters one to one (experts stored singly, float8 and its scales).
-    """
-
-    def __init__(self, model: PreTrainedModel, fitted: Fit, random: RandomWeights) -> None:
-        self.values, self.fitted, self.random = model.state_dict(), fitted, random
+    def __init__(self, conversion: Conversion, fitted: Fit, random: RandomWeights) -> None:
+        self.conversion, self.fitted, self.random = conversion, fitted, random
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
         names = {key: plain_name(f"{name}.{key}" if name else key) for key in keys}
         _draw(self.random, self.fitted, name, unit, names)
+        groups, parameters = self.conversion.groups, {}
         for key, full_name in names.items():
             if full_name not in self.fitted.drawn:
-                parameter = unit.get_parameter(key)
-                parameter.copy_(grow(self.values[full_name], parameter.shape))
+                parameters[self.fitted.names[full_name]] = unit.get_parameter(key)
+        # What becomes several parameters of the unit is read once.
+        for group in {id(groups[name]): groups[name] for name in parameters}.values():
+            for made, value in self.conversion.read(group):
+                if made in parameters:
+                    parameters[made].copy_(grow(value, parameters[made].shape))
+        give_back()
 
 
 def open_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Callable[[PreTrainedModel], WeightSource]:
@@ -166,21 +172,22 @@ def open_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Callabl
     folder, stored, fitted = check_weights(choice, model)
     if fitted.drawn:
         log.warning("model.missing_weights=random: drawn from train.seed: %s", ", ".join(sorted(fitted.drawn)))
-    if fitted.whole is None:
+    if fitted.theirs is None:
         read = SavedWeights(folder, stored, fitted, RandomWeights(model, seed, constructors)).read
         for name, buffer in persistent_buffers(model):
             if name in fitted.names:
                 buffer.copy_(read(name))
         return lambda part: SavedWeights(folder, stored, fitted, RandomWeights(part, seed, constructors))
-    log.warning(
-        "model.path=%s: its tensors are not the model's one to one; every process loads it whole, through transformers",
-        choice.path,
-    )
-    loaded = _load_whole(choice, model, folder, fitted.whole, seed)
-    values = loaded.state_dict()
-    for name, buffer in persistent_buffers(model):
-        buffer.copy_(values[name])
-    return lambda part: LoadedWeights(loaded, fitted, RandomWeights(part, seed, constructors))
+    log.info("model.path=%s: its tensors are not the model's one to one; they are converted one by one", choice.path)
+    try:
+        conversion = Conversion(build_model(choice, fitted.theirs), folder, stored)
+        fitted = _placed(model, conversion, fitted)
+        for name, buffer in persistent_buffers(model):
+            if name in fitted.names:
+                buffer.copy_(dict(conversion.read(conversion.groups[fitted.names[name]]))[fitted.names[name]])
+    except Exception as error:  # conversions and dequantization raise what their libraries raise
+        raise DataError(f"model.path={choice.path}: transformers cannot load it ({first_line(error)})") from None
+    return lambda part: ConvertedWeights(conversion, fitted, RandomWeights(part, seed, constructors))
 
 
 def check_weights(choice: Model, model: PreTrainedModel) -> tuple[Path, dict[str, Stored], Fit]:
@@ -215,15 +222,14 @@ def _draw(random: RandomWeights, fitted: Fit, name: str, unit: nn.Module, names:
         random.fill(name, unit, list(names))
 
 
-def _load_whole(
-    choice: Model, model: PreTrainedModel, folder: Path, config: PretrainedConfig, seed: int
-) -> PreTrainedModel:
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            # What its class computes of values that are not stored is the same on every rank.
-            torch.manual_seed(seed)
-            return type(model).from_pretrained(
-                folder, config=config, dtype=torch.float32, trust_remote_code=choice.trust_remote_code
-            )
-    except Exception as error:  # conversions and dequantization raise what their libraries raise
-        raise DataError(f"model.path={choice.path}: transformers cannot load it ({first_line(error)})") from None
+def _placed(model: PreTrainedModel, conversion: Conversion, fitted: Fit) -> Fit:
+    """`fitted` with the name that each of the model's tensors has in the conversion: tied ones have several. What the
+    folder does not hold, and the model's class does not ask of it, is drawn."""
+    names, drawn = {}, set(fitted.drawn)
+    for same, _ in needed(model):
+        made = next((name for name in same if name in conversion.groups), None)
+        if made is None:
+            drawn.update(same)
+        else:
+            names.update(dict.fromkeys(same, made))
+    return replace(fitted, names=names, drawn=frozenset(drawn))
