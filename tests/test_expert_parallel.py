@@ -85,11 +85,15 @@ def test_a_model_whose_experts_are_no_stack_is_refused(tmp_path: Path, capsys: p
 
 def test_a_skewed_router_takes_more_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peaks = []
-    for imbalance in (1, 2):
-        asked = [*MIXTURE, "parallel=expert_fsdp", "cluster=8xh100", f"estimate.imbalance={imbalance}"]
-        assert memory_estimate([*asked, "estimate.format=json", f"data.cache_dir={tmp_path}"]) == 0
+    asked = [*MIXTURE, "parallel=expert_fsdp", "cluster=8xh100", f"data.cache_dir={tmp_path}"]
+    for imbalance in (1, 2, 3):
+        assert memory_estimate([*asked, f"estimate.imbalance={imbalance}", "estimate.format=json"]) == 0
         peaks.append(json.loads(capsys.readouterr().out)["ranks"][0]["peak_allocated_bytes"])
     assert peaks[1] > 1.02 * peaks[0]
+    # A token's two experts are both on one of two ranks: more than all tokens does not come.
+    assert peaks[2] == peaks[1]
+    assert memory_estimate(asked) == 0
+    assert "at worst 2, where all go to experts of one rank" in capsys.readouterr().out
 
 
 def test_more_ranks_than_experts_hold_equal_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from trainer.axes import EXPERTS
+from trainer.axes.expert import worst_imbalance
 from trainer.estimate.estimate import Estimate, RankEstimate
 from trainer.estimate.suggest import Suggestion
 from trainer.estimate.timeline import COMPONENTS
@@ -154,7 +156,14 @@ def _experts(answer: Answer) -> list[str]:
     anatomy = answer.estimate.profile.anatomy
     if (said := anatomy.routing()) is None:
         return []
-    return [f"experts    {anatomy.whole_active:,} of {anatomy.whole:,} parameters are active for a token: {said}"]
+    lines = [f"experts    {anatomy.whole_active:,} of {anatomy.whole:,} parameters are active for a token: {said}"]
+    chosen, experts = next(parameter.whole.routed for parameter in anatomy.parameters() if parameter.whole.routed)
+    if (ranks := answer.plan.degree(EXPERTS)) > 1:
+        lines.append(
+            f"           activations at estimate.imbalance (1: each of {ranks} ranks gets as many tokens); at worst"
+            f" {worst_imbalance(ranks, experts, chosen):g}, where all go to experts of one rank"
+        )
+    return lines
 
 
 def _ranks_side_by_side(answer: Answer) -> Table:

@@ -37,6 +37,11 @@ def expected_rows(ranks: int, experts: int, chosen: int) -> float:
     return ranks * (1 - elsewhere)
 
 
+def worst_imbalance(ranks: int, experts: int, chosen: int) -> float:
+    """Over the average, what a rank computes if every token goes to as many of its experts as it can."""
+    return ranks * min(chosen, experts // ranks) / chosen
+
+
 def problems(config: Config) -> Iterator[str]:
     parallel, ep = config.parallel, config.parallel.ep
     if ep == 1:
