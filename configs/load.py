@@ -15,9 +15,11 @@ import dataclasses
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import cache
 from importlib.resources import files
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +29,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,7 +40,16 @@ from configs.errors import ConfigError
 from configs.explain import explain
 from configs.interpolation import CLOCK, Resolved, on_record, remember
 from configs.keys import broken_rule, is_open, plain_kind, schema_keys
-from configs.overrides import as_typed, check_overrides, interval, quote_value, settled, unreadable_value
+from configs.overrides import (
+    MOST_RUNS,
+    as_typed,
+    check_overrides,
+    interval,
+    quote_value,
+    settled,
+    too_many,
+    unreadable_value,
+)
 from configs.ranges import check_ranges
 from configs.schema import Config
 
@@ -75,7 +86,10 @@ def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
     ours = Path(str(files("configs")))
     names = sorted(folder.name for folder in ours.iterdir() if any(folder.glob("*.yaml")))
     folders = [ours, *_user_folder(config_dir)]
-    return {name: sorted({file.stem for folder in folders for file in folder.glob(f"{name}/*.yaml")}) for name in names}
+    return {
+        name: sorted({file.stem for folder in folders for file in folder.glob(f"{name}/*.yaml") if not file.is_dir()})
+        for name in names
+    }
 
 
 @cache
@@ -89,7 +103,10 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """The runs of a sweep: `a=1,2 b=3,4` gives four lists of overrides. `range(1,5)` and `glob(*)` work too."""
     with _hydra():
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        return [list(run) for run in product(*(_choices(parser, word) for word in overrides))]
+        choices = [_choices(parser, word) for word in overrides]
+    if prod(map(len, choices)) > MOST_RUNS:
+        raise ConfigError(too_many([word for word, each in zip(overrides, choices, strict=True) if len(each) > 1]))
+    return [list(run) for run in product(*choices)]
 
 
 def _choices(parser: OverridesParser, word: str) -> list[str]:
@@ -104,14 +121,24 @@ def _choices(parser: OverridesParser, word: str) -> list[str]:
         value = override.value()
         if isinstance(value, IntervalSweep):
             raise ConfigError(interval(word))
+        if isinstance(value, RangeSweep) and _length(value) > MOST_RUNS:
+            raise ConfigError(too_many([word]))
         values = list(override.sweep_string_iterator())
-    except (HydraException, ValueError, RecursionError):
-        raise ConfigError(unreadable_value(word)) from None
+    except (HydraException, ArithmeticError, ValueError, RecursionError):
+        raise ConfigError(unreadable_value(word, sweep=True)) from None
+    if not values:
+        raise ConfigError(f"{word}: stands for no value; write {key}=1,2,3, or a range or pattern that holds some")
     if key in schema_keys() and plain_kind(key) is str and isinstance(value, ChoiceSweep) and value.simple_form:
         # A text keeps its characters: 1e5 is not 100000.0, unless a comma stands inside of quotes.
         typed = [each.strip() for each in text.split(",")]
         values = typed if len(typed) == len(values) else values
     return [f"{key}={each}" for each in values]
+
+
+def _length(values: RangeSweep) -> float:
+    """How many values there are, more or less. Raises ValueError or ArithmeticError where nobody could say."""
+    start, stop, step = (Fraction(str(each)) for each in (values.start, values.stop, values.step))
+    return float((stop - start) / step)
 
 
 def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, dict[str, str]]:

@@ -23,6 +23,9 @@ from configs.schema import Config
 
 QUOTE_NUMBERS = "each must be a text; put quotes around what reads as a number, as true or as null: [\"1e5\",'0123']"
 
+MOST_RUNS = 1_000
+"""Of one sweep."""
+
 
 def check_overrides(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
     """One line for each override that cannot be meant. groups: the options of each group, by its name."""
@@ -71,7 +74,7 @@ def _check_word(word: str, groups: Mapping[str, Sequence[str]]) -> str | None:
         return f"{word}: write key=value"
     if key in groups:
         return _check_option(key, value, groups[key])
-    if key in schema_keys() or is_open(key):
+    if key != PRESET_KEY and (key in schema_keys() or is_open(key)):
         return _check_value(key, word)
     return f"{word}: {unknown_key(key, groups)}"
 
@@ -112,14 +115,22 @@ def _parse(word: str) -> Override:
     return OverridesParser.create().parse_override(word)
 
 
-def unreadable_value(word: str) -> str:
-    """For an override that Hydra's grammar refuses, or takes for the choices of a sweep where one value is wanted."""
+def unreadable_value(word: str, *, sweep: bool = False) -> str:
+    """For an override that Hydra's grammar refuses, or takes for the choices of a sweep where one value is wanted.
+    sweep: whether choices are wanted."""
     word = word.lstrip("+")
     key, _, value = word.partition("=")
     if "," in value and not value.startswith(("[", "{", "(")):
+        if sweep:
+            return f"{word}: no values of a sweep; write {key}=1,2,3 or {key}=range(1,10,3)"
         return f"{word}: one value expected; for a list write {key}=[{value}], for several runs add -m"
     example = '["a=b", "c d"]' if value.startswith("[") else '"..."'
     return f"{word}: the value cannot be read; close its brackets, or quote it: '{key}={example}'"
+
+
+def too_many(words: Sequence[str]) -> str:
+    """For overrides of a sweep that together stand for more runs than anybody means."""
+    return f"{' '.join(words)}: more than {MOST_RUNS:,} runs; name fewer values, or make several sweeps"
 
 
 def interval(word: str) -> str:
@@ -133,9 +144,9 @@ def interval(word: str) -> str:
 
 def unknown_key(key: str, groups: Mapping[str, Sequence[str]]) -> str:
     """Why there is no such key, and which one was probably meant."""
-    if key.startswith(f"{PRESET_KEY}."):
-        name = key.removeprefix(f"{PRESET_KEY}.")
-        return f"these are the preset's published dimensions; set model.config.{name}"
+    if f"{key}.".startswith(f"{PRESET_KEY}."):
+        name = key.removeprefix(PRESET_KEY)
+        return f"these are the preset's published dimensions; set model.config{name}"
     inside = [name for name in schema_keys() if name.startswith(f"{key}.")]
     if inside:
         return f"is a section; set one of {', '.join(inside)}"

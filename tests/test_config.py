@@ -257,7 +257,8 @@ def test_a_folder_of_the_user_adds_options(tmp_path: Path) -> None:
         (tmp_path / file).write_text(body)
     config = load_config(["experiment=first"], config_dir=str(tmp_path))
     assert (config.model.preset, config.train.steps) == ("mine", 7)
-    assert {"mine", "tiny"} <= set(group_options(str(tmp_path))["model"])
+    (tmp_path / "model/folder.yaml").mkdir()
+    assert {"mine", "tiny", "folder"} & set(group_options(str(tmp_path))["model"]) == {"mine", "tiny"}
     assert chosen_options(["experiment=first"], config_dir=str(tmp_path))["model"] == "mine"
     with pytest.raises(ConfigError, match=r"^--config-dir=/nowhere: no such folder"):
         load_config(config_dir="/nowhere")
@@ -273,6 +274,26 @@ def test_a_sweep_is_every_combination() -> None:
     assert expand_sweep(["scheduler=glob(*)"]) == [[f"scheduler={name}"] for name in group_options()["scheduler"]]
     with pytest.raises(ConfigError, match=r"^train\.seed=interval\(0,1\): "):
         expand_sweep(["train.seed=interval(0,1)"])
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["train.seed=range(1,1)"], "train.seed=range(1,1): stands for no value; write train.seed=1,2,3, or a range"),
+        (["parallel=glob(nope*)"], "parallel=glob(nope*): stands for no value; "),
+        (["train.seed=range(1,1000000000)"], "train.seed=range(1,1000000000): more than 1,000 runs; name fewer"),
+        (["optimizer.lr=shuffle(range(0,1,1e-9))"], "optimizer.lr=shuffle(range(0,1,1e-9)): more than 1,000 runs; "),
+        (["train.seed=range(0,40)", "train.steps=range(0,40)"], "train.seed=range(0,40) train.steps=range(0,40): more"),
+        (["train.seed=range(1,nan)"], "train.seed=range(1,nan): no values of a sweep; write train.seed=1,2,3 or"),
+        (["train.seed=range(1,2,0)"], "train.seed=range(1,2,0): no values of a sweep; "),
+        (["train.seed=1,"], "train.seed=1,: no values of a sweep; "),
+    ],
+)
+def test_values_that_make_no_sweep_are_one_line(words: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand_sweep(words)
+    (line,) = caught.value.problems
+    assert line.startswith(problem)
 
 
 @pytest.mark.parametrize(

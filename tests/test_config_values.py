@@ -98,6 +98,15 @@ def test_all_numbers_are_held_against_their_ranges_before_any_is_used(
         ("train.steps=${train.steps}", "train.steps=${train.steps}: refers to itself; give a value"),
         ("train.steps=${nope:1}", "train.steps=${nope:1}: there is no such resolver; use ${oc.env:NAME}"),
         ("optimizer.lr=interval(1,2)", "optimizer.lr=interval(1,2): an interval needs a sweeper that searches it"),
+        (
+            "launcher.args=['--nproc_per_node=9']",
+            "launcher.args=[--nproc_per_node=9]: the plan decides it, and ranks started otherwise would refuse; set",
+        ),
+        ("launcher.args=['--rdzv-backend=c10d']", "launcher.args=[--rdzv-backend=c10d]: the plan decides it"),
+        (
+            "model.architecture={a: 1}",
+            "model.architecture={a: 1}: these are the preset's published dimensions; set mod",
+        ),
         ("train.learning_rate=1", "train.learning_rate=1: no such key; here it is optimizer.lr"),
         ("zero_optimization.stage=2", "zero_optimization.stage=2: no such key; here it is parallel.zero_stage"),
         ("num_train_epochs=3", "num_train_epochs=3: no such key; here it is train.epochs (samples run on from one"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from configs.choices import (
@@ -36,6 +37,15 @@ from trainer.plan.length import check_length
 from trainer.plan.model_fields import check_sizes, config_fields, sizes
 from trainer.plan.trackers import check_tracker
 
+OF_THE_PLAN = MappingProxyType({
+    **dict.fromkeys(("nproc_per_node", "num_processes", "num_gpus"), "set cluster.gpus_per_node"),
+    **dict.fromkeys(("nnodes", "num_machines", "num_nodes"), "set cluster.nodes"),
+    **dict.fromkeys(("master_port", "main_process_port"), "set launcher.master_port"),
+    **dict.fromkeys(("node_rank", "machine_rank", "master_addr", "main_process_ip", "hostfile"), "leave it out"),
+    **dict.fromkeys(("rdzv_backend", "rdzv_endpoint", "rdzv_id", "standalone", "module"), "leave it out"),
+})  # fmt: skip
+"""Flags of the launchers that would start other ranks than the plan has, or let them meet elsewhere."""
+
 
 def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]:
     """All problems of a config whose numbers lie in their ranges, in the order of its sections. device: "cpu" or
@@ -56,8 +66,17 @@ def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]
     yield from _check_measuring(config, device)
     yield from check_length(config)
     yield from _check_run_dir(config.train.run_dir)
+    yield from _check_launcher(config)
+
+
+def _check_launcher(config: Config) -> Iterator[str]:
     if config.launcher.name is LauncherName.python and (config.cluster.gpus_per_node or 1) * config.cluster.nodes != 1:
         yield "launcher.name=python: starts one process only; use launcher=torchrun for more"
+    for word in config.launcher.args:
+        # torchrun takes each of its flags with dashes and with underscores.
+        remedy = OF_THE_PLAN.get(word.partition("=")[0].lstrip("-").replace("-", "_"))
+        if word.startswith("-") and remedy is not None:
+            yield f"launcher.args=[{word}]: the plan decides it, and ranks started otherwise would refuse; {remedy}"
 
 
 def _check_model(config: Config, device: str) -> Iterator[str]:
