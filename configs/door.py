@@ -79,7 +79,7 @@ class Arguments:
 
 def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
     """Split a command line into flags and overrides. Raises ConfigError on a flag that this door does not know."""
-    parser = _Parser(prog=door.program, add_help=False, allow_abbrev=False)
+    parser = Parser(prog=door.program, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", dest="show", action="store_const", const="help")
     parser.add_argument("--version", dest="show", action="store_const", const="version")
     parser.add_argument("-c", "--cfg", choices=["job"])
@@ -106,7 +106,9 @@ def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
     )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """As argparse's, but a mistake is one line: it raises ConfigError."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
 

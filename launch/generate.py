@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.door import Parser
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.output import delivered
 from trainer.process.answering import answered
@@ -38,8 +39,8 @@ def _generate(words: argparse.Namespace) -> int:
     return delivered(EXIT_FINISHED)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cookbook generate", description="Let a trained model write, as it goes.")
+def _parser() -> Parser:
+    parser = Parser(prog="cookbook generate", description="Let a trained model write, as it goes.")
     parser.add_argument("source", type=Path, help="folder of a run, a checkpoint, a Hugging Face model or an adapter")
     parser.add_argument("prompt", nargs="?", default="", help="text to go on from; - reads standard input")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write at most (%(default)s)")
@@ -66,6 +67,7 @@ def _check(words: argparse.Namespace) -> None:
                 "must be 0, or 0.001 or more",
             ),
             ("top-p", words.top_p, not 0 < words.top_p <= 1, "must be above 0 and at most 1"),
+            ("seed", words.seed, not 0 <= words.seed < 2**63, "must be 0 or more and less than 2^63"),
         )
         if bad
     ]

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.door import Parser
 from configs.errors import EXIT_FINISHED, ConfigError, CookbookError, PlanError
 from configs.imports.combine import Imported, has_model
 from configs.imports.write import as_config, experiment, report
@@ -36,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return answered(lambda: delivered(_import(_parser().parse_intermixed_args(argv))))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cookbook import", description="Translate the configuration of another trainer into an experiment file."
     )
     parser.add_argument(

@@ -5,12 +5,11 @@ A run writes its page when it ends. This makes it while the run goes on, and for
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.door import turn_away
+from configs.door import Parser, turn_away
 from configs.errors import EXIT_FINISHED, ConfigError, CookbookError
 from configs.output import delivered, guard_output
 from trainer.report.page import write_report
@@ -21,12 +20,10 @@ from trainer.report.reading import read_run
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page. Returns the exit code: 0, or 2 where there is no run or it cannot be written."""
     guard_output()
-    parser = argparse.ArgumentParser(
-        prog="cookbook report", description="Write RUN_DIR/report.html, a run on one page."
-    )
+    parser = Parser(prog="cookbook report", description="Write RUN_DIR/report.html, a run on one page.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, whether it is through or not")
-    folder: Path = parser.parse_args(argv).run_dir.expanduser()
     try:
+        folder: Path = parser.parse_args(argv).run_dir.expanduser()
         run = read_run(folder.name, folder)
         if run.config is None:
             raise ConfigError(f"{folder}: holds no run ({run.problem}); give the folder of one")

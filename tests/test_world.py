@@ -188,6 +188,13 @@ def test_cookbook_has_every_door(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("cookbook trian: no such command; there are train, launch, ")
 
 
+@pytest.mark.parametrize("words", ["generate", "report", "import", "checkpoint", "checkpoint export a", "report a --b"])
+def test_a_missing_word_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cookbook(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" --help")
+
+
 def traced_then_trained(overrides: list[str]) -> list[float]:
     config = load_config(overrides)
     estimate(config, make_plan(config, find_machine()))

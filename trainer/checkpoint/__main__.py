@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from configs.door import Parser
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.output import delivered
 from trainer.process.answering import answered
@@ -35,8 +36,8 @@ def _answer(words: argparse.Namespace) -> int:
     return delivered(EXIT_FINISHED)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description="Use the checkpoints of a run.")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m trainer.checkpoint", description="Use the checkpoints of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
     source = "folder of a run (its newest whole checkpoint is taken) or of one checkpoint"
     export_words = commands.add_parser("export", help="write a Hugging Face folder, without a GPU and in little memory")
