@@ -7,14 +7,16 @@ boundary.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from configs.choices import Device, GpuRequest
 from configs.schema import Cluster, Config
 from trainer.plan.plan import Plan
+from trainer.process.world import VARIABLES
 from trainer.report.folder import run_label
 
+VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 NAME, NAMES = r"[A-Za-z0-9_][\w.+@:-]*", r"[A-Za-z0-9_][\w.+@:,-]*"
 TIME = r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}"
 # key: (pattern, what to write)
@@ -67,6 +69,15 @@ def check_nodes(cluster: Cluster) -> Iterator[str]:
         yield "cluster.device=auto: what this machine has says nothing about the nodes; set cuda or cpu"
     if cluster.device is not Device.cpu and cluster.gpus_per_node is None:
         yield "cluster.gpus_per_node=null: this machine's GPUs say nothing about the nodes'; set their number"
+
+
+def check_environment(key: str, given: Iterable[str], *, taken: Sequence[str] = ()) -> Iterator[str]:
+    """What a node cannot hand to its ranks. given: names of variables. taken: more that the cluster's own part sets."""
+    for name in given:
+        if name in (*VARIABLES, *taken):
+            yield f"{key}={{{name}: ...}}: says who the ranks are and where they meet; leave it out"
+        elif not re.fullmatch(VARIABLE, name, re.ASCII):
+            yield f"{key}={{{name}: ...}}: no name of a variable"
 
 
 def check_options(config: Config, *, sweep: bool = False) -> Iterator[str]:

@@ -22,7 +22,7 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, EXIT_STOPPED
 from launch.__main__ import main
-from launch.kubernetes.manifest import LONGEST_NAME, jobset_name
+from launch.kubernetes.manifest import INDEX, LONGEST_NAME, jobset_name
 from launch.kubernetes.node import main as node
 from slurm.supervise import free_port
 from trainer.checkpoint.catalog import CHECKPOINTS, step_name
@@ -113,6 +113,7 @@ def test_everything_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[
     words = [
         "cluster=kubernetes",
         "cluster.kubernetes.shared_memory=lots",
+        "cluster.kubernetes.memory=0Gi",
         "cluster.kubernetes.queue=Research",
         "cluster.kubernetes.secrets=[a_b]",
         "launcher=deepspeed",
@@ -121,7 +122,7 @@ def test_everything_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[
         "train.resume=never",
         "cluster.kubernetes.gpu_resource='a b'",
         "cluster.kubernetes.pod={containers: [], restartPolicy: Always}",
-        "cluster.kubernetes.environment={MASTER_PORT: '1'}",
+        "cluster.kubernetes.environment={MASTER_PORT: '1', WORLD_SIZE: '2', JOB_COMPLETION_INDEX: '0', a-b: c}",
     ]
     assert main([*words, "--config-dir", str(tmp_path)]) == EXIT_BAD_CONFIG
     lines = capsys.readouterr().err.splitlines()
@@ -130,11 +131,12 @@ def test_everything_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[
         "cluster.kubernetes.volume=null",
         "cluster.kubernetes.queue=Research",
         "cluster.kubernetes.secrets=[a_b]",
+        "cluster.kubernetes.memory=0Gi",
         "cluster.kubernetes.shared_memory=lots",
         "cluster.kubernetes.gpu_resource=a b",
         "cluster.kubernetes.pod={containers",
         "cluster.kubernetes.pod={restartPolicy",
-        "cluster.kubernetes.environment={MASTER_PORT",
+        *[f"cluster.kubernetes.environment={{{name}" for name in ("MASTER_PORT", "WORLD_SIZE", INDEX, "a-b")],
         "train.run_dir=/runs/../x",
         "cluster.gpus_per_node=null",
         "launcher.name=deepspeed",

@@ -10,15 +10,13 @@ from posixpath import normpath
 from configs.choices import LauncherName
 from configs.schema import Config
 from launch.kubernetes.manifest import INDEX
-from slurm.options import check_nodes
+from slurm.options import check_environment, check_nodes
 
 LABEL = r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?"  # of RFC 1123, as names of objects are
-QUANTITY = r"\d+(\.\d+)?([KMGT]i?)?"
-VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+QUANTITY = r"(?=.*[1-9])\d+(\.\d+)?([KMGT]i?)?"
 NAMES = ("volume", "namespace", "queue", "service_account")
 QUANTITIES = ("memory", "shared_memory")
 ADDRESSES = ("image", "gpu_resource")
-MEETING = ("MASTER_ADDR", "MASTER_PORT", INDEX)
 OURS = {
     "containers": "set cluster.kubernetes.image, environment, secrets, cpus and memory",
     "volumes": "the run's own are there, and cluster.kubernetes.volume names the one for its folder",
@@ -59,12 +57,7 @@ def check_options(config: Config, run_dir: PurePosixPath) -> Iterator[str]:
     for name in OURS:
         if name in options.pod:
             yield f"cluster.kubernetes.pod={{{name}: ...}}: is written by this project; {OURS[name]}"
-    for name in MEETING:
-        if name in options.environment:
-            yield f"cluster.kubernetes.environment={{{name}: ...}}: tells the pods where they meet; leave it out"
-    for name in options.environment:
-        if not re.fullmatch(VARIABLE, name):
-            yield f"cluster.kubernetes.environment={{{name}: ...}}: no name of a variable"
+    yield from check_environment("cluster.kubernetes.environment", options.environment, taken=(INDEX,))
     mount = PurePosixPath(options.mount)
     if not mount.is_absolute() or mount == PurePosixPath("/"):
         yield f"cluster.kubernetes.mount={options.mount}: must be an absolute path below /"

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 
 from configs.choices import LauncherName
 from configs.schema import Config
-from slurm.options import check_nodes
-from trainer.process.world import VARIABLES
+from slurm.options import check_environment, check_nodes
 
 LEAST = 0.0001
-VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 BY_KEY = {
     "CPU": "set cluster.ray.cpus_per_node",
     "GPU": "set cluster.gpus_per_node",
@@ -31,13 +29,8 @@ def check_options(config: Config) -> Iterator[str]:
         if name in BY_KEY:
             yield f"{key}: is no further resource; {BY_KEY[name]}"
         elif not LEAST <= amount < float("inf"):
-            yield f"{key}: must be at least {LEAST}, which is the least that Ray counts"
-    for name in options.environment:
-        key = f"cluster.ray.environment={{{name}: ...}}"
-        if name in VARIABLES:
-            yield f"{key}: is set for each rank; leave it out"
-        elif not re.fullmatch(VARIABLE, name):
-            yield f"{key}: no name of a variable"
+            yield f"{key}: must be at least {LEAST}, which is the least that Ray counts, and finite"
+    yield from check_environment("cluster.ray.environment", options.environment)
     yield from check_nodes(config.cluster)
     if config.launcher.name is not LauncherName.torchrun:
         yield f"launcher.name={config.launcher.name}: Ray's nodes start their ranks with torchrun; leave it out"
