@@ -28,11 +28,11 @@ def find(path: str, given: str, *, kind: str = "class") -> Any:
     A module is found where Python finds any: installed, or by PYTHONPATH.
     """
     module, _, name = path.rpartition(".")
-    if not module:
+    if not module or not all(part.isidentifier() for part in path.split(".")):
         raise PlanError(f"{given}: is no path of a {kind}; give package.module.{kind.capitalize()}")
     try:
         found = getattr(import_module(module), name, None)
-    except Exception as error:  # whatever the module raises
+    except (Exception, SystemExit) as error:  # whatever the module raises
         raise PlanError(f"{given}: cannot import {module} ({told(error)}); install it, or mend the path") from None
     if found is None:
         near = get_close_matches(name, dir(import_module(module)), n=1)

@@ -41,7 +41,9 @@ def test_impossible_sizes_are_one_line_each(door: str, capsys: pytest.CaptureFix
 
 
 BUILT = {
-    "hidden_act=nosuch": "model=tiny, model.config={'hidden_act': 'nosuch'}, model.attention=auto: ",
+    "hidden_act=nosuch": (
+        "model=tiny, model.config={'hidden_act': 'nosuch'}, model.attention=auto: there is no 'nosuch'"
+    ),
     "rope_parameters=7": "model.config={'rope_parameters': 7}: ",
 }
 FOLDERS = {"list": [1, 2], "wrong": {"model_type": "llama", "rms_norm_eps": "tiny"}}

@@ -127,6 +127,7 @@ def test_muon_refuses(words: list[str], line: str) -> None:
     [
         (["optimizer.target=null"], "optimizer.name=custom: needs optimizer.target=package.module.Class"),
         (["optimizer.target=Adam"], "optimizer.target=Adam: is no path of a class"),
+        (["optimizer.target=..Adam"], "optimizer.target=..Adam: is no path of a class"),
         (["optimizer.target=no.Adam"], "optimizer.target=no.Adam: cannot import no (ModuleNotFoundError: No module"),
         (["optimizer.target=torch.optim.NAdm"], "optimizer.target=torch.optim.NAdm: torch.optim has no NAdm; did you"),
         (["optimizer.target=torch.nn.Linear"], "optimizer.target=torch.nn.Linear: is no subclass of torch.optim"),

@@ -127,6 +127,7 @@ def test_what_counts_as_better() -> None:
             "could never end early; set one of them lower",
         ),
         (["train.min_delta=0.5"], "train.min_delta=0.5", "train.patience"),
+        ([*FILES, "data.validation_sets={../v: [v/]}"], "data.validation_sets.../v", "a name has letters, digits, "),
         ([*FILES, "data.validation_sets={v: []}"], "data.validation_sets.v=[]", "name one, or leave the set out"),
         (
             [*FILES, "data.validation_sets={v: [v/]}", "train.eval_samples=0"],

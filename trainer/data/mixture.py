@@ -82,12 +82,17 @@ def shares(weights: Sequence[float]) -> list[int]:
     return whole
 
 
+def check_name(key: str, name: str) -> Iterator[str]:
+    """What is wrong with a name that numbers and lines of the log carry."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        yield f"{key}.{name}: a name has letters, digits, - and _ only; choose another name"
+
+
 def problems(config: Config) -> Iterator[str]:
     """One line for each thing that is wrong with the mixture itself. What a source lacks: the rules for `data`."""
     data = config.data
     for name, source in cast("dict[str, Any]", data.mixture).items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            yield f"data.mixture.{name}: a name has letters, digits, - and _ only; choose another name"
+        yield from check_name("data.mixture", name)
         if not isinstance(source, Mapping):
             yield f"data.mixture.{name}={source}: must be the keys of a source, such as {{weight: 1, paths: [corpus/]}}"
             continue

@@ -129,6 +129,7 @@ def _check_validation_sets(config: Config) -> Iterator[str]:
             f"data.validation_sets={sets}: train.eval_samples=0 validates on nothing; set it above 0, or leave this out"
         )
     for name, paths in sets.items():
+        yield from mixture.check_name("data.validation_sets", name)
         if not paths:
             yield f"data.validation_sets.{name}=[]: names no file; name one, or leave the set out"
 

@@ -351,4 +351,6 @@ def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _one_line(error: Exception) -> str:
     """An exception's text without its line breaks, cut where it turns into a listing."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):  # whose text is the key that was looked up, and nothing else
+        text = f"there is no {text}"
     return text if len(text) <= 300 else text[:300] + " ..."
