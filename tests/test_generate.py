@@ -111,7 +111,8 @@ def test_what_cannot_write_is_one_line(
 
 
 def test_a_template_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=260, **sizes)).save_pretrained(tmp_path)
     tokenizer = build_byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
