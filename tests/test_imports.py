@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.choices import OptimizerName, TuningMethod
 from configs.load import composed_options
 from trainer.axes import AXES
 
@@ -180,11 +181,48 @@ def test_hydra_is_imported_by_the_loader_and_its_readers_alone() -> None:
     assert users == ["configs.files", "configs.load", "configs.overrides"]
 
 
-def test_optimizers_are_named_in_their_own_folder_alone() -> None:
-    """Everyone else asks the one that is chosen (`trainer.optim.table`)."""
-    own = [name for name in MODULES if name.startswith(("trainer.optim.", "configs.choices", "configs.schema"))]
-    users = [name for name, file in MODULES.items() if name not in own and "OptimizerName" in file.read_text()]
-    assert "trainer.optim.table" in own and not users
+CHOICES = {
+    "optimizer.name": ({*OptimizerName} - {OptimizerName.custom}, "OptimizerName", ("trainer.optim", "configs.schema")),
+    # Those that are no usual words as well.
+    "tuning.method": (
+        {TuningMethod.lora, TuningMethod.qlora, TuningMethod.ia3, TuningMethod.p_tuning},
+        "TuningMethod",
+        ("trainer.linear", "trainer.inputs", "configs.schema", "configs.adapter_folder"),
+    ),
+}
+"""Key -> what it chooses from, the class of these words, and the modules that may say them."""
+# One shows options for people to choose from. The update in trainer.update without a gradient is that optimizer's own.
+SHOWING = {"launch.explore": {"adamw", "adamw_8bit"}, "trainer.update.mezo": {"mezo"}}
+
+
+def chosen_names(source: str, key: str) -> set[str]:
+    """What a module spells of a choice: the field, its key, or a word that decides. A message may suggest one."""
+    words, kind, _ = CHOICES[key]
+    section, field = key.split(".")
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value} & words | ({key} if re.match(rf"{key}\b", node.value) else set())
+        elif isinstance(node, ast.Attribute) and node.attr == field:
+            found |= {key} if ast.unparse(node.value).rpartition(".")[2] == section else set()
+        elif isinstance(node, ast.Name) and node.id == kind:
+            found.add(kind)
+    return found
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_choices_are_named_in_their_own_folders_alone(key: str) -> None:
+    """Everyone else asks the one that is chosen: `trainer.optim.table`, `trainer.linear`."""
+    own = (*CHOICES[key][2], "configs.choices", "configs.imports.")
+    others = {name: file for name, file in MODULES.items() if not name.startswith(own)}
+    users = {name: chosen_names(file.read_text(), key) - SHOWING.get(name, set()) for name, file in others.items()}
+    assert len(others) > 200 and {name: found for name, found in users.items() if found} == {}
+
+
+def test_the_rule_about_choices_can_fail() -> None:
+    source = 'if config.tuning.method is TuningMethod.lora or x == "lora": y["tuning.method"]'
+    assert chosen_names(source, "tuning.method") == {"lora", "tuning.method", "TuningMethod"}
+    assert chosen_names("def f(optimizer): return optimizer.name", "optimizer.name") == {"optimizer.name"}
 
 
 @pytest.mark.parametrize("module", LIGHT)

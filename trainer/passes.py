@@ -373,7 +373,7 @@ def check_layout(model: PreTrainedModel, config: Config) -> None:
     found = probe(text_config(model.config), config.data.seq_len)
     if found is not None and found.reversible and not model.get_input_embeddings().weight.requires_grad:
         problems.append(
-            f"tuning.method={config.tuning.method}: {name} computes its layers again in a backward of their own, which"
+            f"{linear.said(config)}: {name} computes its layers again in a backward of their own, which"
             " needs the embeddings' gradient, and they are frozen; use tuning=full"
         )
     if config.parallel.sequence_parallel and (idle := _idle_layers(model, found)):

@@ -31,12 +31,13 @@ from trainer.checkpoint.manifest import (
     check_file_sizes,
     read_manifest,
 )
-from trainer.checkpoint.progress import AVERAGE, find_best, read_progress
+from trainer.checkpoint.progress import find_best, read_progress
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data.tokenizer import no_tokenizer
 from trainer.engine.saved import BUFFER
 from trainer.model.custom import introduce_of_run
 from trainer.model.fitting import persistent_buffers
+from trainer.optim.table import AVERAGE
 from trainer.process.disks import readable, refused
 from trainer.process.runtime import Runtime
 

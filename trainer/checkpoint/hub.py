@@ -21,6 +21,7 @@ from configs.errors import DataError
 from configs.schema import Model
 from trainer.checkpoint.hub_layout import HubLayout
 from trainer.checkpoint.manifest import GENERATION
+from trainer.inputs import kind_of
 from trainer.inputs.layers import as_peft_saves
 from trainer.linear.adapter_layers import stored_name
 from trainer.model.fitting import persistent_buffers
@@ -119,7 +120,7 @@ def _export_adapter(
     if not tensors:
         return
     if adapters.is_prompt_learning:
-        tensors = as_peft_saves(adapters, tensors)
+        tensors = as_peft_saves(kind_of(adapters.peft_type), adapters, tensors)
     else:
         tensors = {stored_name(name): tensor for name, tensor in tensors.items()}
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}

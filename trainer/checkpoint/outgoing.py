@@ -11,9 +11,11 @@ from pathlib import Path
 from configs.errors import CheckpointMismatch, ConfigError, EnvironmentProblem
 from configs.load import from_yaml
 from configs.schema import Config
+from trainer import linear
 from trainer.checkpoint.export import newest_whole
 from trainer.checkpoint.progress import Progress, read_progress
 from trainer.checkpoint.tensors import TensorReader
+from trainer.optim import table
 from trainer.optim.build import lr_at
 from trainer.process.disks import readable, refused
 
@@ -73,12 +75,12 @@ def outgoing(source: Path, target: Path, *, what: str) -> Iterator[Outgoing]:
 
 def _names(folder: Path, saved: TensorReader, progress: Progress, what: str) -> list[str]:
     kinds = {key.partition("/")[0] for key in saved.names()} - {"rng"}
-    if "frozen" in kinds or progress.identity.get("tuning.method", "full") != "full":
+    if "frozen" in kinds or not linear.kept_model(progress.identity):
         raise CheckpointMismatch(f"{folder}: trained adapters, which {what} has no names for; export them for peft")
     if kinds != {"model", *STATES}:
         has = ", ".join(sorted(kinds - {"model"})) or "no states"
         raise CheckpointMismatch(
-            f"{folder}: holds {has} of optimizer.name={progress.identity['optimizer.name']}, and {what}"
+            f"{folder}: holds {has} of {table.NAME}={progress.identity[table.NAME]}, and {what}"
             f" {' and '.join(STATES)} of AdamW; export the model alone"
         )
     return [key.removeprefix("model/") for key in saved.names() if key.startswith("model/")]

@@ -22,8 +22,7 @@ from trainer.checkpoint.catalog import committed, step_name
 from trainer.checkpoint.manifest import STATE, Manifest, check_missing, read_manifest
 from trainer.data import DataSet
 from trainer.engine import Counters
-from trainer.optim import by_role
-from trainer.optim.table import ask, difference
+from trainer.optim import table
 from trainer.plan.plan import Plan
 
 # Fields of a Hugging Face config that say how a model is run or where it came from, not what it computes.
@@ -39,7 +38,6 @@ _INCIDENTAL = {
     "use_cache",
 }
 BEST = "best"
-AVERAGE = "optimizer.average"
 """Says that a checkpoint holds weights in the midst of training: `trainer.optim.protocol.Average`."""
 _REMEDY = {
     "model": "give the same model",
@@ -71,7 +69,6 @@ class Progress:
 
 def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict[str, Any]:
     """All that must be the same for a run to be continued rather than mixed with another one."""
-    average = ask(config.optimizer).average(config.optimizer)
     return {
         **model_identity(hf_config),
         "tokenizer": _fingerprint(data),
@@ -81,11 +78,7 @@ def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict
         "data.packing": config.data.packing,
         "data.document_mask": config.data.document_mask,
         "data.fingerprint": data.fingerprint,
-        "optimizer.name": str(config.optimizer.name),
-        by_role.KEY: {role: str(name) for role, name in by_role.names(config.optimizer).items()},
-        **({"optimizer.target": config.optimizer.target} if config.optimizer.target else {}),
-        "optimizer.ema": config.optimizer.ema > 0,
-        **({AVERAGE: [average.kind, average.part]} if average else {}),
+        **table.identity(config.optimizer),
         "train.seed": config.train.seed,
         **linear.identity(config),
     }
@@ -113,7 +106,7 @@ def check_same(saved: Progress, ours: Mapping[str, Any], *, source: Path, global
     for key in saved.identity.keys() & ours.keys():
         there, here = saved.identity[key], ours[key]
         if there != here:
-            why = difference(there, here) if key == "optimizer.name" else ""
+            why = table.difference(key, there, here)
             problems.append(
                 f"{source}: saved with {key}={_short(there)}, this run has {key}={_short(here)}{why};"
                 f" {_REMEDY[key.partition('.')[0]]}, or begin another run from its weights: python -m"

@@ -16,13 +16,13 @@ from configs.schema import Config
 from trainer import linear
 from trainer.axes import PIPELINE, REPLICATE, TENSOR
 from trainer.estimate.timeline import COMPONENTS
-from trainer.optim.table import LEANER
+from trainer.optim import table
 from trainer.plan.plan import Plan
 
 STATES = frozenset({"parameters", "gradients", "optimizer", "buffers", "workspace"})
 PASSING = frozenset({"activations", "loss", "buffers", "workspace"})
 ALL = frozenset(COMPONENTS)
-ALTERING = frozenset({"optimizer.name", "tuning.method"})
+ALTERING = frozenset({table.NAME, linear.KEY})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,8 +74,8 @@ def _known(config: Config, plan: Plan) -> Iterator[Known]:
         yield from _more_division(config, plan)
     if parallel.offload.optimizer is OffloadDevice.none:
         yield from _offload(plan)
-    if (leaner := LEANER.get(config.optimizer.name)) is not None:
-        yield "the same update from smaller states", {"optimizer.name": leaner}, STATES
+    if (leaner := table.leaner(config.optimizer)) is not None:
+        yield *leaner, STATES
     if (lighter := linear.lighter(config)) is not None:
         yield *lighter, ALL
 

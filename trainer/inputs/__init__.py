@@ -7,6 +7,25 @@
 They answer the questions of `trainer.linear.Kind` and stand in its table. Torch-free; what is computed: `layers`.
 """
 
+from collections.abc import Iterator
+
+from configs.schema import Config, Tuning
 from trainer.inputs import p_tuning, prefix, prompt
+from trainer.inputs.virtual import VirtualTokens
 
 KINDS = (prompt.KIND, p_tuning.KIND, prefix.KIND)
+
+
+def problems(config: Config) -> Iterator[str]:
+    """The key that only these kinds read, where none of them is chosen."""
+    count, asked = config.tuning.virtual_tokens, config.tuning.method
+    if count != Tuning().virtual_tokens and not any(kind.chosen(config) for kind in KINDS):
+        yield (
+            f"tuning.virtual_tokens={count}: is for {', '.join(kind.method for kind in KINDS)}, this is tuning={asked};"
+            " choose tuning=prompt, or leave it out"
+        )
+
+
+def kind_of(peft: object) -> VirtualTokens:
+    """By peft's word for it."""
+    return next(kind for kind in KINDS if kind.peft == peft)

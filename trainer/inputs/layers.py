@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,8 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from configs.choices import TuningMethod
-from trainer.inputs.virtual import ENCODER
+from trainer.inputs.virtual import ENCODER, VirtualTokens
 from trainer.model.peft import NAME, import_peft
 
 SAVED = "prompt_embeddings"  # the only tensor of peft's file
@@ -53,58 +51,37 @@ def _tokens(model: Any, like: torch.Tensor) -> torch.Tensor:
 
 
 def add_virtual_tokens(
-    model: PreTrainedModel, method: TuningMethod, count: int, *, base: str | None, on_meta: bool = True
+    model: PreTrainedModel, chosen: VirtualTokens, count: int, *, base: str | None, on_meta: bool = True
 ) -> None:
     """Give the model the parameters and the forward, and freeze the rest. base: `model.path`. Raises EnvironmentProblem
     without peft."""
-    import_peft(method)
-    described = _describe(model, method, count, base)
+    import_peft(chosen.method)
+    described = chosen.described(_common(model, count, base), model.config.get_text_config())
     with init_empty_weights(include_buffers=False) if on_meta else nullcontext():
-        encoder = _encoder(described)
+        encoder: nn.Module = chosen.encoder(described)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     setattr(model, ENCODER, encoder.to(next(model.parameters()).dtype))
     described.base_model_name_or_path = base
     model.peft_config = {NAME: described}  # pyright: ignore[reportAttributeAccessIssue]
     kind = type(model)
-    forward = BeforeKeys if method is TuningMethod.prefix else BeforeText
+    forward = BeforeText if chosen.AS_TEXT else BeforeKeys
     # A class, so that copies of the model call themselves.
     model.__class__ = type(kind.__name__, (forward, kind), {"__module__": kind.__module__})
 
 
-def _describe(model: PreTrainedModel, method: TuningMethod, count: int, base: str | None) -> Any:
-    import peft
-
+def _common(model: PreTrainedModel, count: int, base: str | None) -> dict[str, Any]:
     text: Any = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()
-    heads = text.num_attention_heads
-    common = {
+    return {
         "num_virtual_tokens": count,
         "num_transformer_submodules": 1,
         "num_layers": text.num_hidden_layers,
-        "num_attention_heads": heads,
+        "num_attention_heads": text.num_attention_heads,
         "token_dim": embedding.embedding_dim,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
     }
-    if method is TuningMethod.prompt:
-        return peft.PromptTuningConfig(**common)
-    if method is TuningMethod.p_tuning:
-        return peft.PromptEncoderConfig(**common, encoder_hidden_size=embedding.embedding_dim)
-    key_value = getattr(text, "num_key_value_heads", None) or heads
-    width = getattr(text, "head_dim", None) or embedding.embedding_dim // heads
-    return peft.PrefixTuningConfig(**{**common, "num_attention_heads": key_value, "token_dim": key_value * width})
-
-
-def _encoder(described: Any) -> nn.Module:
-    from peft import PrefixEncoder, PromptEmbedding, PromptEncoder
-
-    kinds: dict[str, Callable[[Any], nn.Module]] = {
-        "PROMPT_TUNING": lambda config: PromptEmbedding(config, None),
-        "P_TUNING": PromptEncoder,
-        "PREFIX_TUNING": PrefixEncoder,
-    }
-    return kinds[described.peft_type.value](described)
 
 
 def begin(unit: nn.Module, prefix: str, keys: list[str], generator: Any) -> None:
@@ -120,9 +97,9 @@ def begin(unit: nn.Module, prefix: str, keys: list[str], generator: Any) -> None
             nn.init.uniform_(parameter, -bound, bound, generator=drawn)
 
 
-def as_peft_saves(described: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_peft_saves(chosen: VirtualTokens, described: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the virtual tokens' file holds: their values. tensors: all parameters of the kind, by name."""
-    encoder = _encoder(described).to(next(iter(tensors.values())).dtype)
+    encoder = chosen.encoder(described).to(next(iter(tensors.values())).dtype)
     encoder.load_state_dict({name.removeprefix(f"{ENCODER}."): value for name, value in tensors.items()})
     with torch.no_grad():
         return {SAVED: encoder(torch.arange(described.num_virtual_tokens)).detach().clone()}

@@ -1,6 +1,14 @@
 """P-tuning (Liu et al. 2021, arXiv:2103.10385): virtual tokens' embeddings out of three trained matrices."""
 
+from typing import Any
+
 from configs.choices import TuningMethod
 from trainer.inputs.virtual import VirtualTokens
 
-KIND = VirtualTokens(TuningMethod.p_tuning)
+
+class PTuning(VirtualTokens):
+    def described(self, common: dict[str, Any], text: Any) -> Any:
+        return super().described({**common, "encoder_hidden_size": common["token_dim"]}, text)
+
+
+KIND = PTuning(TuningMethod.p_tuning, "P_TUNING")

@@ -1,6 +1,7 @@
 """Prefix tuning (Li and Liang 2021, arXiv:2101.00190): virtual tokens' keys and values are trained, in every layer."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from configs.choices import Checkpointing, TuningMethod
 from configs.schema import Config
@@ -8,7 +9,13 @@ from trainer.inputs.virtual import VirtualTokens
 
 
 class Prefix(VirtualTokens):
-    LOGITS_OF_ALL = False
+    AS_TEXT = False
+
+    def described(self, common: dict[str, Any], text: Any) -> Any:
+        """A token is as wide as all heads that have keys of their own."""
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or common["token_dim"] // text.num_attention_heads
+        return super().described({**common, "num_attention_heads": heads, "token_dim": heads * width}, text)
 
     def problems(self, config: Config) -> Iterator[str]:
         yield from super().problems(config)
@@ -27,4 +34,4 @@ class Prefix(VirtualTokens):
             )
 
 
-KIND = Prefix(TuningMethod.prefix)
+KIND = Prefix(TuningMethod.prefix, "PREFIX_TUNING")

@@ -23,26 +23,35 @@ if TYPE_CHECKING:
 
 ENCODER = "prompt_encoder"
 """Where the model has the virtual tokens, as peft names it."""
-METHODS = (TuningMethod.prompt, TuningMethod.p_tuning, TuningMethod.prefix)
 
 
 class VirtualTokens:
-    """Fulfils `trainer.linear.Kind`. Subclasses refuse more, and build what holds their parameters."""
+    """Fulfils `trainer.linear.Kind`. peft: its word for this kind, in adapter_config.json."""
 
     KEEPS_MODEL = False
-    LOGITS_OF_ALL = True
-    """Whether the head sees the virtual tokens too, so that their logits are cut off behind it."""
+    AS_TEXT = True
+    """Whether they are embeddings before the text's, whose logits are cut off behind the head; else keys and values."""
 
-    def __init__(self, method: TuningMethod) -> None:
-        self.method, self.__name__ = method, f"trainer.inputs.{method}"
+    def __init__(self, method: TuningMethod, peft: str) -> None:
+        self.method, self.peft, self.__name__ = method, peft, f"trainer.inputs.{method}"
+
+    def described(self, common: dict[str, Any], text: Any) -> Any:
+        """peft's description, out of what all kinds have in it. text: the config of the language model."""
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft)](**common)
+
+    def encoder(self, described: Any, *others: Any) -> Any:
+        """peft's module, which holds the parameters. others: what its class takes besides the description."""
+        from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+
+        return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(self.peft)](described, *others)
 
     def chosen(self, config: Config) -> bool:
         return config.tuning.method is self.method
 
     def problems(self, config: Config) -> Iterator[str]:
         if not self.chosen(config):
-            if self.method is TuningMethod.prompt and config.tuning.method not in METHODS:
-                yield from _without_use(config)
             return
         parallel, count = config.parallel, config.tuning.virtual_tokens
         for named, degree in ((f"parallel.pp={parallel.pp}", parallel.pp), (f"parallel.cp={parallel.cp}", parallel.cp)):
@@ -58,7 +67,7 @@ class VirtualTokens:
             )
         if config.train.compile:
             yield f"train.compile=true: is not offered with tuning={self.method}; set it to false"
-        if config.train.chunked_loss and self.LOGITS_OF_ALL:
+        if config.train.chunked_loss and self.AS_TEXT:
             yield (
                 f"train.chunked_loss=true: computes the loss in the head, which tuning={self.method} gives {count}"
                 " tokens more than there are labels; set it to false, or use tuning=prefix"
@@ -79,13 +88,13 @@ class VirtualTokens:
     def convert(self, model: PreTrainedModel, config: Config, untrained: Collection[str]) -> None:
         from trainer.inputs.layers import add_virtual_tokens
 
-        add_virtual_tokens(model, self.method, config.tuning.virtual_tokens, base=config.model.path)
+        add_virtual_tokens(model, self, config.tuning.virtual_tokens, base=config.model.path)
 
     def imitate(self, model: PreTrainedModel, config: Config) -> None:
         from trainer.inputs.layers import add_virtual_tokens
 
         # As many as sequence parallel can divide.
-        add_virtual_tokens(model, self.method, config.parallel.tp, base=None, on_meta=False)
+        add_virtual_tokens(model, self, config.parallel.tp, base=None, on_meta=False)
 
     def owns(self, name: str) -> bool:
         # All kinds of this room keep theirs in one place; a model has one kind.
@@ -112,8 +121,7 @@ class VirtualTokens:
         from trainer.inputs.layers import add_virtual_tokens
 
         if identity.get("tuning.method") == self.method:
-            base = identity["tuning.base"][1]
-            add_virtual_tokens(model, self.method, identity["tuning.virtual_tokens"], base=base)
+            add_virtual_tokens(model, self, identity["tuning.virtual_tokens"], base=identity["tuning.base"][1])
 
     def matmuls(self) -> set[object]:
         return set()
@@ -126,12 +134,3 @@ class VirtualTokens:
 
     def traced(self, config: Config) -> Any:
         return config.tuning.virtual_tokens
-
-
-def _without_use(config: Config) -> Iterator[str]:
-    count = config.tuning.virtual_tokens
-    if count != Tuning().virtual_tokens:
-        yield (
-            f"tuning.virtual_tokens={count}: is for {', '.join(METHODS)}, this is tuning={config.tuning.method}; choose"
-            " tuning=prompt, or leave it out"
-        )

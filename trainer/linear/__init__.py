@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from configs.choices import TuningMethod
 from configs.schema import Config, Tuning
 from trainer import inputs
 from trainer.linear import adapter, bottleneck, float8, four_bit, plain, scaled
@@ -104,6 +105,7 @@ class Kind(Protocol):
         ...
 
 
+KEY = "tuning.method"
 KINDS: tuple[Kind, ...] = (plain, four_bit, adapter, scaled, bottleneck, float8, *inputs.KINDS)
 
 
@@ -119,6 +121,7 @@ def lighter(config: Config) -> tuple[str, dict[str, object]] | None:
 def problems(config: Config) -> Iterator[str]:
     for kind in KINDS:
         yield from kind.problems(config)
+    yield from inputs.problems(config)
 
 
 def convert(model: PreTrainedModel, config: Config, untrained: Collection[str] = ()) -> None:
@@ -147,11 +150,21 @@ def keeps_model(config: Config) -> bool:
     return all(kind.KEEPS_MODEL for kind in chosen(config))
 
 
+def said(config: Config) -> str:
+    """What decides whether the model's own parameters are trained."""
+    return f"{KEY}={config.tuning.method}"
+
+
 def identity(config: Config) -> dict[str, Any]:
-    found: dict[str, Any] = {"tuning.method": str(config.tuning.method)}
+    found: dict[str, Any] = {KEY: str(config.tuning.method)}
     for kind in chosen(config):
         found |= kind.identity(config)
     return found
+
+
+def kept_model(identity: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of this identity holds the model's own parameters, and nothing that kinds have added."""
+    return identity.get(KEY, TuningMethod.full) == TuningMethod.full
 
 
 def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:

@@ -32,6 +32,8 @@ LIGHTER: tuple[str, dict[str, object]] = (
     {"tuning.method": TuningMethod.lora},
 )
 """What this kind offers where the whole model is trained."""
+BARE = {"tuning.method": str(TuningMethod.lora)}
+"""The identity of saved adapters of which nothing more is known."""
 SAVED = ("rank", "alpha", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save")
 """Fields of `Tuning` on which the saved tensors and their use depend."""
 OWN = ("rank", "alpha", "dropout", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 from configs.choices import OptimizerName
 from configs.schema import Optimizer as Settings
@@ -22,7 +23,7 @@ from trainer.optim import (
     schedule_free,
     sgd,
 )
-from trainer.optim.parts import Parts, named
+from trainer.optim.parts import NAME, Parts, named
 from trainer.optim.protocol import COUNTER, Kept, Optimizer, State
 
 OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
@@ -38,7 +39,7 @@ OPTIMIZERS: Mapping[OptimizerName, Optimizer] = {
 }
 
 LEANER = {OptimizerName.adamw: OptimizerName.adamw_8bit}
-"""The same update from smaller states."""
+AVERAGE = "optimizer.average"
 
 
 def ask(settings: Settings) -> Optimizer:
@@ -53,6 +54,29 @@ def chosen_by(settings: Settings, optimizer: object) -> str | None:
     """What chooses an optimizer, as key=value; None where nothing does."""
     found = (f"{key}={one.name}" for key, one in named(settings).items() if OPTIMIZERS[one.name] is optimizer)
     return next(found, None)
+
+
+def plain(name: str) -> Settings:
+    """One optimizer for all parameters."""
+    return Settings(name=OptimizerName(name))
+
+
+def leaner(settings: Settings) -> tuple[str, dict[str, object]] | None:
+    """What keeps less for the same update, in words and as overrides; None if nothing does."""
+    found = LEANER.get(settings.name)
+    return None if found is None else ("the same update from smaller states", {NAME: found})
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """What the states in a checkpoint depend on."""
+    average = ask(settings).average(settings)
+    return {
+        NAME: str(settings.name),
+        by_role.KEY: {role: str(name) for role, name in by_role.names(settings).items()},
+        **({"optimizer.target": settings.target} if settings.target else {}),
+        "optimizer.ema": settings.ema > 0,
+        **({AVERAGE: [average.kind, average.part]} if average else {}),
+    }
 
 
 def saved_state(parameter: Described, settings: Settings, dtype: str) -> State:
@@ -83,13 +107,13 @@ def kept_bytes(parameters: Iterable[Described], settings: Settings, dtype: str) 
     return sum(tensor.nbytes for about in parameters for tensor in saved_state(about, settings, dtype).values())
 
 
-def difference(name: str, other: str) -> str:
-    """What two optimizers keep of a matrix, in words; nothing for a name that is none."""
+def difference(key: str, name: str, other: str) -> str:
+    """What two optimizers keep of a matrix, in words; nothing for another key of `identity`, or a name that is none."""
     kinds = []
     for one in (name, other):
-        if one not in OPTIMIZERS:
+        if key != NAME or one not in OPTIMIZERS:
             return ""
-        state = saved_state(by_role.typical("matrix"), Settings(name=OptimizerName(one)), "float32")
+        state = saved_state(by_role.typical("matrix"), plain(one), "float32")
         kinds.append(f"{one} keeps {' and '.join(state) or 'nothing'}")
     return f" ({kinds[0]} of a matrix, {kinds[1]})"
 
@@ -98,7 +122,7 @@ def keeping(kinds: Set[str]) -> str | None:
     """The first optimizer that keeps tensors of these kinds of a matrix, by its name."""
     about = by_role.typical("matrix")
     found = (name for name in OPTIMIZERS if name is not OptimizerName.custom)
-    return next((str(name) for name in found if set(saved_state(about, Settings(name=name), "float32")) == kinds), None)
+    return next((str(name) for name in found if set(saved_state(about, plain(name), "float32")) == kinds), None)
 
 
 def moments(settings: Settings, *, most: bool = False) -> float:

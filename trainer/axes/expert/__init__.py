@@ -57,8 +57,7 @@ def problems(config: Config) -> Iterator[str]:
     elif experts is not None and ep is not None and experts % ep:
         yield f"{said}: does not divide the {experts} experts of a layer; use {_divisors(experts, ep)}"
     if not linear.keeps_model(config):
-        method = config.tuning.method
-        yield f"tuning.method={method}: has no adapters for experts that parallel.ep divides; {REMEDY}, or tuning=full"
+        yield f"{linear.said(config)}: has no adapters for experts that parallel.ep divides; {REMEDY}, or tuning=full"
     if config.train.compile:
         yield (
             "train.compile=true: with parallel.ep sizes depend on what the router chooses, and cannot be compiled; set"

@@ -23,7 +23,7 @@ from trainer.checkpoint.progress import Progress, model_identity, to_json
 from trainer.checkpoint.tensors import RankWriter
 from trainer.engine import Counters
 from trainer.model.stored import some
-from trainer.optim import by_role
+from trainer.optim import table
 from trainer.process.disks import free_bytes, mib, refused
 from trainer.process.files import sync, write_synced
 
@@ -97,9 +97,7 @@ def progress_of(record: Record, samples: int = 0) -> Progress:
         # One optimizer for all parameters, each of them trained, and no average of the weights.
         identity={
             **known,
-            "optimizer.name": record.optimizer,
-            by_role.KEY: {},
-            "optimizer.ema": False,
+            **table.identity(table.plain(record.optimizer)),
             **(record.adapters or linear.identity(Config())),
         },
         layout={},

@@ -19,6 +19,7 @@ from trainer.checkpoint.foreign.source import MODEL, Record, Tensors, optimizer_
 from trainer.checkpoint.foreign.universal import UniversalSave, is_universal
 from trainer.checkpoint.foreign.zero import ZeroSave
 from trainer.checkpoint.foreign.zero_files import complete, is_save, save_folder
+from trainer.linear import adapter
 from trainer.model.build import build_hf_config, build_model
 from trainer.model.fitting import persistent_buffers
 from trainer.model.peft import NAME
@@ -72,7 +73,7 @@ def open_source(folder: Path, config: PretrainedConfig | None) -> Tensors:
             config=own,
             tokenizer=home,
             notes=(*hf_trainer.notes(hf_trainer.said_arguments(home or folder)), *_notes(save, adapters)),
-            adapters={"tuning.method": "lora"} if adapters else {},
+            adapters=adapter.BARE if adapters else {},
             **_loss_scale(save.scaler),
         )
     shapes = {_ours(key, prefix): shape for key, shape in kept.items()}

@@ -114,8 +114,9 @@ def _adapter(
         if parameter.requires_grad:
             reads[f"{MODEL}/{name}"] = partial(file.get_tensor, stored_name(name))
             shapes[f"{MODEL}/{name}"] = tuple(parameter.shape)
-    told = {f"tuning.{name}": getattr(tuning, name) for name in ("rank", "alpha", "rslora", "dora", "init")}
-    return model, {"tuning.method": str(tuning.method), **told}, (reads, shapes)
+    known = linear.identity(Config(tuning=tuning))
+    told = (linear.KEY, *(f"tuning.{name}" for name in ("rank", "alpha", "rslora", "dora", "init")))
+    return model, {key: known[key] for key in told}, (reads, shapes)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
         )
     if not linear.keeps_model(config):
         yield (
-            f"tuning.method={config.tuning.method}: optimizer.name=muon would orthogonalise an adapter's two factors,"
+            f"{linear.said(config)}: optimizer.name=muon would orthogonalise an adapter's two factors,"
             " and not the matrix that they make; use optimizer=adamw, or tuning=full"
         )
     if given.get("adjust_lr") == AdjustLr.original and given.get("adamw_lr") is None:
