@@ -12,7 +12,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.model.build import body_first
-from trainer.plan.model_fields import text_part
+from trainer.plan.model_fields import MLP, text_part
 
 T = TypeVar("T")
 Convert = Callable[[PreTrainedModel], None]
@@ -42,7 +42,7 @@ def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> P
         "hidden_size": small_heads * head_dim,
         "word_embed_proj_dim": small_heads * head_dim,
         "vocab_size": 16 * tp - (1 if get("vocab_size") % tp else 0),
-        **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner"), 16 * tp),
+        **dict.fromkeys(MLP, 16 * tp),
         "shared_expert_intermediate_size": 16 * tp,
         "vocab_size_per_layer_input": 16 * tp,
         "hidden_size_per_layer_input": 16,

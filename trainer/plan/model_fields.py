@@ -94,10 +94,16 @@ def attention_width(fields: Mapping[str, Any]) -> int:
     """Heads times the size of one, by which the work of attention grows. fields: of the language model. Where queries
     and keys are of another size than values (DeepSeek's latent attention) it is the mean of the two."""
     known = sizes(fields)
-    heads, hidden = known.heads or 1, known.hidden or 1
+    heads = known.heads or 1
     if fields.get("qk_nope_head_dim") and fields.get("v_head_dim"):
         return heads * (fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"] + fields["v_head_dim"]) // 2
-    return heads * int(fields.get("head_dim") or hidden // heads)
+    return heads * head_width(fields)
+
+
+def head_width(fields: Mapping[str, Any]) -> int:
+    """The size of one attention head. fields: of the language model."""
+    known = sizes(fields)
+    return int(fields.get("head_dim") or (known.hidden or 1) // (known.heads or 1))
 
 
 KINDS = ("layer_types", "layers_block_type", "attention_layers")
@@ -134,7 +140,9 @@ def keys_seen(spans: Iterable[int | None], seq_len: int) -> int:
 
 
 COUNTS = ("hidden", "layers", "heads", "key_value_heads", "vocabulary")
-WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", "head_dim")
+MLP = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
+"""Names for the features of an MLP."""
+WIDTHS = (*MLP, "head_dim")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_moe_experts", "moe_num_experts")
 """Names for the number of routed experts in a layer."""
 CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
@@ -163,17 +171,18 @@ def check_sizes(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
 
 def experts_of(fields: Mapping[str, Any]) -> int | None:
     """Experts of a layer, as far as the fields tell; None for a dense model too."""
-    found = _first(fields, EXPERTS)
+    found = first(fields, EXPERTS)
     return found if found is not None and found > 1 else None
 
 
-def _first(fields: Mapping[str, Any], names: Iterable[str]) -> int | None:
+def first(fields: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    """The first of these fields that is a number."""
     return next((fields[name] for name in names if isinstance(fields.get(name), int)), None)
 
 
 def check_experts(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
     """As `check_sizes`, of routed experts: their numbers have defaults that only the config's class knows."""
-    experts = _first(fields, EXPERTS)
+    experts = first(fields, EXPERTS)
     for name in CHOSEN if experts else ():
         if isinstance(fields.get(name), int) and fields[name] > experts:
             yield f"{_said(name, fields, model)}: a token cannot go to more than the {experts} experts that there are"

@@ -21,7 +21,7 @@ from itertools import product
 from typing import Any, Literal
 
 from trainer.model.roles import PACKED, wildcard
-from trainer.plan.model_fields import sizes
+from trainer.plan.model_fields import MLP, first, sizes
 
 Side = Literal["output", "input", "first", "vocabulary", "none"]
 
@@ -208,7 +208,7 @@ def check_tensor(fields: Mapping[str, Any], tp: int, sequence_parallel: bool, se
             f"parallel.tp={tp}: the {kv_heads} key-value heads can be neither divided by it nor copied a whole number"
             f" of times; use a divisor or a multiple of {kv_heads}"
         )
-    width = _first(fields, "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
+    width = first(fields, MLP)
     if width and width % tp:
         yield f"parallel.tp={tp}: does not divide the MLP's {width} features; use {_divisors(width)}"
     vocabulary = known.vocabulary
@@ -219,10 +219,6 @@ def check_tensor(fields: Mapping[str, Any], tp: int, sequence_parallel: bool, se
             f"data.seq_len={seq_len}: parallel.sequence_parallel=true splits it over parallel.tp={tp};"
             f" use a multiple of {tp}, such as {max(tp, seq_len // tp * tp)}"
         )
-
-
-def _first(fields: Mapping[str, Any], *names: str) -> int | None:
-    return next((fields[name] for name in names if isinstance(fields.get(name), int)), None)
 
 
 def _divisors(number: int) -> str:

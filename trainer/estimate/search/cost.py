@@ -33,7 +33,7 @@ from trainer.linear.float8 import divides, not_gathered, step_of
 from trainer.optim.protocol import Work
 from trainer.optim.table import ask, kept_bytes, paged_bytes
 from trainer.plan.devices import GB_PER_SECOND, Gpu
-from trainer.plan.model_fields import attention_width, keys_seen, sizes
+from trainer.plan.model_fields import attention_width, head_width, keys_seen, sizes
 from trainer.plan.plan import Plan
 from trainer.plan.traffic import LayerWork
 from trainer.plan.views import EXPERT
@@ -122,7 +122,6 @@ def dimensions(fields: Mapping[str, Any], outline: Outline, settings: Settings) 
     """Sizes from the Hugging Face config's fields, which tell width and vocabulary, and the counted parameters."""
     known, anatomy = sizes(fields), outline.anatomy
     hidden, heads, vocabulary = known.hidden or 1, known.heads or 1, known.vocabulary or 1
-    head_dim = int(fields.get("head_dim") or hidden // heads)
     tied = "head" not in dict(anatomy.groups)
     table = 0 if tied else vocabulary * hidden
     frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
@@ -136,7 +135,7 @@ def dimensions(fields: Mapping[str, Any], outline: Outline, settings: Settings) 
         layers=len(anatomy.layers),
         hidden=hidden,
         attention=attention_width(fields),
-        key_value=(known.key_value_heads or heads) * head_dim,
+        key_value=(known.key_value_heads or heads) * head_width(fields),
         vocabulary=vocabulary,
         spans=outline.spans,
         scores=outline.scores,
