@@ -243,7 +243,7 @@ class _Step:
             return sum(_mean_seen(length, span) for span in spans)
         if self.size.scores:
             return float(length * len(spans))
-        # torch's kernel skips the masked half if it is told no more than that. A window is a mask, which skips nothing.
+        # torch's kernel skips the masked half if it knows no more than that. A window is a mask, which skips nothing.
         return sum(length / 2 if span is None or span > length else float(length) for span in spans)
 
     def _left_out(self) -> float:
