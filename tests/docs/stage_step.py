@@ -24,7 +24,7 @@ from trainer.estimate.layouts.replicated import Replicated
 from trainer.estimate.layouts.sharded import FullySharded
 from trainer.estimate.layouts.zero import Bucketed, model_size
 from trainer.estimate.layouts.zero3 import ZeroStage3
-from trainer.estimate.profile import Anatomy, Parameter, Profile, Trace
+from trainer.estimate.profile import Anatomy, Outline, Parameter, Profile, Trace
 from trainer.estimate.search.cost import dimensions, step_time
 from trainer.estimate.search.network import build_network, group_of
 from trainer.estimate.timeline import COMPONENTS, Timeline
@@ -87,6 +87,19 @@ def anatomy(layers: int) -> Anatomy:
         ),
         buffers_bytes=0,
         name="llama",
+    )
+
+
+def outline(layers: int) -> Outline:
+    """Of a model whose layers see all that came before, with a kernel that leaves out what is masked."""
+    return Outline(
+        anatomy=anatomy(layers),
+        layer_costs=(),
+        head_cost=0.0,
+        hidden_size=HIDDEN,
+        layer_buffers_bytes=(0,),
+        spans=(None,) * layers,
+        scores=False,
     )
 
 
@@ -263,7 +276,7 @@ def _computing(config: Config, plan: Plan, model: Anatomy) -> tuple[Callable[[in
 
     def seconds(layers: int) -> dict[str, float]:
         fields = {**config.model.architecture, "num_hidden_layers": layers}
-        sized = dimensions(fields, anatomy(layers), config.optimizer)
+        sized = dimensions(fields, outline(layers), config.optimizer)
         return dict(step_time(config, plan, sized, gpu()).seconds)
 
     count = len(model.layers)

@@ -1,7 +1,7 @@
 """The gradient of the whole model, wherever its pieces are: its global norm, and scaling in place.
 
 A gradient is a plain tensor (the same on every rank that holds it) or a DTensor, of which this rank holds a piece.
-Pieces are taken without autograd, which would note each of them: for a small sharded model a tenth of the step.
+Pieces are taken without autograd, which would record each of them.
 The norm counts each element once: squares of the local pieces, summed over exactly those mesh axes that split the
 tensor, and at last over the pipeline's stages, which hold different parameters.
 """
