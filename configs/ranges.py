@@ -89,7 +89,7 @@ RANGES: Mapping[str, Range] = {
     "precision.loss_scale": POSITIVE,
     "precision.loss_scale_init": POSITIVE,
     "precision.loss_scale_window": COUNT,
-    "tuning.rank": _whole(1, 1_000_000),
+    "tuning.rank": _whole(1, 65_536),
     "tuning.alpha": POSITIVE,
     "tuning.dropout": FRACTION,
     "tuning.bottleneck": _whole(1, 1_000_000),

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from configs.keys import plain_kind, schema_keys
 from configs.load import group_options
 from launch.__main__ import main as launch
+from launch.estimate import main as memory_estimate
 from trainer.__main__ import main as trainer
 
-DOORS = {"launch": launch, "trainer": trainer}
+DOORS = {"launch": launch, "trainer": trainer, "memory-estimate": memory_estimate}
+PLANNED = ("launch", "trainer")
 SETTINGS = settings(
     max_examples=50,
     derandomize=True,
@@ -28,8 +30,9 @@ SETTINGS = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-# No network is asked, no estimate made, nothing started.
+# No network is asked, nothing started, and where memory is estimated, it is that of a small model.
 LAST = ["dry_run=true", "estimate.gate=off"]
+SMALL = ["model=tiny", "estimate.search=false", "estimate.suggest=false", "estimate.plot=null", "estimate.explore=null"]
 
 ODD = [
     *[
@@ -97,7 +100,7 @@ def hold_the_contract(door: str, words: list[str], folder: Path) -> None:
     said, told, before = io.StringIO(), io.StringIO(), folder_contents(folder)
     environment = dict(os.environ)
     with chdir(folder), redirect_stdout(said), redirect_stderr(told):
-        code = DOORS[door]([*words, *LAST])
+        code = DOORS[door]([*words, *LAST, *(SMALL if door not in PLANNED else ())])
     problems = told.getvalue().splitlines()
     assert code in (0, 1, 2, 3, 75), (words, code)
     assert (code == 0) == (not problems), (words, problems)
@@ -110,11 +113,18 @@ def hold_the_contract(door: str, words: list[str], folder: Path) -> None:
     assert dict(os.environ) == environment
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", PLANNED)
 @SETTINGS
 @given(words=WORDS)
 def test_overrides(door: str, tmp_path: Path, words: list[str]) -> None:
     hold_the_contract(door, words, tmp_path)
+
+
+@pytest.mark.nightly
+@settings(SETTINGS, max_examples=20)
+@given(words=WORDS)
+def test_overrides_of_an_estimate(tmp_path: Path, words: list[str]) -> None:
+    hold_the_contract("memory-estimate", words, tmp_path)
 
 
 def tree(group: str) -> st.SearchStrategy[str]:
@@ -154,5 +164,5 @@ def test_files_of_the_user(tmp_path: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([group, "experiment"]))
     (tmp_path / name).mkdir(exist_ok=True)
     (tmp_path / name / "mine.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
-    door = data.draw(st.sampled_from(sorted(DOORS)))
+    door = data.draw(st.sampled_from(PLANNED))
     hold_the_contract(door, [f"--config-dir={tmp_path}", f"{name}=mine"], tmp_path)

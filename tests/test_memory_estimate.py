@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -275,6 +276,16 @@ def test_a_gate_that_could_not_estimate_says_so(tmp_path: Path, monkeypatch: pyt
     config = load_config(words)
     (line,) = check_memory(config, make_plan(config, Machine(gpus=1)), driver=tmp_path)
     assert line.startswith("memory     not estimated, so nothing says whether this fits: AttributeError: ")
+
+
+def test_a_folder_that_holds_a_config_alone_is_estimated(
+    cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither weights nor a tokenizer decide about the memory of random weights on made-up data."""
+    (tmp_path / "config.json").write_text(json.dumps(dict(load_config(["model=tiny"]).model.architecture)))
+    words = [f"model.path={tmp_path}", "data=synthetic", "parallel=ddp", "cluster=8xh100", "estimate.suggest=false"]
+    assert main([*words, cache]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_cached_answer_needs_no_torch(cache: str) -> None:

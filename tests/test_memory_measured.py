@@ -78,7 +78,7 @@ CASES = {
     "single bf16, loss in slices": (
         1,
         TORCH,
-        ["parallel=single", *MANY_WORDS, *LONG, *BF16, "train.chunked_loss=true", "data.seq_len=512"],
+        ["parallel=single", *MANY_WORDS, *LONG, *BF16, "train.chunked_loss=true", "data.seq_len=256"],
     ),
     "tensor fp32, loss in slices": (2, TORCH, ["parallel=tensor", *MANY_WORDS, *LONG, "data.seq_len=512"]),
     "ddp bf16, adapters": (2, TORCH, ["parallel=ddp", *LLAMA, *LONG, *BF16, *TWICE, "tuning=lora"]),

@@ -23,6 +23,10 @@ SIZES = {
     "hidden_size=0": "model.config.hidden_size=0: must be 1 or more",
     "vocab_size=0": "model.config.vocab_size=0: must be 1 or more",
     "num_hidden_layers=-1": "model.config.num_hidden_layers=-1: must be 1 or more",
+    "num_hidden_layers=1000000000": "model.config.num_hidden_layers=1000000000: must be 10,000 or less",
+    "attention_dropout=nan": "model.config.attention_dropout=nan: must be a number",
+    "attention_dropout=1.5": "model.config.attention_dropout=1.5: must be 0 or more and less than 1",
+    "rms_norm_eps=nan": "model.config.rms_norm_eps=nan: must be a number",
     "num_hidden_layers=2.5": "model.config.num_hidden_layers=2.5: must be a whole number",
     "num_key_value_heads=3": "model.config.num_key_value_heads=3: must divide the 4 attention heads; use a divisor"
     " of 4",

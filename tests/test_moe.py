@@ -104,7 +104,10 @@ def test_float64_trains_with_experts_one_by_one() -> None:
         ("model.config.router_aux_loss_coef=0.1", "model.config.router_aux_loss_coef=0.1: is read with moe.balance"),
         ("model.config.output_router_logits=true", "model.config.output_router_logits=true: moe.balance chooses the"),
         ("moe=sequence train.compile=true", "train.compile=true: fuses the routers that moe.balance=sequence reaches"),
-        ("moe=bias tuning=lora", "moe.bias_update_rate=0.001: changes the model's own routers, which tuning=lora"),
+        (
+            "moe=bias tuning=lora",
+            "moe.bias_update_rate=0.001: changes the model's own routers, which tuning.method=lora",
+        ),
     ],
 )
 def test_what_would_have_no_effect_is_refused(overrides: str, says: str) -> None:

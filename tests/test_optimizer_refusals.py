@@ -184,6 +184,12 @@ def test_custom_optimizers_are_accepted(words: list[str]) -> None:
     make_plan(load_config(["optimizer=custom", *words]), Machine(world_size=2, local_world_size=2))
 
 
+@pytest.mark.parametrize("name", ["adafactor", "adamw_8bit"])
+def test_one_rank_shards_nothing(name: str) -> None:
+    """What needs whole matrices is accepted under a layout that would cut them if there were more ranks."""
+    make_plan(load_config(["parallel=fsdp", f"optimizer={name}", "cluster.gpus_per_node=1"]), Machine())
+
+
 def test_a_target_without_custom_is_refused() -> None:
     line = "optimizer.target=torch.optim.NAdam: adamw does not read it, custom does; leave it out"
     assert_refused(["optimizer.target=torch.optim.NAdam"], line)

@@ -104,6 +104,13 @@ def test_the_file_holds_json_even_where_a_number_is_not_finite(tmp_path: Path) -
     file.close()
 
 
+def test_what_is_no_line_of_metrics_is_left_out_where_a_run_goes_on(tmp_path: Path) -> None:
+    path, whole = tmp_path / "metrics.jsonl", json.dumps(to_dict(STEP))
+    path.write_text("\n".join(['{"step": 3}', "[]", '{"kind": ["step"], "step": 3}', "{", whole, '{"kind": "st']))
+    MetricsFile(path, after_step=STEP.step).close()
+    assert path.read_text() == whole + "\n"
+
+
 def test_totals_keep_the_first_and_the_last_loss() -> None:
     totals = Totals()
     for loss, updated in ((3.0, True), (math.inf, False), (1.0, True)):

@@ -107,6 +107,16 @@ def test_a_run_says_whether_starting_again_can_help(tmp_path: Path) -> None:
     assert (status["state"], status["retry"]) == ("failed", False)
 
 
+def test_an_update_that_breaks_the_parameters_is_no_success(tmp_path: Path) -> None:
+    """Loss and gradient of the only step are finite; what it leaves is not, and no later loss would show it."""
+    given = ("optimizer.lr=1e38", "scheduler.warmup_steps=0", "train.eval_samples=2", f"train.run_dir={tmp_path}")
+    assert run_ranks(1, main, words("gpt2", "single", "fp32", 1, *given)) == [EXIT_FAILED]
+    status = read_status(tmp_path)
+    assert (status["state"], status["retry"]) == ("failed", False)
+    assert str(status["reason"]).startswith("step 1: validation_loss ")
+    assert not list((tmp_path / CHECKPOINTS).glob("step-*"))
+
+
 def test_a_run_that_is_told_to_stop_while_it_waits_was_stopped(tmp_path: Path) -> None:
     """Though status.json still says `running`, of an earlier start that was killed: the record is put right."""
     (tmp_path / STATUS).write_text(json.dumps({"state": "running", "step": 3}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,10 @@ MLP = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
 WIDTHS = (*MLP, "head_dim")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_moe_experts", "moe_num_experts")
 """Names for the number of routed experts in a layer."""
+MOST_LAYERS = 10_000
+"""More are a slip of the keyboard, and building them takes minutes."""
+DROPPED = ("dropout", "dropout_prob", "pdrop", "layerdrop")
+"""Endings of the names of probabilities with which values or layers are dropped."""
 CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 """Names for the number of them that a token goes to."""
 
@@ -161,12 +166,23 @@ def check_sizes(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
             yield f"{_said(name, fields, model)}: must be a whole number"
         elif value < 1:
             yield f"{_said(name, fields, model)}: must be 1 or more"
+        elif name in NAMES["layers"] and value > MOST_LAYERS:
+            yield f"{_said(name, fields, model)}: must be {MOST_LAYERS:,} or less"
+    for name, value in fields.items():
+        if isinstance(value, float) and isnan(value):
+            yield f"{_said(name, fields, model)}: must be a number"
+        elif name.endswith(DROPPED) and _is_number(value) and not 0 <= value < 1:
+            yield f"{_said(name, fields, model)}: must be 0 or more and less than 1"
     told = sizes(fields)
     if told.heads and told.key_value_heads and told.heads % told.key_value_heads:
         name = next(name for name in NAMES["key_value_heads"] if fields.get(name))
         said, heads = _said(name, fields, model), told.heads
         yield f"{said}: must divide the {heads} attention heads; use a divisor of {heads}"
     yield from check_experts(fields, model)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def experts_of(fields: Mapping[str, Any]) -> int | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from configs.choices import NonFinite
 from configs.errors import EXIT_FINISHED, OutputFailed
 from configs.output import announce
 from configs.schema import Config
@@ -46,7 +47,7 @@ from trainer.report.reporter import Reporter
 from trainer.run.preflight_ranks import preflight
 from trainer.run.profiling import Profiler
 from trainer.run.sampling import Sampler, build_sampler
-from trainer.run.step import check_finite, train_step, validate
+from trainer.run.step import check_finite, check_validation, train_step, validate
 
 log = logging.getLogger(__name__)
 
@@ -178,11 +179,14 @@ def _validate(
     reporter: Reporter,
     sampler: Sampler | None,
     step: int,
+    non_finite: NonFinite,
 ) -> dict[str, float]:
-    """Report and return the loss of each validation set, by its metric; report what the model writes. A collective."""
+    """Report and return the loss of each validation set, by its metric; report what the model writes. A collective.
+    Raises TrainingFailed where a loss is not finite, unless such losses are to be skipped."""
     loss = validate(engine, data, plan, runtime)
     sets = {metric_of(name): validate(engine, data, plan, runtime, name) for name in data.validation_sets}
     reporter.validation(step, loss, sets)
+    check_validation({METRIC: loss, **sets}, step, non_finite)
     if sampler is not None:
         reporter.samples(sampler.write(engine, step))
     return {METRIC: loss, **sets}
@@ -208,7 +212,7 @@ def train(
     steps = data.steps(samples // plan.batch.global_batch_size, begin.data if begin else None)
     evaluating = config.train.eval_samples > 0
     if evaluating and begin is None:
-        _validate(engine, data, plan, runtime, reporter, sampler, 0)
+        _validate(engine, data, plan, runtime, reporter, sampler, 0, config.train.non_finite)
     for step in range(first, config.train.steps):
         if manager.selection.ended is not None:
             break
@@ -224,7 +228,7 @@ def train(
         last = step + 1 == config.train.steps
         due = config.train.eval_every > 0 and (step + 1) % config.train.eval_every == 0
         if evaluating and (last or due):
-            losses = _validate(engine, data, plan, runtime, reporter, sampler, step + 1)
+            losses = _validate(engine, data, plan, runtime, reporter, sampler, step + 1, config.train.non_finite)
             manager.selection.judge(step + 1, losses)
         # After the validation: what is saved has it in its totals, and the run that goes on does not repeat it.
         told = manager.after_step(step + 1, engine, samples=samples, data=data.mark, report=reporter.progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,21 @@ def check_finite(result: StepResult, step: int, wanted: NonFinite) -> None:
             " or go on with train.non_finite=skip"
         )
     log.warning(problem)
+
+
+def check_validation(losses: Mapping[str, float], step: int, wanted: NonFinite) -> None:
+    """Raise TrainingFailed if a validation loss is not finite and the config says to stop: the last update left
+    parameters that no longer compute, and no later loss need say so."""
+    for metric, value in losses.items():
+        if math.isfinite(value):
+            continue
+        problem = f"step {step}: {metric} {value}: not finite"
+        if wanted is NonFinite.stop:
+            raise TrainingFailed(
+                f"{problem}; try a smaller optimizer.lr, more scheduler.warmup_steps or precision=bf16 instead of fp16,"
+                " and go on from a checkpoint before it"
+            )
+        log.warning(problem)
 
 
 def validate(engine: Engine, data: DataSet, plan: Plan, runtime: Runtime, name: str | None = None) -> float:
