@@ -59,7 +59,7 @@ class RankFailed(AssertionError):
     """One or more ranks raised, hung or died."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
     """Results of `function(*args)` on each rank. function: defined at the top level of a module."""
     if vars(function).get("composes"):
         overrides, *rest = args
