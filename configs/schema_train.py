@@ -135,7 +135,8 @@ class Train:
     clip_grad_value: float = 0.0
     """Largest absolute value of a gradient's element; 0: no limit. Needs no norm: set `clip_grad_norm` to 0."""
     non_finite: NonFinite = NonFinite.stop
-    """When loss or gradient is NaN or infinite: end the run, or leave out the update (fp16 overflows always skip)."""
+    """When loss or gradient is NaN or infinite: end the run, or leave out the update (fp16 overflows always skip). When
+    a validation loss is: end the run, or warn."""
     eval_every: int = 0
     """Steps between validations; 0: only before the first and after the last step."""
     eval_samples: int = 64

@@ -41,13 +41,12 @@ def keys(recipe: str = "tensorwise") -> tuple[str, ...]:
     return (f"precision.float8.recipe={recipe}", WIDE, ONE_AT_A_TIME)
 
 
-def assert_equal(found: Trained, expected: Trained) -> None:
-    """Equal in the first steps. Gradients differ in their last bit, by the order of a sum, which depends on the layout
-    and on the processor; from the third step on that may flip a code, which moves a norm by percents."""
-    for a, b in zip(found.losses[:EXACT], expected.losses[:EXACT], strict=True):
-        assert abs(a / b - 1) <= FLOAT32, (found.losses, expected.losses)
-    for a, b in zip(found.grad_norms[:EXACT], expected.grad_norms[:EXACT], strict=True):
-        assert abs(a / b - 1) <= FLOAT32, (found.grad_norms, expected.grad_norms)
+def assert_equal(found: Trained, expected: Trained, exact: int = EXACT) -> None:
+    """Equal in the first steps, near in all. The last bit of a gradient depends on the order of a sum, so on the layout
+    and on the processor; in a later step it may flip a code, which moves a norm by percents."""
+    pairs = [*zip(found.losses[:exact], expected.losses[:exact], strict=True)]
+    pairs += zip(found.grad_norms[:exact], expected.grad_norms[:exact], strict=True)
+    assert all(abs(a / b - 1) <= FLOAT32 for a, b in pairs), pairs
     apart = distance(found, expected)
     assert apart.loss <= NEAR and apart.grad_norm <= 0.1, apart
 
@@ -86,13 +85,7 @@ def test_scales_of_blocks_are_those_of_one_process(layout: str) -> None:
     codes."""
     extra = (*keys("mxfp8"), "model.config.hidden_size=128", "model.config.intermediate_size=128")
     found = run_ranks(2, train, words("llama", layout, "fp8", STEPS, *extra))[0]
-    expected = reference("llama", "fp8", STEPS, *extra)
-    if layout == "tensor":
-        first = abs(found.losses[0] / expected.losses[0] - 1), abs(found.grad_norms[0] / expected.grad_norms[0] - 1)
-        apart = distance(found, expected)
-        assert max(first) <= FLOAT32 and apart.loss <= NEAR and apart.grad_norm <= 0.1, (first, apart)
-    else:
-        assert_equal(found, expected)
+    assert_equal(found, reference("llama", "fp8", STEPS, *extra), exact=1 if layout == "tensor" else EXACT)
     plain = reference("llama", "fp32", STEPS, ONE_AT_A_TIME, *extra[-2:])
     assert abs(reference("llama", "fp8", STEPS, *extra).losses[0] - plain.losses[0]) > 1e-5, "nothing is in float8"
 

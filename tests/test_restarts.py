@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 
-from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
+from configs.choices import NonFinite
+from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, TrainingFailed
 from launch.process import Outcome, Relay
 from launch.supervise import keep_running
 from tests.support.harness import run_ranks
@@ -17,6 +19,7 @@ from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, step_name
 from trainer.process.status import STATUS, read_status
 from trainer.run.restarts import Attempts, Decision, Standing, judge, stand
+from trainer.run.step import check_validation
 
 
 def verdicts(*ends: tuple[int, int], cap: int = 3) -> list[Decision]:
@@ -115,6 +118,22 @@ def test_an_update_that_breaks_the_parameters_is_no_success(tmp_path: Path) -> N
     assert (status["state"], status["retry"]) == ("failed", False)
     assert str(status["reason"]).startswith("step 1: validation_loss ")
     assert not list((tmp_path / CHECKPOINTS).glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [(0, "not finite, before any update; look at the weights"), (7, "not finite; try a smaller optimizer.lr")],
+)
+def test_all_validation_losses_that_are_not_finite_are_named(
+    step: int, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = {"validation_loss": math.nan, "validation_loss/code": 2.0, "validation_loss/prose": math.inf}
+    problem = f"step {step}: validation_loss nan, validation_loss/prose inf: not finite"
+    with pytest.raises(TrainingFailed) as raised:
+        check_validation(losses, step, NonFinite.stop)
+    assert str(raised.value).startswith(problem) and says in str(raised.value)
+    check_validation(losses, step, NonFinite.skip)
+    assert [record.getMessage() for record in caplog.records] == [problem]
 
 
 def test_a_run_that_is_told_to_stop_while_it_waits_was_stopped(tmp_path: Path) -> None:

@@ -146,12 +146,12 @@ MLP = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
 WIDTHS = (*MLP, "head_dim")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_moe_experts", "moe_num_experts")
 """Names for the number of routed experts in a layer."""
+CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+"""Names for the number of them that a token goes to."""
 MOST_LAYERS = 10_000
 """More are a slip of the keyboard, and building them takes minutes."""
 DROPPED = ("dropout", "dropout_prob", "pdrop", "layerdrop")
 """Endings of the names of probabilities with which values or layers are dropped."""
-CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
-"""Names for the number of them that a token goes to."""
 
 
 def check_sizes(fields: Mapping[str, Any], model: Model) -> Iterator[str]:

@@ -71,18 +71,24 @@ def check_finite(result: StepResult, step: int, wanted: NonFinite) -> None:
 
 
 def check_validation(losses: Mapping[str, float], step: int, wanted: NonFinite) -> None:
-    """Raise TrainingFailed if a validation loss is not finite and the config says to stop: the last update left
-    parameters that no longer compute, and no later loss need say so."""
-    for metric, value in losses.items():
-        if math.isfinite(value):
-            continue
-        problem = f"step {step}: {metric} {value}: not finite"
-        if wanted is NonFinite.stop:
-            raise TrainingFailed(
-                f"{problem}; try a smaller optimizer.lr, more scheduler.warmup_steps or precision=bf16 instead of fp16,"
-                " and go on from a checkpoint before it"
-            )
+    """Raise TrainingFailed if a validation loss is not finite and the config says to stop. The last update left
+    parameters that no longer compute, and no later training loss need say so. Step 0 is before the first update."""
+    broken = [f"{metric} {value}" for metric, value in losses.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    problem = f"step {step}: {', '.join(broken)}: not finite"
+    if wanted is not NonFinite.stop:
         log.warning(problem)
+        return
+    if step == 0:
+        raise TrainingFailed(
+            f"{problem}, before any update; look at the weights that the run starts from,"
+            " or try precision=bf16 instead of fp16"
+        )
+    raise TrainingFailed(
+        f"{problem}; try a smaller optimizer.lr, more scheduler.warmup_steps or precision=bf16 instead of fp16,"
+        " and go on from a checkpoint before it"
+    )
 
 
 def validate(engine: Engine, data: DataSet, plan: Plan, runtime: Runtime, name: str | None = None) -> float:
