@@ -16,10 +16,9 @@ from configs.imports.deepspeed import SIZES
 from launch.__main__ import main as launch
 from launch.estimate import main as memory_estimate
 from launch.their_libraries import checked
-from tests.imports.test_configurations import ARGUMENTS, ZERO2
 from tests.support.doors import door
 from tests.support.harness import run_ranks
-from tests.support.imported import experiment_of, names, written
+from tests.support.imported import ARGUMENTS, ZERO2, experiment_of, names, written
 
 TITAN = """
 [job]

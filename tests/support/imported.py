@@ -12,6 +12,44 @@ from configs.imports.write import experiment
 from configs.keys import schema_keys, value_at
 from configs.load import load_config, usual
 
+ZERO2 = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16, "min_loss_scale": 1},
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": False,
+        "reduce_bucket_size": 5e6,
+        "round_robin_gradients": True,
+    },
+}
+ARGUMENTS = {
+    "output_dir": "out",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "learning_rate": "2e-5",
+    "max_steps": 200,
+    "warmup_ratio": 0.03,
+    "lr_scheduler_type": "cosine",
+    "bf16": True,
+    "gradient_checkpointing": True,
+    "deepspeed": "ds.json",
+    "label_smoothing_factor": 0.0,
+    "neftune_noise_alpha": 5,
+    "full_determinism": True,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "logging_steps": 10,
+    "report_to": ["none"],
+    "dataloader_pin_memory": True,
+}
+FSDP = {"distributed_type": "FSDP", "num_processes": 2, "mixed_precision": "bf16"}
+
 
 def written(folder: Path, **files: Any) -> list[str]:
     """Files with their values, as JSON (YAML reads it too) or as the text that they are."""
