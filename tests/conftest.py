@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(RowsOfLanes(), "rows-of-lanes")
+        config.pluginmanager.register(Failures(config), "failures")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,22 @@ class RowsOfLanes:
                 assert isinstance(cells, list)
                 layout, keys, processes, model, precision, *numbers = cells
                 ROWS.append(Row(layout, keys, processes, model, precision, Distance(*numbers)))
+
+
+class Failures:
+    """Names a failed test at once: an output that ends early has it too."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = crash.message if crash else report.longreprtext
+            terminal.write("\n")
+            terminal.write_line(f"FAILED {report.nodeid} ({report.when}): {' '.join(why.split())[:400]}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

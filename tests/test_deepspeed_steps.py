@@ -20,13 +20,13 @@ FLOAT32 = ["zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_o
 # Over tensor parallel: groups of two ranks, two of them, so that both kinds of collective are there.
 PROCESSES = {"zero1_tensor": 4, "zero2_tensor": 4}
 # In 16 bit other buffers hold the gradient than in float32.
-OFTEN_NARROW = {"bf16": ("zero1", "zero2", "zero3"), "fp16": ("zero3_offload", "zero2_tensor")}
+OFTEN_NARROW = {"bf16": ("zero1", "zero3"), "fp16": ("zero2_tensor",)}
 REFUSALS = [(layout, "fp32") for layout in FLOAT32] + [(layout, "bf16") for layout in FLOAT32 if layout != "zero2"]
 
 
 # Each stage, with offload and over tensor parallel; in 16 bits stage 1 to 3 have an optimizer of another class each.
 OFTEN_REFUSED = {
-    "fp32": ["zero1", "zero2", "zero3", "zero2_offload", "zero1_tensor"],
+    "fp32": ["zero2", "zero1_tensor"],
     "bf16": ["zero1", "zero3", "zero2_offload"],
 }
 
@@ -53,6 +53,7 @@ def test_messages_are_counted_on_request(tmp_path: Path) -> None:
     assert any(re.fullmatch(r"messages: all_reduce of \d+ bytes: \d+ times, [0-9.]+ ms each", line) for line in counted)
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(2400)
 def test_bad_gradient_is_refused_and_dropped_on_disk(tmp_path: Path) -> None:
     run = words("llama", "zero3_nvme", "bf16", 6, *WIDE, f"parallel.offload.nvme_path={tmp_path}")
@@ -84,7 +85,7 @@ def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str
     "layout",
     rows(
         zip(("zero1", "zero2", "zero2_offload", "zero3_offload", "zero1_tensor", "zero2_tensor"), strict=True),
-        lambda layout: layout in ("zero1", "zero3_offload", "zero1_tensor"),
+        lambda layout: layout in ("zero1", "zero3_offload"),
     ),
 )
 def test_fp16_overflow_halves_the_scale_and_skips(layout: str) -> None:
@@ -107,7 +108,7 @@ def test_fp16_overflow_halves_the_scale_and_skips(layout: str) -> None:
     assert found.losses[-1] < found.losses[0]
 
 
-@pytest.mark.parametrize("layout", ["zero1", "zero3"])
+@pytest.mark.parametrize("layout", rows(zip(("zero1", "zero3")), lambda layout: layout == "zero1"))
 def test_growing_scale_leaves_the_gradient_alone(layout: str) -> None:
     """DeepSpeed's own dynamic scale divides the gradient of the step after which it grows by the doubled number."""
     run = words("llama", layout, "fp16", 6, ACCUMULATE, "precision.loss_scale_init=1024")

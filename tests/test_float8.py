@@ -104,7 +104,7 @@ def test_rows_alone_do_not_depend_on_the_micro_batch() -> None:
     assert max(abs(a / b - 1) for a, b in zip(found.losses[:EXACT], expected.losses[:EXACT], strict=True)) <= FLOAT32
 
 
-@pytest.mark.parametrize("layout", rows(zip(CUT), lambda layout: layout == "tensor_fsdp"))
+@pytest.mark.parametrize("layout", rows(zip(CUT), lambda layout: layout == "tensor"))
 def test_a_cut_matrix_stays_near_single_process(layout: str) -> None:
     """Each rank scales its part of a matrix, or of a sequence, by itself."""
     expected, (preset, *more) = reference("llama", "fp8", STEPS, *keys()), layout.split()
@@ -115,9 +115,7 @@ def test_a_cut_matrix_stays_near_single_process(layout: str) -> None:
     assert max(abs(a / b - 1) for a, b in norms) <= 0.1
 
 
-@pytest.mark.parametrize(
-    "recipe", rows(zip(("tensorwise", "rowwise", "rowwise_with_gw_hp", "mxfp8")), lambda r: r == "tensorwise")
-)
+@pytest.mark.parametrize("recipe", rows(zip(("tensorwise", "rowwise", "rowwise_with_gw_hp", "mxfp8")), lambda r: False))
 def test_fifty_steps_stay_near_bfloat16(recipe: str) -> None:
     expected = reference("llama", "bf16", LONG).losses
     found = run_ranks(1, train, words("llama", "single", "fp8", LONG, f"precision.float8.recipe={recipe}"))[0].losses
@@ -149,7 +147,7 @@ def test_a_run_goes_on_under_another_layout_and_in_another_precision(tmp_path: P
     # An update that gets its gradient in another order may round a value to its neighbour in 8 bits.
     apart = [(expected[name] - found[name]).abs().max() / expected[name].abs().max() for name in expected]
     assert max(apart) <= 1e-3
-    plain = [*common, "precision=bf16", f"train.run_dir={tmp_path / 'bf16'}", f"train.resume={half}"]
+    plain = [*common, "precision=bf16", "train.steps=3", f"train.run_dir={tmp_path / 'bf16'}", f"train.resume={half}"]
     assert run_ranks(1, run_trainer, plain) == [0]
 
 

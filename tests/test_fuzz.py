@@ -24,7 +24,7 @@ from trainer.__main__ import main as trainer
 DOORS = {"launch": launch, "trainer": trainer, "memory-estimate": memory_estimate}
 PLANNED = ("launch", "trainer")
 SETTINGS = settings(
-    max_examples=50,
+    max_examples=25,
     derandomize=True,
     deadline=None,
     database=None,

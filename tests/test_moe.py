@@ -62,7 +62,7 @@ MORE = [
 
 
 @pytest.mark.parametrize(
-    ("balance", "layout", "processes", "keys"), rows([*LAYOUTS, *MORE], lambda *row: row in LAYOUTS)
+    ("balance", "layout", "processes", "keys"), rows([*LAYOUTS, *MORE], lambda *row: row in LAYOUTS[2:])
 )
 def test_layout_equals_single_process(
     balance: tuple[str, ...], layout: str, processes: int, keys: tuple[str, ...]

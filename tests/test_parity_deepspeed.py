@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "zero3, parameters offloaded": ("zero3_offload", 2, ("parallel.offload.optimizer=none",)),
 }
 REPEATED = {"zero1 on 4", "zero2 on 4", "zero3 on 4, offloaded", "zero2, selective recompute"}
-REPEATED |= {"zero2, tensor parallel, offloaded", "zero3, optimizer offloaded"}
+REPEATED |= {"zero2, tensor parallel, offloaded", "zero3, optimizer offloaded", "zero1, tensor parallel alone"}
 OPTIONS = ("optimizer.eps=1e-8", "optimizer.options.eps=1e-5")
 KEYS: dict[str, tuple[str, ...]] = {
     "no accumulation": ("train.gradient_accumulation_steps=1",),
@@ -80,9 +80,9 @@ SIZES_TRIED = {"sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_pe
 # Partitioned gradients meet accumulation, partitioned and offloaded parameters the rest. Every key has a row.
 MEETS = {
     *(("zero2", "four micro-batches"), ("zero2", "full recompute"), ("zero2", "chunked loss")),
-    *(("zero3_offload", "balanced experts"), ("zero2", "any optimizer")),
-    *(("zero2", "groups by role"), ("zero3_offload", "smoothed labels and noise")),
-    *(("zero3_offload", "no accumulation"), ("zero3_offload", "sgd"), ("zero3_offload", "no clipping")),
+    *(("zero3_offload", "balanced experts"), ("zero2", "any optimizer"), ("zero2", "no clipping")),
+    *(("zero2", "groups by role"), ("zero2", "smoothed labels and noise"), ("zero2", "no accumulation")),
+    ("zero3_offload", "sgd"),
 }
 ON_DISK: dict[str, tuple[str, ...]] = {
     "optimizer and parameters": (),
@@ -144,9 +144,7 @@ def test_deepspeeds_own_adam_equals_torchs() -> None:
 
 
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize(
-    "what", rows(zip(ON_DISK), lambda what: what in ("optimizer and parameters", "frozen parameters and adapters"))
-)
+@pytest.mark.parametrize("what", rows(zip(ON_DISK), lambda what: what == "optimizer and parameters"))
 def test_nvme_equals_single_process(what: str, tmp_path: Path) -> None:
     """With validation passes in between, which disturb the order in which DeepSpeed expects its parameters."""
     keys = (*ON_DISK[what], f"parallel.offload.nvme_path={tmp_path}")

@@ -27,44 +27,47 @@ GROUPS: dict[str, list[Case]] = {
     ],
     "numbers of micro-batches": [
         Case("gpipe", micro_batches=1),
-        Case("1f1b", micro_batches=2),
         Case("1f1b", micro_batches=7),
-        Case("interleaved_1f1b", micro_batches=1),
         Case("interleaved_1f1b", micro_batches=3),
-        Case("interleaved_zero_bubble", micro_batches=3),
         Case("zbv_zero_bubble", micro_batches=2),
+    ],
+    "numbers of micro-batches, other pairs": [
+        Case("1f1b", micro_batches=2),
+        Case("interleaved_1f1b", micro_batches=1),
+        Case("interleaved_zero_bubble", micro_batches=3),
         Case("zbv_zero_bubble", micro_batches=5),
         Case("dualpipev", micro_batches=5),
     ],
     "recompute": [
         Case("1f1b", model="gemma2", checkpointing="full"),
-        Case("1f1b", model="gpt2", checkpointing="selective"),
         Case("interleaved_1f1b", model="qwen3", checkpointing="selective"),
         Case("zbv_zero_bubble", model="gpt2", checkpointing="full"),
+    ],
+    "recompute, other pairs": [
+        Case("1f1b", model="gpt2", checkpointing="selective"),
         Case("interleaved_zero_bubble", checkpointing="full"),
         Case("dualpipev", model="gpt2", checkpointing="full"),
     ],
     "packed documents": [
-        Case("1f1b", packed=True),
         Case("interleaved_1f1b", model="gpt2", packed=True),
         Case("zbv_zero_bubble", model="qwen3", packed=True),
     ],
     "4 ranks": [
         Case("1f1b", pp=4, micro_batches=6, model="gpt2", layers=6),
-        Case("interleaved_1f1b", pp=4, micro_batches=3, model="gpt2", layers=8),
         Case("zbv_zero_bubble", pp=4, micro_batches=8, model="gemma2", layers=9),
     ],
     "4 ranks, other schedules": [
+        Case("interleaved_1f1b", pp=4, micro_batches=3, model="gpt2", layers=8),
         Case("interleaved_1f1b", pp=4, micro_batches=8, model="qwen3", layers=9),
         Case("dualpipev", pp=4, micro_batches=8, model="gpt2", layers=8),
     ],
     # Without gemma2: its attention rounds to float32, which half a batch does differently.
     "sharded over 2": [
         Case("1f1b", dp_shard=2, model="gpt2", checkpointing="full"),
-        Case("interleaved_zero_bubble", dp_shard=2, model="gpt2"),
         Case("zbv_zero_bubble", dp_shard=2, model="gpt2", checkpointing="full"),
     ],
     "sharded over 2, other schedules": [
+        Case("interleaved_zero_bubble", dp_shard=2, model="gpt2"),
         Case("gpipe", dp_shard=2),
         Case("interleaved_1f1b", dp_shard=2, model="qwen3"),
         Case("dualpipev", dp_shard=2, model="gpt2"),
@@ -101,7 +104,7 @@ def test_planted_bug_shows(spoil: str, model: str, schedule: str) -> None:
     assert relative(outcomes[0].grad_norms, expected.grad_norms) > 1e-4
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])
+@pytest.mark.parametrize("schedule", rows(zip(("1f1b", "zbv_zero_bubble")), lambda schedule: schedule != "1f1b"))
 def test_16_bit_stays_near_float32(schedule: str) -> None:
     cases = [Case(schedule, precision="fp32"), Case(schedule, precision="bf16")]
     (expected, found), _ = run_ranks(2, train_pipelines, cases)

@@ -17,6 +17,7 @@ from configs.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, PlanError
 from configs.schema import Config
 from tests.support.harness import run_ranks
 from tests.support.reports import config_and_plan, lone_plan, lone_runtime, read_metrics
+from tests.support.selection import rows
 from trainer.__main__ import main
 from trainer.report.memory_curve import SHARES, Recorder, from_snapshot
 from trainer.report.prediction import Prediction
@@ -48,7 +49,9 @@ def trace_names(file: Path) -> set[str]:
     return {event.get("name", "") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
 
 
-@pytest.mark.parametrize(("layout", "kinds"), [("fsdp", 1), ("pipeline", 2), ("zero2", 1)])
+@pytest.mark.parametrize(
+    ("layout", "kinds"), rows([("fsdp", 1), ("pipeline", 2), ("zero2", 1)], lambda layout, _: layout == "pipeline")
+)
 def test_a_profiled_run_leaves_its_files_and_the_same_numbers(layout: str, kinds: int, tmp_path: Path) -> None:
     plain = run_ranks(2, run, words(tmp_path, "plain", f"parallel={layout}"))
     profiled = run_ranks(2, run, words(tmp_path, "profiled", f"parallel={layout}", "profile=true"))

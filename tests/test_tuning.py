@@ -42,6 +42,7 @@ TIED = ("fsdp", "pipeline", "tensor", "tensor_fsdp")
 OFTEN_TIED = ("pipeline",)
 # Nightly: two and three axes at once that others in the table meet as well, and what a tied model shows here.
 REPEATED = ("hsdp", "tensor_data", "pipeline_data", "pipeline_fsdp", "3d", "3d_zero1", "fsdp_offload", "pipeline")
+REPEATED += ("tensor_fsdp", "tensor", "ddp")
 # While B is small, Adam divides small gradients by small moments: rounding grows more than in full training.
 FLOAT64, FLOAT32 = 1e-8, 1e-4
 
@@ -87,7 +88,7 @@ def test_a_stage_without_anything_to_train_is_one_line() -> None:
     assert refused.value.problems[0].startswith("parallel.pp=2: stage 1 has layers 2 to 3, of which nothing is trained")
 
 
-@pytest.mark.parametrize("layout", rows(zip(ZERO), lambda layout: layout in ("zero2", "zero3", "zero3_offload")))
+@pytest.mark.parametrize("layout", rows(zip(ZERO), lambda layout: layout == "zero3"))
 def test_zero_trains_the_adapters_of_one_process(layout: str) -> None:
     found = measure([layout], 2, model="llama", precision="fp32", steps=STEPS, extra=SLOWER)
     assert found.largest <= FLOAT32, found
@@ -112,9 +113,8 @@ def test_adapters_begin_as_the_model_itself() -> None:
 
 def test_16_bit_trains_float32_adapters_beside_a_16_bit_model() -> None:
     expected = reference("llama", "fp32", STEPS, *SLOWER)
-    for layout in ("single", "tensor", "zero3"):
-        processes = 1 if layout == "single" else 2
-        found: Trained = run_ranks(processes, train, words("llama", layout, "bf16", STEPS, *SLOWER))[0]
+    for layout in ("tensor", "zero3"):
+        found: Trained = run_ranks(2, train, words("llama", layout, "bf16", STEPS, *SLOWER))[0]
         assert {value.dtype for value in found.parameters.values()} == {torch.float32}
         assert max(abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)) <= 3e-2
 
@@ -192,7 +192,7 @@ SPARSE["deepseek_v3"] += [
 
 # peft 0.21 asks transformers under the old name.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("kind", rows(zip(SPARSE), lambda kind: kind == "mixtral"))
 def test_adapters_of_experts_are_peft_s(kind: str, tmp_path: Path) -> None:
     """Experts are one parameter for all of them, beside which peft puts adapters of another kind."""
     sparse = [f"model.config.model_type={kind}", *SPARSE[kind], "data.seq_len=32", "model.config.num_hidden_layers=2"]

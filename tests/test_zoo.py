@@ -10,27 +10,17 @@ from tests.zoo.judge import LAYOUTS, Verdict, visit
 from tests.zoo.table import PAGE, is_equal, read
 from tests.zoo.tiny import types
 
-SAMPLE = 6
+SAMPLE = 2
 ALWAYS = [
     ("jetmoe", "ddp"),
-    ("deepseek_v4", "ddp"),
     ("zamba", "fsdp"),
-    ("zamba", "memory"),
     ("xlstm", "single"),
     ("bart", "zero3"),
     ("rwkv", "pipeline"),
     ("mllama", "sequence"),
-    ("gemma4_text", "memory"),
-    ("bart", "memory"),
-    ("prophetnet", "memory"),
     ("reformer", "lora"),
-    ("xlstm", "lora"),
-    ("deepseek_v4", "lora"),
-    ("gemma3n_text", "lora"),
     ("minimax", "memory"),
-    ("openai-gpt", "memory"),
     ("starcoder2", "fsdp's memory"),
-    ("zaya", "fsdp's memory"),
 ]
 """Each was wrong once, in a way of its own."""
 ROWS = read(PAGE.read_text())

@@ -66,6 +66,7 @@ class Programs:
 
     def __init__(self) -> None:
         self._made = TemporaryDirectory(prefix="warm-")
+        atexit.register(self._made.cleanup)
         self.folder = Path(self._made.name)
         self.python = self.folder / "python"
         address = str(self.folder / "socket")
