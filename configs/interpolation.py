@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any, cast
 
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationKeyError, OmegaConfBaseException
 
 from configs.schema import Config
@@ -49,27 +50,35 @@ class Resolved:
         self.sources: dict[Path, str] = {}
         self.problems: list[tuple[str, str, str]] = []
         self._asked = False
-        # Without the schema's types, so that the types are checked by the same rules as for every other value.
-        root, raw = OmegaConf.create({**others, **tree}), dict(tree)
+        self._whole = {**others, **tree}
         with _watched_environment(self._ask):
-            self.values = cast(dict[str, Any], self._walk(root, raw, ()))
+            self.values = cast(dict[str, Any], self._walk(dict(tree), ()))
 
     def _ask(self) -> None:
         self._asked = True
 
-    def _walk(self, node: Container, raw: Any, path: Path) -> Any:
-        if isinstance(raw, dict):
-            return {key: self._one(node, key, each, (*path, key)) for key, each in raw.items()}
-        return [self._one(node, number, each, (*path, number)) for number, each in enumerate(raw)]
+    @cached_property
+    def _root(self) -> DictConfig:
+        """Without the schema's types, so that the types are checked by the same rules as for every other value. Most
+        trees hold no interpolation and need none."""
+        return OmegaConf.create(self._whole)
 
-    def _one(self, node: Container, key: Any, raw: Any, path: Path) -> Any:
+    def _walk(self, raw: Any, path: Path) -> Any:
+        if isinstance(raw, dict):
+            return {key: self._one(each, (*path, key)) for key, each in raw.items()}
+        return [self._one(each, (*path, number)) for number, each in enumerate(raw)]
+
+    def _one(self, raw: Any, path: Path) -> Any:
         if isinstance(raw, (dict, list)):
-            return self._walk(cast(DictConfig | ListConfig, node)[key], raw, path)
+            return self._walk(raw, path)
         if not (isinstance(raw, str) and "${" in raw):
             return raw
+        owner: Any = self._root
+        for step in path[:-1]:
+            owner = owner[step]
         self._asked = False
         try:
-            value = cast(DictConfig | ListConfig, node)[key]
+            value = owner[path[-1]]
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
             self.problems.append((_dotted(path), raw, why(error, raw)))

@@ -17,7 +17,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cache
-from importlib.resources import files
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -35,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs import files as user_files
+from configs import sections
 from configs.adapter_folder import adopt
 from configs.errors import ConfigError
 from configs.explain import explain
@@ -66,7 +66,7 @@ def load_config(overrides: Sequence[str] = (), *, config_dir: str | None = None)
 
 
 def chosen_options(overrides: Sequence[str] = (), *, config_dir: str | None = None) -> dict[str, str]:
-    """The option that each group ends up with, in the order of config.yaml. Raises ConfigError as `load_config`."""
+    """The option that each group ends up with, the last of config.yaml first. Raises ConfigError as `load_config`."""
     return _compose(overrides, config_dir)[1]
 
 
@@ -83,20 +83,19 @@ def usual() -> tuple[Config, dict[str, str]]:
 
 def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
     """The options of every group, from the YAML files on disk: {"parallel": ["ddp", "single", ...], ...}."""
-    ours = Path(str(files("configs")))
-    names = sorted(folder.name for folder in ours.iterdir() if any(folder.glob("*.yaml")))
-    folders = [ours, *_user_folder(config_dir)]
+    folders = _user_folder(config_dir)
     return {
-        name: sorted({file.stem for folder in folders for file in folder.glob(f"{name}/*.yaml") if not file.is_dir()})
-        for name in names
+        name: sorted(
+            {*own, *(each.stem for folder in folders for each in folder.glob(f"{name}/*.yaml") if not each.is_dir())}
+        )
+        for name, own in sections.own_options().items()
     }
 
 
 @cache
 def composed_options(group: str) -> dict[str, Any]:
     """Each of our options of a group, as its file sets it over the schema: {"ddp": Parallel(...), ...}."""
-    ours, schema = sorted(Path(str(files("configs"))).glob(f"{group}/*.yaml")), _schema()[group]
-    return {file.stem: OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(file))) for file in ours}
+    return {option: sections.made(group, option) for option in sections.own_options()[group]}
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -148,22 +147,32 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, 
     problems = check_overrides(overrides, groups)
     if problems:
         raise ConfigError(*problems)
-    quoted = [quote_value(f"{user_files.SCHEME}://{folder}") for folder in folders]
-    try:
-        with _hydra():
-            # Hydra asks for a + where a key is new; in the open dictionaries of the schema none is needed.
-            words = [f"++{word}" if is_open(word.partition("=")[0]) else as_typed(word) for word in overrides]
-            words += [f"hydra.searchpath=[{each}]" for each in quoted]
-            composed = compose("config", overrides=words, return_hydra_config=True)
-            choices = cast(dict[str, str], OmegaConf.to_container(composed.hydra.runtime.choices))
-            tree = OmegaConf.to_container(OmegaConf.masked_copy(composed, [f.name for f in dataclasses.fields(Config)]))
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(explain(error, overrides=overrides, groups=groups)) from None
-    except RecursionError:
-        raise ConfigError(_endless(folders, overrides)) from None
-    chosen = {group: option for group, option in choices.items() if "/" not in group}
+    # Hydra asks for a + where a key is new; in the open dictionaries of the schema none is needed.
+    words = [f"++{word}" if is_open(word.partition("=")[0]) else as_typed(word) for word in overrides]
+    found = sections.composed(words)
+    if found is None:
+        try:
+            found = by_hydra(words, folders)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(explain(error, overrides=overrides, groups=groups)) from None
+        except RecursionError:
+            raise ConfigError(_endless(folders, overrides)) from None
+    tree, chosen = found
     _check_names(chosen, folders)
-    return _ranged(to_config(cast(dict[str, Any], tree)), overrides), chosen
+    return _ranged(to_config(tree), overrides), chosen
+
+
+def by_hydra(words: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree and the option of each group."""
+    quoted = [quote_value(f"{user_files.SCHEME}://{folder}") for folder in folders]
+    with _hydra():
+        path = [f"hydra.searchpath=[{each}]" for each in quoted]
+        every = cast(
+            Any, OmegaConf.to_container(compose("config", overrides=[*words, *path], return_hydra_config=True))
+        )
+    choices = cast(dict[str, str], every["hydra"]["runtime"]["choices"])
+    chosen = {group: option for group, option in choices.items() if "/" not in group}
+    return {name: every[name] for name in sections.NAMES}, chosen
 
 
 def _ranged(config: Config, overrides: Sequence[str]) -> Config:
@@ -211,7 +220,7 @@ def _endless(folders: Sequence[Path], overrides: Sequence[str]) -> str:
 
 def _check_names(chosen: Mapping[str, str], folders: Sequence[Path]) -> None:
     """Raises ConfigError for a file of the user that is hidden by one of ours."""
-    ours = Path(str(files("configs")))
+    ours = sections.own_folder()
     for folder in folders:
         for group, option in chosen.items():
             file = f"{group}/{option}.yaml"
@@ -240,11 +249,6 @@ def introduce() -> None:
     user_files.register()
 
 
-@cache
-def _schema() -> DictConfig:
-    return OmegaConf.structured(Config)
-
-
 def _user_folder(config_dir: str | None) -> list[Path]:
     if config_dir is None:
         return []
@@ -270,8 +274,7 @@ def to_config(tree: Mapping[str, Any], *, tolerant: bool = False, others: Mappin
     if problems:
         raise ConfigError(*problems)
     try:
-        checked = OmegaConf.merge(_schema(), OmegaConf.create(on_record(resolved.values)))
-        config = cast(Config, OmegaConf.to_object(checked))
+        config = sections.typed(on_record(resolved.values))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from None
     remember(config, resolved.sources)

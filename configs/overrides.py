@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, cast, get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -50,7 +51,7 @@ def as_typed(word: str) -> str:
     key, _, text = word.partition("=")
     if key not in schema_keys() or plain_kind(key) is not str:
         return word
-    value = _parse(word).value()
+    value = parse(word).value()
     # null is none of them: it leaves the key out.
     return f"{key}={quote_value(text.strip())}" if isinstance(value, (bool, int, float)) else word
 
@@ -87,7 +88,7 @@ def _check_option(group: str, value: str, options: Sequence[str]) -> str | None:
 
 def _check_value(key: str, word: str) -> str | None:
     try:
-        override = _parse(word)
+        override = parse(word)
     # Thousands of digits, and brackets a thousand deep, are more than int() and the parser take.
     except (HydraException, ValueError, RecursionError):
         return unreadable_value(word)
@@ -111,7 +112,9 @@ def _all_texts(override: Override) -> bool:
     return all(isinstance(each, (str, QuotedString, list, dict)) for each in elements)
 
 
-def _parse(word: str) -> Override:
+@lru_cache(256)
+def parse(word: str) -> Override:
+    """An override by Hydra's grammar. Raises HydraException, ValueError or RecursionError for what it does not take."""
     return OverridesParser.create().parse_override(word)
 
 

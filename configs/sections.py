@@ -1,0 +1,138 @@
+"""The tree of a command line that needs no Hydra: options of this package and single keys, section by section.
+
+Each of our options sets keys of its own section over the schema and nothing else, so that a section is composed once in
+a process and the tree put together from sections; this takes a tenth of what Hydra takes for the whole. Hydra composes
+what chooses an experiment or an option of the user, and whatever fails here, for its message.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.overrides import parse
+from configs.schema import Config
+
+NAMES = tuple(field.name for field in dataclasses.fields(Config))
+MOST_MADE = 2_000
+_made: dict[tuple[str, str], Any] = {}
+
+
+def own_folder() -> Path:
+    return Path(str(files("configs")))
+
+
+@cache
+def schema() -> DictConfig:
+    return OmegaConf.structured(Config)
+
+
+@cache
+def own_options() -> dict[str, list[str]]:
+    """The options of every group in this package: {"parallel": ["ddp", "single", ...], ...}. To be read only."""
+    found = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in own_folder().iterdir()}
+    return {group: found[group] for group in sorted(found) if found[group]}
+
+
+@cache
+def section(name: str, option: str | None) -> DictConfig:
+    """{name: its values}, with the schema's types, as one of our options sets it. To be read only."""
+    made = OmegaConf.masked_copy(schema(), name)
+    if option is not None:
+        made = cast(DictConfig, OmegaConf.merge(made, {name: OmegaConf.load(own_folder() / name / f"{option}.yaml")}))
+    return made
+
+
+@cache
+def _plain(name: str, option: str | None) -> Any:
+    return cast(dict[str, Any], OmegaConf.to_container(section(name, option)))[name]
+
+
+def made(name: str, option: str) -> Any:
+    """The section of one of our options as its dataclass: Parallel(...)."""
+    return cast(dict[str, Any], OmegaConf.to_object(section(name, option)))[name]
+
+
+@cache
+def _usual_choices() -> dict[str, str | None]:
+    """The option of each group that config.yaml names, the last one first, as Hydra lists them."""
+    entries = cast(list[Any], yaml.safe_load((own_folder() / "config.yaml").read_text())["defaults"])
+    pairs = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
+    return {
+        group.removeprefix("optional "): option
+        for group, option in reversed(pairs)
+        if not group.startswith("override ")
+    }
+
+
+def composed(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """The tree and the option of each group, as Hydra composes them; None where this is left to Hydra. words: as Hydra
+    gets them, each looked up before. The tree is to be read only."""
+    choices, keys = dict(_usual_choices()), list[str]()
+    for word in words:
+        key, _, text = word.partition("=")
+        if key not in choices:
+            keys.append(word)
+        elif (key, text) == ("experiment", "null"):
+            choices[key] = None
+        elif text in own_options()[key]:
+            choices[key] = text
+        else:
+            return None
+    if choices["experiment"] is not None:
+        return None
+    try:
+        tree = {name: _plain(name, choices.get(name)) for name in NAMES}
+        tree |= _with_keys(keys, choices)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, RecursionError):
+        return None
+    return tree, cast(dict[str, str], choices)
+
+
+def _with_keys(words: Sequence[str], choices: Mapping[str, str | None]) -> dict[str, Any]:
+    """The sections that single keys change, with these keys."""
+    changed: dict[str, DictConfig] = {}
+    for word in words:
+        override = parse(word)
+        if override.package is not None:
+            raise HydraException(word)
+        name = override.key_or_group.partition(".")[0]
+        if name not in changed:
+            changed[name] = copy.deepcopy(section(name, choices.get(name)))
+            OmegaConf.set_struct(changed[name], True)
+        # As `ConfigLoaderImpl._apply_overrides_to_config` of Hydra.
+        OmegaConf.update(
+            changed[name], override.key_or_group, override.value(), merge=True, force_add=override.is_force_add()
+        )
+    return {name: cast(dict[str, Any], OmegaConf.to_container(each))[name] for name, each in changed.items()}
+
+
+def typed(tree: Mapping[str, Any]) -> Config:
+    """The tree as dataclasses of the schema, its values converted to their types. tree: without interpolations. Raises
+    OmegaConfBaseException for what the schema does not take."""
+    try:
+        return Config(**{name: _typed(name, value) for name, value in tree.items()})
+    except (OmegaConfBaseException, KeyError):
+        # Once more in one piece, for an error that names the whole key.
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema(), OmegaConf.create(dict(tree)))))
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A section of equal values is converted once; who asks gets a copy, which it may change."""
+    key = name, repr(value)
+    if key not in _made:
+        if len(_made) >= MOST_MADE:
+            _made.clear()
+        checked = OmegaConf.merge(section(name, None), OmegaConf.create({name: value}))
+        _made[key] = cast(dict[str, Any], OmegaConf.to_object(checked))[name]
+    return copy.deepcopy(_made[key])
