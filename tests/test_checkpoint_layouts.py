@@ -1,8 +1,9 @@
 """A checkpoint saved under any layout goes on under any other: the resharding matrix.
 
 Every layout trains two steps and saves. Every layout then goes on from such checkpoints, its own included, with a
-freshly built engine and on its own number of processes. With every change it goes on from its own and from its
-neighbour's, so that each layout is written and read across a border; all pairs are nightly.
+freshly built engine and on its own number of processes. With every change each kind of layout goes on from its own and
+from its neighbour's, so that each kind is written and read across a border; what crosses two kinds, and all pairs, are
+nightly.
 
 Losses and gradient norms of the next steps are those of the single process that was never interrupted. A tied
 embedding, accumulation, clipping and a vocabulary that does not divide are in all of them.
@@ -10,7 +11,7 @@ embedding, accumulation, clipping and a vocabulary that does not divide are in a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -30,8 +31,10 @@ ZERO = {"zero1": 2, "zero2": 2, "zero3": 2, "zero3_offload": 2, "zero2_tensor": 
 # One row each: on three ranks no matrix divides evenly.
 FORWARDS = {"hsdp": 1}  # per step; 12 sequences do not divide by 4 data-parallel ranks times 2
 ODD = {"fsdp on 3": ("fsdp", 3), "zero3 on 3": ("zero3", 3)}
-# With every change these read a DeepSpeed layout's checkpoint: each of those once.
-READS_ZERO = ("single", "ddp", "fsdp", "hsdp", "tensor")
+# With every change these kinds are read and written; of torch's, as many read a DeepSpeed kind's as there are of those.
+KINDS = ("single", "ddp", "fsdp", "tensor", "pipeline")
+KINDS_OF_ZERO = ("zero1", "zero2", "zero3")
+READS_ZERO = ("single", "ddp", "fsdp")
 FLOAT64, FLOAT32 = 1e-10, 1e-5
 ROLES = "optimizer=muon optimizer.options.dtype=float64 optimizer.groups.embedding.name=adafactor"
 ROLES += " optimizer.groups.vector.name=sgd"
@@ -77,15 +80,15 @@ def train_until_saved(words: Overrides, folder: str) -> Journal:
     return train_and_save(words, folder, upto=SAVED)
 
 
-def some_or_all(layouts: Iterable[str]) -> list[Any]:
-    """(layout, whether it goes on from all others) for each layout. All are nightly."""
-    return rows(product(layouts, (False, True)), lambda _, every: not every)
+def some_or_all(layouts: Iterable[str], often: Sequence[str]) -> list[Any]:
+    """(layout, whether it goes on from all others) for each layout. All are nightly, and those that are not `often`."""
+    return rows(product(layouts, (False, True)), lambda layout, every: not every and layout in often)
 
 
-def neighbour(layout: str, layouts: Iterable[str], away: int = 1) -> str:
-    names = list(layouts)
-    at = names.index(layout) if layout in names else [*TORCH, *ZERO].index(layout)
-    return names[(at + away) % len(names)]
+def neighbour(layout: str, layouts: Sequence[str], away: int = 1) -> str:
+    """The next of `layouts`, in their own order; of one that is not among them, by its place in its own."""
+    own = next(each for each in (layouts, KINDS, KINDS_OF_ZERO, [*TORCH, *ZERO]) if layout in each)
+    return layouts[(own.index(layout) + away) % len(layouts)]
 
 
 def apart(found: Journal, expected: Journal) -> float:
@@ -110,15 +113,15 @@ def single_precision(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return Saved("fp32", tmp_path_factory.mktemp("float32"))
 
 
-@pytest.mark.parametrize(("layout", "every"), some_or_all(TORCH))
+@pytest.mark.parametrize(("layout", "every"), some_or_all(TORCH, KINDS))
 def test_torch_layouts_go_on_from_each_other(layout: str, every: bool, exact: Saved) -> None:
-    sources = TORCH if every else {layout, neighbour(layout, TORCH)}
+    sources = TORCH if every else {layout, neighbour(layout, KINDS)}
     assert furthest(exact.go_on(layout, TORCH[layout], sorted(sources)), exact.whole) <= FLOAT64
 
 
-@pytest.mark.parametrize(("layout", "every"), some_or_all(ZERO))
+@pytest.mark.parametrize(("layout", "every"), some_or_all(ZERO, KINDS_OF_ZERO))
 def test_zero_goes_on_from_every_layout(layout: str, every: bool, single_precision: Saved) -> None:
-    sources = {*TORCH, *ZERO} if every else {layout, neighbour(layout, TORCH, -1)}
+    sources = {*TORCH, *ZERO} if every else {layout, neighbour(layout, KINDS, 0)}
     found = single_precision.go_on(layout, ZERO[layout], sorted(sources))
     assert furthest(found, single_precision.whole) <= FLOAT32
 
@@ -127,15 +130,15 @@ def test_zero_goes_on_from_every_layout(layout: str, every: bool, single_precisi
     ("layout", "every"), rows(product(TORCH, (False, True)), lambda layout, every: not every and layout in READS_ZERO)
 )
 def test_every_layout_goes_on_from_zero(layout: str, every: bool, single_precision: Saved) -> None:
-    sources = ZERO if every else {neighbour(layout, ZERO)}
+    sources = ZERO if every else {neighbour(layout, KINDS_OF_ZERO)}
     found = single_precision.go_on(layout, TORCH[layout], sorted(sources))
     assert furthest(found, single_precision.whole) <= FLOAT32
 
 
-def test_every_layout_is_written_and_read_across_a_border() -> None:
-    assert {neighbour(layout, TORCH) for layout in TORCH} == TORCH.keys()
-    assert {neighbour(layout, ZERO) for layout in READS_ZERO} == ZERO.keys()
-    assert not {neighbour(layout, TORCH, -1) for layout in ZERO} - TORCH.keys()
+def test_every_kind_is_written_and_read_across_a_border() -> None:
+    assert {neighbour(layout, KINDS) for layout in KINDS} == {*KINDS} < TORCH.keys()
+    assert {neighbour(layout, KINDS_OF_ZERO) for layout in READS_ZERO} == {*KINDS_OF_ZERO} < ZERO.keys()
+    assert {neighbour(layout, KINDS, 0) for layout in KINDS_OF_ZERO} <= {*KINDS}
 
 
 @pytest.mark.parametrize("row", ODD)
@@ -145,16 +148,27 @@ def test_another_number_of_processes(row: str, single_precision: Saved) -> None:
     assert furthest(found, single_precision.whole) <= FLOAT32
 
 
+EIGHT_BITS = "optimizer=adamw_8bit"
+ADAPTERS = "tuning=lora optimizer.lr=0.003"
+OTHER_STATES = [
+    ("optimizer=adafactor optimizer.lr=0.02", "fp64", FLOAT64, ["tensor"]),
+    (EIGHT_BITS, "fp64", FLOAT64, ["tensor"]),
+    ("optimizer=schedule_free scheduler=constant", "fp64", FLOAT64, ["fsdp"]),
+    ("optimizer=custom optimizer.target=torch.optim.NAdam", "fp64", FLOAT64, ["tensor"]),
+    (ROLES, "fp64", FLOAT64, ["tensor"]),
+    (ROLES, "fp64", FLOAT64, ["fsdp", "tensor", "pipeline"]),
+    (ADAPTERS, "fp32", 10 * FLOAT32, ["zero2"]),
+    (ADAPTERS, "fp32", 10 * FLOAT32, ["fsdp", "tensor", "zero2", "zero3"]),
+]
+
+
+# Codes in blocks, which a cut divides; states of several optimizers; adapters alone.
+STATES_OFTEN = (EIGHT_BITS, ROLES, ADAPTERS)
+
+
 @pytest.mark.parametrize(
     ("words", "precision", "limit", "others"),
-    [
-        ("optimizer=adafactor optimizer.lr=0.02", "fp64", FLOAT64, ["tensor"]),
-        ("optimizer=adamw_8bit", "fp64", FLOAT64, ["tensor"]),
-        ("optimizer=schedule_free scheduler=constant", "fp64", FLOAT64, ["fsdp"]),
-        ("optimizer=custom optimizer.target=torch.optim.NAdam", "fp64", FLOAT64, ["tensor"]),
-        pytest.param(ROLES, "fp64", FLOAT64, ["fsdp", "tensor", "pipeline"], id="muon and an optimizer for each role"),
-        ("tuning=lora optimizer.lr=0.003", "fp32", 10 * FLOAT32, ["fsdp", "tensor", "zero2", "zero3"]),
-    ],
+    rows(OTHER_STATES, lambda words, _precision, _limit, others: words in STATES_OFTEN and len(others) == 1),
 )
 def test_other_states_go_on_exactly(
     words: str, precision: str, limit: float, others: list[str], tmp_path: Path

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, CookbookError, EnvironmentProblem
+from configs.load import expand_sweep
 from launch.__main__ import main
 from launch.comparison import figures
 from launch.comparison.page import HTML, MARKDOWN, write_page
 from launch.comparison.runs import distance
 from launch.comparison.table import memory_by_rank
-from launch.points import plan_points
+from launch.points import names, plan_points
 from tests.support.harness import run_ranks
 from tests.support.reports import read_metrics
 from tests.support.warm import programs
@@ -111,7 +112,7 @@ def test_what_is_finished_is_not_run_again(
     assert capsys.readouterr().out.count("finished already\n") == len(FINISHED)
     assert before == {name: (compared / name / "metrics.jsonl").stat().st_mtime_ns for name in FINISHED}
     assert (compared / HTML).exists()
-    assert main(["compare", *POINTS, "train.steps=4"]) == EXIT_BAD_CONFIG
+    assert main(["compare", "parallel=single,ddp", *POINTS[1:], "train.steps=4"]) == EXIT_BAD_CONFIG
     assert capsys.readouterr().err.endswith(
         "compared/single: holds a run without train.steps=4; choose another train.run_dir, or delete that run\n"
     )
@@ -183,8 +184,8 @@ def test_all_points_get_one_batch_that_each_can_make() -> None:
 
 
 def test_names_say_what_differs() -> None:
-    _, points = plan_points(["parallel=single,ddp", "train.seed=1,2", "cluster=cpu"], config_dir=None)
-    assert [point.name for point in points] == ["single-seed-1", "single-seed-2", "ddp-seed-1", "ddp-seed-2"]
+    runs = expand_sweep(["parallel=single,ddp", "train.seed=1,2", "cluster=cpu"])
+    assert names([tuple(words) for words in runs]) == ["single-seed-1", "single-seed-2", "ddp-seed-1", "ddp-seed-2"]
 
 
 def test_a_machine_without_matplotlib_is_told_what_to_install(

@@ -3,11 +3,15 @@ codes, whatever cuts them; planted bugs show; and how many collectives an update
 
 from __future__ import annotations
 
+import functools
+from itertools import product
+
 import pytest
 
 from tests.support.cut_cases import PAGED, cuts_and_bugs
 from tests.support.harness import run_ranks
 from tests.support.muon_cases import LAYOUTS
+from tests.support.selection import rows
 
 OPTIMIZERS = {
     "adamw_8bit": ["optimizer=adamw_8bit", "optimizer.lr=0.01"],
@@ -34,20 +38,33 @@ COLLECTIVES = {
 Found = list[tuple[dict[tuple[str, str], float], dict[tuple[str, str], float], dict[tuple[str, str], int]]]
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Found:
-    return run_ranks(4, cuts_and_bugs, OPTIMIZERS, BUGS)
+# Of the others each element goes by itself, as `signs` does; replicas are whole copies of what these layouts cut.
+OFTEN = ("adamw_8bit", "paged", "adafactor", "by role", "signs")
+LAYOUTS_OFTEN = ("fsdp", "tensor", "tensor_fsdp")
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_cut_is_one_process(name: str, ranks: Found) -> None:
-    for sound, _, calls in ranks:
-        assert {layout for one, layout in sound if one == name} == LAYOUTS.keys()
+@functools.cache
+def ranks(often: bool) -> Found:
+    if often:
+        return run_ranks(4, cuts_and_bugs, {name: OPTIMIZERS[name] for name in OFTEN}, LAYOUTS_OFTEN, BUGS)
+    return run_ranks(4, cuts_and_bugs, OPTIMIZERS, [*LAYOUTS], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "often"),
+    rows([*product(OFTEN, (True,)), *product(OPTIMIZERS, (False,))], lambda _, often: often),
+    ids=lambda value: str(value),
+)
+def test_every_cut_is_one_process(name: str, often: bool) -> None:
+    for sound, _, calls in ranks(often):
+        layouts = {*(LAYOUTS_OFTEN if often else LAYOUTS)}
+        assert {layout for one, layout in sound if one == name} == layouts
         assert max(far for (one, _), far in sound.items() if one == name) < 1e-11, sound
-        assert {layout: count for (one, layout), count in calls.items() if one == name} == COLLECTIVES[name]
+        found = {layout: count for (one, layout), count in calls.items() if one == name}
+        assert found == {layout: COLLECTIVES[name][layout] for layout in layouts}
 
 
-def test_bugs_show(ranks: Found) -> None:
-    for _, planted, _ in ranks:
+def test_bugs_show() -> None:
+    for _, planted, _ in ranks(often=True):
         assert planted.keys() == {(bug, name) for bug, names in BUGS.items() for name in names}
         assert min(planted.values()) > 1e-3, planted

@@ -21,6 +21,7 @@ from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED
 from launch.process import rank_processes
 from tests.support.harness import run_ranks
 from tests.support.parity import words
+from tests.support.selection import rows
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 from trainer.checkpoint.manifest import read_manifest
@@ -28,6 +29,8 @@ from trainer.process.status import check_idle, read_status
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 36, 6
+RANK = (1, "rank 1 was killed by SIGKILL")
+LAUNCHER = (None, "the launcher was killed by SIGKILL")
 SETTINGS = (
     f"checkpoint.every={EVERY}",
     "model.config.resid_pdrop=0.1",
@@ -81,25 +84,34 @@ def journal(run: Path) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
 
 
 @functools.cache
-def left_alone(layout: str) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
+def left_alone(layout: str, ranks: int = 2) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
     with TemporaryDirectory() as folder:
-        assert run_ranks(2, main, overrides(layout, f"train.run_dir={folder}/alone")) == [EXIT_FINISHED] * 2
+        assert run_ranks(ranks, main, overrides(layout, f"train.run_dir={folder}/alone")) == [EXIT_FINISHED] * ranks
         found = journal(Path(folder, "alone"))
     assert [step for step, *_ in found[0]] == list(range(1, STEPS + 1))
     return found
 
 
+# Each start costs every process of the job its imports: with every change one kill of each launcher's jobs, and of
+# torchrun's own restart a job of one rank.
+KILLS = [
+    ("torchrun", "fsdp", 2, [LAUNCHER]),
+    ("torchrun", "fsdp", 2, [RANK, LAUNCHER]),
+    ("deepspeed", "zero2", 1, [(0, "a rank was killed by SIGKILL")]),
+    ("deepspeed", "zero2", 2, [(0, "a rank was killed by SIGKILL")]),
+]
+
+
 @pytest.mark.parametrize(
-    ("launcher", "layout", "kills"),
-    [
-        ("torchrun", "fsdp", [(1, "rank 1 was killed by SIGKILL"), (None, "the launcher was killed by SIGKILL")]),
-        ("deepspeed", "zero2", [(0, "a rank was killed by SIGKILL")]),
-    ],
+    ("launcher", "layout", "ranks", "kills"),
+    rows(
+        KILLS, lambda launcher, _, ranks, kills: len(kills) == 1 and ranks == {"torchrun": 2, "deepspeed": 1}[launcher]
+    ),
 )
 def test_the_job_comes_back_after_each_kill(
-    launcher: str, layout: str, kills: list[tuple[int | None, str]], tmp_path: Path
+    launcher: str, layout: str, ranks: int, kills: list[tuple[int | None, str]], tmp_path: Path
 ) -> None:
-    job = launch(tmp_path, f"launcher={launcher}", *overrides(layout))
+    job = launch(tmp_path, f"launcher={launcher}", f"cluster.gpus_per_node={ranks}", *overrides(layout))
     for number, (rank, _) in enumerate(kills, start=1):
         kill_a_rank(job, tmp_path / "run", rank=rank, after=2 * number * EVERY)
     _, told = job.communicate(timeout=180)
@@ -109,14 +121,17 @@ def test_the_job_comes_back_after_each_kill(
     for line, (_, death) in zip(restarts, kills, strict=True):
         assert line.startswith(f"restart: {death}; starting again from step ")
         assert "(restart 1 of 3 from there)" in line
-    assert journal(tmp_path / "run") == left_alone(layout)
+    assert journal(tmp_path / "run") == left_alone(layout, ranks)
     assert read_status(tmp_path / "run")["state"] == "finished"
 
 
-def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "ranks"), rows([("single", 1), ("ddp", 2)], lambda _, ranks: ranks == 1))
+def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(
+    layout: str, ranks: int, tmp_path: Path
+) -> None:
     """No run folder is named, and one that is taken is to be refused: after a restart that means the other runs'."""
-    torchrun = ("torchrun", "--rdzv-backend=loopback", "--nproc-per-node=2", "--max-restarts=2", "-m", "trainer")
-    job = start(tmp_path, *torchrun, *overrides("ddp", "train.resume=never"))
+    torchrun = ("torchrun", "--rdzv-backend=loopback", f"--nproc-per-node={ranks}", "--max-restarts=2", "-m", "trainer")
+    job = start(tmp_path, *torchrun, *overrides(layout, "train.resume=never"))
     deadline = time.monotonic() + 120
     while not (found := list(tmp_path.glob(f"runs/*/*/{CHECKPOINTS}/{step_name(EVERY)}"))):
         assert time.monotonic() < deadline
@@ -127,7 +142,7 @@ def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(tmp_path
     _, told = job.communicate(timeout=180)
     assert job.returncode == EXIT_FINISHED, told
     assert [path for path in run.parent.iterdir()] == [run]
-    assert journal(run) == left_alone("ddp")
+    assert journal(run) == left_alone(layout, ranks)
 
 
 DYING = "import sys; print('started', flush=True); sys.exit(1)"

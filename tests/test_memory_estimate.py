@@ -34,6 +34,7 @@ from trainer.plan.machine import Machine
 from trainer.plan.model_fields import config_fields
 
 MIB = 2**20
+ALONE = ["estimate.suggest=false"]  # what would fit, and the largest micro-batch: test_memory_suggest
 UNMEASURED = {
     "parallel=zero3_nvme": "follows DeepSpeed's code and settings",
     "parallel=fsdp_offload": "tensors of host and device are distinguished on GPUs only",
@@ -42,7 +43,9 @@ BIG = ["model=llama3_1_405b", "precision=bf16", "data.seq_len=4096", "train.micr
 
 
 def test_json_totals_agree(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, found = answer_json(["model=gpt2", "parallel=ddp", "cluster=8xl4", "train.micro_batch_size=1", cache], capsys)
+    _, found = answer_json(
+        ["model=gpt2", "parallel=ddp", "cluster=8xl4", "train.micro_batch_size=1", *ALONE, cache], capsys
+    )
     ranks = found["ranks"]
     assert isinstance(ranks, list)
     (rank,) = ranks
@@ -58,13 +61,14 @@ def test_json_totals_agree(cache: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_component_shows_its_own_maximum(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     """When the loss is at its peak FSDP holds no gradient; a learner must not read that there is none."""
     words = ["model=gpt2", "parallel=fsdp", "cluster=8xh100", "precision=bf16", "train.chunked_loss=false", cache]
+    words += ALONE
     _, found = answer_json(words, capsys)
     ranks = found["ranks"]
     assert isinstance(ranks, list)
     at_peak, highest = ranks[0]["components"], ranks[0]["highest"]
     assert at_peak["gradients_bytes"] == 0 < highest["gradients_bytes"]
     assert all(highest[name] >= size for name, size in at_peak.items())
-    main([*words, "estimate.suggest=false"])
+    main(words)
     shown = capsys.readouterr().out
     assert re.search(r"^gradients +0\.00 \(0\.\d\d\)$", shown, re.MULTILINE)
     assert "in parentheses: what the component holds at its own highest moment" in shown
@@ -124,6 +128,7 @@ def test_sweep_is_a_table_and_csv(cache: str, capsys: pytest.CaptureFixture[str]
 def test_explained_and_drawn(cache: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     picture = tmp_path / "step.html"
     words = ["model=tiny", "parallel=fsdp", "cluster=8xl4", cache, "estimate.explain=true", f"estimate.plot={picture}"]
+    words += ALONE
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "how it was counted" in out and "804,992 parameters" in out
@@ -153,10 +158,11 @@ def test_a_published_mixture_of_experts_fits_where_its_file_says(
     text = (Path(configs.__file__).parent / "model" / f"{model}.yaml").read_text()
     (words,) = re.findall(r"python -m launch (.*)", text)
     active, where = MIXTURES[model]
-    _, found = answer_json([*words.split(), "cluster=8xh100", *_nodes(words), cache, "estimate.explain=true"], capsys)
+    asked = [*words.split(), "cluster=8xh100", *_nodes(words), cache, "estimate.explain=true", *ALONE]
+    _, found = answer_json(asked, capsys)
     assert [f"{found[key]:,}" for key in ("active_parameters", "parameters")] == active.split(" of ")
     assert found["fits"]
-    assert main([*words.split(), "cluster=8xh100", *_nodes(words), cache, "estimate.explain=true"]) == 0
+    assert main(asked) == 0
     out = capsys.readouterr().out
     assert f"experts    {active} parameters are active for a token: {where}\n" in out
     assert f"of them are active for a token: {where}\n" in out.partition("how it was counted")[2]
@@ -182,7 +188,7 @@ def _nodes(words: str) -> list[str]:
 def test_what_is_frozen_is_explained_apart(
     words: str, said: list[str], cache: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["model=tiny", "precision=bf16", "cluster=8xl4", cache, "estimate.explain=true"]
+    common = ["model=tiny", "precision=bf16", "cluster=8xl4", cache, "estimate.explain=true", *ALONE]
     assert main([*common, *words.split()]) == 0
     out = capsys.readouterr().out
     assert all(each in out for each in said), out
@@ -242,31 +248,25 @@ def test_what_goes_to_disk_and_what_waits_in_host_memory(cache: str) -> None:
 
 
 def test_gate_refuses_warns_or_looks_away(cache: str, tmp_path: Path) -> None:
-    words = [
-        "model=llama3_2_1b",
-        "parallel=single",
-        "cluster.gpu=L4",
-        "cluster.device=cuda",
-        "data.seq_len=1024",
-        cache,
-    ]
+    words = ["model=tiny", "parallel=single", "cluster.gpu=L4", "cluster.device=cuda", "data.seq_len=1024", cache]
+    words += ["train.micro_batch_size=16", "train.chunked_loss=false"]
     config = load_config(words)
     plan = make_plan(config, Machine(gpus=1))
-    with pytest.raises(DoesNotFit, match=r"L4 has 22\.0: does not fit") as refused:
-        check_memory(config, plan, driver=tmp_path)
-    assert refused.value.exit_code == 3
-    warned = load_config([*words, "estimate.gate=warn"])
-    assert "does not fit" in check_memory(warned, plan, driver=tmp_path)[0]
+    (line,) = check_memory(config, plan, driver=tmp_path)
+    assert line.endswith("L4 has 22.0: fits")
     (total,) = {rank.device_bytes for rank in estimate(config, plan).ranks}
-    between = [*words, f"cluster.gpu_memory_gib={1.05 * total / GIB}"]
+    below, between = ([*words, f"cluster.gpu_memory_gib={share * total / GIB}"] for share in (0.95, 1.05))
+    with pytest.raises(DoesNotFit, match=r": does not fit\n +\d[^\n]* GiB with ") as refused:
+        check_memory(load_config(below), plan, driver=tmp_path)
+    assert refused.value.exit_code == 3
+    warned = load_config([*below, "estimate.gate=warn"])
+    assert "does not fit" in check_memory(warned, plan, driver=tmp_path)[0]
     (line,) = check_memory(load_config(between), plan, driver=tmp_path)
     assert ": tight; what the allocator keeps aside may be too much (estimate.gate=strict refuses such a start)" in line
-    strict = load_config([*between, "estimate.gate=strict", "estimate.suggest=false"])
+    strict = load_config([*between, "estimate.gate=strict"])
     with pytest.raises(DoesNotFit, match=r"estimate\.gate=refuse starts what is tight"):
         check_memory(strict, plan, driver=tmp_path)
-    (line,) = check_memory(load_config([*words, "cluster.gpu_memory_gib=90"]), plan, driver=tmp_path)
-    assert line.endswith("has 90.0: fits")
-    assert check_memory(load_config([*words, "estimate.gate=off"]), plan, driver=tmp_path) == []
+    assert check_memory(load_config([*below, "estimate.gate=off"]), plan, driver=tmp_path) == []
 
 
 def test_a_gate_that_could_not_estimate_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,14 +362,15 @@ def test_every_layout_is_measured_or_refused(cache: str) -> None:
 
 def test_ranks_of_a_pipeline_are_named(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model=llama3_2_1b", "parallel=3d_zero1", "cluster=8xh100", "train.gradient_accumulation_steps=8", cache]
-    _, found = answer_json([*words, "parallel.pp=4", "precision=bf16"], capsys)
+    words += ["parallel.pp=4", "precision=bf16", *ALONE]
+    _, found = answer_json(words, capsys)
     ranks = found["ranks"]
     assert isinstance(ranks, list)
     assert [(rank["kind"], rank["count"]) for rank in ranks] == [("pp0", 2), ("pp1", 2), ("pp2", 2), ("pp3", 2)]
     # The last stage holds the logits of one micro-batch, the first the hidden states of four.
     assert found["busiest"] == max(ranks, key=lambda rank: rank["device_bytes"])["kind"]
     assert len({rank["peak_allocated_bytes"] for rank in ranks}) == 4
-    assert main([*words, "parallel.pp=4", "precision=bf16"]) == 0
+    assert main(words) == 0
     assert f"2 x {found['busiest']} (busiest)" in capsys.readouterr().out
 
 

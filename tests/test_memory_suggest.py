@@ -8,6 +8,7 @@ from configs.errors import PlanError
 from configs.load import load_config
 from launch.estimate import answer
 from tests.support.estimate_cases import answer_json
+from tests.support.selection import rows
 from trainer.estimate.estimate import estimate
 from trainer.estimate.profiles import get_profile
 from trainer.estimate.suggest import _extrapolate, largest_micro_batch
@@ -15,7 +16,7 @@ from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 
 
-@pytest.mark.parametrize("chunked", ["true", "false"])
+@pytest.mark.parametrize("chunked", rows(zip(("true", "false")), lambda chunked: chunked == "true"))
 def test_fits_and_names_the_largest_micro_batch(chunked: str, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model=llama3_1_8b", "parallel=fsdp", "precision=bf16", "cluster=8xh100", "data.seq_len=2048", cache]
     words.append(f"train.chunked_loss={chunked}")
@@ -38,6 +39,8 @@ def test_what_does_not_fit_comes_with_changes_that_do(cache: str, capsys: pytest
     assert changed["peak_reserved_bytes"] == suggestions[0]["peak_reserved_bytes"]
 
 
+# As many changes as help are named with every change, below, of a model in 4 bits.
+@pytest.mark.nightly
 def test_of_a_weaker_and_a_stronger_change_the_stronger_is_named(cache: str) -> None:
     words = ["model=tiny", "parallel=ddp", "cluster=8xh100", "data.seq_len=1024", "train.micro_batch_size=16", cache]
     room = ["cluster.gpu_memory_gib=0.1", "estimate.context_gib=0", "estimate.nccl_gib=0"]

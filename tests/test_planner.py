@@ -42,6 +42,7 @@ SIZE = Dimensions(
     spans=(None,) * 32,
 )
 BASE = ["model=llama3_1_8b", "cluster=8xh100", "precision=bf16", "data.seq_len=4096", "train.global_batch_size=1024"]
+FOUR = Machine(gpus=4)
 SMALL = ["model=tiny", "cluster=8xh100", "precision=bf16", "data.seq_len=128", "train.global_batch_size=64"]
 
 
@@ -241,15 +242,16 @@ def test_collectives_take_as_long_as_their_slowest_wire() -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Search]:
-    words = [*SMALL, f"data.cache_dir={tmp_path_factory.mktemp('cache')}", "cluster.gpu_memory_gib=2"]
-    return words, search(load_config(words), Machine(gpus=8))
+    words = [*SMALL, "cluster.gpus_per_node=4", "cluster.gpu_memory_gib=2"]
+    words.append(f"data.cache_dir={tmp_path_factory.mktemp('cache')}")
+    return words, search(load_config(words), FOUR)
 
 
 def test_every_candidate_is_what_its_words_select() -> None:
     config = load_config(SMALL)
     tried = 0
     seen: set[tuple[str, ...]] = set()
-    for candidate in candidates(config, world_size=8, gpus_per_node=8):
+    for candidate in candidates(config, world_size=4, gpus_per_node=4):
         if candidate.layout in seen:
             continue
         seen.add(candidate.layout)
@@ -261,7 +263,7 @@ def test_every_candidate_is_what_its_words_select() -> None:
 @pytest.mark.parametrize("tuning", rows(zip(("full", "lora", "qlora")), lambda tuning: tuning != "lora"))
 def test_best_fit_and_stand_in_order(tuning: str, small: tuple[list[str], Search]) -> None:
     words = [*small[0], f"tuning={tuning}"]
-    found = search(load_config(words), Machine(gpus=8))
+    found = search(load_config(words), FOUR)
     assert len(found.best) == 5
     times = [one.time.total for one in found.best]
     assert times == sorted(times)
@@ -269,14 +271,14 @@ def test_best_fit_and_stand_in_order(tuning: str, small: tuple[list[str], Search
     for one in found.best:
         typed = command(one, found, words).removeprefix("python -m launch ").split()
         config = load_config(typed)
-        plan = make_plan(config, Machine(gpus=8))
+        plan = make_plan(config, FOUR)
         assert plan == one.plan
         again = estimate(config, plan)
         assert again.fits
         assert again.busiest.device_bytes == one.estimate.busiest.device_bytes
 
 
-BOUNDED = ("ddp", "fsdp", "hsdp parallel.dp_shard=4", "fsdp parallel.reshard_after_forward=false")
+BOUNDED = ("ddp", "fsdp", "hsdp parallel.dp_shard=2", "fsdp parallel.reshard_after_forward=false")
 BOUNDED += ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
@@ -290,7 +292,7 @@ BOUNDED += ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 def test_bounds_lie_on_both_sides_of_the_estimate(layout: str, tuning: str, small: tuple[list[str], Search]) -> None:
     words = ["train.micro_batch_size=1", *f"parallel={layout}".split(), f"tuning={tuning}"]
     config = load_config([*small[0], *words])
-    plan = make_plan(config, Machine(gpus=8))
+    plan = make_plan(config, FOUR)
     found = estimate(config, plan)
     anatomy = found.profile.anatomy
     above = upper_bytes(config, plan, anatomy.numel)
@@ -305,7 +307,7 @@ def test_less_memory_leaves_less_choice(small: tuple[list[str], Search]) -> None
     words, roomy = small
     first = roomy.best[0]
     below = (first.estimate.busiest.device_bytes - 2**20) / 2**30
-    tight = search(load_config([*words, f"cluster.gpu_memory_gib={below}"]), Machine(gpus=8))
+    tight = search(load_config([*words, f"cluster.gpu_memory_gib={below}"]), FOUR)
     assert tight.best
     assert all(one.estimate.fits for one in tight.best)
     assert tight.too_large is None or not tight.too_large.estimate.fits
@@ -348,11 +350,13 @@ def test_a_sweep_of_searches_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     assert "estimate.search=true: ranks the layouts of one configuration" in capsys.readouterr().err
 
 
+# What is known to be too large is left out with every change, above, of other layouts.
+@pytest.mark.nightly
 def test_what_stays_gathered_in_one_layout_is_not_held_against_another(small: tuple[list[str], Search]) -> None:
     """Of 4-bit weights FSDP holds an eighth; kept gathered it holds all, which must not speak for the first."""
     words = [*small[0], "tuning=qlora", "model.config.num_hidden_layers=16", "model.config.hidden_size=4096"]
     words += ["model.config.intermediate_size=8192", "cluster.gpu_memory_gib=2", "train.global_batch_size=8"]
-    found = search(load_config(words), Machine(gpus=8))
+    found = search(load_config([*words, "cluster.gpus_per_node=8"]), Machine(gpus=8))
     layouts = [one.candidate.layout for one in found.best]
     assert ("parallel=fsdp", "parallel.dp_shard=8") in layouts
     assert not any("parallel.reshard_after_forward=false" in layout for layout in layouts)

@@ -244,12 +244,10 @@ def _small_memory() -> Iterator[Case]:
     tiny = ("model=tiny", "data.seq_len=64", "precision=bf16")
     yield memory("tiny, zero3, bf16", *tiny, "train.micro_batch_size=2", "parallel=zero3", "estimate.measure=true")
     heads = ("model.config.num_attention_heads=8", "model.config.num_key_value_heads=8", "train.micro_batch_size=1")
-    yield fake("tiny, tp 8, rank 7", 7, 8, *tiny, *heads, "parallel=tensor", "parallel.tp=8")
     accumulate = "train.gradient_accumulation_steps=8"
     in_three = ("parallel=3d", "parallel.pp=4", "parallel.tp=2", "parallel.dp_replicate=1", accumulate)
     yield fake("tiny, fsdp on 8, rank 0", 0, 8, *tiny, *heads, "parallel=fsdp")
     yield fake("tiny, tp 2 x pp 4, rank 5", 5, 8, *tiny, *heads, *in_three)
-    yield fake("tiny, pp 4, rank 3", 3, 4, *tiny, *heads, "parallel=pipeline", "parallel.pp=4", accumulate)
 
 
 def speed(name: str, call: str, *words: str, limit: float = 60, needs: str = "", **options: Any) -> Case:

@@ -62,8 +62,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 CELLS = {"fsdp": (4, 1), "hsdp": (2, 2), "ddp": (1, 4)}
 """Ranks that share a matrix, and copies of these."""
-WIDE = [(128, 256)] * 6 + [(256, 256)] * 3 + [(512, 128)] * 5
-BUCKETS = (2**28, 150_000)
+WIDE = [(64, 128)] * 6 + [(128, 128)] * 3 + [(256, 64)] * 5
+BUCKETS = (2**28, 37_500)
 RATES = {"lr": 0.02, "weight_decay": 0.1}
 
 
