@@ -65,6 +65,6 @@ def test_every_cut_is_one_process(name: str, often: bool) -> None:
 
 
 def test_bugs_show() -> None:
-    for _, planted, _ in ranks(often=True):
+    for _, planted, _ in ranks(True):
         assert planted.keys() == {(bug, name) for bug, names in BUGS.items() for name in names}
         assert min(planted.values()) > 1e-3, planted
