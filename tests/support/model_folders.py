@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import io
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
-from configs.keys import set_value
-from configs.load import load_config
-from configs.schema import Config
-
-FOLDERS = ("model.path=", "train.run_dir=")
 WORDS = [
     "data=synthetic",
     "data.tokenizer=bytes",
@@ -99,32 +91,17 @@ def unpacked(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def run_all(runs: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
-    """Exit code and stderr of one run after another, in this process: none of them gets as far as a step, or all do.
-
-    What differs in nothing but its folders is composed once: composing takes most of the time of a run that is refused.
-    """
-    from trainer import __main__ as door
-
-    compose = functools.cache(lambda words: load_config(words))
-
-    def load(words: Sequence[str], *, config_dir: str | None = None) -> Config:
-        folders = dict(word.split("=", 1) for word in words if word.startswith(FOLDERS))
-        if Path(folders["model.path"], "adapter_config.json").exists():  # it is asked for settings
-            return load_config(words, config_dir=config_dir)
-        config = copy.deepcopy(compose(tuple(word for word in words if not word.startswith(FOLDERS))))
-        for key, value in folders.items():
-            set_value(config, key, value)
-        return config
+    """Exit code and stderr of one run after another, in this process: none of them gets as far as a step, or all do."""
+    from trainer.__main__ import main
 
     results = []
-    with patch.object(door, "load_config", load):
-        for words in runs:
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-                os.environ.pop(name, None)
-            said = io.StringIO()
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-                code = door.main([*WORDS, *words])
-            results.append((code, said.getvalue()))
+    for words in runs:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            code = main([*WORDS, *words])
+        results.append((code, said.getvalue()))
     return results
 
 
