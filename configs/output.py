@@ -12,11 +12,14 @@ import io
 import os
 import select
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from configs import waiting
 from configs.errors import EXIT_FAILED, EXIT_FINISHED
 
 STREAMS = {1: "stdout", 2: "stderr"}
+SECONDS_BELOW = " " * len("preparing")
 _failed: dict[int, OSError] = {}
 
 
@@ -55,10 +58,12 @@ def guard_output() -> None:
             setattr(sys, name, guarded)
 
 
-def announce(what: str) -> None:
-    """Say which part of the preparation begins: one line, of rank 0. stderr is for what is wrong."""
+def announce(what: str, until: Callable[[], bool] | None = None) -> None:
+    """Say which part of the preparation begins: one line, of rank 0, and on a terminal its seconds below. stderr is for
+    what is wrong. until: see `waiting.show`."""
     if os.environ.get("RANK", "0") == "0":
         print(f"preparing  {what}", flush=True)
+        waiting.show(SECONDS_BELOW, at_once=False, until=until)
 
 
 def delivered(code: int) -> int:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 
+from configs import waiting
 from configs.choices import EstimateFormat
 from configs.door import Arguments, Door, one_line, parse_arguments, show, turn_away
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, ConfigError, CookbookError, PlanError
@@ -25,7 +26,6 @@ from configs.output import delivered, guard_output
 from configs.schema import Config
 from launch.explore import explore_layouts
 from launch.translated import translate
-from trainer.estimate import progress
 from trainer.estimate.estimate import estimate, on_part_of_the_cluster, planned_machine
 from trainer.estimate.explain import explain
 from trainer.estimate.gate import EXIT_DOES_NOT_FIT
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return delivered(EXIT_FINISHED)
         return delivered(_answer_all(arguments))
     except CookbookError as error:
-        progress.clear()
+        waiting.clear()
         return turn_away(error)
     finally:
         gc.enable()
@@ -104,7 +104,7 @@ def answer(
 def search_layouts(overrides: Sequence[str], config: Config) -> int:
     """Rank the cluster's layouts instead of estimating one. Returns the exit code. Raises CookbookError."""
     found = search(config, planned_machine(config, find_machine({})))
-    progress.clear()
+    waiting.clear()
     as_json = config.estimate.format is EstimateFormat.json
     print(render_search_json(found, overrides) if as_json else render_search(found, overrides))
     return EXIT_FINISHED if found.best else EXIT_DOES_NOT_FIT
@@ -129,7 +129,7 @@ def _answer_all(arguments: Arguments) -> int:
         if config.estimate.explore is not None:
             return explore_layouts(runs, config_dir=arguments.config_dir)
         answers, refused = _answer_sweep(runs, arguments.config_dir)
-    progress.clear()
+    waiting.clear()
     if answers:
         print(_render(answers, config, sweep=arguments.sweep))
         if config.estimate.plot is not None:
@@ -152,7 +152,7 @@ def _answer_translated(arguments: Arguments) -> int:
         if asked:
             raise ConfigError(f"--from: estimate.{key} needs overrides; make them with `cookbook import` first")
     found = answer(arguments.overrides, config=config)
-    progress.clear()
+    waiting.clear()
     print(_render([found], config, sweep=False))
     if config.estimate.plot is not None:
         save_plot([found], config.estimate.plot)

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import product
 
+from configs import waiting
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.load import chosen_options, load_config
 from configs.schema import Config
-from trainer.estimate import progress
 from trainer.estimate.estimate import planned_machine
 from trainer.estimate.gate import EXIT_DOES_NOT_FIT
 from trainer.estimate.search.explore import check_open, explore
@@ -45,7 +45,7 @@ def explore_layouts(runs: Sequence[Sequence[str]], *, config_dir: str | None) ->
     ]
     machines = [planned_machine(config, find_machine({})) for config in configs]
     found = explore(configs, machines, _Said())
-    progress.clear()
+    waiting.clear()
     size = save_page(found, controls, overrides, first)
     points = [point for each in found for point in each.points]
     fits, refused = (sum(map(bool, values)) for values in ([p.fits for p in points], [p.refused for p in points]))

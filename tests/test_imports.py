@@ -178,7 +178,7 @@ def test_hydra_is_imported_by_the_loader_and_its_readers_alone() -> None:
     ]
     # Scripts of a user's are not of the package.
     users = [name for name in users if not name.startswith("launch.examples.")]
-    assert users == ["configs.files", "configs.load", "configs.overrides"]
+    assert users == ["configs.files", "configs.load", "configs.overrides", "configs.sections"]
 
 
 CHOICES = {

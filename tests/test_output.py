@@ -101,3 +101,48 @@ def test_a_closed_terminal_stops_a_launched_run_with_a_checkpoint(tmp_path: Path
     status = read_status(run)
     assert (status["state"], status["exit_code"]) == ("stopped", EXIT_STOPPED), status
     assert list((run / "checkpoints").glob("step-*"))
+
+
+WAITS = """
+import sys, time
+from pathlib import Path
+from configs import waiting
+from configs.output import announce
+silent = Path(sys.argv[1])
+announce("the first part")
+time.sleep(2.5)
+waiting.clear()
+print("an answer", flush=True)
+announce("others that write soon", until=lambda: not silent.exists())
+silent.unlink()
+time.sleep(1.5)
+print("the end", flush=True)
+"""
+
+
+def test_a_terminal_shows_how_long_it_has_been_waited(tmp_path: Path) -> None:
+    """Once a second, until there is an answer, or another process writes. A file gets the lines alone."""
+    silent, file = tmp_path / "silent", tmp_path / "file"
+    command = [sys.executable, "-c", WAITS, str(silent)]
+    master, terminal = pty.openpty()
+    silent.touch()
+    subprocess.run(command, cwd=ROOT, stdout=terminal, stderr=terminal, check=True)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(master, 65536):
+            shown += part
+    os.close(master)
+    waited, said, others, end = shown.decode().split("\n")[1:5]
+    assert " 1 s\r" in waited and waited.endswith("\r\x1b[Kan answer\r")
+    assert said == "preparing  others that write soon\r"
+    assert " s\r" not in others and others.endswith("the end\r") and not end
+    silent.touch()
+    with file.open("w") as out:
+        subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, check=True)
+    assert file.read_text().splitlines() == [
+        "preparing  the first part",
+        "an answer",
+        "preparing  others that write soon",
+        "the end",
+    ]

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs import waiting
 from configs.choices import Gate
 from configs.errors import CookbookError
 from configs.schema import Config
-from trainer.estimate import progress
 from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
 
@@ -41,7 +41,7 @@ def check_memory(config: Config, plan: Plan, *, driver: Path = Path("/proc/drive
     from trainer.estimate.tracing import NotEstimated, why_not
     from trainer.estimate.verdict import Verdict
 
-    progress.show("predicting the memory", at_once=True)
+    waiting.show("predicting the memory", at_once=True)
     try:
         found = estimate(config, plan, found_gpu=_gpu_name(driver))
     except Exception as error:
@@ -50,7 +50,7 @@ def check_memory(config: Config, plan: Plan, *, driver: Path = Path("/proc/drive
         # A defect of the estimator must not end a run that has nothing to do with it.
         return [f"{UNCHECKED}: {why_not(error)}"]
     finally:
-        progress.clear()
+        waiting.clear()
     device = found.device
     known = not device.assumed or config.cluster.gpu_memory_gib is not None
     if device.capacity_bytes is None or not known:

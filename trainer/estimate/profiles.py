@@ -16,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from configs import waiting
 from configs.by_path import source_of
 from configs.choices import DType, EngineName
 from configs.errors import PlanError
@@ -23,7 +24,7 @@ from configs.schema import Config
 from trainer import linear
 from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers
-from trainer.estimate import family, progress
+from trainer.estimate import family
 from trainer.estimate.profile import (
     ModelProfile,
     Outline,
@@ -156,7 +157,7 @@ def _cached(
     with suppress(KeyError, TypeError, ValueError):
         if (found := _read(config, key)) is not None:
             return read(found)
-    progress.show(f"tracing {config.model.preset}")
+    waiting.show(f"tracing {config.model.preset}")
     made = make()
     _save(_file(config, key), {"key": key, "value": write(made)})
     return made

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from configs import waiting
 from configs.by_path import told
 from configs.errors import CookbookError, OutputFailed
 from configs.schema import Config
@@ -257,6 +258,7 @@ class Reporter:
                 self._give_up_tracker(error, terminal)
 
     def _open(self) -> None:
+        waiting.clear()
         self._terminal = open_terminal(self._config.logging.progress, self._plan.steps)
         for line in self._head:
             self._terminal.say(line)

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
+from configs import waiting
 from configs.choices import BYTES, Checkpointing, EngineName
 from configs.errors import ConfigError, CookbookError, PlanError
 from configs.schema import Config
 from trainer.axes import CONTEXT, EXPERTS, TENSOR
-from trainer.estimate import progress
 from trainer.estimate.bounds import states_bytes
 from trainer.estimate.estimate import Estimate, estimate, planned_device
 from trainer.estimate.profiles import get_outline
@@ -177,7 +177,7 @@ class _Questions:
     def ask(self, one: _Timed) -> Ranked | None:
         """Its estimate, made once; None where memory cannot be estimated."""
         if one.candidate.words not in self.answers:
-            progress.show(f"searching: {len(self.answers)} estimates so far")
+            waiting.show(f"searching: {len(self.answers)} estimates so far")
             self.answers[one.candidate.words] = self._estimate(one)
         return self.answers[one.candidate.words]
 
