@@ -39,7 +39,7 @@ def test_what_does_not_fit_comes_with_changes_that_do(cache: str, capsys: pytest
     assert changed["peak_reserved_bytes"] == suggestions[0]["peak_reserved_bytes"]
 
 
-# As many changes as help are named with every change, below, of a model in 4 bits.
+# A behaviour of its own, for a minute of a processor.
 @pytest.mark.nightly
 def test_of_a_weaker_and_a_stronger_change_the_stronger_is_named(cache: str) -> None:
     words = ["model=tiny", "parallel=ddp", "cluster=8xh100", "data.seq_len=1024", "train.micro_batch_size=16", cache]

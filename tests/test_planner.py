@@ -350,7 +350,7 @@ def test_a_sweep_of_searches_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     assert "estimate.search=true: ranks the layouts of one configuration" in capsys.readouterr().err
 
 
-# What is known to be too large is left out with every change, above, of other layouts.
+# A behaviour of its own, for more than a minute of a processor.
 @pytest.mark.nightly
 def test_what_stays_gathered_in_one_layout_is_not_held_against_another(small: tuple[list[str], Search]) -> None:
     """Of 4-bit weights FSDP holds an eighth; kept gathered it holds all, which must not speak for the first."""
