@@ -14,13 +14,13 @@ import pytest
 
 # Configuration, plans, refusals, estimates: whole files that start no ranks, or few.
 QUICK_FILES = (
-    *("test_config", "test_config_values", "test_fuzz", "test_imports", "test_devices", "test_restarts"),
+    *("test_config", "test_config_values", "test_imports", "test_devices", "test_restarts"),
     *("test_model", "test_optimizer", "test_optimizer_refusals", "test_selection"),
     *("test_preflight", "test_pipeline_table", "test_pipeline_split", "test_slurm_options", "test_deepspeed_config"),
-    *("test_data_positions", "test_data_files", "test_data_build", "test_memory_estimate"),
+    *("test_data_positions", "test_data_files", "test_data_build"),
     *("test_report_metrics", "test_report_folder", "test_report_measure", "test_report_reporter"),
 )
-# One row per axis against one process, and one planted bug.
+# One row per axis against one process, one planted bug, and estimates of each form.
 QUICK_TESTS = (
     "tests/test_parity.py::test_every_layout_has_a_row",
     *(f"tests/test_parity.py::test_layout_equals_single_process[[]{layout}-llama]" for layout in ("ddp", "fsdp")),
@@ -28,6 +28,7 @@ QUICK_TESTS = (
     "tests/test_parity.py::test_layout_equals_single_process[[]context-*]",
     "tests/test_parity_deepspeed.py::test_layout_equals_single_process[[]zero[23]-llama]",
     "tests/test_mutations.py::test_parity_sees_the_bug[[]local_norm]",
+    *(f"tests/test_memory_estimate.py::test_{name}*" for name in ("json_totals", "gate", "sweep", "mistakes")),
 )
 
 
