@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from configs import foreign, waiting
+from configs import foreign
 from configs.errors import ConfigError, CookbookError
 from configs.load import chosen_options, group_options, load_config, to_yaml
 from configs.overrides import settled
@@ -134,7 +134,6 @@ def version() -> str:
 
 def turn_away(error: CookbookError) -> int:
     """Print what the user can mend, one line each, without a traceback. Returns the exit code."""
-    waiting.clear()
     for line in dict.fromkeys(one_line(problem) for problem in error.problems):
         print(line, file=sys.stderr)
     return error.exit_code

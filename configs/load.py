@@ -147,6 +147,7 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, 
     problems = check_overrides(overrides, groups)
     if problems:
         raise ConfigError(*problems)
+    overrides = _without_null(overrides)
     # Hydra asks for a + where a key is new; in the open dictionaries of the schema none is needed.
     words = [f"++{word}" if is_open(word.partition("=")[0]) else as_typed(word) for word in overrides]
     found = sections.composed(words)
@@ -160,6 +161,12 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, 
     tree, chosen = found
     _check_names(chosen, folders)
     return _ranged(to_config(tree), overrides), chosen
+
+
+def _without_null(overrides: Sequence[str]) -> Sequence[str]:
+    """The overrides without `experiment=null` and the experiments before it: Hydra takes no null on a command line."""
+    chosen = [word for word in overrides if word.startswith("experiment=")]
+    return [word for word in overrides if word not in chosen] if chosen[-1:] == ["experiment=null"] else overrides
 
 
 def by_hydra(words: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:

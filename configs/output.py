@@ -63,7 +63,7 @@ def announce(what: str, until: Callable[[], bool] | None = None) -> None:
     what is wrong. until: see `waiting.show`."""
     if os.environ.get("RANK", "0") == "0":
         print(f"preparing  {what}", flush=True)
-        waiting.show(SECONDS_BELOW, at_once=False, until=until)
+        waiting.show(SECONDS_BELOW, until=until)
 
 
 def delivered(code: int) -> int:

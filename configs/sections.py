@@ -1,8 +1,9 @@
 """The tree of a command line that needs no Hydra: options of this package and single keys, section by section.
 
 Each of our options sets keys of its own section over the schema and nothing else, so that a section is composed once in
-a process and the tree put together from sections; this takes a tenth of what Hydra takes for the whole. Hydra composes
-what chooses an experiment or an option of the user, and whatever fails here, for its message.
+a process and the tree is put together from sections. Hydra takes a third of a second for the whole on a slow machine,
+before the first line is printed and for each layout of a sweep. It composes what chooses an experiment or an option of
+the user, and whatever fails here, for its message.
 """
 
 from __future__ import annotations
@@ -83,8 +84,6 @@ def composed(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]] | No
         key, _, text = word.partition("=")
         if key not in choices:
             keys.append(word)
-        elif (key, text) == ("experiment", "null"):
-            choices[key] = None
         elif text in own_options()[key]:
             choices[key] = text
         else:

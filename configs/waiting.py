@@ -10,36 +10,65 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from typing import TextIO
 
 PATIENCE = 1.0
 """Seconds after which a person wonders."""
+EVERY = 1.0
+"""Seconds between two writes."""
 ERASE = "\r\x1b[K"
 _begun = time.monotonic()
 _line: _Line | None = None
 
 
-def show(text: str, *, at_once: bool = False, until: Callable[[], bool] | None = None) -> None:
-    """From now on this is waited for. at_once: do not let a second pass first, because it is known to take longer.
-    until: says that another process has begun to write, for which this line makes way."""
-    global _line
-    if os.environ.get("RANK", "0") != "0" or (stream := _terminal()) is None:
-        return
-    if _line is None or not _line.is_alive():
-        _line = _Line(stream)
-        _line.wait_for(text, at_once, until)
-        _line.start()
-    else:
-        _line.wait_for(text, at_once, until)
+def show(text: str, *, until: Callable[[], bool] | None = None) -> None:
+    """Wait for this from now on, until `clear`. until: says that another process has begun to write."""
+    _wait(_Wait(text, until))
 
 
 def clear() -> None:
-    """Before an answer, a problem or a bar is printed."""
+    """End the line, before an answer or a bar is printed."""
     global _line
     if _line is not None:
         _line.end()
         _line = None
+
+
+@contextlib.contextmanager
+def on(text: str) -> Generator[None]:
+    """Wait for this while the body runs, and afterwards for what was waited for before."""
+    line = _line if _line is not None and _line.is_alive() else None
+    before = None if line is None else line.wait
+    show(text)
+    try:
+        yield
+    finally:
+        if before is None:
+            clear()
+        elif _line is line:  # it has not been cleared meanwhile
+            _wait(before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    text: str
+    until: Callable[[], bool] | None
+    since: float = field(default_factory=time.monotonic)
+
+
+def _wait(wait: _Wait) -> None:
+    global _line
+    if os.environ.get("RANK", "0") != "0" or (stream := _terminal()) is None:
+        return
+    if _line is None or not _line.is_alive():
+        _line = _Line(stream, wait)
+        _line.start()
+    else:
+        _line.wait = wait
+    if time.monotonic() - _begun > PATIENCE:
+        _line.write()
 
 
 def _terminal() -> TextIO | None:
@@ -49,36 +78,33 @@ def _terminal() -> TextIO | None:
 
 
 class _Line(threading.Thread):
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, wait: _Wait) -> None:
         super().__init__(daemon=True)
+        self.wait = wait
         self._stream, self._lock, self._ended, self._shown = stream, threading.Lock(), threading.Event(), False
-        self._text, self._since = "", 0.0
-        self._until: Callable[[], bool] | None = None
-
-    def wait_for(self, text: str, at_once: bool, until: Callable[[], bool] | None) -> None:
-        with self._lock:
-            self._text, self._since, self._until = text, time.monotonic(), until
-            if text and (at_once or self._since - _begun > PATIENCE):
-                self._write(text)
 
     def run(self) -> None:
-        while not self._ended.wait(PATIENCE):
-            with self._lock:
-                if self._until is not None and self._until():
-                    self._shown = False
-                    return
-                if not self._ended.is_set():
-                    self._write(f"{self._text}  {time.monotonic() - self._since:.0f} s")
+        while not self._ended.wait(EVERY):
+            if self.wait.until is not None and self.wait.until():
+                self._shown = False
+                return
+            self.write()
+
+    def write(self) -> None:
+        seconds = int(time.monotonic() - self.wait.since)
+        text = f"{self.wait.text}  {seconds} s" if seconds else self.wait.text
+        with self._lock:
+            if not self._ended.is_set():
+                self._put(f"{ERASE}{text}\r")  # the cursor stays at the head of the line
+                self._shown = True
 
     def end(self) -> None:
         self._ended.set()
-        with self._lock:
-            if self._shown:
-                self._write("")
+        self.join()
+        if self._shown:
+            self._put(ERASE)
 
-    def _write(self, text: str) -> None:
-        """The cursor stays at the head of the line."""
+    def _put(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            self._stream.write(f"{ERASE}{text}\r" if text else ERASE)
+            self._stream.write(text)
             self._stream.flush()
-            self._shown = True

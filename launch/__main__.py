@@ -9,15 +9,14 @@ All that can be checked without the job is checked first: a mistake costs a line
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from tempfile import mkstemp
 
+from configs import waiting
 from configs.choices import LauncherName
 from configs.door import Door, parse_arguments, show
 from configs.errors import EXIT_FINISHED
@@ -27,7 +26,7 @@ from configs.output import announce, delivered
 from configs.schema import Config
 from launch.clusters import CONTROLS, control, elsewhere
 from launch.command import HOST, Command, Rendezvous, build_command
-from launch.process import check_port, replace_process
+from launch.process import check_port, ranks_are_there, replace_process
 from launch.supervise import run_job
 from slurm.supervise import free_port
 from slurm.words import restart_words
@@ -37,7 +36,7 @@ from trainer.plan.machine import find_machine
 from trainer.plan.plan import Plan
 from trainer.process.answering import answered
 from trainer.process.status import check_idle
-from trainer.process.world import PLAN_SHOWN, WAITED_FOR
+from trainer.process.world import PLAN_SHOWN
 from trainer.report.folder import default_run_dir, make_run_dir
 
 DEFAULT_PORT = 29500  # between nodes, where a port that is free here says nothing about node 0
@@ -119,13 +118,12 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
     alone = config.launcher.name is LauncherName.python
     if alone and not stay:
         replace_process(_shown(commands[0]))
-    silent = _until_rank_0_writes()
-    what = f"{'python' if alone else config.launcher.name} starts {plan.world_size} process(es)"
-    announce(what, until=lambda: not silent.exists())
+    starter = "python" if alone else config.launcher.name
+    announce(f"{starter} starts {plan.world_size} process(es)", until=ranks_are_there)
 
     def command(again: bool) -> Command:
         if not again:
-            return _shown(commands[0], silent)
+            return _shown(commands[0])
         words = restart_words(overrides, config.train.resume)
         return _shown(_commands(config, plan, words, config_dir=config_dir, run_dir=run_dir)[0])
 
@@ -133,23 +131,15 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
         restarts = 0 if alone else config.launcher.max_restarts
         return run_job(command, run_dir.expanduser(), max_restarts=restarts)
     finally:
-        silent.unlink(missing_ok=True)
+        waiting.clear()
         if config.train.run_dir is None:
             with suppress(OSError):  # not empty: the run has begun
                 run_dir.rmdir()
 
 
-def _until_rank_0_writes() -> Path:
-    """A file that is there as long as nothing but this process writes to the terminal."""
-    descriptor, name = mkstemp(prefix="cookbook-")
-    os.close(descriptor)
-    return Path(name)
-
-
-def _shown(command: Command, silent: Path | None = None) -> Command:
-    """The same for ranks that need not print the plan. silent: see `WAITED_FOR`."""
-    waited = {} if silent is None else {WAITED_FOR: str(silent)}
-    return replace(command, environment={**command.environment, PLAN_SHOWN: "1", **waited})
+def _shown(command: Command) -> Command:
+    """The same for ranks that need not print the plan."""
+    return replace(command, environment={**command.environment, PLAN_SHOWN: "1"})
 
 
 def _commands(

@@ -67,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return delivered(EXIT_FINISHED)
         return delivered(_answer_all(arguments))
     except CookbookError as error:
-        waiting.clear()
         return turn_away(error)
     finally:
         gc.enable()
 
 
+@waiting.on("estimating the memory")
 def answer(
     overrides: Sequence[str], *, config: Config | None = None, config_dir: str | None = None, compare: bool = False
 ) -> Answer:
@@ -104,7 +104,6 @@ def answer(
 def search_layouts(overrides: Sequence[str], config: Config) -> int:
     """Rank the cluster's layouts instead of estimating one. Returns the exit code. Raises CookbookError."""
     found = search(config, planned_machine(config, find_machine({})))
-    waiting.clear()
     as_json = config.estimate.format is EstimateFormat.json
     print(render_search_json(found, overrides) if as_json else render_search(found, overrides))
     return EXIT_FINISHED if found.best else EXIT_DOES_NOT_FIT
@@ -129,7 +128,6 @@ def _answer_all(arguments: Arguments) -> int:
         if config.estimate.explore is not None:
             return explore_layouts(runs, config_dir=arguments.config_dir)
         answers, refused = _answer_sweep(runs, arguments.config_dir)
-    waiting.clear()
     if answers:
         print(_render(answers, config, sweep=arguments.sweep))
         if config.estimate.plot is not None:
@@ -152,7 +150,6 @@ def _answer_translated(arguments: Arguments) -> int:
         if asked:
             raise ConfigError(f"--from: estimate.{key} needs overrides; make them with `cookbook import` first")
     found = answer(arguments.overrides, config=config)
-    waiting.clear()
     print(_render([found], config, sweep=False))
     if config.estimate.plot is not None:
         save_plot([found], config.estimate.plot)

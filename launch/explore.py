@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import product
 
-from configs import waiting
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.load import chosen_options, load_config
 from configs.schema import Config
@@ -45,7 +44,6 @@ def explore_layouts(runs: Sequence[Sequence[str]], *, config_dir: str | None) ->
     ]
     machines = [planned_machine(config, find_machine({})) for config in configs]
     found = explore(configs, machines, _Said())
-    waiting.clear()
     size = save_page(found, controls, overrides, first)
     points = [point for each in found for point in each.points]
     fits, refused = (sum(map(bool, values)) for values in ([p.fits for p in points], [p.refused for p in points]))

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,13 @@ def rank_processes(process: psutil.Process) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             ranks += [child] if "RANK" in child.environ() else rank_processes(child)
     return ranks
+
+
+def ranks_are_there() -> bool:
+    """Whether a launcher that this process has started has started a rank, which is about to write: a second before."""
+    with contextlib.suppress(psutil.Error):
+        return any(time.time() - rank.create_time() > 1 for rank in rank_processes(psutil.Process()))
+    return False
 
 
 def adopt_orphans() -> None:

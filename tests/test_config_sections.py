@@ -34,8 +34,14 @@ def test_sections_are_what_hydra_composes(number: int) -> None:
 
 def test_an_experiment_is_left_to_hydra() -> None:
     assert sections.composed(["experiment=demo"]) is None
-    assert sections.composed(["experiment=demo", "experiment=null"]) is not None
-    assert load_config(["experiment=null"]) == load_config()
+
+
+def test_no_experiment_takes_an_earlier_one_back(tmp_path: Path) -> None:
+    """With a file of the user as well, which Hydra composes."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("seq_len: 64\n")
+    assert load_config(["experiment=demo", "experiment=null"]) == load_config()
+    assert load_config(["data=mine", "experiment=null"], config_dir=str(tmp_path)).data.seq_len == 64
 
 
 def test_two_calls_give_two_configurations() -> None:

@@ -115,7 +115,9 @@ def test_a_cut_matrix_stays_near_single_process(layout: str) -> None:
     assert max(abs(a / b - 1) for a, b in norms) <= 0.1
 
 
-@pytest.mark.parametrize("recipe", rows(zip(("tensorwise", "rowwise", "rowwise_with_gw_hp", "mxfp8")), lambda r: False))
+@pytest.mark.parametrize(
+    "recipe", rows(zip(("tensorwise", "rowwise", "rowwise_with_gw_hp", "mxfp8")), lambda r: r == "tensorwise")
+)
 def test_fifty_steps_stay_near_bfloat16(recipe: str) -> None:
     expected = reference("llama", "bf16", LONG).losses
     found = run_ranks(1, train, words("llama", "single", "fp8", LONG, f"precision.float8.recipe={recipe}"))[0].losses

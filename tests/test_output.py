@@ -104,28 +104,29 @@ def test_a_closed_terminal_stops_a_launched_run_with_a_checkpoint(tmp_path: Path
 
 
 WAITS = """
-import sys, time
-from pathlib import Path
+import threading, time
 from configs import waiting
 from configs.output import announce
-silent = Path(sys.argv[1])
 announce("the first part")
+with waiting.on("something in it"):
+    time.sleep(1.5)
 time.sleep(2.5)
 waiting.clear()
 print("an answer", flush=True)
-announce("others that write soon", until=lambda: not silent.exists())
-silent.unlink()
+others = []
+announce("others that write soon", until=lambda: others)
+others.append("a line")
 time.sleep(1.5)
-print("the end", flush=True)
+with waiting.on("called from a script"):
+    time.sleep(1.2)
+print(f"{threading.active_count()} thread", flush=True)
 """
 
 
 def test_a_terminal_shows_how_long_it_has_been_waited(tmp_path: Path) -> None:
     """Once a second, until there is an answer, or another process writes. A file gets the lines alone."""
-    silent, file = tmp_path / "silent", tmp_path / "file"
-    command = [sys.executable, "-c", WAITS, str(silent)]
+    command = [sys.executable, "-c", WAITS]
     master, terminal = pty.openpty()
-    silent.touch()
     subprocess.run(command, cwd=ROOT, stdout=terminal, stderr=terminal, check=True)
     os.close(terminal)
     shown = b""
@@ -133,16 +134,15 @@ def test_a_terminal_shows_how_long_it_has_been_waited(tmp_path: Path) -> None:
         while part := os.read(master, 65536):
             shown += part
     os.close(master)
-    waited, said, others, end = shown.decode().split("\n")[1:5]
-    assert " 1 s\r" in waited and waited.endswith("\r\x1b[Kan answer\r")
-    assert said == "preparing  others that write soon\r"
-    assert " s\r" not in others and others.endswith("the end\r") and not end
-    silent.touch()
+    first, waited, said, others, end = shown.decode().split("\n")
+    assert first == "preparing  the first part\r" and said == "preparing  others that write soon\r" and not end
+    assert waited.index("something in it  1 s\r") < waited.index("           3 s\r")
+    assert waited.endswith("\r\x1b[Kan answer\r")
+    before, _, after = others.partition("called from a script")
+    assert " s\r" not in before and "called from a script  1 s\r" in others
+    assert after.endswith("\r\x1b[K1 thread\r")
+    file = tmp_path / "file"
     with file.open("w") as out:
         subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, check=True)
-    assert file.read_text().splitlines() == [
-        "preparing  the first part",
-        "an answer",
-        "preparing  others that write soon",
-        "the end",
-    ]
+    lines = ["preparing  the first part", "an answer", "preparing  others that write soon", "1 thread"]
+    assert file.read_text().splitlines() == lines

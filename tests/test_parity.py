@@ -290,7 +290,6 @@ def test_muon_equals_single_process(layout: str, processes: int, model: str) -> 
     assert found.largest <= FLOAT64, found
 
 
-@nightly
 def test_muon_in_bfloat16_stays_near_single_process() -> None:
     """A gradient that was summed in another order may round to the neighbouring bfloat16 before the iteration."""
     extra = ("optimizer=muon", "optimizer.lr=0.01", *ACCUMULATE)

@@ -247,6 +247,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Search]:
     return words, search(load_config(words), FOUR)
 
 
+def test_there_are_as_many_as_the_chapter_begins_with() -> None:
+    found = [*candidates(load_config(BASE), world_size=64, gpus_per_node=8)]
+    assert len({one.layout for one in found}) > 90 and len(found) > 1000
+
+
 def test_every_candidate_is_what_its_words_select() -> None:
     config = load_config(SMALL)
     tried = 0

@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs import waiting
@@ -46,7 +45,7 @@ from trainer.process.exhausted import told_at_start
 from trainer.process.lifeline import watch
 from trainer.process.segments import set_segments
 from trainer.process.stopping import QUIET_STOP
-from trainer.process.world import PLAN_SHOWN, WAITED_FOR, accelerate_note, check_world, speaks_for_node
+from trainer.process.world import PLAN_SHOWN, accelerate_note, check_world, speaks_for_node
 
 if TYPE_CHECKING:
     from trainer.report.callbacks import Callback
@@ -112,11 +111,8 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> int:
     if config.profile:
         # Kineto, which reads it as torch is loaded, otherwise writes a line whenever it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    if os.environ.get("RANK", "0") == "0":
-        if waited := os.environ.get(WAITED_FOR):
-            Path(waited).unlink(missing_ok=True)
-        if PLAN_SHOWN not in os.environ:
-            print(plan.describe(), flush=True)
+    if os.environ.get("RANK", "0") == "0" and PLAN_SHOWN not in os.environ:
+        print(plan.describe(), flush=True)
     with progress_told():
         if (note := accelerate_note()) is not None:
             logging.getLogger("trainer").info(note)

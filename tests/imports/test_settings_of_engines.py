@@ -147,11 +147,11 @@ def test_stage_1_in_bfloat16_has_no_bucket_whoever_says_the_dtype(
 
 PAGED = {"per_device_train_batch_size": 1, "max_steps": 3, "optim": "paged_adamw_32bit"}
 LEFT_OUT = {
-    "paging beside accelerate's offload": (
+    "paging next to accelerate's offload": (
         {"args_json": PAGED, "acc_yaml": {**FSDP, "fsdp_config": {"fsdp_offload_params": True}}},
         ("optim", "optimizer.paged", "parallel.offload.parameters=cpu keeps states in host memory for good"),
     ),
-    "paging beside accelerate's DeepSpeed": (
+    "paging next to accelerate's DeepSpeed": (
         {"args_json": PAGED, "acc_yaml": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}},
         ("optim", "optimizer.paged", "DeepSpeed makes the states of its partitions itself"),
     ),

@@ -41,16 +41,14 @@ def check_memory(config: Config, plan: Plan, *, driver: Path = Path("/proc/drive
     from trainer.estimate.tracing import NotEstimated, why_not
     from trainer.estimate.verdict import Verdict
 
-    waiting.show("predicting the memory", at_once=True)
     try:
-        found = estimate(config, plan, found_gpu=_gpu_name(driver))
+        with waiting.on("predicting the memory"):
+            found = estimate(config, plan, found_gpu=_gpu_name(driver))
     except Exception as error:
         if isinstance(error, CookbookError) and not isinstance(error, NotEstimated):
             raise  # a mistake in the overrides
         # A defect of the estimator must not end a run that has nothing to do with it.
         return [f"{UNCHECKED}: {why_not(error)}"]
-    finally:
-        waiting.clear()
     device = found.device
     known = not device.assumed or config.cluster.gpu_memory_gib is not None
     if device.capacity_bytes is None or not known:

@@ -157,8 +157,8 @@ def _cached(
     with suppress(KeyError, TypeError, ValueError):
         if (found := _read(config, key)) is not None:
             return read(found)
-    waiting.show(f"tracing {config.model.preset}")
-    made = make()
+    with waiting.on(f"tracing {config.model.preset}"):
+        made = make()
     _save(_file(config, key), {"key": key, "value": write(made)})
     return made
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from configs import waiting
 from configs.door import turn_away
 from configs.errors import CookbookError
 from configs.output import guard_output
@@ -22,5 +21,3 @@ def answered(work: Callable[[], int]) -> int:
         if (told := told_anywhere(error)) is None:
             raise
         return turn_away(told)
-    finally:
-        waiting.clear()

@@ -27,8 +27,6 @@ VARIABLES = (
 LAST_PORT = 65535
 PLAN_SHOWN = "COOKBOOK_PLAN_SHOWN"
 """Variable that is set where whoever starts the ranks has printed the plan."""
-WAITED_FOR = "COOKBOOK_WAITED_FOR"
-"""Variable with a file that rank 0 removes before it writes: whoever starts the ranks leaves the terminal to it."""
 REMEDY = "torchrun, deepspeed and accelerate launch set it; to train in one process, unset RANK"
 # Variable of accelerate's launcher, the values that ask for nothing, what the variable asks for, and our key for it.
 ACCELERATE = (

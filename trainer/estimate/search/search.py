@@ -90,6 +90,7 @@ class _Timed:
         return (self.plan.degree(TENSOR), self.plan.degree(CONTEXT), self.plan.degree(EXPERTS), cast, self.recompute)
 
 
+@waiting.on("searching")
 def search(config: Config, machine: Machine) -> Search:
     """Rank the layouts of a cluster. Raises ConfigError where the search has nothing to work on, NotEstimated where the
     model cannot be traced."""
@@ -177,8 +178,8 @@ class _Questions:
     def ask(self, one: _Timed) -> Ranked | None:
         """Its estimate, made once; None where memory cannot be estimated."""
         if one.candidate.words not in self.answers:
-            waiting.show(f"searching: {len(self.answers)} estimates so far")
-            self.answers[one.candidate.words] = self._estimate(one)
+            with waiting.on(f"searching: {len(self.answers)} estimates so far"):
+                self.answers[one.candidate.words] = self._estimate(one)
         return self.answers[one.candidate.words]
 
     def _estimate(self, one: _Timed) -> Ranked | None:
