@@ -34,6 +34,7 @@ from trainer.process.world import for_children
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 GRACE_SECONDS = 10.0
+FIRST_LINE_SECONDS = 3.0
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -153,9 +154,9 @@ def rank_processes(process: psutil.Process) -> list[psutil.Process]:
 
 
 def ranks_are_there() -> bool:
-    """Whether a launcher that this process has started has started a rank, which is about to write: a second before."""
+    """Whether a launcher below this process has started a rank long enough ago for its first line."""
     with contextlib.suppress(psutil.Error):
-        return any(time.time() - rank.create_time() > 1 for rank in rank_processes(psutil.Process()))
+        return any(time.time() - rank.create_time() > FIRST_LINE_SECONDS for rank in rank_processes(psutil.Process()))
     return False
 
 
