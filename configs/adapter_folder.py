@@ -1,10 +1,10 @@
-"""An adapter to go on from: what its folder says of itself becomes the configuration, or is refused. Torch-free.
+"""Continue from an adapter: its folder's settings become the configuration, or are refused. Needs no torch.
 
     model.path=ADAPTER                     -> model.path=its base, tuning.adapter=ADAPTER, tuning.* as it was trained
     model.path=BASE tuning.adapter=ADAPTER -> the same, for a base that has moved
 
-A setting that this trainer does not have, and that changes what the adapter computes, is refused by name. What gets an
-adapter is read from the names of its tensors, since peft's own rules for names depend on its version.
+A setting that this trainer does not support, and that changes what the adapter computes, is refused by name. The
+adapted modules are read from the names of the tensors, because peft's own matching rules depend on its version.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
 MERGE = "python -m trainer.checkpoint merge"
 LORA, OWN_KIND = "LORA", "BOTTLENECK"
-"""The second is of `tuning=adapter`, which peft does not have."""
+"""The second kind belongs to `tuning=adapter`, which peft does not have."""
 BOTTLENECK = ("bottleneck", "after_attention")
 """Fields of `Tuning` on which such an adapter depends, under the same names in its folder."""
 METHODS = {LORA: (TuningMethod.lora, TuningMethod.qlora), OWN_KIND: (TuningMethod.adapter,)}
-"""Kind of adapter, as peft says it -> the methods that go on from it; the first one is named in messages."""
+"""peft's name for a kind of adapter -> the methods that can continue from it; messages name the first."""
 HARMLESS = {
     *(
         "auto_mapping",
@@ -43,18 +43,18 @@ HARMLESS = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "modules_to_save"),
     *BOTTLENECK,
 }
-"""Fields that are honoured below, follow from the tensors, or say nothing about what is computed."""
+"""Fields that are honoured below, follow from the tensors, or do not affect what is computed."""
 STARTS = {
     **{True: AdapterInit.kaiming, False: AdapterInit.kaiming, "gaussian": AdapterInit.gaussian},
     **{name: AdapterInit.kaiming for name in ("orthogonal", "eva")},
     **{"pissa": AdapterInit.pissa, "olora": AdapterInit.olora},
 }
-"""Initialisations that leave the base as it is, or change it in a way that can be repeated."""
+"""Initialisations that leave the base unchanged, or change it reproducibly."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """fields: of its adapter_config.json. shapes: of its tensors, by the names that the file has for them."""
+    """fields: contents of adapter_config.json. shapes: shape of each tensor, by its name in the file."""
 
     path: Path
     fields: Mapping[str, Any]
@@ -71,7 +71,7 @@ def is_adapter_folder(path: str | None) -> bool:
 
 
 def _check_one(path: str | None, key: str) -> None:
-    """Raise ConfigError for a folder of several adapters, as peft saves those of one model: one run trains one."""
+    """Raise ConfigError for a folder that holds several adapters, as peft saves them: one run trains one."""
     folder = Path(path).expanduser() if path and path.strip() else None
     if folder is None or is_adapter_folder(path) or (folder / "config.json").is_file() or not folder.is_dir():
         return
@@ -81,7 +81,7 @@ def _check_one(path: str | None, key: str) -> None:
 
 
 def read_adapter(path: str, key: str) -> AdapterFolder:
-    """key: `model.path=...`, for the messages. Raises DataError for a folder that is not whole."""
+    """key: `model.path=...`, for the messages. Raises DataError if the folder is incomplete."""
     folder = Path(path).expanduser()
     try:
         found = json.loads((folder / CONFIG).read_bytes())
@@ -115,10 +115,10 @@ def _shapes(file: Path, key: str) -> dict[str, tuple[int, ...]]:
 
 
 def adopt(config: Config, given: Collection[str]) -> None:
-    """Put what an adapter's folder says into the config, in place. given: the keys of the command line.
+    """Copy the settings of an adapter's folder into the config, in place. given: the keys of the command line.
 
-    Raises ConfigError, with a line for each problem: a key that says otherwise, a base that is not there, a setting
-    that this trainer does not have.
+    Raises ConfigError, one line for each problem: a key that contradicts the folder, a missing base, an unsupported
+    setting.
     """
     model, tuning = config.model, config.tuning
     key = f"model.path={model.path}" if tuning.adapter is None else f"tuning.adapter={tuning.adapter}"
@@ -169,7 +169,7 @@ def _check_method(config: Config, adapter: AdapterFolder, key: str) -> Iterator[
 
 
 def _check_base(config: Config, adapter: AdapterFolder, key: str) -> Iterator[str]:
-    """A hub id is asked for later, by those who read models."""
+    """A hub id is checked later, by the code that reads models."""
     if config.tuning.adapter is not None:
         if config.model.path is None:
             yield f"{key}: needs its base; set model.path=BASE"
@@ -204,11 +204,11 @@ def _merged(adapter: AdapterFolder, path: str | None = None) -> str:
 
 
 def _settings(adapter: AdapterFolder) -> dict[str, Any]:
-    """Fields of `Tuning`, as this adapter has them."""
+    """Fields of `Tuning` that this adapter sets."""
     said, names = adapter.fields, [name.removeprefix(ROOT) for name in adapter.shapes]
     if said["peft_type"] == OWN_KIND:
         return {name: said[name] for name in BOTTLENECK if name in said}
-    # Of stacked experts the module is named, and adapter_config.json has the parameter.
+    # For stacked experts we name the module; adapter_config.json names the parameter.
     stacks = said.get("target_parameters") or []
     adapted = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
     linears = adapted - {owner for owner in adapted if any(_of(owner, stack) for stack in stacks)}
@@ -228,13 +228,13 @@ def _settings(adapter: AdapterFolder) -> dict[str, Any]:
 
 
 def _of(owner: str, stack: str) -> bool:
-    """Whether the stack's parameter is held by the module of that name, however deep peft has wrapped it."""
+    """Whether the module of that name holds the stack's parameter, however deeply peft has wrapped it."""
     module, plain = stack.rpartition(".")[0], owner.replace(".base_layer", "")
     return plain == module or plain.endswith(f".{module}")
 
 
 def _grouped(names: Collection[str]) -> tuple[list[str], list[int]]:
-    """Names of layers' parts and the numbers of their layers, if each of those has the same; else whole names."""
+    """Names of the adapted parts and their layer numbers, if every layer has the same parts; else whole names."""
     found: dict[str, set[int]] = {}
     for name in names:
         number = next((word for word in name.split(".") if word.isdigit()), "")
@@ -247,11 +247,11 @@ def _grouped(names: Collection[str]) -> tuple[list[str], list[int]]:
 
 
 FREE = {"dropout"}
-"""What another run may change: it belongs to training, not to the adapter."""
+"""Fields that another run may change: they belong to training, not to the adapter."""
 
 
 def _contradicted(tuning: Tuning, settings: dict[str, Any], given: Collection[str], key: str) -> Iterator[str]:
-    """Keys that were set to something else than the adapter has. Those that are free are taken from the settings."""
+    """Keys whose value differs from the adapter's. Free settings are taken from the folder."""
     plain = Tuning()
     for field in fields(Tuning):
         name = field.name

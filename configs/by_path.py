@@ -1,4 +1,4 @@
-"""A class or function of the user's own, by its path: package.module.Name. What is wrong with the path is one line."""
+"""Import a user's class or function by its path, package.module.Name. A wrong path is reported in one line."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parent.parent
 PLACES = [get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 PLACES += [str(ROOT / name) for name in ("configs", "trainer", "launch", "slurm")]
 STRANGE = ("<", *(f"{place}{os.sep}" for place in PLACES))
-"""Beginnings of the paths of files that are not a user's."""
+"""Prefixes of file paths that do not belong to the user."""
 
 
 def find(path: str, given: str, *, kind: str = "class") -> Any:
-    """What stands there. given: key=value of the message. Raises PlanError.
+    """The object at the path. given: key=value for the message. Raises PlanError.
 
-    A module is found where Python finds any: installed, or by PYTHONPATH.
+    The module is found like any other: installed, or on PYTHONPATH.
     """
     module, _, name = path.rpartition(".")
     if not module or not all(part.isidentifier() for part in path.split(".")):
@@ -41,7 +41,7 @@ def find(path: str, given: str, *, kind: str = "class") -> Any:
 
 
 def source_of(path: str) -> str:
-    """The text of the module that a path leads into, without an import of it; empty where there is none to read."""
+    """Source text of the module that a path names, without importing it; empty if it cannot be read."""
     try:
         spec = find_spec(path.rpartition(".")[0])
         return Path(spec.origin).read_text() if spec is not None and spec.origin is not None else ""
@@ -52,9 +52,9 @@ def source_of(path: str) -> str:
 def misfits(
     found: Callable[..., Any], path: str, options: Mapping[str, Any], *, key: str, own: Mapping[str, str]
 ) -> Iterator[str]:
-    """One line for each option that it does not take, and for each argument that it misses.
+    """One line for each unknown option and for each missing argument.
 
-    key: of the options. own: arguments that come from elsewhere, and the key that gives them, if one does.
+    key: prefix of the options. own: arguments that the trainer supplies, with the key that sets each, if there is one.
     """
     named = arguments(found)
     takes = [name for name, about in named.items() if about.kind not in (about.VAR_KEYWORD, about.VAR_POSITIONAL)]
@@ -71,7 +71,7 @@ def misfits(
 
 
 def arguments(found: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """What a constructor takes; nothing where it is written in C and does not say it."""
+    """Parameters of a constructor; none for one written in C without a signature."""
     try:
         return inspect.signature(found).parameters
     except ValueError:
@@ -79,7 +79,7 @@ def arguments(found: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def unknown(name: str, known: Iterable[str], *, key: str) -> str:
-    """What is wrong with an option of this name, and which there are."""
+    """Why the option is refused, and which options exist."""
     names = list(known)
     near = get_close_matches(name, names, n=1)
     meant = f"did you mean {key}.{near[0]}? It" if near else "it"
@@ -88,14 +88,14 @@ def unknown(name: str, known: Iterable[str], *, key: str) -> str:
 
 
 def told(error: BaseException) -> str:
-    """What code of the user's own raises, and where in it: `KeyError: 3, at /home/me/rows.py:12 in __getitem__`.
+    """An error raised by a user's code, and where: `KeyError: 3, at /home/me/rows.py:12 in __getitem__`.
 
-    Without a place where the error is not from such code: of Python, of a library or of this project.
+    The place is left out if the error does not come from user code (Python, a library, this project).
     """
     said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith(STRANGE)]
     if not frames:
         return said
-    # Where it enters their file it may call further into it; what they call elsewhere is not theirs to mend.
+    # Report where control enters the user's file; deeper calls into other files are not theirs to fix.
     last = next(frame for frame in reversed(frames) if frame.filename == frames[0].filename)
     return f"{said}, at {last.filename}:{last.lineno} in {last.name}"

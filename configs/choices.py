@@ -1,4 +1,4 @@
-"""The options that keys of the configuration choose between; `configs.schema` says what each means."""
+"""The values that choice keys of the configuration accept; `configs.schema` documents each."""
 
 from enum import StrEnum
 
@@ -33,4 +33,4 @@ ProgressDisplay = StrEnum("ProgressDisplay", "auto bar lines off")
 ContextMethod = StrEnum("ContextMethod", "ulysses gather")
 
 BYTES: dict[str, int] = {DType.float64: 8, DType.float32: 4, DType.bfloat16: 2, DType.float16: 2, "uint8": 1}
-"""Of one value, by the name of its dtype."""
+"""Bytes of one value, by the name of its dtype."""

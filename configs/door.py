@@ -1,9 +1,9 @@
-"""What every door has in common: its arguments, its `--help`, and how it turns a wrong one away.
+"""Shared by every entry point: arguments, `--help`, and one line for each mistake.
 
     python -m launch [key=value ...] [--config-dir DIR] [--help | --version | --cfg job | --info] [-m]
 
-The flags are Hydra's, the overrides mean what they mean to Hydra; the ranks of a job use them too, and must not run
-`@hydra.main`: it makes folders per rank. Nothing here imports torch, so that every answer is instant.
+The flags are Hydra's, and overrides mean what they mean to Hydra. The ranks of a job parse them too and must not run
+`@hydra.main`, which makes a folder per rank. Nothing here imports torch, so every answer is instant.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ LONGEST_LINE = 4000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Door:
-    """purpose: one sentence for `--help`. examples: (command, what it does). sweeps: whether `-m` is taken. translates:
-    whether `--from` is."""
+    """purpose: one sentence for `--help`. examples: (command, description). sweeps: whether `-m` is accepted.
+    translates: whether `--from` is accepted."""
 
     program: str
     purpose: str
@@ -37,7 +37,7 @@ class Door:
     translates: bool = False
 
     def help(self, config_dir: str | None = None) -> str:
-        """Half a page: three commands, and every group with its options."""
+        """Half a page: three commands, then every group with its options."""
         width = max(len(command) for command, _ in self.examples)
         chosen = chosen_options(config_dir=config_dir)
         groups = [
@@ -67,7 +67,7 @@ class Door:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """overrides: as typed. show: "help", "version", "cfg", "info", or None to do the door's work. sources: files of
+    """overrides: as typed. show: "help", "version", "cfg", "info", or None to run the entry point. sources: files of
     `--from`."""
 
     overrides: tuple[str, ...]
@@ -78,7 +78,7 @@ class Arguments:
 
 
 def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
-    """Split a command line into flags and overrides. Raises ConfigError on a flag that this door does not know."""
+    """Split a command line into flags and overrides. Raises ConfigError on an unknown flag."""
     parser = Parser(prog=door.program, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", dest="show", action="store_const", const="help")
     parser.add_argument("--version", dest="show", action="store_const", const="version")
@@ -107,7 +107,7 @@ def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
 
 
 class Parser(argparse.ArgumentParser):
-    """As argparse's, but a mistake is one line: it raises ConfigError."""
+    """Like argparse's, but a mistake raises ConfigError, which is printed as one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
@@ -126,20 +126,20 @@ def show(door: Door, arguments: Arguments) -> str:
 
 
 def version() -> str:
-    """The project's version and those of what trains: one line for a bug report."""
+    """The versions of this project and of the training libraries: one line for a bug report."""
     names = (PROJECT, "torch", "transformers", "deepspeed")
     found = {name: installed(name) or "(not installed)" for name in names}
     return f"{', '.join(f'{name} {number}' for name, number in found.items())}, Python {platform.python_version()}"
 
 
 def turn_away(error: CookbookError) -> int:
-    """Print what the user can mend, one line each, without a traceback. Returns the exit code."""
+    """Print a user's mistakes, one line each, without a traceback. Returns the exit code."""
     for line in dict.fromkeys(one_line(problem) for problem in error.problems):
         print(line, file=sys.stderr)
     return error.exit_code
 
 
 def one_line(problem: str) -> str:
-    """A problem as one line of a terminal, whatever characters a value in it holds."""
+    """A problem as one terminal line, whatever characters its value holds."""
     shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in problem)
     return shown if len(shown) <= LONGEST_LINE else f"{shown[: LONGEST_LINE // 2]} ... {shown[-LONGEST_LINE // 2 :]}"

@@ -1,10 +1,10 @@
-"""The errors a user can cause, as a tree.
+"""The errors that a user can cause, as a tree.
 
 CookbookError
 |-- ConfigError     the overrides: a misspelt key, a wrong type, an unknown choice
 |-- PlanError       the meaning: degrees, batch, offload, precision that do not fit together
 |-- TrainingFailed  the run: a loss or gradient that is not finite; the exit code is `EXIT_FAILED`
-|   |-- RankStuck          a rank that does not move any more, named by one that waited for it
+|   |-- RankStuck          a rank that no longer moves, reported by one that waited for it
 |   |-- OutOfMemory        a rank whose GPU or host has no room for what it needs
 |   |-- OutputFailed       a file of the run that could not be written: no space, no inodes, no permission
 |   |-- CheckpointFailed   a checkpoint that could not be written, likewise
@@ -15,7 +15,7 @@ CookbookError
 `-- EnvironmentProblem   the machine: a library, a device, a folder that is missing or not writable
     `-- RankProblem      the same, on one rank alone
 
-Every door prints such an error as plain lines, without a traceback, and exits with its `exit_code`.
+Every entry point prints such an error as plain lines, without a traceback, and exits with its `exit_code`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class DataError(CookbookError):
 
 
 class TrainingFailed(CookbookError):
-    """The run itself went wrong, under a configuration that is fine."""
+    """The run itself failed, although its configuration is valid."""
 
     exit_code = EXIT_FAILED
 
@@ -82,18 +82,18 @@ class EnvironmentProblem(CookbookError):
 
 
 class RankStuck(TrainingFailed):
-    """A rank does not move any more, and the others wait for it."""
+    """A rank no longer moves, and the others wait for it."""
 
 
 class OutOfMemory(TrainingFailed):
-    """A rank, which tells it itself, could not allocate what it needs. Starting again would end the same way."""
+    """A rank could not allocate memory, and reports it itself. A restart would fail in the same way."""
 
 
 class RankProblem(EnvironmentProblem):
-    """A problem that the other ranks of the node do not have, so that this rank must tell it itself."""
+    """A problem that only this rank of the node has, so it must report the problem itself."""
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, short enough for one line."""
+    """A library's exception, shortened to one line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text.rstrip(".:;, ")[:300]

@@ -1,7 +1,7 @@
-"""The errors of Hydra, OmegaConf and YAML, each in one line of ours: file or key, value, rule.
+"""Errors of Hydra, OmegaConf and YAML, each rewritten as one line: file or key, value, rule.
 
-Their own texts name Python types and search paths. What they know is kept: the key, the file it stands in and the
-value; the rule comes from the schema's types.
+The original texts name Python types and search paths. We keep the key, its file and the value; the rule comes from
+the schema's types.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from configs.overrides import unknown_key, unreadable_value
 def explain(
     error: Exception, *, overrides: Sequence[str] = (), groups: Mapping[str, Sequence[str]] | None = None
 ) -> str:
-    """One line for an error met while composing `overrides`. groups: the options of each group."""
+    """One line for an error raised while composing `overrides`. groups: the options of each group."""
     if isinstance(error, yaml.MarkedYAMLError):
         return broken_yaml(error)
     text = re.sub(r"\s+", " ", f"{error} {error.__cause__ or ''}")
@@ -43,7 +43,7 @@ def explain(
 
 
 def _value(key: str, text: str, overrides: Sequence[str]) -> str:
-    """The value that was refused: as it was typed, else as the error quotes it."""
+    """The refused value: as it was typed, else as the error quotes it."""
     typed = {word.partition("=")[0]: word.partition("=")[2] for word in overrides}
     if key in typed:
         return typed[key]

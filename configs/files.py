@@ -1,8 +1,8 @@
-"""YAML files of the user, read so that every value stays what was typed, and every problem is one line with the file.
+"""A user's YAML files, read so that every value stays as typed and every problem is one line with the file.
 
-YAML 1.1 reads 12:00:00 as 43200, 0123 as 83, 1e5 as a number and `on` as true. A text of the schema keeps its
-characters here; other keys take what YAML 1.2 takes, and where the two differ the line is refused. Hydra reads a
-folder of the user through `UserFolder`, a source of its kind; files of this package hold nothing that needs this care.
+YAML 1.1 reads 12:00:00 as 43200, 0123 as 83, 1e5 as a number and `on` as true. Here a text key keeps its characters.
+Other keys accept YAML 1.2 values; a line that the two versions read differently is refused. Hydra reads a user's
+folder through `UserFolder`. Files of this package contain nothing that needs this care.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ LARGEST_FILE = 2**20
 MOST_VALUES = 50_000
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:str")
 NULL = "tag:yaml.org,2002:null"
-# What YAML 1.1 reads as a number or a truth and YAML 1.2 as a text.
+# Values that YAML 1.1 reads as a number or a bool and YAML 1.2 as a text.
 AMBIGUOUS = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|(?i:y|yes|n|no|on|off)")
 
 
 class Loader(yaml.SafeLoader):
-    """The values of YAML 1.2, and 1e-4 as a number."""
+    """Values of YAML 1.2, with 1e-4 as a number."""
 
 
 Loader.yaml_implicit_resolvers = {}
@@ -65,7 +65,7 @@ class UserFolder(FileConfigSource):
         return SCHEME
 
     def is_config(self, config_path: str) -> bool:
-        # Also what cannot be read: `load_config` says why.
+        # Also for files that cannot be read: `load_config` reports why.
         path = Path(self.path) / self._normalize_file_name(config_path)
         return os.path.lexists(path) and not path.is_dir()
 
@@ -84,12 +84,12 @@ class UserFolder(FileConfigSource):
 
 
 def register() -> None:
-    """Make Hydra know the source. May be called again."""
+    """Register the source with Hydra. May be called again."""
     Plugins.instance().register(UserFolder)
 
 
 def read_text(path: Path) -> str:
-    """Raises ConfigError where the file is none that can be read."""
+    """Raises ConfigError if the file cannot be read."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ConfigError(f"{path}: is not a regular file; give a YAML file")
@@ -107,7 +107,7 @@ def read_text(path: Path) -> str:
 
 
 def read_tree(text: str, *, where: str, package: str) -> dict[str, Any]:
-    """The values of a YAML text. where: its name in messages. package: the key that its own keys lie below, or "".
+    """The values of a YAML text. where: its name in messages. package: prefix of its keys, or "".
 
     Raises ConfigError with every problem.
     """
@@ -154,7 +154,7 @@ def _package(header: str | None, group: str) -> str:
 
 
 def _check_size(root: yaml.Node, where: str) -> None:
-    """Aliases may refer to themselves, or multiply: ten lines make a billion values."""
+    """Aliases may refer to themselves, or multiply: ten lines can expand to a billion values."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
@@ -179,7 +179,7 @@ def _children(node: yaml.Node) -> Sequence[yaml.Node]:
 
 
 class _Reader:
-    """Nodes of YAML to values, each by the type of its key."""
+    """Converts YAML nodes to values, each by the type of its key."""
 
     def __init__(self, loader: Loader, where: str) -> None:
         self.loader, self.where = loader, where
@@ -204,7 +204,7 @@ class _Reader:
         return tree
 
     def pairs(self, node: yaml.MappingNode) -> list[tuple[str, yaml.Node]]:
-        # An alias brings a mapping here again, whose merged keys are its own by then.
+        # An alias can revisit a mapping whose merged keys are already its own.
         seen: set[str] = set()
         for key, _ in node.value if id(node) not in self.flat else ():
             if not isinstance(key, yaml.ScalarNode):

@@ -1,6 +1,6 @@
-"""What names of other trainers are called here: `foreign.yaml` holds them, this module reads and looks them up.
+"""Names of other trainers and their counterparts here: `foreign.yaml` holds them, this module looks them up.
 
-An unknown key is answered from the table (`answer`, `absence`), `configs.imports` translates files by it (`look_up`),
+The table answers an unknown key (`answer`, `absence`), `configs.imports` translates files with it (`look_up`),
 and docs/coming-from.md is made from it.
 """
 
@@ -22,7 +22,7 @@ OFF = (None, False, 0, "", "none", "no", "None")
 
 
 class Fate(StrEnum):
-    """What becomes of a field of another trainer's file."""
+    """The fate of a field of another trainer's file."""
 
     translated = "translated"
     harmless = "harmless to drop"
@@ -34,8 +34,8 @@ class Fate(StrEnum):
 class Entry:
     """One line of the table.
 
-    keys: how it is spelt here: key, key=value or group=option. note: what to know about it, or why it is dropped, or
-    what is lost. default: theirs, or ABSENT. values: what each of their values is here, by its text in lower case.
+    keys: our spelling: key, key=value or group=option. note: remark, reason for dropping the field, or what is lost.
+    default: their default, or ABSENT. values: our value for each of theirs, by its text in lower case.
     """
 
     fate: Fate
@@ -48,11 +48,11 @@ class Entry:
 
     @property
     def key(self) -> str | None:
-        """The one key that takes the value as it is."""
+        """The one key that takes the value unchanged."""
         return self.keys[0] if len(self.keys) == 1 and self.keys[0] in schema_keys() else None
 
     def is_off(self, value: Any) -> bool:
-        """Whether a lost field does nothing at this value."""
+        """Whether a lost field has no effect at this value."""
         return any(
             value == each and isinstance(value, bool) is isinstance(each, bool) for each in self.unless
         ) or value in ([], {})
@@ -62,13 +62,13 @@ class Entry:
 def table() -> dict[str, dict[str, Entry]]:
     """The table by trainer: {"training_arguments": {"learning_rate": Entry(...), ...}, ...}."""
     text = (files("configs") / "foreign.yaml").read_text(encoding="utf-8")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one takes a tenth of the time
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader takes a tenth of the time
     tree = yaml.load(text, Loader=loader)
     return {section: {str(name): entry(line) for name, line in names.items()} for section, names in tree.items()}
 
 
 def entry(line: str | dict[str, Any]) -> Entry:
-    """An entry as it is written in the table, or one of its `values` that is a text."""
+    """An entry as written in the table, or one of its `values` that is a text."""
     more: dict[str, Any] = line if isinstance(line, dict) else {"is": line}
     head, _, note = more["is"].partition("; ")
     fate = {"drop": Fate.harmless, "lost": Fate.lost}.get(head, Fate.translated)
@@ -85,7 +85,7 @@ def entry(line: str | dict[str, Any]) -> Entry:
 
 
 def look_up(section: str, name: str) -> Entry | None:
-    """The entry of a field by its name, dots between sections: itself, else the closest pattern that takes it."""
+    """The entry for a field name (dots between sections): the name itself, else the closest matching pattern."""
     names = table()[section]
     if name in names:
         return names[name]
@@ -97,7 +97,7 @@ def look_up(section: str, name: str) -> Entry | None:
 
 @cache
 def _by_name() -> dict[str, Entry]:
-    """Entries by whole name and, where that says enough, by the last part of one. Earlier sections come first."""
+    """Entries by whole name and, where unambiguous, by the last part of a name. Earlier sections come first."""
     own = {key.rpartition(".")[2] for key in schema_keys()} | {key.partition(".")[0] for key in schema_keys()}
     found: dict[str, Entry] = {}
     for names in table().values():
@@ -118,7 +118,7 @@ def _named(key: str) -> Entry | None:
 
 
 def answer(key: str) -> str | None:
-    """How a key of another trainer is spelt here, or None. The whole key is looked up first, then its last part."""
+    """Our spelling of another trainer's key, or None. The whole key is looked up first, then its last part."""
     found = _named(key)
     if found is None or found.fate is not Fate.translated:
         return None
@@ -127,6 +127,6 @@ def answer(key: str) -> str | None:
 
 
 def absence(key: str) -> str | None:
-    """Why there is no key for what another trainer calls so, or None where that is not known."""
+    """Why another trainer's key has no counterpart here, or None if unknown."""
     found = _named(key)
     return found.note if found is not None and found.fate is not Fate.translated else None

@@ -1,8 +1,8 @@
-"""Values that are written as `${...}`: resolved one by one, each failure in one line; what was written is remembered.
+"""Values written as `${...}`: each is resolved on its own, each failure is one line, and the source text is kept.
 
-A text that the environment gives, such as a key or a password, is used but not put on record: `config.yaml` holds
-`${oc.env:NAME}`. The clock is read once, by the door: ranks and restarts, each with a clock of its own, would make
-folders of several names out of one `${now:...}`.
+A text from the environment, such as a key or a password, is used but not recorded: `config.yaml` holds
+`${oc.env:NAME}`. The entry point reads the clock once; ranks and restarts, each with its own clock, would otherwise
+turn one `${now:...}` into several folder names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Path = tuple[str | int, ...]
 
 
 class FromEnvironment(str):
-    """A text with a value from the environment in it. source: how it was written, which is what goes on record."""
+    """A text that contains an environment value. source: the text as written, which is what is recorded."""
 
     source: str = ""
 
@@ -42,9 +42,12 @@ def settle_clock(words: Sequence[str], now: datetime) -> list[str]:
 
 
 class Resolved:
-    """A tree without interpolations. values: the tree. sources: how the texts were written that the environment has a
-    part in. problems: (key, text, line) for each interpolation that fails; its text stays as it is in `values`.
-    others: what the tree may refer to besides itself."""
+    """A tree without interpolations.
+
+    values: the tree.
+    sources: source texts of values from the environment.
+    problems: (key, text, line) for each interpolation that fails; `values` keeps its text.
+    others: further values that the tree may refer to."""
 
     def __init__(self, tree: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         self.sources: dict[Path, str] = {}
@@ -59,8 +62,8 @@ class Resolved:
 
     @cached_property
     def _root(self) -> DictConfig:
-        """Without the schema's types, so that the types are checked by the same rules as for every other value. Most
-        trees hold no interpolation and need none."""
+        """Resolved without the schema's types, so that one set of rules checks every value. Most trees hold no
+        interpolation."""
         return OmegaConf.create(self._whole)
 
     def _walk(self, raw: Any, path: Path) -> Any:
@@ -90,7 +93,7 @@ class Resolved:
 
 
 class _watched_environment:
-    """OmegaConf's `oc.env`, and a call each time it is asked: also through the key that another key refers to."""
+    """OmegaConf's `oc.env`, with a callback each time it is read, also through a key that another key refers to."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self.call = call
@@ -119,7 +122,7 @@ class NotSet(ValueError):
 
 
 def why(error: BaseException, text: str) -> str:
-    """The reason why an interpolation failed, and what to do."""
+    """Why an interpolation failed, and the remedy."""
     if isinstance(error, RecursionError):
         return "refers to itself; give a value"
     if "Recursive interpolation" in str(error):
@@ -157,8 +160,8 @@ def remember(config: Config, sources: Mapping[Path, str]) -> None:
 
 
 def on_record(value: Any) -> Any:
-    """A tree of a config as it may be written down: environment values as their source, other texts escaped, so that
-    whoever resolves the tree again gets the same."""
+    """A tree of a config in the form that is written down. Environment values are given by their source and other texts
+    are escaped, so that resolving the tree again gives the same values."""
     if isinstance(value, dict):
         return {key: on_record(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Every key of the schema with its type, and what a value of it must be: one rule for overrides, YAML and environment.
+"""Every key of the schema with its type, and the rule for its values: one rule for overrides, YAML and environment.
 
-OmegaConf converts more than a person means: 2 and "on" are true to it, and any number is a text. Values are therefore
-checked here before it sees them.
+OmegaConf converts more than a person means: it reads 2 and "on" as true, and any number as a text. So values are
+checked here first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from configs.schema import Config
 
 PRESET_KEY = "model.architecture"
-MISSING = "???"  # OmegaConf's own mark of a value that is to follow
+MISSING = "???"  # OmegaConf's mark of a value that is not set yet
 
 
 @cache
@@ -38,12 +38,12 @@ def _walk(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
 
 @cache
 def _open_keys() -> tuple[str, ...]:
-    """Dictionaries of the schema: their keys are not ours to list, except for those of a preset."""
+    """Open dictionaries of the schema: they accept any key, except for those of a preset."""
     return tuple(name for name, kind in schema_keys().items() if get_origin(kind) is dict and name != PRESET_KEY)
 
 
 def open_key(key: str) -> str | None:
-    """The dictionary of any keys that `key` is, or lies inside."""
+    """The open dictionary that `key` is, or lies inside."""
     return next((name for name in _open_keys() if key == name or key.startswith(f"{name}.")), None)
 
 
@@ -79,7 +79,7 @@ def plain_kind(key: str) -> Any:
 
 
 def value_rule(key: str) -> str | None:
-    """What a value of this key must be, in words, from its type in the schema. None if the key is unknown."""
+    """The rule for this key's values, in words, from its type in the schema. None if the key is unknown."""
     if key not in schema_keys():
         return None
     rule = _describe(plain_kind(key))
@@ -87,8 +87,8 @@ def value_rule(key: str) -> str | None:
 
 
 def broken_rule(key: str, value: Any) -> str | None:
-    """The rule that a value breaks, in words; None where it may stand. value: as read, before any conversion. An
-    interpolation is checked once it is resolved."""
+    """The rule that a value breaks, in words; None if it is allowed. value: as read, before conversion. An
+    interpolation is checked after it is resolved."""
     if isinstance(value, str) and "${" in value:
         return None
     if value == MISSING:
@@ -121,7 +121,7 @@ def broken_text(text: str) -> str | None:
 
 
 def _too_long(text: str) -> str | None:
-    """File systems take no more; what is no path is never that long."""
+    """File systems accept no longer paths."""
     names = text.encode().split(b"/")
     if len(names) > 1000 or max(map(len, names)) > 255 or len(text) > 4000:
         return "is too long; 255 bytes between two slashes, and 4,000 in all, are the most that a path can have"

@@ -4,9 +4,9 @@
 
 is composed from left to right: the defaults of `schema.py`, the group files that `config.yaml` names (here
 with `model/gpt2.yaml` and `parallel/zero2.yaml` chosen), the experiment if one is given, the single keys.
-The same overrides give the same `Config` on every rank: nothing in the YAML asks for the time. Before the
-`Config` is returned every number lies in its range, so that whoever derives from it need not ask again. An adapter
-that is to be gone on from is asked for its settings (`adapter_folder`).
+The same overrides give the same `Config` on every rank: no YAML file asks for the time. Every number is checked against
+its range before the `Config` is returned, so later code need not check again. If the run continues from an adapter,
+`adapter_folder` reads its settings.
 """
 
 from __future__ import annotations
@@ -66,18 +66,18 @@ def load_config(overrides: Sequence[str] = (), *, config_dir: str | None = None)
 
 
 def chosen_options(overrides: Sequence[str] = (), *, config_dir: str | None = None) -> dict[str, str]:
-    """The option that each group ends up with, the last of config.yaml first. Raises ConfigError as `load_config`."""
+    """The chosen option of each group, the last group of config.yaml first. Raises ConfigError as `load_config`."""
     return _compose(overrides, config_dir)[1]
 
 
 def load_chosen(overrides: Sequence[str] = (), *, config_dir: str | None = None) -> tuple[Config, dict[str, str]]:
-    """Both of them, composed once."""
+    """Config and options, composed once."""
     return _compose(overrides, config_dir)
 
 
 @cache
 def usual() -> tuple[Config, dict[str, str]]:
-    """The configuration without any override, and its options. To be read only."""
+    """The configuration without overrides, and its options. Read-only."""
     return _compose((), None)
 
 
@@ -109,7 +109,7 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _choices(parser: OverridesParser, word: str) -> list[str]:
-    """The overrides that one of a sweep stands for: itself, unless it lists several values."""
+    """The overrides that one override of a sweep stands for: itself, unless it lists several values."""
     key, equals, text = word.partition("=")
     if not equals:
         return [word]
@@ -128,14 +128,14 @@ def _choices(parser: OverridesParser, word: str) -> list[str]:
     if not values:
         raise ConfigError(f"{word}: stands for no value; write {key}=1,2,3, or a range or pattern that holds some")
     if key in schema_keys() and plain_kind(key) is str and isinstance(value, ChoiceSweep) and value.simple_form:
-        # A text keeps its characters: 1e5 is not 100000.0, unless a comma stands inside of quotes.
+        # A text keeps its characters: 1e5 is not 100000.0, unless a comma stands inside quotes.
         typed = [each.strip() for each in text.split(",")]
         values = typed if len(typed) == len(values) else values
     return [f"{key}={each}" for each in values]
 
 
 def _length(values: RangeSweep) -> float:
-    """How many values there are, more or less. Raises ValueError or ArithmeticError where nobody could say."""
+    """The approximate number of values. Raises ValueError or ArithmeticError if it cannot be counted."""
     start, stop, step = (Fraction(str(each)) for each in (values.start, values.stop, values.step))
     return float((stop - start) / step)
 
@@ -148,7 +148,7 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, 
     if problems:
         raise ConfigError(*problems)
     overrides = _without_null(overrides)
-    # Hydra asks for a + where a key is new; in the open dictionaries of the schema none is needed.
+    # Hydra needs a + for a new key; the open dictionaries of the schema need none.
     words = [f"++{word}" if is_open(word.partition("=")[0]) else as_typed(word) for word in overrides]
     found = sections.composed(words)
     if found is None:
@@ -164,7 +164,7 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, 
 
 
 def _without_null(overrides: Sequence[str]) -> Sequence[str]:
-    """The overrides without `experiment=null` and the experiments before it: Hydra takes no null on a command line."""
+    """The overrides without `experiment=null` and earlier experiments: Hydra accepts no null on a command line."""
     chosen = [word for word in overrides if word.startswith("experiment=")]
     return [word for word in overrides if word not in chosen] if chosen[-1:] == ["experiment=null"] else overrides
 
@@ -191,8 +191,8 @@ def _ranged(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def from_hydra(composed: DictConfig) -> Config:
-    """What an application of Hydra composed of our tree; keys next to ours are the application's, to which ours may
-    refer.
+    """Takes the tree that a Hydra application composed. Keys next to ours belong to the application, and ours may refer
+    to them.
 
     Raises ConfigError with every problem, also for the time in a value where each of several ranks would read its own.
     """
@@ -207,7 +207,7 @@ def from_hydra(composed: DictConfig) -> Config:
 
 
 def _timed(value: Any, key: str) -> Iterator[str]:
-    """key=value of each text with the time in it."""
+    """key=value of each text that contains the time."""
     if isinstance(value, dict):
         for name, each in cast(dict[str, Any], value).items():
             yield from _timed(each, f"{key}.{name}" if key else name)
@@ -219,14 +219,14 @@ def _timed(value: Any, key: str) -> Iterator[str]:
 
 
 def _endless(folders: Sequence[Path], overrides: Sequence[str]) -> str:
-    """For a recursion that only a file of the user can begin, or brackets in an override."""
+    """For a recursion that a user's file, or brackets in an override, can cause."""
     named = [file for folder in folders for word in overrides for file in folder.glob(f"{word.replace('=', '/')}.yaml")]
     where = f"{named[0]}" if named else " ".join(overrides)
     return f"{where}: a defaults list leads back to a file that names it; take that entry out"
 
 
 def _check_names(chosen: Mapping[str, str], folders: Sequence[Path]) -> None:
-    """Raises ConfigError for a file of the user that is hidden by one of ours."""
+    """Raises ConfigError for a user's file that one of ours would hide."""
     ours = sections.own_folder()
     for folder in folders:
         for group, option in chosen.items():
@@ -237,8 +237,8 @@ def _check_names(chosen: Mapping[str, str], folders: Sequence[Path]) -> None:
 
 @contextmanager
 def _hydra() -> Generator[None, None, None]:
-    """Hydra's global state with our package as the primary source and our schema known, put back at the end: it may be
-    that of an application of Hydra which calls us."""
+    """Hydra's global state with our package as the primary source and our schema registered. It is restored at the end,
+    because it may belong to a Hydra application that calls us."""
     known = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     introduce()
@@ -251,7 +251,7 @@ def _hydra() -> Generator[None, None, None]:
 
 @cache
 def introduce() -> None:
-    """Make our schema and the folders of users known to Hydra, which keeps both."""
+    """Register our schema and the users' folders with Hydra, which keeps both."""
     ConfigStore.instance().store(name="schema", node=Config)
     user_files.register()
 
@@ -266,9 +266,11 @@ def _user_folder(config_dir: str | None) -> list[Path]:
 
 
 def to_config(tree: Mapping[str, Any], *, tolerant: bool = False, others: Mapping[str, Any] | None = None) -> Config:
-    """Resolve a tree, check it against the schema and make it plain dataclasses. tolerant: an interpolation that cannot
-    be resolved stays as it is. others: sections that are not of the schema, to which the tree may refer. Raises
-    ConfigError with every problem."""
+    """Resolve a tree, check it against the schema and make it plain dataclasses.
+
+    tolerant: keep an interpolation that cannot be resolved.
+    others: sections outside the schema to which the tree may refer.
+    Raises ConfigError with every problem."""
     resolved = Resolved(tree, others or {})
     problems = [f"{key}={text}: {reason}" for key, text, reason in resolved.problems]
     failed = {key for key, _, _ in resolved.problems}
@@ -300,7 +302,7 @@ def _look_up(tree: Any, key: str) -> Any:
 
 
 def record(config: Config) -> dict[str, Any]:
-    """The configuration as it is written down and shown: texts that the environment gave as `${oc.env:NAME}`."""
+    """The configuration as written and shown: environment values appear as `${oc.env:NAME}`."""
     return on_record(dataclasses.asdict(config))
 
 
@@ -310,6 +312,6 @@ def to_yaml(config: Config) -> str:
 
 
 def from_yaml(text: str, *, where: str = "config.yaml") -> Config:
-    """Read what `to_yaml` wrote; a text of an environment that is not here stays as it is written. Raises ConfigError
+    """Read the output of `to_yaml`; an environment value that is not set here keeps its source text. Raises ConfigError
     on unknown keys and wrong types."""
     return to_config(user_files.read_tree(text, where=where, package=""), tolerant=True)

@@ -1,8 +1,8 @@
-"""Standard output and standard error that never decide about a program.
+"""Standard output and standard error whose failures never end a program.
 
-A reader that leaves (`| head`), a terminal that is closed and a full disk behind `> log` make each write fail, here and
-once more when Python flushes at its exit (exit code 120). What a run computes is in its folder, so its output is
-dropped and it goes on. Doors whose output is the product end with `delivered`, which tells.
+Writes fail when the reader leaves (`| head`), the terminal is closed or the disk behind `> log` is full; Python then
+fails once more when it flushes at exit (exit code 120). The results are in the run's folder, so the output is dropped
+and the run continues. Entry points whose output is the product end with `delivered`, which reports the loss.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _failed: dict[int, OSError] = {}
 
 
 class _Raw(io.FileIO):
-    """A file descriptor whose writes always succeed. It is tried again each time: a disk may have room later."""
+    """A file descriptor whose writes always succeed. Each write is tried: a disk may have room later."""
 
     def write(self, data: Any, /) -> int:
         left = memoryview(data).cast("B")
         try:
             while left:
                 written = super().write(left)
-                if written is None:  # another process has made the terminal or pipe non-blocking
+                if written is None:  # another process made the terminal or pipe non-blocking
                     select.select([], [self], [])
                 left = left[written or 0 :]
         except OSError as error:
@@ -43,7 +43,7 @@ def guard_output() -> None:
     """Let no write to this process's standard output and error raise. A second call does nothing."""
     for descriptor, name in STREAMS.items():
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started this process: the next file to be opened must not take its place
+        if stream is None:  # already closed at the start: the next file to be opened must not take its number
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif type(stream) is io.TextIOWrapper and _is_plain(stream, descriptor):
             stream.flush()
@@ -59,16 +59,16 @@ def guard_output() -> None:
 
 
 def announce(what: str, until: Callable[[], bool] | None = None) -> None:
-    """Say which part of the preparation begins: one line, of rank 0, and on a terminal its seconds below. stderr is for
-    what is wrong. until: see `waiting.show`."""
+    """Print which part of the preparation begins: one line, by rank 0; a terminal shows the seconds below it. stderr is
+    for errors. until: see `waiting.show`."""
     if os.environ.get("RANK", "0") == "0":
         print(f"preparing  {what}", flush=True)
         waiting.show(SECONDS_BELOW, until=until)
 
 
 def delivered(code: int) -> int:
-    """The exit code of a door whose standard output is its product: not 0 where some of it was lost for another reason
-    than that nobody reads on."""
+    """Exit code of an entry point whose standard output is its product: nonzero if output was lost for any reason other
+    than a reader that left."""
     if sys.stdout is not None:
         sys.stdout.flush()
     error = _failed.get(1)
@@ -79,6 +79,6 @@ def delivered(code: int) -> int:
 
 
 def _is_plain(stream: io.TextIOWrapper, descriptor: int) -> bool:
-    """Whether this is the stream that Python opened, and not one that a test or a notebook put in its place."""
+    """Whether this is the stream that Python opened, not a replacement by a test or a notebook."""
     raw = getattr(stream.buffer, "raw", stream.buffer)
     return type(raw) is io.FileIO and raw.fileno() == descriptor

@@ -1,8 +1,8 @@
 """The overrides of a command line, checked one by one before Hydra composes them.
 
-Hydra takes an unknown key with `+`, an unknown experiment without a word, and answers the rest with a page about its
-search path. Here every override is looked up in the schema and in the groups' folders, its value is held against the
-key's type, and each problem is one line: key, value, what is allowed.
+Hydra accepts an unknown key with `+` and silently accepts an unknown experiment; other mistakes get a page about its
+search path. Here every override is looked up in the schema and in the groups' folders, and its value is checked against
+the key's type. Each problem is one line: key, value, allowed values.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MOST_RUNS = 1_000
 
 
 def check_overrides(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """One line for each override that cannot be meant. groups: the options of each group, by its name."""
+    """One line for each invalid override. groups: the options of each group, by its name."""
     return [problem for word in words if (problem := _check_word(word, groups)) is not None]
 
 
 def settled(words: Sequence[str]) -> list[str]:
-    """The overrides without the `+` and `++` that Hydra's users write where there is nothing to add: `++` before a key
-    that exists, either before one of an open dictionary."""
+    """The overrides without the `+` and `++` that Hydra's users write where nothing is added: `++` before an existing
+    key, either before a key of an open dictionary."""
     return [_settled(word) for word in words]
 
 
@@ -47,17 +47,17 @@ def _settled(word: str) -> str:
 
 
 def as_typed(word: str) -> str:
-    """The same override; a text key whose value reads as a number, as true or as a date keeps its characters."""
+    """The same override; a text key keeps its characters if the value reads as a number, a bool or a date."""
     key, _, text = word.partition("=")
     if key not in schema_keys() or plain_kind(key) is not str:
         return word
     value = parse(word).value()
-    # null is none of them: it leaves the key out.
+    # null is not quoted: it unsets the key.
     return f"{key}={quote_value(text.strip())}" if isinstance(value, (bool, int, float)) else word
 
 
 def quote_value(text: str) -> str:
-    """A text as an override's value, whatever characters it holds."""
+    """Quotes a text as an override's value, whatever characters it holds."""
     if re.fullmatch(r"[A-Za-z0-9_.-]*/[A-Za-z0-9_./-]*", text):
         return text
     escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
@@ -89,7 +89,7 @@ def _check_option(group: str, value: str, options: Sequence[str]) -> str | None:
 def _check_value(key: str, word: str) -> str | None:
     try:
         override = parse(word)
-    # Thousands of digits, and brackets a thousand deep, are more than int() and the parser take.
+    # int() and the parser do not accept thousands of digits, or brackets a thousand deep.
     except (HydraException, ValueError, RecursionError):
         return unreadable_value(word)
     if override.is_sweep_override():
@@ -106,7 +106,7 @@ def _check_value(key: str, word: str) -> str | None:
 
 
 def _all_texts(override: Override) -> bool:
-    """Whether each element of a list or dictionary is a text as it was typed."""
+    """Whether each element of a list or dictionary was typed as a text."""
     values = override._value  # pyright: ignore[reportPrivateUsage]  # .value() has dropped the quotes
     elements = list(values.values()) if isinstance(values, dict) else values if isinstance(values, list) else []
     return all(isinstance(each, (str, QuotedString, list, dict)) for each in elements)
@@ -114,13 +114,13 @@ def _all_texts(override: Override) -> bool:
 
 @lru_cache(256)
 def parse(word: str) -> Override:
-    """An override by Hydra's grammar. Raises HydraException, ValueError or RecursionError for what it does not take."""
+    """Parse an override by Hydra's grammar. Raises HydraException, ValueError or RecursionError if it is invalid."""
     return OverridesParser.create().parse_override(word)
 
 
 def unreadable_value(word: str, *, sweep: bool = False) -> str:
-    """For an override that Hydra's grammar refuses, or takes for the choices of a sweep where one value is wanted.
-    sweep: whether choices are wanted."""
+    """For an override that Hydra's grammar refuses, or reads as a sweep's choices where one value is wanted. sweep:
+    whether choices are wanted."""
     word = word.lstrip("+")
     key, _, value = word.partition("=")
     if "," in value and not value.startswith(("[", "{", "(")):
@@ -132,12 +132,12 @@ def unreadable_value(word: str, *, sweep: bool = False) -> str:
 
 
 def too_many(words: Sequence[str]) -> str:
-    """For overrides of a sweep that together stand for more runs than anybody means."""
+    """For overrides of a sweep that multiply to an absurd number of runs."""
     return f"{' '.join(words)}: more than {MOST_RUNS:,} runs; name fewer values, or make several sweeps"
 
 
 def interval(word: str) -> str:
-    """For a range without steps, which one of Hydra's other sweepers would search."""
+    """For a range without steps, which only other Hydra sweepers can search."""
     key = word.partition("=")[0]
     return (
         f"{word}: an interval needs a sweeper that searches it, Optuna's or Ax', and a sweep (-m) here runs every"
@@ -146,7 +146,7 @@ def interval(word: str) -> str:
 
 
 def unknown_key(key: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """Why there is no such key, and which one was probably meant."""
+    """Why the key does not exist, and which key was probably meant."""
     if f"{key}.".startswith(f"{PRESET_KEY}."):
         name = key.removeprefix(PRESET_KEY)
         return f"these are the preset's published dimensions; set model.config{name}"
@@ -168,7 +168,7 @@ def unknown_key(key: str, groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def _closest(key: str, name: str, siblings: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str | None:
-    """The key that was probably meant: a sibling spelt alike, the same name elsewhere, or anything spelt alike."""
+    """The key that was probably meant: a similar sibling, the same name in another section, or any similar key."""
     nearby = get_close_matches(key, siblings, n=1, cutoff=0.8)
     same_name = [other for other in schema_keys() if other.rpartition(".")[2] == name]
     anywhere = get_close_matches(key, [*schema_keys(), *groups], n=1, cutoff=0.8)

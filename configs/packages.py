@@ -6,7 +6,7 @@ from importlib import metadata
 
 
 def installed(package: str) -> str | None:
-    """None where it is not installed."""
+    """None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
 """The range of every number in the schema. `load` checks them before anything is derived from a number.
 
-A range says what the arithmetic, the allocator and the launchers can take, and catches typing errors by orders of
-magnitude. What numbers mean together is the business of `trainer.rules`. NaN lies in no range.
+A range covers what the arithmetic, the allocator and the launchers accept, and catches typing errors by orders of
+magnitude. `trainer.rules` checks combinations of numbers. NaN lies in no range.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Range:
         return low and (value < self.most if self.below else value <= self.most)
 
     def rule(self, value: float) -> str:
-        """What a number outside of the range must be. It names the nearer bound where one is in sight."""
+        """The rule for a number outside the range. It names the nearer bound if one is close."""
         least = f"greater than {self.least:g}" if self.above else f"{self.least:g} or more"
         most = f"less than {_show(self.most)}" if self.below else f"{_show(self.most)} or less"
         if self.most <= 3:
@@ -159,7 +159,7 @@ RANGES: Mapping[str, Range] = {
 
 
 def check_ranges(config: Config) -> Iterator[str]:
-    """One line for each number, or list of numbers, that is outside of its range: key, value, range."""
+    """One line for each number, or list of numbers, outside its range: key, value, range."""
     for key in schema_keys():
         value = value_at(config, key)
         if (rule := broken_range(key, value)) is not None:
@@ -167,7 +167,7 @@ def check_ranges(config: Config) -> Iterator[str]:
 
 
 def broken_range(key: str, value: Any) -> str | None:
-    """The range that a number, or one of a list of numbers, is outside of, in words. None where it may stand."""
+    """The range that a number, or an element of a list, violates, in words. None if it is allowed."""
     if key not in RANGES:
         return None
     numbers = value if isinstance(value, list) else [] if value is None else [value]

@@ -1,10 +1,10 @@
 """Every key of the configuration: its type, its default, its meaning.
 
-The YAML files in this folder state only choices and differences; a default stands here and nowhere else: in
+The YAML files in this folder contain only choices and differences. Each default stands in one place: in
 `configs.schema_data` for `data`, in `configs.schema_train` for `optimizer`, `scheduler`, `train` and `checkpoint`, in
-`configs.schema_cluster` for `cluster` and `launcher`, and below for the rest. The schema checks names and types.
-Whether the values make sense together is the plan's business (`trainer.plan.plan`), which is also the only place that
-derives numbers from them.
+`configs.schema_cluster` for `cluster` and `launcher`, and below for the rest. The schema checks names and types. The
+plan (`trainer.plan.plan`) checks whether the values make sense together, and is the only place that derives numbers
+from them.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Model:
     path: str | None = None
     """A local folder or a hub id. Its config.json is the architecture; `config` below overrides it."""
     target: str | None = None
-    """The path of a class of your own, package.module.Class, that is the model (docs/python.md); `config` below has the
-    fields of its config."""
+    """Path of your own model class, package.module.Class (docs/python.md); `config` below holds the fields of its
+    config."""
     weights: Weights = Weights.random
     """`random`: initialised from `train.seed`. `pretrained`: read from `path`."""
     missing_weights: MissingWeights = MissingWeights.refuse
-    """`pretrained`: tensors of the model that `path` does not hold. `random`: drawn from `train.seed`."""
+    """Tensors of the model that `path` does not hold. `refuse`: an error. `random`: drawn from `train.seed`."""
     resize_vocabulary: bool = False
-    """Add rows to a pretrained embedding and head for tokens that the tokenizer has and the model has not."""
+    """Add rows to a pretrained embedding and head for tokens of the tokenizer that the model does not have."""
     attention: Attention = Attention.auto
     """Attention kernel; `auto` lets transformers choose what the architecture supports (`sdpa` nearly always)."""
     architecture: dict[str, Any] = field(default_factory=dict)
@@ -55,8 +55,8 @@ class Model:
     config: dict[str, Any] = field(default_factory=dict)
     """Any field of the Hugging Face config, over `architecture` or `path`: `model.config.num_hidden_layers=4`."""
     text_only: bool = False
-    """Of a model that reads images or sound as well, build and train the language model alone: every layout can cut it.
-    False: the whole model as transformers builds it; what is not of the text gets no gradient."""
+    """For a model that also reads images or sound: build and train only its language model, which every layout can
+    split. False: the whole model as transformers builds it; parts that do not process text get no gradient."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
@@ -67,19 +67,19 @@ class Model:
 class Pipeline:
     schedule: str = "1f1b"
     """gpipe, 1f1b, interleaved_1f1b, looped_bfs, interleaved_zero_bubble, zbv_zero_bubble or dualpipev. The
-    micro-batches of a step, `train.gradient_accumulation_steps`, are what flows through the stages."""
+    micro-batches of a step, `train.gradient_accumulation_steps`, flow through the stages."""
     stages_per_rank: int | None = None
-    """Stages that each rank holds; null: what the schedule asks for (1, or 2 for interleaved and V-shaped ones)."""
+    """Number of stages per rank; null: the schedule's default (1, or 2 for interleaved and V-shaped schedules)."""
     split: list[int] | None = None
-    """Decoder layers of each stage, in order; null: balanced by counted work."""
+    """Number of decoder layers in each stage, in order; null: balanced by counted work."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Offload:
     optimizer: OffloadDevice = OffloadDevice.none
-    """Where optimizer states and master weights live instead of the GPU. `cpu`: ZeRO 1-3; `nvme`: ZeRO 3."""
+    """Device for optimizer states and master weights, instead of the GPU. `cpu`: ZeRO 1-3; `nvme`: ZeRO 3."""
     parameters: OffloadDevice = OffloadDevice.none
-    """Where partitioned parameters live instead of the GPU. ZeRO 3 only."""
+    """Device for partitioned parameters, instead of the GPU. ZeRO 3 only."""
     nvme_path: str | None = None
     """Folder on a local NVMe disk; needed by either `nvme`."""
     pin_memory: bool = True
@@ -88,14 +88,14 @@ class Offload:
 
 @dataclass(kw_only=True, slots=True)
 class Aio:
-    """Reads and writes of the disk under DeepSpeed, with states on NVMe."""
+    """DeepSpeed's disk I/O, for states on NVMe."""
 
     block_size: int | None = None
-    """Bytes of one request. Tensors whose part on a rank is smaller than this stay in memory."""
+    """Bytes per request. Tensors whose share on a rank is smaller stay in memory."""
     queue_depth: int | None = None
-    """Requests that wait at the disk at a time."""
+    """Maximum number of requests that are queued at the disk."""
     intra_op_parallelism: int | None = None
-    """Threads of one read or write."""
+    """Threads per read or write."""
     single_submit: bool | None = None
     """Submit requests one by one instead of together."""
     overlap_events: bool | None = None
@@ -104,58 +104,57 @@ class Aio:
 
 @dataclass(kw_only=True, slots=True)
 class DeepSpeed:
-    """DeepSpeed's own settings under its own names, sizes in elements. Null: computed from the model
-    (docs/zero-and-fsdp.md), or DeepSpeed's usual value. The estimate of memory follows them."""
+    """DeepSpeed's own settings under its own names; sizes in elements. Null: computed from the model
+    (docs/zero-and-fsdp.md), or DeepSpeed's default. The memory estimate follows them."""
 
     reduce_bucket_size: int | None = None
-    """Gradients that cross ranks at a time: a buffer of this size."""
+    """Size of the gradient buffer, which is reduced as a whole."""
     allgather_bucket_size: int | None = None
-    """Stages 1, 2: updated parameters that are gathered at a time."""
+    """Stages 1, 2: size of the buffer in which updated parameters are gathered."""
     overlap_comm: bool | None = None
-    """Reduce gradients while the backward goes on. Stages 1, 2: with a second bucket; stage 3 does so unless false."""
+    """Overlap gradient reduction with the backward. Stages 1, 2: adds a second bucket; stage 3: default true."""
     contiguous_gradients: bool | None = None
-    """Stages 1, 2: copy gradients into one buffer as they come."""
+    """Stages 1, 2: copy gradients into one buffer as they are produced."""
     reduce_scatter: bool | None = None
-    """Send a gradient to the ranks that keep it alone; false: all ranks get all of it."""
+    """Send each gradient only to the rank that keeps it; false: send all of it to all ranks."""
     sub_group_size: int | None = None
-    """Stage 3: parameters of a rank that are updated at a time."""
+    """Stage 3: number of a rank's parameters that one optimizer step updates together."""
     stage3_prefetch_bucket_size: int | None = None
-    """Stage 3: parameters that are gathered ahead of their use."""
+    """Stage 3: size of the parameters that are gathered ahead of their use."""
     stage3_param_persistence_threshold: int | None = None
-    """Stage 3: parameters of at most this size stay whole on every rank."""
+    """Stage 3: parameters of at most this size stay unpartitioned on every rank."""
     stage3_model_persistence_threshold: int | None = None
-    """Stage 3: parameters that stay whole, all in all, at most."""
+    """Stage 3: maximum total size of unpartitioned parameters."""
     stage3_max_live_parameters: int | None = None
-    """Stage 3: parameters that are gathered at a time, at most; nothing is gathered ahead beyond it."""
+    """Stage 3: maximum size of gathered parameters; prefetching stops at this limit."""
     stage3_max_reuse_distance: int | None = None
     """Stage 3: a parameter that is used again within this many elements stays gathered."""
     stage3_use_all_reduce_for_fetch_params: bool | None = None
-    """Stage 3: gather by an all-reduce of zeros and parts, which copies less on the host and sends twice as much."""
+    """Stage 3: gather with an all-reduce of zero-padded shards: fewer copies on the host, twice the traffic."""
     stage3_allgather_sequential: bool | None = None
-    """Stage 3: gather each parameter by itself, without a common buffer and nothing ahead."""
+    """Stage 3: gather each parameter on its own, without a common buffer and without prefetching."""
     zero_hpz_partition_size: int | None = None
-    """Stage 3 (hpZ of ZeRO++): ranks that share a second copy of the parameters, usually those of a node. It is made
-    in the forward, and the backward gathers from it."""
+    """Stage 3 (hpZ of ZeRO++): number of ranks, usually those of a node, that share a second copy of the parameters.
+    The forward creates the copy, and the backward gathers from it."""
     grad_accum_dtype: DType | None = None
-    """Stage 3: dtype in which gradients add up over micro-batches. Null: precision.master_dtype. That of the parameters
-    (DeepSpeed's usual one) takes 2 bytes less for each and rounds every sum."""
+    """Stage 3: dtype in which gradients are accumulated over micro-batches. Null: precision.master_dtype. The
+    parameters' dtype (DeepSpeed's default) saves 2 bytes per parameter and rounds every sum."""
     aio: Aio = field(default_factory=Aio)
     comms_logger: bool = False
-    """Time every message, each of which then waits for the device, and log at the end how many there were of each kind
-    and size."""
+    """Time every message and log the counts by kind and size at the end. Each timed message waits for the device."""
 
 
 @dataclass(kw_only=True, slots=True)
 class FSDP:
-    """Settings of FSDP2 (`dp_shard` with engine torch). The estimate of memory follows them."""
+    """Settings of FSDP2 (`dp_shard` with engine torch). The memory estimate follows them."""
 
     reshard_size: int | None = None
-    """Ranks, usually those of a node, over which a layer's parameters stay sharded between its forward and its
-    backward, which then gathers them from these alone. Null: over all."""
+    """Number of ranks, usually those of a node, over which a layer's parameters stay sharded between its forward and
+    its backward; the backward gathers from these ranks only. Null: all ranks."""
     forward_prefetch: int | None = None
-    """Layers that are gathered ahead in the forward. Null: one while the layer before computes, as FSDP2 does it."""
+    """Number of layers that the forward prefetches. Null: one, during the layer before it (FSDP2's default)."""
     backward_prefetch: int | None = None
-    """Layers that are gathered ahead in the backward. Null: one."""
+    """Number of layers that the backward prefetches. Null: one."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -165,30 +164,30 @@ class Parallel:
     engine: EngineName = EngineName.torch
     """Who owns the step: `torch` (native parallelism) or `deepspeed` (ZeRO)."""
     dp_replicate: int | None = 1
-    """Data-parallel ranks that hold full copies; null: as many as the world leaves."""
+    """Number of data-parallel ranks that hold full copies; null: the remaining ranks."""
     dp_shard: int | None = 1
-    """Data-parallel ranks that partition states among themselves; null: as many as the world leaves."""
+    """Number of data-parallel ranks that shard states among themselves; null: the remaining ranks."""
     tp: int = 1
-    """Ranks that split each layer's matrices among themselves."""
+    """Tensor-parallel degree: number of ranks that split each layer's matrices."""
     cp: int = 1
-    """Ranks that split each sequence among themselves."""
+    """Context-parallel degree: number of ranks that split each sequence."""
     pp: int = 1
-    """Ranks that split the stack of layers among themselves."""
+    """Pipeline-parallel degree: number of ranks that split the stack of layers."""
     ep: int | None = 1
-    """Of the ranks of dp_shard * cp * tp: how many split the experts of each layer among themselves; null: all."""
+    """Expert-parallel degree: number of ranks out of dp_shard * cp * tp that split each layer's experts; null: all."""
     tensor_plan: dict[str, str] = field(default_factory=dict)
-    """With `tp`: how modules are cut, laid over the architecture's own plan:
+    """With `tp`: overrides of the architecture's own plan, by module:
     `'parallel.tensor_plan={model.layers.*.mlp.up_proj: colwise}'`."""
     context_method: ContextMethod = ContextMethod.ulysses
     """With `cp`: `ulysses` exchanges heads for tokens around attention, `gather` collects all keys and values."""
     sequence_parallel: bool = False
     """With `tp`: norms and residuals hold only 1 / tp of the sequence."""
     reshard_after_forward: bool | None = None
-    """With `dp_shard` and engine torch. True: parameters are gathered again for the backward (as ZeRO 3); false:
-    they stay gathered until the end of the backward (as ZeRO 2), or of the step under a pipeline.
-    Null: false under a pipeline, else true."""
+    """With `dp_shard` and engine torch. True: gather parameters again for the backward (like ZeRO 3). False: keep them
+    gathered until the end of the backward (like ZeRO 2), or of the step under a pipeline. Null: false under a
+    pipeline, else true."""
     zero_stage: int = 0
-    """Engine deepspeed: what data-parallel ranks partition. 1: optimizer states; 2: + gradients; 3: + parameters."""
+    """Engine deepspeed: states that ranks partition. 1: optimizer states; 2: also gradients; 3: also parameters."""
     pipeline: Pipeline = field(default_factory=Pipeline)
     offload: Offload = field(default_factory=Offload)
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
@@ -198,16 +197,16 @@ class Parallel:
 @dataclass(kw_only=True, slots=True)
 class Float8:
     recipe: Recipe = Recipe.none
-    """Matmuls of linear layers in 8 bits. `tensorwise`: one scale for a tensor; `rowwise`: one for each row;
-    `rowwise_with_gw_hp`: the same, and the weights' gradients are computed in `param_dtype`; `mxfp8`: one for each 32
-    values (Blackwell). `none`: in `param_dtype`."""
+    """8-bit matmuls in linear layers. `tensorwise`: one scale per tensor; `rowwise`: one per row; `rowwise_with_gw_hp`:
+    one per row, with weight gradients in `param_dtype`; `mxfp8`: one per 32 values (Blackwell). `none`: matmuls in
+    `param_dtype`."""
     head: bool = False
-    """Convert the head as well, whose logits are the most sensitive product."""
+    """Convert the head as well. Its logits are the most sensitive matmul."""
     exclude: list[str] = field(default_factory=list)
-    """Names of linear layers that stay in `param_dtype`, or their last parts: [down_proj]. Each must match."""
+    """Linear layers that stay in `param_dtype`, by name or last part of it: [down_proj]. Each must match."""
     all_gather: bool | None = None
-    """`tensorwise`, where FSDP2 holds the parameters: cast to float8 before they are gathered, which halves the bytes.
-    Null: wherever that is possible."""
+    """`tensorwise` with FSDP2: cast parameters to float8 before they are gathered, which halves the bytes. Null:
+    wherever that is possible."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -215,15 +214,15 @@ class Precision:
     preset: str = "fp32"
     """Label of the chosen precision, used in the names of runs."""
     param_dtype: DType = DType.float32
-    """Forward and backward compute in it."""
+    """Dtype of the forward and backward computation."""
     reduce_dtype: DType = DType.float32
-    """Gradients cross between ranks in it."""
+    """Dtype of gradients in collectives between ranks."""
     master_dtype: DType = DType.float32
-    """The optimizer's copy of the parameters, and its states."""
+    """Dtype of the optimizer's copy of the parameters, and of its states."""
     tf32: bool = False
     """On NVIDIA GPUs since Ampere: float32 matmuls in TF32 (10-bit mantissa)."""
     loss_scale: float | None = None
-    """float16 only. Null: dynamic; a number: that constant scale."""
+    """float16 only. Null: dynamic loss scale; a number: constant scale."""
     loss_scale_init: float = 65536.0
     """Dynamic loss scale before the first step. A power of two."""
     loss_scale_window: int = 1000
@@ -234,57 +233,57 @@ class Precision:
 @dataclass(kw_only=True, slots=True)
 class Tuning:
     method: TuningMethod = TuningMethod.full
-    """`full`: every parameter is trained. `lora`: adapters beside the linear layers are, the model is frozen.
-    `qlora`: the same, the frozen linear layers in 4 bits. `ia3`: factors of keys, values and the MLP's features.
-    `adapter`: two thin matrices behind the MLP of every layer. `prompt`, `p_tuning`, `prefix`: virtual tokens before
-    the text, as embeddings, through an encoder, as keys and values of every layer."""
+    """`full`: train every parameter. `lora`: train adapters next to the linear layers of a frozen model. `qlora`: the
+    same, with the frozen linear layers in 4 bits. `ia3`: train factors of keys, values and the MLP's features.
+    `adapter`: train two thin matrices behind the MLP of every layer. `prompt`, `p_tuning`, `prefix`: train virtual
+    tokens before the text, as embeddings, through an encoder, or as keys and values of every layer."""
     rank: int = 16
-    """Adapters: rows of an adapter's first matrix, columns of its second."""
+    """Adapters: rank of the low-rank matrices."""
     alpha: float = 32.0
-    """Adapters: what an adapter adds is multiplied by alpha / rank."""
+    """Adapters: the adapter's output is scaled by alpha / rank."""
     rslora: bool = False
-    """Adapters: multiplied by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly."""
+    """Adapters: scale by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly."""
     dora: bool = False
-    """Adapters: a trained length for each row of a matrix too; the adapter then changes the row's direction."""
+    """Adapters: also train a magnitude for each row of a matrix; the adapter then changes only the row's direction."""
     init: AdapterInit = AdapterInit.kaiming
-    """Adapters: their first values. `kaiming`, `gaussian`: the first matrix random, the second 0. `pissa` (largest
-    singular values), `olora` (QR): the adapter begins as a part of the frozen matrix, which keeps the rest."""
+    """Adapters: initial values. `kaiming`, `gaussian`: the first matrix is random, the second 0. `pissa` (largest
+    singular values), `olora` (QR): the adapter begins as part of the frozen matrix, which keeps the rest."""
     dropout: float = 0.0
-    """Adapters: part of an adapter's inputs that is dropped in training."""
+    """Adapters: dropout probability of an adapter's inputs."""
     target_modules: list[str] = field(default_factory=list)
-    """Adapters: names of what gets one, or their last parts: linear layers [q_proj, v_proj], or stacked experts
-    [experts.down_proj]; each must match. An entry with one of *+?()[]|\\^$ is a regular expression for whole names.
-    Empty, or all-linear: all linear layers of the decoder layers but routers."""
+    """Adapters: modules to adapt, by name or last part of it: linear layers [q_proj, v_proj], or stacked experts
+    [experts.down_proj]; each must match. An entry with one of *+?()[]|\\^$ is a regular expression for full names.
+    Empty, or all-linear: all linear layers of the decoder layers except routers."""
     layers: list[int] = field(default_factory=list)
-    """Adapters: numbers of the decoder layers that get some, from 0; empty: all."""
+    """Adapters: indices of the decoder layers to adapt, from 0; empty: all."""
     modules_to_save: list[str] = field(default_factory=list)
-    """Adapters: names of modules, or their last parts, that are trained whole as well [lm_head, norm]."""
+    """Adapters: modules, by name or last part of it, that are fully trained as well [lm_head, norm]."""
     bottleneck: int = 64
-    """`adapter`: features between its two matrices."""
+    """`adapter`: number of features between the two matrices."""
     after_attention: bool = False
-    """`adapter`: one behind the attention of every layer too, as Houlsby et al. have it; false: as Pfeiffer et al."""
+    """`adapter`: add one behind every attention too, as in Houlsby et al.; false: as in Pfeiffer et al."""
     virtual_tokens: int = 20
-    """`prompt`, `p_tuning`, `prefix`: how many tokens are put before the text; no loss is taken of them."""
+    """`prompt`, `p_tuning`, `prefix`: number of virtual tokens; they contribute no loss."""
     adapter: str | None = None
-    """Folder of an adapter, as peft or this trainer writes it, to go on from; `model.path` is then its base, and the
-    keys above are those of the folder. `model.path=FOLDER` sets both."""
+    """Folder of an adapter, written by peft or this trainer, to continue from. `model.path` is then its base, and the
+    keys above are taken from the folder. `model.path=FOLDER` sets both."""
     double_quantization: bool = True
-    """`qlora`: the scales of the 4-bit weights in 8 bits too; false: in float32, 0.05 bytes more per value."""
+    """`qlora`: quantize the scales of the 4-bit weights to 8 bits too; false: float32, 0.05 bytes more per value."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Moe:
-    """Models with routed experts alone."""
+    """Only for models with routed experts."""
 
     balance: Balance = Balance.none
-    """Term of the loss that keeps the experts' load even: `none`; `micro_batch` (transformers' own, of each
-    micro-batch), `sequence` (of each sequence), `global_batch` (by the load of the whole step before)."""
+    """Loss term that balances the experts' load: `none`; `micro_batch` (transformers' own, per micro-batch), `sequence`
+    (per sequence), `global_batch` (by the load of the whole previous step)."""
     coefficient: float | None = None
-    """What the term is multiplied by; null: what the model's config asks for (`router_aux_loss_coef` and the like)."""
+    """Coefficient of that term; null: from the model's config (`router_aux_loss_coef` and the like)."""
     z_loss: float = 0.0
     """Coefficient of the router z-loss, which keeps the routers' logits small; 0: none."""
     bias_update_rate: float = 0.0
-    """Step of the bias by which routers correct themselves without a loss (`e_score_correction_bias`); 0: it stays."""
+    """Step of the bias with which routers balance without a loss (`e_score_correction_bias`); 0: constant bias."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -294,17 +293,17 @@ class Logging:
     progress: ProgressDisplay = ProgressDisplay.auto
     """`auto`: a live bar on a terminal, single lines elsewhere."""
     curve: bool | None = None
-    """Draw the loss curve of a finished run in characters. Null: on a terminal alone."""
+    """Draw the loss curve of a finished run in characters. Null: only on a terminal."""
     tracker: str = "none"
     """`none`, `wandb`, or another that Accelerate knows: aim, clearml, comet_ml, dvclive, mlflow, swanlab,
     tensorboard, trackio. `custom`: a class of your own."""
     target: str | None = None
-    """`custom`: the path of that class, package.module.Class (docs/python.md)."""
+    """`custom`: path of that class, package.module.Class (docs/python.md)."""
     project: str = "distributed-training-cookbook"
     run_name: str | None = None
-    """What a tracker calls the run. Null: MODEL-LAYOUT-PRECISION-DATE-TIME, as the run folder."""
+    """The tracker's name for the run. Null: MODEL-LAYOUT-PRECISION-DATE-TIME, as the run folder."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Passed on to the tracker as they are (`logging.options.entity=my-team` for wandb). Never a key or password."""
+    """Passed to the tracker unchanged (`logging.options.entity=my-team` for wandb). Never put a key here."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -312,31 +311,31 @@ class Estimate:
     format: EstimateFormat = EstimateFormat.table
     """What `memory-estimate` prints."""
     explain: bool = False
-    """Below the table: every term with its numbers, and where it is from."""
+    """Below the table: every term with its numbers and its origin."""
     plot: str | None = None
     """FILE.html or FILE.png (needs matplotlib): memory over one step by component; bars for a sweep."""
     suggest: bool = True
-    """What to change so that it fits; the largest micro-batch if it does."""
+    """Suggest changes so that the run fits; the largest micro-batch if it does."""
     search: bool = False
-    """Instead of one layout, rank all that this trainer can run on the cluster: those that fit, by predicted speed."""
+    """Instead of one layout, rank all layouts that run on the cluster and fit, by predicted speed."""
     explore: str | None = None
-    """FILE.html: a page on which the layout, its degrees, micro-batch, recompute, sequence length, optimizer and
-    precision are chosen, with memory, predicted speed and command. With -m, the overrides that list several values are
-    its controls."""
+    """FILE.html: a page with controls for layout, degrees, micro-batch, recompute, sequence length, optimizer and
+    precision, which shows memory, predicted speed and command. With -m, its controls are the overrides that list
+    several values."""
     efficiency: float = 0.6
-    """Assumed by `estimate.search`: part of the GPU's peak FLOP/s that large matmuls get."""
+    """Assumption of `estimate.search`: fraction of the GPU's peak FLOP/s that large matmuls reach."""
     imbalance: float = 1.0
-    """With `parallel.ep`: tokens that the busiest rank's experts get, over the average. 1: the router is balanced."""
+    """With `parallel.ep`: tokens of the busiest rank's experts, relative to the average. 1: balanced router."""
     gate: Gate = Gate.refuse
-    """`python -m launch` on GPUs, by what the prediction says of the device: `off` does not look, `warn` starts what
-    does not fit, `refuse` does not, `strict` does not start what is tight either."""
+    """`python -m launch` on GPUs, when the prediction exceeds the device. `off`: not checked. `warn`: starts the run.
+    `refuse`: does not start it. `strict`: does not start a tight one either."""
     measure: bool = False
-    """On the CPU, where no allocator keeps count: the trainer counts its tensors over the first two steps, which get
-    slower, to compare them with the prediction. On GPUs torch's allocator counts, unasked."""
+    """On the CPU, which has no counting allocator: count tensors over the first two steps, to compare them with the
+    prediction; these steps get slower. On GPUs torch's allocator always counts."""
     context_gib: float = 0.7
-    """Assumed: what the CUDA context and loaded kernels take of each GPU, outside torch's allocator (0.4 to 1.0)."""
+    """Assumption: GiB per GPU for the CUDA context and loaded kernels, outside torch's allocator (0.4 to 1.0)."""
     nccl_gib: float = 0.3
-    """Assumed: what NCCL takes for each communicator of a rank (0.1 to 0.5)."""
+    """Assumption: GiB per NCCL communicator of a rank (0.1 to 0.5)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -359,6 +358,6 @@ class Config:
     """Trace `profile_steps` with torch's profiler, and draw the memory of the first two steps against the prediction:
     files in RUN_DIR/profile."""
     profile_steps: list[int] = field(default_factory=lambda: [3, 4])
-    """Read by `profile`: the steps to trace, counted from 1. A step with its shapes is some MB for each rank."""
+    """Steps that `profile` traces, counted from 1. A step with its shapes is some MB per rank."""
     dry_run: bool = False
     """`python -m launch` and `python -m trainer`: print plan and command, start nothing."""

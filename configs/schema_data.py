@@ -1,4 +1,4 @@
-"""Keys of the data: what is read, and how it becomes samples. `configs.schema` holds all sections."""
+"""Keys of `data`: sources, and how they become samples. `configs.schema` holds all sections."""
 
 from __future__ import annotations
 
@@ -18,69 +18,69 @@ class Data:
     tokenizer: str | None = None
     """`bytes`, a local folder or a hub id. Null: that of `model.path` if set, else `bytes`."""
     bos: Bos = Bos.auto
-    """BOS before each document: `auto` (where the tokenizer puts it before a text), `always` or `never`. The template
-    decides for `chat`."""
+    """BOS before each document: `auto` (if the tokenizer puts it before a text), `always` or `never`. With `chat` the
+    template decides."""
     control_tokens: bool = False
-    """Text that spells a control token (`</s>`, `<|im_end|>`) becomes that token. False: it stays text."""
+    """A text that spells a control token (`</s>`, `<|im_end|>`) becomes that token. False: it stays text."""
     paths: list[str] = field(default_factory=list)
-    """`files`, `chat`: files, folders or glob patterns. Rows are read from .jsonl, .json, .csv (also with .gz or .zst
-    behind) and .parquet; for `files`, text also from .txt and .md."""
+    """`files`, `chat`: files, folders or glob patterns. Rows are read from .jsonl, .json, .csv (each also with .gz or
+    .zst) and .parquet; `files` also reads text from .txt and .md."""
     validation_paths: list[str] = field(default_factory=list)
     """`files`, `chat`: the same for validation; empty: `validation_fraction` of the documents is held out."""
     validation_sets: dict[str, list[str]] = field(default_factory=dict)
-    """`files`, `chat`: further files to validate on, by names of your own: `{code: [code/], prose: [prose.txt]}`. Each
-    has a validation_loss/NAME, and none of it is trained on."""
+    """`files`, `chat`: further validation files, by names of your own: `{code: [code/], prose: [prose.txt]}`. Each gets
+    a validation_loss/NAME, and none of it is trained on."""
     validation_fraction: float = 0.05
-    """Part of the documents (chosen by a hash of their content) held out for validation."""
+    """Share of the documents (chosen by a hash of their content) held out for validation."""
     text_key: str = "text"
-    """Field of a row that holds the text; `meta.text` is the field `text` inside of `meta`."""
+    """Field of a row that holds the text; `meta.text` is the field `text` inside `meta`."""
     chat_format: ChatFormat = ChatFormat.auto
-    """`chat`: the form of the rows: `messages`, `sharegpt`, `alpaca` or `completion`. `auto`: its fields say it."""
+    """`chat`: form of the rows: `messages`, `sharegpt`, `alpaca` or `completion`. `auto`: detected from the fields."""
     messages_key: str | None = None
-    """`chat`: field of a row that holds the list of messages, which may be inside of others (`chat.messages`). Null:
-    `messages`, `conversations` or `conversation`."""
+    """`chat`: field of a row that holds the list of messages, possibly nested (`chat.messages`). Null: `messages`,
+    `conversations` or `conversation`."""
     fields: dict[str, str] = field(default_factory=dict)
-    """`chat`: the names that fields have in the files: `'data.fields={instruction: question, output: answer.text}'`.
-    `role`, `content` and `weight` are fields of a message."""
+    """`chat`: field names in the files: `'data.fields={instruction: question, output: answer.text}'`. `role`, `content`
+    and `weight` are fields of a message."""
     roles: dict[str, str] = field(default_factory=dict)
-    """`chat`: who speaks in the files, and which role that is: `'data.roles={customer: user, agent: assistant}'`."""
+    """`chat`: role of each speaker in the files: `'data.roles={customer: user, agent: assistant}'`."""
     train_roles: list[str] = field(default_factory=lambda: ["assistant"])
-    """`chat`: whose messages are trained on. A message's own `weight` (0 or 1) counts before that."""
+    """`chat`: roles whose messages are trained on. A message's own `weight` (0 or 1) has priority."""
     bad_rows: BadRows = BadRows.refuse
-    """`chat`: rows that are no usable conversation. `refuse`: the first one ends the start. `skip`: they are left out
-    and counted."""
+    """`chat`: rows that are not a usable conversation. `refuse`: the first one ends the start. `skip`: they are left
+    out and counted."""
     packing: bool = False
-    """`chat`: several whole conversations in one sample; false: one each, filled up with padding."""
+    """`chat`: pack several whole conversations into a sample; false: one each, padded."""
     document_mask: bool = False
-    """Attention stays inside a document or conversation, whose positions begin at 0 wherever it stands in a sample.
+    """Attention stays inside a document or conversation, whose positions begin at 0 wherever it starts in a sample.
     False: attention also crosses document boundaries within a sample, as is usual in pretraining."""
     name: str | None = None
-    """`hub`, and `chat` instead of `paths`: the name of the data set, or a local folder that `datasets` can load."""
+    """`hub`, and `chat` instead of `paths`: name of the data set, or a local folder that `datasets` can load."""
     subset: str | None = None
-    """`hub`, `chat`: the configuration of the data set `name`, where it has several."""
+    """`hub`, `chat`: configuration of the data set `name`, if it has several."""
     split: str = "train"
-    """`hub`, `chat`: the split of `name` to train on."""
+    """`hub`, `chat`: training split of `name`."""
     validation_split: str | None = None
-    """`hub`, `chat`: the split of `name` to validate on; null: documents held out of `split`, as for files."""
+    """`hub`, `chat`: validation split of `name`; null: documents held out of `split`, as for files."""
     revision: str | None = None
     """`hub`, `chat`: branch, tag or commit of `name`."""
     shuffle: bool = True
     """Visit samples in an order drawn from `train.seed` (a new one each epoch)."""
     shuffle_buffer: int = 10_000
-    """`hub`: documents held in the streaming shuffle's buffer."""
+    """`hub`: size of the streaming shuffle's buffer, in documents."""
     target: str | None = None
-    """`custom`: the path of a class, package.module.Class, whose objects are the data (docs/python.md)."""
+    """`custom`: path of a class, package.module.Class, whose objects are the data (docs/python.md)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """`custom`: the arguments of that class: `data.options.path=corpus.bin`."""
+    """`custom`: arguments of that class: `data.options.path=corpus.bin`."""
     mixture: dict[str, Any] = field(default_factory=dict)
-    """Several sources by names of your own, each with a `weight` and with keys of `data` that it has for itself:
-    `data.mixture.code.weight=0.3`, `data.mixture.code.paths=[src/]`. `weight`: its part of the samples, relative to the
-    other weights; with no weights at all every sample of every source comes once in an epoch."""
+    """Several sources by names of your own, each with a `weight` and its own keys of `data`:
+    `data.mixture.code.weight=0.3`, `data.mixture.code.paths=[src/]`. `weight`: its share of the samples, relative to
+    the other weights; without any weights an epoch contains every sample of every source once."""
     exhausted: Exhausted = Exhausted.repeat
     """When all samples of a source have been read: `repeat` begins its next epoch, `stop` ends the run."""
     ignore_fraction: float = 0.0
-    """`synthetic`: up to this part of each sample's labels is ignored (as prompts are in fine-tuning)."""
+    """`synthetic`: at most this share of each sample's labels is ignored (as prompts are in fine-tuning)."""
     num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process. `hub` uses at most one."""
     cache_dir: str = "~/.cache/distributed-training-cookbook"
-    """Where tokenised data is kept between runs."""
+    """Folder in which tokenised data is kept between runs."""

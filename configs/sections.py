@@ -1,9 +1,9 @@
-"""The tree of a command line that needs no Hydra: options of this package and single keys, section by section.
+"""Composes a command line without Hydra where possible: options of this package and single keys, by section.
 
-Each of our options sets keys of its own section over the schema and nothing else, so that a section is composed once in
-a process and the tree is put together from sections. Hydra takes a third of a second for the whole on a slow machine,
-before the first line is printed and for each layout of a sweep. It composes what chooses an experiment or an option of
-the user, and whatever fails here, for its message.
+Each of our options sets only keys of its own section, so each section is composed once per process and the tree is put
+together from sections. Hydra needs a third of a second for the whole tree on a slow machine, before the first line is
+printed and again for each layout of a sweep. Hydra composes overrides that choose an experiment or a user's option,
+and whatever fails here, for its message.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def schema() -> DictConfig:
 
 @cache
 def own_options() -> dict[str, list[str]]:
-    """The options of every group in this package: {"parallel": ["ddp", "single", ...], ...}. To be read only."""
+    """The options of every group in this package: {"parallel": ["ddp", "single", ...], ...}. Read-only."""
     found = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in own_folder().iterdir()}
     return {group: found[group] for group in sorted(found) if found[group]}
 
 
 @cache
 def section(name: str, option: str | None) -> DictConfig:
-    """{name: its values}, with the schema's types, as one of our options sets it. To be read only."""
+    """{name: values} that one of our options sets, with the schema's types. Read-only."""
     made = OmegaConf.masked_copy(schema(), name)
     if option is not None:
         made = cast(DictConfig, OmegaConf.merge(made, {name: OmegaConf.load(own_folder() / name / f"{option}.yaml")}))
@@ -66,7 +66,7 @@ def made(name: str, option: str) -> Any:
 
 @cache
 def _usual_choices() -> dict[str, str | None]:
-    """The option of each group that config.yaml names, the last one first, as Hydra lists them."""
+    """The option that config.yaml names for each group, the last group first, as Hydra lists them."""
     entries = cast(list[Any], yaml.safe_load((own_folder() / "config.yaml").read_text())["defaults"])
     pairs = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
     return {
@@ -77,8 +77,8 @@ def _usual_choices() -> dict[str, str | None]:
 
 
 def composed(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]] | None:
-    """The tree and the option of each group, as Hydra composes them; None where this is left to Hydra. words: as Hydra
-    gets them, each looked up before. The tree is to be read only."""
+    """The tree and the chosen options, as Hydra composes them; None if only Hydra can. words: overrides as Hydra gets
+    them, each looked up before. The tree is read-only."""
     choices, keys = dict(_usual_choices()), list[str]()
     for word in words:
         key, _, text = word.partition("=")
@@ -117,17 +117,17 @@ def _with_keys(words: Sequence[str], choices: Mapping[str, str | None]) -> dict[
 
 
 def typed(tree: Mapping[str, Any]) -> Config:
-    """The tree as dataclasses of the schema, its values converted to their types. tree: without interpolations. Raises
-    OmegaConfBaseException for what the schema does not take."""
+    """The tree as dataclasses of the schema, with converted values. tree: without interpolations. Raises
+    OmegaConfBaseException for values that the schema does not accept."""
     try:
         return Config(**{name: _typed(name, value) for name, value in tree.items()})
     except (OmegaConfBaseException, KeyError):
-        # Once more in one piece, for an error that names the whole key.
+        # Convert the whole tree again: its error names the full key.
         return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema(), OmegaConf.create(dict(tree)))))
 
 
 def _typed(name: str, value: Any) -> Any:
-    """A section of equal values is converted once; who asks gets a copy, which it may change."""
+    """Sections with equal values are converted once; callers get a copy that they may change."""
     key = name, repr(value)
     if key not in _made:
         if len(_made) >= MOST_MADE:

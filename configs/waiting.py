@@ -1,6 +1,6 @@
-"""One line on a terminal that says what is being waited for, and for how many seconds; nothing anywhere else.
+"""One line on a terminal that says what is being waited for, and for how many seconds; printed nowhere else.
 
-Whatever is printed next takes its place. Of a job's ranks the first alone shows it.
+The next output overwrites it. Of a job's ranks only the first shows it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 PATIENCE = 1.0
-"""Seconds after which a person wonders."""
+"""Seconds before the line is shown."""
 EVERY = 1.0
 """Seconds between two writes."""
 ERASE = "\r\x1b[K"
@@ -24,7 +24,7 @@ _line: _Line | None = None
 
 
 def show(text: str, *, until: Callable[[], bool] | None = None) -> None:
-    """Wait for this from now on, until `clear`. until: says that another process has begun to write."""
+    """Wait for this from now on, until `clear`. until: returns True once another process has begun to write."""
     _wait(_Wait(text, until))
 
 
@@ -38,7 +38,7 @@ def clear() -> None:
 
 @contextlib.contextmanager
 def on(text: str) -> Generator[None]:
-    """Wait for this while the body runs, and afterwards for what was waited for before."""
+    """Wait for this while the body runs; afterwards restore the previous line."""
     line = _line if _line is not None and _line.is_alive() else None
     before = None if line is None else line.wait
     show(text)
@@ -72,7 +72,7 @@ def _wait(wait: _Wait) -> None:
 
 
 def _terminal() -> TextIO | None:
-    """Standard error, which a launcher may have taken for itself, or standard output."""
+    """Standard error, unless a launcher has redirected it; else standard output."""
     streams = (sys.stderr, sys.stdout)
     return next((stream for stream in streams if stream is not None and stream.isatty()), None)
 

@@ -1,6 +1,6 @@
-"""Which of DeepSpeed's optimizers reads which of its settings.
+"""Which settings each of DeepSpeed's optimizers reads.
 
-The plan refuses what this run would not read (`trainer.engine.deepspeed.settings`), an import leaves it out
+The plan refuses settings that this run would not read (`trainer.engine.deepspeed.settings`); an import drops them
 (`configs.imports.deepspeed`).
 """
 
@@ -13,8 +13,8 @@ from configs.choices import DType, OffloadDevice
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Read:
-    """By whom a setting is read. disk: whether it may be given where states or parameters lie on a disk, whose buffers
-    are computed from the model. plain: whether the optimizer of stage 1 in bfloat16 reads it too."""
+    """Which optimizers read a setting. disk: whether it is allowed when states or parameters are on a disk, whose
+    buffer sizes are computed from the model. plain: whether the optimizer of stage 1 in bfloat16 reads it too."""
 
     stages: tuple[int, ...]
     disk: bool = False
@@ -40,6 +40,6 @@ READ = {
 
 
 def is_plain(*, stage: int, compute: str, offload: str) -> bool:
-    """Whether DeepSpeed chooses its optimizer of stage 1 in bfloat16. compute: `precision.param_dtype`. offload:
+    """Whether DeepSpeed uses its plain optimizer of stage 1 in bfloat16. compute: `precision.param_dtype`. offload:
     `parallel.offload.optimizer`."""
     return stage == 1 and compute == DType.bfloat16 and offload == OffloadDevice.none

@@ -7,5 +7,5 @@
     combine.py    all fields of all files as one set of our keys
     write.py      an experiment file, and the lists that a person reads
 
-No library of theirs is imported here: a translation takes a moment, and needs no torch.
+Libraries of other trainers are not imported: a translation takes a moment and needs no torch.
 """

@@ -10,7 +10,7 @@ from configs.imports.fields import Field, Handler, Source, Unreadable, by_table,
 
 NAME = "accelerate"
 SECTIONS = ("accelerate",)
-# What each kind of run reads, in addition to the fields of every kind.
+# The fields that each kind of run reads, besides those that every kind reads.
 READS = {
     "FSDP": "fsdp_config",
     "DEEPSPEED": "deepspeed_config",
@@ -115,7 +115,7 @@ def _distributed_optimizer(source: Source, name: str, value: Any) -> Field:
 
 
 def _mixed(source: Source, name: str, value: Any) -> Field:
-    """The Trainer's own bf16 and fp16 win over it where they are true."""
+    """The Trainer's own bf16 and fp16 override it if they are true."""
     found = by_table(source, name, value)
     found.implied = frozenset(found.settings)
     return found

@@ -13,7 +13,7 @@ from configs.imports.fields import Field, Handler, Source, Unreadable, translate
 
 NAME = "axolotl"
 SECTIONS = ("axolotl", "training_arguments")
-# Names of TrainingArguments that axolotl has under another name: their defaults are not in force.
+# Fields of TrainingArguments that axolotl renames: their defaults do not apply.
 REPLACED = {
     "optim",
     "lr_scheduler_type",
@@ -54,7 +54,7 @@ def _adapter(source: Source, name: str, value: Any) -> Field | None:
 
 
 def held_out(source: Source, name: str, value: Any) -> Field | None:
-    """Up to 1 a part of the samples, from 1 their number; 0 is no validation."""
+    """A share of the samples up to 1, their number from 1 on; 0 means no validation."""
     if value in (None, 0):
         return source.translated(name, value, {"train.eval_samples": 0}, "no validation")
     if isinstance(value, (int, float)) and value >= 1:
@@ -63,7 +63,7 @@ def held_out(source: Source, name: str, value: Any) -> Field | None:
 
 
 def _datasets(source: Source, name: str, value: Any) -> list[Field] | Field:
-    """Each data set of the list: one, or several local ones as a mixture."""
+    """Each data set of the list: a single one, or several local ones as a mixture."""
     if not value:
         return source.harmless(name, value, "it is not set")
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
@@ -80,7 +80,7 @@ def _datasets(source: Source, name: str, value: Any) -> list[Field] | Field:
 
 
 def _several(source: Source, name: str, sets: list[Mapping[str, Any]]) -> list[Field] | None:
-    """Data sets whose samples are shuffled together, as there; None where one of them is no file here."""
+    """Data sets whose samples are shuffled together, as axolotl does; None if one of them is not a local file."""
     made: list[Field] = []
     own: dict[str, dict[str, Any]] = {}
     for number, each in enumerate(sets):
@@ -135,11 +135,11 @@ def _of_dataset(source: Source, name: str, key: str, value: Any, each: Mapping[s
 
 
 def _kind(each: Mapping[str, Any]) -> str:
-    """The form of a data set; a form of its own with fields for instruction and answer is that of alpaca."""
+    """The form of a data set; a custom form with fields for instruction and answer counts as alpaca."""
     kind: Any = each.get("type")
     if isinstance(kind, Mapping):
         return "alpaca" if {"field_instruction", "field_output"} & kind.keys() else "custom"
-    # A form may go on with variants: alpaca:chat, sharegpt.load_role.
+    # Variants may follow a form's name: alpaca:chat, sharegpt.load_role.
     return str(kind).partition(":")[0].partition(".")[0]
 
 
@@ -163,7 +163,7 @@ def _path(source: Source, name: str, key: str, value: Any, each: Mapping[str, An
 
 
 def _named(source: Source, name: str, value: Any, each: Mapping[str, Any]) -> Field:
-    """All names of a data set together, wherever it gives them."""
+    """All field names of a data set together, wherever the data set gives them."""
     mapped: Any = each.get("message_property_mappings") or {}
     custom: Any = each.get("type")
     if not isinstance(mapped, Mapping):
@@ -216,7 +216,7 @@ def _pretraining(source: Source, name: str, value: Any) -> Field | list[Field]:
 
 
 def _samples(source: Source, name: str, value: Any) -> Field:
-    """Texts that the model writes: at intervals, or as a table of each validation."""
+    """Generated texts: at intervals, or as a table for each validation."""
     writes, table = bool(source.get("generate_samples")), source.get("eval_table_size") or 0
     chosen = "generate_samples" if writes else "eval_table_size"
     if not (writes or table):

@@ -1,4 +1,4 @@
-"""All fields of all files as one set of our keys, with what the command line says over them."""
+"""All fields of all files as one set of our keys; the command line overrides them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ BATCH = ("train.micro_batch_size", "train.gradient_accumulation_steps", "train.g
 
 @dataclass(kw_only=True, slots=True)
 class Imported:
-    """options: group=option of the command line. settings: our keys. fields: of all files, each with its fate. read:
-    the files. compute: `precision.param_dtype`, whoever says it. assumed: what nobody said and an estimate of memory
-    depends on, one line each."""
+    """Result of an import.
+
+    options: group=option of the command line.
+    settings: our keys.
+    fields: the fields of all files, each with its fate.
+    read: the files.
+    compute: `precision.param_dtype`, from a file or the command line.
+    assumed: settings that no file gives and that an estimate of memory depends on, one line each."""
 
     options: dict[str, str]
     settings: dict[str, Any]
@@ -37,14 +42,14 @@ class Imported:
 
 
 def import_files(paths: Sequence[str], overrides: Sequence[str] = (), *, config_dir: str | None = None) -> Imported:
-    """Translate files. overrides: ours, which win. Raises ConfigError with every problem, in one line each."""
+    """Translate files. overrides: ours, which win. Raises ConfigError with every problem, one line each."""
     options, own = _from_overrides(overrides, config_dir)
     read = read_files(paths)
     problems: list[str] = []
     fields = [each for one in read for each in one.format.fields(one.source, problems)]
     fields = _layout(fields)
     if "model.path" in own:
-        own.setdefault("model", None)  # an option that a file names gives way
+        own.setdefault("model", None)  # a file's own choice of an option yields to it
     taken = {key: None for key in own} | {f"{group}.": None for group in options}
     settings = _merge(fields, taken, problems)
     if problems:
@@ -63,7 +68,7 @@ def import_files(paths: Sequence[str], overrides: Sequence[str] = (), *, config_
 
 
 def _from_overrides(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """What a person typed: options of groups, and values of keys in the schema's types."""
+    """The command line: options of groups, and values of keys in the schema's types."""
     if not overrides:
         return {}, {}
     config, chosen = load_chosen(overrides, config_dir=config_dir)
@@ -75,14 +80,14 @@ def _from_overrides(overrides: Sequence[str], config_dir: str | None) -> tuple[d
     settings: dict[str, Any] = {}
     for name in named:
         if name not in groups:
-            # An open dictionary is written whole.
+            # An open dictionary is written as a whole.
             key = open_key(name) or name
             settings[key] = value_at(config, key)
     return options, settings
 
 
 def _layout(fields: list[Field]) -> list[Field]:
-    """A layout that a file implies by naming none gives way to one that any file names."""
+    """A layout that a file implies by naming none yields to a layout that any file names."""
     named = any(key.startswith("parallel.") for each in fields if each.given for key in each.settings)
     return [
         each
@@ -96,7 +101,7 @@ def _strength(each: Field, key: str) -> int:
 
 
 def _merge(fields: list[Field], taken: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """One value for each key. Two files that say different things are a problem, unless an override decides."""
+    """One value for each key. Two files with different values are a problem, unless an override decides."""
     _overrule(fields)
     best: dict[str, Field] = {}
     for each in fields:
@@ -125,7 +130,7 @@ def _merge(fields: list[Field], taken: Mapping[str, Any], problems: list[str]) -
 
 
 def _overrule(fields: list[Field]) -> None:
-    """What another file says beside a field that wins over it goes as a whole: the end of a curve belongs to it."""
+    """Other fields of a file that loses are dropped with it: for example, the end of a curve belongs to the curve."""
     winning = {key: each for each in fields if each.over for key in each.settings}
     for each in fields:
         beside = [(winning[key], key, value) for key, value in each.settings.items() if key in winning]
@@ -141,7 +146,8 @@ def _is_taken(key: str, taken: Mapping[str, Any]) -> bool:
 
 
 def _settle(fields: list[Field], settings: dict[str, Any], taken: Mapping[str, Any], *, data: str) -> None:
-    """What waited for the number of steps, and fields that the command line overrules. data: the source."""
+    """Resolves fields that depend on the number of steps, and fields that the command line overrides. data: the
+    source."""
     total = settings.get("train.steps")
     for each in fields:
         if "~warmup_ratio" in each.settings:
@@ -178,8 +184,8 @@ def _settle(fields: list[Field], settings: dict[str, Any], taken: Mapping[str, A
 
 
 def _batch(fields: list[Field], settings: dict[str, Any], own: Mapping[str, Any]) -> None:
-    """Two numbers of the batch give the third. Of three, a default of theirs goes, or one that an override replaces;
-    three that files give stay, and the plan checks them against the number of ranks."""
+    """Two numbers of the batch determine the third. If three are given, one that is a default of theirs, or that an
+    override replaces, is dropped. Three that files give are kept; the plan checks them against the number of ranks."""
     if not all(settings.get(key) is not None for key in BATCH):
         return
     by = {key: each for each in fields for key in each.settings if key in BATCH}
@@ -193,7 +199,7 @@ def _batch(fields: list[Field], settings: dict[str, Any], own: Mapping[str, Any]
 
 
 def _assumed(made: Imported) -> list[str]:
-    """What an estimate of memory rests on that neither a file nor the command line says."""
+    """Settings that an estimate of memory depends on and that neither a file nor the command line gives."""
     settings, options = made.settings, made.options
     lines: list[str] = []
     if not has_model(made):

@@ -1,4 +1,4 @@
-"""Conversations of other trainers: their names of fields and speakers, as `data.fields` and `data.roles`."""
+"""Conversations of other trainers: their field and speaker names, as `data.fields` and `data.roles`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CHAT = ("chat_template", "sharegpt", "alpaca")
 EVERYONE = ["system", "user", "assistant", "tool"]
 OWN_TEXT = "the chat template writes the prompt, not the text of that form"
 SHAREGPT = {"role": "from", "content": "value"}
-"""Names that rows of this form have without being asked."""
+"""Field names that rows of this form have by default."""
 
 
 def renamed(names: Mapping[str, Any]) -> dict[str, Any]:
-    """`data.fields` for our names with theirs; nothing where they are the same, or those of a known form."""
+    """`data.fields`, from our names to theirs; empty if they are equal, or are those of a known form."""
     kept = {ours: theirs for ours, theirs in names.items() if theirs and theirs != ours}
     if {name: kept.get(name) for name in SHAREGPT} == SHAREGPT:
         kept = {ours: theirs for ours, theirs in kept.items() if ours not in SHAREGPT}
@@ -27,7 +27,7 @@ def renamed(names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def speakers(roles: Any) -> dict[str, Any]:
-    """`data.roles` for lists of their names under ours, {"user": ["human", "customer"]}."""
+    """`data.roles` from lists of their names by ours: {"user": ["human", "customer"]}."""
     if not isinstance(roles, Mapping):
         raise Unreadable("must give names for each role: {user: [human], assistant: [gpt]}")
     found: dict[str, str] = {}
@@ -46,8 +46,8 @@ def label_of(path: str, taken: Container[str]) -> str:
 
 
 def together(sources: Mapping[str, dict[str, Any]], weights: Sequence[float] = ()) -> dict[str, Any]:
-    """Our keys for several sources, each with keys of its own: one list of files where nothing else differs and there
-    are no weights, else a mixture."""
+    """Our keys for several sources, each with its own keys: one list of files if nothing else differs and there are no
+    weights, else a mixture."""
     rest = [{key: value for key, value in each.items() if key != "data.paths"} for each in sources.values()]
     if not weights and all(each == rest[0] for each in rest) and all("data.paths" in each for each in sources.values()):
         return {**rest[0], "data.paths": [path for each in sources.values() for path in each["data.paths"]]}

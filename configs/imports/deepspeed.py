@@ -12,7 +12,7 @@ from configs.zero_settings import READ, is_plain
 NAME = "DeepSpeed"
 SECTIONS = ("deepspeed",)
 MARKS = {"zero_optimization", "train_micro_batch_size_per_gpu", "train_batch_size", "zero_allow_untested_optimizer"}
-# What DeepSpeed takes where its file says nothing, in elements.
+# DeepSpeed's defaults, in elements.
 SIZES = {
     "reduce_bucket_size": 5 * 10**8,
     "sub_group_size": 10**9,
@@ -22,7 +22,7 @@ SIZES = {
     "stage3_max_reuse_distance": 10**9,
 }
 OWN = "parallel.deepspeed."
-# What transformers' Trainer writes where the file says "auto", from the model's hidden size.
+# Values that transformers' Trainer fills in for "auto", from the model's hidden size.
 FROM_HIDDEN = {
     "zero_optimization.reduce_bucket_size": lambda hidden: hidden * hidden,
     "zero_optimization.stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
@@ -45,7 +45,7 @@ def fields(source: Source, problems: list[str]) -> Iterator[Field]:
         del special["zero_optimization"]
     special |= {name: _off for name, _ in _leaves(source.tree) if _is_off(source, name)}
     for each in translate(source, special, problems):
-        # Defaults of a section that is not there are not in force.
+        # Defaults of an absent section do not apply.
         if each.given or "." not in each.name or each.name.partition(".")[0] in _sections(source):
             yield each
     if source.get("zero_optimization.stage") is None and not isinstance(source.get("zero_optimization"), bool):
@@ -72,8 +72,8 @@ def fill(fields: list[Field], settings: dict[str, Any], hidden: int) -> None:
 
 
 def leave_unread(fields: list[Field], settings: dict[str, Any], compute: str) -> None:
-    """Leave out what the optimizer of stage 1 in bfloat16 does not read. compute: the run's `precision.param_dtype`,
-    which another file may say, or the command line."""
+    """Drop settings that the optimizer of stage 1 in bfloat16 does not read. compute: the run's
+    `precision.param_dtype`, which another file or the command line may give."""
     if not _is_plain(settings, compute):
         return
     for each in fields:
@@ -91,8 +91,8 @@ def _is_plain(settings: dict[str, Any], compute: str) -> bool:
 
 
 def follow(settings: dict[str, Any], compute: str) -> list[str]:
-    """Complete our keys by DeepSpeed's own sizes and its dtype of gradients, so that an estimate is of a run under its
-    trainer. Returns a line for each that was added. compute: as for `leave_unread`."""
+    """Complete our keys with DeepSpeed's default sizes and gradient dtype, so that an estimate matches a run under its
+    trainer. Returns one line for each added key. compute: as for `leave_unread`."""
     number = settings.get("parallel.zero_stage", 0)
     if "nvme" in (settings.get("parallel.offload.optimizer"), settings.get("parallel.offload.parameters")):
         return []
@@ -125,13 +125,13 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _is_off(source: Source, name: str) -> bool:
-    """Whether a field lies in a section that says enabled=false, which is then read no further."""
+    """Whether a field lies in a section with enabled=false; such a section is not read further."""
     section, _, last = name.rpartition(".")
     return last != "enabled" and bool(section) and source.get(f"{section}.enabled") is False
 
 
 def _sections(source: Source) -> set[str]:
-    """The sections that are there, and not off."""
+    """The sections that are present and not disabled."""
     return {name for name, value in source.tree.items() if value and source.get(f"{name}.enabled") in (None, True)}
 
 
@@ -148,7 +148,7 @@ def _auto(source: Source, name: str, value: Any) -> Field | list[Field]:
     if name.startswith("zero_optimization."):
         if name in SPECIAL and (found := SPECIAL[name](source, name, value)) is not None:
             if isinstance(found, Field):
-                found.fate = Fate.harmless  # a stage that does not read it, or a disk: no number is lost
+                found.fate = Fate.harmless  # a stage that does not read it, or a disk: no value is lost
             return found
         why = f"it is computed from the model here too, from its parameters: {line.keys[0]}=null"
         return source.lost(name, value, f"{why}; transformers computes it from the hidden size")
@@ -171,7 +171,7 @@ def _betas(source: Source, name: str, value: Any) -> Field:
 
 
 def _over(source: Source, name: str, value: Any) -> Field:
-    """transformers' Trainer makes no optimizer and no scheduler of its own beside those of DeepSpeed's file."""
+    """If DeepSpeed's file has an optimizer or scheduler, transformers' Trainer does not create its own."""
     found = by_table(source, name, value)
     found.over = found.fate is Fate.translated
     return found
@@ -200,7 +200,7 @@ def _print(source: Source, name: str, value: Any) -> Field | None:
 
 
 def _unread(source: Source, name: str) -> Field | None:
-    """Settings that the optimizer of this stage does not read, and those that a disk takes from it."""
+    """Settings that the optimizer of this stage does not read, and those that offload to a disk overrides."""
     line, value = look_up("deepspeed", name), source.get(name)
     assert line is not None and line.key is not None
     read, number = READ[line.key.removeprefix(OWN)], source.get("zero_optimization.stage", 0)

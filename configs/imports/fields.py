@@ -1,4 +1,4 @@
-"""A field of another trainer's file, what becomes of it, and how the table translates it."""
+"""A field of another trainer's file, its fate, and how the table translates it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from configs.keys import broken_rule, plain_kind, schema_keys
 class Field:
     """One field of a file.
 
-    settings: our keys with their values; a key that begins with `~` waits for what other fields say (`combine`).
-    implied: those of them that another field may say better. why: what to know about it. given: whether the file says
-    it; otherwise it is a default of theirs. over: whether its trainer takes it over what another file says of the same.
+    settings: our keys with their values; a key that begins with `~` depends on other fields (`combine`).
+    implied: settings that another field may override.
+    why: remark.
+    given: whether the file contains it; otherwise it is a default of theirs.
+    over: whether its trainer prefers it to another file's value for the same setting.
     """
 
     file: str
@@ -34,8 +36,8 @@ class Field:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A file that was read. name: as a person typed it. tree: its values. sections: of the table, the first that knows
-    a name translates it. together: the formats of all files that are read together."""
+    """A file that was read. name: as typed by a person. tree: its values. sections: sections of the table; the first
+    that knows a name translates it. together: formats of all files that are read together."""
 
     name: str
     path: Path
@@ -74,15 +76,15 @@ class Source:
 
 
 Handler = Callable[[Source, str, Any], "Field | list[Field] | None"]
-"""Translates what needs more than one value of the file. None: the table does."""
+"""Translates a field that needs more than one value of the file. None: use the table."""
 
 
 class Unreadable(ValueError):
-    """A value that cannot be meant: the rule that it breaks."""
+    """An impossible value; the text is the rule that it breaks."""
 
 
 def translate(source: Source, special: Mapping[str, Handler], problems: list[str]) -> Iterator[Field]:
-    """Each field of a source, and their defaults where ours differ. problems: gets a line for each broken value."""
+    """Each field of a source, and their defaults that differ from ours. problems: receives a line per bad value."""
     seen: set[str] = set()
     for name, value in flatten(source.tree, special):
         seen.add(name)
@@ -102,7 +104,7 @@ def _one(source: Source, special: Mapping[str, Handler], name: str, value: Any, 
     except Unreadable as error:
         problems.append(f"{source.name}: {name}={show(value, name)}: {error}")
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError):
-        # A value of a kind that its trainer does not take either, or one of the fields that this one is read with.
+        # A kind of value that its trainer does not accept either, or a conflict with another field.
         problems.append(f"{source.name}: {name}={show(value, name)}: no value, or not together with the other fields")
     else:
         return found if isinstance(found, list) else [found]
@@ -110,7 +112,7 @@ def _one(source: Source, special: Mapping[str, Handler], name: str, value: Any, 
 
 
 def defaults(sections: tuple[str, ...]) -> dict[str, Entry]:
-    """Names with a default of theirs; the first section that knows a name has it."""
+    """Fields with a default of theirs; the first section that knows a name supplies it."""
     found: dict[str, Entry] = {}
     for section in sections:
         for name, line in table()[section].items():
@@ -129,7 +131,7 @@ def flatten(tree: Mapping[str, Any], whole: Mapping[str, Any], prefix: str = "")
 
 
 def by_table(source: Source, name: str, value: Any) -> Field:
-    """What the table says about a field."""
+    """The table's translation of a field."""
     line = next((found for section in source.sections if (found := look_up(section, name)) is not None), None)
     if line is None and not value and any(_has_section(section, name) for section in source.sections):
         return source.harmless(name, value, "it is not set")
@@ -186,7 +188,7 @@ def _number(value: Any) -> float:
 
 
 def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of our keys in our types: 5e8 is a whole number to JSON's writers, and "1e-4" a number to YAML's."""
+    """Values of our keys in our types: JSON writers give whole numbers as 5e8, and YAML reads "1e-4" as a text."""
     made: dict[str, Any] = {}
     for key, value in settings.items():
         kind = plain_kind(key) if key in schema_keys() else None
@@ -217,7 +219,7 @@ def printable(text: str) -> str:
 
 
 def show(value: Any, name: str = "") -> str:
-    """A value as a file has it, in one short line of printable characters. name: of its field; a password stays out."""
+    """A file's value as one short line of printable characters. name: of its field; passwords are hidden."""
     if value and SECRET.search(name):
         return "***"
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

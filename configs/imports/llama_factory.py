@@ -22,7 +22,7 @@ READ = {
     *("subset", "split"),
     *(f"tags.{each}" for each in (*SPEAKERS, "role_tag", "content_tag")),
 }
-"""What is read of a data set's entry in that list; of several places of the same data, the file."""
+"""Fields of a data set's entry in that list that are read; of several places of the same data, the file is used."""
 MARKS = {"finetuning_type", "cutoff_len", "stage", "lora_target", "dataset_dir", "template"}
 
 
@@ -69,7 +69,7 @@ def _dataset(source: Source, name: str, value: Any) -> list[Field]:
 
 
 def _unread(source: Source, value: Any) -> Iterator[Field]:
-    """What the list says of a data set that has no counterpart, as a field each."""
+    """Settings of a data set in the list that have no counterpart, as one field each."""
     for label, (_, each) in zip(_names(value), _described(source, value) or [], strict=False):
         tags: Any = each.get("tags") or {}
         given = {**each, **{f"tags.{key}": tags[key] for key in tags}}
@@ -100,7 +100,7 @@ def _files(source: Source, name: str, value: Any) -> Field:
 
 
 def _place(kind: str, folder: Path, each: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keys for where a data set is: a file, or conversations on the hub; empty for what is not read here."""
+    """Our keys for the place of a data set: a file, or conversations on the hub; empty if it cannot be read here."""
     if each.get("file_name"):
         return {"data.paths": [str(folder / str(each["file_name"]))]}
     if kind == "chat" and each.get("hf_hub_url"):
@@ -122,7 +122,7 @@ def _mixed(source: Source, kind: str, places: list[dict[str, Any]], found: list[
 
 
 def _probabilities(source: Source) -> list[float]:
-    """Of an interleaving; none where data sets are concatenated."""
+    """Weights of an interleaving; none if data sets are concatenated."""
     if source.get("mix_strategy", "concat") == "concat" or len(_names(source.get("dataset"))) < 2:
         return []
     given: Any = source.get("interleave_probs")
@@ -138,7 +138,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _strategy(source: Source, name: str, value: Any) -> Field:
-    """Sources that end: the first ends the run, or none does."""
+    """What happens when a source is exhausted: the first one ends the run, or none does."""
     if value in (None, "concat"):
         return source.harmless(name, value, "samples are shuffled together, as here")
     if value not in ("interleave_under", "interleave_over"):
@@ -153,7 +153,7 @@ def _probs(source: Source, name: str, value: Any) -> Field:
 
 
 def _described(source: Source, value: Any) -> list[tuple[Path, Mapping[str, Any]]] | None:
-    """What the list of data sets says about each, with its folder; None where there is no list, or it lacks one."""
+    """Each data set's entry in the list, with its folder; None if there is no list, or an entry is missing."""
     folder = Path(str(source.get("dataset_dir") or "data"))
     names = _names(value)
     for place in (folder, source.path.parent / folder):
@@ -167,7 +167,7 @@ def _described(source: Source, value: Any) -> list[tuple[Path, Mapping[str, Any]
 
 
 def _shape(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keys for the names that columns, fields of a message and speakers have."""
+    """Our keys for the names of columns, message fields and speakers."""
     columns: dict[str, Any] = dict(shape["columns"] or {})
     tags: dict[str, Any] = dict(shape["tags"] or {})
     ours = {"prompt": "instruction", "query": "input", "response": "output"}

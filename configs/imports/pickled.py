@@ -1,8 +1,8 @@
 """`training_args.bin`: a pickle, read without executing anything.
 
-A pickle names functions and calls them. Here each name is answered by a stand-in that keeps what it is called with and
-runs nothing, and only names of libraries that such a file holds (transformers, accelerate, torch's devices and dtypes)
-are answered at all: another name is refused before anything is made of it.
+A pickle names functions and calls them. Here each name resolves to a stand-in that records its arguments and runs
+nothing. Only names of libraries that such a file contains (transformers, accelerate, torch's devices and dtypes)
+resolve; any other name is refused before an object is made.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INSTEAD = (
 
 
 class StandIn:
-    """An object of a library: its class by name, what it was made of, and its attributes. It runs nothing."""
+    """Stand-in for a library's object: its class by name, constructor arguments and attributes. It runs nothing."""
 
     kind = ""
 
@@ -55,7 +55,7 @@ class _Reader(Restricted):
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The attributes of the arguments in a file. Raises ConfigError, in one line, for a file that is something else."""
+    """The attributes of the arguments in a file. Raises ConfigError, in one line, for any other file."""
     try:
         arguments = _last_object(_bytes(path))
         if isinstance(arguments, StandIn):
@@ -66,7 +66,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except Refused as error:
         raise ConfigError(f"{path}: a pickle that {error}, which is refused unread; {INSTEAD}") from None
-    except Exception as error:  # a broken pickle fails in whatever it was cut in
+    except Exception as error:  # a broken pickle can fail anywhere
         raise ConfigError(f"{path}: not a pickle of arguments ({type(error).__name__}); {INSTEAD}") from None
     raise ConfigError(f"{path}: a pickle of something else than arguments; {INSTEAD}")
 
@@ -85,7 +85,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _last_object(content: bytes) -> Any:
-    """The one object of a file; torch's older format has three before it (a number, a version, the system)."""
+    """The single object of a file; torch's older format puts three before it (a number, a version, the system)."""
     stream = io.BytesIO(content)
     found = _Reader(stream).load()
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Files of other trainers, and the files that they name, as sources with their formats."""
+"""Files of other trainers, and the files that they refer to, as sources with their formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from configs.imports.pickled import read_pickle
 
 
 class Format(Protocol):
-    """What a module of a format has."""
+    """Interface of a format's module."""
 
     NAME: str
     SECTIONS: tuple[str, ...]
@@ -31,7 +31,7 @@ class Format(Protocol):
     def fields(source: Source, problems: list[str], /) -> Iterator[Field]: ...
 
 
-# The first that recognises a file has it.
+# The first module that recognises a file translates it.
 FORMATS = cast("tuple[Format, ...]", (accelerate, deepspeed, torchtitan, axolotl, llama_factory, training_arguments))
 LARGEST_DEPTH = 50
 
@@ -45,7 +45,7 @@ class Read:
 
 
 def read_files(paths: Sequence[str]) -> list[Read]:
-    """All files, and those that they name. Raises ConfigError with a line for each that cannot be read."""
+    """All files, and those that they refer to. Raises ConfigError with one line for each unreadable file."""
     problems: list[str] = []
     found: list[Read] = []
     for name in dict.fromkeys(paths):
@@ -80,7 +80,7 @@ def _listed(tree: Mapping[str, Any]) -> str:
 
 
 def _named(read: Read, known: set[Path]) -> Iterator[Read]:
-    """The files of DeepSpeed that a file names, or holds."""
+    """The DeepSpeed files that a file refers to, or contains."""
     inline = read.source.get("deepspeed")
     if "training_arguments" in read.format.SECTIONS and isinstance(inline, Mapping) and inline:
         tree = cast("Mapping[str, Any]", inline)
@@ -123,7 +123,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def _yaml(text: str, where: str) -> Any:
-    """One document, whose keys are texts. An alias may not refer to itself, or multiply."""
+    """One document with text keys. Aliases may not refer to themselves, or multiply."""
     if text.count("*") > 1000:
         raise ConfigError(f"{where}: holds too many aliases for a configuration")
     tree = yaml.load(text, Loader=Loader)

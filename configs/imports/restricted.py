@@ -1,5 +1,5 @@
-"""A pickle names functions and calls them. This reader asks for each name, and refuses those that get no answer before
-anything is made of them. Torch-free."""
+"""A pickle names functions and calls them. This reader checks each name, and refuses unknown names before any object
+is made. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class Refused(Exception):
-    """What the pickle asks for, to follow "a pickle that"."""
+    """The reason, phrased to follow "a pickle that"."""
 
 
 class Restricted(pickle.Unpickler):
-    """A subclass says in `answer` what stands for a name."""
+    """Subclasses map names to stand-ins in `answer`."""
 
     def answer(self, module: str, name: str) -> Any:
-        """What stands for this name; None: the pickle is refused."""
+        """The stand-in for this name; None refuses the pickle."""
         raise NotImplementedError
 
     def find_class(self, module: str, name: str, /) -> Any:

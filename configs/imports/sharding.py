@@ -11,7 +11,7 @@ STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID
 
 
 def strategy(source: Source, name: str, value: Any, gpus_per_node: Any) -> Field:
-    """A strategy of version 1, by name or number. gpus_per_node: where a file says it, else None."""
+    """A strategy of version 1, by name or number. gpus_per_node: from the file, else None."""
     text = str(value).upper()
     text = STRATEGIES[int(text) - 1] if text in ("1", "2", "3", "4", "5") else text
     if text == "NO_SHARD":
@@ -43,6 +43,6 @@ def reshard(source: Source, name: str, value: Any, gpus_per_node: Any) -> Field:
 
 
 def _over_all(found: Field) -> Field:
-    """Sharded over whatever ranks there are, unless ParallelismConfig says how many."""
+    """Sharded over all available ranks, unless ParallelismConfig gives their number."""
     found.implied = frozenset(["parallel.dp_shard"])
     return found

@@ -1,4 +1,4 @@
-"""torchtitan's TOML files: JobConfig, until Python modules took their place in February 2026."""
+"""torchtitan's TOML files: JobConfig, until Python modules replaced it in February 2026."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from configs.imports.fields import Field, Handler, Source, Unreadable, flatten, 
 NAME = "torchtitan"
 SECTIONS = ("torchtitan",)
 MARKS = {"job", "training", "parallelism", "metrics", "activation_checkpoint", "lr_scheduler", "experimental"}
-# Its models by name and flavor that are options here.
+# Its models, by name and flavor, that are options here.
 MODELS = {
     ("llama3", "8B"): "llama3_1_8b",
     ("llama3", "70B"): "llama3_1_70b",
@@ -43,7 +43,7 @@ def fields(source: Source, problems: list[str]) -> Iterator[Field]:
             special[name] = _no_converter
     for name in ("checkpoint.enable", "checkpoint.enable_checkpoint", "validation.enable"):
         special.pop(name, None)
-    # An older name of the same field: its newer name's default is not in force.
+    # An older name of the same field: the newer name's default does not apply.
     older = {"checkpoint.enable"} if source.get("checkpoint.enable_checkpoint") is not None else set()
     for each in translate(source, special, problems):
         unused = each.name in ("checkpoint.keep_latest_k", "checkpoint.interval") and not _on(source, "checkpoint")
@@ -111,7 +111,7 @@ def _decay_ratio(source: Source, name: str, value: Any) -> Field:
 
 
 def _warmup(source: Source, name: str, value: Any) -> Field:
-    """torchtitan bounds it by the number of steps."""
+    """torchtitan caps it at the number of steps."""
     if not isinstance(value, int):
         raise Unreadable("must be a whole number")
     return source.translated(name, value, {"~warmup_steps": value})

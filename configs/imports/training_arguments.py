@@ -58,7 +58,7 @@ def _max_steps(source: Source, name: str, value: Any) -> Field | None:
 
 
 def epochs(source: Source, name: str, value: Any) -> Field:
-    """They have to wait for what other files and the command line say about the data."""
+    """They depend on what other files and the command line say about the data."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         return _bad("must be a number greater than 0")
     steps = source.get("max_steps")
@@ -68,7 +68,7 @@ def epochs(source: Source, name: str, value: Any) -> Field:
 
 
 def warmup(source: Source, name: str, value: Any) -> Field | None:
-    """Steps, or below 1 a part of all steps."""
+    """A number of steps, or below 1 a share of all steps."""
     if value is None or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         return None if value is None else _bad("must be a number, 0 or more")
     if source.get("lr_scheduler_type") == "constant":
@@ -140,7 +140,7 @@ def interval(source: Source, name: str, value: Any) -> Field:
 
 
 def _of_validations(source: Source, name: str, value: Any, settings: Mapping[str, Any]) -> Field:
-    """What compares validations, which here are counted in steps."""
+    """Settings that compare validations, whose interval here is counted in steps."""
     strategy = str(source.get("eval_strategy", source.get("evaluation_strategy", "no"))).lower().rpartition(".")[2]
     if strategy == "steps" or (strategy == "no" and source.get("eval_steps")):
         why = "RUN_DIR/model holds the best one" if "checkpoint.best" in settings else ""
@@ -159,7 +159,7 @@ def patience(source: Source, name: str, value: Any) -> Field | None:
 
 
 def steps(source: Source, name: str, value: Any) -> Field | None:
-    """eval_steps, save_steps, logging_steps: below 1 a part of all steps, read where the strategy is steps."""
+    """eval_steps, save_steps, logging_steps: below 1 a share of all steps; read only if the strategy is steps."""
     strategy = {"eval_steps": "eval_strategy", "save_steps": "save_strategy", "logging_steps": "logging_strategy"}[name]
     default = "no" if name == "eval_steps" else "steps"
     chosen = str(source.get(strategy, source.get("evaluation_strategy", default) if name == "eval_steps" else default))
@@ -203,7 +203,7 @@ def fsdp(source: Source, name: str, value: Any) -> Field:
 
 
 def fsdp_config(source: Source, name: str, value: Any) -> list[Field] | Field:
-    """A dictionary, whose names stand in the table below accelerate's."""
+    """A dictionary, whose names the table lists under accelerate."""
     if isinstance(value, str) and value:
         return source.lost(name, value, "that file's values are not read; write them into fsdp_config itself")
     if not isinstance(value, Mapping) or not value:

@@ -17,7 +17,7 @@ from configs.load import composed_options, group_options, load_config, usual
 from configs.schema import Config
 
 NAME = "imported"
-LABEL = "preset"  # of a group's option, which says nothing by itself
+LABEL = "preset"  # label of a group's option, which carries no information by itself
 
 
 def experiment(made: Imported, command: str) -> str:
@@ -36,7 +36,7 @@ def experiment(made: Imported, command: str) -> str:
 
 
 def as_config(made: Imported) -> Config:
-    """The configuration of an import, without a file that stays. Raises ConfigError."""
+    """The configuration of an import, without leaving a file behind. Raises ConfigError."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "experiment" / f"{NAME}.yaml"
         file.parent.mkdir()
@@ -45,7 +45,7 @@ def as_config(made: Imported) -> Config:
 
 
 def _options(made: Imported) -> tuple[dict[str, str], dict[str, Any]]:
-    """The option of each group that is closest, and the keys that are left."""
+    """The closest option of each group, and the remaining keys."""
     config, defaults = usual()
     groups = group_options()
     settings = {key: value for key, value in made.settings.items()}
@@ -75,20 +75,19 @@ def _options(made: Imported) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _closest(group: str, own: dict[str, Any], default: str) -> tuple[str, dict[str, Any]]:
-    """The option with the fewest keys that differ from what is wanted, the default where it is as good; and the keys in
-    which it differs."""
+    """The option with the fewest keys that differ from the wanted ones (the default in a tie), and these keys."""
     ready = composed_options(group)
     before = _flat(asdict(ready[default]))
     wanted = {**before, **{key.removeprefix(f"{group}."): value for key, value in own.items()}}
 
     def apart(option: str) -> tuple[bool, int, int, int, bool, str]:
         has = _flat(asdict(ready[option]))
-        # ZeRO's stage is what people call the layout by.
+        # People name the layout by ZeRO's stage.
         other_stage = has.get("zero_stage") != wanted.get("zero_stage")
         keys = [key for key in wanted if key != LABEL]
-        # A key with names to choose from says what an option is; numbers only tune it.
+        # Keys with named choices characterise an option; numbers only tune it.
         choices = sum(isinstance(wanted[key], str) and has.get(key) != wanted[key] for key in keys)
-        # Of two that are as far, the one that chooses the same keys.
+        # In a tie, prefer the option that chooses the same keys.
         common = sum(has.get(key) != before.get(key) and wanted[key] != before.get(key) for key in keys)
         apart = sum(has.get(key) != wanted[key] for key in keys)
         return other_stage, choices, apart, -common, option != default, option
@@ -122,7 +121,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def assumptions(made: Imported) -> str:
-    """What an estimate of the run rests on that no file says, and the fields that it could not follow."""
+    """Assumptions of an estimate that no file confirms, and fields that it could not follow."""
     lost = [each for each in made.fields if each.fate in (Fate.lost, Fate.unknown)]
     lines = [f"assumed    {line}" for line in made.assumed]
     lines += [f"not followed   {_name(each)}: {each.why}" for each in lost]
