@@ -1,10 +1,10 @@
-"""The door for people: plan the run, show the command that starts it, start it, stay in charge of it.
+"""The main entry point: plan the run, show the command that starts it, start it, supervise it.
 
     python -m launch experiment=demo
     python -m launch model=gpt2 parallel=zero2 precision=bf16 dry_run=true
     python -m launch -m experiment=demo parallel=ddp,zero2
 
-All that can be checked without the job is checked first: a mistake costs a line, not eight processes.
+Everything that needs no job is checked first: a mistake costs one line, not eight processes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trainer.process.status import check_idle
 from trainer.process.world import PLAN_SHOWN
 from trainer.report.folder import default_run_dir, make_run_dir
 
-DEFAULT_PORT = 29500  # between nodes, where a port that is free here says nothing about node 0
+DEFAULT_PORT = 29500  # between nodes, where a port that is free here need not be free on node 0
 DOOR = Door(
     program="python -m launch",
     purpose="Train a causal language model: on this machine, or on a SLURM, Kubernetes or Ray cluster.",
@@ -57,8 +57,8 @@ DOOR = Door(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments say. Returns the exit code of the job, or of the first that failed in a sweep."""
-    # Read once: ranks, restarts and the runs of a comparison get the same time.
+    """Run the command. Returns the exit code of the job, or of the first one that failed in a sweep."""
+    # The clock is read once: ranks, restarts and the runs of a comparison get the same time.
     words = settle_clock(sys.argv[1:] if argv is None else argv, datetime.now())
     return answered(lambda: _answer(words))
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answer(words: Sequence[str]) -> int:
     if words and words[0] in CONTROLS:
         return control(words)
-    if words and words[0] == "compare":  # its figures, and the tables of other trainers, are not for every answer
+    if words and words[0] == "compare":  # imported here: other commands need neither its figures nor foreign tables
         from launch.compare import compare
 
         return compare(words[1:], launch=launch)
@@ -88,13 +88,13 @@ def _answer(words: Sequence[str]) -> int:
 def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = False) -> tuple[int, bool]:
     """Plan and start one run. Returns the job's exit code, and whether a signal asked to end.
 
-    stay: keep this process even where the run is one plain process that could take its place.
+    stay: keep this process even if a single plain process could replace it.
     Raises CookbookError before anything is started.
     """
     config = load_config(overrides, config_dir=config_dir)
     if (cluster := elsewhere(config.cluster.kind)) is not None:
         return cluster.launch_job(config, overrides, config_dir=config_dir)
-    # A world that surrounds this door (a pod's WORLD_SIZE) is not the one it is about to make.
+    # The environment's world (a pod's WORLD_SIZE) is not the one that this command is about to create.
     plan = make_plan(config, replace(find_machine(), world_size=None, local_world_size=None))
     starting = plan.nodes == 1 and not config.dry_run
     if starting and config.launcher.master_port is not None:
@@ -138,7 +138,7 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
 
 
 def _shown(command: Command) -> Command:
-    """The same for ranks that need not print the plan."""
+    """The same for ranks that do not print the plan."""
     return replace(command, environment={**command.environment, PLAN_SHOWN: "1"})
 
 

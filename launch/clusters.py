@@ -1,6 +1,6 @@
-"""Where a run is started, other than on this machine alone: one module for each kind of cluster.
+"""The kinds of cluster that a run can start on, besides this machine: one module for each.
 
-A module gives what `Elsewhere` names. Kinds that keep a folder in the run folder also give `status_lines` and `cancel`.
+A module provides the attributes of `Elsewhere`. Kinds with a folder in the run folder add `status_lines` and `cancel`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from configs.schema import Config
 
 
 class Elsewhere(Protocol):
-    """COMPARE: what to do there instead of `python -m launch compare`.
+    """COMPARE: the command that replaces `python -m launch compare` there.
     WAITS: whether `launch_job` waits for the end of the run.
-    KEEPS: what in the run folder shows that a run of this kind was started there; None where nothing does."""
+    KEEPS: path in the run folder that shows a run of this kind; None if there is none."""
 
     COMPARE: str
     WAITS: bool
     KEEPS: str | None
 
     def launch_job(self, config: Config, overrides: Sequence[str], *, config_dir: str | None) -> tuple[int, bool]:
-        """Plan the run, and submit it or look after it. Returns the exit code, and whether a signal asked to end.
+        """Plan the run, and submit or supervise it. Returns the exit code, and whether a signal requested the end.
 
         Raises CookbookError before anything is submitted.
         """
@@ -52,7 +52,7 @@ def elsewhere(kind: ClusterKind) -> Elsewhere | None:
 
 
 def control(words: Sequence[str]) -> int:
-    """`status RUN_DIR` or `cancel RUN_DIR`. Raises CookbookError where no run was submitted, or its cluster is gone."""
+    """`status RUN_DIR` or `cancel RUN_DIR`. Raises CookbookError if no run was submitted, or its cluster is gone."""
     if words[1:] in (["-h"], ["--help"]):
         print(f"python -m launch {words[0]} RUN_DIR")
         return EXIT_FINISHED
@@ -66,7 +66,7 @@ def control(words: Sequence[str]) -> int:
 
 
 def _cluster_of(run_dir: Path) -> Controlled:
-    """The cluster that this run was last submitted to."""
+    """The cluster to which this run was last submitted."""
     modules = [cast(Controlled, elsewhere(kind)) for kind in MODULES]
     kept = {run_dir / module.KEEPS: module for module in modules if module.KEEPS is not None}
     there = [path for path in kept if path.exists()]

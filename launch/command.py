@@ -5,8 +5,8 @@
     accelerate launch --multi_gpu --num_processes=2 ... --module trainer experiment=demo
     python -m trainer experiment=demo
 
-The overrides go on as they were typed, word for word and through no shell. Every rank composes and plans from them
-again; a run folder that the user left open is named here and appended as one more override. Next: `process`.
+Overrides are passed on exactly as typed and through no shell. Every rank composes and plans from them again. If the
+user left the run folder open, it is named here and appended as one more override. Next: `process`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOOPBACK = "loopback"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendezvous:
-    """Where the ranks meet: address and port of node 0. node_rank: the node that this command is for."""
+    """Rendezvous: address and port of node 0. node_rank: index of the node that this command is for."""
 
     address: str = HOST
     port: int
@@ -42,13 +42,13 @@ class Rendezvous:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """argv: the command. environment: what is set in addition to the caller's own environment."""
+    """argv: the command. environment: variables that are added to the caller's environment."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
 
     def text(self) -> str:
-        """One line for a shell, to copy and paste."""
+        """One shell line, to copy and paste."""
         return " ".join(
             [*(f"{name}={shlex.quote(value)}" for name, value in self.environment.items()), shlex.join(self.argv)]
         )
@@ -67,8 +67,8 @@ def build_command(
 ) -> Command:
     """The launcher's command on one node of the plan.
 
-    run_dir: one folder for all ranks, named before they start. environment: the caller's (os.environ); a variable
-    that is set there is left alone. cores: of this machine.
+    run_dir: the folder of all ranks, named before they start. environment: the caller's (os.environ); variables that
+    it sets are not changed. cores: number of cores of this machine.
     """
     environment = os.environ if environment is None else environment
     cores = cores or os.cpu_count() or 1
@@ -103,7 +103,7 @@ def _launcher_words(config: Config, plan: Plan, rendezvous: Rendezvous, *, visib
 
 
 def _torchrun(plan: Plan, rendezvous: Rendezvous, port: int | None) -> list[str]:
-    """port: that the user has chosen; None: the rendezvous finds one and keeps it from the moment it is found."""
+    """port: chosen by the user; None: the rendezvous picks a free one and binds it at once."""
     processes = f"--nproc-per-node={plan.gpus_per_node}"
     if loopback_known():
         chosen = [f"--rdzv-conf=port={port}"] if port is not None else []
@@ -113,21 +113,21 @@ def _torchrun(plan: Plan, rendezvous: Rendezvous, port: int | None) -> list[str]
 
 @cache
 def loopback_known() -> bool:
-    """Whether torchrun finds `trainer.process.rendezvous`. It is named in the metadata of the installed package; where
-    an older version was installed, torch's static rendezvous does the same, but listens on every interface."""
+    """Whether torchrun finds `trainer.process.rendezvous`, which the installed package's metadata names. With an older
+    installed version, torch's static rendezvous does the same but listens on every interface."""
     return bool(entry_points(group="torchrun.handlers", name=LOOPBACK))
 
 
 def _deepspeed(plan: Plan, rendezvous: Rendezvous, visible: str) -> list[str]:
     port = f"--master_port={rendezvous.port}"
     if visible and plan.device == "cuda":
-        # --num_gpus would take GPUs 0 to N-1, also those that CUDA_VISIBLE_DEVICES hides.
+        # --num_gpus would take GPUs 0 to N-1, including those that CUDA_VISIBLE_DEVICES hides.
         return [f"--include=localhost:{','.join(visible.split(',')[: plan.gpus_per_node])}", port]
     return [f"--num_gpus={plan.gpus_per_node}", port]
 
 
 def _accelerate(plan: Plan, rendezvous: Rendezvous, port: int | None) -> list[str]:
-    # The port of the loopback rendezvous is its own; this one is only looked at, and must be free.
+    # The loopback rendezvous has its own port; the launcher only checks that this one is free.
     world = [f"--num_processes={plan.world_size}", "--num_machines=1", f"--main_process_port={rendezvous.port}"]
     if plan.world_size > 1 and loopback_known():
         world += [f"--rdzv_backend={LOOPBACK}", *([f"--rdzv_conf=port={port}"] if port is not None else [])]
@@ -145,7 +145,7 @@ def _place(plan: Plan, rendezvous: Rendezvous) -> Place:
 
 
 def program(name: str) -> str:
-    """The launcher beside this Python: by its name where a shell would find the same one, else by its path."""
+    """The launcher next to this Python: by name if a shell would find the same one, else by path."""
     beside = Path(sys.executable).with_name(name)
     found = shutil.which(name)
     if found is not None and (not beside.exists() or Path(found).samefile(beside)):

@@ -3,9 +3,9 @@
     python -m launch compare parallel=single,ddp,fsdp model=tiny train.steps=20 train.run_dir=runs/compared
     python -m launch compare runs/compared
 
-The first runs each point as `python -m launch` would, one after another, in a folder of its own under train.run_dir,
-and then writes the page; a point that is finished already is not run again. The second writes the page from the folders
-that are there, of a sweep on a cluster for example. A point that is refused or fails is on the page with its reason.
+The first form runs each point as `python -m launch` would, one after another, in a folder of its own under
+train.run_dir, and then writes the page; finished points are not run again. The second form writes the page from
+existing folders, for example those of a sweep on a cluster. Points that are refused or fail are listed with the reason.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Launch = Callable[..., tuple[int, bool]]
 
 
 def compare(words: Sequence[str], *, launch: Launch) -> int:
-    """Do what the arguments of `compare` say. Returns 0, or the exit code of the first run that is not through.
+    """Run the command `compare`. Returns 0, or the exit code of the first unfinished run.
 
     Raises CookbookError before anything is started.
     """
@@ -87,7 +87,7 @@ def _compare(arguments: Arguments, launch: Launch) -> int:
 def _run(
     point: Point, folder: Path, which: str, launch: Launch, config_dir: str | None
 ) -> tuple[int, bool, str | None]:
-    """Exit code, whether a signal asked to end, and why the run is not through."""
+    """Exit code, whether a signal requested the end, and why the run did not finish."""
     print(f"\n== {point.name} ({which}): {shlex.join(point.words)}", flush=True)
     if point.plan is None:
         print(point.reason)
@@ -109,7 +109,7 @@ def _record(folder: Path, points: Sequence[Point]) -> None:
 
 
 def _report(folder: Path) -> int:
-    """Write the page of the runs in a folder. Returns 0 where all are through. Raises CookbookError."""
+    """Write the page of the runs in a folder. Returns 0 if all are finished. Raises CookbookError."""
     runs = find_runs(folder)
     if not runs:
         raise ConfigError(
@@ -123,12 +123,12 @@ def _report(folder: Path) -> int:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The runs of a comparison in its order, or those that a folder holds."""
+    """The runs of a comparison in its order, or all runs in a folder."""
     return _recorded(folder) or _found(folder)
 
 
 def _recorded(folder: Path) -> list[Run]:
-    """The runs of an earlier comparison, in its order; empty where there is no record that can be read."""
+    """The runs of an earlier comparison, in its order; empty if there is no readable record."""
     try:
         points = json.loads((folder / RECORD).read_text())
         return [read_run(point["name"], folder / point["name"], point["reason"]) for point in points]
@@ -139,7 +139,7 @@ def _recorded(folder: Path) -> list[Run]:
 def _found(folder: Path) -> list[Run]:
     """The run folders in a folder and one level below, in natural order."""
     places = {file.parent for pattern in ("*/config.yaml", "*/*/config.yaml") for file in folder.glob(pattern)}
-    # The record of a run's second start lies in the run's own folder.
+    # The record of a run's second start is in the run's own folder.
     runs = [place.relative_to(folder).as_posix() for place in places if place.parent not in places]
     return [read_run(name, folder / name) for name in sorted(runs, key=_natural)]
 

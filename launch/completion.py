@@ -1,10 +1,10 @@
-"""`cookbook completion`: the shell completes commands, groups, keys and values.
+"""`cookbook completion`: shell completion of commands, groups, keys and values.
 
     source <(cookbook completion bash)        in ~/.bashrc; zsh: the same in ~/.zshrc, below compinit
     cookbook completion fish | source         in ~/.config/fish/config.fish
-    cookbook completion answer "cookbook train train.st"      what the three scripts ask: one candidate a line
+    cookbook completion answer "cookbook train train.st"      used by the three scripts: prints one candidate a line
 
-Where nothing is known, the shell offers files.
+If there is no candidate, the shell offers files.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def candidates(line: str) -> list[str]:
-    """What the last word of a command line, up to the cursor, may become; nothing where a file is wanted."""
-    from launch.cookbook import COMMANDS  # it knows this module
+    """Candidates for the last word of a command line, up to the cursor; none if a file is wanted."""
+    from launch.cookbook import COMMANDS  # imported here: it imports this module
 
     program, *words = line.split(" ")
     *before, last = [word for word in words[:-1] if word] + words[-1:] or [""]

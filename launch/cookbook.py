@@ -1,10 +1,10 @@
-"""`cookbook`: every door under one command, from any folder.
+"""`cookbook`: every entry point under one command, from any folder.
 
-    cookbook train WORDS          as python -m trainer
-    cookbook launch WORDS         as python -m launch
+    cookbook train OVERRIDES      as python -m trainer
+    cookbook launch OVERRIDES     as python -m launch
 
-`python -m` searches the working directory first: a file `trainer.py` or a folder `launch` there is run instead of this
-project. A console command does not, and neither do the processes that it starts.
+`python -m` searches the working directory first: it would run a file `trainer.py` or a folder `launch` there instead of
+this project. A console command does not, and neither do the processes that it starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from configs.door import turn_away, version
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.output import delivered, guard_output
 
-# The module whose `main` answers; the arguments that it gets before the user's; what it does.
+# The module whose `main` runs; arguments that precede the user's; purpose.
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "train": ("trainer.__main__", (), "train in this process"),
     "launch": ("launch.__main__", (), "start the ranks of a run on this machine, or submit it to a cluster"),
@@ -44,7 +44,7 @@ USAGE = "\n".join(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Go through the door that the first word names. Returns its exit code."""
+    """Run the entry point that the first argument names. Returns its exit code."""
     guard_output()
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""`memory-estimate`: what the very configuration that is about to run needs of each GPU. Runs nothing.
+"""`memory-estimate`: the memory per GPU of exactly the configuration that is about to run. Runs nothing.
 
     memory-estimate model=llama3_1_8b parallel=fsdp precision=bf16 cluster=8xh100 data.seq_len=4096
     memory-estimate -m parallel=ddp,fsdp model=llama3_1_70b cluster.nodes=8
@@ -55,9 +55,9 @@ DOOR = Door(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer as the overrides ask. Returns the exit code."""
-    # Millions of small tuples are made and freed by count; collections among them find nothing and take a sixth of the
-    # time. What leaves cycles, a trace, collects them itself.
+    """Answer the overrides. Returns the exit code."""
+    # Millions of small tuples are made and freed by reference count; garbage collection among them finds nothing and
+    # takes a sixth of the time. Tracing creates cycles, and collects them itself.
     gc.disable()
     guard_output()
     try:
@@ -76,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def answer(
     overrides: Sequence[str], *, config: Config | None = None, config_dir: str | None = None, compare: bool = False
 ) -> Answer:
-    """Estimate one configuration. config: what the overrides say, where it is loaded already. compare: one of several,
-    without suggestions, and where its degrees are fixed on as many of the cluster's GPUs as they take. Raises
-    CookbookError."""
+    """Estimate one configuration.
+
+    config: the composed overrides, if they are loaded already.
+    compare: the estimate is one of several: no suggestions; fixed degrees may use only part of the cluster's GPUs.
+    Raises CookbookError."""
     config = config or load_config(overrides, config_dir=config_dir)
     machine = planned_machine(config, find_machine({}))
     if compare:
@@ -140,7 +142,7 @@ def _answer_all(arguments: Arguments) -> int:
 
 
 def _answer_translated(arguments: Arguments) -> int:
-    """The run that files of other trainers describe, and what the answer had to assume."""
+    """The run that files of other trainers describe, and the assumptions that the answer rests on."""
     if arguments.sweep:
         raise ConfigError("--from: the files describe one configuration; leave out -m")
     made = translate(arguments.sources, arguments.overrides, config_dir=arguments.config_dir)
@@ -158,7 +160,7 @@ def _answer_translated(arguments: Arguments) -> int:
 
 
 def _answer_sweep(runs: Sequence[Sequence[str]], config_dir: str | None) -> tuple[list[Answer], list[str]]:
-    """The answers, and a line for each problem of the configurations that have none."""
+    """The answers, and one line for each problem of configurations without an answer."""
     answers: list[Answer] = []
     refused: list[str] = []
     for run in runs:

@@ -3,8 +3,8 @@
     memory-estimate model=llama3_1_8b cluster=8xh100 precision=bf16 estimate.explore=8b.html
     memory-estimate -m data.seq_len=2048,8192 optimizer=adamw,lion model=llama3_1_8b estimate.explore=8b.html
 
-Layouts, micro-batches and recompute are those of `estimate.search`. What is swept over them is what -m lists; without
-it two sequence lengths, optimizers and precisions.
+Layouts, micro-batches and recompute are those of `estimate.search`. -m lists the swept overrides; without it two
+sequence lengths, optimizers and precisions are swept.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from trainer.plan.machine import find_machine
 
 LONGER = 4
 USUAL = {"optimizer": ("adamw", "adamw_8bit"), "precision": ("bf16", "fp32")}
-"""Swept without -m, each with the option of the command itself."""
+"""Groups that are swept without -m, each together with the option of the command itself."""
 QUIET_SECONDS, EVERY_SECONDS = 1.0, 5.0
 
 
 def explore_layouts(runs: Sequence[Sequence[str]], *, config_dir: str | None) -> int:
-    """Write the page. runs: the overrides, or of a sweep those of each of its configurations. Returns the exit code.
-    Raises CookbookError."""
+    """Write the page. runs: the overrides, or for a sweep those of each configuration. Returns the exit code. Raises
+    CookbookError."""
     first = load_config(runs[0], config_dir=config_dir)
     check_file(first)
     check_open(first)
@@ -55,7 +55,7 @@ def explore_layouts(runs: Sequence[Sequence[str]], *, config_dir: str | None) ->
 
 
 def _swept(runs: Sequence[Sequence[str]]) -> tuple[list[str], list[Control]]:
-    """The overrides that all runs share, and a control for each that takes several values."""
+    """The overrides that all runs share, and one control for each override with several values."""
     columns = [list(dict.fromkeys(column)) for column in zip(*runs, strict=True)]
     controls = [Control(words[0].partition("=")[0], tuple(words)) for words in columns if len(words) > 1]
     chosen = [control.key for control in controls if f"{control.key}=".startswith(REPLACED)]
@@ -71,7 +71,7 @@ def _swept(runs: Sequence[Sequence[str]]) -> tuple[list[str], list[Control]]:
 
 
 def _usual(overrides: Sequence[str], config: Config, config_dir: str | None) -> tuple[list[str], list[Control]]:
-    """What is swept without -m, as far as the rest of the command allows it."""
+    """The default sweep, without -m, as far as the command allows it."""
     chosen = chosen_options(overrides, config_dir=config_dir)
     words = {group: [f"{group}={chosen[group]}"] for group in USUAL}
     for group, options in USUAL.items():
@@ -85,7 +85,7 @@ def _usual(overrides: Sequence[str], config: Config, config_dir: str | None) -> 
 
 
 class _Said:
-    """Tells on standard error how far it is, once that takes longer than a moment."""
+    """Reports progress on standard error, if the work takes longer than a moment."""
 
     def __init__(self) -> None:
         self.began = self.said = time.monotonic()

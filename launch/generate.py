@@ -1,4 +1,4 @@
-"""`cookbook generate`: a trained model writes.
+"""`cookbook generate`: a trained model writes text.
 
     cookbook generate runs/demo                        the newest model of a run, on its own
     cookbook generate runs/demo "def main(" --tokens 80
@@ -23,15 +23,15 @@ from trainer.process.answering import answered
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write text. Returns the exit code: 0, 1 for a damaged checkpoint, 2 for wrong arguments or a folder that
-    cannot be read."""
+    """Generate text. Returns the exit code: 0, 1 for a damaged checkpoint, 2 for wrong arguments or an unreadable
+    folder."""
     return answered(lambda: _generate(_parser().parse_intermixed_args(argv)))
 
 
 def _generate(words: argparse.Namespace) -> int:
     _check(words)
     prompt = sys.stdin.read() if words.prompt == "-" else words.prompt
-    # Seconds of imports, which `--help` and a misspelt word need not wait for.
+    # These imports take seconds, which `--help` and a misspelt argument need not wait for.
     from trainer.generation import Request, write
 
     asked: dict[str, Any] = {**vars(words), "prompt": prompt}

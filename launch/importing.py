@@ -1,10 +1,10 @@
-"""`cookbook import`: what people have for another trainer becomes an experiment of this one.
+"""`cookbook import`: the configuration of another trainer becomes an experiment of this one.
 
     cookbook import ds_config.json args.json model.path=FOLDER cluster=8xh100
     cookbook import llama3_8b.toml model=llama3_1_8b --to mine/experiment/llama.yaml
 
-FILE: of DeepSpeed, accelerate, TrainingArguments (also training_args.bin, which is not executed), torchtitan, axolotl
-or LLaMA-Factory; several are read as one run. Every field is printed under what became of it.
+FILE: from DeepSpeed, accelerate, TrainingArguments (also training_args.bin, which is not executed), torchtitan, axolotl
+or LLaMA-Factory; several files are read as one run. Every field is listed under its fate.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from trainer.estimate.gate import EXIT_DOES_NOT_FIT, judged
 from trainer.process.answering import answered
 
 OWN = Path("mine")
-"""The folder of a person's own options, as docs/slurm.md has it: `--config-dir mine`."""
+"""The folder of a user's own options, as in docs/slurm.md: `--config-dir mine`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Translate, write, judge. Returns the exit code: 0, 2 for files that cannot be read or a configuration that cannot
-    run, 3 where it does not fit the GPUs."""
+    """Translate, write, judge. Returns the exit code: 0; 2 if a file cannot be read or the configuration cannot run;
+    3 if it does not fit the GPUs."""
     return answered(lambda: delivered(_import(_parser().parse_intermixed_args(argv))))
 
 
@@ -51,7 +51,7 @@ def _parser() -> Parser:
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Files and overrides. A word with = is an override, unless there is a file of this name."""
+    """Files and overrides. An argument with = is an override, unless a file has this name."""
     files = [word for word in words if "=" not in word or os.path.isfile(word)]
     return files, [word for word in words if word not in files]
 
@@ -70,13 +70,13 @@ def _import(words: argparse.Namespace) -> int:
         print(f"assumed    {line}")
     code, verdict = _judge(made)
     print(verdict, flush=True)
-    # After the verdict: what is refused leaves no file, which would stand in the way of the next try.
+    # After the verdict: a refused import leaves no file that would block the next try.
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(experiment(made, command), encoding="utf-8")
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigError(f"--to={target}: cannot be written ({error.strerror})") from None
-    if has_model(made):  # torch is imported by now
+    if has_model(made):  # torch has been imported by now
         from launch.their_libraries import checked
 
         for line in checked(made):
@@ -104,10 +104,10 @@ def _check_target(target: Path, *, force: bool) -> None:
 
 
 def _judge(made: Imported) -> tuple[int, str]:
-    """The exit code, and a line about memory. Raises CookbookError where the configuration cannot run at all."""
+    """The exit code, and a line about memory. Raises CookbookError if the configuration cannot run at all."""
     if not has_model(made):
         return EXIT_FINISHED, "memory     not estimated: no file names a model; give model.path=FOLDER or model=OPTION"
-    # Seconds of imports, which --help and a file that cannot be read need not wait for.
+    # These imports take seconds, which --help and an unreadable file need not wait for.
     from launch.estimate import answer
 
     try:

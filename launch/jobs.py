@@ -1,4 +1,4 @@
-"""The door's part for SLURM: submit a run or a sweep; `status_lines` and `cancel` answer for a job.
+"""`python -m launch` for SLURM: submit a run or a sweep; `status_lines` and `cancel` for a job.
 
 python -m launch cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 ...
 """
@@ -87,15 +87,15 @@ def _show_script(config: Config, words: Sequence[str]) -> None:
 
 
 def is_array(cluster: Cluster) -> bool:
-    """Whether a sweep whose first point has this cluster goes to Slurm as one array."""
+    """Whether a sweep whose first point has this cluster becomes one array of Slurm."""
     return cluster.kind is ClusterKind.slurm and cluster.slurm.array is not None
 
 
 def plan_job(config: Config) -> Plan:
-    """The plan for the cluster's nodes, whatever this machine has."""
+    """The plan for the cluster's nodes, independent of this machine."""
     return make_plan(config, Machine(gpus=config.cluster.gpus_per_node or 0))
 
 
 def log_id(config: Config, job_id: str) -> str:
-    """What %j or %A_%a of the log's name becomes; of a chain, the first job's."""
+    """The expansion of %j or %A_%a in the log's name; for a chain, of the first job."""
     return f"{job_id}_{config.cluster.slurm.array.partition('-')[0]}" if config.cluster.slurm.array else job_id

@@ -1,4 +1,4 @@
-"""The runs of a comparison, planned together: their names, one global batch for all, one model and one data set.
+"""The runs of a comparison, planned together: names, one global batch for all, one model and one data set.
 
 parallel=single,ddp train.steps=20   ->   single: parallel=single train.steps=20 ... train.run_dir=FOLDER/single
                                           ddp: parallel=ddp train.steps=20 ... train.run_dir=FOLDER/ddp
@@ -25,13 +25,13 @@ from trainer.plan.plan import Plan
 from trainer.report.folder import default_run_dir
 
 USUAL = ("train.export=false", "checkpoint.final=false")
-"""A comparison has no use for a model or a checkpoint of every run; said after these, other values win."""
+"""Defaults of a comparison, which needs no model or checkpoint of every run; explicit values override them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One run. words: its overrides, the run folder among them. config, plan: None where it is refused, for `reason`.
-    reason is also why a run failed that could not say so itself."""
+    """One run. words: its overrides, including the run folder. config, plan: None if it is refused, for `reason`.
+    reason is also why a run failed that could not report it itself."""
 
     name: str
     words: tuple[str, ...]
@@ -43,8 +43,8 @@ class Point:
 def plan_points(overrides: Sequence[str], *, config_dir: str | None) -> tuple[Path, list[Point]]:
     """The comparison's folder, and its runs in the order of the arguments.
 
-    All get the same train.global_batch_size: the smallest that each of them can make. Raises CookbookError where there
-    are not two runs, where they are not of one model and data, and where none can be planned.
+    All get the same train.global_batch_size: the smallest that each of them can make. Raises CookbookError for fewer
+    than two runs, for different models or data, and if no run can be planned.
     """
     runs = expand_sweep(overrides)
     if len(runs) < 2:
@@ -75,7 +75,7 @@ def plan_points(overrides: Sequence[str], *, config_dir: str | None) -> tuple[Pa
 
 
 def check_folder(point: Point, folder: Path) -> None:
-    """Raise PlanError where `folder`, that of the point, holds another run."""
+    """Raise PlanError if `folder`, the point's folder, holds another run."""
     try:
         saved = from_yaml((folder / "config.yaml").read_text())
     except (OSError, UnicodeDecodeError, CookbookError):
@@ -106,7 +106,7 @@ def _plan(point: Point, config_dir: str | None) -> Point:
 
 
 def _one_batch(points: Sequence[Point], sizes: dict[int, str], config_dir: str | None) -> list[Point]:
-    """The same points with one global batch. sizes: what each would have had, with the last point that would."""
+    """The same points with one global batch. sizes: each size without it, with the last point that has it."""
     had = ", ".join(f"{size} ({name})" for size, name in sizes.items())
     if any(word.startswith("train.global_batch_size=") for point in points for word in point.words):
         raise PlanError(f"train.global_batch_size: is {had}, and losses of different batches do not compare; give one")
@@ -132,8 +132,8 @@ def _check_same(points: Sequence[Point], first: Config) -> None:
 
 
 def names(runs: Sequence[Sequence[str]], *, keys: bool = False) -> list[str]:
-    """What differs between the runs, as names of folders: of groups the option, of keys the last part and the value.
-    keys: the overrides themselves, parallel=ddp,train.seed=2."""
+    """The runs' differences as folder names: the option of a group; of a key the last part and the value. keys: use the
+    full overrides, parallel=ddp,train.seed=2."""
     shared = set(runs[0]).intersection(*runs)
     found: list[str] = []
     for words in runs:
@@ -143,7 +143,7 @@ def names(runs: Sequence[Sequence[str]], *, keys: bool = False) -> list[str]:
             if word not in shared:
                 parts.append(word if keys else f"{key.rpartition('.')[2]}-{value}" if "." in key else value)
         text = ",".join(parts) if keys else "-".join(parts)
-        # A name of a folder has 255 bytes at most.
+        # A folder name has at most 255 bytes.
         name = re.sub(r"[^\w.=,+-]+" if keys else r"[^\w.-]+", "_", text, flags=re.ASCII).strip("._")[:200] or "run"
         taken = sum(other == name or other.startswith(f"{name}~") for other in found)
         found.append(f"{name}~{taken + 1}" if taken else name)

@@ -1,8 +1,8 @@
-"""Runs a launcher's command and stays in charge of it: signals on, one error out, nothing left behind.
+"""Runs a launcher's command and supervises it: forwards signals, shows one error, leaves nothing behind.
 
 The first signal goes to the ranks, which finish their step and save; a launcher that got it would kill them half a
-minute later, or at once. When ranks fail, each says so, and the launcher adds a page about its children: `Relay` lets
-through what a person needs (everything, but of the tracebacks only the first rank's) and keeps all of it in a file.
+minute later, or at once. When ranks fail, each prints an error, and the launcher adds a page about its children.
+`Relay` shows only what a person needs (of the tracebacks only the first rank's) and keeps everything in a file.
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """code: the exit code, 128 + N after signal N. killed: the signal that ended the launcher itself, if one did. told:
-    whether somebody asked the run to end. relay: what went to stderr. lost: a node that is gone with its ranks.
-    started: False where the ranks were still waiting for their turn."""
+    """code: the exit code, 128 + N after signal N.
+    killed: the signal that ended the launcher itself, if any.
+    told: whether the run was asked to end.
+    relay: the copied stderr.
+    lost: a node that is gone with its ranks.
+    started: False if the ranks were still waiting to be started."""
 
     code: int
     killed: signal.Signals | None
@@ -53,7 +56,7 @@ class Outcome:
 
 
 def run_command(command: Command, signals: Forwarding) -> Outcome:
-    """Run to the end, passing signals on. Nothing that it started is left when this returns."""
+    """Run to the end, forwarding signals. Everything that it started is gone when this returns."""
     adopt_orphans()
     others = psutil.Process().children(recursive=True)  # of a Python program that calls `cookbook.launch`
     child = subprocess.Popen(
@@ -80,11 +83,11 @@ def run_command(command: Command, signals: Forwarding) -> Outcome:
 
 
 def check_port(port: int) -> None:
-    """Raises EnvironmentProblem when the ranks could not meet at this port of this machine. Launchers tell it by a
+    """Raises EnvironmentProblem if the ranks cannot meet at this port of this machine. Launchers report that with a
     traceback, or not at all."""
     try:
         with socket.socket() as listener:
-            # As torch does: what is left of connections that are closed is no hindrance, another listener is.
+            # As torch does: closed connections in TIME_WAIT do not block the port, another listener does.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((HOST, port))
     except (OSError, OverflowError) as error:
@@ -96,18 +99,18 @@ def check_port(port: int) -> None:
 
 
 def replace_process(command: Command) -> None:
-    """Become the command: for one plain process, whose debugger needs the terminal. Does not return."""
+    """Become the command, for a single plain process whose debugger needs the terminal. Does not return."""
     sys.stdout.flush()
     os.execvpe(command.argv[0], command.argv, {**for_children(os.environ), **command.environment})
 
 
 class Forwarding:
-    """Context in which signals are passed on: the first, and every SIGUSR1, to the ranks; where there are none yet, and
-    when asked again, to the launcher's process group. With nobody to tell they end this process.
+    """Context that forwards signals: the first one, and every SIGUSR1, to the ranks; before ranks exist, and on a
+    repeated request, to the launcher's process group. Without any receiver they end this process.
 
-    A signal that we were started to ignore (nohup) stays ignored. In another thread than the main one, to which Python
-    gives no signals, none is passed on.
-    tell: passes a signal on; its second argument is whether the run was asked before.
+    A signal that we were started to ignore (nohup) stays ignored. Python delivers no signals to other threads than the
+    main one, so none is forwarded there.
+    tell: forwards a signal; its second argument is whether the run was asked before.
     """
 
     def __init__(self) -> None:
@@ -134,18 +137,18 @@ class Forwarding:
 
 
 def tell_ranks(launcher: int, number: signal.Signals, again: bool) -> None:
-    """Send a signal to a launcher's ranks; to its process group where there are none yet, and when asked again."""
+    """Send a signal to a launcher's ranks; to its process group if there are none yet, and on a repeated request."""
     with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
         ranks = [] if again else rank_processes(psutil.Process(launcher))
         for rank in ranks:
-            # A terminal that is closed asks to end: ranks know SIGTERM for that.
+            # A closed terminal asks the run to end: ranks treat SIGTERM that way.
             rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
         if not ranks:
             os.killpg(launcher, number)
 
 
 def rank_processes(process: psutil.Process) -> list[psutil.Process]:
-    """The ranks below a launcher: the topmost processes that have a RANK. Their own children are theirs to tell."""
+    """The ranks below a launcher: the topmost processes with a RANK. Each rank handles its own children."""
     ranks: list[psutil.Process] = []
     for child in process.children():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -154,7 +157,7 @@ def rank_processes(process: psutil.Process) -> list[psutil.Process]:
 
 
 def ranks_are_there() -> bool:
-    """Whether a launcher below this process has started a rank long enough ago for its first line."""
+    """Whether a launcher below this process started a rank long enough ago for the rank's first line."""
     with contextlib.suppress(psutil.Error):
         return any(time.time() - rank.create_time() > FIRST_LINE_SECONDS for rank in rank_processes(psutil.Process()))
     return False
@@ -170,7 +173,7 @@ def adopt_orphans() -> None:
 
 
 def end_descendants(others: Sequence[psutil.Process] = ()) -> None:
-    """Ask every process below this one to end, except for the others; after GRACE_SECONDS kill those that did not."""
+    """Ask every process below this one to end, except the others; kill the rest after GRACE_SECONDS."""
     left = [process for process in psutil.Process().children(recursive=True) if process not in others]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -185,8 +188,8 @@ class Relay:
     """Copies a launcher's stderr, without the repetitions of a failure.
 
     Held back: the tracebacks of all ranks but the first that fails, and the launcher's report about its children.
-    code: the exit code of the first rank that failed, -N after signal N, where that report names it. death: that rank,
-    if it was killed by a signal; the others only know that it is gone.
+    code: exit code of the first failed rank, -N after signal N, if that report contains it. death: that rank, if a
+    signal killed it; the other ranks only know that it is gone.
     """
 
     RANK = re.compile(r"\[rank(\d+)\]: ?")
@@ -195,7 +198,7 @@ class Relay:
         r"|\[launch\.py:\d+:sigkill_handler\]"
     )
     FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
-    NEEDLESS = re.compile(r"master_addr is only used for static rdzv_backend")  # torchrun, of an option nobody gave
+    NEEDLESS = re.compile(r"master_addr is only used for static rdzv_backend")  # torchrun warns of an option nobody set
     TRACEBACK = re.compile(r"Traceback \(most recent call last\):")
     LAUNCHER = re.compile(r'\s+File "[^"]*(torchrun|accelerate|deepspeed|torch/distributed/run\.py)"')
     KEPT_LINES = 20_000
@@ -227,15 +230,15 @@ class Relay:
         self._undecided = ""
 
     def _wanted(self, line: str) -> str:
-        """What to show now that this line has come."""
-        # Whose traceback it is, a rank's that died early or the launcher's, stands on its second line.
+        """The lines to show once this line has arrived."""
+        # The second line shows whether the traceback belongs to a rank that died early or to the launcher.
         before, self._undecided = self._undecided, ""
         rank = self.RANK.match(line)
         if rank:
             self._first_rank = self._first_rank or rank[1]
             wanted = rank[1] == self._first_rank
         elif self._in_report or self.REPORT.search(line) or (before and self.LAUNCHER.match(line)):
-            # The launcher has nothing else to say from here on.
+            # From here on the launcher has nothing else to say.
             self._in_report, wanted = True, False
             failed = self.FAILED.search(line)
             if failed and self.code is None:
@@ -253,15 +256,15 @@ class Relay:
         return line if wanted else ""
 
     def rank_code(self, code: int) -> int:
-        """The exit code of the ranks, where their launcher ended with this one: torchrun always ends with 1."""
+        """The ranks' exit code, if their launcher ended with this one: torchrun always ends with 1."""
         return self.code if code > 0 and self.code is not None and self.code > 0 else code
 
     def told(self, text: str) -> bool:
-        """Whether this has come by in one line."""
+        """Whether one line contained this text."""
         return any(text in line for line in self._everything)
 
     def keep(self, path: Path) -> Path | None:
-        """Add all of it to `path` if something was held back. Returns where it is; None if there is nothing more."""
+        """Append all of it to `path` if something was held back. Returns the path, or None."""
         if not self._held_back:
             return None
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""`cookbook report RUN_DIR`: the page of a run, RUN_DIR/report.html, from what its folder holds, and its loss curve.
+"""`cookbook report RUN_DIR`: writes RUN_DIR/report.html and prints the loss curve, from the run's folder.
 
-A run writes its page when it ends. This makes it while the run goes on, and for runs of an earlier version.
+A run writes its page when it ends. This command also works while it is under way, and for runs of earlier versions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.report.reading import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page. Returns the exit code: 0, or 2 where there is no run or it cannot be written."""
+    """Write the page. Returns the exit code: 0, or 2 if there is no run or the page cannot be written."""
     guard_output()
     parser = Parser(prog="cookbook report", description="Write RUN_DIR/report.html, a run on one page.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, whether it is through or not")

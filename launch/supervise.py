@@ -1,8 +1,8 @@
-"""Runs a job to its end, and starts it again when a worker died: all of it, from its newest checkpoint.
+"""Runs a job to its end, and restarts all of it from its newest checkpoint when a worker died.
 
-Ranks that lose one of their number cannot go on without it, and a launcher's own restarts (`--max-restarts`) leave the
-other ranks to notice. So every process of the job is ended first, and the same command starts again, on a new port,
-as long as `trainer.run.restarts` finds that it gets further. Next: `process`.
+The remaining ranks cannot continue without a lost one, and a launcher's own restarts (`--max-restarts`) leave it to
+them to notice. So every process of the job is ended first, and the same command starts again on a new port, as long as
+`trainer.run.restarts` finds progress. Next: `process`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from launch.process import Forwarding, Outcome, run_command
 from trainer.process.status import RUNNING, read_status, report_death
 from trainer.run.restarts import Attempts, Standing, judge, stand
 
-# For the system to take back ports and GPU memory.
+# Time for the system to reclaim ports and GPU memory.
 PAUSE_SECONDS = 2.0
 CUT_OFF = "ended by a signal before it had saved; the same command goes on from its newest checkpoint"
 
 
 def run_job(build: Callable[[bool], Command], run_dir: Path, *, max_restarts: int) -> tuple[int, bool]:
-    """`keep_running` of a launcher's command on this machine. build: that of a first start (False) or a restart."""
+    """`keep_running` for a launcher's command on this machine. build: makes the command; its argument is True for a
+    restart."""
     return keep_running(lambda again, signals: run_command(build(again), signals), run_dir, max_restarts=max_restarts)
 
 
 def keep_running(start: Callable[[bool, Forwarding], Outcome], run_dir: Path, *, max_restarts: int) -> tuple[int, bool]:
-    """Run to the end. Returns the exit code, and whether a signal asked to end.
+    """Run to the end. Returns the exit code, and whether a signal requested the end.
 
-    start: makes one start of all ranks, to its end; its first argument is True for a restart. The exit code is that of
-    the rank that ended the run, where it left word in its status file: a launcher makes its own 1 of whatever a rank
-    returned.
+    start: starts all ranks and waits for their end; its first argument is True for a restart.
+    The exit code is that of the rank that ended the run, if its status file contains one: a launcher replaces every
+    code by its own 1.
     A signal between two starts ends this process at once.
     """
     attempts, again = Attempts(), False
@@ -59,8 +60,9 @@ def keep_running(start: Callable[[bool, Forwarding], Outcome], run_dir: Path, *,
 
 
 def _death(outcome: Outcome) -> str | None:
-    """Which signal killed the launcher itself, or a rank, as far as its launcher tells: torchrun by name, deepspeed by
-    an exit code of -N. Ranks that lose their launcher are asked to stop, and save: but nobody wanted the run to end."""
+    """Name of the signal that killed the launcher or a rank, as far as the launcher reports it: torchrun by name,
+    deepspeed by an exit code of -N. Ranks that lose their launcher are asked to stop, and save, but nobody wanted the
+    run to end."""
     if outcome.lost is not None:
         return outcome.lost
     if outcome.killed is not None:
@@ -71,20 +73,20 @@ def _death(outcome: Outcome) -> str | None:
 
 
 def _report_end(run_dir: Path) -> None:
-    """Put on record that the ranks were ended by a signal too early to do so themselves."""
+    """Record that a signal ended the ranks before they could record it themselves."""
     if read_status(run_dir).get("state") == RUNNING:
         report_death(run_dir, CUT_OFF)
 
 
 def _end(outcome: Outcome, before: Standing, after: Standing, reason: str, run_dir: Path) -> int:
-    """The exit code of a job that is not started again; says why it failed, if it did."""
+    """The exit code of a job that is not restarted; prints the reason of a failure."""
     code = outcome.code
-    # What is written while ranks wait to be started is about an earlier start.
+    # A status from before the ranks' start belongs to an earlier start.
     said = outcome.started and after.status != before.status
     rank_code = after.status.get("exit_code") if said else None
     if code != EXIT_FINISHED and isinstance(rank_code, int):
         code = rank_code
-    from trainer.report.page import report_end  # a twelfth of what `launch --help` takes, and of no use to it
+    from trainer.report.page import report_end  # imported here: a twelfth of the time of `launch --help`
 
     report_end(run_dir, failing=code != EXIT_FINISHED)  # for ranks that were killed
     if code not in (EXIT_FINISHED, EXIT_STOPPED, EXIT_BAD_CONFIG):  # these have been explained in plain lines
@@ -97,7 +99,7 @@ def _tell(line: str, outcome: Outcome, run_dir: Path) -> None:
     if why and outcome.relay.told(why):
         line = line.replace(why, "as told above", 1)
     kept = None
-    with contextlib.suppress(OSError):  # of a disk that is full, perhaps: what the line is about
+    with contextlib.suppress(OSError):  # for example a full disk, which the line reports
         kept = outcome.relay.keep(run_dir / "logs/errors.log")
     rest = f"; all that the ranks and the launcher wrote: {kept}" if kept else ""
     print(f"{line}{rest}", file=sys.stderr, flush=True)

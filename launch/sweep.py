@@ -1,9 +1,9 @@
-"""`python -m launch -m parallel=ddp,zero1`: runs one after another, folders named after what differs, a table.
+"""`python -m launch -m parallel=ddp,zero1`: runs one after another, folders named after their differences, a table.
 
     runs/tiny-sweep-fp32/20260101-120000/parallel=ddp
     runs/tiny-sweep-fp32/20260101-120000/parallel=zero1
 
-The runs of a sweep share nothing but that: `launch.compare` is for layouts that are held against each other.
+The runs of a sweep share nothing else; `launch.compare` compares layouts with each other.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def sweep(arguments: Arguments, launch: Callable[..., tuple[int, bool]]) -> int:
         ]
     codes: list[int] = []
     found: list[Run] = []
-    # Of a run on several nodes that no cluster starts, the commands are printed.
+    # For a run on several nodes without a cluster, the commands are printed.
     planned = first.dry_run or (other is None and first.cluster.nodes > 1)
-    mark = "# " * first.dry_run  # what is printed then may be a file for a shell, or for kubectl
+    mark = "# " * first.dry_run  # the output may then be a file for a shell, or for kubectl
     for number, (overrides, label, folder) in enumerate(zip(runs, labels, folders, strict=True), 1):
         print(f"\n{mark}== run {number} of {len(runs)}: {shlex.join(overrides)}", flush=True)
         reason, told = None, False
@@ -83,7 +83,7 @@ def sweep(arguments: Arguments, launch: Callable[..., tuple[int, bool]]) -> int:
 
 
 def check_folders(named: Sequence[str | None]) -> None:
-    """Raises ConfigError where two runs of a sweep would share a folder: the second would go on with the first.
+    """Raises ConfigError if two runs of a sweep would share a folder: the second would continue the first.
 
     named: `train.run_dir` of each run.
     """
@@ -96,7 +96,7 @@ def check_folders(named: Sequence[str | None]) -> None:
 
 
 def _composed(words: Sequence[str], config_dir: str | None) -> Config | None:
-    """None where it is refused, which `launch` explains in its turn."""
+    """None if it is refused; `launch` reports the reason later."""
     try:
         return load_config(words, config_dir=config_dir)
     except CookbookError:

@@ -1,6 +1,6 @@
-"""Does the installed library of a file's trainer read the file? Its own class is asked, and what it says is printed.
+"""Checks whether the installed library of a file's trainer reads the file, by its own class, and prints the answer.
 
-The translation does not depend on it: a file may be of another version than the one that is installed here.
+The translation does not depend on it: the file may be for another version than the installed one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from configs.imports.fields import Source
 def checked(made: Imported) -> Iterator[str]:
     """A line for each file of DeepSpeed or accelerate. Imports these libraries, which takes seconds."""
     for read in made.read:
-        # Its class of the ZeRO section is what can be asked without a process group.
+        # The class of the ZeRO section can be checked without a process group.
         if "deepspeed" in read.source.sections and isinstance(read.source.get("zero_optimization"), Mapping):
             yield _line(read.source, "deepspeed", _deepspeed(read.source))
         elif "accelerate" in read.source.sections:
@@ -40,7 +40,7 @@ def _deepspeed(source: Source) -> list[str]:
         return []
     try:
         its.DeepSpeedZeroConfig(**_without_auto(cast("Mapping[str, Any]", zero)))
-    except Exception as error:  # pydantic's, of one line and more per field, and whatever its own checks raise
+    except Exception as error:  # pydantic's, with one line or more per field, and whatever its own checks raise
         fields: Any = getattr(error, "errors", list[Any])()
         named = [f"zero_optimization.{'.'.join(map(str, each['loc']))} ({each['msg']})" for each in fields]
         return named or [first_line(error)]
@@ -48,7 +48,7 @@ def _deepspeed(source: Source) -> list[str]:
 
 
 def _without_auto(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The Trainer fills in what says "auto" before DeepSpeed sees it."""
+    """The Trainer fills in "auto" before DeepSpeed sees it."""
     return {
         key: _without_auto(cast("Mapping[str, Any]", value)) if isinstance(value, Mapping) else value
         for key, value in tree.items()
@@ -60,6 +60,6 @@ def _accelerate(source: Source) -> list[str]:
     its: Any = import_module("accelerate.commands.config.config_args")
     try:
         its.load_config_from_file(str(source.path))
-    except Exception as error:  # of any kind: it makes its class from whatever the file holds
+    except Exception as error:  # of any kind: the class is built from the file's values
         return [first_line(error)]
     return []

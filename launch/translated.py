@@ -1,4 +1,4 @@
-"""Files of other trainers as a configuration of this one, with what only the model can say."""
+"""Files of other trainers as a configuration of this one, completed with values that only the model determines."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ SPARED = (
     "train.compile",
     "data.packing",
 )
-"""Keys that change how fast a run is and what it takes (text is packed in any case). One of them that the run of the
-other settings would not read is left out, and said; whatever else the plan refuses is for a person to decide."""
-GPUS = 8  # of a node, where no file and no override says it
+"""Keys that affect speed and cost (text is packed in any case). If another setting makes the run ignore one of them, it
+is left out and reported; every other refusal of the plan is for a person to decide."""
+GPUS = 8  # per node, if no file and no override gives it
 
 
 def translate(files: Sequence[str], overrides: Sequence[str], *, config_dir: str | None) -> Imported:
-    """As `import_files`; what transformers' Trainer computes from the model is computed. Raises CookbookError."""
+    """Like `import_files`, and computes the values that transformers' Trainer derives from the model. Raises
+    CookbookError."""
     made = import_files(files, overrides, config_dir=config_dir)
     beside = any("training_arguments" in read.format.SECTIONS for read in made.read)
     if beside and has_model(made) and deepspeed.automatic(made.fields):
         try:
             hidden = sizes(config_fields(as_config(made))).hidden
-        except CookbookError:  # a folder or hub id that is not here: the sizes stay computed from the parameters
+        except CookbookError:  # a folder or hub id that is not here: the sizes are computed from the parameters
             return made
         if hidden is not None:
             deepspeed.fill(made.fields, made.settings, hidden)
@@ -50,8 +51,7 @@ def translate(files: Sequence[str], overrides: Sequence[str], *, config_dir: str
 
 
 def _unread(made: Imported) -> Iterator[tuple[str, str]]:
-    """Keys of a file that the plan refuses beside the others, each with its rule. The model has no part in that, and
-    need not be here."""
+    """Keys of a file that the plan refuses next to the others, each with its rule. The check needs no model."""
     try:
         config = as_config(made)
         gpus = config.cluster.gpus_per_node or GPUS
@@ -63,7 +63,7 @@ def _unread(made: Imported) -> Iterator[tuple[str, str]]:
             key = head.partition("=")[0]
             if key in given and key.startswith(SPARED):
                 yield key, rule.rpartition("; ")[0] or rule
-    except CookbookError:  # of another kind, which whoever runs the experiment tells better
+    except CookbookError:  # of another kind: running the experiment reports it better
         return
 
 

@@ -1,4 +1,4 @@
-"""On every node of a job: becomes the launcher of that node's ranks. Standard library only.
+"""Runs on every node of a job and becomes the launcher of that node's ranks. Standard library only.
 
 srun --ntasks-per-node=1 ... python -m slurm.agent RUN_DIR ADDRESS PORT START
 """
@@ -31,10 +31,10 @@ def job_words(job: Job, place: Place) -> list[str]:
 
 
 def node_environment(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
-    """The launcher's: without a foreign world, and with each rank's share of the CPUs that Slurm gives to this node.
+    """The launcher's environment: without a foreign world, and with each rank's share of this node's CPUs from Slurm.
 
-    Ranks that stop because they were asked to end with 0: the supervisor reads status.json, and the job's log ends with
-    its line instead of every launcher's report of a failure.
+    Ranks that stop on request end with 0: the supervisor reads status.json, and the job's log ends with its line
+    instead of every launcher's report of a failure.
     """
     ours = for_children(environment)
     ours[QUIET_STOP] = "1"
@@ -44,7 +44,7 @@ def node_environment(job: Job, environment: Mapping[str, str]) -> dict[str, str]
 
 
 def main(argv: Sequence[str]) -> int:
-    """argv: run folder, address, port, number of this start. Returns only where the folder cannot be read."""
+    """argv: run folder, address, port, number of this start. Returns only if the folder cannot be read."""
     run_dir = Path(argv[0])
     try:
         job = read_job(run_dir)

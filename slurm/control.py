@@ -1,6 +1,6 @@
-"""How a submitted run stands, and how to end it: `python -m launch status RUN_DIR` and `cancel RUN_DIR`.
+"""Status and cancellation of a submitted run: `python -m launch status RUN_DIR` and `cancel RUN_DIR`.
 
-Asks `squeue` and the run folder. `sacct` is not needed, which many clusters have switched off.
+It reads `squeue` and the run folder. It does not need `sacct`, which many clusters have disabled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 
 
 def status_lines(run_dir: Path) -> list[str]:
-    """Training, job and queue, a line each. Raises EnvironmentProblem where no run was submitted."""
+    """State of training, job and queue, one line each. Raises EnvironmentProblem if no run was submitted."""
     ids = _ids(run_dir)
     try:
         queue = _queue(ids[-1])
@@ -31,9 +31,9 @@ def status_lines(run_dir: Path) -> list[str]:
 
 
 def cancel(run_dir: Path) -> str:
-    """End the job of a run. Returns what was done, in a line.
+    """Cancel the job of a run. Returns one line about the effect.
 
-    Slurm sends SIGTERM: ranks save and end if the cluster's KillWait (usually 30 s) is enough for it.
+    Slurm sends SIGTERM: ranks save and end if the cluster's KillWait (usually 30 s) is long enough.
     """
     ids = _ids(run_dir)
     job = living_job(run_dir)
@@ -44,7 +44,7 @@ def cancel(run_dir: Path) -> str:
 
 
 def living_job(run_dir: Path) -> str | None:
-    """The job of this run that waits or runs; None if there is none."""
+    """The waiting or running job of this run; None if there is none."""
     ids = job_ids(run_dir)
     if not ids:
         return None
@@ -53,9 +53,9 @@ def living_job(run_dir: Path) -> str | None:
 
 
 def run_slurm(words: Sequence[str], *, unknown_is_over: bool = False) -> str:
-    """A Slurm program's output. unknown_is_over: an id that Slurm has forgotten gives no output.
+    """Output of a Slurm program. unknown_is_over: an id that Slurm has forgotten gives empty output.
 
-    Raises EnvironmentProblem with its first line where it fails.
+    Raises EnvironmentProblem with the first line of its error.
     """
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)

@@ -1,6 +1,6 @@
-"""What one submission leaves for the job, and what the job remembers from one start to the next. Standard library only.
+"""Files that a submission leaves for the job, and the job's memory between starts. Standard library only.
 
-Files are replaced in one piece: whoever reads them while the job writes meets the old content or the new one.
+Files are replaced atomically: a reader sees either the old content or the new one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ JOB, STATUS, MEMORY, JOB_IDS = "job.json", "status.json", "memory.json", "jobs.t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """words: of `python -m trainer`. again: the same for a start after the first, which has a run to go on with.
-    python: of the ranks. srun: further options. chain: an array of jobs, in which none requeues itself.
-    stuck_minutes: how long a lost incarnation of this run may hold the folder. goes_on: what a person types to go on
-    with the run after its job has ended. steps, epochs: that are to be trained, all in all; one of them is 0."""
+    """words: overrides for `python -m trainer`.
+    again: overrides of later starts, which continue the run.
+    python: interpreter of the ranks.
+    srun: further options.
+    chain: an array of jobs, none of which requeues itself.
+    stuck_minutes: how long a dead previous attempt may still hold the run folder.
+    goes_on: command that continues the run after its job has ended.
+    steps, epochs: total length of the training; one of them is 0."""
 
     words: list[str]
     again: list[str]
@@ -46,8 +50,9 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class Memory:
-    """in_vain, step: see `trainer.run.restarts.Attempts`. stops_in_vain: jobs asked to stop, one after another, without
-    a checkpoint newer than `stopped_at`. starts: of the ranks, over all jobs."""
+    """in_vain, step: see `trainer.run.restarts.Attempts`.
+    stops_in_vain: number of consecutive jobs that were stopped without a checkpoint newer than `stopped_at`.
+    starts: number of starts of the ranks, over all jobs."""
 
     in_vain: int = 0
     step: int = 0
@@ -65,7 +70,7 @@ def write_job(run_dir: Path, job: Job) -> None:
 
 
 def read_job(run_dir: Path) -> Job:
-    """Raises EnvironmentProblem where the folder cannot be seen from this node."""
+    """Raises EnvironmentProblem if this node does not see the folder."""
     try:
         return Job(**json.loads((folder(run_dir) / JOB).read_text()))
     except OSError as error:
@@ -97,7 +102,7 @@ def read_job_status(run_dir: Path) -> Mapping[str, object]:
 
 
 def job_ids(run_dir: Path) -> list[str]:
-    """Of all submissions of this folder, the latest last."""
+    """Ids of all submissions of this folder, the latest last."""
     try:
         return (folder(run_dir) / JOB_IDS).read_text().split()
     except OSError:

@@ -1,7 +1,7 @@
-"""From `cluster.slurm` to the arguments of sbatch. Pure; each text is checked against what Slurm could mean by it.
+"""From `cluster.slurm` to the arguments of sbatch. Pure; each text is checked against Slurm's syntax.
 
-The arguments go to sbatch unchanged, through no shell and into no script: the patterns catch typos and are no security
-boundary.
+The arguments go to sbatch unchanged, through no shell and into no script: the patterns catch typos and are not a
+security boundary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.report.folder import run_label
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 NAME, NAMES = r"[A-Za-z0-9_][\w.+@:-]*", r"[A-Za-z0-9_][\w.+@:,-]*"
 TIME = r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}"
-# key: (pattern, what to write)
+# key: (pattern, remedy)
 PATTERNS = {
     "job_name": (r"[A-Za-z0-9_][\w.+=@:/-]{0,127}", "letters, digits and ._+=@:/-, at most 128"),
     "account": (NAME, "a name of `sacctmgr show associations`"),
@@ -37,7 +37,7 @@ PATTERNS = {
     "container": (r"[A-Za-z0-9_./][^\s,]*", "an image: a path or a name, without blanks and commas"),
     "python": (r"[A-Za-z0-9_./~][^\s]*", "a path or a program's name"),
 }
-# What has a key of its own here, or would break the job.
+# Options that have their own key here, or would break the job.
 OURS = {
     "job-name": "cluster.slurm.job_name",
     "account": "cluster.slurm.account",
@@ -64,7 +64,7 @@ OURS = {
 
 
 def check_nodes(cluster: Cluster) -> Iterator[str]:
-    """What has to be said about nodes that are not this machine, of any kind of cluster."""
+    """Settings that must be given explicitly when the nodes are not this machine, for any kind of cluster."""
     if cluster.device is Device.auto:
         yield "cluster.device=auto: what this machine has says nothing about the nodes; set cuda or cpu"
     if cluster.device is not Device.cpu and cluster.gpus_per_node is None:
@@ -72,7 +72,7 @@ def check_nodes(cluster: Cluster) -> Iterator[str]:
 
 
 def check_environment(key: str, given: Iterable[str], *, taken: Sequence[str] = ()) -> Iterator[str]:
-    """What a node cannot hand to its ranks. given: names of variables. taken: more that the cluster's own part sets."""
+    """Variables that a node cannot pass to its ranks. given: names. taken: further variables that the cluster sets."""
     for name in given:
         if name in (*VARIABLES, *taken):
             yield f"{key}={{{name}: ...}}: says who the ranks are and where they meet; leave it out"
@@ -81,7 +81,7 @@ def check_environment(key: str, given: Iterable[str], *, taken: Sequence[str] = 
 
 
 def check_options(config: Config, *, sweep: bool = False) -> Iterator[str]:
-    """One line for each option that sbatch would not understand, or that would not do what was meant."""
+    """One line for each option that sbatch would not understand, or that would have another effect than meant."""
     slurm, cluster = config.cluster.slurm, config.cluster
     for key, (pattern, remedy) in PATTERNS.items():
         value = getattr(slurm, key)
@@ -128,7 +128,7 @@ def _check_files(config: Config) -> Iterator[str]:
 
 
 def limit_seconds(time: str | None) -> int | None:
-    """Slurm's forms of a time limit in seconds: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None if it is none of them."""
+    """A Slurm time limit in seconds: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None if it has another form."""
     if time is None or not re.fullmatch(TIME, time):
         return None
     days, dash, rest = time.rpartition("-")
@@ -143,7 +143,7 @@ def limit_seconds(time: str | None) -> int | None:
 
 
 def show(text: str) -> str:
-    """A text that may hold anything, on one line of a message."""
+    """Any text, reduced to one line of a message."""
     plain = text if text.isprintable() else repr(text)[1:-1]
     return plain if len(plain) <= 60 else plain[:60] + "..."
 
@@ -159,7 +159,7 @@ def sbatch_words(config: Config, plan: Plan, *, output: str, array: str | None) 
         "time": slurm.time,
         "nodes": str(plan.nodes),
         "ntasks-per-node": "1",
-        # Nothing less than a CPU for each rank, where the cluster would give one to each task.
+        # At least one CPU per rank, where the cluster would give one per task.
         "cpus-per-task": str(slurm.cpus_per_node or plan.gpus_per_node),
         **_gpu_words(config, plan),
         "mem": slurm.mem,
@@ -175,7 +175,7 @@ def sbatch_words(config: Config, plan: Plan, *, output: str, array: str | None) 
 
 
 def is_chain(config: Config) -> bool:
-    """Whether the jobs of an array follow each other in one run folder."""
+    """Whether the array's jobs follow each other in one run folder."""
     return config.cluster.slurm.array is not None and not config.cluster.slurm.array.startswith("%")
 
 
@@ -190,7 +190,7 @@ def _gpu_words(config: Config, plan: Plan) -> dict[str, str]:
 
 
 def srun_words(config: Config) -> list[str]:
-    """What srun gets in addition."""
+    """Additional options for srun."""
     slurm = config.cluster.slurm
     container = [f"--container-image={slurm.container}"] if slurm.container is not None else []
     mounts = [f"--container-mounts={','.join(slurm.container_mounts)}"] if slurm.container_mounts else []
@@ -198,5 +198,5 @@ def srun_words(config: Config) -> list[str]:
 
 
 def output_pattern(path: Path, name: str) -> str:
-    """Slurm replaces %j and the like in the log's name; a % of the folder's own is doubled."""
+    """Slurm expands %j and the like in the log's name, so a % in the folder's name is doubled."""
     return f"{str(path).replace('%', '%%')}/{name}"

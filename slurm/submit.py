@@ -1,6 +1,6 @@
 """Submission: everything that can be checked is checked, Slurm is asked, and only then are files written.
 
-plan and memory (the door) -> options -> run folder -> sbatch --test-only -> RUN_DIR/slurm -> sbatch
+plan and memory (entry point) -> options -> run folder -> sbatch --test-only -> RUN_DIR/slurm -> sbatch
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.process.status import check_unfinished
 
 COMMAND = "sbatch.txt"
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
-# What sbatch says, and the key that can change it.
+# sbatch's messages, and the key that can change each.
 REFUSALS = (
     (r"invalid partition", "cluster.slurm.partition", "`sinfo -s` lists them"),
     (r"time limit", "cluster.slurm.time", "`sinfo -s` shows each partition's limit"),
@@ -47,10 +47,10 @@ REFUSALS = (
 def submit(
     config: Config, plan: Plan, overrides: Sequence[str], *, config_dir: str | None, run_dir: Path, root: Path
 ) -> str:
-    """Hand one run to Slurm. Returns the job's id.
+    """Submit one run to Slurm. Returns the job's id.
 
-    overrides: as typed; the ranks compose from them again. run_dir: not yet used, or of a run to go on with. root: the
-    folder that the job starts in. Raises CookbookError before anything is written.
+    overrides: as typed; the ranks compose from them again. run_dir: unused, or of a run to continue. root: working
+    directory of the job. Raises CookbookError before anything is written.
     """
     check(config, run_dir)
     words = command(config, plan, run_dir)
@@ -73,9 +73,9 @@ class SweepPoint:
 
 
 def submit_sweep(points: Sequence[SweepPoint], *, config_dir: str | None, sweep_dir: Path, root: Path) -> str:
-    """Hand a sweep to Slurm as one array; each point's run folder is sweep_dir/NUMBER. Returns the array's id.
+    """Submit a sweep to Slurm as one array; each point's run folder is sweep_dir/NUMBER. Returns the array's id.
 
-    Raises CookbookError before anything is written, also where the points ask Slurm for different things.
+    Raises CookbookError before anything is written, also if the points ask Slurm for different resources.
     """
     words = check_sweep(points, sweep_dir)
     ask(points[0].config, words)
@@ -91,7 +91,7 @@ def submit_sweep(points: Sequence[SweepPoint], *, config_dir: str | None, sweep_
 
 
 def check_sweep(points: Sequence[SweepPoint], sweep_dir: Path) -> list[str]:
-    """The sbatch command of the array. Raises CookbookError with what is wrong before Slurm is asked."""
+    """The sbatch command of the array. Raises CookbookError with all problems before Slurm is asked."""
     for number, point in enumerate(points):
         check(point.config, sweep_dir / str(number), sweep=True)
     commands = [command(point.config, point.plan, sweep_dir, points=len(points)) for point in points]
@@ -106,7 +106,7 @@ def check_sweep(points: Sequence[SweepPoint], sweep_dir: Path) -> list[str]:
 
 
 def check(config: Config, run_dir: Path, *, sweep: bool = False) -> None:
-    """Raises CookbookError with everything that is wrong before Slurm is asked."""
+    """Raises CookbookError with all problems before Slurm is asked."""
     problems = [*check_options(config, sweep=sweep), *_check_folder(run_dir)]
     if problems:
         raise ConfigError(*problems)
@@ -136,7 +136,7 @@ def command(config: Config, plan: Plan, run_dir: Path, *, points: int | None = N
 
 
 def ask(config: Config, words: Sequence[str]) -> None:
-    """sbatch itself takes a job that no node can ever run, and lets it wait; --test-only refuses it."""
+    """sbatch accepts a job that no node can ever run, and lets it wait; --test-only refuses it."""
     _sbatch(config, [words[0], "--test-only", *words[1:]], Path.cwd())
 
 
@@ -153,7 +153,7 @@ def prepare(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir:
 
 
 def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir: str | None, run_dir: Path) -> Job:
-    """What the job starts. Its ranks compose from the same overrides, with the run folder as an absolute path."""
+    """The job's command. Its ranks compose from the same overrides, with the run folder as an absolute path."""
     search = ["--config-dir", str(Path(config_dir).expanduser().absolute())] if config_dir is not None else []
     passed_on = [word for word in overrides if not word.startswith(("dry_run=", "train.run_dir="))]
     settled = f"train.run_dir={quote_value(str(run_dir))}"
@@ -181,7 +181,7 @@ def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir
 
 
 def _goes_on(words: Sequence[str], array: str | None) -> str:
-    """The command for one run; a point of a sweep goes on alone."""
+    """The command for one run; a point of a sweep continues alone."""
     if array is not None and array.startswith("%"):
         words = [*(word for word in words if not word.startswith("cluster.slurm.array=")), "cluster.slurm.array=null"]
     return shlex.join(["python", "-m", "launch", *words])
@@ -194,7 +194,7 @@ def script_text(config: Config) -> str:
 
 
 def beside_script(config: Config) -> list[str]:
-    """What a job takes from the run folder besides: the lines that the script sources, the arguments that srun gets."""
+    """Further input of a job from the run folder: the lines that the script sources, and the arguments of srun."""
     setup, words = config.cluster.slurm.setup, srun_words(config)
     lines = [f"slurm/setup.sh  {line}" for line in setup]
     return [*lines, f"srun            {shlex.join(words)}"] if words else lines
@@ -211,7 +211,7 @@ def _note(run_dir: Path, job_id: str) -> None:
 
 
 def _sbatch(config: Config, words: Sequence[str], root: Path) -> str:
-    """Raises EnvironmentProblem with Slurm's own message in one line, and the key that they are about."""
+    """Raises EnvironmentProblem with Slurm's own message in one line, and the key that it concerns."""
     try:
         done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
@@ -221,7 +221,7 @@ def _sbatch(config: Config, words: Sequence[str], root: Path) -> str:
     lines = [re.sub(r"^(sbatch|allocation failure): (error: )?", "", line) for line in done.stderr.splitlines()]
     said = "; ".join(dict.fromkeys(line.strip() for line in lines if line.strip())) or f"exit code {done.returncode}"
     if re.search(r"node count|node configuration|more processors", said, re.IGNORECASE):
-        # Slurm does not say which of these it has not.
+        # Slurm does not say which of these is missing.
         parts = [
             word for word in words if word.startswith(("--cpus-per-task=", "--gpus-per-node=", "--gres=", "--mem="))
         ]
@@ -245,7 +245,7 @@ def _value(config: Config, key: str) -> str:
 def _check_folder(run_dir: Path) -> list[str]:
     text = str(run_dir)
     if "\\" in text or not text.isprintable():
-        # A backslash would switch off Slurm's patterns in the log's name.
+        # A backslash would disable Slurm's patterns in the log's name.
         return [f"train.run_dir={show(text)}: Slurm cannot write a log there; use a path without backslashes"]
     kind = _file_system(run_dir)
     if kind in IN_MEMORY:
@@ -254,7 +254,7 @@ def _check_folder(run_dir: Path) -> list[str]:
 
 
 def _file_system(path: Path) -> str:
-    """The type of the mount that a path lies on; empty where that cannot be known."""
+    """Type of the mount that contains a path; empty if unknown."""
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:

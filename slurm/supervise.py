@@ -1,4 +1,4 @@
-"""On the first node of a job, in the batch script's place: starts the ranks, and decides what follows when they end.
+"""Runs on a job's first node, as its batch script: starts the ranks, and decides how to continue when they end.
 
     python -m slurm.supervise RUN_DIR
 
@@ -8,8 +8,8 @@
     SIGTERM (scancel, or too late)     Slurm sends it to the ranks too, which save if they can; nothing is started
     the node is lost                   Slurm requeues the job, and this program begins again elsewhere
 
-Signals come here alone: one that is sent to a whole step would also kill data loaders and launchers. Standard library
-only, and no torch. Exit code: 0 finished, 75 saved and stopped, else that of the ranks.
+Only this process receives signals: one that is sent to a whole step would also kill data loaders and launchers.
+Standard library only, no torch. Exit code: 0 finished, 75 saved and stopped, else that of the ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from trainer.process.world import for_children
 from trainer.run.restarts import Attempts, Decision, Standing, judge, stand
 
 POLL_SECONDS = 0.2
-PAUSE_SECONDS = 5.0  # a lost node or a full disk may need a moment; times the starts in vain
+PAUSE_SECONDS = 5.0  # recovery time for a lost node or a full disk; multiplied by the starts in vain
 CONTROLLER_SECONDS = 60.0
 
 
@@ -45,7 +45,7 @@ class Supervisor:
     """One start of the job, from its first srun to its exit code."""
 
     def __init__(self, run_dir: Path, environment: Mapping[str, str] = os.environ) -> None:
-        """Raises CookbookError where the run folder cannot be read."""
+        """Raises CookbookError if the run folder cannot be read."""
         self._dir, self._env = run_dir, environment
         self._job = read_job(run_dir)
         self._memory = read_memory(run_dir)
@@ -54,7 +54,7 @@ class Supervisor:
         self._hosts: list[str] = []
 
     def run(self) -> int:
-        """Start the ranks until the run is through, asked to stop, or given up. Returns the exit code."""
+        """Start the ranks until the run is finished, stopped, or given up. Returns the exit code."""
         (self._dir / STOP_FILE).unlink(missing_ok=True)  # of an earlier start, which was killed before it obeyed
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGTERM, self._note)
@@ -88,11 +88,11 @@ class Supervisor:
             self._pause(PAUSE_SECONDS * (verdict.attempts.in_vain - 1))
 
     def _is_through(self, status: Mapping[str, object]) -> bool:
-        """Whether the run is finished, and not submitted again with more steps or epochs."""
+        """Whether the run is finished, and was not submitted again with more steps or epochs."""
         return is_through(status, steps=self._job.steps, epochs=self._job.epochs)
 
     def _start(self, before: Standing) -> int:
-        """One srun, to its end. Returns its exit code, which says little: see `judge`."""
+        """One srun, to its end. Returns its exit code, which is not conclusive: see `judge`."""
         self._wait_for_lock()
         if self._told is not None:
             return EXIT_STOPPED
@@ -113,15 +113,15 @@ class Supervisor:
                 self._say("stopping", f"{self._told} from Slurm; the ranks save and end", step=stand(self._dir).step)
                 told = True
             if self._told is not None and not begun:
-                # There is nothing to save yet, and the time that is left would pass with starting.
+                # Nothing is saved yet, and starting would use up the remaining time.
                 step.terminate()
                 begun = True
         return code if code >= 0 else 128 - code
 
     def _srun(self) -> list[str]:
-        """--kill-on-bad-exit and --wait: without them a job lives on for nothing after one of its agents is gone."""
+        """--kill-on-bad-exit and --wait: without them a job lives on uselessly after one of its agents is gone."""
         job, cpus = self._job, self._env.get("SLURM_CPUS_PER_TASK")
-        # srun no longer takes it from sbatch (since 22.05).
+        # srun no longer inherits it from sbatch (since 22.05).
         shares = [f"--cpus-per-task={cpus}"] if cpus else []
         tasks = [f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"]
         words = [str(self._dir), self._address(), str(free_port()), str(self._memory.starts)]
@@ -140,10 +140,10 @@ class Supervisor:
         return verdict
 
     def _stop(self, why: str, step: int) -> int:
-        """The ranks have ended because the job was asked to stop: go back to the queue, or end."""
+        """The ranks ended because the job was asked to stop: requeue it, or end."""
         (self._dir / STOP_FILE).unlink(missing_ok=True)
         if why != "SIGUSR1":
-            # scancel, or a node that was lost: both look like this from here, and only Slurm knows which it was.
+            # scancel, or a lost node: both look the same from here, and only Slurm knows which it was.
             return self._leave_stopped(f"{why} from Slurm", step, unless="unless Slurm requeues the job itself, ")
         memory = self._memory
         memory.stops_in_vain = memory.stops_in_vain + 1 if step <= memory.stopped_at else 0
@@ -178,7 +178,7 @@ class Supervisor:
         return EXIT_STOPPED
 
     def _wait_for_lock(self) -> None:
-        """Where a node was cut off, ranks of an earlier start may live on there until their collectives time out."""
+        """On a node that was cut off, ranks of an earlier start may live until their collectives time out."""
         deadline, told = time.monotonic() + 60 * self._job.stuck_minutes, False
         while held(self._dir / LOCK) and self._told is None and time.monotonic() < deadline:
             if not told:
@@ -248,7 +248,7 @@ def host_names(nodes: str) -> list[str]:
 
 
 def free_port() -> int:
-    """A port of this node that nothing listens on, and that the kernel hands to nobody who asks for any."""
+    """A free port of this node outside the kernel's range of ephemeral ports."""
     first, last = 32768, 60999
     with contextlib.suppress(OSError):
         first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())

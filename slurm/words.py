@@ -1,7 +1,7 @@
-"""What each launcher is given, on one node and on several, by `launch.command` and on a cluster. Standard library only.
+"""Each launcher's arguments, on one node and on several, for `launch.command` and clusters. Standard library only.
 
 Rendezvous is static: every node gets its rank and the first node's address. The dynamic kind (c10d) orders nodes by
-their names as text, joins another job's store when the port is taken, and unpickles what anyone sends it.
+name as text, joins another job's store when the port is taken, and unpickles whatever anyone sends it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def node_words(launcher: str, place: Place) -> list[str]:
             world = {"--nnodes": place.nodes, "--node-rank": place.node_rank, "--master-addr": place.address}
             world |= {"--master-port": place.port, "--nproc-per-node": place.processes}
         case "deepspeed":
-            # Its other ways to several nodes need ssh to each of them, or MPI.
+            # Its other multi-node modes need ssh to each node, or MPI.
             rest = {"--node_rank": place.node_rank, "--master_addr": place.address, "--master_port": place.port}
             return [f"--hostfile={place.hostfile}", "--no_ssh", *(f"{flag}={value}" for flag, value in rest.items())]
         case "accelerate":
@@ -44,12 +44,12 @@ def node_words(launcher: str, place: Place) -> list[str]:
 
 
 def launcher_words(launcher: str, world: Sequence[str], args: Sequence[str], *, ranks: int, device: str) -> list[str]:
-    """Everything between the launcher's program and `trainer`. world: how many ranks there are and where they meet.
-    args: the user's own."""
+    """Everything between the launcher's program and `trainer`. world: number of ranks and their rendezvous. args: the
+    user's own."""
     match launcher:
         case "deepspeed":
-            # The ranks read LOCAL_RANK, so --local_rank would be redundant. The log is the launcher's own: how it
-            # starts and kills each process.
+            # The ranks read LOCAL_RANK, so --local_rank would be redundant. The log is about the launcher itself: how
+            # it starts and kills each process.
             return [*world, "--log_level=critical", "--no_local_rank", *args, "--module"]
         case "accelerate":
             # --multi_gpu is its name for starting ranks with torch, on CPUs too; its --cpu wants MPI. Every value is
@@ -61,20 +61,20 @@ def launcher_words(launcher: str, world: Sequence[str], args: Sequence[str], *, 
 
 
 def launcher_environment(launcher: str, *, processes: int, device: str, cores: int) -> dict[str, str]:
-    """What the launcher of one node's processes needs in its environment, where it is not set already."""
+    """Environment variables that a node's launcher needs, if they are not set already."""
     wanted: dict[str, str] = {}
     if processes > 1:
-        # Each rank's thread pool would otherwise take every core, and the ranks would fight for them. With GPUs each
-        # gets its share, for optimizers that run on the CPU.
+        # Otherwise each rank's thread pool would take every core, and the ranks would compete. With GPUs each rank gets
+        # its share, for optimizers that run on the CPU.
         wanted["OMP_NUM_THREADS"] = str(max(1, cores // processes) if device == "cuda" else 1)
     if device == "cpu" and launcher == "deepspeed":
-        # Its runner takes a GPU wherever it finds one, and warns where it finds none.
+        # Its runner uses a GPU wherever it finds one, and warns if it finds none.
         wanted["DS_ACCELERATOR"] = "cpu"
     return wanted
 
 
 def restart_words(overrides: Sequence[str], resume: str) -> list[str]:
-    """The overrides of a restart. resume: `train.resume`. A run that was to be new is a run to go on with by then."""
+    """The overrides of a restart. resume: `train.resume`. A run that had to be new has since become one to continue."""
     if resume != "never":
         return [*overrides]
     return [*(word for word in overrides if not word.startswith("train.resume=")), "train.resume=auto"]

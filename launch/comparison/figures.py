@@ -19,16 +19,16 @@ MEASURED, PREDICTED = COLOURS[0], "#cccccc"
 
 
 def check_matplotlib() -> None:
-    """Raise EnvironmentProblem where nothing can be drawn: a comparison of hours should know at its begin."""
+    """Raise EnvironmentProblem if drawing is impossible: checked before a comparison that takes hours."""
     if find_spec("matplotlib") is None:
         raise EnvironmentProblem("compare: draws with matplotlib, which is not installed; pip install matplotlib")
 
 
 def draw_losses(runs: Sequence[Run], reference: Run) -> bytes:
-    """PNG: training losses by step (points: validation), and how far each is from the reference at every step."""
+    """PNG: training losses by step (points: validation), and their relative difference from the reference."""
     figure, (left, right) = _figure(2)
     for number, run in enumerate(runs):
-        # Lines that lie on each other: the later ones are thinner, and broken, and let the earlier ones be seen.
+        # For lines that coincide: later ones are thinner and dashed, so the earlier ones stay visible.
         look = {
             "color": COLOURS[number % len(COLOURS)],
             "linestyle": STYLES[number % len(STYLES)],
@@ -45,7 +45,7 @@ def draw_losses(runs: Sequence[Run], reference: Run) -> bytes:
             right.plot(common, apart, MARKERS[number % len(MARKERS)], label=run.name, color=look["color"], alpha=0.7)
     left.set(title="training loss (points: validation)", xlabel="step", ylabel="cross-entropy per token")
     right.set(title=f"loss against {reference.name}", xlabel="step", ylabel="relative difference")
-    # Zero, which a log scale has not: equal to the last bit.
+    # A log scale has no zero, which means equal to the last bit.
     right.set_yscale("symlog", linthresh=1e-16)
     right.set_ylim(bottom=0)
     for axes in (left, right):
@@ -79,7 +79,7 @@ def draw_speed_and_memory(runs: Sequence[Run]) -> bytes:
 
 
 def _figure(columns: int) -> tuple[Any, Any]:
-    """A figure of its own, with no window and no state that other figures share."""
+    """A figure without a window and without shared state."""
     figure: Any = import_module("matplotlib.figure").Figure(figsize=(11, 4), layout="constrained")
     return figure, figure.subplots(1, columns)
 

@@ -1,4 +1,4 @@
-"""The page of a comparison: comparison.html, which needs nothing beside it, and comparison.md with its pictures."""
+"""The page of a comparison: comparison.html, which is self-contained, and comparison.md with its pictures."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ STYLE = "td:nth-child(2) { text-align: left; }"
 
 
 def write_page(folder: Path, runs: Sequence[Run], *, command: str) -> list[Path]:
-    """Write the page of these runs into a folder, over an earlier one. Returns its files, the HTML first.
+    """Write the page of these runs into a folder, replacing an earlier one. Returns its files, the HTML first.
 
-    command: what to type to make it again. Raises EnvironmentProblem where the files cannot be written, or are not of
-    an earlier comparison.
+    command: the command that makes the page again. Raises EnvironmentProblem if the files cannot be written, or do not
+    belong to an earlier comparison.
     """
     reference = find_reference(runs)
     finished = [run for run in runs if run.problem is None]
@@ -53,7 +53,7 @@ def write_page(folder: Path, runs: Sequence[Run], *, command: str) -> list[Path]
 
 
 def tables(runs: Sequence[Run], reference: Run | None) -> str:
-    """The tables and what is wrong, as Markdown: without the pictures."""
+    """The tables and problems as Markdown, without the pictures."""
     parts = [_markdown_table(TITLES, table(runs, reference))]
     by_rank = memory_by_rank(runs)
     if by_rank:

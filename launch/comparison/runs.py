@@ -1,4 +1,4 @@
-"""How far a run, read by `trainer.report.reading`, is from another, and in which keys they differ. Next: `table`."""
+"""How a run differs from another: in its losses (read by `trainer.report.reading`) and its keys. Next: `table`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from configs.schema import Config
 from trainer.axes import degrees
 from trainer.report.reading import Run
 
-# What a run leaves behind and where: two runs that differ in these alone are the same training.
+# Output settings: two runs that differ only in these are the same training.
 PLACES = ("train.run_dir", "train.resume", "train.export", "data.cache_dir", "data.num_workers", "checkpoint.")
 PLACES += ("logging.", "profile", "dry_run")
 SAME = ("model", "data", "train.steps", "train.epochs")
-"""Begin the keys that runs must share for their losses to be comparable."""
+"""Prefixes of the keys that runs must share for their losses to be comparable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Distance:
-    """From the reference: |a - b| / |b|, the largest over the steps that both have logged. None: none of them."""
+    """Largest relative difference |a - b| / |b| over the steps that both runs logged. None: no common step."""
 
     steps: int
     loss: float | None
@@ -29,7 +29,7 @@ class Distance:
 
 
 def distance(run: Run, reference: Run) -> Distance | None:
-    """None where the losses cannot be compared: of another model, other data or another batch."""
+    """None if the losses are not comparable: another model, other data or another batch."""
     if incomparable(run, reference):
         return None
     return Distance(
@@ -41,7 +41,7 @@ def distance(run: Run, reference: Run) -> Distance | None:
 
 
 def incomparable(run: Run, reference: Run) -> list[str]:
-    """What makes the losses of two runs another matter: key=value of the first."""
+    """Why the two runs' losses are not comparable: key=value of the first."""
     if run.config is None or reference.config is None:
         return ["no config.yaml"]
     found = [word for word in differences(run.config, reference.config) if word.startswith(SAME)]
@@ -51,14 +51,14 @@ def incomparable(run: Run, reference: Run) -> list[str]:
 
 
 def find_reference(runs: Sequence[Run]) -> Run | None:
-    """The run that the others are held against: the first finished one on one process, else the first finished."""
+    """The run that the others are compared with: the first finished one on one process, else the first finished."""
     finished = [run for run in runs if run.problem is None]
     alone = (run for run in finished if run.config is not None and set(degrees(run.config).values()) == {1})
     return next(alone, finished[0] if finished else None)
 
 
 def differences(config: Config, other: Config) -> list[str]:
-    """key=value of `config` wherever the other has another value. A preset stands for the keys of its group."""
+    """key=value of `config` for each key whose value differs. A preset stands for the keys of its group."""
     here, there = flat(config), flat(other)
     changed = [key for key in here if here[key] != there.get(key) and not key.startswith(PLACES)]
     groups = tuple(f"{key.removesuffix('preset')}" for key in changed if key.endswith(".preset"))

@@ -32,7 +32,7 @@ estimate.measure=true counts."""
 
 
 def table(runs: Sequence[Run], reference: Run | None) -> list[tuple[str, ...]]:
-    """One row for each run that is through, in the order of TITLES."""
+    """One row for each finished run, in the order of TITLES."""
     return [_row(run, reference) for run in runs if run.problem is None]
 
 
@@ -58,15 +58,15 @@ def _row(run: Run, reference: Run | None) -> tuple[str, ...]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text, one column under the other."""
+    """Rows as text, with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines)
 
 
 def outcome(run: Run) -> tuple[str, ...]:
-    """A run of a sweep in a row: its name, state, losses, speed, the peak memory of the fullest GPU (on a CPU of the
-    largest process) and folder. Of one that is not through, what its last line of a step says."""
+    """A run of a sweep as a row: name, state, losses, speed, peak memory of the fullest GPU (on a CPU: of the largest
+    process) and folder. An unfinished run shows the values of its last step."""
     last = run.steps[-1] if run.steps else {}
     speed = run.summary.get("tokens_per_second") or last.get("tokens_per_second")
     memory = last.get("peak_allocated_bytes") or last.get("peak_host_bytes")
@@ -88,8 +88,7 @@ def _words(run: Run, reference: Run | None) -> str:
 
 
 def memory_by_rank(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
-    """Run, ranks, predicted and measured MiB: for the runs whose ranks are not all alike; neighbours that are, in one
-    row."""
+    """Run, ranks, predicted and measured MiB, for runs whose ranks differ. Neighbouring equal ranks share a row."""
     rows: list[tuple[str, str, str, str]] = []
     for run in runs:
         predicted, measured = run.predicted_bytes, run.measured_bytes
@@ -104,7 +103,7 @@ def memory_by_rank(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
 
 
 def problems(runs: Sequence[Run], reference: Run | None) -> Iterator[str]:
-    """A line for each run that is not through, or whose losses cannot be held against the reference's."""
+    """One line for each unfinished run, and for each run whose losses cannot be compared with the reference's."""
     for run in runs:
         if run.problem is not None:
             yield f"{run.name}: {run.problem}"
@@ -113,7 +112,7 @@ def problems(runs: Sequence[Run], reference: Run | None) -> Iterator[str]:
 
 
 def setting(runs: Sequence[Run], reference: Run | None) -> Iterator[str]:
-    """What the runs share, line by line, as the reference has it."""
+    """The common settings of the runs, line by line, as the reference has them."""
     if reference is None or reference.config is None:
         return
     config, packages = reference.config, reference.versions.get("packages", {})

@@ -1,4 +1,4 @@
-"""`cookbook doctor`: what this machine offers, and what each layout lacks here.
+"""`cookbook doctor`: the machine's capabilities, and what each layout lacks here.
 
 software   packages and their versions, against what this project was tested with
 machine    devices, communication, compilers, shared memory, limits, disk, Slurm

@@ -52,7 +52,7 @@ def _answer(arguments: Arguments) -> int:
 
 
 def _examine(arguments: Arguments, folder: Path, *, named: bool) -> Iterator[tuple[str, Iterator[Fact]]]:
-    # Each imports more than the one before; what is known is printed meanwhile.
+    # Each part imports more than the one before; known facts are printed meanwhile.
     from launch.doctor.software import software
 
     yield "software", software()
@@ -65,7 +65,7 @@ def _examine(arguments: Arguments, folder: Path, *, named: bool) -> Iterator[tup
 
 
 def _print(parts: Iterator[tuple[str, Iterator[Fact]]]) -> dict[str, int]:
-    """Returns how many facts of each part are wrong."""
+    """Returns the number of bad facts in each part."""
     lacking: dict[str, int] = {}
     for title, facts in parts:
         print(f"{title}:", flush=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """name: what was looked at. text: what was found; where it is not `well`, with its remedy."""
+    """name: subject. text: finding; if it is not `well`, the text includes the remedy."""
 
     name: str
     text: str

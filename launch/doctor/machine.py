@@ -28,10 +28,10 @@ from trainer.process.disks import existing, write_speed
 from trainer.report.provenance import processor
 
 GIB = 2**30
-LITTLE_SHARED_MEMORY = GIB  # NCCL takes tens of MiB per pair of GPUs, loader processes a batch each
+LITTLE_SHARED_MEMORY = GIB  # NCCL takes tens of MiB per pair of GPUs, each loader process a batch
 FEW_FILES = 4096
 INFINIBAND = Path("/sys/class/infiniband")
-SECONDS = 10  # for another program's answer
+SECONDS = 10  # timeout for another program's answer
 
 
 def machine(folder: Path) -> Iterator[Fact]:
@@ -175,7 +175,7 @@ def _slurm() -> Fact:
 
 def _ray() -> Iterator[Fact]:
     if installed("ray") is None:
-        return  # said with the other packages
+        return  # reported with the other packages
     try:
         address = find_cluster(None)
     except EnvironmentProblem as error:
@@ -186,7 +186,7 @@ def _ray() -> Iterator[Fact]:
 
 
 def _answer(*words: str) -> str:
-    """The first line of what a program says; its last one for nvcc, which begins with its copyright."""
+    """The first line of a program's output; the last line for nvcc, which begins with its copyright."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

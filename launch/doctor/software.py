@@ -48,7 +48,7 @@ def required(requirement: Requirement) -> Fact:
 
 
 def _optional(extra: str, requirements: list[Requirement]) -> Iterator[Fact]:
-    """An extra that nobody asked for is not an error; a version of it that was never tested is."""
+    """A missing extra is not an error; an untested version of one is."""
     for requirement in requirements:
         fact = required(requirement)
         if installed(requirement.name) is None:

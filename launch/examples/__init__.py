@@ -1,1 +1,1 @@
-"""Applications of Hydra that train and that plan; docs/hydra.md shows how to run them."""
+"""Example Hydra applications that train and plan; docs/hydra.md shows how to run them."""

@@ -1,4 +1,4 @@
-"""The planner as the objective: a sweeper looks for the fastest layout that fits, and nothing is trained."""
+"""The planner as objective: a sweeper searches for the fastest layout that fits. Nothing is trained."""
 
 import hydra
 from cookbook import from_hydra, predicted_speed

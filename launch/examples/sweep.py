@@ -1,4 +1,4 @@
-"""An application of Hydra that trains: a sweeper makes the last validation loss small. See docs/hydra.md."""
+"""A Hydra application that trains: a sweeper minimises the last validation loss. See docs/hydra.md."""
 
 import sys
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")
 def main(composed: DictConfig) -> float:
     result = train(from_hydra(composed))
-    if result.stopped:  # by Ctrl-C: the run has saved, and a sweeper starts no further one
+    if result.stopped:  # by Ctrl-C: the run has saved; the sweeper starts no further one
         sys.exit(result.code)
     return result.summary["validation_loss_last"]
 

@@ -1,4 +1,4 @@
-"""Runs on Kubernetes: a JobSet made from the plan, and what each of its pods starts.
+"""Runs on Kubernetes: a JobSet made from the plan, and the command that each of its pods starts.
 
 options    whether the configuration can be a JobSet: names, sizes, places
 manifest   from the plan to the JobSet, a dictionary

@@ -1,4 +1,4 @@
-"""Asked of the cluster through kubectl, before and at the submission: rights, volume, acceptance."""
+"""Checks through kubectl, before and at the submission: rights, volume, acceptance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOGGED = r"[EWIF]\d{4} |Warning: "
 
 
 class Kubectl:
-    """kubectl with this configuration's context and namespace. Raises EnvironmentProblem where there is none."""
+    """kubectl with this configuration's context and namespace. Raises EnvironmentProblem if it is not installed."""
 
     def __init__(self, config: Config) -> None:
         if shutil.which("kubectl") is None:
@@ -34,14 +34,14 @@ class Kubectl:
         self._begin = ["kubectl", *context, *namespace]
 
     def check(self) -> None:
-        """Raises EnvironmentProblem with everything that keeps this run from being created."""
+        """Raises EnvironmentProblem with everything that prevents this run's creation."""
         problems = [*self._rights()]
         problems += [] if problems else [*self._volume()]
         if problems:
             raise EnvironmentProblem(*problems)
 
     def create(self, manifest: str, name: str) -> None:
-        """Submit. The server checks the whole manifest first, and creates nothing where it refuses any of it."""
+        """Submit. The server checks the whole manifest first, and creates nothing if it refuses any part."""
         for more in (["--dry-run=server"], []):
             done = self._run("create", "-f", "-", *more, given=manifest)
             if done.returncode:
@@ -54,7 +54,7 @@ class Kubectl:
         options = self._config.cluster.kubernetes
         where = f"cluster.kubernetes.namespace={options.namespace or 'null'}"
         done = self._run("auth", "can-i", "create", RESOURCE)
-        # It warns of an unknown type also where it reaches no server at all, and then gives no answer.
+        # kubectl warns of an unknown type even if it reaches no server, and then gives no answer.
         answer = done.stdout.strip()
         if answer not in ("yes", "no"):
             yield (
@@ -98,7 +98,7 @@ def _found(text: str) -> dict[str, Any]:
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
-    """The first line of what kubectl complains of, which may follow lines of its own log."""
+    """The first line of kubectl's complaint, which may follow lines of its own log."""
     lines = (done.stderr or done.stdout).strip().splitlines()
     told = [line for line in lines if line.strip() and not re.match(LOGGED, line)] or lines
     line = told[0] if told else f"exit code {done.returncode}"

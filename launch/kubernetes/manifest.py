@@ -29,7 +29,7 @@ HOPELESS = (EXIT_BAD_CONFIG, EXIT_DOES_NOT_FIT)
 
 
 def jobset_name(label: str) -> str:
-    """A name of Kubernetes from that of a run; a service gets it too, whose names begin with a letter (RFC 1035)."""
+    """A Kubernetes name from a run's name; a service gets it too, and must begin with a letter (RFC 1035)."""
     name = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
     name = name if name[:1].isalpha() else f"run-{name}".strip("-")
     return name[:LONGEST_NAME].strip("-")
@@ -109,7 +109,7 @@ def _pod(options: Kubernetes, plan: Plan, words: Sequence[str], *, address: str)
         spec["serviceAccountName"] = options.service_account
     if options.pod.get(
         "hostNetwork"
-    ):  # else the pods ask the node's name server, which does not know the first of them
+    ):  # otherwise the pods ask the node's name server, which does not know the first pod
         spec["dnsPolicy"] = "ClusterFirstWithHostNet"
     return {**spec, **_plain(options.pod)}
 
@@ -127,7 +127,7 @@ def _resources(options: Kubernetes, plan: Plan) -> dict[str, Any]:
 
 
 def _unexpanded(word: str) -> str:
-    """Kubernetes expands $(NAME) in arguments, and makes one $ of $$."""
+    """Kubernetes expands $(NAME) in arguments, and reduces $$ to $."""
     return re.sub(r"\$+(?=\()|\${2,}", lambda match: match[0] * 2, word)
 
 

@@ -1,9 +1,9 @@
-"""In each pod of a JobSet: starts this node's ranks, passes signals on to them, and ends with their exit code.
+"""Runs in each pod of a JobSet: starts this node's ranks, forwards signals to them, and ends with their exit code.
 
     python -m launch.kubernetes.node OVERRIDES
 
-SIGTERM, which comes before a pod is deleted or evicted, goes to the ranks. They agree on a step, save, and end with 75
-on every node; the JobSet then starts all pods again. On one node alone, a rank that dies is started again in the pod.
+SIGTERM, which precedes the deletion or eviction of a pod, goes to the ranks. They agree on a step, save, and end with
+75 on every node; the JobSet then starts all pods again. With a single node, a rank that dies is restarted in the pod.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a JobSet cannot be made of, one line each. Pure."""
+"""Options that cannot become a JobSet, one line each. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from configs.schema import Config
 from launch.kubernetes.manifest import INDEX
 from slurm.options import check_environment, check_nodes
 
-LABEL = r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?"  # of RFC 1123, as names of objects are
+LABEL = r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?"  # RFC 1123, for names of objects
 QUANTITY = r"(?=.*[1-9])\d+(\.\d+)?([KMGT]i?)?"
 NAMES = ("volume", "namespace", "queue", "service_account")
 QUANTITIES = ("memory", "shared_memory")
@@ -24,11 +24,11 @@ OURS = {
     "terminationGracePeriodSeconds": "set cluster.kubernetes.grace_seconds",
     "serviceAccountName": "set cluster.kubernetes.service_account",
 }
-"""Fields of a pod that the run depends on, and what to do about each."""
+"""Fields of a pod that the run depends on, with the remedy for each."""
 
 
 def check_options(config: Config, run_dir: PurePosixPath) -> Iterator[str]:
-    """One line for each option that the cluster would not understand, or that would not do what was meant."""
+    """One line for each option that the cluster would not understand, or that would have another effect than meant."""
     options = config.cluster.kubernetes
     if options.image is None:
         yield (

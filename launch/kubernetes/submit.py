@@ -23,7 +23,7 @@ from trainer.report.folder import run_label
 
 COMPARE = "submit them with python -m launch -m ..., then python -m launch compare FOLDER where the volume is mounted"
 WAITS = False
-KEEPS = None  # kubectl knows how a JobSet stands
+KEEPS = None  # kubectl knows the state of a JobSet
 _taken: set[str] = set()
 
 
@@ -43,7 +43,7 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
     memory = check_memory(config, plan)
     words = [word for word in overrides if not word.startswith("dry_run=")]
     if not any(word.startswith("train.run_dir=") and "${" not in word for word in words):
-        # Pods have an environment of their own: what one variable or another says there would be another folder.
+        # Pods have their own environment, where a variable could name another folder.
         words.append(f"train.run_dir={quote_value(str(run_dir))}")
     words += ["--config-dir", config_dir] if config_dir is not None else []
     manifest = yaml.safe_dump(jobset(config, plan, words, name=name), sort_keys=False, width=120)
@@ -66,13 +66,13 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
 
 
 def _name(config: Config) -> str:
-    """The JobSet's name: that of the run folder, or of the run and the time. Points of a sweep get different ones."""
+    """The JobSet's name: the run folder's, or the run's with the time. Points of a sweep get different names."""
     stamp = datetime.now().strftime("%m%d-%H%M%S")
     if config.train.run_dir is not None:
         folder, mount = PurePosixPath(config.train.run_dir), PurePosixPath(config.cluster.kubernetes.mount)
         below = str(folder.relative_to(mount)) if mount in folder.parents else folder.name
         return jobset_name(below if len(below) <= LONGEST_NAME else folder.name)
-    # The end of a long name is cut off, and the time makes it different.
+    # The end of a long name is cut off, so the time comes first.
     stamps = (stamp if number == 1 else f"{stamp}-{number}" for number in count(1))
     names = (jobset_name(f"run-{stamp}-{run_label(config)}") for stamp in stamps)
     name = next(name for name in names if name not in _taken)

@@ -1,5 +1,5 @@
-"""Runs on Ray: a placement group with a bundle per node, in each an actor, and under it the launcher of that node's
-ranks.
+"""Runs on Ray: a placement group with one bundle per node, an actor in each bundle, and under it the launcher of that
+node's ranks.
 
 options    whether the configuration can run on Ray: names, addresses, places
 cluster    the connection, what the cluster has, and the placement group

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: connected to, or started; asked what it has; and a placement group in it."""
+"""The Ray cluster of a run: connect to it or start it, check its capacity, and hold a placement group in it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from trainer.plan.plan import Plan
 ADDRESS = "RAY_ADDRESS"
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.5
-OBJECT_STORE_BYTES = 80 * 2**20  # of a cluster that is started here: nearly Ray's least, since the ranks do not use it
-# Ray puts the working directory on the search path of its workers. A user's may hold a folder `configs`.
+OBJECT_STORE_BYTES = 80 * 2**20  # for a cluster that is started here: close to Ray's minimum; the ranks do not use it
+# Ray puts the working directory on its workers' search path. A user's may hold a folder `configs`.
 ROOT = Path(__file__).parents[2]
 
 
 class Cluster:
-    """Context in which the run has its placement group. Raises EnvironmentProblem where the cluster cannot hold it."""
+    """Context in which the run has its placement group. Raises EnvironmentProblem if the cluster is too small."""
 
     def __init__(self, config: Config, plan: Plan) -> None:
         self._config, self._plan = config, plan
@@ -66,7 +66,7 @@ class Cluster:
         self._leave()
 
     def wait(self, told: Callable[[], bool]) -> bool:
-        """Wait until all bundles have their node, also after one was lost. Returns False if asked to stop meanwhile.
+        """Wait until all bundles have a node, also after a node was lost. Returns False if asked to stop meanwhile.
 
         Raises EnvironmentProblem after `cluster.ray.start_minutes`.
         """
@@ -111,9 +111,9 @@ class Cluster:
         where = find_cluster(self._config.cluster.ray.address)
         begin: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "include_dashboard": False}
         if where is None:
-            # A machine that was not asked about it sends nobody its figures.
+            # Usage statistics are opt-in on this machine.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            # Ranks on CPUs may be more than its cores, as without Ray.
+            # CPU ranks may outnumber the cores, as without Ray.
             cpus = max(os.cpu_count() or 1, int(self.bundle["CPU"]))
             begin |= {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
         print(f"ray: {f'connecting to {where}' if where else 'starting a cluster on this machine'}", flush=True)
@@ -121,7 +121,7 @@ class Cluster:
         try:
             with contextlib.chdir(ROOT):
                 ray.init(address=where or "local", **begin)
-        except (Exception, SystemExit) as error:  # it also raises SIGTERM in this process
+        except (Exception, SystemExit) as error:  # Ray also raises SIGTERM in this process
             what = "connect to" if where else "start"
             raise EnvironmentProblem(
                 f"cluster.ray.address={where or 'local'}: cannot {what} a Ray cluster: {first_line(error)}"
@@ -129,7 +129,7 @@ class Cluster:
         self._connected = True
 
     def _check(self) -> None:
-        """Raises EnvironmentProblem where no waiting helps."""
+        """Raises EnvironmentProblem if waiting cannot help."""
         import ray
 
         has: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -146,7 +146,7 @@ class Cluster:
     def _placed(self) -> Any:
         from ray.util.placement_group import placement_group
 
-        # A node of the plan is a machine: ranks of one node talk faster than those of two.
+        # One node of the plan is one machine: its ranks communicate faster than those of two.
         strategy = strategy_of(self._plan)
         return placement_group([dict(self.bundle) for _ in range(self._plan.nodes)], strategy=strategy)
 
@@ -160,13 +160,13 @@ class Cluster:
         if self._connected:
             ray.shutdown()
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, self._handler)  # Ray's own ends the process
+                signal.signal(signal.SIGTERM, self._handler)  # Ray's handler ends the process
 
 
 def find_cluster(address: str | None) -> str | None:
-    """HOST:PORT of the cluster that runs already, where `cluster.ray.address` says; None where one is to be started.
+    """HOST:PORT of the running cluster, where `cluster.ray.address` points; None if a new one is to be started.
 
-    Raises EnvironmentProblem where nothing answers there: Ray itself would try for more than a minute.
+    Raises EnvironmentProblem if nothing answers there: Ray itself would retry for more than a minute.
     """
     from ray._private import services
 
@@ -204,8 +204,8 @@ def find_cluster(address: str | None) -> str | None:
 
 
 def check_amounts(resources: Mapping[str, float]) -> None:
-    """Raises EnvironmentProblem, with a line for each amount that Ray refuses: it knows what a TPU can be divided into.
-    It would say so by a traceback, when nodes are free."""
+    """Raises EnvironmentProblem, one line for each amount that Ray refuses, such as an odd share of a TPU. Ray itself
+    would report it by a traceback, once nodes are free."""
     import ray
 
     problems: list[str] = []
@@ -219,7 +219,7 @@ def check_amounts(resources: Mapping[str, float]) -> None:
 
 
 def bundle(config: Config, plan: Plan) -> dict[str, float]:
-    """What a node of the run takes from Ray: all that its ranks need."""
+    """Resources of a node of the run: everything that its ranks need."""
     options = config.cluster.ray
     wanted: dict[str, float] = {"CPU": options.cpus_per_node or plan.gpus_per_node}
     if plan.device == "cuda":

@@ -1,7 +1,7 @@
-"""The actor of one node: starts the launcher of that node's ranks, passes on what it writes, and ends all of it.
+"""The actor of one node: starts that node's launcher, forwards its output, and ends all of it.
 
-The actor's methods return at once, so that a signal never waits. Its process is the one that the ranks watch
-(`trainer.process.lifeline`): when Ray ends it, or loses it, they save and end.
+The actor's methods return at once, so a signal never waits. The ranks watch its process (`trainer.process.lifeline`):
+when Ray ends or loses it, they save and end.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from trainer.plan.machine import find_machine
 from trainer.process.lifeline import LAUNCHER
 from trainer.process.world import for_children
 
-SHARED_SECONDS = 10.0  # a network file system may show a new file late
+SHARED_SECONDS = 10.0  # delay until a network file system shows a new file
 OUT, ERR = 1, 2
-# Ray sets them in its workers: a number of threads that follows the bundle, and a debugger of its own.
+# Ray sets these in its workers: a thread count that follows the bundle, and its own debugger.
 OF_RAY = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """words: overrides of the run, train.run_dir among them. token: what RUN_DIR/ray says at this start. root: the
-    working directory of the ranks. environment: further variables of theirs."""
+    """words: overrides of the run, including train.run_dir. token: content of RUN_DIR/ray at this start. root: working
+    directory of the ranks. environment: further variables of the ranks."""
 
     words: list[str]
     config_dir: str | None
@@ -52,8 +52,8 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Said:
-    """lines: what the launcher and its ranks have written since the last time, each to OUT or ERR. code: the exit code
-    of the launcher, when all of it has ended."""
+    """lines: new output of the launcher and its ranks, each line to OUT or ERR. code: exit code of the launcher, once
+    all of it has ended."""
 
     lines: list[tuple[int, str]]
     code: int | None
@@ -74,7 +74,7 @@ class Node:
         return get_node_ip_address(), free_port()
 
     def start(self, part: Part) -> list[str]:
-        """Start the ranks. Returns why this node cannot."""
+        """Start the ranks. Returns the reason if this node cannot."""
         run_dir, words = Path(part.run_dir), part.words
         deadline = time.monotonic() + SHARED_SECONDS
         while read_state(run_dir).get("token") != part.token:
@@ -88,7 +88,7 @@ class Node:
         environment = for_children({**own, **part.environment})
         root = part.root if Path(part.root).is_dir() else run_dir
         try:
-            with contextlib.chdir(root):  # relative paths of models and adapters are looked up here too
+            with contextlib.chdir(root):  # relative paths of models and adapters are resolved here too
                 config = load_config(words, config_dir=part.config_dir)
                 plan = make_plan(config, replace(find_machine(), world_size=None, local_world_size=None))
             command = build_command(
@@ -129,7 +129,7 @@ class Node:
         return Said(lines=lines, code=code)
 
     def stop(self) -> None:
-        """Ask the ranks to save and end. Always SIGTERM: processes of a cluster that Ray starts here do not get
+        """Ask the ranks to save and end. Always SIGTERM: processes of a cluster that Ray starts here do not receive
         SIGINT."""
         if self._child is not None and self._child.poll() is None:
             tell_ranks(self._child.pid, signal.SIGTERM, False)

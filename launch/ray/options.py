@@ -1,4 +1,4 @@
-"""What cannot run on Ray, one line each. Pure."""
+"""Options that cannot run on Ray, one line each. Pure."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BY_KEY = {
     "memory": "Ray counts it, and does not limit the ranks; leave it out",
     "object_store_memory": "the ranks do not use the object store; leave it out",
 }
-"""Resources of Ray that are no further ones, and what to do about each."""
+"""Resources of Ray that this key does not accept, with the remedy for each."""
 
 
 def check_options(config: Config) -> Iterator[str]:
-    """One line for each option that Ray would not understand, or that would not do what was meant."""
+    """One line for each option that Ray would not understand, or that would have another effect than meant."""
     options = config.cluster.ray
     if options.address is not None:
         yield from check_address(f"cluster.ray.address={options.address}", options.address)

@@ -1,4 +1,4 @@
-"""What RUN_DIR/ray says: how the run stands on Ray, and whether the program that looks after it lives."""
+"""The files in RUN_DIR/ray: the state of the run on Ray, and whether its supervising program is alive."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def read_state(run_dir: Path) -> Mapping[str, object]:
 
 
 def is_driven(run_dir: Path) -> bool:
-    """Whether a `python -m launch` looks after this run. Not for that process itself, which would lose its lock."""
+    """Whether a `python -m launch` supervises this run. Not for that process itself, which would lose its lock."""
     return held(folder(run_dir) / LOCK)

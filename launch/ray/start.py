@@ -1,11 +1,11 @@
-"""One start of a run on Ray: an actor on each node, their output, and how they end.
+"""One start of a run on Ray: an actor on each node, their output, and their end.
 
     a rank dies                    its launcher ends, the other nodes' are ended, and the start is over
     a node, or an actor, is lost   the same, when Ray has noticed it (its health checks take some 15 s)
     a signal                       SIGTERM for all ranks, which save and end; a second one ends them at once
     the file STOP                  rank 0 sees it, and all save and end
 
-`launch.supervise` decides what follows.
+`launch.supervise` decides whether to start again.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from trainer.process.status import LOCK
 from trainer.process.stopping import STOP_FILE
 
 POLL_SECONDS = 0.25
-GRACE_SECONDS = 20.0  # for the ranks of other nodes to notice a death, and to say what they know
-SILENT_SECONDS = 180.0  # of a node that Ray neither reaches nor gives up
+GRACE_SECONDS = 20.0  # for the ranks of other nodes to notice a death, and to report it
+SILENT_SECONDS = 180.0  # for a node that Ray neither reaches nor declares dead
 
 
 @dataclass(kw_only=True, slots=True)
 class Running:
-    """A node of this start. code: of its launcher, when that has ended. lost: why it cannot be asked any more."""
+    """A node of this start. code: exit code of its launcher, once it has ended. lost: why the node is unreachable."""
 
     actor: Any
     address: str
@@ -67,7 +67,7 @@ class Starter:
     starts: int = 0
 
     def start(self, again: bool, signals: Forwarding) -> Outcome:
-        """Start the ranks of all nodes, and wait for their end. Raises EnvironmentProblem where a node cannot."""
+        """Start the ranks of all nodes, and wait for their end. Raises EnvironmentProblem if a node cannot."""
         told: list[bool] = []
         signals.tell = lambda _number, before: told.append(before)
         relay = Relay(sys.stderr)
@@ -87,7 +87,7 @@ class Starter:
         return Outcome(code=code, killed=None, told=signals.told, relay=relay, lost=lost)
 
     def _ready(self, told: Callable[[], bool]) -> bool:
-        """Wait for the ranks of an earlier start to be gone, and for the nodes. Returns False if asked to stop.
+        """Wait until the ranks of an earlier start are gone and the nodes are free. Returns False if asked to stop.
 
         A node that is cut off keeps its ranks until their collectives time out.
         """
@@ -102,7 +102,7 @@ class Starter:
         return self.cluster.wait(told) and not told()
 
     def _begin(self, running: list[Running], again: bool) -> str | None:
-        """Start each node's ranks. Returns which node was lost meanwhile."""
+        """Start each node's ranks. Returns the reason if a node was lost meanwhile."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -132,7 +132,7 @@ class Starter:
             answers: list[list[str]] = ray.get(
                 [node.actor.start.remote(part) for node, part in zip(running, parts, strict=True)]
             )
-        except RayTaskError:  # a fault of the actor's own code
+        except RayTaskError:  # an error in the actor's own code
             raise
         except RayError as error:
             if missing := re.search(r"ModuleNotFoundError: (.*)", str(error)):
@@ -148,7 +148,7 @@ class Starter:
         return None
 
     def _follow(self, running: list[Running], told: list[bool], relay: Relay) -> str | None:
-        """Show what the nodes write until all have ended. Returns which was lost first."""
+        """Show the nodes' output until all have ended. Returns the reason of the first loss."""
         lost: str | None = None
         deadline: float | None = None
         while not all(node.over for node in running):
@@ -158,7 +158,7 @@ class Starter:
                 if not node.over and (said := _answer(node)) is not None:
                     _show(said, relay)
                     node.code = said.code
-                if lost is None and (node.lost or deadline != float("inf")):  # by then we end launchers ourselves
+                if lost is None and (node.lost or deadline != float("inf")):  # later we end launchers ourselves
                     lost = _lost(node)
             if deadline is None and any(node.lost or node.code for node in running):
                 deadline = time.monotonic() + GRACE_SECONDS
@@ -177,8 +177,8 @@ class Starter:
 
 
 def _lost(node: Running) -> str | None:
-    """What became of a node whose ranks have lost their actor or launcher: they save and say that they were stopped,
-    though nobody wanted the run to end."""
+    """The fate of a node whose ranks lost their actor or launcher: they save and report that they were stopped,
+    although nobody wanted the run to end."""
     if node.lost is not None:
         return f"node {node.address} was lost: {node.lost}"
     if node.code is not None and node.code < 0:
@@ -187,7 +187,7 @@ def _lost(node: Running) -> str | None:
 
 
 def _answer(node: Running) -> Said | None:
-    """What a node has to say; None if it does not answer now."""
+    """A node's new output; None if it does not answer now."""
     import ray
     from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
@@ -200,12 +200,12 @@ def _answer(node: Running) -> Said | None:
     asked, node.asked = node.asked, None
     try:
         said: Said = ray.get(asked)
-    except ActorUnavailableError as error:  # for the moment; Ray finds out whether the node lives
+    except ActorUnavailableError as error:  # temporary; Ray finds out whether the node is alive
         node.lost = _why(error) if silent else None
         return None
-    except RayTaskError:  # a fault of the actor's own code
+    except RayTaskError:  # an error in the actor's own code
         raise
-    except RayError as error:  # killed by Ray's memory monitor, or gone with an answer that nobody has fetched yet
+    except RayError as error:  # killed by Ray's memory monitor, or gone with an unread answer
         node.lost = _why(error)
         return None
     node.answered = time.monotonic()
@@ -228,7 +228,7 @@ def _tell_nodes(running: list[Running], *, again: bool) -> None:
 
 
 def _end_actors(running: list[Running]) -> None:
-    """Give the bundles back. What an actor has started ends with it."""
+    """Return the bundles. Everything that an actor has started ends with it."""
     import ray
 
     ending = [node.actor.end.remote() for node in running if not node.over]
@@ -240,7 +240,7 @@ def _end_actors(running: list[Running]) -> None:
 
 
 def _why(error: Exception) -> str:
-    """From Ray's page about the end of an actor, the clause that says why."""
+    """The clause of Ray's page about an actor's end that gives the reason."""
     text = " ".join(str(error).split())
     found = re.search(r"because (.*?)(\.\s|\.$| Node Id| NodeId|$)", text)
     return (found[1] if found else text)[:300]

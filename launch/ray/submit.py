@@ -1,4 +1,4 @@
-"""Plan a run for a Ray cluster and look after it, or print what would run; how such a run stands, and its end."""
+"""Plan a run for a Ray cluster and supervise it, or print what would run; its status, and its cancellation."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from trainer.report.folder import default_run_dir, make_run_dir
 COMPARE = "run them with python -m launch -m ..., then python -m launch compare FOLDER"
 WAITS = True
 KEEPS = f"{FOLDER}/{STATE}"
-KEPT = ("OMP_NUM_THREADS",)  # variables of this process that its ranks get too
+KEPT = ("OMP_NUM_THREADS",)  # variables of this process that its ranks inherit
 
 
 def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | None) -> tuple[int, bool]:
-    """Plan one run and look after it to its end. Raises CookbookError before anything is started."""
+    """Plan one run and supervise it to its end. Raises CookbookError before anything is started."""
     if problems := [*check_options(config)]:
         raise ConfigError(*problems)
     plan = make_plan(config, Machine(gpus=config.cluster.gpus_per_node or 0))
@@ -98,7 +98,7 @@ def _run(config: Config, plan: Plan, words: list[str], *, run_dir: Path, config_
 
 
 def status_lines(run_dir: Path) -> list[str]:
-    """Training and Ray, a line each."""
+    """The state of the training and of Ray, one line each."""
     lines = [
         status_line("training", read_status(run_dir), "state", "step", "reason"),
         status_line("ray", read_state(run_dir), "state", "starts", "reason"),
@@ -110,7 +110,7 @@ def status_lines(run_dir: Path) -> list[str]:
 
 
 def cancel(run_dir: Path) -> str:
-    """Ask the run to save and end. Returns what was done, in a line."""
+    """Ask the run to save and end. Returns one line about the effect."""
     if not is_driven(run_dir):
         return "the run does not run any more"
     with writing(run_dir):
@@ -119,7 +119,7 @@ def cancel(run_dir: Path) -> str:
 
 
 def _show(config: Config, plan: Plan, words: Sequence[str], *, run_dir: Path, config_dir: str | None) -> None:
-    """What would run, on Ray's nodes."""
+    """What would run on Ray's nodes."""
     address = config.cluster.ray.address or f"{ADDRESS}, else the cluster that runs on this machine, else a new one"
     each = f"{plan.nodes} x {{{said(bundle(config, plan))}}}"
     print(f"ray        {address}")

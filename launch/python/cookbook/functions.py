@@ -1,4 +1,4 @@
-"""The functions. Each takes a configuration from `compose`, which later changes of its fields are checked with."""
+"""The functions. Each takes a configuration from `compose`; fields that were changed since are checked again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ load.introduce()
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
-    """The configuration that these overrides give on a command line.
+    """The configuration for these overrides, as on a command line.
 
     overrides: `group=option` or `key=value`, each one text.
     config_dir: a folder with further options.
@@ -50,7 +50,7 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> Config:
 
 
 def from_hydra(composed: DictConfig) -> Config:
-    """The configuration that `@hydra.main(config_path="pkg://configs", config_name="config")` hands to a function.
+    """The configuration that `@hydra.main(config_path="pkg://configs", config_name="config")` passes to a function.
 
     Raises ConfigError with every problem.
     """
@@ -58,7 +58,7 @@ def from_hydra(composed: DictConfig) -> Config:
 
 
 def plan(config: Config) -> Plan:
-    """How the run is divided, on this machine or on the cluster that the configuration names.
+    """The run's mesh and batch, on this machine or on the cluster that the configuration names.
 
     Raises PlanError with every combination that cannot run.
     """
@@ -66,7 +66,7 @@ def plan(config: Config) -> Plan:
 
 
 def estimate(config: Config) -> Estimate:
-    """The memory of each kind of rank, predicted without a GPU; `memory-estimate` renders the same.
+    """The predicted memory of each kind of rank, computed without a GPU; `memory-estimate` renders the same.
 
     Raises PlanError, and NotEstimated for a model whose code cannot be traced.
     """
@@ -92,7 +92,7 @@ def search(config: Config) -> Search:
 def predicted_speed(config: Config) -> float:
     """Tokens per second and GPU that the planner predicts; 0.0 for a layout that cannot run or does not fit.
 
-    For searches that maximise it: nothing is trained. Raises ConfigError where no GPU is named.
+    For searches that maximise it: nothing is trained. Raises ConfigError if no GPU is named.
     """
     from trainer.estimate.estimate import planned_machine
     from trainer.estimate.search.search import speed_of
@@ -102,10 +102,10 @@ def predicted_speed(config: Config) -> float:
 
 
 def train(config: Config, callbacks: Sequence[Callback] = ()) -> Result:
-    """Train in this process: alone, or as the rank that a launcher has started it as.
+    """Train in this process: alone, or as one rank of a launcher.
 
     callbacks: called on this rank, before those of `train.callbacks`.
-    Raises CookbookError on mistakes and on a run that fails; what a callback raises passes through.
+    Raises CookbookError for mistakes and for a run that fails; exceptions of a callback pass through.
     """
     config = _checked(config)
     if config.dry_run:
@@ -127,10 +127,10 @@ def _train(config: Config, callbacks: Sequence[Callback]) -> Result:
 
 
 def launch(*overrides: str, config_dir: str | Path | None = None) -> Result:
-    """Start the ranks of a run on this machine, wait for them, and start them again where that helps.
+    """Start the ranks of a run on this machine, wait for them, and restart them where that helps.
 
-    What `python -m launch` prints is printed here too. Raises CookbookError before anything is started; a run that
-    fails afterwards gives a Result with its exit code.
+    It prints the same as `python -m launch`. Raises CookbookError before anything is started; a run that fails
+    afterwards returns a Result with its exit code.
     """
     from launch.__main__ import launch as start
 
@@ -157,8 +157,8 @@ _RUNNING = Lock()
 
 @contextmanager
 def _alone(function: str) -> Generator[None]:
-    """A run owns the process: its process group and random numbers, or the signals and the end of all its children.
-    Raises ConfigError while another one is under way in another thread, or in a callback's."""
+    """A run owns the process: its process group and random numbers, or its signals and all its children. Raises
+    ConfigError while another run is under way in another thread, or in a callback."""
     if not _RUNNING.acquire(blocking=False):
         raise ConfigError(
             f"{function}: another run is under way in this process, and they would end each other's ranks; wait for it,"
@@ -171,14 +171,14 @@ def _alone(function: str) -> Generator[None]:
 
 
 def _checked(config: Config) -> Config:
-    """A copy, with every value checked again: fields may have been set since. A Path may stand for a text. Raises
+    """A copy with every value checked again, since fields may have been set. A Path is accepted for a text. Raises
     ConfigError."""
     given = deepcopy(config)
     for key in schema_keys():
         set_value(given, key, _text(value_at(given, key)))
     try:
         checked = from_yaml(to_yaml(given), where="the configuration")
-    except OmegaConfBaseException as error:  # an object that no file can hold, such as a number of NumPy
+    except OmegaConfBaseException as error:  # an object that no file can hold, such as a NumPy number
         raise ConfigError(explain(error)) from None
     if problems := [*check_ranges(checked)]:
         raise ConfigError(*problems)

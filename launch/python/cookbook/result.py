@@ -1,4 +1,4 @@
-"""What is left of a run: its folder, read when it is asked for."""
+"""The result of a run: its folder, read on access."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Result:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The keys of `trainer.report.metrics.Summary`; empty where the run is not through."""
+        """The keys of `trainer.report.metrics.Summary`; empty if the run has not finished."""
         path = self.folder / "summary.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """Each line of metrics.jsonl; none where the run failed before its first step."""
+        """Each line of metrics.jsonl; none if the run failed before its first step."""
         path = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
