@@ -57,7 +57,7 @@ FAULTS = [
     Fault("C4", "SIGKILL of a rank at any time, zero1", at_any_time("zero1"), 1, 30),
     Fault("C4", "SIGKILL of a rank at any time, zero2", at_any_time("zero2"), 1, 30),
     Fault("C4", "SIGKILL of a rank at any time, zero3", at_any_time("zero3"), 1, 30),
-    Fault("C5", "C1 while saving aside", at_file_operation("single", "checkpoint.async_save=true"), 2, 30),
+    Fault("C5", "C1 during an asynchronous save", at_file_operation("single", "checkpoint.async_save=true"), 2, 30),
     Fault("C6", "one bit flipped anywhere in a checkpoint", cases.flipped, 200, 1000),
     Fault("C7", "a file truncated, emptied, deleted, renamed, one too many, two swapped", cases.damaged, 40, 200),
     Fault("C6-7", "the newest checkpoint damaged, the run goes on from the one before", cases.passed_over, 1, 10),

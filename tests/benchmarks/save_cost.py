@@ -62,7 +62,7 @@ def table(plain: dict[str, float], aside: dict[str, float]) -> str:
         "\n".join(
             [
                 f"{conditions('torch', 'safetensors')}: a checkpoint of {plain['bytes'] / 2**20:,.0f} MiB, saved"
-                f" {STEPS // EVERY - 1} times in {STEPS} steps. Saving aside stops training for"
+                f" {STEPS // EVERY - 1} times in {STEPS} steps. Asynchronous saves stall training for"
                 f" {aside['blocked'] / plain['blocked']:.0%} of the time.",
                 "",
                 "| `checkpoint.async_save` | checkpoint stall | from begin to commit | median step |",

@@ -17,22 +17,23 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """\
 # Models: every type under every layout
 
-Every model type that transformers registers for causal language models, in a tiny version of its published config (its
-kinds of layers, switches and ratios; small widths, few layers and experts), trained for three steps under every layout
-with two processes on a CPU, and held against one process. A number is the largest relative distance of the loss or of
-the gradient norm, at any step and in the validation at the end. One process (*single*) is held against the model that
-transformers builds itself. All in float64 within 1e-4 (some types compute parts in float32 whatever the precision),
-but ZeRO, which has no float64, and types that transformers cannot run in it: float32 within 1e-3.
+This page is a reference. Every model type that transformers registers for causal language models is built in a tiny
+version of its published config (its kinds of layers, switches and ratios; small widths, few layers and experts) and
+trained for three steps under every layout, with two processes on a CPU. Each layout is compared with one process. A
+number is the largest relative difference of the loss or of the gradient norm, at any step and in the final validation.
+One process (*single*) is compared with the model that transformers builds itself. The limit is 1e-4 in float64 (some
+types compute parts in float32 whatever the precision). ZeRO, which has no float64, and types that transformers cannot
+run in it are compared in float32, with a limit of 1e-3.
 
-*memory* and *fsdp's memory* hold the estimated peak, in one process and under FSDP, against what is counted on the
-fullest rank over two steps, and what stays between steps, which must be equal to 4 KiB; the number is the difference of
-the peaks relative to the estimate, within 5 %.
+*memory* and *fsdp's memory* compare the estimated peak, in one process and under FSDP, with the counted bytes of the
+fullest rank over two steps. The number is the difference of the peaks relative to the estimate; the limit is 5 %. The
+bytes that remain between steps must agree to 4 KiB.
 
 *refused* stands for a line that the run prints before it begins; the lines are below the table, and begin with the
-layout. What *differs* from one process, or ends in a *crash*, is open. An empty cell has not been tried. A star marks
-the language model alone (`model.text_only=true`), since the whole model has parts that no layout cuts.
+layout. A cell *differs* (from one process) or *crash* is an open problem. An empty cell has not been tried. A star
+marks the language model alone (`model.text_only=true`), because no layout splits some parts of the whole model.
 
-With the oldest versions that pyproject.toml allows (transformers 5.17, torch 2.11) 178 types are there: under *single*
+With the oldest versions that pyproject.toml allows (transformers 5.17, torch 2.11) 178 types exist: under *single*
 164 are equal, 8 refused, and 6 are not tried, as below.
 
 `python -m tests.zoo TYPE` does the same for one type in some seconds; `--layouts` names some of the layouts.
