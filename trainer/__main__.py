@@ -1,11 +1,11 @@
-"""The door inside the job: every rank comes through here, whichever launcher started it.
+"""The entry point inside the job: every rank starts here, whichever launcher started it.
 
     python -m trainer OVERRIDES                              one process, a debugger works
     torchrun --nproc-per-node 8 -m trainer OVERRIDES
     deepspeed --num_gpus 8 --module trainer OVERRIDES
     accelerate launch --num_processes 8 -m trainer OVERRIDES
 
-Config and plan come first and need no torch, so that a mistake is answered before the libraries are loaded. Every
+Config and plan come first and need no torch, so that a mistake is reported before the libraries are loaded. Every
 rank composes the same configuration from the same overrides. Next: `loop`.
 """
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = train(arguments)
         return EXIT_FINISHED if code == EXIT_STOPPED and os.environ.get(QUIET_STOP) else code
     except CookbookError as error:
-        # All ranks of a node meet the same mistake. Some are met by one rank alone, and one that is stuck cannot speak.
+        # All ranks of a node see the same mistakes. A few only one rank sees, and a stuck rank cannot report.
         if speaks_for_node() or isinstance(error, (OutOfMemory, RankProblem, RankStuck)):
             turn_away(error)
         return error.exit_code
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: Arguments) -> int:
-    """Compose, then start. Raises CookbookError on what the user can mend."""
+    """Compose, then start. Raises CookbookError for mistakes that the user can fix."""
     return start(load_config(_settled(arguments.overrides), config_dir=arguments.config_dir))
 
 
@@ -109,7 +109,7 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> int:
     if plan.device == "cuda":
         set_segments(config.cluster.expandable_segments, os.environ)
     if config.profile:
-        # Kineto, which reads it as torch is loaded, otherwise writes a line whenever it starts and stops.
+        # Otherwise Kineto, which reads it when torch is loaded, writes a line whenever it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if os.environ.get("RANK", "0") == "0" and PLAN_SHOWN not in os.environ:
         print(plan.describe(), flush=True)
@@ -123,7 +123,7 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> int:
 
 
 def _settled(words: Sequence[str]) -> list[str]:
-    """The overrides with the time in them. Raises ConfigError where each of several ranks would read its own clock."""
+    """The overrides with the time filled in. Raises ConfigError if each of several ranks would read its own clock."""
     settled = settle_clock(words, datetime.now())
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     if several and (timed := [word for word, other in zip(words, settled, strict=True) if word != other]):
@@ -134,7 +134,7 @@ def _settled(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def progress_told() -> Generator[None]:
-    """Show what the passes and the data say while a run is prepared: rank 0's words, and every rank's warnings."""
+    """Show messages of the passes and the data during preparation: all of rank 0's, and every rank's warnings."""
     log = logging.getLogger("trainer")
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     handler = None
@@ -151,13 +151,13 @@ def progress_told() -> Generator[None]:
 
 
 def _with_rank(text: str) -> str:
-    """Mark each line with the rank, in torch's own form: several ranks write to one terminal."""
+    """Prefix each line with the rank, in torch's own form: several ranks write to one terminal."""
     rank = os.environ.get("RANK", "0")
     return "".join(f"[rank{rank}]: {line}" for line in text.splitlines(keepends=True))
 
 
 if __name__ == "__main__":
     ended_with = main()
-    # The interpreter looks for cycles among all that torch has brought before it ends: seconds after the last line.
+    # Before it ends, the interpreter would search everything that torch has loaded for cycles: seconds of waiting.
     gc.freeze()
     sys.exit(ended_with)

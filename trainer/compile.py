@@ -13,6 +13,6 @@ from trainer.model.build import held_layers
 
 
 def apply_compile(model: nn.Module) -> None:
-    """Compile the forward of every decoder layer that is here, in place."""
+    """Compile the forward of every decoder layer on this rank, in place."""
     for layer in held_layers(model):
         layer.forward = torch.compile(layer.forward)

@@ -1,17 +1,17 @@
 """`data.document_mask`: how attention learns where documents end, and the start-up check that it does.
 
-The trainer gives every document positions of its own, 0 1 2 0 1 2 3 ..., and no mask: transformers reads the borders
-off the positions and builds the mask that its attention needs, seq_len x seq_len for each sequence.
+The trainer restarts the positions in every document, 0 1 2 0 1 2 3 ..., and passes no mask: transformers derives the
+borders from the positions and builds the mask that its attention needs, seq_len x seq_len for each sequence.
 
     position_ids    0 1 2 0 1 2 3 | 0 1 2 3 4 0 1       two rows of a micro-batch
     cu_seq_lens     0     3       7         12  14      where documents end, over all rows one after the other
 
-Kernels that take lengths need no mask. transformers finds lengths in the positions of one row alone and takes several
-rows for sequences without borders, so the trainer passes them (`give_lengths`).
+Kernels that take lengths need no mask. transformers derives lengths only from positions of a single row, and treats
+several rows as sequences without borders, so the trainer passes the lengths (`give_lengths`).
 
-Architectures that make their masks by themselves, or carry a state along the sequence, would train on, seeing across
-the borders; others do not pass lengths on. So a shrunk copy computes two documents in one row and alone: the logits
-must agree. It stands in for a kernel of a GPU with a few lines that take the same lengths.
+Architectures that make their own masks, or carry a state along the sequence, would silently train across the borders;
+others do not pass lengths on. So a shrunk copy computes two documents packed in one row and separately: the logits must
+agree. A few lines that take the same lengths replace the GPU kernel in this check.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.model.miniature import small_model
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5
-"""Of float64 logits. Some architectures compute norms in float32 whatever the model's dtype."""
+"""Tolerance for float64 logits. Some architectures compute norms in float32 whatever the model's dtype."""
 LENGTHS = (3, 5)
 
 
@@ -38,7 +38,7 @@ NAME = "documents_by_length"
 
 
 def give_lengths(model: nn.Module) -> None:
-    """Let each forward that gets positions also get the lengths that they mean, as transformers names them."""
+    """Extend each forward that gets positions with the matching lengths, under transformers' names."""
     model.register_forward_pre_hook(_with_lengths, with_kwargs=True)
 
 
@@ -54,13 +54,13 @@ def _with_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def check_document_mask(config: PretrainedConfig, *, lengths: bool = False) -> None:
-    """Raise ConfigError where attention crosses the border between packed documents. Computes on the CPU.
+    """Raise ConfigError if attention crosses the border between packed documents. Computes on the CPU.
 
-    lengths: attention is a kernel that takes them.
+    lengths: whether the attention kernel takes them.
     """
     try:
         apart = _apart(config, lengths=lengths)
-    except Exception as error:  # a config in miniature may break any rule of its architecture
+    except Exception as error:  # a miniature config may break any rule of its architecture
         reason = first_line(error)
         if lengths:
             raise ConfigError(
@@ -79,7 +79,7 @@ def check_document_mask(config: PretrainedConfig, *, lengths: bool = False) -> N
 
 @torch.no_grad()
 def _apart(config: PretrainedConfig, *, lengths: bool) -> float:
-    """Largest difference of the logits between documents in two rows, and each alone."""
+    """Largest difference of the logits between documents packed in two rows, and each document alone."""
     model = small_model(config)
     if lengths:
         AttentionInterface.register(NAME, _within_lengths)
@@ -108,7 +108,7 @@ def _within_lengths(
     cu_seq_lens_q: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention inside each document, as a kernel computes it from lengths; without them, inside each row."""
+    """Attention inside each document, computed from lengths as a kernel does; without them, inside each row."""
     rows, heads, size, width = query.shape
     key, value = (each.repeat_interleave(heads // each.shape[1], dim=1) for each in (key, value))
     ends = torch.arange(rows + 1) * size if cu_seq_lens_q is None else cu_seq_lens_q.to(torch.int64)

@@ -1,9 +1,9 @@
-"""A trained model writes: transformers' own `generate`, on one device, from whatever folder holds the model.
+"""Text generation with a trained model: transformers' own `generate`, on one device, from any folder with the model.
 
 a run             the model that it exported, or else its newest whole checkpoint
 a checkpoint      exported into a temporary folder first
 a model           as transformers reads it
-an adapter        with the model that it belongs to, by peft or by what `linear.bottleneck` has put there
+an adapter        with its base model, by peft or by `linear.bottleneck`
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ CONFIG, ADAPTER = "config.json", "adapter_config.json"
 
 
 CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-"""An untrained model writes any byte, and a terminal obeys some of them."""
+"""Control characters: an untrained model produces any byte, and a terminal obeys some of them."""
 
 
 class Printer(TextStreamer):
-    """Prints text as it becomes certain, without what a terminal would take for commands."""
+    """Prints text as soon as it is final, without characters that a terminal would treat as commands."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         print(text.translate(CONTROLS), end="\n" if stream_end else "", flush=True)
@@ -48,9 +48,13 @@ class Printer(TextStreamer):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """source: folder. prompt: text to go on from, or a user's message where `chat` is set. tokens: at most.
-    temperature: 0 for the likeliest token. initial: the weights that the run began with. base: model of an adapter.
-    device: None for a GPU where there is one."""
+    """source: folder.
+    prompt: text to continue, or a user's message if `chat` is set.
+    tokens: maximum number of tokens.
+    temperature: 0 takes the most likely token.
+    initial: use the weights that the run began with.
+    base: base model of an adapter.
+    device: None for a GPU if there is one."""
 
     source: Path
     prompt: str = ""
@@ -65,7 +69,7 @@ class Request:
 
 
 def write(asked: Request) -> None:
-    """Print the text as it comes. Raises CookbookError for a folder or a device that cannot be used."""
+    """Print the text as it is generated. Raises CookbookError for an unusable folder or device."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with _model_folder(asked) as folder:
@@ -81,7 +85,7 @@ def write(asked: Request) -> None:
     torch.manual_seed(asked.seed)
     writer: Any = model
     with warnings.catch_warnings():
-        # peft numbers the positions behind virtual tokens itself, and says so at each token.
+        # peft numbers the positions after virtual tokens itself, and warns at each token.
         warnings.filterwarnings("ignore", message="Position ids are not supported")
         writer.generate(
             ids,
@@ -96,8 +100,8 @@ def write(asked: Request) -> None:
 
 @contextmanager
 def _model_folder(asked: Request) -> Iterator[Path]:
-    """A folder that transformers or peft read: the source itself, the model that its run wrote, or one made of its
-    checkpoint."""
+    """A folder that transformers or peft can read: the source itself, the model that its run exported, or an export of
+    its checkpoint."""
     for folder in () if asked.initial else (asked.source, asked.source / "model"):
         if (folder / CONFIG).is_file() or (folder / ADAPTER).is_file():
             yield folder
@@ -134,7 +138,7 @@ def _load(folder: Path, asked: Request, device: torch.device) -> tuple[PreTraine
                 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         except CookbookError:
             raise
-        except Exception as error:  # whatever a folder of somebody else holds
+        except Exception as error:  # anything that a foreign folder may cause
             raise EnvironmentProblem(f"{folder}: cannot be loaded: {first_line(error)}") from None
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
@@ -187,14 +191,14 @@ def _with_adapter(folder: Path, asked: Request) -> PreTrainedModel:
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, asked: Request, device: torch.device) -> torch.Tensor:
-    """Token ids of shape (1, tokens). An empty prompt is what a document begins with."""
+    """Token ids of shape (1, tokens). An empty prompt becomes the token that begins a document."""
     if asked.chat:
         if not tokenizer.chat_template:
             raise ConfigError(f"--chat: the tokenizer of {asked.source} has no chat template; leave --chat out")
         message = [{"role": "user", "content": asked.prompt}]
         try:
             text: Any = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of somebody else
+        except Exception as error:  # a template is a foreign program
             raise ConfigError(
                 f"--chat: the chat template of {asked.source} fails on a user's message ({first_line(error)}); mend it,"
                 " or leave --chat out"
@@ -211,7 +215,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, asked: Request, device: torch.d
 
 
 def _room(model: PreTrainedModel, length: int, asked: Request) -> int:
-    """Tokens that the model can take after a prompt of this length."""
+    """Number of tokens that the model can take after a prompt of this length."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is None:
         return asked.tokens

@@ -1,6 +1,6 @@
-"""A page in one file: text, style, data and script. It asks nothing of the network, and its own policy forbids it to.
+"""A page in one file: text, style, data and script. It loads nothing from the network, and its own policy forbids it.
 
-The colours follow the reader's system, light or dark, and the text keeps its size on a phone.
+The colours follow the reader's system, light or dark, and the text stays readable on a phone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from html import escape
 from math import ceil, floor, log10
 
 COLOURS = ("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1")
-"""Of lines and bars in figures: neighbours differ most."""
+"""Colours of lines and bars in figures: neighbours differ most."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 STYLE = """\
 :root { color-scheme: light dark; --text: #1b1f24; --ground: #fff; --panel: #f4f5f7; --line: #c9ced6; --quiet: #59616d;
@@ -28,8 +28,8 @@ td { text-align: right; } td:first-child, th { text-align: left; } img, svg { ma
 def page(title: str, body: str, *, style: str = "", script: str = "", data: object = None, mark: str = "") -> str:
     """The file's text.
 
-    body: HTML. style: added to `STYLE`. data: what the script reads from the element #data, as JSON. mark: an HTML
-    comment by which a program knows its own page.
+    body: HTML. style: added to `STYLE`. data: JSON that the script reads from the element #data. mark: an HTML comment
+    by which a program recognises its own page.
     """
     parts = [
         f'<!doctype html>{mark}\n<html lang="en"><head><meta charset="utf-8">',
@@ -38,7 +38,7 @@ def page(title: str, body: str, *, style: str = "", script: str = "", data: obje
         f"<title>{escape(title)}</title>\n<style>{STYLE}\n{style}</style></head>\n<body>\n{body}",
     ]
     if data is not None:
-        # Inside of a script nothing but its end tag is special.
+        # Inside a script only its end tag is special.
         text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
         parts.append(f'<script type="application/json" id="data">{text}</script>')
     if script:

@@ -1,11 +1,11 @@
 """Config in, Plan out: every rule and every derived number of a run, without torch and before any process starts.
 
-The plan is what the launcher, the estimator and the trainer agree on: world size, mesh, batch, dtypes, and
-what is partitioned and offloaded. Nothing downstream derives these again.
+The launcher, the estimator and the trainer share the plan: world size, mesh, batch, dtypes, partitioning and offload.
+No later code derives these again.
 
     global_batch_size = micro_batch_size * gradient_accumulation_steps * dp_replicate * dp_shard
 
-Reads the config and a `Machine`. `rules` holds the checks. Next: `runtime`, where the plan meets the processes.
+It reads the config and a `Machine`. `rules` holds the checks. Next: `runtime`, where the plan meets the processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trainer.plan.plan import Plan
 from trainer.plan.views import DENSE, View
 from trainer.rules import check_config
 
-CPU_PROCESSES = 2  # what a layout that is open to any world size gets on a machine without GPUs
+CPU_PROCESSES = 2  # default on a machine without GPUs, for a layout that is open to any world size
 
 
 def make_plan(config: Config, machine: Machine) -> Plan:
@@ -41,7 +41,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     experts = expert.view(config, view, problems)
     problems = [*check_config(config, machine.device(config.cluster.device), sharded=view.is_sharded), *problems]
     data_parallel_size = view.size(lambda axis: axis.reads)
-    # A pipeline with fewer micro-batches than this waits for more than a third of the time.
+    # A pipeline with fewer micro-batches waits for more than a third of the time.
     usual = 2 * config.parallel.pp if config.parallel.pp > 1 else 1
     batch = plan_batch(config.train, config.data.seq_len, data_parallel_size, problems, usual=usual)
     if config.parallel.pp > 1 and config.parallel.engine is EngineName.torch:
@@ -74,7 +74,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 
 
 def _processes_per_node(config: Config, machine: Machine, problems: list[str]) -> int:
-    """cluster.gpus_per_node, or what the launcher started, or what the layout needs, or what the machine has."""
+    """cluster.gpus_per_node, or the launcher's number, or the layout's requirement, or the machine's GPUs."""
     nodes, asked = config.cluster.nodes, config.cluster.gpus_per_node
     degrees = tuple(degrees_of(config).values())
     fixed = prod(d for d in degrees if d is not None)
@@ -103,12 +103,12 @@ def _processes_per_node(config: Config, machine: Machine, problems: list[str]) -
 
 
 def _most_processes(cores: int) -> int:
-    """Ranks on the CPU share cores in tests and demonstrations, but each takes its half GiB for the libraries."""
+    """Ranks on the CPU share cores in tests and demonstrations, but each takes half a GiB for the libraries."""
     return max(32, 4 * cores)
 
 
 def _dense_view(config: Config, world_size: int, problems: list[str]) -> View:
-    """Fill the degree that is null and check that all of them multiply to the world size."""
+    """Fill in the degree that is null and check that the product of all degrees is the world size."""
     degrees = degrees_of(config)
     open_axes = [name for name, size in degrees.items() if size is None]
     fixed = prod(size for size in degrees.values() if size)
@@ -135,7 +135,7 @@ def _dense_view(config: Config, world_size: int, problems: list[str]) -> View:
 
 
 def _reshard(config: Config) -> bool:
-    """Under a pipeline every micro-batch would gather the parameters again, so there they are kept."""
+    """With a pipeline parameters are kept gathered, because every micro-batch would gather them again."""
     asked = config.parallel.reshard_after_forward
     return asked if asked is not None else config.parallel.pp == 1
 
@@ -155,7 +155,7 @@ def _check_pipeline(config: Config, batch: BatchPlan) -> Iterator[str]:
 
 
 def _check_offload(config: Config, view: View) -> Iterator[str]:
-    """Engine torch offloads through FSDP2, which plain copies of the model do not pass through."""
+    """Engine torch offloads through FSDP2, which does not handle plain copies of the model."""
     offloaded = config.parallel.offload.parameters
     if config.parallel.engine is EngineName.torch and offloaded is OffloadDevice.cpu and not view.is_sharded:
         yield (

@@ -1,9 +1,9 @@
-"""The order in which a plain model becomes a parallel one. The order is the lesson: read PASSES from top to bottom.
+"""The order in which a plain model becomes a parallel one. The order matters: read PASSES from top to bottom.
 
-    config -> model on the meta device, whole -> PASSES -> what this rank runs
+    config -> model on the meta device, unsplit -> PASSES -> the module that this rank runs
 
-Both engines run the list, and so does the estimate, on a fake mesh and without the passes that move or make bytes.
-Each pass changes the model from outside, and the model's own code knows nothing of it.
+Both engines run the list, and so does the estimate, on a fake mesh and without the passes that move or create bytes.
+Each pass changes the model from outside; the model's own code is unaware of it.
 """
 
 from __future__ import annotations
@@ -59,14 +59,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, slots=True)
 class Parts:
-    """A model on its way through the passes, and at the end what this rank runs.
+    """A model on its way through the passes; at the end, the module that this rank runs.
 
-    meshes: None where nothing is divided, in an estimate. model: whole, with all its names. modules: the model, or this
-    rank's pipeline stages. stages: the latter; empty without a pipeline. tensor: one for each module; empty without
-    tensor parallel. objective: where the loss is computed. balancing: of routed experts; None for a dense model.
-    compiler: what compiles the layers; an estimate has one of its own. described: of the whole model. kinds: of tensors
-    that the optimizer keeps of each parameter. fill, zero: the engine's own, which give a module its values, and the
-    model to DeepSpeed.
+    meshes: None in an estimate, where nothing is divided.
+    model: the unsplit model, with all its names.
+    modules: the model, or this rank's pipeline stages.
+    stages: this rank's pipeline stages; empty without a pipeline.
+    tensor: one entry for each module; empty without tensor parallel.
+    objective: where the loss is computed.
+    balancing: of routed experts; None for a dense model.
+    compiler: compiles the layers; an estimate has its own.
+    described: description of the whole model.
+    kinds: tensors that the optimizer keeps for each parameter.
+    fill, zero: functions of the engine that give a module its values, and pass the model to DeepSpeed.
     """
 
     config: Config
@@ -94,7 +99,7 @@ class Parts:
 
     @property
     def with_head(self) -> PreTrainedModel | None:
-        """What of this rank returns logits; None for stages that send hidden states on."""
+        """This rank's module that returns logits; None for stages that send hidden states."""
         if not self.stages:
             return self.model
         return next((stage.module for stage in self.stages if stage.is_last), None)
@@ -102,8 +107,8 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
-    """wanted: whether the config and plan ask for it. apply: returns lines for the log. traced: whether an estimate
-    runs it too; of the others `trainer.estimate.layouts` counts the bytes."""
+    """wanted: whether config and plan ask for the pass. apply: runs it and returns lines for the log. traced: whether
+    an estimate runs it too; `trainer.estimate.layouts` counts the bytes of the others."""
 
     wanted: Callable[[Config, Plan], bool]
     apply: Callable[[Parts], list[str]]
@@ -262,7 +267,7 @@ def _fill(parts: Parts) -> list[str]:
     for module in parts.modules:
         parts.fill(module)
         module.train()
-    # It holds what the values came from: perhaps the whole model, as every process has read it.
+    # It holds the source of the values: perhaps the whole model, as every process has read it.
     parts.fill = None
     return []
 
@@ -283,42 +288,42 @@ def _always(config: Config, plan: Plan) -> bool:
 
 
 PASSES = (
-    # What linear layers are, and what of the model is trained: on the whole model, before anything is divided.
+    # Kinds of linear layers, and the choice of trained parameters: on the whole model, before anything is divided.
     Pass(wanted=_always, apply=_convert),
     Pass(wanted=lambda config, plan: config.data.document_mask, apply=_mask_documents, traced=False),
     Pass(wanted=lambda config, plan: plan.degree(CONTEXT) > 1, apply=_check_sequences, traced=False),
     Pass(wanted=lambda config, plan: plan.degree(CONTEXT) > 1, apply=_split_sequences),
-    # Stages before all that follows: every later pass then works on what this rank will hold.
+    # Stages come before the rest, so that later passes work on the layers that this rank will hold.
     Pass(wanted=lambda config, plan: plan.degree(PIPELINE) > 1, apply=_split_layers),
     Pass(wanted=lambda config, plan: plan.degree(PIPELINE) > 1, apply=_check_stages, traced=False),
-    # Before tensor parallel, which then leaves the experts as they are.
+    # Before tensor parallel, which then leaves the experts unchanged.
     Pass(wanted=lambda config, plan: plan.degree(EXPERTS) > 1, apply=_split_experts),
-    # Before tensor parallel, whose collectives then stand around all slices.
+    # Before tensor parallel, whose collectives then surround all slices.
     Pass(wanted=lambda config, plan: config.train.chunked_loss, apply=_slice_head),
     # Before compile and recompute, so that its collectives are inside both.
     Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_split_matrices),
     Pass(wanted=lambda config, plan: plan.degree(TENSOR) > 1, apply=_check_matrices, traced=False),
     Pass(wanted=_always, apply=_choose_loss),
-    # After the checks, which compare what is divided with what is whole.
+    # After the checks, which compare the divided model with the whole one.
     Pass(wanted=lambda config, plan: config.train.neftune_alpha > 0, apply=_disturb),
-    # Inside recompute, which must find the terms of the routers again.
+    # Inside recompute, which must find the routers' terms again.
     Pass(wanted=_always, apply=_watch_routers),
     Pass(wanted=lambda config, plan: config.train.compile, apply=_compile),
     # Around the compiled layer, whose call it repeats.
     Pass(wanted=lambda config, plan: config.train.activation_checkpointing is not Checkpointing.none, apply=_recompute),
-    # What it wraps must be the layer as it will run, and it cuts what tensor parallel has left.
+    # FSDP wraps the final layer and shards the weights that tensor parallel leaves.
     Pass(
         wanted=lambda config, plan: plan.fully_sharded and plan.engine is EngineName.torch, apply=_shard, traced=False
     ),
     Pass(wanted=_always, apply=_fill, traced=False),
-    # These two copy parameters into buckets of their own, so they come when there are values.
+    # These two copy parameters into their own buckets, so they come after the values.
     Pass(wanted=lambda config, plan: plan.copied and ask(config.optimizer).GRADIENTS, apply=_replicate, traced=False),
     Pass(wanted=lambda config, plan: plan.engine is EngineName.deepspeed, apply=_partition, traced=False),
 )
 
 
 def parallelize(parts: Parts) -> None:
-    """Run the passes that the plan asks for over a model on the meta device. A collective. Raises what they raise."""
+    """Run the plan's passes over a model on the meta device. A collective. Raises what the passes raise."""
     for step in PASSES:
         if step.wanted(parts.config, parts.plan):
             for line in step.apply(parts):
@@ -333,14 +338,14 @@ def divide(parts: Parts) -> None:
 
 
 def prepare_model(config: Config) -> PreTrainedModel:
-    """The model after the first pass: still whole, with what is trained of it marked. Raises as the two steps do."""
+    """The model after the first pass: not yet split, with its trained parameters marked. Raises as the two steps do."""
     model = build_causal(config)
     convert_model(model, config)
     return model
 
 
 def convert_model(model: PreTrainedModel, config: Config) -> None:
-    """Make of the linear layers what the config asks for, and freeze what gets no gradient. Raises as
+    """Convert the linear layers as the config asks, and freeze parameters without gradient. Raises as
     `linear.convert`."""
     found = probe(text_config(model.config), config.data.seq_len)
     if found is not None:
@@ -349,7 +354,7 @@ def convert_model(model: PreTrainedModel, config: Config) -> None:
 
 
 def _idle_layers(model: PreTrainedModel, found: Probe | None) -> list[str]:
-    """Names of the decoder layers of which no parameter gets a gradient."""
+    """Names of the decoder layers in which no parameter gets a gradient."""
     untrained = {*untrained_names(model, found)} if found is not None else set()
     layers = {id(layer) for layer in decoder_layers(model)}
     return [
@@ -360,11 +365,11 @@ def _idle_layers(model: PreTrainedModel, found: Probe | None) -> list[str]:
 
 
 def check_layout(model: PreTrainedModel, config: Config) -> None:
-    """Raise ConfigError where the layout cannot train this model. The estimate keeps a model for several layouts."""
+    """Raise ConfigError if the layout cannot train this model. The estimate keeps one model for several layouts."""
     name = type(model).__name__
     problems = []
     if model.config.get_text_config() is not model.config:
-        # The passes that cut a model know the names of language models alone.
+        # The passes that split a model know only the names of language models.
         problems += [
             f"parallel.{axis}={degree}: cuts language models; a {name} has parts for images or sound"
             " as well; use model.text_only=true, or parallel=single, ddp or fsdp"
@@ -377,7 +382,7 @@ def check_layout(model: PreTrainedModel, config: Config) -> None:
             " needs the embeddings' gradient, and they are frozen; use tuning=full"
         )
     if config.parallel.sequence_parallel and (idle := _idle_layers(model, found)):
-        # The last layer joins the sequence again: one that the model passes by would leave it cut.
+        # The last layer gathers the sequence again; if the model skips it, the sequence would stay divided.
         problems.append(
             f"parallel.sequence_parallel=true: {name} leaves layers out where there is text alone ({', '.join(idle)});"
             " use parallel.sequence_parallel=false"

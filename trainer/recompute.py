@@ -1,4 +1,5 @@
-"""Activation checkpointing: keep less in the forward, compute it again in the backward (Chen et al. 2016).
+"""Activation checkpointing: keep fewer activations in the forward, compute them again in the backward (Chen et al.
+2016).
 
     none        every intermediate tensor of every layer is kept
     full        only each decoder layer's input is kept; the backward runs the layer's forward once more:
@@ -51,7 +52,7 @@ def _selective_contexts() -> object:
 
 
 def _every_second_product() -> Callable[..., CheckpointPolicy]:
-    """A policy with its own count for the forward and for the recompute, which must decide alike."""
+    """A policy that counts separately in the forward and in the recompute, which must decide alike."""
     count, matmuls = {False: 0, True: 0}, linear.matmuls()
 
     def policy(context: Any, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:

@@ -1,7 +1,7 @@
-"""What cannot be trained together, and why: each rule yields one line with key, value, rule and remedy.
+"""Combinations that cannot be trained, and why: each rule yields one line with key, value, rule and remedy.
 
-Torch-free. Rules here need the config alone; those that need the world size stand in `plan`, those that
-need the machine the job runs on (libraries, disks) in `preflight`.
+Torch-free. Rules here need only the config. Rules that need the world size are in `plan`; those that need the job's
+machine (libraries, disks) are in `preflight`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ OF_THE_PLAN = MappingProxyType({
     **dict.fromkeys(("node_rank", "machine_rank", "master_addr", "main_process_ip", "hostfile"), "leave it out"),
     **dict.fromkeys(("rdzv_backend", "rdzv_endpoint", "rdzv_id", "standalone", "module"), "leave it out"),
 })  # fmt: skip
-"""Flags of the launchers that would start other ranks than the plan has, or let them meet elsewhere."""
+"""Launcher flags that would start other ranks than the plan has, or change their rendezvous."""
 
 
 def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]:
     """All problems of a config whose numbers lie in their ranges, in the order of its sections. device: "cpu" or
-    "cuda". sharded: whether the plan's mesh divides the parameters."""
+    "cuda".
+    sharded: whether the plan's mesh divides the parameters."""
     yield from _check_model(config, device)
     yield from check_data(config)
     yield from _check_parallel(config)
@@ -73,7 +74,7 @@ def _check_launcher(config: Config) -> Iterator[str]:
     if config.launcher.name is LauncherName.python and (config.cluster.gpus_per_node or 1) * config.cluster.nodes != 1:
         yield "launcher.name=python: starts one process only; use launcher=torchrun for more"
     for word in config.launcher.args:
-        # torchrun takes each of its flags with dashes and with underscores.
+        # torchrun accepts each of its flags with dashes and with underscores.
         remedy = OF_THE_PLAN.get(word.partition("=")[0].lstrip("-").replace("-", "_"))
         if word.startswith("-") and remedy is not None:
             yield f"launcher.args=[{word}]: the plan decides it, and ranks started otherwise would refuse; {remedy}"
@@ -132,7 +133,7 @@ def _check_own_model(model: Model) -> Iterator[str]:
 
 
 def _check_cluster(cluster: Cluster) -> Iterator[str]:
-    """A kind of cluster has the section of its name, and reads no other."""
+    """Each kind of cluster reads only the section of its name."""
     for kind in ClusterKind:
         section: Any = getattr(cluster, kind, None)
         if section is None or kind is cluster.kind:
@@ -197,7 +198,7 @@ def _check_compile(config: Config) -> Iterator[str]:
 
 
 def _check_torch_offload(offload: Offload) -> Iterator[str]:
-    """FSDP2 moves parameters, gradients and optimizer states together, to host memory only."""
+    """FSDP2 offloads parameters, gradients and optimizer states together, and only to host memory."""
     both = (offload.optimizer, offload.parameters)
     if OffloadDevice.nvme in both:
         yield "parallel.offload: nvme needs parallel.engine=deepspeed; use parallel=zero3_nvme"
@@ -244,7 +245,7 @@ def _check_measuring(config: Config, device: str) -> Iterator[str]:
 
 
 def _check_run_dir(run_dir: str | None) -> Iterator[str]:
-    """Files of a run, and what is deleted among them, need a folder of their own."""
+    """A run's files, some of which it deletes, need a folder of their own."""
     if run_dir is None:
         return
     try:

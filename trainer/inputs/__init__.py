@@ -1,10 +1,10 @@
-"""What a model is given besides the text: kinds that leave the model as it is and train virtual tokens before it.
+"""Inputs besides the text: methods that freeze the model and train virtual tokens before the text.
 
     prompt      virtual tokens' embeddings                          tuning=prompt
     p_tuning    the same, out of a small trained network            tuning=p_tuning
     prefix      virtual tokens' keys and values, in every layer     tuning=prefix
 
-They answer the questions of `trainer.linear.Kind` and stand in its table. Torch-free; what is computed: `layers`.
+They implement `trainer.linear.Kind` and are listed in its table. Torch-free; `layers` has the computation.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ KINDS = (prompt.KIND, p_tuning.KIND, prefix.KIND)
 
 
 def problems(config: Config) -> Iterator[str]:
-    """The key that only these kinds read, where none of them is chosen."""
+    """The key that only these methods read, if none of them is chosen."""
     count, asked = config.tuning.virtual_tokens, config.tuning.method
     if count != Tuning().virtual_tokens and not any(kind.chosen(config) for kind in KINDS):
         yield (
@@ -27,5 +27,5 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def kind_of(peft: object) -> VirtualTokens:
-    """By peft's word for it."""
+    """Lookup by peft's name."""
     return next(kind for kind in KINDS if kind.peft == peft)

@@ -1,4 +1,4 @@
-"""Virtual tokens in a model: peft's modules, and the forward of a model that has some."""
+"""Virtual tokens in a model: peft's modules, and the forward of a model that has them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAVED = "prompt_embeddings"  # the only tensor of peft's file
 
 
 class BeforeText:
-    """A model whose forward puts embeddings before those of the text."""
+    """A model whose forward prepends embeddings to those of the text."""
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         model: Any = self
@@ -31,7 +31,7 @@ class BeforeText:
 
 
 class BeforeKeys:
-    """A model whose layers find keys and values before those of the text."""
+    """A model whose layers get keys and values before those of the text."""
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         model: Any = self
@@ -53,8 +53,8 @@ def _tokens(model: Any, like: torch.Tensor) -> torch.Tensor:
 def add_virtual_tokens(
     model: PreTrainedModel, chosen: VirtualTokens, count: int, *, base: str | None, on_meta: bool = True
 ) -> None:
-    """Give the model the parameters and the forward, and freeze the rest. base: `model.path`. Raises EnvironmentProblem
-    without peft."""
+    """Add the parameters and the forward to the model, and freeze the rest. base: `model.path`. Raises
+    EnvironmentProblem without peft."""
     import_peft(chosen.method)
     described = chosen.described(_common(model, count, base), model.config.get_text_config())
     with init_empty_weights(include_buffers=False) if on_meta else nullcontext():
@@ -66,7 +66,7 @@ def add_virtual_tokens(
     model.peft_config = {NAME: described}  # pyright: ignore[reportAttributeAccessIssue]
     kind = type(model)
     forward = BeforeText if chosen.AS_TEXT else BeforeKeys
-    # A class, so that copies of the model call themselves.
+    # A class, so that copies of the model call their own forward.
     model.__class__ = type(kind.__name__, (forward, kind), {"__module__": kind.__module__})
 
 
@@ -85,7 +85,7 @@ def _common(model: PreTrainedModel, count: int, base: str | None) -> dict[str, A
 
 
 def begin(unit: nn.Module, prefix: str, keys: list[str], generator: Any) -> None:
-    """As peft's modules begin: embeddings from a normal distribution, linear layers as torch's own."""
+    """peft's initial values: embeddings from a normal distribution, linear layers as torch's own."""
     for key in keys:
         parameter = unit.get_parameter(key)
         drawn = generator(prefix + key, parameter.device)
@@ -98,7 +98,7 @@ def begin(unit: nn.Module, prefix: str, keys: list[str], generator: Any) -> None
 
 
 def as_peft_saves(chosen: VirtualTokens, described: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the virtual tokens' file holds: their values. tensors: all parameters of the kind, by name."""
+    """Content of the virtual tokens' file: their values. tensors: all parameters of the method, by name."""
     encoder = chosen.encoder(described).to(next(iter(tensors.values())).dtype)
     encoder.load_state_dict({name.removeprefix(f"{ENCODER}."): value for name, value in tensors.items()})
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""P-tuning (Liu et al. 2021, arXiv:2103.10385): virtual tokens' embeddings out of three trained matrices."""
+"""P-tuning (Liu et al. 2021, arXiv:2103.10385): three trained matrices produce the virtual tokens' embeddings."""
 
 from typing import Any
 

@@ -12,7 +12,7 @@ class Prefix(VirtualTokens):
     AS_TEXT = False
 
     def described(self, common: dict[str, Any], text: Any) -> Any:
-        """A token is as wide as all heads that have keys of their own."""
+        """Features of one virtual token: those of all key/value heads."""
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or common["token_dim"] // text.num_attention_heads
         return super().described({**common, "num_attention_heads": heads, "token_dim": heads * width}, text)

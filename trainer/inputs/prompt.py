@@ -8,7 +8,7 @@ from trainer.inputs.virtual import VirtualTokens
 
 class Prompt(VirtualTokens):
     def encoder(self, described: Any, *others: Any) -> Any:
-        return super().encoder(described, None)  # no words to begin as
+        return super().encoder(described, None)  # no text to initialise from
 
 
 KIND = Prompt(TuningMethod.prompt, "PROMPT_TUNING")

@@ -1,11 +1,11 @@
-"""What the kinds of this room have in common: n virtual tokens before the text of every sequence.
+"""Shared by the methods of this package: n virtual tokens before the text of every sequence.
 
     virtual tokens [n, ...] (trained) --+
                                         +--> the model (frozen), on n + seq_len tokens --> logits of the text alone
     text [batch, seq_len] --------------+
 
-No loss is taken of the virtual tokens. peft's own modules hold the parameters, which the export writes as peft does:
-the tokens' values, without the network that made them.
+Virtual tokens contribute no loss. peft's own modules hold the parameters. The export is in peft's format: the tokens'
+values, without the network that produced them.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ENCODER = "prompt_encoder"
-"""Where the model has the virtual tokens, as peft names it."""
+"""peft's attribute for the virtual tokens in a model."""
 
 
 class VirtualTokens:
-    """Fulfils `trainer.linear.Kind`. peft: its word for this kind, in adapter_config.json."""
+    """Fulfils `trainer.linear.Kind`. peft: its name for this method in adapter_config.json."""
 
     KEEPS_MODEL = False
     AS_TEXT = True
-    """Whether they are embeddings before the text's, whose logits are cut off behind the head; else keys and values."""
+    """Whether they are embeddings before the text's, whose logits are cut off after the head; else keys and values."""
 
     def __init__(self, method: TuningMethod, peft: str) -> None:
         self.method, self.peft, self.__name__ = method, peft, f"trainer.inputs.{method}"
 
     def described(self, common: dict[str, Any], text: Any) -> Any:
-        """peft's description, out of what all kinds have in it. text: the config of the language model."""
+        """peft's description, with the fields that all methods share. text: config of the language model."""
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft)](**common)
 
     def encoder(self, described: Any, *others: Any) -> Any:
-        """peft's module, which holds the parameters. others: what its class takes besides the description."""
+        """peft's module with the parameters. others: further arguments of its class."""
         from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
         return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(self.peft)](described, *others)
@@ -93,11 +93,11 @@ class VirtualTokens:
     def imitate(self, model: PreTrainedModel, config: Config) -> None:
         from trainer.inputs.layers import add_virtual_tokens
 
-        # As many as sequence parallel can divide.
+        # A number that sequence parallel can divide.
         add_virtual_tokens(model, self, config.parallel.tp, base=None, on_meta=False)
 
     def owns(self, name: str) -> bool:
-        # All kinds of this room keep theirs in one place; a model has one kind.
+        # All methods of this package keep theirs in one place; a model has one method.
         return name.startswith(f"{ENCODER}.")
 
     def fill(self, unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:

@@ -1,1 +1,1 @@
-"""What will happen, as plain numbers. No torch."""
+"""The run as plain numbers, decided before it starts. No torch."""

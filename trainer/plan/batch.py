@@ -31,8 +31,8 @@ class BatchPlan:
 
 
 def plan_batch(train: Train, seq_len: int, ranks: int, problems: list[str], *, usual: int) -> BatchPlan:
-    """Derive what is missing of the batch identity; a remainder is an error. usual: gradient_accumulation_steps where
-    it is free."""
+    """Derive the missing numbers of the batch identity; a remainder is an error. usual: default of
+    gradient_accumulation_steps."""
     micro, accumulation, total = train.micro_batch_size, train.gradient_accumulation_steps, train.global_batch_size
     if total is None:
         micro, accumulation = micro or DEFAULT_MICRO_BATCH_SIZE, accumulation or usual

@@ -3,8 +3,8 @@
 A run reads its peak here to state its MFU; an estimate reads memory, a planner reads bandwidth. Torch-free.
 
 Peak FLOP/s are dense: data sheets since Ampere print twice as much, for matrices in which two of four numbers are
-zero. They are those of the unit that a matmul runs on (tensor core, matrix core) with float32 accumulation,
-as training uses it. A missing entry (None) means that the GPU has no such unit.
+zero. They are the peaks of the unit that runs a matmul (tensor core, matrix core) with float32 accumulation, as in
+training. A missing entry (None) means that the GPU has no such unit.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ TERA = 1e12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """name: what `cluster.gpu` takes. torch_name: pattern of `torch.cuda.get_device_name()`, matched whole.
+    """name: value of `cluster.gpu`. torch_name: pattern for `torch.cuda.get_device_name()`, matched in full.
 
-    memory_bytes: what CUDA can allocate (`total_memory` of the device's properties in torch). The driver keeps some
-    hundred MiB of what `nvidia-smi` calls the total, and the card its error-correcting code; the amount differs by
-    driver, and this is the least that is reported. memory_bandwidth: bytes/s. link_bandwidth: bytes/s to the other
-    GPUs of its node over `link`, both directions added up, as data sheets count; one direction has half of it.
+    memory_bytes: bytes that CUDA can allocate (`total_memory` of the device's properties in torch). The driver keeps
+    some hundred MiB of `nvidia-smi`'s total, and the card its error-correcting code; the amount depends on the driver,
+    and this is the lowest reported value. memory_bandwidth: bytes/s. link_bandwidth: bytes/s to the other GPUs of its
+    node over `link`, the sum of both directions, as in data sheets; one direction has half of it.
     """
 
     name: str
@@ -43,10 +43,9 @@ class Gpu:
     link_bandwidth: float
 
     def peak_flops(self, dtype: DType, *, tf32: bool = False, float8: float = 0.0) -> float | None:
-        """Dense FLOP/s of matmuls on `dtype` inputs; None where the table has none (float64 always).
+        """Dense FLOP/s of matmuls with `dtype` inputs; None if the table has none (float64 always).
 
-        float8: the part of the FLOPs that is multiplied in float8. The peak is then that of both parts, one after the
-        other.
+        float8: share of the FLOPs in float8. The result is then the peak of both parts, executed one after the other.
         """
         peaks = {
             DType.float32: self.tf32_flops if tf32 else self.float32_flops,
@@ -67,8 +66,8 @@ def _gpu(
     gb_per_second: float,
     link: tuple[str, float],
 ) -> Gpu:
-    """A row of the table. gib: what CUDA can allocate. tflops: of float32, tf32, bfloat16, float16, float8. Bandwidths
-    are in 1e9 bytes/s."""
+    """A row of the table. gib: memory that CUDA can allocate. tflops: float32, tf32, bfloat16, float16, float8.
+    Bandwidths in 1e9 bytes/s."""
     float32, tf32, bfloat16, float16, float8 = tflops
     return Gpu(
         name=name,
@@ -99,7 +98,7 @@ _H100_NVL = (60.0, 417.5, 835.5, 835.5, 1671.0)  # the same, column NVL: 835 / 1
 _MI300X = (163.4, 653.7, 1307.4, 1307.4, 2614.9)  # "AMD Instinct MI300X" data sheet, 2023; dense
 
 GPUS: tuple[Gpu, ...] = (
-    # Memory: the capacity that torch names when it runs out, as public reports quote it; read in November 2026.
+    # Memory: the capacity that torch reports when it runs out, as quoted in public reports; read in November 2026.
     # A100 data sheet: both forms, both sizes; 80 GB has faster memory.
     _gpu("A100-SXM-40GB", r"(NVIDIA )?A100-SXM4-40GB", 39.38, _A100, 1555, NVLINK_3),
     _gpu("A100-SXM-80GB", r"(NVIDIA )?A100-SXM4-80GB", 79.14, _A100, 2039, NVLINK_3),
@@ -182,7 +181,7 @@ GPUS: tuple[Gpu, ...] = (
 )
 
 
-# How people write parts of these names, in addition to the parts of `Gpu.name` itself.
+# Spellings of parts of these names, in addition to the parts of `Gpu.name` itself.
 _ALIASES = {
     "H100-SXM": "80gb hbm3",
     "H100-PCIe": "80gb",
@@ -214,8 +213,8 @@ _ALIASES = {
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU that torch calls `name`, or that this table does, or that people do: h100, a100_80gb, "RTX 4090". None
-    for one that is not listed, and for a name that several sizes share."""
+    """The GPU with this name in torch, in this table or in common usage: h100, a100_80gb, "RTX 4090". None for an
+    unlisted GPU, and for a name that several sizes share."""
     for gpu in GPUS:
         if gpu.name.lower() == name.lower() or re.fullmatch(gpu.torch_name, name):
             return gpu
@@ -224,7 +223,7 @@ def find_gpu(name: str) -> Gpu | None:
 
 
 def _meant(name: str) -> list[Gpu]:
-    """Every GPU that has all parts of a name, the model's among them; of one size the SXM form goes before PCIe."""
+    """Every GPU whose name contains all parts, including the model; of one size the SXM form precedes PCIe."""
     parts = _parts(name)
     found = [gpu for gpu in GPUS if parts and parts <= _known_parts(gpu) and _model(gpu) <= parts]
     return [gpu for gpu in found if "sxm" in _known_parts(gpu)] or found
@@ -235,20 +234,20 @@ def _known_parts(gpu: Gpu) -> set[str]:
 
 
 def _model(gpu: Gpu) -> set[str]:
-    """The words without which a name means another card: of the RTX cards, all."""
+    """The parts without which a name means another card: for RTX cards, all."""
     words = gpu.name.lower().split("-")
     return set(words[1:]) if words[0] == "rtx" else {words[0]}
 
 
 def _parts(name: str) -> set[str]:
-    """Words of a name: sxm4 is sxm, 80g is 80gb, rtx4090 is rtx 4090."""
+    """Normalised parts of a name: sxm4 is sxm, 80g is 80gb, rtx4090 is rtx 4090."""
     text = re.sub(r"sxm\d", "sxm", re.sub(r"rtx(?=\d)", "rtx ", name.lower()))
     text = re.sub(r"(\d+) ?gi?b?(?![a-z0-9])", r"\1gb", text)
     return set(re.findall(r"[a-z0-9]+", text))
 
 
 def check_gpu(name: str | None) -> Iterator[str]:
-    """What is wrong with `cluster.gpu`, in one line."""
+    """A problem of `cluster.gpu`, in one line."""
     if name is None or find_gpu(name) is not None:
         return
     meant = _meant(name)

@@ -1,4 +1,4 @@
-"""How attention is kept inside each document (`data.document_mask`): by a mask, or by the documents' lengths."""
+"""How attention stays inside each document (`data.document_mask`): by a mask, or by the documents' lengths."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from configs.choices import Attention
 from configs.schema import Config
 
 BY_LENGTH = (Attention.flash_attention_2,)
-"""Kernels that take the lengths of documents, so that no mask is built."""
+"""Kernels that take the lengths of documents, so no mask is built."""
 
 
 def by_length(config: Config) -> bool:

@@ -1,7 +1,7 @@
-"""How long a run is: `train.steps`, or as many steps as `train.epochs` take. Torch-free.
+"""The length of a run: `train.steps`, or as many steps as `train.epochs` take. Torch-free.
 
-The data set is not asked before a run begins, so a plan with epochs has no steps (0) until the data is there. `settle`
-then puts the numbers where everything else reads them: `train.steps`, `scheduler.warmup_steps`, `plan.steps`.
+The data set is not read before a run begins, so a plan with epochs has 0 steps until the data is there. `settle`
+then writes the numbers where all other code reads them: `train.steps`, `scheduler.warmup_steps`, `plan.steps`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from trainer.plan.plan import Plan
 
 
 def planned_steps(config: Config) -> int:
-    """The steps of the run as far as the configuration says; 0: the data decides."""
+    """The steps of the run as far as the configuration gives them; 0: the data decides."""
     return 0 if config.train.epochs else config.train.steps
 
 
 def steps_of(config: Config, batch: BatchPlan, *, count: int | None, until_exhausted: int | None) -> int:
-    """The steps of the run. count: samples of one epoch. until_exhausted: positions before the first source of the data
-    has been read to its end. Raises DataError where that is not even one step."""
+    """The steps of the run. count: samples per epoch. until_exhausted: samples before the first source of the data is
+    exhausted. Raises DataError if that is less than one step."""
     steps = planned_steps(config)
     if not steps:
         assert count is not None
-        # The last step is filled up with the begin of the next epoch.
+        # The beginning of the next epoch fills up the last step.
         steps = ceil(Fraction(str(config.train.epochs)) * count / batch.global_batch_size)
     if config.data.exhausted is Exhausted.stop and until_exhausted is not None:
         steps = min(steps, until_exhausted // batch.global_batch_size)
@@ -48,7 +48,7 @@ def warmup_steps(config: Config, steps: int) -> int:
 
 
 def settle(config: Config, plan: Plan, steps: int) -> Plan:
-    """Make the run as long as its data says. Raises PlanError where the configuration does not fit that length."""
+    """Set the length that the data gives. Raises PlanError if the configuration does not fit that length."""
     config.train.steps = steps
     config.scheduler.warmup_steps = warmup_steps(config, steps)
     if problems := list(_check_steps(config, steps)):
@@ -57,7 +57,7 @@ def settle(config: Config, plan: Plan, steps: int) -> Plan:
 
 
 def check_length(config: Config) -> Iterator[str]:
-    """What is wrong with the length of a run; torch-free, before there is any data."""
+    """Problems of a run's length; torch-free, before there is any data."""
     train, scheduler = config.train, config.scheduler
     if train.epochs and train.steps != Train().steps:
         yield (
@@ -74,7 +74,7 @@ def check_length(config: Config) -> Iterator[str]:
 
 
 def _check_steps(config: Config, steps: int) -> Iterator[str]:
-    """What does not fit into a run of so many steps."""
+    """Settings that do not fit a run of this number of steps."""
     yield from _check_schedule(config, steps)
     yield from _check_profile(config, steps)
     yield from _check_patience(config, steps)

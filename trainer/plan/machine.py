@@ -1,4 +1,4 @@
-"""What this machine offers, found without torch: its GPUs, and the world a launcher has announced."""
+"""This machine's hardware, found without torch: its GPUs, and the world that a launcher has announced."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from configs.choices import Device
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """gpus: visible CUDA devices. cores: CPU cores that this process may use; None where the ranks run elsewhere.
-    world_size, local_world_size: of the launcher that started us; None outside a job."""
+    """gpus: number of visible CUDA devices. cores: CPU cores that this process may use; None if the ranks run
+    elsewhere. world_size, local_world_size: from the launcher that started this process; None outside a job."""
 
     gpus: int = 0
     cores: int | None = None
@@ -32,7 +32,7 @@ def find_machine(environment: Mapping[str, str] = os.environ, *, driver: Path = 
     Importing torch to count GPUs would cost seconds in every `--help` and every config error.
     """
     world = _integer(environment.get("WORLD_SIZE"))
-    # The deepspeed launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
+    # deepspeed's launcher sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE.
     local = _integer(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE"))
     return Machine(
         gpus=_count_gpus(environment, driver),

@@ -1,7 +1,7 @@
-"""The fields of a Hugging Face config that are needed before transformers is imported, under one name each. Torch-free.
+"""Fields of a Hugging Face config that are needed before transformers is imported, under one name each. Torch-free.
 
 Architectures spell the same size differently (`hidden_size`, GPT-2's `n_embd`). A composite config, of a model that
-reads images or sound as well, keeps the sizes of its language model in a config of its own, `text_config`.
+also reads images or sound, keeps its language model's sizes in a nested config, `text_config`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from configs.schema import Config, Model
 
 TEXT_PARTS = ("text_config", "decoder", "generator", "thinker_config", "llm_config")
-"""Where transformers' `get_text_config` looks, and remote code."""
+"""Names that transformers' `get_text_config` and remote code use."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Of the language model; None where the fields do not tell."""
+    """Sizes of the language model; None if the fields do not give them."""
 
     hidden: int | None
     layers: int | None
@@ -42,10 +42,10 @@ NAMES = {
 
 
 def config_fields(config: Config) -> dict[str, Any]:
-    """Fields of the language model's Hugging Face config that are known here: preset or folder, then overrides.
+    """Known fields of the language model's Hugging Face config: preset or folder, then overrides.
 
-    A hub id is not looked up: planning needs no network. A file that holds no config counts as empty: `model` says what
-    is wrong with it.
+    A hub id is not looked up: planning needs no network. A file without a config counts as empty; `model` reports the
+    problem.
     """
     fields: dict[str, Any] = dict(config.model.architecture)
     if config.model.path is not None:
@@ -59,8 +59,8 @@ def config_fields(config: Config) -> dict[str, Any]:
 
 
 def merged(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`overrides` laid over `fields`. A size that a composite config keeps in its `text_config` goes there; a group of
-    fields changes only what it names."""
+    """`overrides` merged into `fields`. A size that a composite config keeps in its `text_config` goes there; a group
+    of fields changes only the fields that it names."""
     result = dict(fields)
     part = text_part(fields)
     for name, value in overrides.items():
@@ -74,26 +74,26 @@ def merged(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
 
 
 def text_part(fields: Mapping[str, Any]) -> str | None:
-    """Name of the field that holds the language model's own config; None in a config of a language model."""
+    """Name of the field that holds the language model's own config; None for a language model's config."""
     return next((name for name in TEXT_PARTS if isinstance(fields.get(name), Mapping)), None)
 
 
 def text_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's fields of a config that may be composite."""
+    """The language model's fields of a possibly composite config."""
     part = text_part(fields)
     return {**fields, **text_fields(fields[part])} if part else dict(fields)
 
 
 def sizes(fields: Mapping[str, Any]) -> Sizes:
-    """The sizes of the language model that these fields tell."""
+    """The language model's sizes in these fields."""
     text = text_fields(fields)
     found = {size: next((text[name] for name in names if text.get(name)), None) for size, names in NAMES.items()}
     return Sizes(**{size: value if isinstance(value, int) and value > 0 else None for size, value in found.items()})
 
 
 def attention_width(fields: Mapping[str, Any]) -> int:
-    """Heads times the size of one, by which the work of attention grows. fields: of the language model. Where queries
-    and keys are of another size than values (DeepSeek's latent attention) it is the mean of the two."""
+    """Number of heads times head size, which determines the work of attention. fields: of the language model. If
+    queries and keys differ in size from values (DeepSeek's latent attention), the mean of the two."""
     known = sizes(fields)
     heads = known.heads or 1
     if fields.get("qk_nope_head_dim") and fields.get("v_head_dim"):
@@ -108,7 +108,7 @@ def head_width(fields: Mapping[str, Any]) -> int:
 
 
 KINDS = ("layer_types", "layers_block_type", "attention_layers")
-"""Names for the list of the layers' kinds."""
+"""Names of the field that lists the layers' kinds."""
 ATTENTION = {
     "attention": None,
     "full_attention": None,
@@ -117,48 +117,48 @@ ATTENTION = {
     "global": None,
     "local": "window_size",
 }
-"""Kinds of layers whose work grows with the length of the sequence, as configs name them, and the field that says how
-far each sees."""
+"""Kinds of layers whose work grows with the sequence's length, by their names in configs, with the field that gives
+their window."""
 
 
 def attention_spans(fields: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """How many tokens one sees at most, itself included, in each layer that has attention; None: all up to itself.
+    """Maximum number of tokens that a token sees, itself included, per attention layer; None: all up to itself.
 
-    fields: of the language model's config, with what its class adds.
+    fields: of the language model's config, including defaults of its class.
     """
     kinds = next((fields[name] for name in KINDS if fields.get(name)), ())
     if not kinds:
-        # Without a list of kinds a window is that of every layer (Mistral).
+        # Without a list of kinds a window applies to every layer (Mistral).
         return (fields.get("sliding_window") or None,) * (sizes(fields).layers or 0)
     windows = (ATTENTION[kind] for kind in kinds if kind in ATTENTION)
     return tuple(fields.get(window) or None if window else None for window in windows)
 
 
 def keys_seen(spans: Iterable[int | None], seq_len: int) -> int:
-    """Of one token, in all layers together, as if the masked half of a layer were seen: the end of the sequence sees as
-    much as a window or the sequence holds."""
+    """Keys of one token, summed over all layers, without the causal mask: the last token sees the whole window or
+    sequence."""
     return sum(seq_len if span is None else min(span, seq_len) for span in spans)
 
 
 COUNTS = ("hidden", "layers", "heads", "key_value_heads", "vocabulary")
 MLP = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
-"""Names for the features of an MLP."""
+"""Names of the MLP's feature size."""
 WIDTHS = (*MLP, "head_dim")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_moe_experts", "moe_num_experts")
-"""Names for the number of routed experts in a layer."""
+"""Names of the number of routed experts per layer."""
 CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
-"""Names for the number of them that a token goes to."""
+"""Names of the number of experts per token."""
 MOST_LAYERS = 10_000
-"""More are a slip of the keyboard, and building them takes minutes."""
+"""More are a typing error, and building them takes minutes."""
 DROPPED = ("dropout", "dropout_prob", "pdrop", "layerdrop")
-"""Endings of the names of probabilities with which values or layers are dropped."""
+"""Suffixes of dropout probabilities, for values or layers."""
 
 
 def check_sizes(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
-    """One line for each size that no model can have. fields: of the language model, as far as known."""
+    """One line for each impossible size. fields: of the language model, as far as known."""
     known = [name for names in (*(NAMES[count] for count in COUNTS), WIDTHS) for name in names]
     for name in known:
-        # Some configs have a list with an entry for each layer.
+        # Some configs have a list with an entry per layer.
         value = fields.get(name)
         if value is None or isinstance(value, list):
             continue
@@ -186,18 +186,18 @@ def _is_number(value: object) -> bool:
 
 
 def experts_of(fields: Mapping[str, Any]) -> int | None:
-    """Experts of a layer, as far as the fields tell; None for a dense model too."""
+    """Experts per layer, if the fields give them; None also for a dense model."""
     found = first(fields, EXPERTS)
     return found if found is not None and found > 1 else None
 
 
 def first(fields: Mapping[str, Any], names: Iterable[str]) -> int | None:
-    """The first of these fields that is a number."""
+    """The value of the first of these fields that is a number."""
     return next((fields[name] for name in names if isinstance(fields.get(name), int)), None)
 
 
 def check_experts(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
-    """As `check_sizes`, of routed experts: their numbers have defaults that only the config's class knows."""
+    """Like `check_sizes`, for routed experts: their numbers have defaults that only the config's class knows."""
     experts = first(fields, EXPERTS)
     for name in CHOSEN if experts else ():
         if isinstance(fields.get(name), int) and fields[name] > experts:
@@ -205,7 +205,7 @@ def check_experts(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
 
 
 def _said(name: str, fields: Mapping[str, Any], model: Model) -> str:
-    """A field, as it would be typed, with its value; of a folder's config, with the folder."""
+    """A field in the form it would be typed, with its value; for a folder's config, with the folder."""
     source = (
         "model.config." if model.path is None or name in text_fields(model.config) else f"model.path={model.path}: "
     )

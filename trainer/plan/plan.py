@@ -1,7 +1,7 @@
-"""The plan: what the launcher, the estimator and the trainer agree on.
+"""The plan, which the launcher, the estimator and the trainer share.
 
-World size, mesh, batch, dtypes, and what is partitioned and offloaded. `trainer.make_plan` derives it; nothing
-downstream derives these again.
+It holds world size, mesh, batch, dtypes, partitioning and offload. `trainer.make_plan` derives it; no later code
+derives these again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from trainer.plan.views import View
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What will happen. views: of the ranks, the dense one first. bubble: part of a step that a pipeline's ranks spend
-    waiting; 0 without one. steps: 0 where `epochs` decides, until the data set is known. layers: what linear layers
-    are, in words; empty for plain ones."""
+    """The decided run.
+
+    views: grids of the ranks, the dense one first.
+    bubble: share of a step that a pipeline's ranks spend waiting; 0 without one.
+    steps: 0 if `epochs` decides, until the data set is known.
+    layers: kinds of linear layers, in words; empty for plain ones."""
 
     device: str
     nodes: int
@@ -48,7 +51,7 @@ class Plan:
         return self.views[0]
 
     def view(self, name: str) -> View:
-        """The view of this name, or the dense one where the plan does not see the ranks that way."""
+        """The view of this name, or the dense one if the plan has no such view."""
         return next((view for view in self.views if view.name == name), self.dense)
 
     @property
@@ -64,7 +67,7 @@ class Plan:
         return self.dense.size(lambda axis: axis.reads)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Where a rank stands on each axis of the dense view."""
+        """A rank's index on each axis of the dense view."""
         return self.dense.coordinates(rank)
 
     def data_rank(self, rank: int) -> int:
@@ -73,28 +76,30 @@ class Plan:
 
     @property
     def fsdp_size(self) -> int:
-        """Ranks that FSDP2 shards a dense parameter over: those that split a sequence hold the same parameters too."""
+        """Number of ranks that FSDP2 shards a dense parameter over; ranks that split a sequence hold the same
+        parameters."""
         return self.dense.shards
 
     @property
     def averaged(self) -> int:
-        """Ranks that hold the same dense parameters, whose gradients DDP or FSDP2 averages."""
+        """Number of ranks that hold the same dense parameters, whose gradients DDP or FSDP2 averages."""
         return self.dense.holders
 
     @property
     def parameter_shards(self) -> int:
-        """Ranks, beside those that divide the model's layers, that a parameter is divided over between its uses."""
+        """Number of ranks that a parameter is sharded over between its uses, not counting axes that divide the
+        layers."""
         return self.fsdp_size if self.engine is EngineName.torch or self.zero_stage == 3 else 1
 
     @property
     def same_data(self) -> int:
-        """Ranks that read the same sequences: those of one pipeline, context and tensor-parallel group."""
+        """Number of ranks that read the same sequences: a pipeline, context and tensor-parallel group."""
         return self.world_size // self.data_parallel_size
 
     @property
     def fully_sharded(self) -> bool:
-        """Engine torch: whether FSDP2 holds the parameters. Every layout but single and plain data parallel goes that
-        way, with a degree of 1 where nothing is sharded: one path for dtypes, gradients and the optimizer."""
+        """Engine torch: whether FSDP2 holds the parameters. It does in every layout except single and plain data
+        parallel, with a degree of 1 if nothing is sharded: one path for dtypes, gradients and the optimizer."""
         return self.dense.is_sharded
 
     @property
@@ -103,12 +108,12 @@ class Plan:
         return self.engine is EngineName.torch and not self.fully_sharded and self.data_parallel_size > 1
 
     def record(self) -> dict[str, object]:
-        """The plan as files keep it."""
+        """The plan in the form that files keep."""
         plain = {name: value for name, value in asdict(replace(self, views=())).items() if name != "views"}
         return {**plain, "mesh": list(self.mesh.items()), "world_size": self.world_size}
 
     def describe(self) -> str:
-        """The plan in words, with the batch arithmetic spelled out: printed before step 1 and by `dry_run`."""
+        """The plan as text, with the batch arithmetic: printed before step 1 and by `dry_run`."""
         b = self.batch
         lines = [
             f"world      {self.world_size} = {self.nodes} node(s) x {self.gpus_per_node} process(es) on {self.device};"
@@ -126,7 +131,7 @@ class Plan:
         return "\n".join(lines)
 
     def tokens(self) -> str:
-        """The line that changes when the data has said how many steps its epochs are."""
+        """The line that changes once the data gives the number of steps."""
         b = self.batch
         return f"tokens     {b.tokens:,} per step = {b.global_batch_size} x seq_len {b.seq_len}; {self._length()}"
 

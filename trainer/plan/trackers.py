@@ -1,4 +1,4 @@
-"""Trackers of experiments by name, and what is wrong with their options. Torch-free; `report.trackers` starts them."""
+"""Names of experiment trackers, and problems of their options. Torch-free; `report.trackers` starts them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIVEN = {
     **{"project": "logging.project", "run_name": "logging.run_name", "folder": "train.run_dir"},
     **{"config": "", "after_step": ""},
 }
-"""Arguments that a class of the user's own gets where its constructor names them, and the keys that give them."""
+"""Arguments that a user's own class gets if its constructor names them, with the keys that give them."""
 METHODS = ("log", "finish")
 TRACKERS = {
     "aim": "aim",
@@ -33,7 +33,7 @@ SECRET = re.compile(r"(^|[._])(api_?key|token|secret|password)$", re.IGNORECASE)
 
 
 def check_tracker(logging: Logging) -> Iterator[str]:
-    """What is wrong with the tracker's name and options, one line each."""
+    """Problems of the tracker's name and options, one line each."""
     if logging.tracker == CUSTOM:
         yield from _check_custom(logging)
     elif logging.tracker not in (NO_TRACKER, *TRACKERS):
@@ -58,7 +58,7 @@ def check_tracker(logging: Logging) -> Iterator[str]:
 
 
 def custom_tracker(logging: Logging) -> type:
-    """The class of the user's own. Raises PlanError for a path that is none."""
+    """The user's own class. Raises PlanError for a path that is not a class."""
     if logging.target is None:
         raise PlanError("logging.target=null: logging.tracker=custom needs it: logging.target=package.module.Class")
     found = find(logging.target, f"logging.target={logging.target}")
@@ -81,13 +81,13 @@ def _check_custom(logging: Logging) -> Iterator[str]:
 
 
 def _leaves(name: str) -> bool:
-    """Whether a folder of this name would lie outside of the one in which it is made."""
+    """Whether a folder of this name would lie outside its parent."""
     parts = re.split(r"[/\\]", name)
     return ".." in parts or not parts[0] or parts[0].startswith("~") or parts[0].endswith(":") or "\0" in name
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
-    """`a.b.c` and its value, as hyperparameter tables want them: numbers, text; lists as text; null left out."""
+    """`a.b.c` and its value, in the form of hyperparameter tables: numbers, text; lists as text; null omitted."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")

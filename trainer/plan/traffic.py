@@ -1,4 +1,4 @@
-"""What the ranks of a mesh axis send each other inside of a layer: each axis' module says it, the planner times it."""
+"""Messages of a mesh axis inside a layer: each axis' module states them, the planner times them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Literal
 class LayerWork:
     """One layer's micro-batch on a rank.
 
-    tokens: that the rank has.
-    hidden, attention, key_value: bytes of one token's hidden state, of its queries, of its keys.
-    experts, chosen: routed experts of the layer, and how many of them a token goes to; 0 in a dense model.
-    forwards: passes over the layer forward in a step: 2 where it is computed again, wholly or (`partly`) not.
+    tokens: number of tokens on the rank.
+    hidden, attention, key_value: bytes per token of the hidden state, of the queries, of the keys.
+    experts, chosen: number of routed experts in the layer, and per token; 0 in a dense model.
+    forwards: forward passes over the layer in a step: 2 if it is recomputed, wholly or (`partly`) not.
     """
 
     tokens: float
@@ -28,7 +28,8 @@ class LayerWork:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sent:
-    """How often a layer does one collective, forward and backward, and its bytes, as `search.network` counts them."""
+    """How many times a layer performs one collective, forward and backward, and its bytes, as `search.network`
+    counts."""
 
     how: Literal["all_reduce", "gather", "all_to_all"]
     size_bytes: float

@@ -1,4 +1,4 @@
-"""The training loop. It names no layout: what is split over what is the engine's business.
+"""The training loop. It names no layout: the engine decides what is split over which ranks.
 
 join the process group -> run folder -> data -> engine, restored -> steps, validated and saved -> export -> summary
 """
@@ -53,11 +53,11 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, plan: Plan, callbacks: Sequence[Callback] = ()) -> int:
-    """Train on this rank, from the first step or from where an earlier start left off. Returns the exit code.
+    """Train on this rank, from the first step or from where an earlier start stopped. Returns the exit code.
 
     callbacks: in addition to those of `train.callbacks`.
 
-    Raises CookbookError, the same on every rank, on what the user can mend.
+    Raises CookbookError, the same on every rank, for problems that the user can fix.
     """
     called = Callbacks(config, callbacks)
     announce("predicting the memory")
@@ -154,10 +154,10 @@ def _export(
     generation: bytes | None,
     best: Path | None,
 ) -> None:
-    """The weights as they are, or those of the best checkpoint. A collective. Raises OutputFailed on the rank whose
-    disk fails."""
+    """The current weights, or those of the best checkpoint. A collective. Raises OutputFailed on the rank whose disk
+    fails."""
     if target.exists():
-        return  # an earlier start of this run was killed between the export and its last words
+        return  # an earlier start of this run was killed between the export and its last message
     weights = engine.parameters() if best is None else parameters_of(best, engine.model, runtime)
     parameters = watched(weights, "the export")
     try:
@@ -166,7 +166,7 @@ def _export(
             export_model(parameters, engine.model, data.tokenizer, target, dtype=dtype, generation=generation)
     except OutputFailed:
         shutil.rmtree(target.with_name(f"{target.name}.partial"), ignore_errors=True)
-        for _ in parameters:  # the other ranks count on this one in the collectives that gather the rest
+        for _ in parameters:  # the other ranks need this one in the collectives that gather the rest
             pass
         raise
 
@@ -181,8 +181,8 @@ def _validate(
     step: int,
     non_finite: NonFinite,
 ) -> dict[str, float]:
-    """Report and return the loss of each validation set, by its metric; report what the model writes. A collective.
-    Raises TrainingFailed where a loss is not finite, unless such losses are to be skipped."""
+    """Report and return the loss of each validation set, by metric; report generated samples. A collective. Raises
+    TrainingFailed if a loss is not finite, unless such losses are to be skipped."""
     loss = validate(engine, data, plan, runtime)
     sets = {metric_of(name): validate(engine, data, plan, runtime, name) for name in data.validation_sets}
     reporter.validation(step, loss, sets)
@@ -204,8 +204,8 @@ def train(
     sampler: Sampler | None = None,
     begin: Progress | None = None,
 ) -> str | None:
-    """All steps from `begin` on, with validation before the first, after the last and every `train.eval_every` between
-    them. Returns why the run was asked to stop; None when it is through."""
+    """All steps from `begin` on, with a validation before the first, after the last and every `train.eval_every` steps.
+    Returns why the run was asked to stop; None when it is finished."""
     timer = StepTimer(runtime.device, profiler.mark)
     manager.report_to(reporter.checkpoint)
     first, samples = (begin.step, begin.samples) if begin else (0, 0)
@@ -230,7 +230,7 @@ def train(
         if evaluating and (last or due):
             losses = _validate(engine, data, plan, runtime, reporter, sampler, step + 1, config.train.non_finite)
             manager.selection.judge(step + 1, losses)
-        # After the validation: what is saved has it in its totals, and the run that goes on does not repeat it.
+        # After the validation: the checkpoint includes it in its totals, so a resumed run does not repeat it.
         told = manager.after_step(step + 1, engine, samples=samples, data=data.mark, report=reporter.progress)
         if told is not None and not last and manager.selection.ended is None:
             return told

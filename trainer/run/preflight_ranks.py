@@ -1,13 +1,13 @@
-"""What only all ranks together can answer, asked before anything is built (`launcher.preflight`, on for several nodes).
+"""Checks that need all ranks, made before anything is built (`launcher.preflight`, on for several nodes).
 
     versions    Python and packages are the same everywhere
     devices     as many processes on each node as planned, the same GPU under each
-    network     an all-reduce over all ranks: its bandwidth, and which rank is slow on its own
+    network     an all-reduce over all ranks: its bandwidth, and any rank that is slow on its own
     folder      the run folder is one folder for all nodes, and every node may write in it
     room        for the checkpoints that will lie there at the same time
     NVMe        the swap folder's write speed, where states are offloaded to it
 
-What is wrong ends the run with a line for each problem, on every rank; what was measured is printed by rank 0.
+Problems end the run with one line each, on every rank; rank 0 prints the measurements.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SLOW = 1.5  # times the median
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rank:
-    """What one rank tells. seconds: for the same matmuls on each; nvme: bytes per second of its swap folder."""
+    """Report of one rank. seconds: for the same matmuls on each; nvme: bytes per second of its swap folder."""
 
     host: str
     local_rank: int
@@ -56,12 +56,12 @@ class Rank:
 
 
 def wanted(config: Config, plan: Plan) -> bool:
-    """Whether this run is asked these questions."""
+    """Whether this run makes these checks."""
     return plan.nodes > 1 if config.launcher.preflight is None else config.launcher.preflight
 
 
 def preflight(config: Config, plan: Plan, runtime: Runtime, folder: Path) -> None:
-    """Ask if that is wanted, and print what was found. A collective. Raises as `check_ranks`."""
+    """Check if requested, and print the results. A collective. Raises as `check_ranks`."""
     if wanted(config, plan):
         lines = check_ranks(config, plan, runtime, folder)
         if runtime.is_main:
@@ -69,7 +69,7 @@ def preflight(config: Config, plan: Plan, runtime: Runtime, folder: Path) -> Non
 
 
 def check_ranks(config: Config, plan: Plan, runtime: Runtime, folder: Path) -> list[str]:
-    """Ask. Returns the lines to print. A collective. Raises EnvironmentProblem, the same on all ranks."""
+    """Check. Returns the lines to print. A collective. Raises EnvironmentProblem, the same on all ranks."""
     everyone = runtime.gather(_ask(config, plan, runtime))
     problems = [*_compare(everyone), *_count(everyone, plan), *_share(folder, runtime, everyone)]
     needed, free = runtime.gather(_room(config, folder) if runtime.is_main else (0, 0))[0]
@@ -106,7 +106,7 @@ def _ask(config: Config, plan: Plan, runtime: Runtime) -> Rank:
 
 
 def _compare(everyone: list[Rank]) -> Iterator[str]:
-    """One line for each thing that is not the same everywhere: what most have, and who differs."""
+    """One line for each difference: the most common value, and the ranks that differ."""
     kinds = {name: [rank.versions.get(name, "None") for rank in everyone] for name in everyone[0].versions}
     for name, values in {**kinds, "GPU": [rank.gpu for rank in everyone]}.items():
         usual = Counter(values).most_common(1)[0][0]
@@ -117,7 +117,7 @@ def _compare(everyone: list[Rank]) -> Iterator[str]:
 
 def _count(everyone: list[Rank], plan: Plan) -> Iterator[str]:
     for host, processes in Counter(rank.host for rank in everyone).items():
-        # Several nodes of a plan may share a machine, as in a test: whole nodes.
+        # Several nodes of a plan may share a machine, as in a test, but only whole nodes.
         if processes % plan.gpus_per_node:
             yield (
                 f"cluster.gpus_per_node={plan.gpus_per_node}: {processes} ranks run on {host}; start the planned"
@@ -126,7 +126,7 @@ def _count(everyone: list[Rank], plan: Plan) -> Iterator[str]:
 
 
 def _share(folder: Path, runtime: Runtime, everyone: list[Rank]) -> list[str]:
-    """Each node's first rank leaves a file, and all look whether they see all of them. A collective."""
+    """Each node's first rank leaves a file, and all ranks check that they see every file. A collective."""
     mark, problem = folder / f"{MARK}-{runtime.rank}", ""
     if runtime.local_rank == 0:
         try:
@@ -148,9 +148,9 @@ def _share(folder: Path, runtime: Runtime, everyone: list[Rank]) -> list[str]:
 
 
 def _room(config: Config, folder: Path) -> tuple[int, int]:
-    """Bytes that checkpoints and the exported model take at most, and that are free."""
+    """Maximum bytes of checkpoints and the exported model, and the free bytes."""
     model = prepare_model(config)
-    # Adapters are saved without the model beneath them.
+    # Adapters are saved without their base model.
     described, dtype = describe(model, config.parallel.tensor_plan), config.precision.master_dtype
     trained = [described[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
     weights = sum(about.numel for about in trained) * torch_dtype(dtype).itemsize
@@ -160,7 +160,7 @@ def _room(config: Config, folder: Path) -> tuple[int, int]:
 
 
 def _work_seconds(device: torch.device) -> float:
-    """The fastest of some rounds of matmuls on this rank's own device."""
+    """The fastest of several rounds of matmuls on this rank's device."""
     side = MATRIX[device.type]
     matrix = torch.ones(side, side, device=device)
     times = []
@@ -184,7 +184,7 @@ def _network(runtime: Runtime) -> str:
         buffer[0].item()
         times.append(time.perf_counter() - begin)
     seconds = runtime.max(min(times[1:]))[0]
-    # What each rank sends and receives in a ring: comparable between numbers of ranks.
+    # The bytes that each rank sends and receives in a ring: comparable between numbers of ranks.
     bus = 2 * (runtime.world_size - 1) / runtime.world_size * size / seconds
     return f"all-reduce of {size // 2**20} MiB over {runtime.world_size} ranks: {bus / 1e9:.2f} GB/s per rank"
 

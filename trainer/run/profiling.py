@@ -1,12 +1,12 @@
-"""`profile=true`: what a step does, call by call, and what it holds, against the prediction. In RUN_DIR/profile:
+"""`profile=true`: a step's calls, and its memory against the prediction. In RUN_DIR/profile:
 
     trace-rank0.json.gz     every operator and kernel of `profile_steps`, one file per rank: https://ui.perfetto.dev
     memory.json, .png       memory over the first two steps, predicted and measured, of one rank of each kind
     snapshot-rank0.pickle   GPUs: every allocation with its Python stack: https://docs.pytorch.org/memory_viz
 
-The loop says where a step begins and ends, and its clock which part of it runs; no engine knows of any of this. Nothing
-that is computed changes. On the CPU the first two steps are slower, for there each tensor is counted: `profile_steps`
-are therefore later ones.
+The loop marks the beginning and end of a step, and its clock marks the parts; engines are not involved. Results do not
+change. On the CPU the first two steps are slower, because each tensor is counted; `profile_steps` are therefore later
+ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Made by every rank before its engine. Without `profile=true` it does nothing."""
+    """Every rank makes one before its engine. Without `profile=true` it does nothing."""
 
     def __init__(self, config: Config, plan: Plan, runtime: Runtime, folder: Path, predicted: Prediction) -> None:
         self._wanted = frozenset(config.profile_steps) if config.profile else frozenset[int]()
@@ -61,7 +61,7 @@ class Profiler:
         if self._runtime.device.type == "cuda":
             torch.cuda.memory._record_memory_history(stacks="python")
             self._history = True
-        elif not self._config.train.compile:  # which fuses the operators that are counted
+        elif not self._config.train.compile:  # compile fuses the counted operators
             self._recorder = Recorder()
             self._counting.enter_context(StorageTracker(on_event=self._recorder))
         return self
@@ -69,7 +69,7 @@ class Profiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Whatever happened: nothing goes on recording. What a run that failed had recorded is kept where it can be."""
+        """In any case stop recording. Recordings of a failed run are kept if possible."""
         self._counting.close()
         with suppress(Exception):
             self._stop_trace()
@@ -80,7 +80,7 @@ class Profiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around one training step. step: from 1. A collective where it is the last of the first two."""
+        """Around one training step. step: from 1. A collective at the last of the first two steps."""
         if not self._wanted:
             yield
             return
@@ -91,7 +91,7 @@ class Profiler:
         self._end(step)
 
     def mark(self, part: str) -> None:
-        """A part of the step begins, by the name that the clock has for it; "": what does not belong to a step."""
+        """A part of the step begins, by its name in the clock; "": work that does not belong to a step."""
         if self._recorder is not None and self._steps < STEPS:
             self._recorder.mark(self._steps + 1, part)
         elif self._history and self._steps < STEPS:
@@ -125,7 +125,7 @@ class Profiler:
             self._profile.start()
 
     def _action(self, step: int) -> ProfilerAction:
-        """What the profiler does in a step: the one before a traced step warms it up, and is not kept."""
+        """The profiler's action in a step: the step before a traced one warms it up, and is not kept."""
         if step not in self._wanted:
             return ProfilerAction.WARMUP
         return ProfilerAction.RECORD if step + 1 in self._wanted else ProfilerAction.RECORD_AND_SAVE

@@ -1,13 +1,13 @@
-"""Whether a job that died is started again: only while starting again gets it further.
+"""Whether a dead job is restarted: only while restarts make progress.
 
     before = stand(run_dir)
     code = ...                                   one start of the job, to its end
     verdict = judge(code, before=before, after=stand(run_dir), attempts=attempts, max_restarts=3)
     if verdict.restart: attempts = verdict.attempts, and once more
 
-A worker that was killed, a node that was lost, a rank that hung: the next start goes on from the newest checkpoint.
-What ends the same way each time must not be tried for ever, so restarts without a new checkpoint between them are
-counted. Pure and torch-free, for whoever starts jobs: on this machine, or inside an allocation of a cluster.
+A killed worker, a lost node, a hung rank: the next start continues from the newest checkpoint. A failure that always
+repeats must not be retried for ever, so restarts without a new checkpoint between them are counted. Pure and
+torch-free, for every supervisor: on this machine, or inside a cluster's allocation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEVER_AGAIN = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """How a run stands. step: of its newest checkpoint, 0 without one. status: what status.json says."""
+    """State of a run. step: of its newest checkpoint, 0 without one. status: content of status.json."""
 
     step: int
     status: Mapping[str, object]
@@ -37,8 +37,8 @@ class Standing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempts:
-    """What is remembered from one verdict to the next. in_vain: restarts since the last new checkpoint. step: of the
-    furthest checkpoint that was seen; a damaged one that is passed over and made again is no progress."""
+    """State between verdicts. in_vain: restarts since the last new checkpoint. step: of the furthest checkpoint seen;
+    replacing a damaged one is no progress."""
 
     in_vain: int = 0
     step: int = 0
@@ -46,7 +46,7 @@ class Attempts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """reason: one line, why the job ended and what is done about it. attempts: for the next verdict."""
+    """reason: one line: why the job ended and the decision. attempts: for the next verdict."""
 
     restart: bool
     reason: str
@@ -60,11 +60,11 @@ def stand(run_dir: Path) -> Standing:
 
 
 def judge(code: int, *, before: Standing, after: Standing, attempts: Attempts, max_restarts: int) -> Decision:
-    """Whether to start a job again that ended with this exit code.
+    """Whether to restart a job that ended with this exit code.
 
-    before, after: the run folder at the job's start and after its end. max_restarts: how many may follow each other
-    without a new checkpoint between them (`launcher.max_restarts`). A launcher's exit code says little: where a rank
-    left word in its status file, that word counts.
+    before, after: state of the run folder at the job's start and after its end.
+    max_restarts: maximum number of restarts without a new checkpoint between them (`launcher.max_restarts`).
+    A launcher's exit code says little: a rank's status file has priority.
     """
     word = after.status if after.status != before.status else {}
     told = word.get("exit_code")

@@ -1,12 +1,12 @@
-"""`train.samples`: what the model writes after a validation, in whatever layout it is trained.
+"""`train.samples`: text generation after a validation, in whatever layout the model is trained.
 
     prompts, filled up to one width --> engine.evaluate, whose loss is exchanged for a look at the logits
     every rank has some of them: rows (a slice of the sequence), columns (a part of the vocabulary), or none
     --> all-reduce: scores of the next token, the same on every rank --> rank 0 chooses --> the next round
 
-It is the forward of a validation, so what can be validated can write, with no more memory: as many rows as a
-micro-batch at most, none longer than data.seq_len. No key or value is kept between two tokens: each costs a forward
-over the width. No random number of the training is drawn, so a run computes the same with samples and without.
+It uses the forward of a validation, so every layout that validates can generate, without more memory: at most as many
+rows as a micro-batch, none longer than data.seq_len. No keys or values are cached between tokens: each token costs a
+forward over the width. No random number of the training is drawn, so a run computes the same with and without samples.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from trainer.process.watchdog import watched
 from trainer.report.metrics import SampleMetrics
 
 FROM_VALIDATION = 32
-"""Tokens of a validation sample to go on from, where all of its labels count."""
+"""Number of prompt tokens from a validation sample in which all labels count."""
 STEP = 64
-"""Rows grow by this many tokens at a time, as kernels like it."""
+"""Rows grow by this many tokens at a time, which suits kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ class Prompt:
 
 
 class Sampler:
-    """The prompts of a run. generation: the file that comes with the model's weights, where this rank has it. Raises
+    """The prompts of a run. generation: generation_config.json of the model's weights, if this rank has it. Raises
     ConfigError for prompts that leave no room."""
 
     def __init__(self, config: Config, data: DataSet, plan: Plan, runtime: Runtime, generation: bytes | None) -> None:
         self.asked, self.seed = config.train.samples, config.train.seed
         self.plan, self.runtime, self.tokenizer = plan, runtime, data.tokenizer
-        # Another width would be compiled once more.
+        # Another width would be compiled again.
         self.widths = plan.batch.seq_len if config.train.compile else _unit(plan)
         if not data.tokenizer.get_vocab():
             raise ConfigError("train.samples: the data brings no tokenizer to write with; set data.tokenizer")
@@ -62,7 +62,7 @@ class Sampler:
         self.generation = generation
 
     def write(self, engine: Engine, step: int) -> list[SampleMetrics]:
-        """One line for each prompt, the same on every rank. A collective."""
+        """One line per prompt, the same on every rank. A collective."""
         lines: list[SampleMetrics] = []
         rows = self.plan.batch.micro_batch_size
         ends = self._ends(engine)
@@ -80,7 +80,7 @@ class Sampler:
     def _continue(
         self, engine: Engine, prompts: Sequence[list[int]], ends: set[int], keys: Sequence[int]
     ) -> list[list[int]]:
-        """The tokens after each prompt, at most `tokens`, the last of which may be one of `ends`."""
+        """The tokens after each prompt, at most `tokens`; the last one may be one of `ends`."""
         written: list[list[int]] = [[] for _ in prompts]
         draws = [torch.Generator().manual_seed(key % 2**63) for key in keys]
         for _ in watched(iter(range(self.asked.tokens)), "samples"):
@@ -94,15 +94,15 @@ class Sampler:
         return written
 
     def _scores(self, engine: Engine, rows: Sequence[list[int]]) -> torch.Tensor:
-        """Of every entry of the vocabulary as the next token, float64 [rows, vocabulary]. A collective."""
+        """Scores of every vocabulary entry as the next token, float64 [rows, vocabulary]. A collective."""
         longest, seq_len = max(map(len, rows)), self.plan.batch.seq_len
-        # As far from data.seq_len as the layout can divide: what holds of it holds of this width.
+        # Its difference from data.seq_len is divisible by the layout, so this width is divisible too.
         width = seq_len - (seq_len - longest) // self.widths * self.widths
         ids = torch.zeros(len(rows), width, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
-            labels[number, len(row) - 1] = number  # says which row a piece of logits belongs to
+            labels[number, len(row) - 1] = number  # marks the row that a piece of logits belongs to
         with engine.objective.picking() as picked:
             engine.evaluate(Batch(ids, labels).to(self.runtime.device))
         first = engine.objective.first
@@ -117,7 +117,8 @@ class Sampler:
         return scores.cpu()
 
     def _speaks(self, first: int) -> bool:
-        """Whether nobody else has the same logits: replicas do, and tensor-parallel ranks that all score everything."""
+        """Whether this rank's logits are unique: replicas hold the same, and so do tensor-parallel ranks with full
+        logits."""
         alone = first > 0 or self.plan.coordinates(self.runtime.rank)[TENSOR] == 0
         return alone and self.plan.data_rank(self.runtime.rank) == 0
 
@@ -136,16 +137,16 @@ class Sampler:
         return told.tolist()
 
     def _ends(self, engine: Engine) -> set[int]:
-        """What ends a text: as the model says, the file of its generation, and the tokenizer. A collective."""
+        """End tokens: from the model's config, its generation file, and the tokenizer. A collective."""
         said = [getattr(engine.model.generation_config, "eos_token_id", None), self.tokenizer.eos_token_id]
         with suppress(ValueError, AttributeError):  # no JSON, or no object
             said.append(json.loads(self.generation or b"{}").get("eos_token_id"))
         each = [end for ends in said for end in (ends if isinstance(ends, list) else [ends])]
-        # Rank 0 alone reads the file.
+        # Only rank 0 reads the file.
         return set[int]().union(*self.runtime.gather({end for end in each if isinstance(end, int)}))
 
     def _text(self, before: list[int], ids: list[int], ends: set[int]) -> str:
-        """What the ids add to the text before them: the first of them, alone, might lose a blank."""
+        """The text that the ids add to the preceding text: decoded alone, the first id might lose a space."""
         new = ids[:-1] if ids and ids[-1] in ends else ids
         whole, start = (_decoded(self.tokenizer, part) for part in (before + new, before))
         return whole[len(start) :] if whole.startswith(start) else _decoded(self.tokenizer, new)
@@ -154,14 +155,14 @@ class Sampler:
 def build_sampler(
     config: Config, data: DataSet, plan: Plan, runtime: Runtime, generation: bytes | None
 ) -> Sampler | None:
-    """None where the run writes no samples."""
+    """None if the run generates no samples."""
     asked = config.train.samples
     return Sampler(config, data, plan, runtime, generation) if asked.prompts or asked.from_validation else None
 
 
 def chances(scores: torch.Tensor, heat: float) -> torch.Tensor:
-    """Of each token at a temperature, [rows, vocabulary]; a row of zeros where the scores are no numbers."""
-    # Of the distance to the likeliest: a score itself, divided by a tiny temperature, would be infinite.
+    """Probability of each token at a temperature, [rows, vocabulary]; a row of zeros if the scores are not numbers."""
+    # Relative to the most likely token: a score divided by a tiny temperature would be infinite.
     return ((scores - scores.amax(-1, keepdim=True)) / heat).softmax(-1).nan_to_num()
 
 
@@ -182,7 +183,7 @@ def _given(config: Config, tokenizer: Any) -> Iterator[Prompt]:
             message = [{"role": "user", "content": prompt}]
             try:
                 text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # a template is a program: it can fail in any way
+            except Exception as error:  # a template is a program and can fail in any way
                 problems.append(
                     f"train.samples.prompts: number {number}: the chat template fails on one message of the user"
                     f" ({type(error).__name__}: {first_line(error)}); use train.samples.from_validation, or mend it"
@@ -204,7 +205,7 @@ def _given(config: Config, tokenizer: Any) -> Iterator[Prompt]:
 
 
 def _beginning(parts: Sequence[mixture.Part], tokenizer: Any) -> tuple[int, ...]:
-    """What comes before a text, in all sources of text alike. Raises ConfigError where they differ."""
+    """The tokens that begin a text, equal in all sources of text. Raises ConfigError if they differ."""
     begins = {begin_of_document(part.config, tokenizer): part for part in parts}
     if len(begins) > 1:
         ways = " and ".join(f"{part.label}data.bos={part.config.data.bos}" for part in begins.values())
@@ -216,7 +217,7 @@ def _beginning(parts: Sequence[mixture.Part], tokenizer: Any) -> tuple[int, ...]
 
 
 def _taken(config: Config, data: DataSet) -> Iterator[Prompt]:
-    """The beginnings of validation samples."""
+    """Beginnings of validation samples, as prompts."""
     asked, room = config.train.samples, config.data.seq_len - config.train.samples.tokens
     if not asked.from_validation:
         return
@@ -230,5 +231,5 @@ def _taken(config: Config, data: DataSet) -> Iterator[Prompt]:
 
 
 def _decoded(tokenizer: Any, ids: list[int], *, every: bool = False) -> str:
-    """every: with control tokens."""
+    """every: include control tokens."""
     return str(tokenizer.decode(ids, skip_special_tokens=not every))

@@ -31,8 +31,8 @@ def train_step(
 ) -> StepResult:
     """One optimizer update. batches: this rank's micro-batches, on the CPU. A collective.
 
-    The valid tokens of the whole step are counted before the first forward: every micro-batch is divided by the same
-    number, so that each token weighs the same in every layout.
+    The valid tokens of the whole step are counted before the first forward. Every micro-batch is divided by this
+    number, so each token has the same weight in every layout.
     """
     timer = timer or StepTimer(runtime.device)
     with timer.forward_backward():
@@ -40,9 +40,9 @@ def train_step(
         valid_tokens = torch.tensor(local_tokens / plan.same_data, dtype=torch.float64, device=runtime.device)
         dist.all_reduce(valid_tokens)
         # Every rank of a pipeline or tensor-parallel group has counted the same sequences; their parts add up to one
-        # count, but for the last bit where the group's size is no power of two.
+        # count, except for the last bit if the group's size is not a power of two.
         valid_tokens.round_()
-        # A step without a single valid token has loss 0, not 0 / 0.
+        # A step without a valid token has loss 0, not 0 / 0.
         valid_tokens.clamp_(min=1)
         loss = engine.forward_backward([batch.to(runtime.device) for batch in batches], valid_tokens).double()
         dist.all_reduce(loss)
@@ -57,7 +57,7 @@ def train_step(
 
 
 def check_finite(result: StepResult, step: int, wanted: NonFinite) -> None:
-    """Raise TrainingFailed if the step had to be left out and the config says to stop. No parameter has changed."""
+    """Raise TrainingFailed if the step was skipped and the config says to stop. No parameter has changed."""
     if result.report is not None and (result.report.updated or result.overflowed):
         return
     grad_norm = result.report.grad_norm if result.report else math.nan
@@ -71,8 +71,8 @@ def check_finite(result: StepResult, step: int, wanted: NonFinite) -> None:
 
 
 def check_validation(losses: Mapping[str, float], step: int, wanted: NonFinite) -> None:
-    """Raise TrainingFailed if a validation loss is not finite and the config says to stop. The last update left
-    parameters that no longer compute, and no later training loss need say so. Step 0 is before the first update."""
+    """Raise TrainingFailed if a validation loss is not finite and the config says to stop. The last update broke the
+    parameters, and later training losses need not show it. Step 0 is before the first update."""
     broken = [f"{metric} {value}" for metric, value in losses.items() if not math.isfinite(value)]
     if not broken:
         return
@@ -92,8 +92,8 @@ def check_validation(losses: Mapping[str, float], step: int, wanted: NonFinite) 
 
 
 def validate(engine: Engine, data: DataSet, plan: Plan, runtime: Runtime, name: str | None = None) -> float:
-    """Mean cross-entropy per valid token over the validation samples, the same on all ranks. A collective.
-    name: of one of `data.validation_sets`."""
+    """Mean cross-entropy per valid token over the validation samples, the same on all ranks. A collective. name: one of
+    `data.validation_sets`."""
     total, tokens = 0.0, 0.0
     with engine.averaged():
         for batch in watched(data.validation(name), "validation"):

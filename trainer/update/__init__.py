@@ -1,4 +1,4 @@
-"""How gradients become an update. Each way is one module of this folder, which answers without torch:
+"""How gradients become an update. Each way is one module of this folder and answers without torch:
 
 wanted      whether the optimizer's settings choose it
 problems    what it cannot be combined with, and why: one line each

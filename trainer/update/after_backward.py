@@ -1,4 +1,4 @@
-"""The usual way: gradients add up over the micro-batches, the last backward communicates, then one update of all."""
+"""The default: gradients accumulate over the micro-batches, the last backward communicates, then all are updated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The update inside the backward: each gradient is applied and freed as it comes.
+"""The update inside the backward: each gradient is applied and freed as soon as it is computed.
 
     usual         backward:  g1 g2 ... gL  all kept          update:  w1 w2 ... wL
     in_backward   backward:  gL -> wL, free | ... | g1 -> w1, free
@@ -7,10 +7,10 @@
     ddp      one all-reduce per gradient, which runs while the backward computes the next one
     fsdp     as FSDP2 has reduce-scattered a group: each rank updates its own shards
 
-The global norm is known only when the last gradient has come. Clipping by it therefore takes a first forward and
-backward that only measures, and a second one, of the same random numbers, that applies. Without gradients of the whole
-model a step holds those of one group. Lv et al. 2023 (LOMO, arXiv:2306.09782), with SGD and clipping both ways; Lv et
-al. 2023 (AdaLomo, arXiv:2310.10195), with Adafactor's update.
+The global norm is known only after the last gradient. Clipping by it therefore takes a first forward and backward that
+only measures, and a second one, with the same random numbers, that applies. A step holds the gradients of one group
+instead of the whole model. Lv et al. 2023 (LOMO, arXiv:2306.09782), with SGD and both ways of clipping; Lv et al. 2023
+(AdaLomo, arXiv:2310.10195), with Adafactor's update.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def problems(config: Config, batch: BatchPlan) -> Iterator[str]:
 
 
 def passes(config: Config) -> Passes:
-    """A global norm is measured in a forward and backward of its own."""
+    """A separate forward and backward measures a global norm."""
     count = 2 if config.train.clip_grad_norm else 1
     return Passes(forwards=count, backwards=count)
 

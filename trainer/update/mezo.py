@@ -4,8 +4,8 @@
     w - eps z:  forward -> loss-          slope = (loss+ - loss-) / (2 eps), one number, the same on every rank
     w - lr * slope * z
 
-z is never kept: it is drawn for one parameter at a time, whole, and each rank takes its own piece, so that every layout
-trains on the same numbers. A step keeps no gradients, no states, and of the activations those of one layer.
+z is never stored: it is drawn for one whole parameter at a time, and each rank takes its own piece, so that every
+layout trains on the same numbers. A step keeps no gradients, no states, and activations of one layer only.
 """
 
 from __future__ import annotations

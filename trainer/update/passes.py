@@ -1,4 +1,4 @@
-"""How often a step runs the model."""
+"""How many times a step runs the model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Passes:
-    """Of one micro-batch in one step."""
+    """Passes over one micro-batch in one step."""
 
     forwards: int = 1
     backwards: int = 1
 
     def useful(self, forward: float, backward: float) -> float:
-        """What counts of the FLOPs of a forward and of a backward. What is run again, as for a recompute, counts
+        """Passes that count as FLOPs of a forward and of a backward. Repeated passes, such as a recompute, count
         once."""
         return forward + backward if self.backwards else self.forwards * forward
