@@ -1,7 +1,7 @@
 """Two engines behind one protocol: `torch` (DDP) and `deepspeed` (ZeRO 1-3 with offload).
 
-The loop knows `Engine` alone. An engine is built from config and plan by `build_engine`, which imports only
-the one it needs: DeepSpeed costs seconds to import and is not wanted in a DDP run.
+The loop depends only on `Engine`. `build_engine` builds one from config and plan and imports only the one that it
+needs: DeepSpeed takes seconds to import and is not wanted in a DDP run.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """What one `step` did. grad_norm: global L2 norm before clipping, over all parameters and ranks (may be inf
-    or nan). updated: False when the update was left out. loss_scale: the fp16 scale this step's gradient was
-    computed with; None without scaling. learning_rates: of each group of parameters, where they differ.
-    experts: what `trainer.moe.balancing` says of the load of routed experts."""
+    """Result of one `step`.
+
+    grad_norm: global L2 norm before clipping, over all parameters and ranks (may be inf or nan).
+    updated: False if the update was skipped.
+    loss_scale: the fp16 scale of this step's gradient; None without scaling.
+    learning_rates: of each group of parameters, if they differ.
+    experts: load of routed experts, from `trainer.moe.balancing`."""
 
     grad_norm: float
     updated: bool
@@ -43,7 +46,7 @@ class StepReport:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """loss: mean cross-entropy over the step's valid tokens, over all ranks. report: None if the loss was not finite
-    and the step therefore dropped."""
+    and the step was therefore dropped."""
 
     loss: float
     valid_tokens: int
@@ -57,8 +60,8 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counters:
-    """The numbers of an engine's state. optimizer_steps: updates that were made, as bias correction counts them.
-    loss_scale, good_steps: of `precision.LossScale`; None without one."""
+    """The numbers of an engine's state. optimizer_steps: number of updates, as bias correction counts them. loss_scale,
+    good_steps: of `precision.LossScale`; None without one."""
 
     optimizer_steps: int
     loss_scale: float | None = None
@@ -66,11 +69,11 @@ class Counters:
 
 
 class Engine(Protocol):
-    """One optimizer step over a model that is spread over ranks in a way the caller need not know.
+    """One optimizer step over a model that is spread over ranks in any layout.
 
     model: the Hugging Face module, for its config and names; its parameters may be partitioned.
-    objective: of every forward; what it picks are the logits as this rank has them.
-    kinds: tensors that the optimizer keeps of each parameter that is trained, on whatever rank, as `state` names them.
+    objective: used by every forward; it picks the logits as this rank holds them.
+    kinds: tensors that the optimizer keeps for each trained parameter, on any rank, under the names of `state`.
     """
 
     model: PreTrainedModel
@@ -80,11 +83,10 @@ class Engine(Protocol):
     def forward_backward(self, micro_batches: Sequence[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         """Accumulate the gradient of this rank's micro-batches.
 
-        The loss is the sum of the cross-entropy over valid tokens, divided by `valid_tokens` (a scalar on the
-        device): their number in the whole step, over all micro-batches and data-parallel ranks. Never a mean of
-        means, which would weigh tokens differently in each layout. `trainer.moe` may add terms
-        to it. Returns this rank's share of that loss (a float32 or float64 scalar on the device,
-        detached); the sum over all ranks is the loss of the step.
+        The loss is the sum of the cross-entropy over valid tokens, divided by `valid_tokens` (a scalar on the device):
+        their number in the whole step, over all micro-batches and data-parallel ranks. It is never a mean of means,
+        which would weight tokens differently in each layout. `trainer.moe` may add terms. Returns this rank's share of
+        that loss (a float32 or float64 scalar on the device, detached); the sum over all ranks is the loss of the step.
         """
         ...
 
@@ -104,31 +106,32 @@ class Engine(Protocol):
         ...
 
     def averaged(self) -> AbstractContextManager[None]:
-        """While it is open, parameters are those to evaluate: an optimizer may average them. No step meanwhile."""
+        """While it is open, parameters have their evaluation values: an optimizer may average them. No step
+        meanwhile."""
         ...
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Every parameter, as it is to be evaluated, under its Hugging Face name, whole, in the master dtype: on rank 0
-        a CPU tensor, elsewhere None. One at a time, so that no rank holds the whole model. A collective: every rank
-        must exhaust it. Tied weights come once, under the name of the input embedding; of a frozen model with adapters
-        only these."""
+        """Every parameter, with its evaluation value, under its Hugging Face name, whole, in the master dtype: on rank
+        0 a CPU tensor, elsewhere None. One at a time, so no rank holds the whole model. A collective: every rank must
+        exhaust it. Tied weights come once, under the name of the input embedding; with adapters on a frozen model only
+        the adapters."""
         ...
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Parameters and optimizer states, whole, in the master dtype: `model/NAME`, then `exp_avg/NAME` and the like,
-        NAME as in `parameters`. One at a time, on the one rank that is to write it; elsewhere None. What is given may
-        change with the next step. A collective: every rank must exhaust it, though not all see the same keys."""
+        NAME as in `parameters`. One at a time, on the one rank that writes it; elsewhere None. The next step may change
+        the tensors. A collective: every rank must exhaust it, although ranks may see different keys."""
         ...
 
     def counters(self) -> Counters: ...
 
     def load_state(self, saved: Saved, counters: Counters) -> None:
-        """Take over what `state` and `counters` gave, under whatever layout that was. Every rank reads its own part.
-        A collective, before the first step."""
+        """Load the output of `state` and `counters`, from whatever layout. Every rank reads its own part. A collective,
+        before the first step."""
         ...
 
     def close(self) -> None:
-        """Give back what the engine holds outside the process (swap files)."""
+        """Release resources outside the process (swap files)."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What both engines begin with: the model, made parallel and filled with its values."""
+"""Shared by both engines: the model, made parallel and filled with its values."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def assemble(
     fill: Fill,
     zero: Callable[[Parts], None] | None = None,
 ) -> Parts:
-    """Build the model and run the passes. A collective. fill, zero: what the passes of these names ask of the engine;
-    `fill` is given a module on the meta device and where its values come from."""
+    """Build the model and run the passes. A collective. fill, zero: the engine's functions for the passes of these
+    names; `fill` gets a module on the meta device and the source of its values."""
     model, seed = build_causal(config), config.train.seed
     weights_of = runtime.agree(lambda: open_weights(config.model, model, seed=seed))
     parts = Parts(

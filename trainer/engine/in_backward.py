@@ -3,8 +3,8 @@
     clip_grad_norm=0    forward_backward: the forward         step: the backward, which updates
     clip_grad_norm>0    forward_backward: both, measuring     step: both again with the same random numbers, updating
 
-A parameter's gradient is complete when every use of it has had its backward, so its update changes nothing that the
-rest of the backward reads. FSDP2 calls the hooks of its shards once a group has been reduced.
+A parameter's gradient is complete after the backward of its last use, so updating it changes nothing that the rest of
+the backward reads. FSDP2 calls the hooks of its shards once a group has been reduced.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
 
 Flying = tuple[torch.Tensor, torch.Tensor, Any]
-"""A parameter, its gradient on the way between the replicas, and what says that it has arrived."""
+"""A parameter, its gradient in transit between replicas, and the handle that signals its arrival."""
 
 
 class InBackward(TorchEngine):
@@ -71,7 +71,7 @@ class InBackward(TorchEngine):
         self.norm = GlobalNorm(self.mesh, self.runtime.device)
 
     def _clipped(self) -> tuple[float, bool]:
-        """The second forward and backward. The norm was measured in the first one."""
+        """The second forward and backward. The first one measured the norm."""
         grad_norm = self.norm.total()
         if not math.isfinite(grad_norm):
             return grad_norm, False
@@ -85,7 +85,7 @@ class InBackward(TorchEngine):
         return grad_norm, True
 
     def _unclipped(self) -> tuple[float, bool]:
-        """The backward of the forward that has been. Its gradients are measured on their way."""
+        """The backward of the preceding forward. Its gradients are measured as they are computed."""
         (loss,) = self.kept
         self.applying = True
         try:
@@ -113,7 +113,7 @@ class InBackward(TorchEngine):
 
     @torch.no_grad()
     def _came(self, parameter: torch.Tensor) -> None:
-        """A gradient is complete on this rank. Between replicas it travels while the next one is computed."""
+        """A gradient is complete on this rank. It is sent between replicas while the next one is computed."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         if self.replicas is None:

@@ -1,4 +1,4 @@
-"""The torch engine of MeZO (`trainer.update.mezo`): two forwards, and one number that all ranks add up.
+"""The torch engine of MeZO (`trainer.update.mezo`): two forwards, and one number that is summed over all ranks.
 
 forward_backward    + eps z, forward, - 2 eps z, forward, + eps z
 step                w <- (1 - lr * decay) w - lr * slope * z
@@ -56,7 +56,7 @@ class Mezo(TorchEngine):
         return StepReport(grad_norm=abs(self.slope), updated=finite)
 
     def discard(self) -> None:
-        # A step that is left out has had its direction.
+        # A skipped step has used its direction.
         self.direction.updates += 1
 
     def counters(self) -> Counters:
@@ -73,5 +73,5 @@ class Mezo(TorchEngine):
             total += self.evaluate(batch)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # else the next forward would use copies that were gathered before the weights moved
+                module.reshard()  # else the next forward would use copies gathered before the weights moved
         return total

@@ -1,4 +1,4 @@
-"""What an engine knows of a checkpoint: tensors by key, the same under every layout, and who writes which."""
+"""A checkpoint as an engine sees it: tensors by key, equal under every layout, and the rank that writes each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 BUFFER = "buffer"
-"""Kind of the tensors of a model that are not trained and belong to it all the same."""
+"""Kind of tensors that belong to a model but are not trained."""
 
 
 class Saved(Protocol):
@@ -22,26 +22,26 @@ class Saved(Protocol):
     def shape(self, key: str) -> tuple[int, ...]: ...
 
     def read(self, key: str) -> torch.Tensor:
-        """The whole tensor, on the CPU; not to be written to."""
+        """The whole tensor, on the CPU; read-only."""
         ...
 
 
 class Dealer:
-    """Assigns each tensor to the holder with the fewest bytes so far. Every rank that deals the same
-    sizes comes to the same result without asking the others."""
+    """Assigns each tensor to the holder with the fewest bytes so far. Every rank that assigns the same sizes gets the
+    same result without communication."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self._bytes = dict.fromkeys(ranks, 0)
 
     def owner(self, size: int) -> int:
-        """The rank that is to write a tensor of that many bytes."""
+        """The rank that writes a tensor of this many bytes."""
         rank = min(self._bytes, key=lambda rank: self._bytes[rank])
         self._bytes[rank] += size
         return rank
 
 
 def write_buffers(buffers: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors by name, under the keys that a checkpoint has for them."""
+    """Tensors by name, under their checkpoint keys."""
     yield from ((f"{BUFFER}/{name}", buffer) for name, buffer in buffers.items())
 
 

@@ -42,8 +42,8 @@ from trainer.process.runtime import Runtime
 class TorchEngine:
     """Fulfils `trainer.engine.Engine` for every layout without DeepSpeed.
 
-    model: on the meta device where a pipeline runs its stages in its place. named: this rank's parameters by name,
-    each once; under adapters only the adapters'. A tied embedding is listed on the first stage only.
+    model: on the meta device if a pipeline runs its stages instead. named: this rank's parameters by name, each once;
+    with adapters only the adapters'. A tied embedding is listed on the first stage only.
     """
 
     def __init__(self, config: Config, plan: Plan, runtime: Runtime) -> None:
@@ -59,7 +59,7 @@ class TorchEngine:
         self.kinds = self.parts.kinds
         self.pipeline = build_pipeline(self.parts.stages, config, plan, self.mesh) if self.parts.stages else None
         self.objective, self.balancing = self.parts.objective, self.parts.balancing
-        # Taken now: after a forward that leaves FSDP's parameters gathered, modules expose the unsharded tensors.
+        # Cached now: after a forward that leaves FSDP's parameters gathered, modules expose the unsharded tensors.
         everything = [(name, p) for module in self.modules for name, p in module.named_parameters()]
         self.copies = dict(self._tied_copies(everything))
         kept = [(name, p) for name, p in everything if self.whole or p.requires_grad]
@@ -109,7 +109,7 @@ class TorchEngine:
         return StepReport(grad_norm=grad_norm, updated=finite, loss_scale=scale, learning_rates=rates, experts=experts)
 
     def discard(self) -> None:
-        # Under DDP gradients are views of its buckets; set to None, accumulation would hold a second copy beside them.
+        # Under DDP gradients are views of its buckets; set to None, accumulation would need a second copy.
         self.optimizer.zero_grad(set_to_none=self.ddp is None)
 
     @torch.no_grad()
@@ -139,7 +139,7 @@ class TorchEngine:
             for name, complete in torch_state.gather_parameters(self.named, self.mesh, self.runtime.device):
                 if complete is None or not self.runtime.is_main:
                     yield name, None
-                else:  # not the parameter itself, which is what was trained again when the file is written
+                else:  # a copy: the parameter itself may be trained further before the file is written
                     yield name, complete.cpu() if self.average is None else complete.to("cpu", copy=True)
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -167,10 +167,10 @@ class TorchEngine:
             self.loss_scale.restore(counters.loss_scale, counters.good_steps)
 
     def close(self) -> None:
-        """Nothing is held outside the process."""
+        """The engine holds nothing outside the process."""
 
     def _reshard(self) -> None:
-        """FSDP may keep parameters gathered after a forward, which would hide that they have changed."""
+        """FSDP may keep parameters gathered after a forward, which would hide later changes."""
         for module in self.modules if self.average is not None else ():
             for child in module.modules():
                 if isinstance(child, FSDPModule):
@@ -186,7 +186,7 @@ class TorchEngine:
         linear.settle(self.modules, self.config)
 
     def _home(self) -> torch.device:
-        """Where the parameters live between their uses."""
+        """Device of the parameters between uses."""
         offloaded = self.plan.offload_parameters is not OffloadDevice.none
         return torch.device("cpu") if offloaded else self.runtime.device
 
@@ -217,7 +217,7 @@ class TorchEngine:
 
     def _forward(self, module: torch.nn.Module, batch: Batch, **more: torch.Tensor) -> Any:
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        # FSDP2 casts by its own policy; autocast on top would cast again.
+        # FSDP2 casts by its own policy; autocast would cast a second time.
         with nullcontext() if self.plan.fully_sharded else autocast(self.plan):
             noise = numbered(batch, wanted=self.config.train.neftune_alpha > 0)
             return module(input_ids=batch.input_ids, use_cache=False, **positions, **noise, **more)

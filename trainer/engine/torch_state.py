@@ -1,7 +1,7 @@
-"""State of the torch engine, whole for a checkpoint and cut to this rank's share again.
+"""State of the torch engine: whole for a checkpoint, and divided into each rank's share again.
 
-A parameter and its optimizer states are placed alike: plain tensors that every replica holds, or DTensors of which
-each rank holds a piece.
+A parameter and its optimizer states have the same placement: plain tensors that every replica holds, or DTensors of
+which each rank holds a piece.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Named = Mapping[str, torch.Tensor]
 
 
 def whole(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """All of a tensor, on the device that communicates. A collective of the ranks that hold pieces of it."""
+    """The whole tensor, on the communication device. A collective of the ranks that hold pieces of it."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return plain(tensor)
     local = plain(tensor.to_local()).to(device)
     if local is not tensor.to_local():
-        # Offloaded, its pieces are in host memory, where the GPUs' collectives cannot reach them.
+        # With offload its pieces are in host memory, which the GPUs' collectives cannot reach.
         tensor = DTensor.from_local(
             local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
         )
@@ -63,7 +63,7 @@ def gather_parameters(
 
 
 class States:
-    """What an optimizer keeps, by the tables of its module. described: every parameter by name, whole."""
+    """An optimizer's states, by the tables of its module. described: every parameter by name, unsharded."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, settings: Settings, described: Mapping[str, Described]
@@ -76,14 +76,14 @@ class States:
         return {kind: state[kind] for kind in self._kinds(name, parameter) if kind in state}
 
     def make(self, name: str, parameter: torch.Tensor, *, steps: int) -> dict[str, torch.Tensor]:
-        """As `of`, made as they were after so many updates; what they hold is to be written."""
+        """Like `of`, created as after this many updates; their content is to be overwritten."""
         chosen = ask(self._settings)
         table = chosen.state(self._described[name], self._settings, _name(parameter.dtype))
         self.optimizer.state[parameter] = chosen.fresh(self.optimizer, parameter, table, steps=steps)
         return self.of(name, parameter)
 
     def steps(self, parameters: Named) -> int:
-        """Updates that the optimizer has counted; 0 for one that counts none."""
+        """Number of updates that the optimizer has counted; 0 if it does not count."""
         known = self.optimizer.state
         counted = (state[COUNTER] for p in parameters.values() if COUNTER in (state := known.get(p, {})))
         return int(next(counted, 0))
@@ -101,7 +101,7 @@ def _name(dtype: torch.dtype) -> str:
 def save_state(
     parameters: Named, states: States, *, holders: list[int], device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """As `Engine.state`. parameters: those of this rank by name. holders: the ranks that have the same names."""
+    """As `Engine.state`. parameters: those of this rank by name. holders: the ranks with the same names."""
     dealer, rank = Dealer(holders), dist.get_rank()
     for name, parameter in parameters.items():
         tensors = {_model_kind(parameter): parameter, **states.of(name, parameter)}
@@ -112,7 +112,7 @@ def save_state(
 
 @torch.no_grad()
 def load_state(parameters: Named, states: States, saved: Saved, *, steps: int) -> None:
-    """Write this rank's share of every tensor into parameters and optimizer. steps: as `States.steps` gave."""
+    """Write this rank's share of every tensor into parameters and optimizer. steps: from `States.steps`."""
     stepped = bool(saved_kinds(saved))
     for name, parameter in parameters.items():
         kind = _model_kind(parameter)
@@ -125,12 +125,12 @@ def load_state(parameters: Named, states: States, saved: Saved, *, steps: int) -
 
 
 def _model_kind(parameter: torch.Tensor) -> str:
-    """Parameters that get no gradient have no optimizer state, which is asked of those below `model`."""
+    """Parameters without gradient have no optimizer state; their values are under `model`."""
     return "model" if parameter.requires_grad else "frozen"
 
 
 def saved_kinds(saved: Saved) -> list[str]:
-    """The kinds of optimizer tensors in a checkpoint; none where it was saved before the first update."""
+    """The kinds of optimizer tensors in a checkpoint; none if it was saved before the first update."""
     return sorted({key.partition("/")[0] for key in saved.names()} - {"model", "frozen", "rng", BUFFER})
 
 
@@ -145,7 +145,7 @@ def check_shape(saved: Saved, key: str, shape: torch.Size | tuple[int, ...]) -> 
 
 
 def copy_share(target: torch.Tensor, complete: torch.Tensor) -> None:
-    """Write this rank's share of `complete` (on the CPU, mapped from a file) into `target`, in its dtype and place."""
+    """Write this rank's share of `complete` (on the CPU, mapped from a file) into `target`, in its dtype and device."""
     if not isinstance(target, DTensor):
         target.copy_(complete)
         return

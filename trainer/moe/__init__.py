@@ -1,14 +1,14 @@
-"""How a mixture of experts is kept balanced: kinds, each a module of this folder that answers for itself. Torch-free.
+"""Balancing a mixture of experts: kinds, each a module of this folder that answers for itself. Torch-free.
 
     none           nothing is added to the loss
     micro_batch    transformers' own term of each micro-batch       depends on how a step is cut
     sequence       DeepSeek-V3's term of each sequence              equal under every layout
     global_batch   the load of the whole step before this one       equal under every layout
 
-A kind says which experts' probabilities the loss raises or lowers, and by how much; `attach` puts that into the
-backward at the router itself, so that no output has to travel through a pipeline or a recompute. `balancing` counts,
-over all ranks and micro-batches of a step; `bias` is the update of routers that correct themselves without a loss.
-A further kind is one module, one entry of KINDS and the value of the config that chooses it.
+A kind defines which experts' probabilities the loss raises or lowers, and by how much. `attach` adds that to the
+backward at the router itself, so no output has to travel through a pipeline or a recompute. `balancing` counts, over
+all ranks and micro-batches of a step; `bias` updates routers that balance themselves without a loss. A further kind is
+one module, one entry of KINDS and the config value that chooses it.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 
 class Kind(Protocol):
-    """A module with these. PER_LAYER: whether every layer has a term of its own, whose mean is logged."""
+    """Interface of a kind. PER_LAYER: whether every layer has its own term, whose mean is logged."""
 
     @property
     def PER_LAYER(self) -> bool: ...
 
     @staticmethod
     def problems(config: Config) -> Iterator[str]:
-        """What this kind refuses. One line each. Asked of the kind that the config chooses."""
+        """Refusals of this kind, one line each. Asked of the kind that the config chooses."""
         ...
 
     @staticmethod
     def weights(seen: Seen, step: Step) -> Callable[[], torch.Tensor]:
-        """The derivative of the step's term by the probability of each expert, the same for all tokens of a sequence:
-        [sequences or 1, experts]. Called in the forward, once per layer and micro-batch; what it returns is called
-        after that forward, and the term is the sum of probabilities times it."""
+        """Derivative of the step's term by the probability of each expert, the same for all tokens of a sequence:
+        [sequences or 1, experts]. Called in the forward, once per layer and micro-batch. The returned function is
+        called after that forward, and the term is the sum of probabilities times its result."""
         ...
 
 
@@ -58,7 +58,7 @@ FLAG = "output_router_logits"
 
 
 def acts(config: Config) -> bool:
-    """Whether the routers are balanced, and not only counted."""
+    """Whether the routers are balanced, not only counted."""
     moe = config.moe
     return moe.balance is not Balance.none or moe.z_loss > 0 or moe.bias_update_rate > 0
 
@@ -80,7 +80,7 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def check_flag(fields: Mapping[str, Any]) -> Iterator[str]:
-    """fields: of the model's config. One that asks for transformers' own loss is honoured by `moe.balance`, or not."""
+    """fields: of the model's config. `moe.balance` decides whether a config's request for transformers' loss holds."""
     if fields.get(FLAG):
         yield (
             f"model.config.{FLAG}=true: moe.balance chooses the balancing loss here; set it to false, and"
@@ -89,7 +89,7 @@ def check_flag(fields: Mapping[str, Any]) -> Iterator[str]:
 
 
 def coefficient(config: Config, model_config: Any) -> float | None:
-    """By what the term is multiplied; None where neither the user nor the model's config says it."""
+    """The term's coefficient; None if neither the user nor the model's config gives it."""
     if config.moe.coefficient is not None:
         return config.moe.coefficient
     found = (getattr(model_config, name, None) for name in COEFFICIENTS)
@@ -97,13 +97,13 @@ def coefficient(config: Config, model_config: Any) -> float | None:
 
 
 def _check_unread(config: Config) -> Iterator[str]:
-    """Coefficients that were given, and that nothing would be multiplied by."""
+    """Coefficients that were given although there is no term."""
     remedy = "is read with moe.balance only; set that too (moe=global_batch), or leave it out"
     if config.moe.coefficient is not None:
         yield f"moe.coefficient={config.moe.coefficient}: {remedy}"
     given = text_fields(config.model.config)
     for name in COEFFICIENTS:
-        # A folder may have a coefficient and be right: this is about what the user has typed.
+        # A model folder may have a coefficient; only values that the user typed are checked.
         if name in given:
             yield f"model.config.{name}={given[name]}: {remedy}"
 

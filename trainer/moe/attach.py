@@ -3,9 +3,9 @@
     forward     scores pass unchanged, to the experts
     backward    the gradient of the scores passes unchanged, and the logits get that of the term
 
-So the term needs no output that travels to the loss: a stage of a pipeline, a layer that is computed twice and a model
-that DeepSpeed drives have it alike (Megatron's auto-scaler of auxiliary losses works so). Kept for the backward are
-the logits; a table of tokens x experts is made for one layer at a time, and dropped.
+So the term needs no output that travels to the loss, and works in a pipeline stage, a recomputed layer and a model that
+DeepSpeed drives (like Megatron's auto-scaler of auxiliary losses). The backward keeps the logits; a table of tokens x
+experts is made for one layer at a time, and dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 Gradient = Callable[[torch.Tensor], torch.Tensor]
-"""Of the logits: the gradient of the term by them, in their dtype or a wider one."""
+"""Gradient of the term by the logits, in their dtype or a wider one."""
 
 
 class _Attached(torch.autograd.Function):
@@ -29,13 +29,13 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         (logits,) = ctx.saved_tensors
-        # Under a recompute this is the node of the first forward, and so is what it was given.
+        # Under a recompute this is the node of the first forward, with its arguments.
         assert ctx.gradient is not None, "a term that was attached in a recompute is not the one to be differentiated"
         return gradients[0], ctx.gradient(logits).to(logits.dtype), None
 
 
 def attach(scores: torch.Tensor, logits: torch.Tensor, gradient: Gradient | None) -> torch.Tensor:
-    """The scores. gradient: None in a recompute, which repeats what is kept for the backward and nothing else."""
+    """The scores. gradient: None in a recompute, which repeats only the computation of kept tensors."""
     return _Attached.apply(scores, logits, gradient)  # pyright: ignore[reportReturnType]
 
 

@@ -1,4 +1,4 @@
-"""The load of every expert, counted over a step, and what the routers' terms add to its loss.
+"""The load of every expert, counted over a step, and the routers' terms of its loss.
 
     before the first forward    tokens of the step, without padding                        one number is all-reduced
     each router, each forward   counts, and the term at its logits (`attach`)              nothing, but see `sequence`
@@ -6,7 +6,7 @@
     after the update            the load of the step before, and the routers' own biases   nothing
 
 A layer that recompute runs twice is counted once, in the first run. Ranks that share tokens (tensor parallel) compute
-the same term, and one of them counts; stages of a pipeline have their own routers and add up the loss together.
+the same term, and one of them counts; pipeline stages have their own routers and add up the loss together.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from trainer.moe.seen import Seen, Step
 from trainer.plan.plan import Plan
 
 SAVED = "moe.load"
-"""Name in a checkpoint: the load of the step before."""
+"""Name in a checkpoint: the load of the previous step."""
 Term = tuple[int, Callable[[], torch.Tensor], torch.Tensor]
-"""Of one router and micro-batch: the layer, the weights of the experts, the sums of their probabilities."""
+"""Per router and micro-batch: the layer, the weights of the experts, the sums of their probabilities."""
 
 
 @dataclass(slots=True)
 class MicroBatch:
-    """The micro-batch that a module's forward is at. lengths: of its sequences without padding; None: all of them."""
+    """The micro-batch of a module's current forward. lengths: of its sequences without padding; None: full length."""
 
     shape: tuple[int, int]
     lengths: torch.Tensor | None = None
@@ -54,13 +54,13 @@ class MicroBatch:
 
 
 class Balancing:
-    """Of all modules of this rank. A `Step` before the first one stands for traces, which have none."""
+    """State of all modules on this rank. A `Step` before the first one is for traces, which have none."""
 
     def __init__(
         self, config: Config, plan: Plan, model: PreTrainedModel, modules: Sequence[PreTrainedModel], group: Any
     ) -> None:
-        """model: whole. modules: itself, or the stages that a pipeline has made of it. group: of the ranks that hold
-        parts of the same sequences; None without. Raises ConfigError for a model that lacks what the config asks."""
+        """model: the whole model. modules: the model, or its pipeline stages. group: ranks that hold parts of the same
+        sequences, if any. Raises ConfigError for a model that lacks what the config needs."""
         routers = find_routers(model)
         _check(config, model, routers)
         self.kind, self.z_loss = moe.KINDS.get(config.moe.balance), config.moe.z_loss
@@ -88,14 +88,14 @@ class Balancing:
         self.biases = Biases(copies)
 
     def begin(self, micro_batches: Sequence[Batch], *, factor: float) -> None:
-        """Before the first forward of a step. micro_batches: as this rank's modules get them. factor: what the loss is
-        multiplied by before its backward. A collective."""
+        """Before the first forward of a step. micro_batches: as this rank's modules get them. factor: multiplier of the
+        loss before its backward. A collective."""
         device = micro_batches[0].input_ids.device
         self.factor, self.lengths = factor, [batch.lengths for batch in micro_batches]
         self._clear(device)
         self.biases.keep_wide()
         tokens = sum(_lengths(batch.lengths, batch.input_ids.shape, device).sum() for batch in micro_batches)
-        # Ranks that hold the same tokens have counted the same.
+        # Ranks that hold the same tokens have the same count.
         alike = self.plan.same_data // self.plan.degree(CONTEXT)
         total = torch.as_tensor(tokens, device=device).double() / alike
         dist.all_reduce(total)
@@ -109,7 +109,7 @@ class Balancing:
         )
 
     def finish(self, rank: int) -> torch.Tensor:
-        """After the last backward of a step. This rank's share of what the terms add to the loss (float64, without the
+        """After the last backward of a step. Returns this rank's share of the terms in the loss (float64, without the
         factor). A collective."""
         for place in self.places:
             place.flush()
@@ -127,13 +127,13 @@ class Balancing:
         return share
 
     def commit(self) -> None:
-        """The update of this step has been made."""
+        """Called after this step's update."""
         self.load = self.counts.cpu().clone()
         if self.rate:
             self.biases.update(self.counts, self.rate)
 
     def report(self) -> dict[str, float]:
-        """Of the step that has finished: what is logged, the same on all ranks."""
+        """Logged values of the finished step, the same on all ranks."""
         uneven = self.counts.amax(dim=1) / self.counts.mean(dim=1).clamp(min=1e-9)
         found = {"load": uneven.mean().item(), "load_worst_layer": uneven.max().item()}
         if self.kind is not None:
@@ -143,11 +143,11 @@ class Balancing:
         return found
 
     def kept(self) -> dict[str, torch.Tensor]:
-        """For a checkpoint, the same on all ranks. The biases are buffers of the model, and saved as such."""
+        """State for a checkpoint, the same on all ranks. The biases are buffers of the model, and saved as such."""
         return {SAVED: self.load}
 
     def restore(self, read: Callable[[str], torch.Tensor | None]) -> None:
-        """read: a buffer of a checkpoint, None where it holds none of this name."""
+        """read: returns a buffer of a checkpoint, or None."""
         load = read(SAVED)
         if load is not None and tuple(load.shape) == self.shape:
             self.load = load.clone()
@@ -157,7 +157,7 @@ class Balancing:
                     buffer.copy_(saved.view_as(buffer))
 
     def routed(self, layer: int, router: Router, output: Any, micro_batch: MicroBatch) -> Any:
-        """The router's output, with the terms attached. A forward in training."""
+        """The router's output, with the terms attached. Used in a training forward."""
         found = read(router, output)
         acts = (self.kind is not None or self.z_loss > 0) and found.logits.requires_grad
         gradient = None
@@ -210,7 +210,7 @@ class Balancing:
         return gradient
 
     def add(self, terms: list[Term]) -> None:
-        """The values of terms whose forward is through."""
+        """The values of terms whose forward has finished."""
         for layer, weights, sums in terms:
             self.values[layer] += (weights() * sums).sum().double()
 
@@ -227,7 +227,7 @@ class Balancing:
 
 
 class _Place:
-    """The hooks of one module: which micro-batch its forward is at. Every schedule runs them in their order."""
+    """The hooks of one module: they track its current micro-batch. Every schedule runs them in their order."""
 
     def __init__(self, balancing: Balancing) -> None:
         self.balancing = balancing
@@ -260,8 +260,8 @@ class _Place:
 
 
 def count(chosen: torch.Tensor, counted: torch.Tensor | None, *, sequences: int, experts: int) -> torch.Tensor:
-    """[sequences, experts]: tokens of each sequence that went to each expert. chosen: [tokens, k]. counted: [sequences,
-    seq_len], 0 for padding."""
+    """[sequences, experts]: number of each sequence's tokens that went to each expert. chosen: [tokens, k]. counted:
+    [sequences, seq_len], 0 for padding."""
     rows = torch.arange(sequences, device=chosen.device).repeat_interleave(chosen.shape[0] // sequences)
     places = (chosen + experts * rows[:, None]).flatten()
     ones = torch.ones_like(chosen) if counted is None else counted.reshape(-1, 1).to(chosen.dtype).expand_as(chosen)
@@ -278,7 +278,7 @@ def _lengths(lengths: torch.Tensor | None, shape: Sequence[int], device: torch.d
 
 
 def _check(config: Config, model: PreTrainedModel, routers: list[Router]) -> None:
-    """Raise ConfigError where the model lacks what the config asks for."""
+    """Raise ConfigError if the model lacks what the config needs."""
     name, asked = type(model).__name__, config.moe
     problems = list(moe.check_flag({**vars(model.config), **vars(model.config.get_text_config())}))
     if asked.balance in moe.KINDS and moe.coefficient(config, model.config.get_text_config()) is None:
@@ -297,7 +297,7 @@ def _check(config: Config, model: PreTrainedModel, routers: list[Router]) -> Non
 def build_balancing(
     config: Config, plan: Plan, model: PreTrainedModel, modules: Sequence[PreTrainedModel], group: Any
 ) -> Balancing | None:
-    """As `Balancing`; None for a model without routers. Raises ConfigError where one is asked to balance them."""
+    """Like `Balancing`; None for a model without routers. Raises ConfigError if the config balances them anyway."""
     if not find_routers(model):
         if moe.acts(config):
             raise ConfigError(f"{moe.asked(config)}: {type(model).__name__} has no routed experts; leave it out")

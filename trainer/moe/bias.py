@@ -1,11 +1,12 @@
 """Balancing without a loss (DeepSeek-V3, arXiv:2412.19437, section 2.1.2; Wang et al. 2024, arXiv:2408.15664).
 
-Routers of this kind choose experts by score + bias, and weigh what these return by the score alone. After each update
+Routers of this kind choose experts by score + bias, and weight the experts' outputs by the score alone. After each
+update
 
     bias += rate * sign(mean load - load)
 
-for each expert of a layer: one that got more than its part of the step's tokens is chosen less often in the next one.
-The load is counted over all ranks and micro-batches of the step, so that every rank makes the same update.
+for each expert of a layer: an expert with more than its share of the step's tokens is chosen less often in the next
+step. The load is counted over all ranks and micro-batches of the step, so every rank makes the same update.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from trainer.moe.routers import Router
 
 
 class Biases:
-    """The biases of one layer's router: in the whole model, and in the stage that a pipeline has made of it."""
+    """The biases of one layer's router: in the whole model, and in the pipeline stage made from it."""
 
     def __init__(self, layers: list[list[Router]]) -> None:
         """layers: for each router of the model its copies on this rank, the whole model's first."""
         self.layers = layers
-        # An engine that casts the model to 16 bit would cast them too, and updates would be lost in rounding.
+        # An engine that casts the model to 16 bit would cast them too, and rounding would lose updates.
         self._wide = {router.bias_name: _buffer(router).detach().float().clone() for router in self._each()}
 
     def keep_wide(self) -> None:
-        """Undo what an engine has cast. Before each step."""
+        """Undo an engine's cast. Called before each step."""
         for router in self._each():
             assert router.bias is not None
             owner, leaf = router.bias
@@ -46,7 +47,7 @@ class Biases:
                 bias.add_((rate * (own.mean() - own).sign()).to(bias).view_as(bias))
 
     def named(self) -> Iterator[tuple[str, list[torch.Tensor]]]:
-        """Each bias by its name in the model, with all that this rank holds of it."""
+        """Each bias by its name in the model, with all its copies on this rank."""
         for copies in self.layers:
             if copies[0].bias is not None:
                 yield copies[0].bias_name, [_buffer(router) for router in copies]

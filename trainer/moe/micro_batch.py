@@ -4,8 +4,8 @@
     of the step           mean over its micro-batches
 
 f counts each of a token's top-k experts as one, so the value at even routing is k. Layers are pooled: one layer may
-favour an expert that another one leaves out. It is a product of two means over one micro-batch, and depends on what
-that is: layouts that cut a step into the same micro-batches have the same loss.
+favour an expert that another one neglects. The loss is a product of two means over one micro-batch, so layouts that
+split a step into the same micro-batches have the same loss.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where a model's routers are, what they return, and how they turn logits into probabilities.
+"""A model's routers: their place, their outputs, and how logits become probabilities.
 
-transformers marks the routers of every architecture itself: `_can_record_outputs["router_logits"]` names their class
-and the place of the logits in what they return. The other two are the weights of the chosen experts and their numbers.
+transformers marks the routers of every architecture: `_can_record_outputs["router_logits"]` gives their class and the
+index of the logits in their output. The other two outputs are the weights and the indices of the chosen experts.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 BIASES = ("e_score_correction_bias", "expert_bias")
-"""Buffers, of a router or of the block around it, that are added to the scores before experts are chosen."""
+"""Buffers, of a router or its block, that are added to the scores before experts are chosen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Router:
-    """name: of the module in its model. logits: their place in what it returns. sigmoid: whether it scores each expert
-    by itself; else by a softmax over all. bias: the module that owns the buffer, and its name there."""
+    """name: of the module in its model. logits: index in its output. sigmoid: whether it scores each expert
+    independently; else by a softmax over all. bias: the module that owns the buffer, and its name there."""
 
     name: str
     module: nn.Module
@@ -33,7 +33,7 @@ class Router:
 
     @property
     def experts(self) -> int:
-        # The others, where a router has them, count experts that return their input as well.
+        # Other outputs, if a router has them, include experts that return their input unchanged.
         names = ("num_experts", "n_routed_experts", "num_router_classes")
         return max(int(getattr(self.module, name, 0)) for name in names)
 
@@ -47,7 +47,7 @@ class Router:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routed:
-    """What a router returned for [tokens]. scores: its place in the output. chosen: [tokens, k], numbers of experts."""
+    """A router's output for [tokens]. scores: index in the output. chosen: [tokens, k], indices of experts."""
 
     logits: torch.Tensor
     scores: int
@@ -55,7 +55,7 @@ class Routed:
 
 
 def find_routers(model: PreTrainedModel) -> list[Router]:
-    """In the order of the layers. The model may be a stage of a pipeline, whose other layers are elsewhere."""
+    """In layer order. The model may be a pipeline stage, whose other layers are elsewhere."""
     recorders = list(_recorders(model))
     found = []
     for name, module in model.named_modules():
@@ -79,8 +79,8 @@ def _recorders(model: PreTrainedModel) -> Iterator[OutputRecorder]:
 
 
 def read(router: Router, output: Any) -> Routed:
-    """What its forward returned: a tuple with the logits, the scores and, for most, the chosen experts. JetMoe's has
-    the tokens sorted by expert."""
+    """The forward's output: a tuple with the logits, the scores and, for most, the chosen experts. JetMoe returns the
+    tokens sorted by expert."""
     logits = output[router.logits]
     tensors = {place: value for place, value in enumerate(output) if isinstance(value, torch.Tensor)}
     numbers = [value for value in tensors.values() if not value.is_floating_point()]
@@ -97,7 +97,7 @@ def wide(logits: torch.Tensor) -> torch.Tensor:
 
 
 def probabilities(logits: torch.Tensor, *, sigmoid: bool) -> torch.Tensor:
-    """[..., experts], adding up to 1 for each token."""
+    """[..., experts], with sum 1 for each token."""
     if not sigmoid:
         return torch.softmax(wide(logits), dim=-1)
     scores = torch.sigmoid(wide(logits))
@@ -105,7 +105,7 @@ def probabilities(logits: torch.Tensor, *, sigmoid: bool) -> torch.Tensor:
 
 
 def to_logits(gradient: torch.Tensor, logits: torch.Tensor, *, sigmoid: bool) -> torch.Tensor:
-    """The gradient by the probabilities, turned into that by the logits."""
+    """Converts the gradient by the probabilities into the gradient by the logits."""
     shares = probabilities(logits, sigmoid=sigmoid)
     centred = gradient - (gradient * shares).sum(dim=-1, keepdim=True)
     # p = softmax: dp_i = p_i (dx_i - sum p dx). p = s / sum s: ds_i / s_i = (1 - s_i) dx_i.

@@ -1,4 +1,4 @@
-"""What a kind of balancing gets to know of one router and one micro-batch, and of the step that they belong to."""
+"""Inputs of a balancing kind: one router's micro-batch, and the step that it belongs to."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 class Seen:
     """One call of one router in training.
 
-    layer: number of the router in the whole model.
-    top_k: experts that a token goes to.
+    layer: index of the router in the whole model.
+    top_k: experts per token.
     counts: [sequences, experts], int64: tokens that went to each expert, without padding.
-    sums: [sequences, experts]: probabilities of the experts, added over the same tokens.
-    lengths: [sequences], int64: these tokens.
-    micro_batch: what the routers of one micro-batch share.
+    sums: [sequences, experts]: probabilities of the experts, summed over the same tokens.
+    lengths: [sequences], int64: number of these tokens.
+    micro_batch: data that the routers of one micro-batch share.
     """
 
     layer: int
@@ -39,12 +39,12 @@ def _same(counts: torch.Tensor) -> torch.Tensor:
 
 @dataclass(kw_only=True, slots=True)
 class Step:
-    """What is known before the first forward of a step.
+    """Facts known before the first forward of a step.
 
-    tokens: without padding, over all ranks and micro-batches.
-    sequences, micro_batches: likewise.
-    load: [layers, experts], float64: tokens that went to each expert in the step before; zeros before the first.
-    whole_sequences: adds up counts of the ranks that hold parts of the same sequences. A collective of these.
+    tokens: number of tokens without padding, over all ranks and micro-batches.
+    sequences, micro_batches: their numbers, likewise.
+    load: [layers, experts], float64: tokens per expert in the previous step; zeros before the first step.
+    whole_sequences: adds up counts of the ranks that hold parts of the same sequences. A collective of these ranks.
     """
 
     tokens: float

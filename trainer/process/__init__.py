@@ -1,1 +1,1 @@
-"""What one process of a job lives in: its world, the signals it gets, the disks it writes to."""
+"""The surroundings of one process of a job: its world, its signals, its disks."""

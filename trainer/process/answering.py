@@ -1,4 +1,4 @@
-"""How the work behind an entry point ends: its exit code, or one line for each problem that a user can mend."""
+"""How an entry point ends: with its exit code, or one line for each problem that a user can fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.process.disks import told_anywhere
 
 
 def answered(work: Callable[[], int]) -> int:
-    """Returns the exit code. Raises what is no CookbookError, and no disk's refusal."""
+    """Returns the exit code. Re-raises errors that are neither a CookbookError nor a disk's refusal."""
     guard_output()
     try:
         return work()

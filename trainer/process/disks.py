@@ -1,12 +1,12 @@
-"""What a file system refuses, as one line: no space, no inodes, not allowed, not readable, missing.
+"""Refusals of a file system, in one line each: no space, no inodes, not allowed, not readable, missing.
 
     with writing(run_dir): ...                          before the first step: EnvironmentProblem, exit code 2
     with written("the exported model", folder): ...     while a run is on: OutputFailed, exit code 1
     with readable(path): ...                            EnvironmentProblem, exit code 2
     with refused(place, lambda why: ...): ...           any other line
 
-Not every library raises OSError: safetensors has an error of its own and tokenizers a bare Exception, both with the
-system's number in the text. None of these is mended by another start, so status.json says `retry: false`. Torch-free.
+Not every library raises OSError: safetensors has its own error and tokenizers a bare Exception, both with the
+system's error number in the text. A restart fixes none of them, so status.json says `retry: false`. Torch-free.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def as_os_error(error: BaseException) -> OSError | None:
-    """The file system's refusal that this error is, or tells of; None where it is about something else."""
+    """The file system's refusal that this error is or wraps; None if it has another cause."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     if number := _NUMBER.search(str(error)):
@@ -40,7 +40,7 @@ def as_os_error(error: BaseException) -> OSError | None:
 
 
 def reason(error: OSError, place: Path) -> str:
-    """Why, for the brackets of a line. place: the file or folder, which need not exist."""
+    """The reason, for the brackets of a line. place: file or folder, which need not exist."""
     text = error.strerror or str(error)
     if error.errno == errno.ENOSPC:
         left = f"{mib(free_bytes(place))} are free"
@@ -49,7 +49,7 @@ def reason(error: OSError, place: Path) -> str:
 
 
 def out_of_inodes(place: Path) -> bool:
-    """Whether its disk can hold no further file, whatever space it has."""
+    """Whether the disk can hold no further file, however much space it has."""
     found = os.statvfs(existing(place))
     return found.f_files > 0 and found.f_ffree == 0
 
@@ -88,7 +88,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def written(what: str, place: Path) -> Iterator[None]:
-    """Raise OutputFailed where something that a run writes on its way cannot be."""
+    """Raise OutputFailed if a file that a run writes cannot be written."""
     with refused(
         place,
         lambda why: OutputFailed(
@@ -101,14 +101,14 @@ def written(what: str, place: Path) -> Iterator[None]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Raise EnvironmentProblem where this file or folder cannot be read."""
+    """Raise EnvironmentProblem if this file or folder cannot be read."""
     with refused(path, lambda why: EnvironmentProblem(f"{path}: cannot be read ({why}); make it readable")):
         yield
 
 
 def told_anywhere(error: BaseException, who: str = "") -> OutputFailed | None:
-    """One line for a refusal that nobody has turned into one: a full disk, or a file that is named and not allowed.
-    None for any other error. who: begins the line."""
+    """One line for a refusal without a message yet: a full disk, or a named file without permission. None for any other
+    error. who: begins the line."""
     found = as_os_error(error)
     if found is None or found.errno not in FULL | NOT_ALLOWED:
         return None
@@ -121,12 +121,12 @@ def told_anywhere(error: BaseException, who: str = "") -> OutputFailed | None:
 
 
 def existing(place: Path) -> Path:
-    """The folder in which the first part that is missing would be made."""
+    """The folder in which the first missing part would be created."""
     return next((path for path in (place, *place.absolute().parents) if os.path.exists(path)), Path("/"))
 
 
 def write_speed(folder: Path) -> float | None:
-    """Bytes per second of a file that is flushed to the disk; None where nothing can be written."""
+    """Write speed in bytes per second, of a file that is flushed to disk; None if nothing can be written."""
     path, block = folder / f".speed-{os.getpid()}", os.urandom(2**20)
     try:
         begin = time.perf_counter()

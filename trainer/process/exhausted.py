@@ -1,8 +1,8 @@
-"""Out of memory, reported in one line: which rank, in which step, and what to do about it.
+"""Out of memory, reported in one line: the rank, the step, and the remedy.
 
-torch raises its own error for a GPU, a plain RuntimeError for host memory, and Python a MemoryError; each comes with a
-traceback of the place that happened to ask for the last bytes, which is seldom the one that took the others. Loading
-a library and starting a thread fail with yet other errors. Needs no torch.
+torch raises its own error for a GPU, a plain RuntimeError for host memory, and Python a MemoryError. The traceback
+shows the place that requested the last bytes, seldom the one that holds the others. Library loading and thread
+creation fail with yet other errors. Needs no torch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ START_WORDS = (
     "without setting an exception",
     "error return without exception set",
 )
-"""Of Python's threads, of C++'s and gloo's, of the dynamic linker, of a Python that could not even make its error."""
+"""Messages of Python's threads, C++'s and gloo's, the dynamic linker, and a Python that could not make its error."""
 NEAR = 64 * 2**20
-"""So many bytes below its limit, a process that fails to start has failed for want of memory: libraries swallow the
-MemoryError and stumble over what it left undone, each with words of its own."""
+"""If a process fails to start with less memory than this below its limit, the cause is memory: libraries swallow the
+MemoryError and fail later with other messages."""
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def memory_told(rank: int, step: Callable[[], int]) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU or of the host."""
+    """Out of memory on a GPU or on the host."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -51,7 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def told_at_start(error: BaseException, rank: int) -> OutOfMemory | None:
-    """What to raise instead of an error outside `memory_told`; None if it is unrelated to memory."""
+    """The error to raise for a failure outside `memory_told`; None if it is unrelated to memory."""
     starved = isinstance(error, (RuntimeError, OSError, ImportError, SystemError)) and any(
         words in str(error) for words in START_WORDS
     )
@@ -65,13 +65,13 @@ def told_at_start(error: BaseException, rank: int) -> OutOfMemory | None:
 
 
 def _is_starting() -> bool:
-    """Whether libraries are still being loaded: the loop comes last."""
+    """Whether libraries are still being loaded: the loop is imported last."""
     loop = sys.modules.get("trainer.run.loop")
     return loop is None or not hasattr(loop, "run")
 
 
 def _is_near_its_limit() -> bool:
-    """Whether the address space has been as large as `ulimit -v` allows. False where the system does not say."""
+    """Whether the address space has reached the limit of `ulimit -v`. False if the system does not report it."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return False

@@ -1,7 +1,7 @@
-"""Bytes that are on the disk when a call returns.
+"""Writes whose bytes are on the disk when the call returns.
 
-A rename is atomic, but a power cut may reorder it with the data before it: hence fsync of the file before the
-rename, and of the folder after it.
+A rename is atomic, but a power cut may reorder it with earlier data. Hence fsync of the file before the rename, and
+of the folder after it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHUNK_BYTES = 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none that can be read."""
+    """The object in a file; empty if there is none that can be read."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
+    """Flush a file, or a folder's directory entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,7 +42,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str, *, shared: bool = False) -> None:
-    """Give a file a new content: a reader, or a power cut, meets the old or the new one, never a part. shared: several
+    """Replace a file's content atomically: a reader, or a power cut, sees the old or the new content. shared: several
     processes may do so at once."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
     partial.unlink(missing_ok=True)
@@ -56,8 +56,8 @@ def replace_text(path: Path, text: str, *, shared: bool = False) -> None:
 
 
 def overwrite_text(path: Path, text: str) -> None:
-    """Write a new content over the old one: for a disk that is full, where the blocks of a small file are there already
-    and those of a new file are not. A reader may meet a part."""
+    """Overwrite a file in place, for a full disk: it has the blocks of a small existing file, but none for a new one. A
+    reader may see a part."""
     with open(path, "r+") as file:
         file.write(text)
         file.truncate()

@@ -1,11 +1,11 @@
-"""A rank ends with its launcher: when a process between it and the program that the user started is gone, the rank
-is asked to stop, and saves.
+"""A rank ends with its launcher: if a process between it and the program that the user started is gone, the rank is
+asked to stop, and saves.
 
     python -m launch -> torchrun -> rank          deepspeed -> deepspeed's launch.py -> rank
 
-A launcher that is killed cannot tell its ranks, which run in sessions of their own and would train on, holding the
-GPUs and the run folder. So each rank looks at the chain of its parents every second. The chain ends at the topmost
-launcher: above it are shells and terminals, which may go (`nohup`). A process that no launcher started has no chain.
+A killed launcher cannot signal its ranks, which run in their own sessions and would train on, holding the GPUs and the
+run folder. So each rank checks the chain of its parents every second. The chain ends at the topmost launcher: above it
+are shells and terminals, which may go (`nohup`). A process without a launcher has no chain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 from trainer.process.world import speaks_for_node
 
 LAUNCHER = "COOKBOOK_LAUNCHER"
-"""Variable with the process id of the `python -m launch` that looks after this rank."""
+"""Variable with the process id of the `python -m launch` that supervises this rank."""
 SECONDS = 1.0
 PROGRAMS = {"torchrun", "deepspeed", "accelerate"}
 MODULES = {
@@ -38,17 +38,17 @@ _watching = threading.Lock()
 
 
 def lost() -> str | None:
-    """Which process this rank has lost; None while the chain holds."""
+    """The lost process; None while the chain is intact."""
     return _lost[0] if _lost else None
 
 
 def watch() -> None:
-    """Watch the chain from now on, in a thread. Does nothing in a process that no launcher started."""
+    """Watch the chain from now on, in a thread. Does nothing in a process without a launcher."""
     chain = _chain()
     given = os.environ.get(LAUNCHER, "")
     if given.isdigit() and not any(process.pid == int(given) for process in chain):
         _stop(f"its launcher (pid {given}) is gone")
-    elif len(chain) > 1 and _watching.acquire(blocking=False):  # once in a process
+    elif len(chain) > 1 and _watching.acquire(blocking=False):  # once per process
         threading.Thread(target=_watch, args=(chain,), name="lifeline", daemon=True).start()
 
 
@@ -78,7 +78,7 @@ def _watch(chain: list[psutil.Process]) -> None:
         time.sleep(SECONDS)
         for child, parent in pairwise(chain):
             try:
-                # The system gives a process whose parent has died to another one. A process id may come again.
+                # The system gives an orphan to another parent. Process ids may be reused.
                 above = os.getppid() if child is chain[0] else child.ppid()
             except psutil.Error:
                 above = None
@@ -88,7 +88,7 @@ def _watch(chain: list[psutil.Process]) -> None:
 
 
 def _stop(reason: str) -> None:
-    """Ask this process to stop. A run that has begun saves; one that has not ends at once, as by any SIGTERM."""
+    """Ask this process to stop. A run under way saves; before that it ends at once, as after any SIGTERM."""
     _lost.append(reason)
     if speaks_for_node():
         with contextlib.suppress(OSError):  # the launcher may have held the other end

@@ -1,8 +1,8 @@
-"""What of a run's record is not for everybody: who may read it, and what is left out of it.
+"""Privacy of a run's record: who may read each file, and which contents are omitted.
 
-config.yaml, argv.json, git.json and the diffs are readable by their owner alone, and by the group where the umask lets
-the group write (002 or 007, as on clusters whose groups share their folders). Metrics, status, checkpoints and the
-model follow the umask as any file does.
+Only the owner can read config.yaml, argv.json, git.json and the diffs, and also the group if the umask lets the group
+write (002 or 007, as on clusters whose groups share their folders). Metrics, status, checkpoints and the model follow
+the umask like any file.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import os
 import re
 from pathlib import Path
 
-# Names, as parts of a path, of files that are made to hold keys.
+# Names, as parts of a path, of files that usually hold keys.
 _FILE = re.compile(
     r"(^|/)([^/]*\.env(\.[^/]*)?|\.envrc|\.netrc|_netrc|\.npmrc|\.pypirc|\.pgpass|\.git-credentials|\.htpasswd"
     r"|id_(rsa|dsa|ecdsa|ed25519)[^/]*|[^/]*\.(pem|key|p12|pfx|jks|kdbx|keystore|tfvars)|[^/]*(secret|credential)[^/]*"
     r"|kaggle\.json|\.(ssh|aws|gnupg|kube|docker)/.*)$",
     re.IGNORECASE,
 )
-# Values: of a key's name with a literal, in the form that a service gives them, or a password in an address. A digit is
-# asked for where code has such names too: token = next(tokens), "eos_token": "<|endoftext|>".
+# Values: a key's name with a literal in a service's format, or a password in an address. A digit is required where code
+# has such names too: token = next(tokens), "eos_token": "<|endoftext|>".
 _VALUE = re.compile(
     r"(api_?key|access_?key|auth_?key|private_?key|token)[\"']?\s*[:=]\s*(?P<quote>[\"']?)"
     r"(?=[^\s\"'<>|$(.\[{]*\d)[^\s\"'<>|$(.\[{]{16,}(?P=quote)\s*[,;}]?\s*$"
@@ -35,8 +35,8 @@ _MARKS = ("--- ", "+++ ", "rename from ", "rename to ", "copy from ", "copy to "
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a new file that is not for everybody. Raises FileExistsError: what stands there already is not ours."""
-    umask = os.umask(0o077)  # which can be read only by setting it
+    """Write a new private file. Raises FileExistsError: an existing file is not ours."""
+    umask = os.umask(0o077)  # the umask can be read only by setting it
     os.umask(umask)
     shared = 0o600 if umask & 0o020 else 0o660
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, shared)
@@ -45,7 +45,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def without_secrets(diff: str) -> tuple[str, list[str]]:
-    """A diff of git's without the files that look as if they hold keys, and the names of these."""
+    """A git diff without the files that seem to hold keys, and the names of these files."""
     kept: list[str] = []
     left_out: list[str] = []
     for section in filter(None, _SECTION.split(diff)):
@@ -59,9 +59,9 @@ def without_secrets(diff: str) -> tuple[str, list[str]]:
 
 
 def _paths(section: str) -> list[str]:
-    """The file's names before and after, as the section's head has them. git quotes a name with special characters."""
+    """The file's names before and after, from the section's head. git quotes a name with special characters."""
     first, *head = section.partition("\n@@")[0].splitlines()
-    # Without content (an empty or binary file, a change of mode) both names stand in the first line alone.
+    # Without content (an empty or binary file, a change of mode) both names are in the first line only.
     found = re.split(r" (?=\"?b/)", first.removeprefix("diff --git "))
     found += [line.removeprefix(mark) for line in head for mark in _MARKS if line.startswith(mark)]
     names = [path.strip().strip('"') for path in found]

@@ -1,13 +1,13 @@
-"""Where the ranks of one node meet: a store that listens on 127.0.0.1 alone.
+"""Rendezvous of the ranks of one node: a store that listens only on 127.0.0.1.
 
-torch's own store listens on every interface, also where the ranks are given 127.0.0.1, and believes whoever connects:
-the addresses at which ranks look for each other stand in it. torch takes a socket that listens already
-(`master_listen_fd`), and torchrun takes further kinds of rendezvous (entry points of the group `torchrun.handlers`):
+torch's own store listens on every interface, even if the ranks are given 127.0.0.1, and trusts every client, although
+it holds the addresses at which ranks look for each other. torch accepts an already listening socket
+(`master_listen_fd`), and torchrun accepts further kinds of rendezvous (entry points of the group `torchrun.handlers`):
 
     torchrun --rdzv-backend=loopback --nproc-per-node=2 -m trainer ...                a port that is free
     torchrun --rdzv-backend=loopback --rdzv-conf=port=29500 --nproc-per-node=2 ...    this port
 
-The port is found and kept by one call of the kernel, so no other program can take it in between.
+One kernel call finds and binds the port, so no other program can take it in between.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def local_store(port: int, timeout: timedelta) -> TCPStore:
-    """A store that is reached from this machine only. port: 0 for one that is free. Raises OSError when it is taken."""
+    """A store that only this machine can reach. port: 0 for a free one. Raises OSError if it is taken."""
     with socket.socket() as listener:
-        # As torch does: what is left of connections that are closed is no hindrance, another listener is.
+        # As torch does: closed connections in TIME_WAIT do not block the port, another listener does.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((HOST, port))
         listener.listen(socket.SOMAXCONN)
@@ -40,9 +40,9 @@ def local_store(port: int, timeout: timedelta) -> TCPStore:
 def create(parameters: Any) -> Any:
     """For torchrun: its static rendezvous of one node, with such a store. The agent holds it, its ranks are clients.
 
-    parameters: RendezvousParameters. Raises ValueError when there are several nodes.
+    parameters: RendezvousParameters. Raises ValueError for several nodes.
     """
-    # torch imports this module while it imports the package that these stand in.
+    # torch imports this module while it imports the package that contains these names.
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
     class LoopbackRendezvous(StaticTCPRendezvous):
@@ -67,9 +67,9 @@ def handler() -> Callable[[Any], Any]:
 
 
 def stay_on_this_machine() -> None:
-    """For the ranks of one node: their own sockets listen on the loopback interface too, unless the user names another.
+    """For the ranks of one node: their own sockets use the loopback interface too, unless the user names another.
 
-    To be called before the process group is made.
+    Call it before the process group is made.
     """
     names = {name for _, name in socket.if_nameindex()}
     loopback = next((name for name in ("lo", "lo0") if name in names), None)

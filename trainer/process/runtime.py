@@ -1,6 +1,6 @@
-"""This process among the others: its rank, its device, its process group.
+"""This process in the job: its rank, device and process group.
 
-Started without a launcher, a process is rank 0 of a world of one and goes through the same code.
+A process without a launcher is rank 0 of a world of one and runs the same code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runtime:
-    """Ranks as torchrun exports them. device: where this rank computes."""
+    """Ranks as torchrun exports them. device: this rank's compute device."""
 
     rank: int
     local_rank: int
@@ -38,7 +38,7 @@ class Runtime:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Sum numbers over all ranks, in float64. A collective."""
+        """Sum of numbers over all ranks, in float64. A collective."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
@@ -56,15 +56,15 @@ class Runtime:
         return box[0]
 
     def agree(self, work: Callable[[], T]) -> T:
-        """Do `work` on every rank and give back its result. A collective.
+        """Do `work` on every rank and return its result. A collective.
 
-        A CookbookError on any rank is raised on all of them: no rank waits for one that has given up.
+        A CookbookError on any rank is raised on all of them: no rank waits for one that has failed.
         """
         result, kind, problems = None, CookbookError, ()
         try:
             result = work()
         except CookbookError as error:
-            # All ranks will tell it, so it is no longer the problem of one.
+            # All ranks will report it, so it is no longer the problem of one.
             kind = EnvironmentProblem if isinstance(error, RankProblem) else type(error)
             problems = error.problems
         failed = [(kind, problems) for kind, problems in self.gather((kind, problems)) if problems]
@@ -74,7 +74,7 @@ class Runtime:
         return cast(T, result)
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, on every rank; small, and of this project's own making, for it is pickled. A
+        """The value of every rank, on every rank. It must be small and from this project, because it is pickled. A
         collective."""
         return gather(value)
 
@@ -87,8 +87,8 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def dropout_stream(plan: Plan, rank: int) -> int:
-    """The number of this rank's random stream: its own, but one for all ranks of a tensor-parallel group. What they
-    hold alike must be dropped alike, or their hidden states part."""
+    """Index of this rank's random stream: ranks of a tensor-parallel group share one, all others have their own. Equal
+    activations need equal dropout, or the hidden states of the ranks diverge."""
     return plan.dense.place(rank, lambda axis: not axis.joint)
 
 
@@ -100,8 +100,8 @@ def local_rank() -> int:
 def join_world(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
     """Enter the process group of the plan's world and leave it at the end.
 
-    The environment is left as it was found. Raises RankProblem when the device is missing. A collective that waits
-    longer than the timeout raises.
+    The environment is restored at the end. Raises RankProblem if the device is missing. A collective that exceeds the
+    timeout raises.
     """
     rank = int(os.environ.get("RANK", "0"))
     device = _device(plan)
@@ -110,7 +110,7 @@ def join_world(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
     with _environment_kept():
         launched = "RANK" in os.environ
         if not launched:
-            # DeepSpeed reads these when it is imported into a process that no launcher started.
+            # DeepSpeed reads these when it is imported into a process without a launcher.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         if plan.nodes == 1:
             stay_on_this_machine()
@@ -122,7 +122,7 @@ def join_world(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
         )
         try:
             yield Runtime(rank=rank, local_rank=local_rank(), world_size=plan.world_size, device=device)
-            # Without it a rank that is done first tears down the store that the others still use.
+            # Otherwise the first rank to finish would tear down the store that the others still use.
             dist.barrier()
         finally:
             leave_world()
@@ -130,7 +130,7 @@ def join_world(plan: Plan, *, timeout_minutes: float) -> Iterator[Runtime]:
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Put the variables of the world back at the end: the next run in this process has a world of its own."""
+    """Restore the world's variables at the end: the next run in this process has its own world."""
     names = (*VARIABLES, *SOCKET_VARIABLES)
     before = {name: os.environ[name] for name in names if name in os.environ}
     try:
@@ -142,9 +142,9 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _meeting(plan: Plan, rank: int, timeout: timedelta) -> dict[str, Any]:
-    """Where the ranks meet: nowhere, if there is one; else in the launcher's store, or in one that rank 0 opens.
+    """The rendezvous of the ranks: none for a world of one; else the launcher's store, or one that rank 0 opens.
 
-    Raises TrainingFailed when rank 0 cannot open it: another port may do, so that the run may be started again.
+    Raises TrainingFailed if rank 0 cannot open it: another port may work, so the run may be restarted.
     """
     if plan.world_size == 1:
         return {"store": HashStore(), "rank": 0, "world_size": 1}
@@ -153,7 +153,7 @@ def _meeting(plan: Plan, rank: int, timeout: timedelta) -> dict[str, Any]:
     if plan.nodes > 1 or agents_store or address not in (HOST, "localhost"):
         return _restarted(timeout)
     try:
-        # All ranks name their store: torch puts the keys of one that it makes itself under a prefix.
+        # All ranks name their store: torch prefixes the keys of a store that it makes itself.
         store = local_store(int(port), timeout) if rank == 0 else TCPStore(HOST, int(port), timeout=timeout)
     except OSError as error:
         raise TrainingFailed(
@@ -163,11 +163,11 @@ def _meeting(plan: Plan, rank: int, timeout: timedelta) -> dict[str, Any]:
 
 
 def _restarted(timeout: timedelta) -> dict[str, Any]:
-    """Where ranks meet that torchrun has started again (`--max-restarts`); nothing to say otherwise.
+    """Rendezvous of ranks that torchrun has restarted (`--max-restarts`); empty otherwise.
 
-    Its store outlives them, with the addresses at which the killed ranks listened, and torch 2.13 looks for this
-    start's under the same names. A rank that reads early gets stale addresses, so each restart uses its own names; on
-    one node only, because the agents of several nodes count their restarts separately.
+    Its store outlives them, with the addresses of the killed ranks, and torch 2.13 looks for this start's addresses
+    under the same names. A rank that reads early gets stale addresses, so each restart uses its own names; on one node
+    only, because the agents of several nodes count their restarts separately.
     """
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if not count or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
@@ -190,10 +190,10 @@ def _device(plan: Plan) -> torch.device:
 
 
 def leave_world() -> None:
-    """Destroy the process groups, and what DTensor has kept of them.
+    """Destroy the process groups, and DTensor's caches of them.
 
-    DTensor remembers where results lie by where their arguments do, and takes two meshes of the same ranks and names
-    for one: in the next world, or after a trace on a fake mesh, results would name groups that are gone.
+    DTensor caches the placement of results by the placement of arguments, and treats two meshes of the same ranks and
+    names as one: in the next world, or after a trace on a fake mesh, results would refer to destroyed groups.
     """
     from torch.distributed.tensor import DTensor, debug
 

@@ -1,4 +1,4 @@
-"""How torch's CUDA allocator is set up: by an environment variable that it reads once. Torch-free."""
+"""Setup of torch's CUDA allocator, through an environment variable that it reads once. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ OPTION = "expandable_segments"
 
 
 def set_segments(wanted: bool, environment: MutableMapping[str, str]) -> None:
-    """Add `cluster.expandable_segments` to what the user has set. Call it before torch is loaded.
+    """Add `cluster.expandable_segments` to the user's setting. Call it before torch is loaded.
 
-    Raises EnvironmentProblem where the user has set the opposite.
+    Raises EnvironmentProblem if the user has set the opposite.
     """
     name = next((name for name in (NAME, OLD_NAME) if environment.get(name, "").strip()), NAME)
     given = environment.get(name, "").strip().strip(",")

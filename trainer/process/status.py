@@ -1,4 +1,4 @@
-"""status.json: how a run stands, for whoever has only its folder. And the lock that keeps a second run out.
+"""status.json, the state of a run for readers of its folder, and the lock that keeps a second run out.
 
     state      running | finished | stopped | failed     a process that is killed leaves `running` behind, and no lock
     step       optimizer updates that were made
@@ -46,13 +46,13 @@ log = logging.getLogger(__name__)
 
 STATUS = "status.json"
 LOCK = ".lock"
-# The first rank that fails knows why; those that it leaves waiting fail of that.
+# The first rank that fails knows the cause; the ranks that wait for it fail as a consequence.
 _FIRST_FAILURE = ".first-failure"
 FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
 
 
 class RunStatus:
-    """Context of a run, on every rank: writes the status at its end, also when it breaks off. `begin` comes before.
+    """Context of a run, on every rank: writes the status at its end, also after an error. `begin` comes before.
 
     epochs: `train.epochs`."""
 
@@ -64,20 +64,20 @@ class RunStatus:
         self._more: Callable[[], Mapping[str, object]] = dict
 
     def follow(self, step: Callable[[], int], more: Callable[[], Mapping[str, object]]) -> None:
-        """step: gives the number of updates so far, whenever it is asked. more: `best` and `waited`, where they are."""
+        """step: returns the number of updates so far. more: `best` and `waited`, if there are any."""
         self._step, self._more = step, more
 
     def early(self, reason: str) -> None:
-        """The run ends before its last step, and is through."""
+        """The run ends before its last step, as finished."""
         self._early = reason
 
     def stopped(self, reason: str) -> int:
-        """The run ends because it was asked to. Returns the exit code."""
+        """The run ends on request. Returns the exit code."""
         self._stopped = reason
         return EXIT_STOPPED
 
     def begin(self) -> None:
-        """The run is on. Raises EnvironmentProblem, on rank 0 alone, where the folder cannot be written."""
+        """The run begins. Raises EnvironmentProblem, on rank 0 only, if the folder cannot be written."""
         with writing(self._folder):
             if self._rank == 0:
                 (self._folder / _FIRST_FAILURE).unlink(missing_ok=True)
@@ -97,7 +97,7 @@ class RunStatus:
             elif self._rank == 0:
                 self._write(FINISHED, self._early, EXIT_FINISHED)
         except OSError as refusal:
-            # How the run ended does not depend on whether that can be written down.
+            # The run's result does not depend on whether it can be written down.
             log.warning("%s: cannot be written (%s)", self._folder / STATUS, reason(refusal, self._folder))
         finally:
             unlock(self._folder)
@@ -112,7 +112,7 @@ class RunStatus:
             open(self._folder / _FIRST_FAILURE, "x").close()
         except FileExistsError:
             return  # another rank was first
-        except OSError:  # a disk without inodes left: whoever comes first is not known
+        except OSError:  # a disk without inodes: the first rank to fail is unknown
             if read_status(self._folder).get("state") == FAILED:
                 return
         retry = isinstance(error, RankStuck) or not isinstance(error, CookbookError)
@@ -145,38 +145,38 @@ def _put(folder: Path, content: dict[str, object]) -> None:
 
 
 def _ignore_loaders() -> None:
-    """torch raises the death of a loader process from a signal handler, wherever this process then is. Not while it
-    puts on record why it fails."""
-    for _ in range(2):  # it may come while it is turned off
+    """torch raises the death of a loader process from a signal handler, at any point of this process. Disabled while
+    the failure is recorded."""
+    for _ in range(2):  # it may arrive while it is being disabled
         with contextlib.suppress(RuntimeError, ValueError):  # ValueError: another thread than the main one
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def report_death(folder: Path, why: str) -> None:
-    """Put on record how the run ended, for a rank that was killed and could not. For its launcher, when all are gone.
+    """Record how the run ended, for a killed rank that could not. Called by its launcher when all ranks are gone.
 
-    The others wrote that a connection was closed, or that they were asked to stop. Does nothing where no run has begun,
-    or where it has reached its end.
+    The other ranks wrote that a connection was closed, or that they were asked to stop. Does nothing if no run has
+    begun, or if it has finished.
     """
     content = read_status(folder)
     if content and content.get("state") != FINISHED:
         content |= {"state": FAILED, "reason": why, "exit_code": EXIT_FAILED, "retry": True}
         try:
             _put(folder, content)
-        except OSError as refusal:  # the launcher's own last line says why
+        except OSError as refusal:  # the launcher's own last line gives the reason
             log.warning("%s: cannot be written (%s)", folder / STATUS, reason(refusal, folder))
 
 
 def read_status(folder: Path) -> dict[str, object]:
-    """What status.json says; empty where there is none that can be read."""
+    """Content of status.json; empty if it cannot be read."""
     return read_json(folder / STATUS)
 
 
 def check_unfinished(config: Config, folder: Path) -> None:
-    """Raises RunFinished where the folder's run is through and no further steps are asked for, and PlanError where they
-    are but cannot follow: the learning rate has been brought to its end, which more steps would move.
+    """Raises RunFinished if the folder's run is finished and no further steps are requested. Raises PlanError if they
+    are but cannot follow: the learning rate has decayed to its end, and more steps would change its schedule.
 
-    Under a constant schedule each step is the same however many follow, so the run goes on.
+    Under a constant schedule a step does not depend on their number, so the run continues.
     """
     status = read_status(folder)
     step = status.get("step")
@@ -206,13 +206,12 @@ def check_unfinished(config: Config, folder: Path) -> None:
 
 
 def is_through(status: Mapping[str, object], *, steps: int, epochs: float) -> bool:
-    """Whether the run is finished, and no more is asked for than it was to take."""
+    """Whether the run is finished, and no more steps are requested than it was to take."""
     if status.get("state") != FINISHED:
         return False
     step, before = status.get("step"), status.get("epochs")
     if epochs:
-        # How many steps they are is known when the data is there: after a run of steps the start ends at once, or
-        # trains on.
+        # The data determines the number of steps: after a run given in steps the start ends at once, or trains on.
         return status.get("waited") is None and isinstance(before, int | float) and epochs <= before
     return not isinstance(step, int) or steps <= step
 
@@ -221,10 +220,10 @@ _held: dict[Path, TextIO] = {}
 
 
 def lock(folder: Path) -> None:
-    """Make the folder this process's own until `unlock`, or until it ends, however it ends.
+    """Reserve the folder for this process until `unlock`, or until the process ends in any way.
 
-    Raises EnvironmentProblem naming the process that holds it. The lock is the kernel's (fcntl): it dies with its
-    process, also by SIGKILL, and is not inherited by loader processes that outlive it for a moment.
+    Raises EnvironmentProblem naming the process that holds it. The lock is the kernel's (fcntl): it is released with
+    its process, also by SIGKILL, and is not inherited by loader processes that outlive it for a moment.
     """
     if folder in _held:
         return
@@ -242,14 +241,14 @@ def lock(folder: Path) -> None:
 
 
 def unlock(folder: Path) -> None:
-    """Give the folder back: the process that has run in it may live on."""
+    """Release the folder: the process that has run in it may continue."""
     if (file := _held.pop(folder, None)) is not None:
         file.close()
 
 
 def check_idle(folder: Path) -> None:
-    """Raises EnvironmentProblem when a run is going on in the folder. For a launcher, whose ranks would need seconds to
-    find out, and could tell it only by an exit code."""
+    """Raises EnvironmentProblem if a run is under way in the folder. For a launcher, whose ranks would need seconds to
+    find out, and could report it only by an exit code."""
     with readable(folder / LOCK), contextlib.suppress(FileNotFoundError), open(folder / LOCK) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -266,7 +265,7 @@ def _taken(folder: Path, file: TextIO) -> EnvironmentProblem:
 
 
 def restarted_in(folder: Path) -> bool:
-    """Whether the folder was claimed by an earlier start of this very job, whose worker torchrun has restarted
+    """Whether the folder was claimed by an earlier start of the same job, whose worker torchrun has restarted
     (`--max-restarts`): the same overrides then mean to continue it."""
     if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         return False
@@ -277,7 +276,7 @@ def restarted_in(folder: Path) -> bool:
 
 
 def _launcher() -> str:
-    """The process that has started this one: its number, and its start, since numbers come again."""
+    """The process that started this one: its id, and its start time, since ids are reused."""
     import psutil
 
     parent = psutil.Process(os.getppid())

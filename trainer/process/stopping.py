@@ -6,10 +6,9 @@
     Run.stop                       a callback, on any rank (`trainer.report.callbacks`)
     its launcher is gone           see `lifeline`, which sends SIGTERM
 
-Nothing happens in the handler but a note. At the next step boundary the ranks agree, save a checkpoint, and the
-process ends with exit code 75, or 0 where COOKBOOK_QUIET_STOP is set. A second SIGINT ends it at once: the system's own
-handler is back in place by then, so that works even where Python itself is stuck, and a save that it cuts off was never
-committed.
+The handler only records the request. At the next step boundary the ranks agree, save a checkpoint, and the process ends
+with exit code 75, or 0 if COOKBOOK_QUIET_STOP is set. A second SIGINT ends it at once: by then the system's own handler
+is restored, so this works even if Python itself is stuck, and an interrupted save was never committed.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ log = logging.getLogger(__name__)
 
 STOP_FILE = "STOP"
 QUIET_STOP = "COOKBOOK_QUIET_STOP"
-"""Variable that makes 0 of the exit code 75, for whoever reads status.json: launchers take any other code for a
+"""Variable that turns exit code 75 into 0, for supervisors that read status.json: launchers treat any other code as a
 failure, end the other ranks, and fill the log with a report."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequests:
-    """Context in which the signals are noted. folder: of the run; None on ranks that need not look for the file."""
+    """Context in which signals are recorded. folder: of the run; None on ranks that need not look for the file."""
 
     def __init__(self, folder: Path | None) -> None:
         self._file = folder / STOP_FILE if folder else None
@@ -43,7 +42,7 @@ class StopRequests:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        # Python runs handlers in the main thread only, and lets no other one install them.
+        # Python runs handlers only in the main thread, and only that thread may install them.
         if threading.current_thread() is threading.main_thread():
             nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             ours = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
@@ -52,20 +51,20 @@ class StopRequests:
 
     def __exit__(self, *_: object) -> None:
         if self._obeyed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # A launcher that sees the first rank leave sends SIGTERM to the others, which are on their way out too.
+            # A launcher that sees the first rank leave sends SIGTERM to the others, which are about to end too.
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def reason(self) -> str | None:
         """Why this rank was asked to stop; None if it was not."""
-        # A file system that does not answer for a moment must not end the run: `Path.exists` would raise.
+        # A file system that does not answer for a moment must not end the run; `Path.exists` would raise.
         if self._signal is None and self._file is not None and os.path.exists(self._file):
             return f"{self._file} is there"
         return self._signal
 
     def ask(self, reason: str) -> None:
-        """Stop, as a signal to this rank would."""
+        """Stop, as if this rank had received a signal."""
         self._signal = self._signal or reason
 
     def obeyed(self) -> None:

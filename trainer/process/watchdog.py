@@ -1,12 +1,12 @@
-"""A rank that is stuck ends the job, by name, with the stacks of all ranks on record.
+"""Ends the job when a rank is stuck: reports the rank by name, and records the stacks of all ranks.
 
     RUN_DIR/logs/stacks-rank-00003.txt    where each thread of that rank was
-    RUN_DIR/logs/position-rank-00003.json what it was doing, in which collective, and when it was last seen to move
+    RUN_DIR/logs/position-rank-00003.json its activity, its collective, and when it last moved
 
-Whoever notices first calls for the stacks: a rank whose collective ran into `train.timeout_minutes`, or a rank whose
-own main thread has not moved for that long. A thread on every rank hears the call (a file, because the process group
-is what does not work any more), writes down where its rank is, and so tells a rank that waits from one that is stuck.
-A rank that does not answer is stopped or its machine is gone.
+The first to notice requests the stacks: a rank whose collective exceeded `train.timeout_minutes`, or a rank whose own
+main thread has not moved for that long. A thread on every rank sees the request (a file, because the process group no
+longer works) and writes down its rank's position, which distinguishes a waiting rank from a stuck one. A rank without
+an answer is stopped or its machine is gone.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _TORCH = os.path.join("torch", "distributed", "")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """moved: seconds since the main thread was last seen to move. collective: that it waits in; None outside of one.
-    line: of the program, the innermost outside of torch."""
+    """moved: seconds since the main thread last moved. collective: the one that it waits in; None outside of one. line:
+    innermost line of the program outside torch."""
 
     doing: str
     moved: float
@@ -51,7 +51,7 @@ class Position:
 
 
 class _Marks:
-    """What the main thread is doing, and since when. One process, one main thread: hence one for the process."""
+    """The main thread's activity, and its start. Each process has one main thread, hence one object."""
 
     def __init__(self) -> None:
         self.doing, self.since = "start", time.monotonic()
@@ -61,12 +61,12 @@ _marks = _Marks()
 
 
 def at(doing: str) -> None:
-    """The main thread moves on to this. Costs nothing next to what it marks."""
+    """The main thread begins this activity. The cost is negligible."""
     _marks.doing, _marks.since = doing, time.monotonic()
 
 
 def watched(items: Iterable[T], doing: str) -> Iterator[T]:
-    """The same items; each of them is a sign of life."""
+    """The same items; each counts as progress."""
     for item in items:
         at(doing)
         yield item
@@ -84,7 +84,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        """A collective: no rank may hear a call of an earlier start of the run."""
+        """A collective: no rank may see a request from an earlier start of the run."""
         self._runtime.agree(self._clear)
         at("start")
         self._thread.start()
@@ -111,10 +111,10 @@ class Watchdog:
         while not self._ended.wait(self._pause):
             if (self._folder / CALL).exists():
                 self._answer()
-                # Who can end by itself, ends: by the exception of its collective.
+                # A rank that can end by itself does so: by the exception of its collective.
                 if not self._ended.wait(4 * self._pause + 5):
                     os._exit(EXIT_FAILED)
-            # Collectives have the same limit: a rank that waits in one learns it from its exception, a moment later.
+            # Collectives have the same limit: a rank that waits in one gets its exception a moment later.
             elif time.monotonic() - _marks.since > self._limit + 2 * self._pause:
                 self._call()
                 self._answer()
@@ -126,8 +126,8 @@ class Watchdog:
         (self._folder / CALL).touch()
 
     def _answer(self, trace: TracebackType | None = None) -> None:
-        """Stacks of all threads, then the position: who reads the position finds the stacks complete. trace: of a main
-        thread that has come out of its collective by an exception."""
+        """Stacks of all threads, then the position, so a reader of the position finds complete stacks. trace: of a main
+        thread that left its collective by an exception."""
         rank = self._runtime.rank
         with open(self._folder / f"stacks-rank-{rank:05d}.txt", "w") as file:
             if trace is not None:
@@ -149,7 +149,7 @@ class Watchdog:
         )
 
     def _verdict(self) -> str:
-        """One line: who is stuck, and where. Waits until every rank has had time to answer."""
+        """One line: the stuck ranks, and where. Waits until every rank has had time to answer."""
         time.sleep(2 * self._pause + 1)
         silent, elsewhere, waiting = [], [], []
         for rank in range(self._runtime.world_size):
@@ -172,7 +172,7 @@ class Watchdog:
 
 
 def _collective(frame: FrameType | None) -> str | None:
-    """The outermost function of torch.distributed that the thread is in and that waits for others."""
+    """The outermost function of torch.distributed in which the thread waits for other ranks."""
     found = None
     while frame is not None:
         if _TORCH in frame.f_code.co_filename and _COLLECTIVES.search(frame.f_code.co_name):

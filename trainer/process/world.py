@@ -1,9 +1,9 @@
-"""The world that a launcher announces to a rank in environment variables, checked before any rank waits for another.
+"""The world that a launcher gives a rank in environment variables, checked before any rank waits for another.
 
     RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT       torchrun, accelerate launch
     the same, with LOCAL_SIZE for LOCAL_WORLD_SIZE                            deepspeed
 
-Also what accelerate's launcher exports of its own configuration file, which decides nothing here. Imports no torch.
+Also the settings that accelerate's launcher exports from its configuration file, which have no effect here. No torch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ VARIABLES = (
 )
 LAST_PORT = 65535
 PLAN_SHOWN = "COOKBOOK_PLAN_SHOWN"
-"""Variable that is set where whoever starts the ranks has printed the plan."""
+"""Variable that is set if the program that starts the ranks has printed the plan."""
 REMEDY = "torchrun, deepspeed and accelerate launch set it; to train in one process, unset RANK"
-# Variable of accelerate's launcher, the values that ask for nothing, what the variable asks for, and our key for it.
+# A variable of accelerate's launcher, its neutral values, the setting it requests, and our key for it.
 ACCELERATE = (
     ("ACCELERATE_USE_FSDP", ("false",), "FSDP", "parallel=fsdp"),
     ("ACCELERATE_USE_DEEPSPEED", ("false",), "DeepSpeed", "parallel=zero2 or zero3"),
@@ -47,11 +47,11 @@ ACCELERATE = (
 
 
 def for_children(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a launcher that this process starts.
+    """The environment for a launcher that this process starts.
 
-    Without the world that surrounds the caller: ranks that believed in that one would wait for processes that do not
-    exist. And with a search path that the working directory has no part in: it may hold a folder `configs` or a file
-    `trainer.py`. A module of the user's own is found by PYTHONPATH, or where it is installed.
+    It omits the caller's own world: ranks that used it would wait for processes that do not exist. Its search path
+    omits the working directory, which may hold a folder `configs` or a file `trainer.py`. A user's own module is found
+    on PYTHONPATH, or where it is installed.
     """
     ours = {name: value for name, value in environment.items() if name not in VARIABLES}
     ours["PYTHONSAFEPATH"] = "1"
@@ -64,13 +64,13 @@ def for_children(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def speaks_for_node(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process prints the problems that all ranks of a node meet: one of them does."""
+    """Whether this process prints the problems that all ranks of a node share: one of them does."""
     return "RANK" not in environment or environment.get("LOCAL_RANK", "0").strip() == "0"
 
 
 def check_world(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises EnvironmentProblem with a line for each variable that does not describe a place among ranks; RankProblem
-    where this rank alone is wrong. Without RANK there is no launcher, and the other variables decide nothing."""
+    """Raises EnvironmentProblem with one line for each invalid variable; RankProblem if only this rank's are wrong.
+    Without RANK there is no launcher, and the other variables are ignored."""
     if "RANK" not in environment:
         return
     own, shared = _numbers(environment)
@@ -82,7 +82,7 @@ def check_world(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _numbers(environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Problems of this rank's own numbers, and of those that all ranks are given."""
+    """Problems of this rank's own numbers, and of those that all ranks share."""
     sizes = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", sizes)
     found = {name: _number(environment[name]) for name in names if name in environment}
@@ -104,7 +104,7 @@ def _numbers(environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
 
 
 def _meeting_place(environment: Mapping[str, str]) -> list[str]:
-    """Problems of MASTER_ADDR and MASTER_PORT, which ranks of a world of one do not need."""
+    """Problems of MASTER_ADDR and MASTER_PORT, which a world of one does not need."""
     needed = (_number(environment.get("WORLD_SIZE", "")) or 0) > 1
     lines = [
         f"{name}: not set, though WORLD_SIZE={environment['WORLD_SIZE']} ranks must meet there; {REMEDY}"
@@ -118,12 +118,12 @@ def _meeting_place(environment: Mapping[str, str]) -> list[str]:
 
 
 def _number(text: str) -> int | None:
-    # int() also takes digits of other scripts, signs and underscores, which no launcher writes.
+    # int() also accepts digits of other scripts, signs and underscores, which no launcher writes.
     return int(text) if text.strip().isascii() and text.strip().isdigit() and len(text) < 10 else None
 
 
 def accelerate_note(environment: Mapping[str, str] = os.environ) -> str | None:
-    """One line about what accelerate's launcher was asked for and the trainer does not do; None if that is nothing."""
+    """One line about settings of accelerate's launcher that have no effect here; None if there are none."""
     asked: list[str] = []
     for name, nothing, what, key in ACCELERATE:
         value = environment.get(name, "").strip().lower()

@@ -6,14 +6,14 @@
     3       everything P / W, parameters gathered module by module              the optimizer's, parameters
 
 DeepSpeed owns partitions, collectives and the order of the update. Model, values, loss, optimizer, learning rate and
-loss scale are the same objects as under the torch engine, so that the two differ in layout alone. What 16 bit means:
+loss scale are the same objects as under the torch engine, so the two differ only in layout. In 16 bit:
 
     stage               a micro-batch's gradient       crosses the ranks in           adds up in
     1                   param_dtype                    reduce_dtype, once a step      float32, whole
     2                   param_dtype, divided by W      reduce_dtype, each backward    float32, P / W
     3                   reduce_dtype, divided by W     reduce_dtype, each backward    float32, P / W
 
-Master weights are float32 copies of the parameters as rounded to param_dtype; the torch engine starts from the
+Master weights are float32 copies of the parameters after rounding to param_dtype; the torch engine starts from the
 float32 values. A checkpoint in 16 bit is the same for both.
 """
 
@@ -72,7 +72,7 @@ class DeepSpeedEngine:
         runtime.agree(lambda: check_deepspeed(config, plan))
         deepspeed = import_deepspeed(plan.device)
         runtime.agree(lambda: load_kernels(needed_kernels(config, plan), local_rank=runtime.local_rank))
-        # Takes over the process group that `runtime.join_world` has made; zero.Init needs it before `initialize`.
+        # Uses the process group that `runtime.join_world` has made; zero.Init needs it before `initialize`.
         deepspeed.init_distributed(verbose=False)
         apply_tf32(config.precision)
         self.plan, self.runtime = plan, runtime
@@ -90,7 +90,7 @@ class DeepSpeedEngine:
             raise
 
     def _build(self, config: Config, deepspeed: ModuleType) -> None:
-        """Fill the model, leaving this rank its part of each unit, and put it into DeepSpeed's hands."""
+        """Fill the model, keeping only this rank's part of each unit, and pass it to DeepSpeed."""
         plan, swap_folder = self.plan, str(self.swap.path) if self.swap else None
         settings: dict[str, Any] = {}
 
@@ -113,7 +113,7 @@ class DeepSpeedEngine:
         unit = model_parallel_unit(self.mesh) if parts.tensor else None
         self.settings = parts.config.optimizer
         self.optimizer = build_optimizer(parts.model.named_parameters(), parts.described, self.settings)
-        with redirect_stdout(io.StringIO()):  # memory readings that its bfloat16 optimizer prints unasked
+        with redirect_stdout(io.StringIO()):  # its bfloat16 optimizer prints memory readings
             self.engine: Any = deepspeed.initialize(
                 model=parts.model, optimizer=self.optimizer, config=settings, mpu=unit
             )[0]
@@ -200,7 +200,7 @@ class DeepSpeedEngine:
             self._announce_scale()
 
     def close(self) -> None:
-        # Without a collective: a rank that failed closes too, while the others wait for it elsewhere.
+        # Without a collective: a failed rank closes too, while the others wait for it elsewhere.
         if self.swap is not None:
             self.swap.close()
         for line in messages_sent() if self.counts_messages else ():
@@ -218,6 +218,6 @@ class DeepSpeedEngine:
         return self.mesh[TENSOR].get_local_rank() == 0
 
     def _announce_scale(self) -> None:
-        """From the next backward on DeepSpeed scales the loss, and un-scales the gradient, by this number."""
+        """From the next backward on DeepSpeed multiplies the loss by this number, and divides the gradient by it."""
         if self.loss_scale:
             self.engine.optimizer.override_loss_scale(self.loss_scale.value)

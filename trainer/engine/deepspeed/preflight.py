@@ -1,7 +1,7 @@
-"""What only the machine of the job can answer, asked before anything is built: libraries, kernels, disks.
+"""Checks that need the job's machine, made before anything is built: libraries, kernels, disks.
 
-`plan` has checked what the overrides mean. A rank that lacks something raises here, in a line with key, value, rule and
-remedy, rather than minutes later inside a library.
+`plan` has checked the meaning of the overrides. A rank that lacks something raises here, in a line with key, value,
+rule and remedy, rather than minutes later inside a library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from trainer.plan.plan import Plan
 
 
 def check_deepspeed(config: Config, plan: Plan) -> None:
-    """Raises EnvironmentProblem with everything this machine lacks for the DeepSpeed engine. Imports DeepSpeed."""
+    """Raises EnvironmentProblem with everything that DeepSpeed's engine needs and this machine lacks. Imports
+    DeepSpeed."""
     problems = list(_check_version())
     if not problems:
         problems = [*_check_dtype(plan), *_check_swap_folder(config, plan), *_check_kernels(config, plan)]
@@ -78,7 +79,7 @@ def _check_swap_folder(config: Config, plan: Plan) -> Iterator[str]:
     else:
         try:
             with tempfile.NamedTemporaryFile(dir=folder) as probe:
-                # The kernel reads and writes past the page cache, which not every file system can.
+                # The kernel bypasses the page cache, which not every file system supports.
                 os.close(os.open(probe.name, os.O_RDWR | os.O_DIRECT))
         except OSError as error:
             yield (
@@ -88,7 +89,7 @@ def _check_swap_folder(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def _check_kernels(config: Config, plan: Plan) -> Iterator[str]:
-    """A kernel that is not built into the installed package is compiled at first use."""
+    """A kernel that the installed package does not contain is compiled at first use."""
     from deepspeed.git_version_info import installed_ops
 
     compiler = os.environ.get("CXX", "c++")

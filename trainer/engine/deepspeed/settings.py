@@ -1,6 +1,6 @@
-"""Which of DeepSpeed's settings may be given when: `parallel.deepspeed.*`, without torch and without DeepSpeed.
+"""Validity of DeepSpeed's settings, `parallel.deepspeed.*`, without torch and without DeepSpeed.
 
-DeepSpeed ignores a setting that its optimizer of a stage does not read. Here it is refused.
+DeepSpeed ignores a setting that a stage's optimizer does not read. Here it is refused.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _accumulation(config: Config) -> Iterator[str]:
 
 
 def _together(config: Config, name: str, key: str, value: Any) -> Iterator[str]:
-    """What a setting asks of others."""
+    """Requirements of a setting on other settings."""
     offload, own = config.parallel.offload, config.parallel.deepspeed
     if name == "stage3_prefetch_bucket_size" and offload.parameters is OffloadDevice.nvme and value:
         yield f"{key}: parameters on disk are read when they are needed, not ahead; use 0, or leave it out"
@@ -134,7 +134,7 @@ def _together(config: Config, name: str, key: str, value: Any) -> Iterator[str]:
 
 
 def check_groups(config: Config, ranks: int) -> Iterator[str]:
-    """ranks: over which ZeRO partitions."""
+    """ranks: number of ranks over which ZeRO partitions."""
     size = config.parallel.deepspeed.zero_hpz_partition_size
     if size is not None and ranks % size:
         yield (

@@ -1,7 +1,7 @@
-"""What DeepSpeed needs around it: its import, its compiled kernels, a model partitioned while it is filled, and a
-way to drop a gradient.
+"""DeepSpeed's surroundings: its import, its compiled kernels, a model that is partitioned while it is filled, and a way
+to drop a gradient.
 
-Everything here that reaches below DeepSpeed's documented interface is pinned by a test and by `LOWEST_VERSION`.
+A test and `LOWEST_VERSION` pin everything here that uses DeepSpeed's undocumented interfaces.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from trainer.plan.plan import Plan
 
 log = logging.getLogger(__name__)
 
-# From this version on every stage leaves out an update whose gradient is not finite, whatever the dtype, and ZeRO 2
-# adds up 16-bit gradients in float32.
+# From this version on every stage skips an update whose gradient is not finite, whatever the dtype, and ZeRO 2 adds up
+# 16-bit gradients in float32.
 VERSIONS = ">=0.19.8,<0.20"  # as in pyproject.toml
 LOWEST_VERSION = VERSIONS.removeprefix(">=").partition(",")[0]
 
 
 def import_deepspeed(device: str) -> ModuleType:
-    """DeepSpeed, bound to the plan's kind of device ("cpu" or "cuda") and quiet. Costs seconds."""
+    """DeepSpeed, set to the plan's kind of device ("cpu" or "cuda") and quiet. Takes seconds."""
     # Read once, at import. Without it a CPU run on a GPU machine would train on the GPU.
     os.environ["DS_ACCELERATOR"] = device
-    # Collectives that newer torch versions have renamed; nothing that a reader of the log can act upon.
+    # Collectives that newer torch versions have renamed; the reader of a log can do nothing about it.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", message=rf".*{name}.* is deprecated", category=FutureWarning)
     import deepspeed
@@ -45,7 +45,7 @@ def import_deepspeed(device: str) -> ModuleType:
 
     if device == "cpu":
         # Joining the process group would compile a shared-memory all-reduce for half a minute, which training never
-        # calls, and fail where there is no compiler. Nothing but this table decides about it.
+        # calls, and fail without a compiler. Only this table decides about it.
         ops: Any = deepspeed.ops
         ops.__compatible_ops__ = {}
     _forget_earlier_run()
@@ -56,8 +56,8 @@ def import_deepspeed(device: str) -> ModuleType:
 
 
 def _forget_earlier_run() -> None:
-    """DeepSpeed keeps its process groups in variables of its modules: those of an earlier run in this process are gone
-    with that run's world."""
+    """DeepSpeed keeps its process groups in module variables: those of an earlier run in this process ended with that
+    run's world."""
     from deepspeed.comm import comm
     from deepspeed.utils import groups
 
@@ -72,12 +72,12 @@ def _forget_earlier_run() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Left-out updates are reported by the loop, with the step and what to do."""
+    """The loop reports skipped updates, with the step and the remedy."""
     return "OVERFLOW" not in record.getMessage()
 
 
 def needed_kernels(config: Config, plan: Plan) -> dict[str, str]:
-    """Compiled parts of DeepSpeed that the run calls: {name of the op: the key=value that asks for it}."""
+    """Compiled parts of DeepSpeed that the run calls: {name of the op: the key=value that needs it}."""
     kernels = {}
     for key, device in (("optimizer", plan.offload_optimizer), ("parameters", plan.offload_parameters)):
         if device is OffloadDevice.nvme:
@@ -88,9 +88,9 @@ def needed_kernels(config: Config, plan: Plan) -> dict[str, str]:
 
 
 def load_kernels(kernels: dict[str, str], *, local_rank: int) -> None:
-    """Load the ops, compiling them if this is the first time (minutes; one rank per node does it, the others wait).
+    """Load the ops, compiling them at first use (minutes; one rank per node compiles, the others wait).
 
-    kernels: as `needed_kernels` gives. Raises EnvironmentProblem when the compiler fails.
+    kernels: from `needed_kernels`. Raises EnvironmentProblem if the compiler fails.
     """
     find_ninja()
     for name, wanted_by in kernels.items():
@@ -98,7 +98,7 @@ def load_kernels(kernels: dict[str, str], *, local_rank: int) -> None:
             _announce(name)
         try:
             op_builder(name).load(verbose=False)
-        except Exception as error:  # compiler, linker, loader, missing CUDA: each has its own
+        except Exception as error:  # compiler, linker, loader, missing CUDA: each has its own error
             raise EnvironmentProblem(
                 f"{wanted_by}: DeepSpeed's {name} kernel did not compile: {first_line(error)}"
             ) from None
@@ -114,8 +114,8 @@ def op_builder(name: str) -> Any:
 
 
 def find_ninja() -> bool:
-    """Whether ninja, which compiles the kernels, can be started. It is looked for beside the interpreter too: an
-    environment that is used without being activated is not on the PATH."""
+    """Whether ninja, which compiles the kernels, can be started. Looks next to the interpreter too: an environment that
+    is used without being activated is not on the PATH."""
     if shutil.which("ninja") is None:
         beside = Path(sys.executable).parent
         if (beside / "ninja").exists():
@@ -126,15 +126,15 @@ def find_ninja() -> bool:
 def _announce(name: str) -> None:
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
     if (folder / "lock").exists():
-        # A build that was killed leaves its lock, and every later run would wait for ever without a word.
+        # A killed build leaves its lock, and every later run would wait for ever without a message.
         log.warning("%s/lock: another process is compiling; if none is, delete this file", folder)
     elif not (folder / f"{name}.so").exists():
         log.warning("compiling DeepSpeed's %s kernel into %s: minutes, once per machine", name, folder)
 
 
 class Partitioner:
-    """Called with each unit of the model that has been filled: leaves this rank a W-th part of its parameters, where
-    the plan wants them. No rank ever holds more than one unit whole."""
+    """Called with each filled unit of the model: keeps this rank's W-th part of its parameters, if the plan partitions
+    them. No rank ever holds more than one unit whole."""
 
     def __init__(self, deepspeed: ModuleType, settings: dict[str, Any]) -> None:
         self.deepspeed, self.settings = deepspeed, settings
@@ -145,16 +145,16 @@ class Partitioner:
             module=unit,
             # The dtype comes from here. Given as an argument, it is ignored on devices without float16.
             config_dict_or_path=self.settings,
-            # One swapper for the whole model; each makes its own buffers.
+            # One swapper for the whole model; otherwise each makes its own buffers.
             param_swapper=self.swapper,
-            # The ranks of a second copy (hpZ) alike: it makes their group once.
+            # Likewise the ranks of a second copy (hpZ): it makes their group once.
             zero_param_parallel_group=self.sharing,
         )
         self.swapper, self.sharing = init.param_swapper, init.zero_param_process_group
 
 
 def messages_sent() -> Iterator[str]:
-    """What DeepSpeed has counted since it was asked to, in lines, and forget it."""
+    """DeepSpeed's message counts since they were enabled, as lines; resets them."""
     from deepspeed.comm.comm import comms_logger
 
     its_log: Any = comms_logger
@@ -166,8 +166,8 @@ def messages_sent() -> Iterator[str]:
 
 
 def drop_gradient(optimizer: Any) -> None:
-    """Forget the accumulated gradient, as DeepSpeed does itself when it leaves out an update, but without telling the
-    loss scale. optimizer: `engine.optimizer` of any stage."""
+    """Drop the accumulated gradient, as DeepSpeed does when it skips an update, but without notifying the loss scale.
+    optimizer: `engine.optimizer` of any stage."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
@@ -175,7 +175,7 @@ def drop_gradient(optimizer: Any) -> None:
     if isinstance(optimizer, BF16_Optimizer):
         optimizer.clear_hp_grads()
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        # The next backward would add to what is left here instead of starting from zero.
+        # Otherwise the next backward would add to the rest instead of starting from zero.
         optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
         if optimizer.cpu_offload:
             optimizer.reset_cpu_buffers()

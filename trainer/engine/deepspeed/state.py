@@ -1,8 +1,8 @@
-"""State of the DeepSpeed engine, whole for a checkpoint and cut to this rank's share again.
+"""State of the DeepSpeed engine: whole for a checkpoint, and divided into each rank's share again.
 
-ZeRO flattens the parameters of a group into one long row and gives each rank a piece of it (stages 1 and 2), or cuts
-every parameter into W pieces and flattens those that it updates together (stage 3). DeepSpeed's own checkpoints keep
-these pieces, and pickle them; what is read and written here is each parameter's own whole tensor.
+ZeRO flattens the parameters of a group into one long row and gives each rank a piece of it (stages 1 and 2), or divides
+every parameter into W pieces and flattens those that it updates together (stage 3). DeepSpeed's own checkpoints pickle
+these pieces; this module reads and writes each parameter's whole tensor.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Cuts = Mapping[str, Cut]
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What has a state: all parameters, or adapters alone."""
+    """Parameters with a state: all, or only adapters."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def frozen(model: nn.Module, cuts: Cuts) -> Iterator[tuple[str, torch.Tensor]]:
-    """What gets no gradient, whole. ZeRO has no master weights of it. A collective."""
+    """Parameters without gradient, whole. ZeRO has no master weights of them. A collective."""
     import deepspeed
 
     for name, parameter in model.named_parameters():
@@ -44,8 +44,8 @@ def frozen(model: nn.Module, cuts: Cuts) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def save_state(model: nn.Module, zero: Any, cuts: Cuts, *, whole: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """As `Engine.state`. zero: `engine.optimizer` of any stage. cuts: of the divided parameters, by name. whole: what
-    gets no gradient too."""
+    """As `Engine.state`. zero: `engine.optimizer` of any stage. cuts: of the divided parameters, by name. whole:
+    include parameters without gradient."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     dealer, rank, kinds = Dealer(range(dist.get_world_size())), dist.get_rank(), _kinds(zero)
@@ -65,14 +65,14 @@ def save_state(model: nn.Module, zero: Any, cuts: Cuts, *, whole: bool) -> Itera
 
 
 def optimizer_steps(zero: Any) -> int:
-    """Updates that Adam has counted; 0 for an optimizer that counts none."""
+    """Number of updates that Adam has counted; 0 for an optimizer that does not count."""
     state = next(iter(zero.optimizer.state.values()), {})
     return int(state.get(COUNTER, 0))
 
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """Makes what the optimizer would have made of a row in its first step, `steps` steps ago."""
+    """Creates the states that the optimizer would have created for a row in its first step, `steps` steps ago."""
 
     settings: Settings
     steps: int
@@ -85,7 +85,7 @@ class Fresh:
 
 @torch.no_grad()
 def load_state(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, *, stage: int, fresh: Fresh, whole: bool) -> None:
-    """Write this rank's share of every tensor into master weights and optimizer, then refresh what is computed with."""
+    """Write this rank's share of every tensor into master weights and optimizer, then refresh the compute copies."""
     for name, parameter in model.named_parameters():
         if whole or parameter.requires_grad:
             shape = cuts[name].shape if name in cuts else getattr(parameter, "ds_shape", parameter.shape)
@@ -125,7 +125,7 @@ def _load_rows(model: nn.Module, zero: Any, saved: Saved, cuts: Cuts, fresh: Fre
 
 
 def _part(saved: Saved, key: str, cut: Cut | None, parameter: torch.Tensor) -> torch.Tensor:
-    """What tensor parallel leaves this rank of a saved tensor; all of it without."""
+    """The part of a saved tensor that tensor parallel gives this rank; all of it without tensor parallel."""
     whole = saved.read(key)
     if cut is None:
         return whole
@@ -153,7 +153,7 @@ def _load_partitions(parameters: dict[str, Any], zero: Any, saved: Saved, fresh:
             first = zero._get_param_partition_rank(parameter) * length
             for kind, target in (("model", row.data), *((kind, state[kind]) for kind in kinds)):
                 share = saved.read(f"{kind}/{names[parameter.ds_id]}").flatten()[first : first + length]
-                # The last rank's piece is filled up: W pieces of one length may be more than the parameter.
+                # The last rank's piece is padded: W equal pieces may exceed the parameter.
                 target[start : start + len(share)].copy_(share)
         zero._reassign_or_swap_out_partitioned_parameters(number)
         if swapped:
@@ -162,8 +162,8 @@ def _load_partitions(parameters: dict[str, Any], zero: Any, saved: Saved, fresh:
 
 
 def _link_states(zero: Any) -> None:
-    """Stages 1 and 2: tell each parameter its place in the optimizer's states. DeepSpeed does it once, when the first
-    parameter group has been updated: the second group has no states then, and would never be linked."""
+    """Stages 1 and 2: link each parameter to its place in the optimizer's states. DeepSpeed does it once, after
+    updating the first parameter group; the second group has no states then, and would never be linked."""
     if _kinds(zero) and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()

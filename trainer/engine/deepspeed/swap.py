@@ -1,11 +1,11 @@
-"""The folder on an NVMe disk that a run swaps to: its own, and gone when the run is, however it ended.
+"""A run's own swap folder on an NVMe disk, which is deleted however the run ends.
 
     NVME_PATH/swap-0123456789ab          DeepSpeed's files, one folder per rank in it
     NVME_PATH/swap-0123456789ab.lock     held by each of its ranks
 
-The files are of no use to a later start, which reads its states from a checkpoint, and are as large as these states.
-A run that is killed cannot delete them; the next start on that disk does. The lock tells whether the owner lives: it is
-the kernel's and goes with the process, by SIGKILL too, so that no living run loses its files.
+The files are useless to a later start, which reads its states from a checkpoint, and are as large as these states. A
+killed run cannot delete them; the next start on that disk does. The lock shows whether the owner is alive: the kernel
+holds it and releases it with the process, also after SIGKILL, so no living run loses its files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SwapFolder:
     """A folder of this run alone below `parallel.offload.nvme_path`, the same name on every rank and node."""
 
     def __init__(self, nvme_path: str, runtime: Runtime) -> None:
-        """A collective. The disk has been found writable."""
+        """A collective. The disk was found writable before."""
         root = Path(nvme_path).expanduser().resolve()
         root.mkdir(parents=True, exist_ok=True)
         if runtime.local_rank == 0:
@@ -37,9 +37,9 @@ class SwapFolder:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def close(self) -> None:
-        """Delete what this rank has swapped, and the folder with the last of its ranks. No collective."""
-        # Bottom up, so that a folder comes after what is in it. `os.walk` passes over what another rank, which closes
-        # at the same time, deletes before it gets there.
+        """Delete this rank's swap files, and the folder with the last of its ranks. No collective."""
+        # Bottom up, so a folder comes after its contents. `os.walk` skips entries that another rank, which closes at
+        # the same time, has already deleted.
         for folder, _, _ in os.walk(self.path, topdown=False):
             if Path(folder).name == f"rank{self._rank}":
                 shutil.rmtree(folder, ignore_errors=True)
@@ -52,7 +52,7 @@ class SwapFolder:
 
 
 def remove_dead(root: Path) -> None:
-    """Delete the swap folders below `root` that no living process holds. A folder without a lock is somebody else's."""
+    """Delete the swap folders below `root` that no living process holds. A folder without a lock is not ours."""
     for path in root.glob(f"swap-*{_LOCK}"):
         with suppress(OSError), open(path, "a") as lock:  # held; deleted by another start just now; another user's
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

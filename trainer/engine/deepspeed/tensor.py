@@ -1,13 +1,13 @@
-"""ZeRO 1 and 2 over tensor parallel: what DeepSpeed must know of a model whose matrices are divided.
+"""ZeRO 1 and 2 over tensor parallel: the facts that DeepSpeed needs about a model with divided matrices.
 
     4 ranks, dp_shard 2 x tp 2          tp 0         tp 1
                             dp_shard 0  W[:, left]   W[:, right]     rows: tensor parallel, as under the torch engine
                             dp_shard 1  W[:, left]   W[:, right]     columns: ZeRO partitions what a tp rank has left
 
-The division itself is `parallel.tensor`, so its collectives and its self-check are the same under both engines. Then
-the parts become plain parameters, the only kind that ZeRO can flatten, and DeepSpeed gets the two groups: it averages
+`parallel.tensor` makes the division, so its collectives and its self-check are the same under both engines. Then the
+parts become plain parameters, the only kind that ZeRO can flatten, and DeepSpeed gets the two groups. It averages
 gradients and partitions states over the columns, and adds the squares of the norm over the rows, those of an undivided
-parameter once. With stage 3 DeepSpeed would gather and partition inside the regions; FSDP2 does that already.
+parameter once. Stage 3 of DeepSpeed would gather and partition inside the regions; FSDP2 does that already.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _same(answer: object) -> object:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a rank's part lies in the whole parameter."""
+    """Position of a rank's part in the whole parameter."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -51,15 +51,15 @@ class Cut:
     stride: tuple[int, ...]
 
     def around(self, part: torch.Tensor) -> DTensor:
-        """`part` (of this rank, any dtype) as what it is a part of. Shares memory with it."""
+        """View `part` (of this rank, any dtype) as a part of the whole. Shares memory with it."""
         return DTensor.from_local(part, self.mesh, self.placements, shape=self.shape, stride=self.stride)
 
 
 def make_plain(model: nn.Module, tensor: TensorParallel) -> dict[str, Cut]:
-    """Put this rank's part in the place of each DTensor parameter, tied ones still one. Returns how each was cut.
+    """Replace each DTensor parameter by this rank's part; tied ones stay tied. Returns how each was divided.
 
-    The parameters that see only a part of their gradient are completed in each backward, before DeepSpeed takes the
-    gradient away into its buckets: a hook sees this micro-batch's alone, so that nothing is counted twice.
+    Each backward completes the parameters that see only a part of their gradient, before DeepSpeed moves the gradient
+    into its buckets: a hook sees only this micro-batch's gradient, so nothing is counted twice.
     """
     cuts = {name: _cut(parameter) for name, parameter in model.named_parameters()}
     parts: dict[int, nn.Parameter] = {}
@@ -70,7 +70,7 @@ def make_plain(model: nn.Module, tensor: TensorParallel) -> dict[str, Cut]:
                 part = nn.Parameter(parameter.data.to_local(), requires_grad=parameter.requires_grad)
                 # Read by DeepSpeed's norm: the squares of these are added up over the tensor-parallel ranks.
                 vars(part)["tensor_model_parallel"] = not parameter.data.placements[0].is_replicate()
-                # Keeps the id of the DTensor from being given to another one while this runs.
+                # Keeps the DTensor's id from being reused while this runs.
                 vars(part)["divided"] = parameter
                 parts[id(parameter)] = part
             module._parameters[leaf] = parts[id(parameter)]
