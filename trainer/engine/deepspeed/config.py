@@ -1,8 +1,8 @@
 """DeepSpeed's JSON, computed from the plan: a pure function, without torch and without DeepSpeed.
 
 Every default of DeepSpeed that changes the mathematics (its gradient clipping is on unless turned off) or that affects
-memory (buckets, buffers, windows of up to 10**9 elements) is set explicitly here. Unset values affect neither. The memory
-estimator reads the same dictionary.
+memory (buckets, buffers and windows of up to 10**9 elements) is set explicitly here. Unset values affect neither. The
+memory estimator reads the same dictionary.
 
     P elements in the model, W ranks            bucket and window sizes, in elements
     reduce_bucket_size, allgather_bucket_size   5 * 10**8, never more than are trained: P, or adapters alone
