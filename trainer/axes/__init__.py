@@ -1,5 +1,5 @@
-"""Mesh axes: each is a module that answers for itself what it is called, what it refuses and what the plan must know of
-it. The files that change a model import torch; these here do not.
+"""Mesh axes. Each is a module that declares its name, its refusals and the facts that the plan needs. The files that
+change a model import torch; these do not.
 
     pp             `pipeline`    layers over ranks                  `pipeline.split`, `pipeline.run`
     dp_replicate   `replicate`   copies of the model                `ddp`
@@ -25,28 +25,28 @@ class MeshAxis(Protocol):
 
     @staticmethod
     def problems(config: Config) -> Iterator[str]:
-        """What the axis refuses, and keys that only it reads where its degree is 1. One line each."""
+        """Refusals of the axis, and keys that only it reads if its degree is 1. One line each."""
         ...
 
 
 MODULES: tuple[MeshAxis, ...] = (pipeline, replicate, shard, context, tensor, expert)
-"""From outer to inner: what communicates most, tensor parallel, sits on neighbouring ranks."""
+"""From outer to inner: tensor parallel, which communicates most, is on neighbouring ranks."""
 
 AXES = tuple(module.AXIS for module in MODULES)
 PIPELINE, REPLICATE, SHARD, CONTEXT, TENSOR, EXPERTS = (axis.name for axis in AXES)
 
 
 SENDING = {TENSOR: tensor.sends, CONTEXT: context.sends, EXPERTS: expert.sends}
-"""The axes whose ranks communicate inside of layers, and what they send there."""
+"""The axes whose ranks communicate inside layers, and their messages."""
 
 
 def degrees(config: Config) -> dict[str, int | None]:
-    """Of the dense view, as the config has them; None is filled from the world size."""
+    """Degrees of the dense view, as in the config; None is filled from the world size."""
     return {axis.name: getattr(config.parallel, axis.name) for axis in AXES if DENSE in axis.views}
 
 
 def cutting(config: Config) -> dict[str, int]:
-    """The degrees above 1 of axes that cut every layer or its sequences, innermost first."""
+    """The degrees above 1 of axes that divide every layer or its sequences, innermost first."""
     return {
         axis.name: degree
         for axis in reversed(AXES)

@@ -1,4 +1,4 @@
-"""Context parallel, the axis `cp`: sequences are split, and attention alone communicates. `sequence` splits them."""
+"""Context parallel, the axis `cp`: sequences are split, and only attention communicates. `sequence` splits them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ AXIS = Axis(name="cp", words="sequences split over {}", shards=True)
 
 
 def sends(config: Config, work: LayerWork) -> Sent:
-    """Forward, recompute, and the reverse in the backward: heads dealt out for tokens (query, result, key, value), or
-    keys and values collected."""
+    """Forward, recompute, and the reverse in the backward: exchange of heads for tokens (query, result, key, value), or
+    a gather of keys and values."""
     parallel, times, per_rank = config.parallel, work.forwards + 1, work.tokens / config.parallel.tp
     if parallel.context_method is ContextMethod.ulysses:
         return Sent(how="all_to_all", size_bytes=2 * (work.attention + work.key_value) * per_rank, times=times)

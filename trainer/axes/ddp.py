@@ -33,8 +33,8 @@ def apply_ddp(
 ) -> DistributedDataParallel:
     """Wrap the model so that its last backward of a step averages the gradient over all ranks.
 
-    objective: the loss of what a call returns, and labels.
-    gradient_as_bucket_view: gradients live in the communication buckets; without it they would be held twice.
+    objective: loss of the model's output and labels.
+    gradient_as_bucket_view: gradients live in the communication buckets; without it they would be stored twice.
     """
     with warnings.catch_warnings():
         # torch 2.13 has a new name for it, which 2.11 does not know.
@@ -54,11 +54,11 @@ def apply_ddp(
 def _settle_buckets(
     wrapped: DistributedDataParallel, plan: Plan, device: torch.device, objective: Callable[..., torch.Tensor]
 ) -> None:
-    """One backward whose gradient is dropped, without a trace in the random state.
+    """One backward whose gradient is dropped, without changing the random state.
 
-    After its first backward DDP deals the gradients out again, in the order of their arrival. Where a gradient lies in
-    its bucket decides in which order the ranks' parts are added up, so a resumed run would repeat its first step with
-    other rounding than the run that was never stopped.
+    After its first backward DDP rebuilds the buckets in the order in which gradients arrived. A gradient's place in its
+    bucket decides the order of the sum over ranks, so a resumed run would repeat its first step with other rounding
+    than an uninterrupted one.
     """
     shape = (plan.batch.micro_batch_size, plan.batch.seq_len)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast(plan):

@@ -49,11 +49,11 @@ def apply_fsdp(
     *,
     returns_logits: bool = True,
 ) -> None:
-    """Shard each decoder layer, the embedding and the head as groups of their own, and the rest as the root. Parameters
-    that lie in another view of the ranks than the dense one are groups inside these.
+    """Shard each decoder layer, the embedding and the head as separate groups, and the rest as the root. Parameters of
+    another view than the dense one are nested groups.
 
-    Groups are what is gathered at once. Tied embeddings stay in the root group: a parameter has one owner. model: whole
-    or one pipeline stage; only where it `returns_logits` is its output cast to the dtype of the loss. described: of the
+    A group is gathered at once. Tied embeddings stay in the root group: a parameter has one owner. model: the whole
+    model or one pipeline stage; only if it `returns_logits` is its output cast to the loss dtype. described: of the
     whole model. Raises ConfigError for parameters of which no part can stay between forward and backward.
     """
     _check_rows(model, plan, described)
@@ -72,7 +72,7 @@ def apply_fsdp(
     with _one_smaller_mesh() if plan.fsdp.reshard_size is not None else nullcontext():
         for module in groups.values():
             fully_shard(module, **options)
-        # Only the root may cast its output: a layer's output must stay in the dtype that the next layer computes in.
+        # Only the root may cast its output: a layer's output must stay in the compute dtype of the next layer.
         if returns_logits:
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype, reduce_dtype, output_dtype=_loss_dtype(plan))
         fully_shard(model, **options)
@@ -80,7 +80,7 @@ def apply_fsdp(
 
 
 def gather_ahead(groups: Mapping[str, nn.Module], plan: Plan) -> None:
-    """Name the groups that each one gathers ahead, where the plan gives their number."""
+    """Set the groups that each group prefetches, if the plan gives their number."""
     order = [cast(FSDPModule, groups[name]) for name in in_order(groups)]
     for place, module in enumerate(order):
         if (forward := plan.fsdp.forward_prefetch) is not None:
@@ -90,7 +90,7 @@ def gather_ahead(groups: Mapping[str, nn.Module], plan: Plan) -> None:
 
 
 def _check_rows(model: PreTrainedModel, plan: Plan, described: Mapping[str, Described]) -> None:
-    """Of parameters that are cut along rows alone torch 2.13 gathers a part that fewer ranks keep."""
+    """torch 2.13 can keep a part on fewer ranks only for parameters that are divided along rows."""
     fewer, ranks = plan.fsdp.reshard_size, plan.fsdp_size
     if fewer is None or fewer == ranks:
         return
@@ -102,8 +102,8 @@ def _check_rows(model: PreTrainedModel, plan: Plan, described: Mapping[str, Desc
 
 
 def _one_smaller_mesh() -> AbstractContextManager[object]:
-    """For `reshard_size`: torch makes a mesh for each module that it shards, all of the same ranks. NCCL would have two
-    communicators of each, some GiB for a model of many layers."""
+    """For `reshard_size`: torch makes a mesh for each sharded module, all of the same ranks. NCCL would create two
+    communicators for each, some GiB for a model with many layers."""
     make: Callable[[int, Any], Any] = engine._get_post_forward_mesh_info  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     made: dict[tuple[int, Any], Any] = {}
 
@@ -124,7 +124,7 @@ def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
 def _in_other_views(
     model: nn.Module, plan: Plan, described: Mapping[str, Described]
 ) -> Iterator[tuple[nn.Module, View]]:
-    """Modules all of whose own parameters are divided along the axes of one view that is not the dense one."""
+    """Modules whose own parameters are all divided along the axes of one view other than the dense one."""
     for name, module in model.named_modules():
         own = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
         views = {plan.view(described[f"{name}.{leaf}"].view).name for leaf in own} - {plan.dense.name}
@@ -135,10 +135,10 @@ def _in_other_views(
 
 
 def average_gradients(parameters: Mapping[str, torch.Tensor], plan: Plan, described: Mapping[str, Described]) -> None:
-    """FSDP2 averages over the ranks that hold a parameter, and the loss counts on the average over those that hold a
-    dense one. Where these are not as many, the rest of the factor is made up for, once a step.
+    """FSDP2 averages over the ranks that hold a parameter, and the loss assumes the average over those that hold a
+    dense one. If their numbers differ, the remaining factor is applied once per step.
 
-    `set_gradient_divide_factor` would do it at each reduction, but over one rank torch 2.13 divides twice in float16
+    `set_gradient_divide_factor` would apply it at each reduction, but over one rank torch 2.13 divides twice in float16
     and float64, gloo has no sum with a factor, and NCCL's zeroes bfloat16 (pytorch issue 190747).
     """
     views = {name: plan.view(described[name].view) for name in parameters}
@@ -148,8 +148,8 @@ def average_gradients(parameters: Mapping[str, torch.Tensor], plan: Plan, descri
 
 
 def sharded_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The groups besides the root: the layers that are here as "0", "1", ..., and "embedding" and "head". Layers that
-    share a parameter (Zamba's attention) stay in the root group."""
+    """The groups besides the root: this stage's layers as "0", "1", ..., and "embedding" and "head". Layers that share
+    a parameter (Zamba's attention) stay in the root group."""
     layers = held_layers(model)
     owners = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
     named: dict[str, nn.Module] = {
@@ -164,8 +164,8 @@ def sharded_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def set_last_micro_batch(model: FSDPModule, plan: Plan, *, last: bool) -> None:
-    """When gradients travel. Sharded gradients are reduce-scattered after every micro-batch: kept whole until the last
-    one, they would take a full copy per rank. Replicas all-reduce once, after the last."""
+    """When gradients are communicated. Sharded gradients are reduce-scattered after every micro-batch: kept unsharded
+    until the last one, they would take a full copy per rank. Replicas all-reduce once, after the last."""
     if plan.fsdp_size > 1:
         model.set_requires_all_reduce(last)
     else:

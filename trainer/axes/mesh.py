@@ -6,7 +6,7 @@
                               dp_shard 2    4      5       dp_shard groups: columns
                               dp_shard 3    6      7
 
-Every axis is always there; one of size 1 costs nothing and spares each reader a special case.
+Every axis always exists; one of size 1 costs nothing and saves each reader a special case.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.plan.views import DENSE, View
 
 @dataclass(frozen=True, slots=True)
 class Meshes:
-    """The ranks as each view of the plan sees them. views: by name, the dense one always among them."""
+    """The ranks in each view of the plan. views: by name, always including the dense one."""
 
     views: Mapping[str, DeviceMesh]
 
@@ -36,7 +36,7 @@ class Meshes:
 
 
 def build_meshes(plan: Plan, device: torch.device) -> Meshes:
-    """All of the same ranks. A collective: creates one process group per axis and view."""
+    """Meshes of the same ranks. A collective: creates one process group per axis and view."""
 
     def build(degrees: dict[str, int]) -> DeviceMesh:
         return init_device_mesh(device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
@@ -45,10 +45,10 @@ def build_meshes(plan: Plan, device: torch.device) -> Meshes:
 
 
 def fsdp_mesh(mesh: DeviceMesh, view: View) -> DeviceMesh:
-    """What FSDP2 shards a parameter of this view over, as one axis. In the dense view dp_shard, and cp with it, since
-    ranks that split a sequence hold the same parameters; in the expert one efsdp.
+    """The axis over which FSDP2 shards a parameter of this view. In the dense view dp_shard, combined with cp, since
+    ranks that split a sequence hold the same parameters; in the expert view efsdp.
 
-    One axis, or two (replicate, shard) where there are replicas.
+    One axis, or two (replicate, shard) if there are replicas.
     """
     axes = view.sharding
     name = "_".join(axes)

@@ -1,4 +1,4 @@
-"""Copies of the model, the axis `dp_replicate`: `ddp` averages their gradients, or FSDP2 where they are sharded."""
+"""Copies of the model, the axis `dp_replicate`: `ddp` averages their gradients, or FSDP2 if they are sharded."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@
 
 c ranks, sequence n, h heads and k key/value heads of size d, b bytes per element. Each rank sends per layer, forward
 (as much again backward): ulysses (c - 1)/c * (2 h + 2 k) d b n/c, gather (c - 1) * 2 k d b n/c. Activations fall to
-1/c. With a causal mask `gather` gives the last rank more work than the first; `ulysses` balances, but needs heads that
-divide. Ranks of one group read the same samples. Parameters are sharded over dp_shard x cp: to them, more tokens is
-more data. Jacobs et al. 2023 (DeepSpeed Ulysses), Dubey et al. 2024, section 3.3.2 (key/value gather).
+1/c. With a causal mask `gather` gives the last rank more work than the first; `ulysses` is balanced, but the heads must
+be divisible. Ranks of one group read the same samples. Parameters are sharded over dp_shard x cp: for them, more tokens
+is more data. Jacobs et al. 2023 (DeepSpeed Ulysses), Dubey et al. 2024, section 3.3.2 (key/value gather).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ NAME = "context_parallel"
 
 
 def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, method: ContextMethod) -> None:
-    """Make every attention of the model exchange what it needs over the mesh axis `cp`, in place.
+    """Extend every attention of the model by the exchange over the mesh axis `cp`, in place.
 
-    transformers builds no mask for an attention that it does not know: causality is this function's own.
+    transformers builds no mask for an attention function that it does not know, so this function must be causal itself.
     """
     attention = _ulysses if method is ContextMethod.ulysses else _gather
     AttentionInterface.register(NAME, partial(_attend, ranks=Ranks(mesh.get_group(CONTEXT)), method=attention))
@@ -49,7 +49,7 @@ def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, method: 
 
 
 def slice_of(batch: Batch, mesh: DeviceMesh) -> Batch:
-    """This rank's part of every sequence, with the positions that its tokens have in the whole."""
+    """This rank's part of every sequence, with its tokens' positions in the whole."""
     size, rank = mesh[CONTEXT].size(), mesh[CONTEXT].get_local_rank()
     rows, length = batch.input_ids.shape[0], batch.input_ids.shape[1] // size
     begin = rank * length
@@ -78,7 +78,7 @@ def _attend(
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function as transformers calls it. query: [batch, heads, seq_len / cp, head_dim]; key, value with
+    """An attention function in transformers' interface. query: [batch, heads, seq_len / cp, head_dim]; key, value with
     their own number of heads. Returns [batch, seq_len / cp, heads, head_dim]."""
     if attention_mask is not None or softcap is not None or s_aux is not None:
         raise PlanError(
@@ -110,7 +110,7 @@ def _whole_sequence(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def _copies(heads: int, kv_heads: int, size: int) -> int:
-    """How often each key/value head is repeated so that every rank gets equally many, and those of its queries."""
+    """How many times each key/value head is repeated so that every rank gets equally many, and those of its queries."""
     return next(n for n in range(1, heads + 1) if kv_heads * n % size == 0 and heads % (kv_heads * n) == 0)
 
 
@@ -124,8 +124,8 @@ def _causal_attention(
     scale: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Each query sees keys up to its own position, and not further back than `window`. first_query: position of q[0]
-    among the keys, which start at position 0."""
+    """Each query sees keys up to its own position, and at most `window` back. first_query: position of q[0] among the
+    keys, which start at position 0."""
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": q.shape[1] != k.shape[1]}
     if first_query == 0 and q.shape[2] == k.shape[2] and window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
@@ -153,7 +153,7 @@ def _to_sequence(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def _exchange(dealt: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Part i of the first dimension goes to rank i; what rank i sent stands at i."""
+    """Part i of the first dimension goes to rank i; rank i's message arrives at index i."""
     dealt = dealt.contiguous()
     received = torch.empty_like(dealt)
     dist.all_to_all_single(received, dealt, group=ranks.group)

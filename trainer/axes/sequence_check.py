@@ -1,9 +1,9 @@
-"""Start-up check of context parallel: is a slice of a sequence to the model what it is inside the whole?
+"""Start-up check of context parallel: does the model treat a slice of a sequence as it does inside the whole?
 
 Slices of a sequence meet inside attention. A state that runs along the sequence, a convolution or a shifted token would
 start over on every rank, and so would positions that the model counts itself: the run would train another model. So a
-shrunk copy computes with an attention in which each position sees itself alone. A change of the first token must then
-leave all other positions as they were, and the second half by itself, given its positions, must be as in the whole.
+shrunk copy computes with an attention in which each position sees only itself. A change of the first token must then
+leave all other positions unchanged, and the second half alone, with its positions, must give the same as in the whole.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from trainer.model.miniature import small_model
 log = logging.getLogger(__name__)
 NAME = "each_position_alone"
 TOLERANCE = 1e-6
-"""Of float64 logits; what is not zero is far from it, also where an architecture computes in float32."""
+"""For float64 logits; real differences are far larger, also if an architecture computes in float32."""
 
 
 def check_sequence(config: PretrainedConfig, *, cp: int) -> None:
-    """Raise ConfigError where something else than attention mixes positions. Computes on the CPU."""
+    """Raise ConfigError if anything except attention mixes positions. Computes on the CPU."""
     kind = config.model_type
     remedy = "use parallel.cp=1, with parallel=fsdp and train.activation_checkpointing=full for long sequences"
     try:
@@ -48,8 +48,8 @@ def check_sequence(config: PretrainedConfig, *, cp: int) -> None:
 
 @torch.no_grad()
 def _differences(config: PretrainedConfig) -> tuple[float, float]:
-    """Largest change of the logits at other positions than that of a changed token, and of the second half's without
-    the first."""
+    """Largest change of the logits at positions other than a changed token's, and of the second half's without the
+    first."""
     AttentionInterface.register(NAME, _alone)
     model = small_model(config)
     model.set_attn_implementation(NAME)
@@ -71,6 +71,6 @@ def _alone(
     attention_mask: torch.Tensor | None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function as transformers calls it, without the attending. The query shows its turned position."""
+    """An attention function in transformers' interface, without attention. The query carries its rotary position."""
     own = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1) + query.mean(dim=-1, keepdim=True)
     return own.transpose(1, 2).contiguous(), None

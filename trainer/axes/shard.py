@@ -1,4 +1,4 @@
-"""Shards of the model, the axis `dp_shard`: `fsdp` does it, or DeepSpeed's ZeRO. It goes with everything."""
+"""Shards of the model, the axis `dp_shard`: `fsdp` makes them, or DeepSpeed's ZeRO. It combines with every axis."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def check_groups(config: Config, view: View) -> Iterator[str]:
-    """view: the dense one of the plan, with all degrees filled."""
+    """view: the dense one of the plan, with all degrees filled in."""
     own = config.parallel.fsdp
     given = [(item.name, value) for item in fields(own) if (value := getattr(own, item.name)) is not None]
     size = own.reshard_size
@@ -49,11 +49,11 @@ def check_groups(config: Config, view: View) -> Iterator[str]:
 
 
 def shard_dim(shape: Sequence[int], whole: Sequence[int], ranks: int) -> int:
-    """The dimension that FSDP cuts a parameter along: rows, or, of stacked experts whose number is no multiple of the
-    ranks, the first other one that the ranks do divide and that nothing else cuts.
+    """The dimension along which FSDP divides a parameter: rows, or, for stacked experts whose number is not a multiple
+    of the ranks, the first other dimension that the ranks divide and that no other axis divides.
 
-    FSDP2 cuts rows unevenly and no other dimension so. With rows alone, ranks beyond the number of experts would hold
-    none of them. shape: of what one rank has before; whole: of the parameter.
+    FSDP2 divides only rows unevenly. With rows alone, ranks beyond the number of experts would hold none of them.
+    shape: on one rank before FSDP; whole: of the parameter.
     """
     if len(shape) < 3 or shape[0] % ranks == 0:
         return 0
@@ -62,5 +62,5 @@ def shard_dim(shape: Sequence[int], whole: Sequence[int], ranks: int) -> int:
 
 
 def in_order(groups: Iterable[str]) -> list[str]:
-    """The groups of `fsdp.sharded_modules`, as the forward passes them."""
+    """The groups of `fsdp.sharded_modules`, in the order of the forward."""
     return sorted(groups, key=lambda name: (name == "head", name.isdigit(), int(name) if name.isdigit() else 0))

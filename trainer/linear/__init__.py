@@ -1,4 +1,4 @@
-"""What a linear layer is: kinds, each a module of this folder that answers every question about itself. Torch-free.
+"""Kinds of linear layers, each a module of this folder that answers every question about itself. Torch-free.
 
     plain       x W + b, all of it trained
     four_bit    W frozen, in 4-bit codes                 tuning=qlora
@@ -7,12 +7,12 @@
     scaled      W frozen, its features multiplied        tuning=ia3
     bottleneck  the MLP frozen, two matrices behind it   tuning=adapter
 
-The kinds of `trainer.inputs`, which leave linear layers alone and change what the model is given, answer the same
-questions and stand in the same table.
+The kinds of `trainer.inputs`, which do not change linear layers but the model's inputs, answer the same questions and
+are in the same table.
 
-Kinds combine in the order of KINDS: each one converts the layers that those before it have left. The model is on the
-meta device then and still whole, so that every later pass divides, shards and fills what it finds. A further kind is
-one module, a word in KINDS and the value of the config that chooses it.
+Kinds combine in the order of KINDS: each converts the layers that earlier kinds have left. At that point the model is
+on the meta device and unsplit, so every later pass divides, shards and fills the converted layers. A further kind is
+one module, an entry in KINDS and the config value that chooses it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Kind(Protocol):
-    """A module with these functions. Those after `problems` are asked of kinds that the config chooses."""
+    """A module with these functions. Those after `problems` are called only for kinds that the config chooses."""
 
     __name__: str
 
@@ -45,7 +45,7 @@ class Kind(Protocol):
 
     @staticmethod
     def problems(config: Config) -> Iterator[str]:
-        """What this kind refuses, and keys that only it reads where it is not chosen. One line each."""
+        """Refusals of this kind, and keys that only it reads if it is not chosen. One line each."""
         ...
 
     @staticmethod
@@ -55,7 +55,7 @@ class Kind(Protocol):
 
     @staticmethod
     def imitate(model: PreTrainedModel, config: Config) -> None:
-        """Give a small model with values the parameters that this kind adds, for a check of what is computed."""
+        """Add this kind's parameters to a small model with values, for a check of its computation."""
         ...
 
     @staticmethod
@@ -65,23 +65,23 @@ class Kind(Protocol):
 
     @staticmethod
     def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any) -> None:
-        """Write the first values of those of a unit's parameters that it owns. The unit's others are filled and whole.
-        prefix: of the unit's names. generator: of random numbers, by a parameter's name and device."""
+        """Write the initial values of this kind's parameters in a unit. The unit's others are filled and complete.
+        prefix: of the unit's names. generator: random numbers by a parameter's name and device."""
         ...
 
     @staticmethod
     def report(model: PreTrainedModel) -> None:
-        """Log what of the converted model, still whole, is trained and what is not."""
+        """Log which parameters of the converted, unsplit model are trained."""
         ...
 
     @staticmethod
     def identity(config: Config) -> dict[str, Any]:
-        """What a checkpoint's parameters depend on besides the model."""
+        """The settings besides the model that a checkpoint's parameters depend on."""
         ...
 
     @staticmethod
     def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
-        """Add to a model on the meta device what a checkpoint of this identity has saved of this kind."""
+        """Add the saved parameters of this kind, for a checkpoint of this identity, to a model on the meta device."""
         ...
 
     @staticmethod
@@ -96,12 +96,12 @@ class Kind(Protocol):
 
     @staticmethod
     def words(config: Config) -> str:
-        """What the plan says of it; empty where nothing is to be said."""
+        """The plan's text about it; may be empty."""
         ...
 
     @staticmethod
     def traced(config: Config) -> Any:
-        """The settings that bytes and operations of a layer depend on, for the key of an estimate's profile."""
+        """The settings that affect bytes and operations of a layer, for the key of an estimate's profile."""
         ...
 
 
@@ -114,7 +114,7 @@ def chosen(config: Config) -> list[Kind]:
 
 
 def lighter(config: Config) -> tuple[str, dict[str, object]] | None:
-    """What trains less of the model than this config does, in words and as overrides; None if nothing does."""
+    """A change that trains less of the model than this config, in words and as overrides; None if there is none."""
     return adapter.LIGHTER if plain.chosen(config) else None
 
 
@@ -146,12 +146,12 @@ def report(model: PreTrainedModel, config: Config) -> None:
 
 
 def keeps_model(config: Config) -> bool:
-    """Whether the model's own parameters are trained and saved; else only what kinds have added."""
+    """Whether the model's own parameters are trained and saved; else only those that kinds have added."""
     return all(kind.KEEPS_MODEL for kind in chosen(config))
 
 
 def said(config: Config) -> str:
-    """What decides whether the model's own parameters are trained."""
+    """The setting that decides whether the model's own parameters are trained."""
     return f"{KEY}={config.tuning.method}"
 
 
@@ -163,7 +163,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def kept_model(identity: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint of this identity holds the model's own parameters, and nothing that kinds have added."""
+    """Whether a checkpoint of this identity holds the model's own parameters, and none that kinds have added."""
     return identity.get(KEY, TuningMethod.full) == TuningMethod.full
 
 

@@ -4,10 +4,9 @@
       \\                                            /
        +--> dropout --> A [rank, in] --> B [out, rank]        B begins at zero: step 1 starts from the model itself
 
-To every later pass an adapter is two more small matrices of its decoder layer. Nothing is merged; what is saved and
-exported is the adapter, in peft's format. How they get in: `adapter_layers`; which layers get one: `adapter_targets`.
-Hu et al. 2021 (LoRA, arXiv:2106.09685), Dettmers et al. 2023 (arXiv:2305.14314, section 4: adapters on all linear
-layers).
+To every later pass an adapter is two more small matrices of its decoder layer. Nothing is merged; the adapter is saved
+and exported in peft's format. `adapter_layers` inserts them; `adapter_targets` chooses their layers. Hu et al. 2021
+(LoRA, arXiv:2106.09685), Dettmers et al. 2023 (arXiv:2305.14314, section 4: adapters on all linear layers).
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ LIGHTER: tuple[str, dict[str, object]] = (
     "train adapters beside the frozen model (LoRA)",
     {"tuning.method": TuningMethod.lora},
 )
-"""What this kind offers where the whole model is trained."""
+"""The suggestion of this kind for a config that trains the whole model."""
 BARE = {"tuning.method": str(TuningMethod.lora)}
-"""The identity of saved adapters of which nothing more is known."""
+"""The identity of saved adapters without further information."""
 SAVED = ("rank", "alpha", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save")
-"""Fields of `Tuning` on which the saved tensors and their use depend."""
+"""Fields of `Tuning` that the saved tensors and their use depend on."""
 OWN = ("rank", "alpha", "dropout", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save")
-"""Those that have no meaning for other methods."""
+"""Fields that have no meaning for other methods."""
 RESIDUAL = (AdapterInit.pissa, AdapterInit.olora)
 """Adapters that begin as a part of the frozen matrix, which keeps the rest."""
 
@@ -69,7 +68,7 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def _dora_problems(config: Config) -> Iterator[str]:
-    """The length of a row of W + B A needs the row, in values, outside of the layer's own forward."""
+    """The length of a row of W + B A needs the row's values, outside of the layer's own forward."""
     parallel = config.parallel
     if config.tuning.method is TuningMethod.qlora:
         yield "tuning.dora=true: reads the frozen matrix, which tuning=qlora keeps packed; use tuning=lora"
@@ -86,7 +85,7 @@ def _dora_problems(config: Config) -> Iterator[str]:
 
 
 def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) -> None:
-    """The model gets peft's attribute `peft_config`, from which the export knows that it has adapters."""
+    """The model gets peft's attribute `peft_config`, by which the export recognises adapters."""
     from trainer.linear.adapter_layers import add_adapters, check_stored
 
     add_adapters(model, config.tuning, base=config.model.path, without=untrained)
@@ -126,7 +125,7 @@ def report(model: PreTrainedModel) -> None:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What makes saved adapters those of this run: the model beneath them is not saved with them."""
+    """The identity of this run's adapters: the base model is not saved with them."""
     tuning = config.tuning
     return {
         **{

@@ -1,4 +1,4 @@
-"""Adapters, put into a model on the meta device by peft, and their first values."""
+"""Inserts adapters into a model on the meta device, by peft, and sets their initial values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHOWN = 4
 def add_adapters(
     model: PreTrainedModel, tuning: Tuning, *, base: str | None = None, without: Iterable[str] = ()
 ) -> None:
-    """Put the adapters that `tuning` asks for into a model on the meta device and freeze the rest, in place.
+    """Insert the adapters that `tuning` asks for into a model on the meta device and freeze the rest, in place.
 
     base: `model.path`. without: names of parameters that get no gradient. Raises ConfigError for target modules that
     the model does not have, EnvironmentProblem without peft.
@@ -43,18 +43,18 @@ def add_adapters(
 def insert_adapters(
     model: PreTrainedModel, tuning: Tuning, targets: Targets, *, base: str | None = None, strict: bool = True
 ) -> None:
-    """The part of `add_adapters` that is peft's, on any device. Raises as it does."""
+    """The part of `add_adapters` that peft does, on any device. Raises the same errors."""
     if targets.stacks and (tuning.dora or tuning.init in RESIDUAL):
         raise ConfigError(
             f"tuning.target_modules={tuning.target_modules}: {targets.stacks[0]} is no linear layer, and"
             f" {'tuning.dora' if tuning.dora else f'tuning.init={tuning.init}'} is for linear layers; name those"
         )
     whole = find_whole(model, tuning, targets, strict=strict)
-    # peft rewrites targets of some families, and for that asks a model for its config: a list of layers has none.
+    # peft rewrites targets of some families, and asks a model for its config: a list of layers has none.
     layers = decoder_layers(model)
     prefix = next(f"{name}." for name, module in model.named_modules() if module is layers)
     names = [[name.removeprefix(prefix) for name in group] for group in (targets.linears, targets.stacks)]
-    # First values need the frozen matrix, which is not here yet: `values` writes them.
+    # Initial values need the frozen matrix, which is not here yet: `values` writes them.
     adapters = lora_config(tuning, base, *names, init=True)
     from peft import inject_adapter_in_model
 
@@ -77,8 +77,8 @@ def insert_adapters(
 def _as_peft_reads(model: PreTrainedModel, targets: Targets) -> tuple[list[str], list[str]]:
     """Names for adapter_config.json: of modules, and of parameters.
 
-    Where peft takes the name of a linear layer for that of an expert as transformers 4 had it, the layer's weight is
-    named: its adapter has the same matrices under the same names.
+    If peft mistakes a linear layer's name for that of an expert in transformers 4, the layer's weight is named: its
+    adapter has the same matrices under the same names.
     """
     from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
 
@@ -93,7 +93,7 @@ def _as_peft_reads(model: PreTrainedModel, targets: Targets) -> tuple[list[str],
 
 
 def log_adapters(model: PreTrainedModel) -> None:
-    """Log what of a model with adapters, still whole and on the meta device, is trained, and what is not."""
+    """Log which parameters of a model with adapters, unsplit and on the meta device, are trained."""
     ranks: dict[int, list[str]] = {}
     adapted = set()
     for name, module in model.named_modules():
@@ -117,14 +117,14 @@ def log_adapters(model: PreTrainedModel) -> None:
 
 
 def stored_name(name: str) -> str:
-    """A parameter's name in the file of an adapter, which leaves the adapter's own name out: whoever loads it may give
-    it another."""
+    """A parameter's name in an adapter's file, which omits the adapter's own name: whoever loads it may give it
+    another."""
     plain = name.replace(f"lora_magnitude_vector.{NAME}.weight", "lora_magnitude_vector").removesuffix(f".{NAME}")
     return f"base_model.model.{plain.replace(f'.{NAME}.', '.')}"
 
 
 def check_stored(model: PreTrainedModel, tuning: Tuning) -> None:
-    """Raise DataError where the tensors of `tuning.adapter` are not the ones that are trained."""
+    """Raise DataError if the tensors of `tuning.adapter` are not the ones that are trained."""
     if tuning.adapter is None:
         return
     key = f"tuning.adapter={tuning.adapter}"
@@ -151,8 +151,9 @@ def lora_config(
     init: bool | str,
     whole: Sequence[str] = (),
 ) -> LoraConfig:
-    """peft's description of the adapters. base: `model.path`, which peft loads them upon. linears, parameters: the
-    names of what gets one. whole: modules that are trained beside them. Raises EnvironmentProblem."""
+    """peft's description of the adapters. base: `model.path`, the model on which peft loads them. linears, parameters:
+    names of the adapted modules and parameters. whole: modules that are fully trained as well. Raises
+    EnvironmentProblem."""
     return import_peft(tuning.method).LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,  # pyright: ignore[reportArgumentType]

@@ -1,12 +1,12 @@
-"""An adapter's first values, by `tuning.init`, and DoRA's lengths of the rows.
+"""An adapter's initial values, by `tuning.init`, and DoRA's row magnitudes.
 
     kaiming    A as a linear layer's, B = 0                                step 1 starts from the model itself
     gaussian   A normal with deviation 1 / rank, B = 0                     the same
     pissa      W = U S V': B A from the largest singular values of W       frozen is W - scale * B A
     olora      W = Q R: B the first columns of Q, A the first rows of R    frozen is W - scale * B A
 
-With the last two, what is frozen changes with the matrix and nothing else, so it is made again at every start, and a
-file of the adapter alone is enough: peft makes it again too. Meng et al. 2024 (PiSSA, arXiv:2404.02948), Bueyuekakyuez
+With the last two, the frozen matrix changes depending on the matrix alone, so it is recomputed at every start, and an
+adapter's file is sufficient: peft recomputes it too. Meng et al. 2024 (PiSSA, arXiv:2404.02948), Bueyuekakyuez
 2024 (OLoRA, arXiv:2406.01775), Liu et al. 2024 (DoRA, arXiv:2402.09353), Kalajdzievski 2023 (rsLoRA, arXiv:2312.03732).
 """
 
@@ -34,7 +34,7 @@ Generators = Callable[[str, torch.device], torch.Generator]
 
 
 def begin(layer: Any, init: AdapterInit, generator: Generators) -> None:
-    """Fill the adapter of one layer, whose frozen weight is whole and filled. generator: by parameter and device."""
+    """Fill the adapter of one layer, whose frozen weight is complete and filled. generator: by parameter and device."""
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
     scale: float = layer.scaling[NAME]
     if init in RESIDUAL:

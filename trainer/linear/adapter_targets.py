@@ -1,14 +1,14 @@
-"""What gets an adapter: each entry of `tuning.target_modules` must match, and an empty list means the same everywhere.
+"""Targets of adapters: each entry of `tuning.target_modules` must match, and an empty list has one meaning everywhere.
 
     linear layer      a torch.nn.Linear (GPT-2: Conv1D) of a decoder layer: q_proj, down_proj, ...
     stacked experts   one parameter [experts, ..., ...] that no linear layer holds: experts.gate_up_proj, ...
 
 Empty: every linear layer of the decoder layers, except routers and gates. A layer whose class computes something else,
-or whose weight the model's code reads without calling the layer, is none. Stacked experts get adapters where they are
-named; the adapter of such a parameter has `tuning.rank` rows for each expert. ALL says the same as an empty list.
-peft's own "all-linear" means other things for some families, whose targets it rewrites to names of transformers 4, so
-it gets the names that are found here. An entry with a character that no name has is a regular expression for whole
-names. `tuning.layers` keeps the layers of these numbers alone.
+or whose weight the model's code reads without calling the layer, does not count. Stacked experts get adapters if they
+are named; the adapter of such a parameter has `tuning.rank` rows per expert. ALL means the same as an empty list.
+peft's own "all-linear" has other meanings for some families, whose targets it rewrites to names of transformers 4, so
+peft gets the names that are found here. An entry with a character that no name has is a regular expression for full
+names. `tuning.layers` restricts the layers to these numbers.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Targets:
 def find_targets(
     model: PreTrainedModel, tuning: Tuning, *, without: Iterable[str] = (), strict: bool = True
 ) -> Targets:
-    """What `tuning.target_modules` and `tuning.layers` name, in the model without adapters.
+    """The targets of `tuning.target_modules` and `tuning.layers`, in the model without adapters.
 
-    without: parameters that get no gradient: an adapter of theirs would get none either. strict: false for a model with
-    fewer layers, which then has adapters in all of them, and where an entry may name a layer that is not there.
+    without: parameters that get no gradient; an adapter of theirs would get none either. strict: false for a model with
+    fewer layers, which then has adapters in all of them, and where an entry may name a missing layer.
 
     Raises ConfigError with a line for each entry that matches nothing.
     """
@@ -129,7 +129,7 @@ def _inside(model: PreTrainedModel, names: Iterable[str], layers: Sequence[int])
 
 
 def kinds(names: Iterable[str]) -> list[str]:
-    """Names without the part before a layer's number and the word weight, each once: self_attn.q_proj."""
+    """Names without the part before a layer's number and without "weight", each once: self_attn.q_proj."""
     return list(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight") for name in names))
 
 
@@ -173,7 +173,7 @@ def _linears(model: PreTrainedModel) -> list[str]:
 
 
 def _stacks(model: PreTrainedModel) -> list[str]:
-    """Parameters of three dimensions: a convolution has them too, and computes with them in its own way."""
+    """Parameters with three dimensions. A convolution has them too, but computes differently with them."""
     return [
         f"{name}.{leaf}"
         for name, module in _in_layers(model)
@@ -184,7 +184,7 @@ def _stacks(model: PreTrainedModel) -> list[str]:
 
 
 def is_router(model: PreTrainedModel, name: str) -> bool:
-    """A linear layer with a feature for each expert, or one for the shared expert: it decides who computes."""
+    """A linear layer with one output per expert, or with one for the shared expert: it chooses the experts."""
     text = model.config.get_text_config()
     counts = {1} | {getattr(text, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")}
     module = model.get_submodule(name)

@@ -1,13 +1,13 @@
-"""Bottleneck adapters: a frozen model, and in each decoder layer two thin matrices behind its MLP, which are trained.
+"""Bottleneck adapters: the model is frozen; in each decoder layer two thin matrices behind its MLP are trained.
 
     h --> MLP (frozen) --+---------------------------------------> (+) --> what the layer adds to its input
                          |                                          ^
                          +--> down [b, d] --> ReLU --> up [d, b] ---+       up begins at zero
 
-`tuning.after_attention` puts a second one behind the attention of each layer. Houlsby et al. 2019 (arXiv:1902.00751,
-behind both), Pfeiffer et al. 2021 (arXiv:2005.00247, behind the MLP alone). peft has no such method, so that the
-modules are our own, and so is what is exported: peft's names of files, with a kind that peft refuses. Nothing can be
-merged, since no matrix of the model computes the same. Tensor parallel is refused: what an adapter reads may be cut.
+`tuning.after_attention` adds a second one behind the attention of each layer. Houlsby et al. 2019 (arXiv:1902.00751,
+behind both), Pfeiffer et al. 2021 (arXiv:2005.00247, only behind the MLP). peft has no such method, so the modules and
+the export are our own: peft's file names, with a kind that peft refuses. Nothing can be merged, since no matrix of the
+model computes the same. Tensor parallel is refused: an adapter's input may be divided.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KEEPS_MODEL = False
 PLACE = "bottleneck_adapter"
-"""Where a decoder layer has its own."""
+"""Attribute of a decoder layer that holds its adapters."""
 
 
 def chosen(config: Config) -> bool:

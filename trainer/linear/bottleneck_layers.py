@@ -1,4 +1,4 @@
-"""Bottleneck adapters in a model, their first values, and the description that is exported with them."""
+"""Bottleneck adapters in a model, their initial values, and the description that is exported with them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from trainer.model.peft import NAME
 
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
-"""Names that decoder layers of transformers have for them."""
+"""Names of these modules in decoder layers of transformers."""
 
 
 class Bottleneck(nn.Module):
-    """Of a width, in and out of a layer of `size` features."""
+    """An adapter of a width, in and out of a layer of `size` features."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Bottleneck(nn.Module):
         return hidden + self.up(torch.relu(self.down(hidden))).to(hidden.dtype)
 
     def follow(self, module: nn.Module, given: Any, output: Any) -> Any:
-        """A hook of the module whose result passes through. Some return more than the hidden states."""
+        """A hook of the adapted module. Some modules return more than the hidden states."""
         if isinstance(output, tuple):
             return (self(output[0]), *output[1:])
         return self(output)
@@ -48,7 +48,7 @@ class Bottleneck(nn.Module):
 
 @dataclass
 class Described:
-    """What stands in the folder's config, in peft's words as far as it has some."""
+    """Content of the folder's config, with peft's names where it has some."""
 
     bottleneck: int
     after_attention: bool
@@ -96,7 +96,7 @@ def _place(model: PreTrainedModel, number: int, layer: nn.Module, names: tuple[s
 
 
 def begin(unit: nn.Module, prefix: str, keys: list[str], generator: Any) -> None:
-    """`down` as torch begins a linear layer, all else at zero: step 1 starts from the model itself."""
+    """`down` as torch initialises a linear layer, all else zero: step 1 starts from the model itself."""
     for key in keys:
         parameter = unit.get_parameter(key)
         if key.endswith(".down.weight"):
@@ -107,7 +107,7 @@ def begin(unit: nn.Module, prefix: str, keys: list[str], generator: Any) -> None
 
 
 def load_bottlenecks(model: PreTrainedModel, folder: Path) -> None:
-    """Put the adapters of an exported folder into their model. Raises RuntimeError where they do not fit it."""
+    """Load the adapters of an exported folder into their model. Raises RuntimeError if they do not fit it."""
     said = json.loads((folder / CONFIG).read_text())
     add_bottlenecks(model, Tuning(**{name: said[name] for name in BOTTLENECK}), base=None, on_meta=False)
     stored = load_file(folder / TENSORS)

@@ -1,4 +1,4 @@
-"""What most kinds answer alike. A module takes over those answers that it imports."""
+"""Answers that most kinds share. A module imports those that it uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def imitate(model: PreTrainedModel, config: Config) -> None:
-    """It adds no parameters, or refuses tensor parallel, which alone asks."""
+    """It adds no parameters, or refuses tensor parallel, the only caller."""
 
 
 def owns(name: str) -> bool:
@@ -25,11 +25,11 @@ def fill(unit: Any, prefix: str, keys: list[str], tuning: Tuning, generator: Any
 
 
 def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
-    """Nothing that it adds is saved."""
+    """It adds nothing to a checkpoint."""
 
 
 def matmuls() -> set[object]:
-    """Its products are those of plain layers."""
+    """Its matmuls are those of plain layers."""
     return set()
 
 
@@ -42,6 +42,6 @@ def words(config: Config) -> str:
 
 
 def base_of(config: Config) -> dict[str, Any]:
-    """The part of an identity that says upon which frozen model something is trained. The model is not saved."""
+    """The part of an identity that names the frozen base model, which is not saved."""
     model = config.model
     return {"tuning.base": [str(model.weights), model.path, model.revision]}

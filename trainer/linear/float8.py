@@ -1,4 +1,4 @@
-"""float8: the matmuls of linear layers in 8 bits, everything else as `precision` has it.
+"""float8: the matmuls of linear layers in 8 bits, everything else as in `precision`.
 
     x  (param_dtype) --> amax --> scale --> e4m3 ---+
     W  (master)      --> amax --> scale --> e4m3 ---+--> _scaled_mm --> y (param_dtype)          forward
@@ -10,9 +10,9 @@
     mxfp8                one per 32 values of a row       Blackwell's; on the CPU emulated
 
 torchao casts and multiplies, on a GPU and on the CPU alike. Parameters, gradients, states and checkpoints are those of
-the plain layer. Left out are the embedding, the head (`precision.float8.head`), matrices with a dimension on a rank
-that 16 does not divide, and experts, which are no linear layers. The layers themselves: `float8_layers`.
-Micikevicius et al. 2022 (FP8 Formats for Deep Learning, arXiv:2209.05433).
+the plain layer. Excluded are the embedding, the head (`precision.float8.head`), matrices with a dimension on a rank
+that 16 does not divide, and experts, which are not linear layers. `float8_layers` has the layers. Micikevicius et al.
+2022 (FP8 Formats for Deep Learning, arXiv:2209.05433).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 KEEPS_MODEL = True
 KEY = "precision.float8"
 BLOCK = 16
-"""What the kernels need every dimension of a product to be a multiple of."""
+"""The kernels need every dimension of a matmul to be a multiple of this."""
 MX_BLOCK, BLACKWELL = 32, ("B2", "B3", "GB")
 BACKWARD = {Recipe.rowwise_with_gw_hp: 1}
-"""Of the two products of a layer's backward those in float8, where not both are."""
+"""Number of the two matmuls in a layer's backward that are in float8, if not both are."""
 
 
 def chosen(config: Config) -> bool:
@@ -130,17 +130,17 @@ def layers() -> ModuleType:
 
 
 def backward_products(config: Config) -> int:
-    """Of a converted layer's two products in the backward, those in float8."""
+    """Number of a converted layer's two backward matmuls that are in float8."""
     return BACKWARD.get(config.precision.float8.recipe, 2)
 
 
 def block_of(float8: Float8) -> int:
-    """What every dimension of a product must be a multiple of."""
+    """Required divisor of every dimension of a matmul."""
     return MX_BLOCK if float8.recipe is Recipe.mxfp8 else BLOCK
 
 
 def step_of(config: Config) -> int:
-    """What every dimension of a matrix must be a multiple of, so that each rank's part of it can be multiplied."""
+    """Required divisor of every dimension of a matrix, so that each rank's part of it can be multiplied."""
     return block_of(config.precision.float8) * config.parallel.tp
 
 
@@ -157,7 +157,7 @@ def report(model: PreTrainedModel) -> None:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What is saved are plain parameters: a run may go on in another precision."""
+    """Plain parameters are saved: a run may continue in another precision."""
     return {}
 
 
@@ -187,8 +187,8 @@ def gathers(config: Config) -> bool:
 
 
 def not_gathered(shapes: Iterable[Sequence[int]], config: Config, width: int) -> int:
-    """Bytes less that all ranks gather of matrices of these sides, which one process would convert, than `width` per
-    value."""
+    """Bytes that the ranks save in gathering matrices of these sides, which one process would convert, compared with
+    `width` per value."""
     if not gathers(config):
         return 0
     return sum(prod(shape) * (width - 1) for shape in shapes if divides(shape, step_of(config)))

@@ -1,4 +1,4 @@
-"""Linear layers that multiply in float8. The model has them, on the meta device, before any pass divides it."""
+"""Linear layers that multiply in float8. The model gets them, on the meta device, before any pass divides it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ with _quiet():
 
 
 class Linear8(EightBits, Float8Linear):
-    """torchao's layer, which by itself casts its input under CUDA's autocast alone."""
+    """torchao's layer, which casts its input only under CUDA's autocast."""
 
     def gathered(self, weight: torch.Tensor) -> torch.Tensor:
         if not isinstance(weight, WeightWithDynamicFloat8CastTensor):
@@ -59,7 +59,7 @@ class Linear8(EightBits, Float8Linear):
         weight._precomputed_scale = weight._tensor.new_ones((), dtype=torch.float32)
         codes, scale = weight.fsdp_pre_all_gather(None)
         found = weight.fsdp_post_all_gather(codes, scale, weight.dtype)
-        assert found is not None  # only where it writes into a tensor that was given
+        assert found is not None  # only if it writes into a given tensor
         return found[0]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -67,12 +67,12 @@ class Linear8(EightBits, Float8Linear):
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
         output = super().forward(input)
-        # torchao's is a view of the product, on whose hooks FSDP2 cannot rely.
+        # torchao returns a view of the product, on whose hooks FSDP2 cannot rely.
         return torch.ops.aten._unsafe_view.default(output, output.shape)
 
 
 class LinearMX(EightBits, nn.Linear):
-    """Blocks of 32 values along each product's inner dimension share a scale that is a power of two."""
+    """Blocks of 32 values along each matmul's inner dimension share a scale that is a power of two."""
 
     def gathered(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
@@ -89,10 +89,10 @@ class LinearMX(EightBits, nn.Linear):
 
 
 def convert_layers(model: PreTrainedModel, float8: Float8, *, block: int, gathered: bool) -> None:
-    """Exchange the layers that can multiply in float8, in place.
+    """Replace the layers that can multiply in float8, in place.
 
-    block: what must divide both dimensions of a matrix. gathered: FSDP2 gathers their weights in float8.
-    Raises ConfigError for a model without such layers, and for names that match none.
+    block: required divisor of both dimensions of a matrix. gathered: FSDP2 gathers their weights in float8. Raises
+    ConfigError for a model without such layers, and for names that match none.
     """
     head, routed = model.get_output_embeddings(), routed_parts(model)
     linears = {name: module for name, module in model.named_modules() if is_plain_linear(module)}
@@ -133,7 +133,7 @@ def convert_layers(model: PreTrainedModel, float8: Float8, *, block: int, gather
             model.get_submodule(name).__class__ = LinearMX
         return
     config = Float8LinearConfig.from_recipe_name(str(float8.recipe))
-    # The head is a group of its own for FSDP2, and gloo cannot gather a group that is float8 throughout.
+    # The head is a separate group for FSDP2, and gloo cannot gather a group that is entirely float8.
     for names, wrapped in ((body, gathered), (ends, False)):
         chosen = dataclasses.replace(config, enable_fsdp_float8_all_gather=wrapped)
         convert_to_float8_training(model, module_filter_fn=lambda _, name, names=names: name in names, config=chosen)
@@ -152,7 +152,7 @@ def log_layers(model: PreTrainedModel) -> None:
 
 
 def check_device(name: str, capability: tuple[int, int], *, blocks: bool = False) -> None:
-    """Raise EnvironmentProblem for a GPU whose tensor cores do not multiply in float8. name: what torch calls it.
+    """Raise EnvironmentProblem for a GPU whose tensor cores do not multiply in float8. name: torch's name for it.
     blocks: with a scale for each 32 values."""
     if blocks and capability < MX_LOWEST:
         raise EnvironmentProblem(
@@ -167,8 +167,8 @@ def check_device(name: str, capability: tuple[int, int], *, blocks: bool = False
 
 
 def compute_scales(modules: Iterable[nn.Module]) -> None:
-    """The scales of all weights that FSDP2 will gather in float8, from one all-reduce for an axis instead of one for
-    each weight. They are those of whole matrices, where each gathering would know the part that tensor parallel cut.
+    """The scales of all weights that FSDP2 will gather in float8, from one all-reduce per axis instead of one per
+    weight. They are those of whole matrices, whereas each gathering would know only the part that tensor parallel left.
     """
     for module in modules:
         device = next(module.parameters()).device
@@ -179,7 +179,7 @@ def compute_scales(modules: Iterable[nn.Module]) -> None:
         held = [w._local_tensor for w in weights if isinstance(w, DTensor)]
         held = [piece for piece in held if isinstance(piece, WeightWithDynamicFloat8CastTensor)]
         mesh = next((w.device_mesh for w in weights if isinstance(w, DTensor)), None)
-        # Offloaded weights lie where their mesh does not communicate; they get their scales when they are gathered.
+        # Offloaded weights are where their mesh does not communicate; they get their scales when they are gathered.
         if not held or mesh is None or held[0].device.type != mesh.device_type:
             continue
         pieces = [piece._tensor.detach() for piece in held]

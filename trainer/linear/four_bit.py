@@ -1,15 +1,16 @@
-"""QLoRA's base: the frozen model in four bits, taken out of them again for each use.
+"""QLoRA's base: the frozen model in four bits, unpacked for each use.
 
     weight [out, in] ----> 64 values share a scale ----> 4-bit codes of NF4      0.5 bytes per value
     scales           ----> 256 share a scale       ----> 8-bit codes             0.0159 bytes per value (else 0.0625)
     each use         ----> the layer's whole matrix in precision.param_dtype, for a moment
 
-bitsandbytes does the arithmetic. The linear layers of the decoder are quantized, from what `model.weights` says and
-unit by unit, so that the model never exists whole in 16 bit. A layout that shards parameters cuts the codes by rows;
-the scales every rank has whole. Embedding, norms and head stay as they are, and so do layers whose rows are no whole
-number of blocks: bitsandbytes' kernel for the CPU unpacks those wrongly. Tensor parallel cuts codes and scales between
-blocks, so scales must not be packed themselves (tuning.double_quantization=false). The layers: `four_bit_layers`.
-Dettmers et al. 2023 (QLoRA, arXiv:2305.14314, section 3).
+bitsandbytes does the arithmetic. The linear layers of the decoder are quantized, from the source of `model.weights` and
+unit by unit, so the model never exists as a whole in 16 bit. A layout that shards parameters divides the codes by rows;
+every rank has all scales. Embedding, norms and head stay unchanged, and so do layers whose rows are not a whole number
+of
+blocks: bitsandbytes' CPU kernel unpacks those incorrectly. Tensor parallel divides codes and scales between blocks, so
+scales must not be packed themselves (tuning.double_quantization=false). `four_bit_layers` has the layers. Dettmers et
+al. 2023 (QLoRA, arXiv:2305.14314, section 3).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def chosen(config: Config) -> bool:
 
 
 def problems(config: Config) -> Iterator[str]:
-    """4-bit weights are packed bytes: what computes on a part of a matrix unpacks whole blocks of it."""
+    """4-bit weights are packed bytes: computing on a part of a matrix unpacks whole blocks of it."""
     tuning, parallel = config.tuning, config.parallel
     if not chosen(config):
         if not tuning.double_quantization:

@@ -1,4 +1,4 @@
-"""Linear layers of 4-bit codes: the model has them, on the meta device, before any pass divides it."""
+"""Linear layers of 4-bit codes: the model gets them, on the meta device, before any pass divides it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trainer.model.layers import PackedWeight, is_plain_linear
 from trainer.model.pieces import cut
 
 KIND, BLOCK, SCALES = "nf4", 64, 256
-"""Values that share a scale; scales that share one."""
+"""Number of values that share a scale; number of scales that share one."""
 
 
 class Linear4bit(PackedWeight, nn.Linear):
-    """A frozen linear layer of codes [out, in / 2] and, apart from them, what they are read with.
+    """A frozen linear layer of codes [out, in / 2] and, stored separately, the scales to read them with.
 
-    bitsandbytes' own layer has both in one parameter of a kind of its own, in one column: gathered by FSDP2 it would
-    have lost the scales, and a rank's share would be no rows.
+    bitsandbytes' own layer has both in one parameter of its own class, in one column: gathered by FSDP2 it would lose
+    the scales, and a rank's share would not be rows.
     """
 
     def __init__(self, linear: nn.Linear, *, double_quantization: bool) -> None:
@@ -45,26 +45,26 @@ class Linear4bit(PackedWeight, nn.Linear):
         self.divided = weight
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
-        """values: in the dtype in which the layer is to compute. Returns the codes."""
+        """values: in the layer's compute dtype. Returns the codes."""
         from bitsandbytes.functional import quantize_4bit
 
         nested = self.double_quantization
         codes, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=nested, quant_type=KIND)
         if self.divided is not None:
-            # Codes are cut between blocks, so that scales can be cut as they are. A copy: not a view of them all.
+            # Codes are divided between blocks, so that scales can be divided too. A copy, not a view of all scales.
             scales = cut(state.absmax.view(self.out_features, -1), self.divided)
             state.absmax, state.shape = scales.clone(memory_format=torch.contiguous_format).flatten(), self._piece()
         self.quant_state = state
         return codes.view(self.out_features, self.in_features // 2)
 
     def _piece(self) -> torch.Size:
-        """Of this rank's values."""
+        """Number of this rank's values."""
         if self.divided is None:
             return torch.Size((self.out_features, self.in_features))
         return self.values_shape(self.divided.to_local().shape)
 
     def packed_bytes(self) -> tuple[int, ...]:
-        """Codes, scales, and what the scales are read with."""
+        """Codes, scales, and the data to read the scales with."""
         count = self._piece().numel()
         codes, blocks, table = count // 2, count // BLOCK, 16 * 4
         if not self.double_quantization:
@@ -89,16 +89,16 @@ class Linear4bit(PackedWeight, nn.Linear):
 
         state = self.quant_state
         if state.absmax.device != input.device:
-            # Quantized where offloaded parameters live.
+            # Quantized on the device of offloaded parameters.
             state.to(input.device)
         bias = None if self.bias is None else self.bias.to(state.dtype)
         return matmul_4bit(input.to(state.dtype), self.weight, state, bias=bias).to(input.dtype)
 
 
 def replace_linears(model: PreTrainedModel, tuning: Tuning) -> None:
-    """Put 4-bit layers, still on the meta device, in the place of the decoder's linear ones.
+    """Replace the decoder's linear layers by 4-bit layers, still on the meta device.
 
-    Raises ConfigError for a model that has none, EnvironmentProblem without bitsandbytes.
+    Raises ConfigError for a model without any, EnvironmentProblem without bitsandbytes.
     """
     if find_spec("bitsandbytes") is None:
         raise EnvironmentProblem(

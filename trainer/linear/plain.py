@@ -1,6 +1,6 @@
-"""The plain kind: every weight of the model is trained, but those that get no gradient from text.
+"""The plain kind: every weight of the model is trained, except those that get no gradient from text.
 
-These are frozen, alike under every layout: DDP would wait for their gradients, and checkpoints for their states.
+These are frozen under every layout: DDP would wait for their gradients, and checkpoints for their states.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def traced(config: Config) -> Any:
 
 
 def patterns_of(names: Iterable[str]) -> str:
-    """The names with * for a layer's number, each once, and not all of very many."""
+    """The names with * for a layer's number, each once, and at most a few of them."""
     patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     more = f" and {len(patterns) - SHOWN} more" if len(patterns) > SHOWN else ""
     return ", ".join(patterns[:SHOWN]) + more

@@ -1,10 +1,10 @@
-"""(IA)3: a frozen model, and in each decoder layer three vectors that multiply what passes.
+"""(IA)3: the model is frozen; in each decoder layer three vectors that multiply features are trained.
 
     x --> W_k (frozen) --> * l_k        keys and values: what comes out of the layer
     h --> * l_ff --> W_down (frozen)    the MLP's features: what goes into its last matrix
 
-All begin at one. Which layers these are is written in peft's table, by architecture. Liu et al. 2022
-(arXiv:2205.05638). Tensor parallel is refused: heads that several ranks compute would share a vector.
+All begin at one. peft's table names these layers, by architecture. Liu et al. 2022 (arXiv:2205.05638). Tensor parallel
+is refused: heads that several ranks compute would share a vector.
 """
 
 from __future__ import annotations

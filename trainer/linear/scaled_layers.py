@@ -1,4 +1,4 @@
-"""The vectors of (IA)3, put into a model on the meta device by peft."""
+"""Inserts the vectors of (IA)3 into a model on the meta device, by peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""First values of a tuned model: the frozen part as `model.weights` says, what has been added as its kind says.
+"""Initial values of a tuned model: the frozen part from `model.weights`, added parameters from their kind.
 
 Each added parameter draws from a generator seeded with the run's seed and its name: the same numbers everywhere.
 """
@@ -20,7 +20,7 @@ from trainer.model.weights import WeightSource
 
 
 class TunedWeights:
-    """Fulfils `trainer.model.weights.WeightSource`, upon the one of the model beneath."""
+    """Fulfils `trainer.model.weights.WeightSource`, on top of the base model's source."""
 
     def __init__(self, base: WeightSource, tuning: Tuning, seed: int) -> None:
         self.base, self.tuning, self.seed = base, tuning, seed

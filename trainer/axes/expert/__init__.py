@@ -1,7 +1,7 @@
-"""Expert parallel, the axis `ep`: the experts of each layer over ranks, and tokens on their way to them.
+"""Expert parallel, the axis `ep`: each layer's experts are spread over ranks, and tokens travel to them.
 
-It lies in a view of its own, over the same ranks (`trainer.plan.views`): whatever of dp_shard x cp x tp it leaves over
-is `efsdp`, which FSDP2 divides each expert's parameters over.
+It belongs to its own view of the same ranks (`trainer.plan.views`): the factor of dp_shard x cp x tp that it leaves is
+`efsdp`, over which FSDP2 divides each expert's parameters.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ REMEDY = "use parallel.ep=1"
 
 
 def sends(config: Config, work: LayerWork) -> Sent:
-    """Forward, recompute, and the reverse in the backward: tokens to the ranks of their experts and back, or one sum
-    where these ranks have the same tokens."""
+    """Forward, recompute, and the reverse in the backward: tokens to the ranks of their experts and back, or a single
+    sum if these ranks have the same tokens."""
     ep, tp, times = config.parallel.ep or work.experts, config.parallel.tp, work.forwards + 1
     if ep == tp:
         return Sent(how="all_reduce", size_bytes=work.tokens * work.hidden, times=times)
@@ -32,13 +32,13 @@ def sends(config: Config, work: LayerWork) -> Sent:
 
 
 def expected_rows(ranks: int, experts: int, chosen: int) -> float:
-    """To how many ranks a token goes on average, where all experts are as likely."""
+    """Average number of ranks that a token goes to, if all experts are equally likely."""
     elsewhere = comb(experts - experts // ranks, chosen) / comb(experts, chosen)
     return ranks * (1 - elsewhere)
 
 
 def worst_imbalance(ranks: int, experts: int, chosen: int) -> float:
-    """Over the average, what a rank computes if every token goes to as many of its experts as it can."""
+    """A rank's worst load over the average: every token goes to as many of its experts as possible."""
     return ranks * min(chosen, experts // ranks) / chosen
 
 
@@ -51,7 +51,7 @@ def problems(config: Config) -> Iterator[str]:
         yield f"{said}: ZeRO partitions every parameter over all ranks; use parallel=expert, which shards as ZeRO 3"
     fields = config_fields(config)
     experts = experts_of(fields)
-    # Without a number, a type that was given by hand may have one by default: `apply` sees it.
+    # Without a number, a type that was given by hand may have a default: `apply` sees it.
     if experts is None and fields and "model_type" not in config.model.config:
         yield f"{said}: {fields.get('model_type', 'this model')} has no experts to divide; {REMEDY}, or another model"
     elif experts is not None and ep is not None and experts % ep:
@@ -66,7 +66,7 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def view(config: Config, dense: View, found: list[str]) -> View | None:
-    """The ranks as experts see them; None where they are not divided. found: gets what does not fit the ranks."""
+    """The ranks as experts see them; None if experts are not divided. found: receives problems."""
     ep = config.parallel.ep
     shared = dense.size(lambda axis: EXPERT not in axis.views)
     experts = experts_of(config_fields(config))

@@ -1,13 +1,14 @@
 """Expert parallel: each rank of `ep` holds whole experts, and runs them on the tokens of all.
 
-Stacked experts [expert, ..., ...] are cut along their first dimension; transformers' own code computes them, with
-grouped products where the device has them. Tokens reach them in one of two ways:
+Stacked experts [expert, ..., ...] are divided along their first dimension; transformers' own code computes them, with
+grouped matmuls where the device has them. Tokens reach them in one of two ways:
 
     the ranks of ep have different tokens      `exchange`: all-to-all there and back
     they are the ranks of tp, with the same    every rank runs its experts on those tokens that chose them; one sum over
                                                the ranks, as after any matrix that tensor parallel cuts
 
-In the first case tensor-parallel ranks, which have the same tokens, exchange a part of them each, and join the results.
+In the first case each tensor-parallel rank, which has the same tokens, exchanges a part of them; the results are
+joined.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Forward = Callable[..., torch.Tensor]
 
 
 def check_stacks(model: PreTrainedModel, ep: int) -> None:
-    """model: whole. Raises ConfigError where it has no experts that can be divided."""
+    """model: the whole model. Raises ConfigError if it has no experts that can be divided."""
     name, counts = architecture(model), {count for _, _, count in _stacks(model)}
     if not counts:
         raise ConfigError(
@@ -55,9 +56,10 @@ def apply_expert_parallel(
     model: PreTrainedModel, mesh: DeviceMesh, *, tensor: DeviceMesh | None, imbalance: float = 1.0
 ) -> str:
     """Divide the experts (on meta, or real and the same on all ranks) and wire their forwards. Returns a line for the
-    log, empty where none are.
+    log, empty if there are none.
 
-    model: whole, or one stage of a pipeline. mesh: of the axis ep. tensor: of tp, whose ranks have the same tokens.
+    model: the whole model, or one pipeline stage. mesh: of the axis ep. tensor: of tp, whose ranks have the same
+    tokens.
     """
     ranks, same = Ranks(mesh.get_group()), None if tensor is None else Ranks(tensor.get_group())
     shared = same is not None and _members(same) == _members(ranks)
@@ -91,8 +93,8 @@ def _cut(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
 
 
 def _on_local_parts(module: nn.Module) -> Experts:
-    """The module's forward, during which its parameters are plain tensors. They are looked up at each call: sharding
-    exchanges them between calls."""
+    """The module's forward, during which its parameters are plain tensors. They are looked up at each call, because
+    sharding replaces them between calls."""
     inner: Experts = module.forward
     table: dict[str, Any] = module._parameters
 
@@ -117,7 +119,7 @@ def _sharing(
     count: int,
     imbalance: float,
 ) -> torch.Tensor:
-    """All ranks have the same tokens."""
+    """For ranks that all have the same tokens."""
     rows, scores = ranks.enter(hidden_states), ranks.enter(top_k_weights)
     number = None
     if isinstance(top_k_index, FakeTensor):
@@ -142,7 +144,7 @@ def _exchanging(
     index = F.pad(top_k_index, (0, 0, 0, missing), value=-1).tensor_split(same.size)[same.rank]
     hidden, weights = (same.split(F.pad(x, (0, 0, 0, missing)), dim=0) for x in (hidden_states, top_k_weights))
     joined = same.join(exchanged(hidden, index, weights, **options), dim=0)
-    # FSDP2 wants no view: whoever adds to it in place would pass by its hooks.
+    # FSDP2 accepts no view: an in-place addition to it would bypass its hooks.
     return joined[:tokens].clone() if missing else joined
 
 

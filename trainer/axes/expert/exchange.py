@@ -7,13 +7,14 @@
                                                                       all-to-all back, one row for each that was sent
     token = sum of the rows that came back
 
-A token goes to each rank once, however many of its experts are there, and comes back as one row. Every rank gathers the
-routes of its group first, 4 bytes per token and expert: then all know who sends how much, and nothing else is asked.
-Collectives per layer: that gather and two all-to-alls forward, two all-to-alls backward. Bytes that each rank sends in
-one all-to-all, N tokens of H features, ep ranks, r ranks per token (`expected_rows`): N r (ep - 1) / ep * H.
+A token goes to each rank at most once, however many of its experts are there, and comes back as one row. Every rank
+first gathers the routes of its group, 4 bytes per token and expert; then all know every message size, without further
+communication. Collectives per layer: that gather and two all-to-alls forward, two all-to-alls backward. Bytes that each
+rank sends in one all-to-all, N tokens of H features, ep ranks, r ranks per token (`expected_rows`): N r (ep - 1) / ep *
+H.
 
-`transformers.distributed.expert_parallel.AllToAllEP` computes the same, and sends a token once per expert. Version 5.23
-refuses it with a pipeline and where ep is no multiple of tp, and splits no sequences.
+`transformers.distributed.expert_parallel.AllToAllEP` computes the same, but sends a token once per expert. Version 5.23
+refuses a pipeline and an ep that is not a multiple of tp, and splits no sequences.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairs:
-    """Rows and the experts here that they chose, in the order of experts. slot: the pair's place in [rows, k]."""
+    """Rows and the local experts that they chose, sorted by expert. slot: the pair's index in [rows, k]."""
 
     row: torch.Tensor
     slot: torch.Tensor
@@ -44,7 +45,7 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routes:
-    """tokens: of this rank, in the order of the ranks that they go to. sent, received: rows to and from each."""
+    """tokens: of this rank, sorted by destination rank. sent, received: number of rows to and from each."""
 
     tokens: torch.Tensor
     sent: list[int]
@@ -62,10 +63,10 @@ def exchanged(
     count: int,
     imbalance: float,
 ) -> torch.Tensor:
-    """What the experts of all ranks make of this rank's tokens. A collective of `ranks`.
+    """Outputs of all ranks' experts for this rank's tokens. A collective of `ranks`.
 
-    hidden: [n, features]; index, weights: [n, k], an index of -1 for nothing. n is the same on all ranks. count:
-    experts of one rank. imbalance: of a trace, which has no values (`_traced`).
+    hidden: [n, features]; index, weights: [n, k], index -1 for nothing. n is the same on all ranks. count: experts per
+    rank. imbalance: for a trace, which has no values (`_traced`).
     """
     traced = isinstance(index, FakeTensor)
     routes = _traced(index, ranks, count, imbalance) if traced else _routes(index, ranks, count)
@@ -81,12 +82,12 @@ def exchanged(
 
 
 def computed(rows: torch.Tensor, scores: torch.Tensor, pairs: Pairs, experts: Experts) -> torch.Tensor:
-    """For each row, the weighted sum of what those of its experts make that are here."""
+    """For each row, the weighted sum of the outputs of its local experts."""
     chosen = rows[pairs.row]
     if chosen.shape[0]:
         made = experts(chosen, pairs.expert[:, None], scores.new_ones(pairs.expert.shape[0], 1))
     else:
-        # The experts' parameters get a gradient on every rank, of zeros here: sharding adds it to those of others.
+        # Every rank's expert parameters get a gradient, here of zeros: sharding adds it to those of others.
         nothing = chosen.sum(dim=0, keepdim=True)
         zero = torch.zeros(1, 1, dtype=torch.long, device=rows.device)
         made = experts(nothing, zero, scores.new_ones(1, 1))[:0]
@@ -95,7 +96,7 @@ def computed(rows: torch.Tensor, scores: torch.Tensor, pairs: Pairs, experts: Ex
 
 
 def summed(rows: torch.Tensor, place: torch.Tensor, count: int) -> torch.Tensor:
-    """[count, features]: the sum of the rows of each place, in the same order on every run."""
+    """[count, features]: the sum of the rows of each index, in the same order on every run."""
     total = rows.new_zeros(count, rows.shape[1])
     if rows.is_cuda:
         # `index_add` adds in the order in which its threads arrive.
@@ -104,7 +105,7 @@ def summed(rows: torch.Tensor, place: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def pairs_here(index: torch.Tensor, first: int, count: int, number: int | None = None) -> Pairs:
-    """index: [rows, k]. first, count: the experts here. number: of pairs, where it is known."""
+    """index: [rows, k]. first, count: the local experts. number: of pairs, if known."""
     flat = index.reshape(-1).long() - first
     expert, order = torch.where((flat >= 0) & (flat < count), flat, count).sort(stable=True)
     number = int((expert < count).sum()) if number is None else number
@@ -116,7 +117,7 @@ def _routes(index: torch.Tensor, ranks: Ranks, count: int) -> Routes:
     every = ranks.gathered(index.int()).unflatten(0, (ranks.size, -1))
     at = torch.div(every, count, rounding_mode="floor")
     here = (at == ranks.rank).any(dim=2)
-    # One column more, for those that go nowhere.
+    # One more column, for pairs without an expert.
     goes = torch.zeros(index.shape[0], ranks.size + 1, dtype=torch.bool, device=index.device)
     mine = at[ranks.rank].long()
     goes = goes.scatter_(1, torch.where(mine < 0, ranks.size, mine), True)[:, : ranks.size].T
@@ -131,8 +132,8 @@ def _routes(index: torch.Tensor, ranks: Ranks, count: int) -> Routes:
 
 
 def _traced(index: torch.Tensor, ranks: Ranks, count: int, imbalance: float) -> Routes:
-    """Stands for `_routes` where tensors have no values: all ranks send as much, and this one gets `imbalance` times
-    the average."""
+    """Replaces `_routes` for tensors without values: all ranks send equally much, and this one receives `imbalance`
+    times the average."""
     tokens, chosen = index.shape
     rows = tokens * expected_rows(ranks.size, ranks.size * count, chosen)
     most = tokens * ranks.size
@@ -149,7 +150,7 @@ def _traced(index: torch.Tensor, ranks: Ranks, count: int, imbalance: float) -> 
 
 
 def balanced_pairs(tokens: int, chosen: int, *, ranks: int, count: int, imbalance: float) -> int:
-    """Pairs that a rank computes in a trace: its part of those of the group's tokens, or `imbalance` times as many."""
+    """Pairs that a rank computes in a trace: its share of the group's pairs, or `imbalance` times as many."""
     return min(tokens * min(chosen, count), round(tokens * chosen / ranks * imbalance))
 
 
@@ -158,7 +159,7 @@ def _evenly(total: int, parts: int) -> list[int]:
 
 
 def _swap(x: torch.Tensor, *, sent: list[int], received: list[int], ranks: Ranks) -> torch.Tensor:
-    """sent, received: rows to and from each rank."""
+    """sent, received: number of rows to and from each rank."""
     result = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(result, x.contiguous(), received, sent, group=ranks.group)
     return result

@@ -13,7 +13,7 @@ AXIS = Axis(name="pp", words=WORDS, views=(DENSE, EXPERT))
 
 
 def problems(config: Config) -> Iterator[str]:
-    """What needs the batch is checked by `table.check_pipeline`."""
+    """`table.check_pipeline` checks the settings that need the batch."""
     parallel = config.parallel
     if parallel.engine is EngineName.deepspeed:
         if parallel.pp > 1:

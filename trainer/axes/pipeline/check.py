@@ -1,8 +1,8 @@
-"""Start-up check of a pipeline: the stages, one after the other, against the whole model, small.
+"""Start-up check of a pipeline: the stages, run one after the other, against the whole model, in miniature.
 
-The probe sees how a model calls its layers, not what they do: a layer that keeps something for a later one (keys and
-values, chosen tokens) looks like any other. So a narrow copy, as deep as the model and cut at the same layers, computes
-once whole and once stage by stage: logits and every gradient must agree. Each rank computes all, and finds the same.
+The probe shows how a model calls its layers, not what they compute: a layer that keeps values for a later one (keys and
+values, chosen tokens) looks like any other. So a narrow copy, as deep as the model and split at the same layers, is
+computed once whole and once stage by stage: logits and every gradient must agree. Every rank computes all of it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from trainer.model.miniature import first_that_runs
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5
-"""Relative to the largest. The stages make the same sums in the same order; what copies add up is rounded."""
+"""Relative to the largest. The stages compute the same sums in the same order; only sums over copies are rounded."""
 SEED = 1234
 
 
 def check_stages(config: PretrainedConfig, lengths: tuple[int, ...]) -> None:
     """Raise ConfigError if the stages would train another model. lengths: layers of each stage.
 
-    An architecture whose small copy cannot be computed at all is left unchecked, with a warning.
+    An architecture whose small copy cannot run at all is left unchecked, with a warning.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         try:
             model, (ids, expected) = first_that_runs(config, 1, _computed, deep=True)
-        except Exception as error:  # a config in miniature may break any rule of its architecture
+        except Exception as error:  # a miniature config may break any rule of its architecture
             log.warning("stages not checked: a small %s does not run: %s", config.model_type, first_line(error))
             return
         depth = len(decoder_layers(model))
@@ -51,7 +51,7 @@ def check_stages(config: PretrainedConfig, lengths: tuple[int, ...]) -> None:
                 _logits([*map(_evaluating, stages)], ids)
         except ConfigError:
             raise
-        except Exception as error:  # the model's own code, where a part is elsewhere
+        except Exception as error:  # the model's own code, where a part is on another stage
             problem = f"a stage does not run: {first_line(error)}"
     if problem:
         raise ConfigError(
@@ -68,7 +68,7 @@ def _computed(model: PreTrainedModel) -> tuple[torch.Tensor, tuple[torch.Tensor,
 def _logits_and_gradients(
     stages: list[Stage], model: PreTrainedModel, ids: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Of the stages or, without any, of the whole model. Copies of a parameter add up."""
+    """Gradients of the stages or, without any, of the whole model. Copies of a parameter are summed."""
     torch.manual_seed(SEED)
     logits = _logits(stages, ids) if stages else model(input_ids=ids, use_cache=False).logits
     cross_entropy_sum(logits, ids.roll(-1, dims=1)).backward()
@@ -96,7 +96,7 @@ def _evaluating(stage: Stage) -> Stage:
 def _difference(
     expected: tuple[torch.Tensor, dict[str, torch.Tensor]], found: tuple[torch.Tensor, dict[str, torch.Tensor]]
 ) -> str:
-    """What the stages compute differently; empty if nothing."""
+    """The first difference in the stages' results; empty if there is none."""
     logits, gradients = expected
     if not torch.allclose(found[0], logits, rtol=0, atol=TOLERANCE * logits.abs().max().item()):
         return "their logits are not those of the whole model, so a layer needs more of another than its hidden states"

@@ -1,7 +1,7 @@
-"""Pipeline schedules as orders: which forward or backward each rank runs after which.
+"""Pipeline schedules as orders: the sequence of forwards and backwards on each rank.
 
-A schedule is nothing but that: one list per rank. Inputs come from the rank of the stage before, gradients from that of
-the stage after, and a rank that has to wait for one waits; `timeline` plays it through and draws it.
+A schedule is one list per rank. Inputs come from the rank of the previous stage, gradients from that of the next, and
+a rank waits for what has not arrived; `timeline` simulates and draws it.
 
     1f1b, rank 2 of 4, 4 micro-batches        F0 F1 B0 F2 B1 F3 B2 B3
     zbv_zero_bubble splits B                  I: gradient of the stage's input, W: gradient of its weights
@@ -31,7 +31,7 @@ class Action(NamedTuple):
 def rank_orders(
     schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None = None
 ) -> list[list[Action]]:
-    """For each pipeline rank the actions of one step in the order in which it runs them."""
+    """For each pipeline rank the actions of one step, in execution order."""
     v = stages_per_rank or default_stages_per_rank(schedule)
     return [_BUILDERS[schedule](pp, micro_batches, v, rank) for rank in range(pp)]
 
@@ -44,7 +44,7 @@ class _Order:
         self.actions: list[Action] = []
         self.forwards: Counter[int] = Counter()
         self.backwards: Counter[int] = Counter()
-        self.owed: list[tuple[int, int]] = []  # stages and micro-batches whose weights' gradient is still to come
+        self.owed: list[tuple[int, int]] = []  # stages and micro-batches whose weight gradient is still to be computed
 
     def forward(self, stage: int) -> None:
         self._add("F", stage, self.forwards[stage])
@@ -58,7 +58,7 @@ class _Order:
             self.owed.append((stage, micro_batch))
 
     def weights(self, stage: int | None = None) -> None:
-        """The oldest gradient of weights that is owed (by this stage); nothing if none is."""
+        """The oldest pending weight gradient (of this stage), if any."""
         for owed in self.owed:
             if stage is None or owed[0] == stage:
                 self.owed.remove(owed)
@@ -66,7 +66,7 @@ class _Order:
                 return
 
     def _add(self, kind: str, stage: int, micro_batch: int) -> None:
-        # A V schedule is written for as many micro-batches as fill it; those that do not exist are left out.
+        # A V schedule is written for as many micro-batches as fill it; surplus ones are left out.
         if micro_batch < self.micro_batches:
             self.actions.append(Action(kind, stage, micro_batch))
 
@@ -178,7 +178,7 @@ def _dualpipev(pp: int, m: int, v: int, rank: int) -> list[Action]:
         order.backward(down)
     half, odd = (rank + 1) // 2, rank % 2
     for number in range(rank + 1):
-        # From the middle on weights' gradients are put off, to be computed while the last inputs' are awaited.
+        # From the middle on, weight gradients are postponed and computed while the last input gradients are awaited.
         order.backward(up, whole=number < half + (1 - odd))
         order.backward(down, whole=number < half)
     for _ in range(after):

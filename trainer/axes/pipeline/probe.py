@@ -1,13 +1,13 @@
-"""How a Hugging Face decoder calls its parts: seen in one run without memory, not known from a table of architectures.
+"""How a Hugging Face decoder calls its parts: observed in one run without memory, not listed by architecture.
 
     tokens --> embedding, positions, ... --> layer 0 --> layer 1 --> ... --> norm --> head --> logits
                |------- before -----|       |---------- layers --------|      |--- after ---|
 
-The model runs once on fake tensors, which have shapes and no values, with layers that hand their input on. The run
-shows which parts are called before the layers and which after, what a layer returns (hidden states, or a tuple that
-begins with them) and how wide hidden states are. And it proves that the chain can be cut anywhere: each layer gets
-exactly what the one before returned, and nothing else that a gradient would have to reach, unless that is made of the
-tokens alone (embeddings for each layer, positions that are learnt): then every stage makes it. Next: `split`.
+The model runs once on fake tensors, which have shapes and no values, with layers that return their input. The run shows
+which parts are called before the layers and which after, a layer's return value (hidden states, or a tuple that begins
+with them) and the width of hidden states. It also proves that the chain can be split anywhere: each layer gets exactly
+the previous layer's result, and no other input that needs a gradient, unless it is computed from the tokens alone
+(embeddings for each layer, learned positions); every stage computes such inputs. Next: `split`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.model.build import decoder_layers
 from trainer.model.layers import owned, values_shape
 from trainer.model.roles import met, routed_parts
 
-# What a layer returns: the hidden states, or a tuple that starts with them.
+# A layer's return value: the hidden states, or a tuple that starts with them.
 RETURNS: tuple[Callable[[Any], Any], ...] = (
     lambda hidden: hidden,
     lambda hidden: (hidden,),
@@ -40,10 +40,12 @@ RETURNS: tuple[Callable[[Any], Any], ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Examined:
-    """before, after: names of the modules that own parameters outside the layers, by when they are called; what is
-    never called counts as before. returns: makes a layer's return value out of hidden states. hidden: their shape
-    after [batch, seq]. embedded: that of what stands for embeddings. repeated: whether layers get more than hidden
-    states, which every stage has to make out of the tokens.
+    """before, after: names of the modules that own parameters outside the layers, by the time of their call; modules
+    that are never called count as before.
+    returns: makes a layer's return value from hidden states.
+    hidden: shape of hidden states after [batch, seq].
+    embedded: shape of the tensors that replace embeddings.
+    repeated: whether layers get further inputs, which every stage must compute from the tokens.
     """
 
     before: tuple[str, ...]
@@ -55,13 +57,13 @@ class Examined:
 
     @property
     def hidden_size(self) -> int:
-        """Features of a token between two layers."""
+        """Number of features per token between two layers."""
         return prod(self.hidden)
 
 
 def examine(model: PreTrainedModel) -> Examined:
-    """Run the model once without memory and see in which order it calls its parts. Raises ConfigError if its layers
-    are not a chain that can be cut."""
+    """Run the model once without memory and observe the order of its calls. Raises ConfigError if its layers are not a
+    chain that can be split."""
     furthest, problem = -1, ""
     for returns in RETURNS:
         probe = _Probe(model, returns)
@@ -70,7 +72,7 @@ def examine(model: PreTrainedModel) -> Examined:
         except _NotAChain as found:
             reason = str(found)
         except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-            # The model cannot unpack what its layers return: they return something else.
+            # The model cannot unpack the layers' result: they return something else.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if probe.layer_calls > furthest:
             furthest, problem = probe.layer_calls, reason
@@ -82,8 +84,8 @@ def examine(model: PreTrainedModel) -> Examined:
 def count_costs(model: PreTrainedModel, anatomy: Examined) -> tuple[list[float], float]:
     """Cost of each layer and of the parts after the layers, in units of the average layer.
 
-    Counted are multiply-adds per token: the entries of all matrices, of experts only those that a token visits. What
-    attention itself computes grows with the sequence and is left out: it is the same in every layer.
+    Counted are multiply-adds per token: the entries of all matrices; of experts only those that a token uses. The
+    attention itself grows with the sequence and is left out, because it is the same in every layer.
     """
     routed = routed_parts(model)
 
@@ -100,16 +102,16 @@ def count_costs(model: PreTrainedModel, anatomy: Examined) -> tuple[list[float],
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a model passes to a layer first, by position or by name: the hidden states."""
+    """A model's first argument to a layer, by position or by name: the hidden states."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
 class _NotAChain(Exception):
-    """The layers are called in a way that does not allow a cut."""
+    """The layers are called in a way that does not allow a split."""
 
 
 class _Probe:
-    """One forward in which layers hand their input on and the calls of all other owners of parameters are noted."""
+    """One forward in which layers return their input and the calls of all other parameter owners are recorded."""
 
     def __init__(self, model: PreTrainedModel, returns: Callable[[Any], Any]) -> None:
         self.model = model
@@ -120,10 +122,10 @@ class _Probe:
             name: module for name, module in model.named_modules() if module._parameters and id(module) not in inside
         }
         self.layer_calls = 0
-        self.called_after: dict[str, int] = {}  # name: layers that had been called
+        self.called_after: dict[str, int] = {}  # name: number of layers called before it
         self.hidden: torch.Tensor | None = None
         self.embedded: tuple[int, ...] = ()
-        self.passed: set[Any] = set()  # places in the graph of gradients where layers were
+        self.passed: set[Any] = set()  # nodes of the autograd graph at which layers were
         self.repeated = False
 
     def run(self) -> Examined:

@@ -1,8 +1,8 @@
-"""When a rank of a pipeline posts its receives, and how many buffers that takes.
+"""When a pipeline rank posts its receives, and the number of buffers that they take.
 
-torch's engine of several stages per rank (`torch.distributed.pipelining`) posts a receive as soon as the sender is
-through, in a simulation in which the ranks take turns; an input may arrive long before its forward. The simulation is
-repeated here without torch, and the tests compare: the estimator counts the buffers that `pipeline.run` takes.
+torch's engine for several stages per rank (`torch.distributed.pipelining`) posts a receive as soon as the sender has
+finished, in a simulation in which the ranks take turns; an input may arrive long before its forward. This module
+repeats the simulation without torch, and the tests compare: the estimator counts the buffers that `pipeline.run` takes.
 
     rank 1 of 2, interleaved_1f1b      RF0 F0 RF1 F1 RF2 ...      RF: a stage's input, RB: the gradient of its output
 """
@@ -20,14 +20,14 @@ from trainer.axes.pipeline.orders import Action, rank_orders
 from trainer.axes.pipeline.table import rank_of_stage
 
 Turn = tuple[Action, ...]
-"""What a rank does in one turn of the simulation: nothing, an action, or a forward and a backward at once."""
+"""A rank's work in one turn of the simulation: nothing, an action, or a forward and a backward at once."""
 
 ACTIVE = 3
-"""Stages of a rank whose parameters torch's engine keeps gathered. To gather or to free one takes a turn."""
+"""Stages of a rank whose parameters torch's engine keeps gathered. Gathering or freeing one takes a turn."""
 
 
 def with_receives(schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int) -> list[list[Action]]:
-    """The order of each rank (`rank_orders`) with its receives, for schedules of several stages per rank."""
+    """The order of each rank (`rank_orders`) with its receives, for schedules with several stages per rank."""
     orders = rank_orders(schedule, pp=pp, micro_batches=micro_batches, stages_per_rank=stages_per_rank)
     last = pp * stages_per_rank - 1
     waiting = [deque(_turns(schedule, order, rank, pp, micro_batches)) for rank, order in enumerate(orders)]
@@ -50,7 +50,7 @@ def with_receives(schedule: str, *, pp: int, micro_batches: int, stages_per_rank
 
 
 def most_received(order: Sequence[Action]) -> int:
-    """Buffers that a rank takes for an order with receives: of inputs as many as it has in use at once, and of
+    """Number of buffers that a rank needs for an order with receives: the maximum of inputs in use at once, and of
     gradients. Both stay in use until the micro-batch's backward through the stage is complete."""
     used: Counter[str] = Counter()
     most: Counter[str] = Counter()
@@ -72,7 +72,7 @@ def _reducing() -> int:
 
 
 def _turns(schedule: str, order: Sequence[Action], rank: int, pp: int, micro_batches: int) -> Iterator[Turn]:
-    """An order as torch's engine takes it: with the turns in which it gathers, frees and reduces parameters."""
+    """An order as torch's engine runs it: with the turns in which it gathers, frees and reduces parameters."""
     turns = list(_together(order, alone=rank == pp - 1) if schedule == "dualpipev" else ((one,) for one in order))
     held: set[int] = set()
     through: Counter[int] = Counter()
@@ -88,7 +88,7 @@ def _turns(schedule: str, order: Sequence[Action], rank: int, pp: int, micro_bat
 
 
 def _together(order: Sequence[Action], *, alone: bool) -> Iterator[Turn]:
-    """DualPipeV runs a forward and the whole backward that follows it in one turn. alone: but for the first pair."""
+    """DualPipeV runs a forward and the following whole backward in one turn. alone: except for the first pair."""
     index = 0
     while index < len(order):
         pair = tuple(order[index : index + 2])
@@ -101,7 +101,7 @@ def _together(order: Sequence[Action], *, alone: bool) -> Iterator[Turn]:
 
 
 def _following(turns: Sequence[Turn]) -> list[list[int]]:
-    """For each turn the stages from it on, in the order in which they come."""
+    """For each turn the stages from it on, in the order of their use."""
     found: list[list[int]] = []
     upcoming: list[int] = []
     for turn in reversed(turns):
@@ -112,7 +112,7 @@ def _following(turns: Sequence[Turn]) -> list[list[int]]:
 
 
 def _ready(action: Action, done: set[Action], last: int) -> bool:
-    """Whether what an action needs of another stage is here, or on its way."""
+    """Whether an action's input from another stage has arrived, or is on its way."""
     kind, stage, micro_batch = action
     if kind == "F" and stage > 0:
         return bool(done & {Action("RF", stage, micro_batch), Action("F", stage - 1, micro_batch)})
@@ -124,7 +124,7 @@ def _ready(action: Action, done: set[Action], last: int) -> bool:
 
 
 def _receive(action: Action, last: int) -> Action | None:
-    """The receive that answers what an action sends, unless both are on one rank."""
+    """The receive that matches an action's send, unless both are on one rank."""
     kind, stage, micro_batch = action
     if kind == "F" and stage < last:
         return Action("RF", stage + 1, micro_batch)

@@ -1,4 +1,4 @@
-"""Pipeline parallel: each rank holds some of the layers; micro-batches flow through them like work through a line.
+"""Pipeline parallel: each rank holds some of the layers; micro-batches flow through them as on an assembly line.
 
     rank 0   embedding, layers 0-7             012....aA3bB4cC5dD.eE.fF
                 | hidden states   ^ gradient
@@ -7,23 +7,23 @@
     rank 2   layers 16-23, norm, head, loss    ..0aA1bB2cC3dD4eE5fF....    3: forward of micro-batch 3, dD: its backward
                                                time -->                    other schedules: `timeline`
 
-Communication: point to point, between neighbours only. Per micro-batch and border between stages one send of the hidden
+Communication: point to point, only between neighbours. Per micro-batch and border between stages one send of the hidden
 states (batch * seq * hidden_size elements in the compute dtype) and one of their gradient: far less than tensor or
-sharded data parallel move, so pp ranks may sit on different nodes. Every rank reads the same samples; the first uses
+sharded data parallel send, so pp ranks may be on different nodes. Every rank reads the same samples; the first uses
 the tokens, the last the labels, the others only the shape.
 
-Gradients: each rank adds up those of its micro-batches and under data parallel reduces once, after the last. Sharded
-data parallel therefore shards parameters and optimizer states here, and gradients only between steps: within one, a
-rank holds whole gradients of its layers, and their parameters gathered. Tied embeddings are two copies, on the first
-and the last stage; their gradients (vocabulary * hidden_size) are exchanged and added once per step, so that both make
-the same update and stay equal. Where layers get embeddings of their own besides the hidden states (Gemma 3n and 4),
-every stage makes them from the tokens: a copy of the tables on each, whose gradients are summed over all.
+Gradients: each rank accumulates those of its micro-batches and under data parallel reduces once, after the last.
+Sharded data parallel therefore shards parameters and optimizer states here, and gradients only between steps: within a
+step a rank holds unsharded gradients of its layers, and their parameters gathered. Tied embeddings are two copies, on
+the first and the last stage; their gradients (vocabulary * hidden_size) are exchanged and added once per step, so that
+both make the same update and stay equal. If layers get embeddings of their own besides the hidden states (Gemma 3n and
+4), every stage computes them from the tokens: a copy of the tables on each, whose gradients are summed over all.
 
-Memory besides: the activations of the micro-batches in flight, and receive buffers (`in_flight`, `receive_buffers`),
-as many as hold something at once. Their number does not depend on the micro-batches of a step, but for the schedules
-that hold all of them anyway.
+Further memory: the activations of the micro-batches in flight, and receive buffers (`in_flight`, `receive_buffers`), as
+many as are in use at once. Their number does not depend on the micro-batches of a step, except for the schedules that
+hold all of them anyway.
 
-torch.distributed.pipelining runs the schedule. Gradients are not scaled there: the loss is normalised already.
+torch.distributed.pipelining runs the schedule. It does not scale gradients, because the loss is normalised already.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class PipelineRun:
         disturbs: bool = False,
     ) -> None:
         """stages: from `split_model`, after all passes over their modules. group: of the mesh axis pp. seq_len: tokens
-        that a rank sees. dtype: of hidden states between stages, the one layers compute in. Only the shapes are
-        fixed here; parameters may still be on the meta device."""
+        that a rank sees. dtype: of hidden states between stages, which is the layers' compute dtype. Only the shapes
+        are fixed here; parameters may still be on the meta device."""
         self.stages = list(stages)
         self.group = group
         self.pp = group.size()
@@ -116,8 +116,9 @@ class PipelineRun:
     ) -> torch.Tensor:
         """Run the schedule over one step's micro-batches and leave the gradient of factor * loss in the parameters.
 
-        The loss is what the last stage returns of all micro-batches, divided by valid_tokens. Returns this rank's share
-        of it without the factor (float64, detached): zero where the last stage is not. A collective over the pipeline.
+        The loss is the last stage's result over all micro-batches, divided by valid_tokens. Returns this rank's share
+        of it without the factor (float64, detached): zero on ranks without the last stage. A collective over the
+        pipeline.
         """
         for batch in micro_batches:
             assert batch.input_ids.shape == self.shape, "a pipeline is built for one shape of micro-batch"
@@ -157,7 +158,7 @@ class PipelineRun:
         return loss
 
     def sum_tied_gradients(self) -> None:
-        """Add the gradients of the copies of each tied parameter, in all places. `forward_backward` calls it."""
+        """Add the gradients of the copies of each tied parameter, on every copy. `forward_backward` calls it."""
         for name in self.stages[0].tied or self.stages[-1].tied:
             ends = [stage for stage in self.stages if name in stage.tied]
             if not ends[0].module.get_parameter(name).requires_grad:
@@ -172,7 +173,7 @@ class PipelineRun:
                 gradients[0].add_(self._exchange(gradients[0], first=ends[0].is_first))
 
     def copies(self) -> Iterator[nn.Parameter]:
-        """This rank's second copies of tied parameters. They are trained like all others, and left out of the global
+        """This rank's second copies of tied parameters. They are trained like all others, but excluded from the global
         norm, which counts the first copy."""
         for stage in self.stages:
             for name in stage.copies:
@@ -186,8 +187,8 @@ class PipelineRun:
             tensor.copy_(total)
 
     def _exchange(self, tensor: torch.Tensor, *, first: bool) -> torch.Tensor:
-        """The tensor that the rank at the other end of the pipeline gives for this one."""
-        # A gradient that is offloaded to the host crosses by way of the device.
+        """The corresponding tensor of the rank at the other end of the pipeline."""
+        # A gradient that is offloaded to the host is sent through the device.
         mine = tensor.to(self.device)
         other = torch.empty_like(mine)
         peer = self._rank_of(self.stages[0].count - 1 if first else 0)
@@ -200,7 +201,7 @@ class PipelineRun:
         return other.to(tensor.device)
 
     def _extras(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """What the model's code wants of a batch besides tokens and labels: every stage gets it."""
+        """A batch's inputs for the model's code besides tokens and labels: every stage gets them."""
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
         tokens = {"tokens": batch.input_ids} if self.stages[0].repeated else {}
         return positions | tokens | numbered(batch, wanted=self.disturbs)
@@ -214,7 +215,7 @@ class PipelineRun:
         return rank_of_stage(self.schedule, pp=self.pp, stage=stage)
 
     def _engine_stage(self, stage: Stage) -> EngineStage:
-        """With the shapes given, it need not run a micro-batch to find them."""
+        """With given shapes, it need not run a micro-batch to find them."""
         tokens = torch.empty(self.shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(*self.shape, *stage.hidden, dtype=self.dtype, device="meta", requires_grad=True)
         made = EngineStage(
@@ -249,7 +250,7 @@ def build_pipeline(stages: Sequence[Stage], config: Config, plan: Plan, mesh: De
 
 
 def _gradient(module: nn.Module, name: str) -> torch.Tensor:
-    """This rank's piece of a parameter's gradient. A stage may have no use for one that another stage needs."""
+    """This rank's piece of a parameter's gradient. A stage may not use a parameter that another stage needs."""
     parameter = module.get_parameter(name)
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)

@@ -1,8 +1,8 @@
-"""A Hugging Face decoder cut into pipeline stages, without knowing its architecture.
+"""Splits a Hugging Face decoder into pipeline stages, without knowledge of its architecture.
 
-Each stage is the whole model with the parts of other stages taken out, so that every parameter keeps its name. The
-model's own code runs on every stage: it builds masks and rotary tables from nothing but shapes and positions, so each
-stage makes its own. Where it calls a part that is elsewhere, a substitute answers:
+Each stage is the whole model without the parts of other stages, so every parameter keeps its name. The model's own code
+runs on every stage: it builds masks and rotary tables from shapes and positions alone, so each stage makes its own. If
+it calls a part that is on another stage, a placeholder answers:
 
     the model's code        stage 0             stage 1               last stage
     embedding, positions    held                "received"            "received"
@@ -13,11 +13,11 @@ stage makes its own. Where it calls a part that is elsewhere, a substitute answe
     head                    not called          not called            held --> logits
 
 The model's output before the stage's first layer is discarded: a placeholder for the previous layer returns the hidden
-states that the previous stage sent. Slicing the list of layers would be simpler, and wrong where a layer's number
-chooses its attention (Gemma 2, GPT-OSS); feeding a slice with embeddings would scale, shift or normalise them once more
-on every stage.
+states that the previous stage sent. Slicing the list of layers would be simpler, but wrong if a layer's number chooses
+its attention (Gemma 2, GPT-OSS); feeding embeddings to a slice would scale, shift or normalise them again on every
+stage.
 
-Which parts come before and after the layers: `probe`. What is sent between stages: `pipeline`.
+Which parts come before and after the layers: `probe`. Messages between stages: `pipeline`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from trainer.model.build import Elsewhere, decoder_layers, tied_names
 
 @dataclass(slots=True)
 class Border:
-    """The hidden states on their way into and out of a stage's layers. dtype: in which they are sent; None: as the
-    last layer returned them."""
+    """The hidden states at the entry and exit of a stage's layers. dtype: in which they are sent; None: as the last
+    layer returned them."""
 
     dtype: torch.dtype | None = None
     received: torch.Tensor | None = None
@@ -69,17 +69,19 @@ class Border:
         hidden, self.sent, self.received = self.sent, None, None
         assert hidden is not None, "the model did not call the layer after this stage's last"
         hidden = hidden.to(self.dtype or hidden.dtype)
-        # Sent as one block of memory, and detached in place after the backward: neither goes with a view.
+        # Sent as one block of memory, and detached in place after the backward: a view allows neither.
         return hidden.clone(memory_format=torch.contiguous_format) if hidden._is_view() else hidden.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """One stage of the pipeline. module: the model with this stage's parts; it takes input_ids [batch, seq] on the
-    first stage and hidden states [batch, seq, *hidden] on the others, and returns hidden states, on the last logits.
-    tied: names of the parameters that the first and the last stage each have a copy of; of which all stages have one if
-    the parts before the layers are `repeated` on each, which then wants `tokens` too. lengths: numbers of layers of all
-    stages."""
+    """One stage of the pipeline.
+
+    module: the model with this stage's parts. It takes input_ids [batch, seq] on the first stage and hidden states
+    [batch, seq, *hidden] on the others, and returns hidden states, on the last stage logits.
+    tied: names of the parameters of which the first and the last stage each have a copy; if the parts before the layers
+    are `repeated`, every stage has one and also takes `tokens`.
+    lengths: number of layers of each stage."""
 
     module: PreTrainedModel
     index: int
@@ -106,9 +108,9 @@ class Stage:
 
 
 class Substitute(Elsewhere):
-    """Answers a call of the module it stands for, from the call's first argument. Has its plain attributes, which some
-    models read (a layer's attention type), and its parts as names without content, which a model's list of its ends
-    may point at (`cls.predictions.decoder`)."""
+    """Answers a call of the module that it replaces, from the call's first argument. It has the module's plain
+    attributes, which some models read (a layer's attention type), and its parts as empty names, to which a model's list
+    of tied weights may refer (`cls.predictions.decoder`)."""
 
     answer: Callable[[Any], Any]
 
@@ -134,10 +136,10 @@ def split_model(
     stages_per_rank: int | None = None,
     split: Sequence[int] | None = None,
 ) -> list[Stage]:
-    """The stages of pipeline rank `rank`, ascending, each with modules of its own on the meta device.
+    """The stages of pipeline rank `rank`, ascending, each with its own modules on the meta device.
 
-    model: on the meta device; it is left as it was. Raises ConfigError for a model that cannot be cut, PlanError for
-    too few layers or a split that does not fit.
+    model: on the meta device; it is not changed. Raises ConfigError for a model that cannot be split, PlanError for too
+    few layers or a split that does not fit.
     """
     per_rank = stages_per_rank or default_stages_per_rank(schedule)
     count, num_layers = pp * per_rank, len(decoder_layers(model))
@@ -165,7 +167,7 @@ def split_model(
 
 
 def _trains(model: PreTrainedModel, anatomy: Examined, ranges: list[range], index: int) -> bool:
-    """Whether the stage has a parameter that is trained."""
+    """Whether the stage has a trained parameter."""
     stack = decoder_layers(model)
     modules = [stack[number] for number in ranges[index]]
     ends = (anatomy.before if index == 0 else ()), (anatomy.after if index == len(ranges) - 1 else ())
@@ -174,7 +176,7 @@ def _trains(model: PreTrainedModel, anatomy: Examined, ranges: list[range], inde
 
 
 def build_stage(model: PreTrainedModel, anatomy: Examined, ranges: Sequence[range], index: int) -> Stage:
-    """Copy the model, and at every part of another stage put a substitute into the copy."""
+    """Copy the model, and replace every part of another stage in the copy by a placeholder."""
     layers, first, last = ranges[index], index == 0, index == len(ranges) - 1
     border = Border()
     returns = anatomy.returns
@@ -197,7 +199,7 @@ def build_stage(model: PreTrainedModel, anatomy: Examined, ranges: Sequence[rang
     for name in anatomy.after:
         if not last:
             answers[id(model.get_submodule(name))] = lambda hidden: hidden
-    # deepcopy takes what the memo says instead of a copy. The config stays one object for all stages.
+    # deepcopy uses the memo's entry instead of a copy. The config stays one object for all stages.
     memo: dict[int, Any] = {id(model.config): model.config}
     of_layers = {id(layer) for layer in decoder_layers(model)}
     memo.update(

@@ -1,6 +1,6 @@
-"""A stage as torch's engine drives it, with receive buffers for what is there instead of for every micro-batch.
+"""A stage as torch's engine drives it, with receive buffers for the micro-batches in flight instead of all of them.
 
-torch 2.15 does that itself, with a new tensor for each receive; there is then nothing to take or to give back here.
+torch 2.15 does that itself, with a new tensor for each receive; then nothing is taken or returned here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import stage as stage_module
 
 Spare = dict[tuple[int, torch.Size], list[torch.Tensor]]
-"""Receive buffers that no micro-batch uses, by what they are for (0: inputs, 1: gradients) and by shape."""
+"""Receive buffers that no micro-batch uses, by purpose (0: inputs, 1: gradients) and by shape."""
 
 
 class EngineStage(PipelineStage):
-    """The engine's view of a stage. spare: of all stages of this rank. torch itself keeps a buffer for each micro-batch
-    of the step."""
+    """The engine's view of a stage. spare: shared by all stages of this rank. torch itself keeps a buffer for each
+    micro-batch of the step."""
 
     spare: Spare
 
@@ -59,7 +59,7 @@ class EngineStage(PipelineStage):
                 info.buffer, info.lent = fits.requires_grad_(buffer.requires_grad), True
 
     def _give_back(self, chunk: int) -> None:
-        """What a neighbour on this rank has handed over, in a V, is not lent: it is only let go."""
+        """In a V, a tensor that a neighbour on this rank has passed on is not borrowed, only released."""
         for kind, received in enumerate((self.args_recv_info[chunk], self.grad_recv_info.get(chunk, ()))):
             for info in received:
                 buffer: torch.Tensor | None = getattr(info, "buffer", None)
@@ -70,17 +70,17 @@ class EngineStage(PipelineStage):
                         self.spare[kind, buffer.shape].append(buffer)
 
     def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
-        """Nothing: torch 2.11 would compare the logits with the shape of what a stage sends, and they are not sent."""
+        """Nothing: torch 2.11 would compare the logits with the shape of a stage's message, and they are not sent."""
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """The exchange that connects neighbours before step 1, in torch 2.11. Where a rank holds two stages that follow
-        each other (V schedules), gloo has no connection to itself."""
+        """The exchange that connects neighbours before step 1, in torch 2.11. If a rank holds two consecutive stages (V
+        schedules), gloo has no connection to itself."""
         operations = super()._get_init_p2p_neighbors_ops()
         return [operation for operation in operations if operation.group_peer != self.group_rank]
 
 
 def _without_memory() -> AbstractContextManager[object]:
-    """torch makes its buffers on the meta device: they only say what `EngineStage` must find room for."""
+    """torch makes its buffers on the meta device: they only tell `EngineStage` which buffers it must provide."""
     make: Callable[..., torch.Tensor] = stage_module._make_tensor_from_meta  # pyright: ignore[reportPrivateImportUsage]
 
     def make_none(meta: Any, device: object) -> torch.Tensor:

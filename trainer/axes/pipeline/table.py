@@ -1,7 +1,7 @@
-"""Pipeline tables: which rank holds which stage, which stage which layers, and what cannot be cut that way.
+"""Pipeline tables: which rank holds which stage, which stage which layers, and which models cannot be split that way.
 
 A stage is a run of neighbouring decoder layers; the first also holds the embedding, the last the final norm and the
-head. Two stages per rank make each stage shorter, so that ranks wait less at the start and the end of a step:
+head. Two stages per rank make each stage shorter, so ranks wait less at the start and the end of a step:
 
     8 layers, 2 ranks    one stage per rank    two, in a loop             two, in a V
     rank 0               0 1 2 3 . . . .       0 1 . . 4 5 . .            0 1 . . . . 6 7
@@ -10,7 +10,7 @@ head. Two stages per rank make each stage shorter, so that ranks wait less at th
                          1f1b                  looped_bfs                 dualpipev
                                                interleaved_zero_bubble
 
-In a V the loss is computed where the embedding is, and one border between stages (3 | 4) needs no communication.
+In a V the loss is computed on the embedding's rank, and one border between stages (3 | 4) needs no communication.
 Torch-free: the plan, the estimator and the trainer read the same numbers here. Next: `orders`.
 """
 
@@ -23,8 +23,8 @@ from itertools import accumulate
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleFacts:
-    """arrangement: how stages lie on ranks: `one` each, `loop` or `v`. splits_backward: whether the gradient of the
-    input and that of the weights are computed apart, the latter later, where the rank would wait."""
+    """arrangement: placement of stages on ranks: `one` each, `loop` or `v`. splits_backward: whether the gradients of
+    the input and of the weights are computed separately, the latter later, when the rank would wait."""
 
     arrangement: str
     splits_backward: bool = False
@@ -46,7 +46,7 @@ def default_stages_per_rank(schedule: str) -> int:
 
 
 def stages_of_rank(schedule: str, *, pp: int, rank: int, stages_per_rank: int) -> tuple[int, ...]:
-    """Global numbers of the stages that pipeline rank `rank` holds, ascending."""
+    """Global indices of the stages that pipeline rank `rank` holds, ascending."""
     if SCHEDULES[schedule].arrangement == "v":
         return rank, 2 * pp - 1 - rank
     return tuple(range(rank, pp * stages_per_rank, pp))
@@ -67,13 +67,13 @@ def split_layers(
     layer_costs: Sequence[float] | None = None,
     split: Sequence[int] | None = None,
 ) -> list[range]:
-    """Layers of each stage, in order: those cuts under which the most expensive stage is cheapest.
+    """Layers of each stage, in order: the split under which the most expensive stage is cheapest.
 
-    Costs are in units of a layer. The step runs at the pace of the slowest stage, so what counts is time: multiply-adds
-    per token, which for a matrix is its number of entries. An embedding lookup costs none; a head of 128 k words costs
-    as much as two or three layers. Among equal cuts the later stages get more layers: they hold fewer micro-batches.
-    layer_costs: one per layer where layers differ. split: number of layers per stage; overrides the balance.
-    Raises ValueError when there are fewer layers than stages, or a split that `check_split` refuses.
+    Costs are in units of a layer. The step runs at the pace of the slowest stage, so time counts: multiply-adds per
+    token, which for a matrix is its number of entries. An embedding lookup costs none; a head of 128,000 entries costs
+    as much as two or three layers. Among equal splits the later stages get more layers: they hold fewer micro-batches.
+    layer_costs: one per layer if layers differ. split: number of layers per stage; overrides the balance. Raises
+    ValueError for fewer layers than stages, or a split that `check_split` refuses.
     """
     if split is not None:
         problems = list(check_split(num_layers, stages, split))
@@ -89,7 +89,7 @@ def split_layers(
 
 
 def _balanced_ends(costs: Sequence[float], stages: int, embedding_cost: float, head_cost: float) -> list[int]:
-    """Where each stage ends. best[end] is, for the stages so far and the first `end` layers: (the largest cost of a
+    """The end of each stage. best[end] is, for the stages so far and the first `end` layers: (the largest cost of a
     stage, the sum of squares that prefers an even spread of the rest, the ends)."""
     upto = [0.0, *accumulate(costs)]
     # An optimal stage is never more than one layer above the average; longer ones are not tried.
@@ -123,9 +123,9 @@ def check_pipeline(
     checkpointing: str = "none",
     compile: bool = False,
 ) -> Iterator[str]:
-    """Every reason why this pipeline cannot run, one line each. num_layers: None where it is not known yet.
+    """Every reason why this pipeline cannot run, one line each. num_layers: None if it is not known yet.
 
-    micro_batches: those of one step, `train.gradient_accumulation_steps`.
+    micro_batches: number per step, `train.gradient_accumulation_steps`.
     """
     if schedule not in SCHEDULES:
         yield f"parallel.pipeline.schedule={schedule}: no such schedule; use one of {', '.join(SCHEDULES)}"
@@ -157,7 +157,7 @@ def check_pipeline(
 
 
 def check_split(num_layers: int, stages: int, split: Sequence[int]) -> Iterator[str]:
-    """Why `parallel.pipeline.split` does not cut this model into these stages."""
+    """Why `parallel.pipeline.split` does not divide this model into these stages."""
     shown = f"parallel.pipeline.split={list(split)}"
     if len(split) != stages:
         yield f"{shown}: has {len(split)} entries, there are {stages} stages; give one number of layers per stage"

@@ -22,8 +22,8 @@ long: a is the gradient of the stage's input (the rank before waits for it), A t
     rank 3  ...00112233aA4aA4bB5bB5cC6cC6dD7dD7eEeffgghhEFGHFGH
 
 With p ranks, m micro-batches and v stages per rank the ranks wait (p-1) / (m+p-1) of the time under gpipe and 1f1b,
-(p-1) / (vm+p-1) when interleaved: more micro-batches or more stages per rank help, and every stage more sends every
-activation once more. Here the share is not taken from a formula but played through, action by action.
+(p-1) / (vm+p-1) when interleaved: more micro-batches or more stages per rank help, and every further stage sends every
+activation once more. The share here is not from a formula but from a simulation, action by action.
 Torch-free. Next: `probe`.
 """
 
@@ -51,8 +51,8 @@ class Slot(NamedTuple):
 
 
 def timeline(schedule: str, orders: Sequence[Sequence[Action]], stage_costs: Sequence[float]) -> list[list[Slot]]:
-    """Each rank's actions with begin and end, when every action starts as soon as its rank is free and its input is
-    there, and sending takes no time. stage_costs: duration of each stage's forward."""
+    """Each rank's actions with begin and end, if every action starts as soon as its rank is free and its input has
+    arrived, and sending takes no time. stage_costs: duration of each stage's forward."""
     pp, last = len(orders), len(stage_costs) - 1
     done: dict[Action, float] = {}
     slots: list[list[Slot]] = [[] for _ in orders]
@@ -88,7 +88,7 @@ def bubble_fraction(
 ) -> float:
     """Share of the ranks' time in which they wait for one another, in [0, 1).
 
-    stage_costs: relative cost of each stage; equal if not given. Uneven stages wait more.
+    stage_costs: relative cost of each stage; equal by default. Uneven stages wait more.
     """
     costs = tuple(stage_costs or [1.0] * (pp * (stages_per_rank or default_stages_per_rank(schedule))))
     return _bubble(schedule, pp, micro_batches, stages_per_rank, costs)
@@ -112,8 +112,8 @@ def in_flight(
 ) -> list[dict[int, int]]:
     """For each rank: {stage: micro-batches whose activations it holds} at the moment when it holds most.
 
-    Held from the forward until the gradient of the weights is computed. stage_weights: what one micro-batch of each
-    stage takes (its layers, its bytes); equal if not given. Peak bytes = sum(count * bytes of that stage).
+    Held from the forward until the gradient of the weights is computed. stage_weights: size of one micro-batch in each
+    stage (its layers, its bytes); equal by default. Peak bytes = sum(count * bytes of that stage).
     """
     peaks = []
     for order in rank_orders(schedule, pp=pp, micro_batches=micro_batches, stages_per_rank=stages_per_rank):
@@ -130,10 +130,10 @@ def in_flight(
 
 
 def receive_buffers(schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None = None) -> list[int]:
-    """For each rank the number of hidden states [micro_batch, seq, hidden_size] it sets aside for what neighbours send.
+    """For each rank the number of hidden states [micro_batch, seq, hidden_size] that it reserves for receiving.
 
-    With one stage per rank as many as it has micro-batches in flight, whose activations begin with them, and one for a
-    gradient; with several as many as its receives need, which are posted early (`receives`).
+    With one stage per rank: as many as it has micro-batches in flight, whose activations begin with them, and one for a
+    gradient. With several: as many as its receives need, which are posted early (`receives`).
     """
     if SCHEDULES[schedule].arrangement == "one":
         held = in_flight(schedule, pp=pp, micro_batches=micro_batches)
@@ -144,8 +144,8 @@ def receive_buffers(schedule: str, *, pp: int, micro_batches: int, stages_per_ra
 
 
 def draw_schedule(schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None = None) -> str:
-    """The timeline as text, one line per rank, for up to 10 micro-batches. One column is one forward of a stage;
-    of several stages per rank, which one is meant is left to the order."""
+    """The timeline as text, one line per rank, for up to 10 micro-batches. One column is one forward of a stage; with
+    several stages per rank, the order shows which one."""
     assert micro_batches <= 10
     orders = rank_orders(schedule, pp=pp, micro_batches=micro_batches, stages_per_rank=stages_per_rank)
     v = stages_per_rank or default_stages_per_rank(schedule)

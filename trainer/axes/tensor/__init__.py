@@ -1,4 +1,4 @@
-"""Tensor parallel, the axis `tp`: matrices cut over ranks, and the collectives between them."""
+"""Tensor parallel, the axis `tp`: matrices divided over ranks, and the collectives between them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ AXIS = Axis(name="tp", words="matrices split over {}", joint=True)
 
 
 def sends(config: Config, work: LayerWork) -> Sent:
-    """Sums of the hidden states: two per layer forward and two backward; whole layers recomputed, the forward's once
-    more. Sequence parallel moves the same bytes as a gather and a scatter."""
+    """Sums of the hidden states: two per layer forward and two backward; if whole layers are recomputed, the forward's
+    again. Sequence parallel sends the same bytes as a gather and a scatter."""
     forwards = 1 if work.partly else work.forwards
     return Sent(how="all_reduce", size_bytes=work.tokens * work.hidden, times=2 * (forwards + 1))
 

@@ -1,4 +1,4 @@
-"""Tensor parallel beside adapters: each pair of thin matrices is cut along the side that its layer is cut along.
+"""Tensor parallel with adapters: each pair of thin matrices is divided along the same side as its layer.
 
     layer cut into columns      x ------+--> [ W: columns ] ----------------------> (+) --> y, a part
                                         |                                            ^
@@ -9,9 +9,9 @@
                                         +--> [ A: rows ] -- sum --> [ B: whole ] ----+
 
 Columns: every rank computes the same A x, but each local B backpropagates only part of its gradient, so A's gradient is
-summed once per step. Rows: one more sum forward, of `rank` features for each token, and B works on
-whole ones; under sequence parallel on this rank's tokens, and then its gradient is a part too. Where a layer takes and
-returns whole features (routers, latent projections), its adapter is whole as well.
+summed once per step. Rows: one more sum forward, of `rank` features per token, and B works on the complete result;
+under sequence parallel on this rank's tokens, and then its gradient is partial too. If a layer takes and returns
+complete features (routers, latent projections), its adapter is undivided as well.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "replicated_with_grad_allreduce": ("{style}", "{style}"),
     "mla_kv_a_proj": (),
 }
-"""Style of a layer -> styles of its adapter's A and B. Beside all others both are whole. None: some of the layer's
-results go to every head, which must be said of the sum of layer and adapter."""
+"""Style of a layer -> styles of its adapter's A and B. For all other styles both are undivided. None: some results of
+the layer go to every head, which must apply to the sum of layer and adapter."""
 
 
 def check_adapters(model: nn.Module) -> Iterator[str]:
-    """One line if adapters stand beside parameters that no linear layer holds, such as stacked experts: peft adds
-    their product to the parameter, which here is a part."""
+    """One line if a target is a parameter outside linear layers, such as stacked experts: peft adds the adapter's
+    product to the whole parameter, of which a rank has only a part."""
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
         if base is not None and not is_linear(base):
@@ -50,7 +50,7 @@ def check_adapters(model: nn.Module) -> Iterator[str]:
 
 def styles_of(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """{name: style} for those names of modules and parameters that the plan, written for the model without adapters,
-    speaks of. What it says of a layer that has an adapter goes to the layer's parts."""
+    mentions. The style of a layer with an adapter applies to the layer's parts."""
     names = list(names)
     plain = match(plan, {plain_name(name) for name in names})
     styles = {name: style for name in names if (style := plain.get(plain_name(name)))}

@@ -12,8 +12,8 @@ neighbours on a node. Stored per rank: 1/t of every matrix, its gradient and opt
 inside regions. Edges and sequence parallel: `regions`, `collectives`. Embedding, head, loss: `vocabulary`.
 
 Every parameter becomes a DTensor on the tp axis: FSDP, checkpoints, norms and optimizers read its placement to see
-which dimension is sharded. The computation does not use DTensor: inside a layer each parameter stands for this rank's
-plain part, the model's own code runs on those, and only the edges of regions know of other ranks.
+which dimension is sharded. The computation does not use DTensor: inside a layer each parameter is replaced by this
+rank's plain part, the model's own code runs on those, and only the edges of regions communicate with other ranks.
 
 Replicated parameters that see only this rank's heads, or its part of the sequence, get a partial gradient. They are
 listed in `partial` and summed once per step, after the last micro-batch: a sum at each backward would count earlier
@@ -58,13 +58,13 @@ KEY = "parallel.tensor_plan"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorParallel:
-    """What the training step must know of a model that tensor parallel has divided.
+    """Facts about a tensor-parallel model that the training step needs.
 
-    plan: what it was divided by. partial: names of the parameters whose gradients are summed over the tp ranks once per
-    step.
-    loss: takes the place of `trainer.model.loss.cross_entropy_sum`; logits hold this rank's part of the vocabulary.
-    words: of the vocabulary, that a rank scores, or the one that scores the most.
-    first: the first of those that this rank scores.
+    plan: the plan by which it was divided.
+    partial: names of the parameters whose gradients are summed over the tp ranks once per step.
+    loss: replaces `trainer.model.loss.cross_entropy_sum`; logits hold this rank's part of the vocabulary.
+    words: number of vocabulary entries that a rank scores, or the largest such number.
+    first: index of the first entry that this rank scores.
     """
 
     mesh: DeviceMesh
@@ -78,7 +78,7 @@ class TensorParallel:
     def reduce_partial_gradients(self, model: nn.Module) -> None:
         """Complete the gradients of `partial`, after the last backward of the step. A collective, one in all.
 
-        Works on whatever piece of the gradient this rank holds, so also after data parallel has scattered it.
+        Works on this rank's piece of the gradient, also after data parallel has scattered it.
         """
         parameters = dict(model.named_parameters())
         pieces = [_local(grad) for name in self.partial if (grad := parameters[name].grad) is not None]
@@ -91,11 +91,11 @@ class TensorParallel:
 
 
 def tensor_plan(model: PreTrainedModel, tp: int, user_plan: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The plan of a whole model: transformers' or ours for its architecture or, where neither cuts anything inside its
-    layers, one that is derived; `user_plan` laid over it.
+    """The plan of a whole model: transformers' or ours for its architecture or, if neither divides anything inside its
+    layers, a derived one; overridden by `user_plan`.
 
-    Raises ConfigError for an architecture that no plan can cut, for entries of the user that say nothing, and for
-    adapters that cannot be cut.
+    Raises ConfigError for an architecture that no plan can divide, for user entries that match nothing, and for
+    adapters that cannot be divided.
     """
     names = [plain_name(name) for name in _names(model)]
     user_plan = dict(user_plan or {})
@@ -127,7 +127,7 @@ def tensor_plan(model: PreTrainedModel, tp: int, user_plan: Mapping[str, str] | 
 def _completed(
     model: PreTrainedModel, plan: Mapping[str, str], user_plan: Mapping[str, str], names: list[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """The entries that speak of the model, with both ends of the vocabulary; and a line for each style unknown here."""
+    """The plan's entries that match the model, with both ends of the vocabulary; and a line for each unknown style."""
     ends = ((model.get_input_embeddings(), "embedding_rowwise"), (model.get_output_embeddings(), "vocabulary"))
     both = {name: style for name, module in model.named_modules() for end, style in ends if module is end}
     whole = {**plan, **both, **user_plan}
@@ -145,7 +145,7 @@ def apply_tensor_parallel(
 ) -> TensorParallel:
     """Divide the parameters (on meta, or real and the same on all ranks) and wire the forwards.
 
-    The model may be one stage of a pipeline. Raises PlanError where sizes do not divide.
+    The model may be one pipeline stage. Raises PlanError if sizes are not divisible.
     """
     config, size = model.config.get_text_config(), tp_mesh.size()
     if problems := list(check_tensor(config.to_dict(), size, sequence_parallel and size > 1, size)):
@@ -177,7 +177,7 @@ def apply_tensor_parallel(
 
 
 def shares(model: nn.Module, tensor: TensorParallel) -> str:
-    """What of the model was divided, for the log."""
+    """A summary of the division, for the log."""
     parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
     divided, total = (
         sum(p.numel() for p in parameters if all_of or not p.placements[0].is_replicate()) for all_of in (0, 1)
@@ -190,18 +190,18 @@ def shares(model: nn.Module, tensor: TensorParallel) -> str:
 
 
 def _scored(model: PreTrainedModel) -> int:
-    """Entries of the vocabulary that the head scores; an encoder may have another one (Marian)."""
+    """Number of vocabulary entries that the head scores; an encoder may have another vocabulary (Marian)."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
     return model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
 
 
 def _names(model: nn.Module) -> list[str]:
-    """Of all modules and parameters."""
+    """Names of all modules and parameters."""
     return [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
 
 
 def _divided_elsewhere(model: nn.Module) -> tuple[str, ...]:
-    """Modules that another axis has divided: it runs them, and what they are given and give is whole."""
+    """Modules that another axis has divided: it runs them, and their inputs and outputs are complete."""
     return tuple(
         name
         for name, module in model.named_modules()
@@ -210,7 +210,7 @@ def _divided_elsewhere(model: nn.Module) -> tuple[str, ...]:
 
 
 def _divide_attributes(model: nn.Module, wiring: Wiring) -> None:
-    """Sizes that the model's code reads from an attribute instead of from the tensor it works on."""
+    """Sizes that the model's code reads from an attribute instead of from its tensor."""
     for name, style in wiring.styles.items():
         word, argument = split_style(style)
         if word != "divide":
@@ -243,7 +243,7 @@ def _copy_key_value_heads(model: nn.Module, wiring: Wiring) -> None:
 
 
 def _copies(name: str, projection: nn.Linear, head_dim: int, wiring: Wiring) -> int:
-    """On how many ranks each head of this projection is computed. More than one: it stays whole, in slices."""
+    """Number of ranks that compute each head of this projection. If more than one, it stays undivided, in slices."""
     heads, size = projection.out_features // head_dim, wiring.ranks.size
     if heads % size == 0:
         return 1
@@ -257,7 +257,7 @@ def _copies(name: str, projection: nn.Linear, head_dim: int, wiring: Wiring) -> 
 
 
 def _distribute(model: nn.Module, wiring: Wiring, mesh: DeviceMesh) -> None:
-    """Make every parameter a DTensor. One that has two names (tied embeddings) stays one object."""
+    """Make every parameter a DTensor. One with two names (tied embeddings) stays one object."""
     made: dict[int, tuple[nn.Parameter, str]] = {}
     places = [
         (module, f"{name}.{leaf}" if name else leaf, leaf, parameter)
@@ -265,7 +265,7 @@ def _distribute(model: nn.Module, wiring: Wiring, mesh: DeviceMesh) -> None:
         if name not in wiring.apart
         for leaf, parameter in list(module.named_parameters(recurse=False))
     ]
-    # A second name without a style of its own, such as that of a head's bias (BERT), is no contradiction.
+    # A second name without its own style, such as that of a head's bias (BERT), is not a contradiction.
     planned = {
         id(parameter): _placement(module, full, leaf, parameter, wiring)
         for module, full, leaf, parameter in reversed(places)
@@ -276,7 +276,7 @@ def _distribute(model: nn.Module, wiring: Wiring, mesh: DeviceMesh) -> None:
         placement = own if _style_of(full, leaf, wiring) else planned.get(id(parameter), own)
         if id(parameter) not in made:
             value = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-            # Cutting what is packed joins pieces, and a tensor's type may not outlive that.
+            # Dividing a packed parameter joins pieces, and a tensor's type may not survive that.
             part = of_type(parameter.detach(), value.to_local())
             value = DTensor.from_local(part, mesh, [placement], shape=value.shape, stride=value.stride())
             made[id(parameter)] = (nn.Parameter(value, requires_grad=parameter.requires_grad), full)
@@ -315,7 +315,7 @@ def _placement(module: nn.Module, full: str, leaf: str, parameter: nn.Parameter,
             f"parallel.tp={wiring.ranks.size}: {full} has {length // packed.entries(share.dim)} packed blocks in a row,"
             f" not a multiple of {pieces}; use a divisor, parallel=fsdp, or tuning=lora"
         )
-    # Torch keeps this placement private, and its own FSDP2 stores parameters in it. Checkpoints must not: to them a
+    # Torch keeps this placement private, and its own FSDP2 stores parameters in it. Checkpoints must not: for them a
     # piece is one block.
     return _StridedShard(share.dim, split_factor=share.parts) if share.parts > 1 else Shard(share.dim)
 
@@ -331,7 +331,7 @@ def _wire(model: nn.Module, wiring: Wiring) -> None:
             continue
         if wiring.style(name) == "embedding_rowwise" and isinstance(module, nn.Embedding):
             module.forward = vocabulary.embedding_forward(module, wiring.ranks)
-            # A norm inside sees this rank's words.
+            # A norm inside sees only this rank's tokens.
             normed = dict(module.named_parameters()).keys() - dict(module.named_parameters(recurse=False)).keys()
             wiring.partial.update(f"{name}.{leaf}" for leaf in normed)
         else:

@@ -1,9 +1,9 @@
-"""Start-up check of a tensor-parallel plan: the divided model against the plain one, small and in float64.
+"""Start-up check of a tensor-parallel plan: the divided model against the plain one, in miniature and in float64.
 
-A wrong plan seldom crashes: a matrix cut on the wrong side, a gradient summed twice or not at all trains, to a worse
-model. So before the run a copy of the architecture with its own ratio of heads and its own switches, shrunk to a few
-small layers, one of each kind, is computed both ways as in training on the tensor-parallel ranks: loss and every
-gradient must agree. Takes a second or two.
+A wrong plan seldom crashes: a matrix divided along the wrong side, a gradient summed twice or not at all, trains to a
+worse model. So before the run a copy of the architecture with its own ratio of heads and its own switches, shrunk to a
+few small layers, one of each kind, is computed both ways as in training on the tensor-parallel ranks: loss and every
+gradient must agree. This takes a second or two.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 Convert = Callable[[PreTrainedModel], None]
 TOLERANCE = 1e-5
 """Relative to the largest gradient. Sums in another order differ by 1e-15; architectures that compute norms or routers
-in float32 whatever the model's dtype by 1e-7; a wrong plan by 1e-2 and more."""
+in float32 whatever the model's dtype, by 1e-7; a wrong plan by 1e-2 and more."""
 ROUNDED = 1e-3
-"""For an architecture whose code knows float32 alone."""
+"""For an architecture whose code supports only float32."""
 SEED = 1234
 
 
@@ -47,11 +47,11 @@ def self_check(
 ) -> None:
     """Raise ConfigError, on all tensor-parallel ranks, if the plan changes what the model computes. A collective.
 
-    convert: adds to the copy what the model's linear layers have besides, adapters for example. In the copy everything
-    is trained, the model beneath adapters too.
+    convert: adds the model's further linear layers to the copy, for example adapters. In the copy everything is
+    trained, including the base model of adapters.
 
-    For a plan that `apply_tensor_parallel` has accepted for the model itself: here sizes are others. An architecture
-    whose shrunk copy cannot be computed at all is left unchecked, with a warning.
+    For a plan that `apply_tensor_parallel` has accepted for the model itself: sizes differ here. An architecture whose
+    shrunk copy cannot run at all is left unchecked, with a warning.
     """
     devices = [torch.cuda.current_device()] if tp_mesh.device_type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -63,7 +63,7 @@ def self_check(
             divided = copy.deepcopy(plain)
             divided.zero_grad()
             tensor_parallel = apply_tensor_parallel(divided, plan, tp_mesh, sequence_parallel=sequence_parallel)
-        except Exception as error:  # a config in miniature may break any rule of its architecture
+        except Exception as error:  # a miniature config may break any rule of its architecture
             log.warning("tensor plan not checked: a small %s does not run: %s", config.model_type, first_line(error))
             return
         try:
@@ -73,7 +73,7 @@ def self_check(
         except Exception as error:  # the model's own code, on shapes that do not fit it
             problem = f"the divided model does not run: {first_line(error)}"
     del plain, divided, tensor_parallel
-    # Replaced forwards refer to their modules in circles: until the collector came by, the copies would stay.
+    # Replaced forwards and their modules refer to each other: without a collection the copies would stay.
     gc.collect()
     if found := next(filter(None, gather(problem, tp_mesh.get_group())), None):
         off = "set parallel.sequence_parallel=false or " if sequence_parallel else ""
@@ -81,7 +81,7 @@ def self_check(
 
 
 def _difference(expected: torch.Tensor, loss: torch.Tensor, plain: nn.Module, divided: nn.Module) -> str:
-    """What the divided model computes differently, in words; empty if nothing."""
+    """The difference in the divided model's results, in words; empty if there is none."""
     exact = {p.dtype for p in plain.parameters()} == {torch.float64}
     tolerance = TOLERANCE if exact else ROUNDED
     if not torch.allclose(loss, expected, rtol=tolerance):

@@ -1,6 +1,6 @@
-"""What crosses between tensor-parallel ranks, as pairs: one collective forward, its counterpart backward.
+"""Communication between tensor-parallel ranks, as pairs: one collective forward, its counterpart backward.
 
-The gradient of "copy to all" is "sum from all", the gradient of "gather" is "reduce-scatter", and back. t ranks,
+The gradient of "copy to all" is "sum from all", the gradient of "gather" is "reduce-scatter", and vice versa. t ranks,
 n bytes of the whole activation, ring algorithms; each rank sends:
 
     pair               forward                    backward                    bytes forward / backward
@@ -11,9 +11,9 @@ n bytes of the whole activation, ring algorithms; each rank sends:
     split              keep this rank's part      all-gather                  0 / (t-1)/t n
     join               all-gather                 keep this rank's part       (t-1)/t n / 0
 
-`enter` and `leave` stand around a region whose ranks compute different parts from the same input; the `_sequence`
-pair does the same and leaves the activation outside cut along the sequence: the same bytes, an all-reduce being a
-reduce-scatter and an all-gather. `split` and `join` stand around what all ranks compute alike.
+`enter` and `leave` surround a region whose ranks compute different parts from the same input; the `_sequence` pair does
+the same and leaves the activation outside divided along the sequence: the same bytes, since an all-reduce is a
+reduce-scatter and an all-gather. `split` and `join` surround computation that all ranks share.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 
 class Ranks:
-    """The tensor-parallel ranks and the six ways for an activation [batch, seq_len, features] to pass between them.
-    dim: the one that is cut, by default the sequence."""
+    """The tensor-parallel ranks and the six ways in which an activation [batch, seq_len, features] passes between them.
+    dim: the divided dimension, by default the sequence."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -69,11 +69,11 @@ class Ranks:
 
     def _all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         _check_sequence(x, dim)
-        # Collectives cut along the first dimension of contiguous memory.
+        # Collectives divide the first dimension of contiguous memory.
         part = x.movedim(dim, 0).contiguous()
         whole = part.new_empty((self.size * part.shape[0], *part.shape[1:]))
         _gather(whole, part, group=self.group)
-        # Moving nothing would give a view, and FSDP2 takes no views from a module.
+        # Moving nothing would give a view, and FSDP2 accepts no views from a module.
         return whole.movedim(0, dim).contiguous() if dim else whole
 
     def _reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -117,6 +117,6 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check_sequence(x: torch.Tensor, dim: int) -> None:
-    """Some models fold batch and sequence into one dimension; cut there, tokens of other sequences would mix."""
+    """Some models fold batch and sequence into one dimension; dividing it would mix tokens of other sequences."""
     if dim == 1 and x.ndim != 3:
         raise ValueError(f"hidden states of shape {list(x.shape)} have no sequence dimension to divide")

@@ -1,18 +1,18 @@
-"""A tensor-parallel plan for an architecture that nobody has written one for: found by trying, on a small copy.
+"""Derives a tensor-parallel plan for an architecture without one, by experiments on a small copy.
 
-Each layer runs alone, in float64, on what it was called with. Every linear layer in it is made to repeat the result it
-gave before, whatever it gets, while one of these results is disturbed. Which inputs of other linear layers change then
-shows what lies between two linear layers without a third:
+Each layer runs alone, in float64, on the inputs of its call. Every linear layer in it repeats its earlier result,
+whatever its input, while one of these results is disturbed. The linear layers whose inputs then change show the
+connections between two linear layers without a third:
 
     q, k, v --> attention --> o          closed: what leaves q, k and v arrives at o alone
     gate, up --> activation --> down     closed
     o --> residual, norm --> gate, up    open: the residual leaves the layer
 
-A closed part is cut ("colwise", then "rowwise") if what the ranks compute from their parts, each tried in turn, adds up
-to what the whole layer computes. Code that counts its heads in an attribute is tried with that attribute divided,
-matrices packed in one with their blocks divided, parameters in between whole or divided. Elsewhere a large matrix is
-still divided, and its result gathered ("colwise_gather_output") or its input cut ("rowwise_split_input"): the product
-and the memory are shared, and what lies between is computed by every rank. `check` then judges the gradients.
+A closed part is divided ("colwise", then "rowwise") if the results of the ranks' parts, each tried in turn, add up to
+the whole layer's result. For code that counts its heads in an attribute, a divided attribute is tried; for packed
+matrices, divided blocks; for parameters in between, both whole and divided. Elsewhere a large matrix is still divided,
+and its result gathered ("colwise_gather_output") or its input divided ("rowwise_split_input"): matmul and memory are
+shared, and every rank computes the rest. `check` then judges the gradients.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from trainer.model.miniature import first_that_runs
 from trainer.model.weights import plain_name
 
 SMALL = 0.02
-"""Of a layer's parameters: a matrix with fewer is not worth a gather."""
+"""Minimum size of a layer's matrix that is worth a gather, in parameters."""
 
 
 def derive(model: PreTrainedModel, tp: int) -> Styles:
-    """Styles by name, `*` for numbers; empty where the small copy does not run or nothing of it can be cut."""
+    """Styles by name, `*` for numbers; empty if the small copy does not run or nothing can be divided."""
     fields = {k: v for k, v in model.config.to_dict().items() if k not in ("architectures", "use_cache", "dtype")}
     key = repr((type(model).__name__, tp, sorted(fields.items(), key=str)))
     if key not in _derived:
@@ -63,7 +63,7 @@ def _derive(model: PreTrainedModel, tp: int) -> Styles:
 
 
 def _layers_of(small: PreTrainedModel, tp: int) -> list[Layer]:
-    """A layer of each kind, with what the model calls it with."""
+    """A layer of each kind, with the arguments of its call."""
     stack = decoder_layers(small)
     prefix = next(name for name, module in small.named_modules() if module is stack)
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -86,7 +86,7 @@ def _layers_of(small: PreTrainedModel, tp: int) -> list[Layer]:
 
 @torch.no_grad()
 def _uses_more(small: PreTrainedModel, stack: nn.ModuleList, ids: torch.Tensor) -> bool:
-    """Whether logits depend on what layers return besides hidden states; attention's weights are thrown away."""
+    """Whether logits depend on a layer's further results; attention weights are ignored."""
     plain = small(input_ids=ids, use_cache=False).logits
 
     def disturb(_: nn.Module, __: Any, output: Any) -> Any:
@@ -97,7 +97,7 @@ def _uses_more(small: PreTrainedModel, stack: nn.ModuleList, ids: torch.Tensor) 
     handles = [layer.register_forward_hook(disturb) for layer in stack]
     try:
         return not torch.equal(small(input_ids=ids, use_cache=False).logits, plain)
-    except Exception:  # the model's own code, on what it did not expect
+    except Exception:  # the model's own code, on unexpected values
         return True
     finally:
         for handle in handles:
@@ -107,7 +107,7 @@ def _uses_more(small: PreTrainedModel, stack: nn.ModuleList, ids: torch.Tensor) 
 def _agreed(
     model: PreTrainedModel, layers: list[Layer], parts: list[list[tuple[set[str], Styles | None]]], tp: int
 ) -> Styles:
-    """The parts that are cut alike in every layer that calls linear layers of these names."""
+    """The parts that are divided alike in every layer that calls linear layers of these names."""
     cuts: dict[str, list[Styles]] = {}
     for layer, own in zip(layers, parts, strict=True):
         alike = {name: styles for names, styles in own if styles and _divides(model, styles, tp) for name in names}
@@ -119,7 +119,7 @@ def _agreed(
 
 
 def _divides(model: PreTrainedModel, styles: Styles, tp: int) -> bool:
-    """Whether the model's own sizes can be cut so."""
+    """Whether the model's own sizes can be divided so."""
     modules = {plain_name(name): module for name, module in model.named_modules() if ".lora_" not in name}
     found = match(styles, (*modules, *(plain_name(name) for name, _ in model.named_parameters())))
     for name, module in modules.items():

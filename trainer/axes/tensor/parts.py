@@ -1,4 +1,4 @@
-"""A layer by itself, and the closed parts of it that tensor parallel can cut; see `derive`."""
+"""A layer in isolation, and its closed parts that tensor parallel can divide; see `derive`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from trainer.model.roles import wildcard
 TOLERANCE = 1e-5
 """Relative, in float64: some architectures compute parts in float32."""
 ATTEMPTS, FEW = 120, 20
-"""Ways to cut one part of a layer that are tried at most: few where more than three other parameters lie in it, as in a
-recurrence, which runs token by token and mixes what it is given."""
+"""Maximum number of ways to divide one part of a layer. It is small if more than three other parameters lie in the
+part, as in a recurrence, which runs token by token and mixes its inputs."""
 EDGE = "the layer's own input and output"
 Styles = dict[str, str]
 
 
 @dataclass(slots=True)
 class _Seen:
-    """One run of a layer: what each linear layer got, call by call, and what the layer returned."""
+    """One run of a layer: the inputs of each linear layer, call by call, and the layer's result."""
 
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     outputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -35,12 +35,12 @@ class _Seen:
 
 
 class Layer:
-    """A layer alone. linears: those that it calls, by name inside it."""
+    """A layer in isolation. linears: the linear layers that it calls, by name inside it."""
 
     def __init__(
         self, layer: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, returns_more: bool
     ) -> None:
-        """returns_more: whether the model uses what the layer returns besides the hidden states."""
+        """returns_more: whether the model uses the layer's results besides the hidden states."""
         self.layer, self.name, self.returns_more = layer, name, returns_more
         self.args, self.kwargs = args, kwargs
         self.linears = {n: m for n, m in layer.named_modules() if n and is_linear(m)}
@@ -49,7 +49,7 @@ class Layer:
         self.linears = {name: m for name, m in self.linears.items() if name in self.plain.inputs}
 
     def full(self, name: str) -> str:
-        """Its name in a plan: `*` for the number of the layer and of what is alike, not for a place in a sequence."""
+        """Its name in a plan: `*` for the number of the layer and of equal parts, not for a position in a sequence."""
         words, module = [wildcard(self.name)], self.layer
         for word in name.split(".") if name else ():
             words.append(word if isinstance(module, nn.Sequential) else wildcard(word))
@@ -58,8 +58,8 @@ class Layer:
 
     @torch.no_grad()
     def run(self, own: Mapping[str, Any], *, disturbed: str = "", moved: bool = False) -> _Seen:
-        """own: linear layers that compute; the others give what they gave before, `disturbed` with noise on it. moved:
-        with noise on what the layer is given."""
+        """own: linear layers that compute; the others repeat their earlier results, the `disturbed` one with noise.
+        moved: adds noise to the layer's input."""
         seen = _Seen()
 
         def call(name: str, inner: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
@@ -92,24 +92,24 @@ class Layer:
         return seen
 
     def changed(self, seen: _Seen) -> set[str]:
-        """The linear layers that got something else, and EDGE if the layer returned something else."""
+        """The linear layers whose input changed, and EDGE if the layer's result changed."""
         names = {n for n in self.linears if not _same(seen.inputs.get(n, []), self.plain.inputs[n])}
         return names | (set() if _same(seen.returned, self.plain.returned) else {EDGE})
 
     def reached(self, **how: Any) -> set[str]:
         try:
             return self.changed(self.run({}, **how))
-        except Exception:  # the layer's own code: a router that chooses others, for example
+        except Exception:  # the layer's own code, for example a router that chooses other experts
             return {EDGE}
 
     def parameters(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Of everything but linear layers: name, owner, name in the owner."""
+        """All parameters outside linear layers: name, owner, name in the owner."""
         for name, module in self.layer.named_modules():
             if name not in self.linears:
                 yield from ((f"{name}.{leaf}" if name else leaf, module, leaf) for leaf in module._parameters)
 
     def closed_parts(self) -> Iterator[Part]:
-        """Parts between linear layers that nothing else enters with a gradient or leaves."""
+        """Parts between linear layers that no other value with a gradient enters or leaves."""
         reach = {name: self.reached(disturbed=name) for name in self.linears}
         reach[EDGE] = self.reached(moved=True) | {EDGE}
         for name, module, leaf in self.parameters():
@@ -140,7 +140,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """columns, rows: linear layers that it begins and ends with. between: other parameters."""
+    """columns, rows: linear layers at its beginning and end. between: other parameters."""
 
     layer: Layer
     columns: list[str]
@@ -165,7 +165,7 @@ class Part:
         return None
 
     def _attributes(self, tp: int) -> list[tuple[tuple[str, str], ...]]:
-        """Sets of attributes to divide: those of one module with one value go together."""
+        """Sets of attributes to divide: those of one module with equal values belong together."""
         modules = dict(self.layer.layer.named_modules())
         owners = {name.rpartition(".")[0] for name in (*self.columns, *self.rows, *self.between)}
         owners |= {name.rpartition(".")[0] for name in owners}
@@ -221,7 +221,7 @@ class Part:
     def _local(
         self, modules: Mapping[str, nn.Module], name: str, style: str, rank: int, tp: int
     ) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """What stands for parameters on one rank: (table, key, value)."""
+        """Replacements of parameters on one rank: (table, key, value)."""
         if name in self.layer.linears:
             module, leaves = modules[name], ("weight", "bias")
         else:
@@ -253,7 +253,7 @@ class Part:
 
 
 def _effort(way: tuple[Iterable[Any], ...]) -> int:
-    """How much of a way to cut is out of the ordinary; the first that adds up is taken."""
+    """How unusual a way to divide is; the first one that adds up is taken."""
     return sum(choice not in ("colwise", "replicated_with_grad_allreduce") for choices in way for choice in choices)
 
 
@@ -269,7 +269,7 @@ def _close(value: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 @contextmanager
 def _set(table: dict[str, Any], key: str, value: Any) -> Iterator[None]:
-    """A dictionary with another value for one key, while inside."""
+    """A dictionary with another value for one key, inside the context."""
     missing = object()
     before = table.get(key, missing)
     table[key] = value

@@ -1,15 +1,15 @@
-"""Tensor parallel, the tables: which matrix is cut along which side, for which architecture. No torch.
+"""Tensor parallel, the tables: along which side each matrix is divided, by architecture. No torch.
 
-A plan maps names of modules or parameters (`*` stands for a layer's number) to a style. Hugging Face ships such
-plans with most decoders; those it has none for stand in PLANS below, and `parallel.tensor_plan` adds to both.
+A plan maps names of modules or parameters (`*` stands for a layer's number) to a style. Hugging Face ships such plans
+with most decoders; PLANS below adds missing ones, and `parallel.tensor_plan` overrides both.
 
     y = x W1 W2         W1 cut into columns ("colwise")         W2 cut into rows ("rowwise")
 
     rank 0              x --[ W1a ]--> a part of the features --[ W2a ]--> a partial sum --\\
     rank 1              x --[ W1b ]--> the other part         --[ W2b ]--> a partial sum ---+--> y on both ranks
 
-The nonlinearity between the two works on single features (an activation) or single heads (attention), so nothing
-needs to cross before the sum. Shoeybi et al. 2019, Megatron-LM. What each style does at run time: `apply`.
+The nonlinearity between the two works on single features (an activation) or single heads (attention), so no
+communication is needed before the sum. Shoeybi et al. 2019, Megatron-LM. Run-time effect of each style: `apply`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Side = Literal["output", "input", "first", "vocabulary", "none"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Style:
-    """cut: the side of the matrix that is divided; `none`: every rank holds all of it. about: one phrase."""
+    """cut: the divided side of the matrix; `none`: every rank holds all of it. about: one phrase."""
 
     cut: Side
     about: str
@@ -59,10 +59,10 @@ STYLES: dict[str, Style] = {
     "local_params": Style(cut="none", about="holds parameters with entries of their own"),
     "replicate": Style(cut="none", about="whole on every rank"),
 }
-"""Hugging Face's words, and ours: `vocabulary`, `channels`, `divide` and ADAPTERS."""
+"""Hugging Face's styles, and ours: `vocabulary`, `channels`, `divide` and ADAPTERS."""
 
 ADAPTERS = {"adapter_before_columns", "adapter_after_rows"}
-"""Follow from the plan of the layer (`adapters`); no plan says them."""
+"""These follow from the layer's plan (`adapters`); no plan contains them."""
 
 ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
 
@@ -75,15 +75,15 @@ def _plan(layer: str, *, columns: str, rows: str, divide: tuple[str, str] | None
 
 
 PLANS: dict[str, dict[str, str]] = {
-    # transformers' own plan passes over the activation's learned slopes, which see only this rank's features.
+    # transformers' own plan ignores the activation's learned slopes, which see only this rank's features.
     "apertus": {"model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
-    # transformers' own plan sums what each head makes of the values of all, and then has other heads on each rank.
+    # transformers' own plan sums each head's results over all values, and then has other heads on each rank.
     "doge": {
         **dict.fromkeys((f"model.layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise_gather_output"),
         "model.layers.*.self_attn.dt_proj": "replicate",
         "model.layers.*.self_attn.o_proj": "rowwise_split_input",
     },
-    # Its sparse activation takes mean and deviation over all features of a gate.
+    # Its sparse activation uses the mean and deviation over all features of a gate.
     "gemma3n_text": dict.fromkeys(
         ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj", "model.layers.*.mlp.down_proj"), "replicate"
     ),
@@ -109,7 +109,7 @@ PLANS: dict[str, dict[str, str]] = {
         "model.layers.*.mlp.experts.down_proj": "colwise",
         "model.layers.*.mlp.experts.down_proj_bias": "added_once",
     },
-    # transformers' own plan cuts gate and up, stacked in one, as if they were one.
+    # transformers' own plan divides gate and up, stacked in one matrix, as if they were one.
     "inkling_text": {"model.layers.*.mlp.experts.gate_up_proj": "packed_colwise"},
     "inkling2_text": {"model.layers.*.mlp.experts.gate_up_proj": "packed_colwise"},
     "stablelm": _plan(
@@ -119,14 +119,14 @@ PLANS: dict[str, dict[str, str]] = {
         divide=("self_attn", "num_heads,num_key_value_heads"),
     ),
 }
-"""By model_type; entries go over those of transformers. Attributes to `divide` are sizes that the model's code reads
+"""By model_type; entries override those of transformers. Attributes to `divide` are sizes that the model's code reads
 instead of the tensor's own shape."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorShare:
-    """How a parameter is cut. dim: the dimension that is divided, None if every rank holds all of it. parts: blocks
-    along it, each divided on its own (3 for query, key and value in one matrix)."""
+    """How a parameter is divided. dim: the divided dimension, None if every rank holds all of it. parts: number of
+    blocks along it, each divided separately (3 for query, key and value in one matrix)."""
 
     dim: int | None = None
     parts: int = 1
@@ -139,7 +139,7 @@ def split_style(style: str) -> tuple[str, str]:
 
 
 def check_plan(plan: Mapping[str, str], key: str) -> Iterator[str]:
-    """One line for each style that does not exist. key: where the plan comes from, for the message."""
+    """One line for each unknown style. key: origin of the plan, for the message."""
     known = sorted(STYLES.keys() - ADAPTERS)
     for pattern, style in plan.items():
         name, argument = split_style(style)
@@ -153,13 +153,13 @@ def check_plan(plan: Mapping[str, str], key: str) -> Iterator[str]:
 
 
 def match(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """{name: style} for those names of modules and parameters that the plan speaks of."""
+    """{name: style} for those names of modules and parameters that the plan mentions."""
     found = {name: next(filter(None, map(plan.get, _patterns(name))), None) for name in names}
     return {name: style for name, style in found.items() if style}
 
 
 def _patterns(name: str) -> Iterator[str]:
-    """Itself, with `*` for all its numbers, and with `*` for some."""
+    """The name itself, with `*` for all its numbers, and with `*` for some."""
     yield name
     yield wildcard(name)
     words = [(word, "*") if word.isdigit() else (word,) for word in name.split(".")]
@@ -168,10 +168,10 @@ def _patterns(name: str) -> Iterator[str]:
 
 
 def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = False) -> TensorShare:
-    """How a style cuts one parameter of its module.
+    """How a style divides one parameter of its module.
 
-    leaf: the parameter's own name; a bias has the output side only. transposed: stored [in, out] (GPT-2's Conv1D)
-    instead of [out, in]. Stacked experts [expert, out, in] are cut as their matrices are.
+    leaf: the parameter's own name; a bias has only the output side. transposed: stored [in, out] (GPT-2's Conv1D)
+    instead of [out, in]. Stacked experts [expert, out, in] are divided like their matrices.
     """
     name, argument = split_style(style or "replicate")
     cut = STYLES[name].cut
@@ -188,9 +188,9 @@ def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = Fals
 
 
 def check_tensor(fields: Mapping[str, Any], tp: int, sequence_parallel: bool, seq_len: int) -> Iterator[str]:
-    """Sizes that cannot be divided over `tp` ranks, one line each.
+    """Sizes that are not divisible by `tp` ranks, one line each.
 
-    fields: of the Hugging Face config, as far as they are known. seq_len: tokens of one rank's sequence.
+    fields: of the Hugging Face config, as far as known. seq_len: tokens of one rank's sequence.
     """
     if tp == 1:
         if sequence_parallel:

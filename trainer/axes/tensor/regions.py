@@ -1,4 +1,4 @@
-"""Tensor and sequence parallel inside a decoder layer: where the ranks part, and where they meet again.
+"""Tensor and sequence parallel inside a decoder layer: where the ranks' data diverges, and where it is joined.
 
     tensor parallel                   hidden states: whole, the same on every rank
         norm -> enter [ attention ] leave -> + -> norm -> enter [ MLP ] leave -> +
@@ -6,14 +6,14 @@
     with sequence parallel            hidden states: this rank's seq_len / t tokens of every sequence
         norm -> enter_sequence [ attention ] leave_sequence -> + -> norm -> enter_sequence [ MLP ] leave_sequence -> +
 
-A region is a child of the layer that holds divided matrices. Sequence parallel (Korthikanti et al. 2022) moves the
-same bytes and keeps norms, dropout and residuals, which every rank would otherwise compute and store alike, at 1/t.
+A region is a child of the layer that holds divided matrices. Sequence parallel (Korthikanti et al. 2022) sends the
+same bytes and stores norms, dropout and residuals, which every rank would otherwise compute and store alike, at 1/t.
 The stage's first layer splits the hidden states and its last one joins them, so that embedding, masks, rotary tables,
 final norm, head and the neighbouring stages see whole sequences.
 
-Not every region can be entered once for all its matrices: where a part of it is whole on every rank (a router, a
-latent projection), the gradient of that part is whole already and must not be summed. Such a region is entered at each
-divided matrix, and under sequence parallel it runs on joined sequences and splits its result.
+Not every region can be entered once for all its matrices: if a part of it is undivided on every rank (a router, a
+latent projection), the gradient of that part is complete already and must not be summed. Such a region is entered at
+each divided matrix; under sequence parallel it runs on joined sequences and splits its result.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from trainer.model.layers import is_transposed
 Forward = Callable[..., Any]
 Kind = Literal["nothing", "norm", "divided", "whole"]
 DIVIDED = {"colwise", "packed_colwise", "rowwise", "replicated_with_grad_allreduce", "channels", "divide"} | ADAPTERS
-"""Styles of a region that is divided throughout."""
+"""Styles of a fully divided region."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wiring:
-    """What the edges need to know. styles: by name of module or parameter. slices: rows of a whole parameter that
-    this rank uses. partial: collects the names of parameters whose gradient is a part. apart: modules that another
-    axis has divided."""
+    """Data for the edges. styles: by name of module or parameter. slices: rows of an undivided parameter that this rank
+    uses.
+    partial: collects the names of parameters with a partial gradient. apart: modules that another axis has divided."""
 
     ranks: Ranks
     styles: Mapping[str, str]
@@ -56,7 +56,7 @@ class Wiring:
 
 
 def wire_layer(layer: nn.Module, name: str, wiring: Wiring, *, first: bool, last: bool) -> None:
-    """Replace the forwards of a decoder layer and its regions. first, last: of the layers on this stage."""
+    """Replace the forwards of a decoder layer and its regions. first, last: among the layers of this stage."""
     ranks, sequence = wiring.ranks, wiring.sequence_parallel
     if sequence:
         wiring.partial.update(f"{name}.{leaf}" for leaf in _own(layer))
@@ -81,12 +81,12 @@ def wire_layer(layer: nn.Module, name: str, wiring: Wiring, *, first: bool, last
 
 
 def wire_module(module: nn.Module, name: str, wiring: Wiring, *, entered: bool, sequence: bool) -> None:
-    """Give a planned module the edges of its style. entered: its input has passed `enter` already. sequence: its sum
-    leaves divided along the sequence."""
+    """Give a planned module the edges of its style. entered: its input has passed `enter` already. sequence: its sum is
+    left divided along the sequence."""
     ranks, style = wiring.ranks, wiring.style(name)
     if style in ("colwise", "packed_colwise", "vocabulary"):
         if is_transposed(module):
-            # Conv1D shapes its result by this number instead of the weight's.
+            # Conv1D uses this number, not the weight's, for the shape of its result.
             module.nf = -1
         if not entered:
             module.forward = _edges(module.forward, ranks.enter)
@@ -110,16 +110,16 @@ def wire_module(module: nn.Module, name: str, wiring: Wiring, *, entered: bool, 
     elif style in ("moe_tp_experts", "all_reduce"):
         module.forward = _summed_forward(module.forward, ranks)
     elif style == "moe_identity_expert":
-        # The sum over ranks that follows the experts would count it once for each.
+        # The sum over ranks that follows the experts would count it once per rank.
         module.forward = _edges(module.forward, lambda x: x / ranks.size)
     elif style == "mla_kv_a_proj":
         module.forward = _latent_forward(module.forward, ranks, wiring.rope_dim)
 
 
 def run_on_local_parts(module: nn.Module, name: str, wiring: Wiring, *, recurse: bool = True) -> Forward:
-    """The module's forward, during which each parameter in it stands for this rank's plain part of it.
+    """The module's forward, during which each of its parameters is replaced by this rank's plain part.
 
-    The parameters are looked up at each call: sharding exchanges them between calls.
+    The parameters are looked up at each call, because sharding replaces them between calls.
     """
     inner = module.forward
     places = []
@@ -147,8 +147,8 @@ def run_on_local_parts(module: nn.Module, name: str, wiring: Wiring, *, recurse:
 
 
 def _kind(child: nn.Module, name: str, wiring: Wiring) -> Kind:
-    """norm: works on each token by itself. divided: every parameter belongs to a divided matrix or head. whole: at
-    least one parameter is whole and may see other tokens."""
+    """norm: works on each token separately. divided: every parameter belongs to a divided matrix or head. whole: at
+    least one parameter is undivided and may see other tokens."""
     owned = {
         full if (full := f"{owner_name}.{leaf}") in wiring.styles else owner_name
         for owner_name, owner in child.named_modules(prefix=name)
@@ -164,7 +164,7 @@ def _kind(child: nn.Module, name: str, wiring: Wiring) -> Kind:
 
 
 def _edges(inner: Forward, before: Forward | None = None, after: Forward | None = None) -> Forward:
-    """`inner` with its hidden states passed through `before`, and those it returns through `after`."""
+    """`inner`, with `before` applied to its hidden states and `after` to those that it returns."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if before is not None:
@@ -182,7 +182,7 @@ def _edges(inner: Forward, before: Forward | None = None, after: Forward | None 
 
 def _entered(inner: Forward, enter: Forward) -> Forward:
     """`inner`, whose ranks compute different parts from the hidden states, which some models pass as query, key and
-    value. What else it is given, such as a residual to add, is the same on every rank."""
+    value. Its other inputs, such as a residual to add, are the same on every rank."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -212,8 +212,8 @@ def _row_forward(module: nn.Module, leave: Forward) -> Forward:
 
 
 def _summed_forward(inner: Forward, ranks: Ranks) -> Forward:
-    """Experts, called with hidden states, expert indices and weights: the router's weights are used on each rank for
-    its part of every expert, so their gradient is a sum over ranks, as that of the hidden states is."""
+    """Experts, called with hidden states, expert indices and weights. Each rank uses the router's weights for its part
+    of every expert, so their gradient is a sum over ranks, like that of the hidden states."""
 
     def enter(value: Any) -> Any:
         return ranks.enter(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -226,7 +226,7 @@ def _summed_forward(inner: Forward, ranks: Ranks) -> Forward:
 
 def _latent_forward(inner: Forward, ranks: Ranks, rope_dim: int | None) -> Forward:
     """The first projection of latent attention (DeepSeek-V2): its last `rope_dim` features go to every head, and each
-    rank has only some heads; the others pass a further projection, which is entered by itself."""
+    rank has only some heads; the others pass a further projection, which is entered separately."""
     if rope_dim is None:
         raise ConfigError("parallel.tensor_plan: mla_kv_a_proj needs a model config with qk_rope_head_dim")
 
@@ -238,5 +238,5 @@ def _latent_forward(inner: Forward, ranks: Ranks, rope_dim: int | None) -> Forwa
 
 
 def _own(module: nn.Module) -> Iterator[str]:
-    """Names of the parameters that the module holds itself."""
+    """Names of the module's own parameters."""
     return (leaf for leaf, parameter in module._parameters.items() if parameter is not None)

@@ -6,10 +6,9 @@
     head               logits [B, S, V/t]              logits [B, S, V/t]             stay where they are
     loss               max, sum of exponentials, the label's logit, each [B, S]       --2 all-reduces--> loss
 
-The logits are the largest activation of a small model (V entries for each token) and never leave their rank: the loss
-moves 3 numbers per token (4 with `train.label_smoothing`), where a gather would move V. Backward: softmax - one_hot,
-local, without communication.
-The vocabulary need not divide evenly: the last rank has fewer entries.
+The logits are the largest activation of a small model (V entries per token) and never leave their rank: the loss sends
+3 numbers per token (4 with `train.label_smoothing`), where a gather would send V. Backward: softmax - one_hot, local,
+without communication. The vocabulary need not divide evenly: the last rank gets the remainder.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ WIDE_ELEMENTS = 2**24
 
 
 def part_of(vocabulary: int, ranks: Ranks, rank: int | None = None) -> range:
-    """The vocabulary entries of this rank, or of another one, cut as torch.chunk cuts."""
+    """The vocabulary entries of this rank, or of another one, divided as torch.chunk does."""
     length, rank = -(-vocabulary // ranks.size), ranks.rank if rank is None else rank
     return range(min(rank * length, vocabulary), min((rank + 1) * length, vocabulary))
 
 
 def embedding_forward(module: nn.Embedding, ranks: Ranks) -> Callable[..., torch.Tensor]:
-    """A forward for an embedding whose `weight` is this rank's rows. Keeps what a subclass does to the result, such as
-    scaling it."""
+    """A forward for an embedding whose `weight` is this rank's rows. Keeps a subclass's changes to the result, such as
+    scaling."""
     words = part_of(module.num_embeddings, ranks)
     lookup, padding = module.forward, module.padding_idx
 
@@ -58,9 +57,9 @@ def embedding_forward(module: nn.Embedding, ranks: Ranks) -> Callable[..., torch
 def cross_entropy_sum(ranks: Ranks, vocabulary: int) -> Smoothed:
     """`trainer.model.loss.cross_entropy_sum` for divided logits: a function of (logits, labels).
 
-    logits: this rank's [batch, seq_len, part of the vocabulary]; labels: [batch, seq_len], already shifted, the same
-    on all ranks, IGNORED where there is none. Returns the sum over the valid positions, the same on all ranks:
-    float64 for float64 logits, else float32.
+    logits: this rank's [batch, seq_len, part of the vocabulary]; labels: [batch, seq_len], already shifted, the same on
+    all ranks, IGNORED where there is none. Returns the sum over the valid positions, the same on all ranks: float64 for
+    float64 logits, else float32.
     """
     start = part_of(vocabulary, ranks).start
 
@@ -72,15 +71,16 @@ def cross_entropy_sum(ranks: Ranks, vocabulary: int) -> Smoothed:
 
 
 def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor:
-    """`trainer.model.loss.cross_entropy_sum` for whole logits, without its float32 copies of all of them: beside the
-    logits and their gradient it holds one slice in float32. Of 14 bytes per token and word (16-bit logits) 4 remain."""
+    """`trainer.model.loss.cross_entropy_sum` for whole logits, without a full float32 copy: besides the logits and
+    their gradient it holds one slice in float32. Of 14 bytes per token and vocabulary entry (16-bit logits) 4
+    remain."""
     weights = Weights.of(smoothing, logits.shape[-1])
     return _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), 0, None, weights)
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What the label of a token weighs, and what every word of the vocabulary, the label too. Together they are 1."""
+    """Weight of a token's label, and of every vocabulary entry, including the label. The sum is 1."""
 
     label: float
     word: float
@@ -91,7 +91,7 @@ class Weights:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Saves the logits as they are and one number per token; the softmax is computed again in the backward."""
+    """Saves the logits unchanged and one number per token; the backward recomputes the softmax."""
 
     @staticmethod
     def forward(
@@ -109,7 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
         largest = logits.amax(-1).to(wide)
         if group is not None:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        # exp_sum, the label's logit and, where labels are smoothed, the sum of all logits, in one collective.
+        # exp_sum, the label's logit and, with label smoothing, the sum of all logits, in one collective.
         sums = torch.empty((3 if weights.word else 2, *labels.shape), dtype=wide, device=logits.device)
         for rows in slices(logits):
             shifted = logits[rows].to(wide) - largest[rows, None]
@@ -143,6 +143,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def slices(logits: torch.Tensor) -> Iterator[slice]:
-    """Rows of logits [tokens, words] that are widened together."""
+    """Rows of logits [tokens, entries] that are widened together."""
     step = max(1, WIDE_ELEMENTS // logits.shape[-1])
     return (slice(first, first + step) for first in range(0, logits.shape[0], step))
