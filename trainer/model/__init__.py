@@ -1,1 +1,1 @@
-"""The model: built from its config, filled with weights, and what is known of its parameters."""
+"""The model: built from its config, filled with weights, and described by parameter."""

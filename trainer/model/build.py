@@ -4,7 +4,7 @@
     build_model       its class, parameters on the meta device   -> shapes and names, no bytes
     materialize       unit by unit (embedding, each decoder layer, norm, head): allocate, fill, hand over
 
-A sharding engine partitions each unit as soon as it is filled, so that no rank ever holds the whole model.
+A sharding engine partitions each unit as soon as it is filled, so no rank ever holds the whole model.
 Reads the config and `weights`. Next: `causal`.
 """
 
@@ -44,9 +44,9 @@ LARGE = 2**20  # values
 
 
 def build_hf_config(model: Model) -> PretrainedConfig:
-    """The Hugging Face config with `model.config` laid over it.
+    """The Hugging Face config with `model.config` applied on top.
 
-    Raises ConfigError for an unknown architecture or field, DataError when the folder or hub id cannot be read.
+    Raises ConfigError for an unknown architecture or field, DataError if the folder or hub id cannot be read.
     """
     kind = introduce(model)
     plain, fields = _from_path(model, model.path) if model.path is not None else _from_preset(model)
@@ -71,7 +71,7 @@ def build_hf_config(model: Model) -> PretrainedConfig:
 
 
 def _text_alone(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the language model; unchanged where transformers builds that from the whole config."""
+    """The config of the language model; unchanged if transformers builds it from the whole config."""
     text = text_config(config)
     if text is config:
         raise ConfigError(f"model.text_only=true: a {config.model_type} is a language model already; leave it out")
@@ -79,7 +79,7 @@ def _text_alone(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The language model's own config: of a composite one, a part. Raises ConfigError where there are several."""
+    """The language model's own config: part of a composite one. Raises ConfigError if there are several."""
     try:
         return config.get_text_config()
     except ValueError as error:
@@ -105,7 +105,7 @@ def _from_path(model: Model, path: str) -> tuple[PretrainedConfig, dict[str, Any
     except Exception as error:  # each architecture reads its fields in its own way, and a hub fails in many
         said = f"model.path={path}: config.json: {_one_line(error)}" if folder else not_on_the_hub(path, error)
         raise DataError(said) from None
-    # How the values are stored, not what the model is; `fitting` reads it from the file.
+    # The storage format of the values, not the model; `fitting` reads it from the file.
     for name in ("quantization_config", "compression_config"):
         fields.pop(name, None)
     return plain, fields
@@ -124,7 +124,7 @@ def _from_preset(model: Model) -> tuple[PretrainedConfig, dict[str, Any]]:
 
 
 def _in_place(plain: PretrainedConfig, fields: dict[str, Any], part: str | None) -> dict[str, Any]:
-    """The fields as the config has them: a composite config keeps those of its language model in a part."""
+    """The config's fields, also those that a composite config keeps in its language model's part."""
     if part is None:
         return fields
     moved = {name: value for name, value in fields.items() if name not in _known_fields(plain)}
@@ -165,8 +165,8 @@ def _undeclared_fields(config: PretrainedConfig) -> set[str]:
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Large uninitialized tensors are made on the meta device. accelerate makes each parameter in memory before it
-    moves it there, and the experts of one layer of DeepSeek V3 have 28 GiB in float32."""
+    """Create large uninitialised tensors directly on the meta device. accelerate first creates each parameter in
+    memory, and one layer's experts in DeepSeek V3 take 28 GiB in float32."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -180,8 +180,8 @@ class _LargeOnMeta(TorchFunctionMode):
 
 
 def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
-    """The model with parameters on the meta device. Buffers (rotary tables) are real: they are small, and no
-    weight file holds them. Raises ConfigError when the architecture refuses the config or the attention."""
+    """The model with parameters on the meta device. Buffers (rotary tables) are real: they are small, and no weight
+    file holds them. Raises ConfigError if the architecture refuses the config or the attention."""
     attention = None if model.attention is Attention.auto else str(model.attention)
     try:
         with init_empty_weights(include_buffers=False), _LargeOnMeta():
@@ -190,10 +190,10 @@ def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
             )
     except CookbookError:
         raise
-    except Exception as error:  # the constructor of any architecture, on values that nobody has tried
+    except Exception as error:  # any architecture's constructor, on values that nobody has tried
         given = f", model.config={model.config}" if model.config else ""
         raise ConfigError(f"{named(model)}{given}, model.attention={model.attention}: {_one_line(error)}") from None
-    # FSDP2 puts a class of its own in the model's place; what is exported must name the architecture.
+    # FSDP2 replaces the model's class by its own; the export must name the architecture.
     built.config.architectures = [type(built).__name__]
     built.tie_weights()
     body_first(built)
@@ -202,7 +202,7 @@ def build_model(model: Model, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def body_first(model: PreTrainedModel) -> None:
-    """A tied weight has the name of its first owner, which is to be the embedding on every pipeline stage. Some models
+    """A tied weight has the name of its first owner, which must be the embedding on every pipeline stage. Some models
     (CamemBERT) register their head before their body."""
     embedding = model.get_input_embeddings()
     body = next((name for name, part in model.named_children() if any(m is embedding for m in part.modules())), None)
@@ -218,20 +218,21 @@ def named(model: Model) -> str:
 
 
 class Elsewhere(nn.Module):
-    """Stands for a part of the model that another pipeline stage holds. No parameters; subclasses say what it does."""
+    """Replaces a part of the model that another pipeline stage holds. It has no parameters; subclasses define its
+    effect."""
 
 
 def architecture(model: PreTrainedModel) -> str:
-    """Name of the model's class, whatever class a sharding engine has put in its place."""
+    """Name of the model's class, even if a sharding engine has replaced it."""
     return next(iter(model.config.architectures or ()), type(model).__name__)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: of the ModuleLists that lie in no other (a layer's experts are a list too) the one
-    that is as long as the config says, or the longest; of several the outermost, since towers that see or hear lie
-    deeper inside. Raises ConfigError for a model without one."""
+    """The stack of decoder layers: among the ModuleLists that lie in no other (a layer's experts are a list too) the
+    one whose length the config gives, or the longest; of several the outermost, since image and audio towers lie
+    deeper. Raises ConfigError for a model without one."""
     if isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config:
-        # The tower of a model that sees may have more layers than its language model.
+        # An image tower may have more layers than the language model.
         model = model.get_decoder()
     depths = {id(module): name.count(".") for name, module in model.named_modules()}
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -244,13 +245,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def held_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers that are here: all of them, or those of this pipeline stage."""
+    """This rank's decoder layers: all of them, or those of its pipeline stage."""
     return [layer for layer in decoder_layers(model) if not isinstance(layer, Elsewhere)]
 
 
 def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Parts that are filled and partitioned one after another, in the order of the model: each decoder layer whole,
-    and around them the smallest modules that own parameters."""
+    """Parts that are filled and partitioned one after another, in model order: each decoder layer as a whole, and
+    around them the smallest modules that own parameters."""
     layers = {id(layer) for layer in decoder_layers(model)}
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -272,14 +273,14 @@ def materialize(
     frozen_dtype: torch.dtype | None = None,
     after_unit: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Give every parameter memory on `device` in `dtype` and its value from `weights`, unit by unit.
+    """Allocate every parameter on `device` in `dtype` and fill it from `weights`, unit by unit.
 
     frozen_dtype: dtype of frozen parameters; default: `dtype`.
 
     A parameter that is sharded already (a DTensor on meta) gets this rank's part of the value; the whole unit exists
     only while it is filled. after_unit: called with each filled unit before the next one is allocated; an engine that
     shards real tensors partitions it there. Tied parameters stay one object: the first name that owns them is filled,
-    the others point at it.
+    the others refer to it.
     """
     ties = tied_names(model)
     with torch.no_grad():
@@ -313,7 +314,7 @@ def _fill_unit(
     dtype: torch.dtype,
     frozen: torch.dtype,
 ) -> None:
-    """Whole values into fresh tensors, then each target's share of them in its place, stored as its layer stores it."""
+    """Whole values into fresh tensors, then each target's share of them into place, in the layer's storage format."""
     # float32 first: a random value must not depend on the dtype it is stored in.
     wide = torch.promote_types(dtype, torch.float32)
     for key, target in targets.items():
@@ -349,8 +350,8 @@ def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _one_line(error: Exception) -> str:
-    """An exception's text without its line breaks, cut where it turns into a listing."""
+    """An exception's text without line breaks, cut where a listing begins."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, KeyError):  # whose text is the key that was looked up, and nothing else
+    if isinstance(error, KeyError):  # its text is only the key
         text = f"there is no {text}"
     return text if len(text) <= 300 else text[:300] + " ..."

@@ -1,4 +1,4 @@
-"""A causal language model on the meta device, whole: built, and asked whether it is one. Next: `trainer.passes`."""
+"""Builds a causal language model on the meta device, unsplit, and checks that it is causal. Next: `trainer.passes`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from trainer.model.probe import probe
 
 
 def build_causal(config: Config) -> PreTrainedModel:
-    """Build the model. Raises ConfigError for one that is not causal as it is called, and what building it raises."""
+    """Build the model. Raises ConfigError if it is not causal, and whatever building it raises."""
     hf_config = build_hf_config(config.model)
     language = text_config(hf_config)
     model = build_model(config.model, hf_config)
     if config.precision.param_dtype is DType.float64 and model._can_set_experts_implementation():
-        # torch's grouped product of experts has no float64.
+        # torch's grouped matmul of experts has no float64.
         model.set_experts_implementation("eager")
     found = probe(language, config.data.seq_len)
     if found is not None and not found.causal:

@@ -1,11 +1,11 @@
-"""The values that a model's constructors give to parameters which its initialisation leaves alone.
+"""The values that a model's constructors give to parameters that its initialisation does not set.
 
     built without memory     a parameter has a shape and no value: whatever a constructor wrote is lost
     filled with NaN          then `_init_weights` of the model, which sets most of them
     NaN still                the constructor's value: Apertus' activation slopes, all projections of OpenAI's GPT
 
-The module that owns such a parameter is constructed once more, with the arguments that its model gave it; its own
-parameters are real then, those of its children are not. Values that a constructor draws come from a generator seeded
+The module that owns such a parameter is constructed again, with the arguments that its model gave it; its own
+parameters are then real, those of its children are not. Random values of a constructor come from a generator seeded
 with the run's seed and the module's name, so they are the same in every layout.
 """
 
@@ -27,18 +27,18 @@ Call = tuple[type[nn.Module], tuple[Any, ...], dict[str, Any]]
 
 
 class Constructors:
-    """Knows how each module of a model was constructed. Builds the model without memory once, at the first question."""
+    """Knows how each module of a model was constructed. Builds the model without memory once, on first use."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        # A sharding engine puts a class of its own in the model's place, later.
+        # A sharding engine later replaces the model's class by its own.
         self.kind, self.config = type(model), model.config
         self.plain: PreTrainedModel | None = None
         self.calls: dict[str, Call] = {}
 
     def fill(self, name: str, leaf: str, parameter: torch.Tensor, seed: Callable[[str], int]) -> None:
-        """Write the constructor's values over the NaN of a parameter `leaf` of the module `name`.
+        """Replace the NaN of a parameter `leaf` of the module `name` by the constructor's values.
 
-        Raises ConfigError when the constructor leaves NaN too.
+        Raises ConfigError if the constructor leaves NaN too.
         """
         with _deterministic():
             torch.manual_seed(seed(f"{name} as constructed"))
@@ -71,7 +71,7 @@ class Constructors:
         return module
 
     def _record(self, name: str) -> None:
-        """Build the model again and note the arguments of every module of the class that `name` has."""
+        """Build the model again and record the arguments of every module with the class of `name`."""
         if self.plain is None:
             self.plain = self._build()
         kind = type(self.plain.get_submodule(name))
@@ -97,7 +97,7 @@ class Constructors:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """torch fills memory that nobody has written with NaN, and its generator is given back as it was."""
+    """torch fills unwritten memory with NaN, and its generator is restored afterwards."""
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=warn)
     try:

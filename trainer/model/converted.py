@@ -1,10 +1,10 @@
-"""Tensors of a folder that are not the model's one to one, made into the model's by transformers' own rules.
+"""Converts a folder's tensors that do not match the model's one to one, by transformers' own rules.
 
     in the folder   model.layers.0.mlp.experts.0.gate_proj.weight, ...experts.0.up_proj.weight, ...experts.1. ...
     in the model    model.layers.0.mlp.experts.gate_up_proj   [expert, gate and up, in]
 
-`from_pretrained` does so for a whole model at once, in every process. Here the same rules run for the few stored
-tensors that one of the model's needs, when it is filled: a process holds no more of the model than of any other folder.
+`from_pretrained` does so for a whole model at once, in every process. Here the same rules run only for the stored
+tensors that one of the model's parameters needs, when it is filled: the memory is the same as for any other folder.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from trainer.model.stored import Stored
 
 
 def give_back() -> None:
-    """Let the C library return what is free to the system: glibc keeps blocks of up to 32 MiB for later, and holes
-    between those of one layer seldom fit the next."""
+    """Let the C library return free memory to the system: glibc keeps blocks of up to 32 MiB, and the gaps between
+    those of one layer seldom fit the next."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -43,8 +43,8 @@ def give_back() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Stored tensors that are converted together. name: the first of what they become. converter: None: it is renamed.
-    members: stored names, each with the pattern of the converter that it fits."""
+    """Stored tensors that are converted together. name: the first of their results. converter: None means a renaming.
+    members: stored names, each with the converter's pattern that it matches."""
 
     name: str
     converter: WeightConverter | None
@@ -52,17 +52,17 @@ class Group:
 
 
 class Conversion:
-    """model: whole, on the meta device, and left as it is; its config says how codes are turned into values."""
+    """model: unsplit, on the meta device, not changed; its config says how codes become values."""
 
     def __init__(self, model: PreTrainedModel, folder: Path, stored: Mapping[str, Stored]) -> None:
         self.model, self.folder, self.stored = model, folder, stored
         config = copy.deepcopy(model.config)
         self.quantizer = get_hf_quantizer(config, None, {"": "cpu"}, None, {})[0]
         self.groups = {name: group for group in self._grouped() for name in self._made_of(group)}
-        """By each name of the model's."""
+        """Group by each of the model's names."""
 
     def read(self, group: Group) -> Iterator[tuple[str, torch.Tensor]]:
-        """The names of the model's that a group becomes, and their values, read now."""
+        """The model's names that a group produces, and their values, read now."""
         with ExitStack() as stack:
             files = {file: None for file in (self.stored[name].file for name, _ in group.members)}
             opened = {file: stack.enter_context(safe_open(self.folder / file, framework="pt")) for file in files}
@@ -70,7 +70,7 @@ class Conversion:
             yield from self._convert(group, read).items()
 
     def _grouped(self) -> list[Group]:
-        """As `convert_and_load_state_dict_in_model` collects them."""
+        """Collected as in `convert_and_load_state_dict_in_model`."""
         rules = get_model_conversion_mapping(self.model, None, self.quantizer)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -87,7 +87,7 @@ class Conversion:
         return list(groups.values())
 
     def _made_of(self, group: Group) -> list[str]:
-        """The names that a group becomes: those of several are known when tensors without values are converted."""
+        """The names that a group produces: several are found by converting tensors without values."""
         if group.converter is None or len(group.converter.target_patterns) == 1:
             return [group.name]
         dtypes = FLOATS | CODES | INTEGERS

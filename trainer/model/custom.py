@@ -1,8 +1,8 @@
-"""A model of the user's own, by the path of its class: `model.target=package.module.Class`.
+"""A user's own model, by the path of its class: `model.target=package.module.Class`.
 
-The class derives from PreTrainedModel and has a config class of its own, so transformers' Auto classes can learn it.
-From then on it is an architecture like those of transformers: every layout divides it, the estimator traces it on the
-meta device, checks build it in miniature, and an exported folder names it. Its settings are `model.config`.
+The class derives from PreTrainedModel and has its own config class, so it can be registered with transformers' Auto
+classes. From then on it is an architecture like those of transformers: every layout divides it, the estimator traces it
+on the meta device, checks build it in miniature, and an exported folder names it. Its settings are `model.config`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 def introduce(model: Model) -> str | None:
-    """Make transformers know the class that `model.target` names. Returns its model_type; None where none is named.
+    """Register the class that `model.target` names with transformers. Returns its model_type; None if none is named.
 
-    Raises PlanError, with every problem, for a path that is none of such a class.
+    Raises PlanError, with every problem, for a path that is not such a class.
     """
     return None if model.target is None else _introduced(model.target)
 
 
 def introduce_of_run(folder: Path) -> None:
-    """The same, of the run that a folder lies in: its checkpoint, or its exported model."""
+    """The same for the run that a folder belongs to: its checkpoint, or its exported model."""
     for above in list(folder.absolute().parents)[:3]:
         if (above / "config.yaml").is_file():
             try:
                 config = from_yaml(read_text(above / "config.yaml"))
-            except ConfigError:  # of another program: the folder need not lie in a run
+            except ConfigError:  # a foreign folder, which need not lie in a run
                 continue
             introduce(config.model)
             return
@@ -45,7 +45,7 @@ def _introduced(path: str) -> str:
 
     found = _class_of(path)
     kind: Any = found.config_class
-    # Each time: both keep what they were given last, which may be another class with the same config class.
+    # Each time: both keep the last registration, which may be another class with the same config class.
     AutoConfig.register(kind.model_type, kind, exist_ok=True)
     AutoModelForCausalLM.register(kind, found, exist_ok=True)
     return kind.model_type
@@ -64,7 +64,7 @@ def _class_of(path: str) -> type[PreTrainedModel]:
             f"{key}: has no config class with a model_type; set config_class to a subclass of"
             " transformers.PretrainedConfig that has one"
         )
-    # Its `get` does not find what is loaded when it is asked for.
+    # Its `get` does not find entries that are loaded on demand.
     owner: Any = CONFIG_MAPPING[kind.model_type] if kind.model_type in CONFIG_MAPPING else kind  # noqa: SIM401
     if _name(owner) != _name(kind) or kind.__module__.startswith("transformers."):
         raise PlanError(
@@ -75,5 +75,5 @@ def _class_of(path: str) -> type[PreTrainedModel]:
 
 
 def _name(kind: type) -> tuple[str, str]:
-    """Equal for a class and its next definition: a cell of a notebook that is run again."""
+    """Equal for a class and its next definition, such as a re-run notebook cell."""
     return kind.__module__, kind.__qualname__

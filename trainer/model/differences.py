@@ -1,4 +1,4 @@
-"""How a folder of weights differs from the model, and the lines that say so: the file, the tensor, the remedy."""
+"""Differences between a folder of weights and the model, and the lines that report them: file, tensor, remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.model.stored import Stored, some
 @dataclass(kw_only=True, slots=True)
 class Differences:
     """names: as in `Fit`. computed: not stored by design. shapes: {the model's name: (stored shape, wanted shape)}.
-    broken: other trouble, one line each."""
+    broken: other problems, one line each."""
 
     names: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Differences:
 
 
 def row(name: str) -> str:
-    """A name without its numbers: alike for the same tensor of every layer."""
+    """A name without its numbers: equal for the same tensor of every layer."""
     return re.sub(r"\d+", "{}", name)
 
 
@@ -75,7 +75,7 @@ def describe_differences(
 
 
 def _wrapper(names: list[str], missing: list[str]) -> str | None:
-    """The prefix that all stored names have and the model's do not, where without it one of them would fit."""
+    """The prefix that all stored names have and the model's do not, if without it one of them would fit."""
     first = names[0].split(".")
     wanted = set(missing)
     for length in range(1, len(first)):

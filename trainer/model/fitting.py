@@ -1,11 +1,11 @@
-"""What a folder of weights holds against what the model needs, by name, shape and dtype, before a value is read.
+"""Compares a folder of weights with the model, by name, shape and dtype, before a value is read.
 
     every name fits              tensor by tensor, each rank reads what it holds
     names of another layout      by transformers' rules, which rename and merge them (experts stored one by one, ...)
     float8 or mxfp4 with scales  by transformers' rules, which multiply codes and scales
     anything else                one line for each problem
 
-transformers itself is asked what it would make of the names: it loads a folder whose tensors have shapes and no values.
+transformers itself says what it would do with the names: it loads a folder whose tensors have shapes and no values.
 """
 
 from __future__ import annotations
@@ -43,23 +43,26 @@ CODES = {
 }
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool}
 DEQUANTIZED = ("fp8", "mxfp4")
-"""Formats of `quantization_config` that transformers turns into 32-bit values on any machine."""
+"""Formats of `quantization_config` that transformers converts to 32-bit values on any machine."""
 SCALE = "_scale_inv"
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of a name that wrappers of a model leave in what is saved from inside of them."""
+"""Parts of a name that wrappers of a model leave when the wrapped model is saved."""
 OLD_BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", "rotary_emb.inv_freq", "position_ids")
-"""Masks and tables that earlier versions saved with the weights, and that are computed."""
+"""Masks and tables that earlier versions saved with the weights, and that are computed now."""
 LANGUAGE_MODEL = "language_model"
-"""Around the names of a composite model's text part, which are those of the language model by itself."""
+"""Prefixes of a composite model's text part, whose names are otherwise those of the language model alone."""
 TOWERS = ("vision_config", "audio_config", "speech_config")
 TOWER_NAMES = re.compile(r"(^|\.)(vis\w*|vision\w*|audio\w*|speech\w*|multi_modal_projector|mm_\w+|img_\w+)\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """How the values get into the model. names: the stored name of each of the model's, for reading tensor by tensor.
-    drawn: names that are not stored, which the user allows. grown: rows that are stored of the tensors that get
-    more. theirs: by transformers' rules (`converted`), with this as the config; None: tensor by tensor."""
+    """How the values get into the model.
+
+    names: the stored name of each of the model's, for reading tensor by tensor.
+    drawn: missing names that the user allows.
+    grown: number of stored rows of the tensors that get more.
+    theirs: config for a conversion by transformers' rules (`converted`); None: tensor by tensor."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     drawn: frozenset[str] = frozenset()
@@ -70,7 +73,7 @@ class Fit:
 def fit(
     model: PreTrainedModel, stored: Mapping[str, Stored], fields: Mapping[str, Any], folder: Path, choice: Model
 ) -> Fit:
-    """Compare. model: whole and on the meta device. stored: from `read_tensors`. fields: the folder's own config.json.
+    """Compare. model: unsplit, on the meta device. stored: from `read_tensors`. fields: the folder's own config.json.
 
     Raises DataError with a line for each problem.
     """
@@ -101,7 +104,7 @@ def fit(
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers that belong to a saved model, by name: routing biases of DeepSeek's experts, for one."""
+    """The buffers that are saved with a model, by name; for example routing biases of DeepSeek's experts."""
     for place, module in model.named_modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf not in module._non_persistent_buffers_set:
@@ -109,7 +112,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _format(stored: Mapping[str, Stored], fields: Mapping[str, Any], key: str) -> dict[str, Any] | None:
-    """The quantization of a folder, for transformers; None if its values are stored as they are. Raises DataError for
+    """The quantization of a folder, for transformers; None if its values are stored unquantized. Raises DataError for
     codes that cannot be read."""
     said = fields.get("quantization_config") or fields.get("compression_config")
     method = str(said.get("quant_method", "unnamed")) if isinstance(said, dict) else None
@@ -146,7 +149,7 @@ def _format(stored: Mapping[str, Stored], fields: Mapping[str, Any], key: str) -
 
 
 def _compare(model: PreTrainedModel, stored: Mapping[str, Stored], fields: Mapping[str, Any], key: str) -> Differences:
-    """Name by name, as the model has them, with or without the prefix of the bare model (GPT-2 on the hub)."""
+    """Name by name, as in the model, with or without the prefix of the bare model (GPT-2 on the hub)."""
     found = Differences()
     prefix, used = f"{model.base_model_prefix}.", set()
     for names, tensor in needed(model):
@@ -178,7 +181,7 @@ def _compare(model: PreTrainedModel, stored: Mapping[str, Stored], fields: Mappi
 
 
 def needed(model: PreTrainedModel) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Every tensor that a saved model has, with all its names: those of tied weights are several."""
+    """Every tensor of a saved model, with all its names: tied weights have several."""
     names: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, torch.Tensor] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *persistent_buffers(model)]:
@@ -188,8 +191,8 @@ def needed(model: PreTrainedModel) -> Iterator[tuple[list[str], torch.Tensor]]:
 
 
 def _ignored(model: PreTrainedModel, fields: Mapping[str, Any]) -> Any:
-    """Whether a stored name that the model does not have may be passed over: what its class says, buffers of older
-    versions, the parts of a model of several kinds of input of which this class is the text's."""
+    """Whether a stored name that the model does not have may be ignored: by its class's rules, as a buffer of older
+    versions, or as a part of a multimodal model of which this class is the text model."""
     declared = _pattern(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
     prefix = f"{model.base_model_prefix}."
     buffers = {row(name.removeprefix(prefix)) for name, _ in model.named_buffers()}
@@ -213,8 +216,8 @@ def _pattern(patterns: Any) -> re.Pattern[str] | None:
 def _by_another_way(
     model: PreTrainedModel, stored: Mapping[str, Stored], fields: Mapping[str, Any], direct: Differences, key: str
 ) -> tuple[Differences, PretrainedConfig | None]:
-    """Names that do not fit as they are: without the prefix of a wrapper, or by transformers' own renaming. If problems
-    remain, the way that leaves fewer of them reports them."""
+    """Names that do not fit directly: without a wrapper's prefix, or by transformers' own renaming. If problems remain,
+    the variant with fewer of them reports them."""
     wrappers = WRAPPERS if model.config.get_text_config() is not model.config else (*WRAPPERS, LANGUAGE_MODEL)
     if not direct.broken and any(part in wrappers for name in stored for part in name.split(".")):
         plain = {".".join(part for part in name.split(".") if part not in wrappers): name for name in stored}
@@ -239,7 +242,7 @@ def _their_config(model: PreTrainedModel, fields: Mapping[str, Any], quantized: 
 def _ask_transformers(
     model: PreTrainedModel, stored: Mapping[str, Stored], config: PretrainedConfig, fields: Mapping[str, Any]
 ) -> Differences:
-    """What its own loading says about tensors of these names, shapes and dtypes; no values are there."""
+    """transformers' own report on loading tensors of these names, shapes and dtypes; there are no values."""
     dtypes = FLOATS | CODES | INTEGERS
     tensors = {n: torch.empty(t.shape, dtype=dtypes.get(t.dtype), device="meta") for n, t in stored.items()}
     options: dict[str, Any] = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True}
@@ -254,7 +257,7 @@ def _ask_transformers(
                 output_loading_info=True,
                 **options,
             )
-    except Exception as error:  # its conversions fail in many ways, and say where in a log
+    except Exception as error:  # its conversions fail in many ways, and log the place
         holes = _holes(list(stored))
         said = f"it lacks {some(holes)}" if holes else first_line(error)
         return Differences(broken=[f"transformers cannot put its tensors together ({said}); copy the folder again"])
@@ -269,7 +272,7 @@ def _ask_transformers(
 
 
 def _holes(names: list[str]) -> list[str]:
-    """Names that are not there although others of their row are: expert 1 of layer 0, where 0, 2 and 3 are."""
+    """Missing names whose neighbours exist: for example expert 1 of layer 0, if 0, 2 and 3 exist."""
     rows: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for name in names:
         rows[row(name)].add(tuple(re.findall(r"\d+", name)))
@@ -283,7 +286,7 @@ def _holes(names: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers prints tables and bars about what it finds; here our own lines say it."""
+    """transformers prints tables and bars about its findings; our own lines replace them."""
     level, bar = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
     their_logging.set_verbosity(logging.CRITICAL)
     their_logging.disable_progress_bar()
@@ -296,7 +299,7 @@ def quiet() -> Iterator[None]:
 
 
 def _vocabulary(model: PreTrainedModel) -> set[str]:
-    """Names of the tensors that have a row for each token."""
+    """Names of the tensors with a row per token."""
     owners = [model.get_input_embeddings(), model.get_output_embeddings()]
     return {n for names, tensor in needed(model) for n in names if any(_owns(owner, tensor) for owner in owners)}
 
@@ -306,7 +309,7 @@ def _owns(owner: nn.Module | None, tensor: torch.Tensor) -> bool:
 
 
 def _differing_ties(model: PreTrainedModel, stored: Mapping[str, Stored], folder: Path, key: str) -> Iterator[str]:
-    """A head that is stored with values of its own, of a model whose config.json ties it to the embedding."""
+    """A head that is stored with its own values, although the model's config.json ties it to the embedding."""
     prefix = f"{model.base_model_prefix}."
     for names, _ in needed(model):
         held = list(dict.fromkeys(c for n in names for c in (n, n.removeprefix(prefix), prefix + n) if c in stored))

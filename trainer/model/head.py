@@ -1,4 +1,4 @@
-"""The head in slices: logits, loss and gradients of a few tokens at a time, so that whole logits exist nowhere.
+"""The head in slices: logits, loss and gradients of a few tokens at a time, so no rank ever holds whole logits.
 
     hidden states [tokens, features]
       |   a slice of tokens:   logits = x W^T + b --> what the model does to its logits --> loss
@@ -6,12 +6,12 @@
       v
     the loss, whose backward only scales gradients that are there already
 
-One slice holds SLICE_ELEMENTS logits (128 MiB in float32). The three products are those of a head in one piece, and a
-head that is sharded is gathered around all its slices, not at each. What a model does to its logits (soft-caps, scales,
-casts) is its own code: it runs once on `Deferred` logits, which only note the operations, and these are repeated on
-each slice. With a vocabulary that is divided, each slice's loss is that of `axes.tensor.vocabulary`.
+One slice holds SLICE_ELEMENTS logits (128 MiB in float32). The three matmuls are those of an undivided head, and a
+sharded head is gathered once around all its slices. The model's own code changes its logits (soft-caps, scales, casts):
+it runs once on `Deferred` logits, which only record the operations, and these are repeated on each slice. With a
+divided vocabulary, each slice's loss is that of `axes.tensor.vocabulary`.
 
-16-bit gradients of the weight add up over the slices in their own dtype, those of float16 in float32.
+16-bit gradients of the weight accumulate over the slices in their own dtype, those of float16 in float32.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from trainer.model.loss import Loss
 
 SLICE_ELEMENTS = 2**25
 SCALE = {torch.float16: 8.0}
-"""Gradients of logits that are too small for their dtype, times this."""
+"""Multiplier for gradients of logits that are too small for their dtype."""
 
 
 class Deferred(torch.Tensor):
-    """Logits that are not computed: a note of what the model's code does to them. step: the last operation; None for
-    what the head returns. Its shape and dtype are right, it has no memory."""
+    """Logits that are not computed: a record of the model's operations on them. step: the last operation; None for the
+    head's own output. Shape and dtype are correct, but there is no memory."""
 
     step: Step | None
     shadow: torch.Tensor
@@ -104,7 +104,7 @@ class Step:
 
 
 HEAD = object()
-"""In a step's arguments: what the head returns."""
+"""Placeholder in a step's arguments: the head's output."""
 
 
 def _deferred(values: object) -> list[Deferred]:
@@ -126,7 +126,7 @@ def _noted(value: object) -> object:
 
 
 class Recorder(nn.Module):
-    """Stands where the model's code calls its head, and keeps what it is called with."""
+    """Replaces the head in the model's code, and records its input."""
 
     hidden: torch.Tensor
 
@@ -146,8 +146,8 @@ class Recorder(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sliced:
-    """What the head needs for the loss: labels [batch, seq_len], the loss of logits, and what the model does to its
-    logits before that. words: see `trainer.model.objective`."""
+    """Data that the head needs for the loss: labels [batch, seq_len], the loss of logits, and the model's operations on
+    its logits before that. words: see `trainer.model.objective`."""
 
     targets: torch.Tensor
     loss: Loss
@@ -163,8 +163,8 @@ class Sliced:
 
 
 def slice_head(model: nn.Module) -> None:
-    """Let the model's head compute the loss, where it is called with `sliced=`. Before it is divided: tensor parallel
-    then wraps the call and exchanges its weight. Raises ConfigError for a model without a head."""
+    """Let the model's head compute the loss when it is called with `sliced=`. Before it is divided: tensor parallel
+    then wraps the call and replaces its weight. Raises ConfigError for a model without a head."""
     head = _head(model)
     inner, matrix = head.forward, head if is_plain_linear(head) else None
 
@@ -229,7 +229,7 @@ def slices(tokens: int, words: int) -> Sequence[slice]:
 
 
 class _Sum:
-    """A gradient that adds up over slices. like: what it is the gradient of."""
+    """A gradient that accumulates over slices. like: the tensor it belongs to."""
 
     def __init__(self, like: torch.Tensor) -> None:
         self.like, self.total = like, None
@@ -247,7 +247,7 @@ class _Sum:
 
 
 def _linear(head: nn.Linear, hidden: torch.Tensor, sliced: Sliced) -> torch.Tensor:
-    """A head that is a matrix, with a bias or without. Of the weight's size nothing is made but its gradient."""
+    """A head that is a matrix, with or without bias. Its only weight-sized allocation is the gradient."""
     weight, bias = head.weight, head.bias
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
@@ -328,8 +328,8 @@ def _any(head: nn.Module, inner: Callable[..., torch.Tensor], hidden: torch.Tens
 def _with_gradients(
     total: torch.Tensor, known: Sequence[tuple[torch.Tensor, torch.Tensor | None]], scale: float
 ) -> torch.Tensor:
-    """`total`, with these gradients. Each has a node of its own: schedules that compute those of weights later find
-    them apart."""
+    """`total`, with these gradients. Each has its own node: schedules that compute weight gradients later find them
+    separately."""
     for tensor, gradient in known:
         if gradient is not None:
             total = total + _Known.apply(tensor, gradient, total.dtype, scale)
@@ -337,7 +337,7 @@ def _with_gradients(
 
 
 class _Known(torch.autograd.Function):
-    """Zero, whose gradient is known."""
+    """Zero with a known gradient."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
-"""Layers and their parameters, for those that replace, cut or fill them: what is linear, and what a parameter holds.
+"""Layers and their parameters, for code that replaces, divides or fills them: what is linear, what a parameter holds.
 
-A parameter may be more than numbers: its tensor's type says how a layer computes with it (a weight that is gathered in
-float8, say). Whoever exchanges a parameter asks `holding` for the new one, which keeps that type.
+A parameter may be more than numbers: its tensor's type says how a layer computes with it (for example a weight that is
+gathered in float8). Code that replaces a parameter calls `holding` for the new one, which keeps that type.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ READ_DIRECTLY = "_cookbook_read_directly"
 
 
 class PackedWeight(nn.Module, ABC):
-    """Base of a layer whose `weight` is stored in another form than the values that it computes with.
+    """Base of a layer whose `weight` is stored in another form than its values.
 
-    The parameter has the packed shape from the start, since that is what ranks divide among them.
+    The parameter has the packed shape from the start, since ranks divide that shape.
     """
 
     @abstractmethod
     def values_shape(self, packed: torch.Size) -> torch.Size:
-        """Of the values in a weight of this shape, or in a rank's piece of it."""
+        """Number of values in a weight of this shape, or in a rank's piece of it."""
 
     @abstractmethod
     def entries(self, dim: int) -> int:
-        """How many entries of the weight along a dimension must stay together."""
+        """Number of entries of the weight along a dimension that must stay together."""
 
     @abstractmethod
     def divide(self, weight: DTensor) -> None:
-        """From now on the layer computes with this rank's piece of its weight, which has been placed so."""
+        """From now on the layer computes with this rank's piece of its weight, in this placement."""
 
     @abstractmethod
     def pack(self, values: torch.Tensor) -> torch.Tensor:
-        """The stored form of the whole weight; the layer keeps what it needs besides to read it."""
+        """The stored form of the whole weight; the layer keeps the other data needed to read it."""
 
     @abstractmethod
     def packed_bytes(self) -> tuple[int, ...]:
-        """Bytes of each tensor that takes the weight's place. The first is the parameter; the rest is never sharded."""
+        """Bytes of each tensor that replaces the weight. The first is the parameter; the rest is never sharded."""
 
     @abstractmethod
     def imitate(self, dtype: torch.dtype) -> torch.Tensor:
-        """`pack` without values, under fake tensors. dtype: in which the layer computes from here on."""
+        """`pack` without values, under fake tensors. dtype: the layer's compute dtype from here on."""
 
 
 class EightBits(nn.Module, ABC):
-    """Base of a layer whose `weight` is multiplied in float8, however it is stored."""
+    """Base of a layer whose `weight` is multiplied in float8, in whatever form it is stored."""
 
     @abstractmethod
     def gathered(self, weight: torch.Tensor) -> torch.Tensor:
-        """What the layer has as its weight when FSDP2 has gathered it; the same where that takes it as it is."""
+        """The layer's weight after FSDP2's gathering; the same tensor if FSDP2 accepts it unchanged."""
 
 
 def gathered_width(parameter: torch.Tensor) -> int:
@@ -77,7 +77,7 @@ def owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]
 
 
 def values_shape(module: nn.Module, leaf: str, parameter: torch.Tensor) -> torch.Size:
-    """Shape of the values that a parameter stands for."""
+    """Shape of the values that a parameter represents."""
     return module.values_shape(parameter.shape) if is_packed(module, leaf) else parameter.shape
 
 
@@ -86,32 +86,32 @@ def is_linear(module: object) -> TypeGuard[nn.Linear | Conv1D]:
 
 
 def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
-    """Whether the model calls the layer, and nothing has given it a forward of its own yet."""
+    """Whether the model calls the layer, and its forward has not been replaced yet."""
     return type(module) is nn.Linear and not hasattr(module, READ_DIRECTLY)
 
 
 def computes_linearly(module: object) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether the model calls the layer for `x W + b`, and for nothing else: what is added to that is added once."""
+    """Whether the model calls the layer for `x W + b` and nothing else, so that an addition to it applies once."""
     alone = isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
     return (alone or isinstance(module, PackedWeight)) and not hasattr(module, READ_DIRECTLY)
 
 
 def mark_read_directly(model: nn.Module, names: Collection[str]) -> None:
-    """Let no layer of these names, of weights, be replaced: the model's code multiplies by the weight itself."""
+    """Protect the layers of these weight names from replacement: the model's code multiplies by the weight itself."""
     for name in names:
         setattr(model.get_submodule(name.rpartition(".")[0]), READ_DIRECTLY, True)
 
 
 def is_transposed(module: object) -> TypeGuard[Conv1D]:
-    """Whether the weight is stored [in, out], as GPT-2's layers have it."""
+    """Whether the weight is stored [in, out], as in GPT-2's layers."""
     return isinstance(module, Conv1D)
 
 
 def holding(parameter: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
-    """What takes the place of `parameter`: of its type and, if it is a DTensor, of its placement, with this rank's part
-    of `values`, which are whole, the same on every rank and of any dtype and device."""
+    """The replacement of `parameter`: of its type and, if it is a DTensor, of its placement, with this rank's part of
+    `values`, which are complete, the same on every rank and of any dtype and device."""
     if isinstance(parameter, DTensor):
-        # Every rank has the same whole values: cutting them needs no communication.
+        # Every rank has the same complete values: dividing them needs no communication.
         part = of_type(parameter.to_local(), cut(values, parameter).clone())
         mesh, placements = parameter.device_mesh, parameter.placements
         values = DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
@@ -121,7 +121,7 @@ def holding(parameter: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
 
 
 def of_type(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`values` in a tensor of the other's type, which itself says how one like it is made."""
+    """`values` in a tensor of the other's type, which provides the constructor."""
     if type(tensor) in (torch.Tensor, nn.Parameter, type(values)):
         return values
     return tensor.new_zeros(values.shape, dtype=values.dtype, device=values.device).copy_(values)
@@ -136,7 +136,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_parameter(parameter: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
-    """`values` as a parameter of the same class, attributes and kind, trained or not."""
+    """`values` as a parameter of the same class and attributes, trained or not."""
     kind = type(parameter)
     if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
         return nn.Parameter(values, requires_grad=parameter.requires_grad)

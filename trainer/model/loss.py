@@ -1,4 +1,4 @@
-"""The loss of a causal language model, as a sum over tokens: who divides, and by what, is the engine's business."""
+"""The loss of a causal language model, as a sum over tokens; the engine divides it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from trainer.data import IGNORED
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of logits and labels."""
+"""A loss of logits and labels."""
 
 
 class Smoothed(Protocol):
-    """smoothing: part of each label that is spread evenly over the whole vocabulary (Szegedy et al. 2016)."""
+    """smoothing: share of each label that is spread evenly over the whole vocabulary (Szegedy et al. 2016)."""
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor: ...
 
 
 def in_training(loss: Smoothed, smoothing: float) -> Loss:
-    """The loss that has gradients is smoothed; that of a validation, which has none, is the plain one."""
+    """A loss with gradients is smoothed; a validation loss, which has none, is not."""
     if not smoothing:
         return loss
 
@@ -34,9 +34,9 @@ def in_training(loss: Smoothed, smoothing: float) -> Loss:
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor:
     """Sum of the cross-entropy over the valid positions. smoothing: as `Smoothed`.
 
-    logits: [batch, seq_len, vocab], labels: [batch, seq_len], already shifted, IGNORED where there is none.
-    Returns a scalar: float64 for float64 logits, else float32 (a 16-bit log-softmax over a large vocabulary
-    loses the small probabilities that the gradient is made of).
+    logits: [batch, seq_len, vocab], labels: [batch, seq_len], already shifted, IGNORED where there is none. Returns a
+    scalar: float64 for float64 logits, else float32 (a 16-bit log-softmax over a large vocabulary loses the small
+    probabilities that make up the gradient).
     """
     if logits.dtype is not torch.float64:
         logits = logits.float()

@@ -1,4 +1,4 @@
-"""An architecture in miniature: the config of a small model that has all the parts of a large one."""
+"""An architecture in miniature: the config of a small model with all the parts of a large one."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Convert = Callable[[PreTrainedModel], None]
 
 
 def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> PretrainedConfig:
-    """The same architecture with few (or, `whole_depth`, all) and narrow layers; what `tp` divides and what it does not
-    stays so."""
+    """The same architecture with few (or, with `whole_depth`, all) and narrow layers; sizes that `tp` divides stay
+    divisible, and others stay indivisible."""
     fields, names = config.to_dict(), config.attribute_map
-    # Made of the other fields, by layers that are not all there.
+    # Derived from the other fields, by layers that are not all there.
     fields.pop("per_layer_config", None)
 
     def get(name: str) -> Any:
         return fields.get(names.get(name, name))
 
     heads = get("num_attention_heads")
-    # Latent attention has sizes of its own, and as many key-value heads as heads.
+    # Latent attention has its own sizes, and as many key-value heads as heads.
     latent = get("qk_rope_head_dim") is not None
     kv_heads = heads if latent else get("num_key_value_heads") or heads
     small_kv_heads = tp if kv_heads % tp == 0 else kv_heads
@@ -53,7 +53,7 @@ def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> P
     }
     small = {names.get(name, name): value for name, value in sizes.items() if get(name) is not None}
     small |= _short(fields)
-    # Its width in the real model may exceed a whole head here.
+    # In the real model its width may exceed a whole head here.
     if isinstance(fields.get("rotary_dim"), int):
         small["rotary_dim"] = head_dim // 2
     layers = {} if whole_depth else _few_layers(config, names)
@@ -61,12 +61,12 @@ def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> P
 
 
 LARGEST = 200_000_000
-"""Parameters of a model that every rank may build on the CPU for a check: 1.6 GB in float64."""
+"""Maximum parameters of a model that every rank may build on the CPU for a check: 1.6 GB in float64."""
 
 
 def language_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The causal language model of this config. Some transformers builds from the config of the composite model alone:
-    their class stands in the module of the composite's."""
+    """The causal language model of this config. transformers builds some only from the composite model's config: their
+    class is in the composite's module."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM.from_config(config, **options)
     module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
@@ -78,7 +78,7 @@ def language_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 
 
 def small_model(config: PretrainedConfig) -> PreTrainedModel:
-    """One that computes logits, for checks of what depends on what. Raises what the architecture does."""
+    """A model for checks of logits' dependencies. Raises the architecture's own errors."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
         ids = torch.tensor([[3, 4, 5, 6]])
@@ -94,8 +94,8 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _short(fields: Mapping[str, Any]) -> dict[str, float]:
-    """Without dropout: ranks would draw other numbers, and nothing could be compared. In chunks of few tokens: Mamba 2
-    pads every sequence to whole chunks, of 256."""
+    """Without dropout: ranks would draw different numbers, and nothing could be compared. In chunks of few tokens:
+    Mamba 2 pads every sequence to whole chunks, of 256."""
     named = ("dropout", "pdrop", "layerdrop")
     noise = [n for n, value in fields.items() if isinstance(value, float) and any(word in n for word in named)]
     return dict.fromkeys(noise, 0.0) | {n: 16 for n in ("chunk_size", "mamba_chunk_size") if fields.get(n)}
@@ -111,8 +111,8 @@ def first_that_runs(
 ) -> tuple[PreTrainedModel, T]:
     """A random model of this architecture on the CPU that `run` can work with, and its answer. Raises the last error.
 
-    Narrow with few layers or, `deep`, with all; where that breaks a rule of the architecture, of another kind. In
-    float64, or in float32 where its code knows no other. convert: changes the model before it gets its values.
+    It is narrow with few layers or, if `deep`, with all; if that breaks a rule of the architecture, another variant is
+    used. In float64, or in float32 if its code supports no other. convert: changes the model before it gets its values.
     """
     failed: Exception = ValueError("no small config")
     kinds = (partial(shrink, tp=tp), partial(shrink, tp=tp, whole_depth=True), _shallow)
@@ -122,13 +122,13 @@ def first_that_runs(
             try:
                 model = _random_model(make(), config, dtype, convert)
                 return model, run(model)
-            except Exception as error:  # a config in miniature may break any rule of its architecture
+            except Exception as error:  # a miniature config may break any rule of its architecture
                 failed = error
     raise failed
 
 
 def _of_text(shrunk: Callable[[PretrainedConfig], PretrainedConfig], config: PretrainedConfig) -> PretrainedConfig:
-    """Of a composite config the language model's part is shrunk."""
+    """In a composite config the language model's part is shrunk."""
     fields, text = config.to_dict(), config.get_text_config()
     part = text_part(fields)
     if text is config or part is None:
@@ -143,7 +143,7 @@ def _random_model(
     dtype: torch.dtype,
     convert: Callable[[PreTrainedModel], None] | None,
 ) -> PreTrainedModel:
-    """Random values everywhere: a bias of zero would hide its errors. All of them are trained."""
+    """Random values everywhere: a bias of zero would hide its errors. All parameters are trained."""
     with torch.device("meta"):
         if (size := language_model(small).num_parameters()) > LARGEST:
             raise ValueError(f"its layers are too large to try, {size:,} parameters")
@@ -157,20 +157,20 @@ def _random_model(
     body_first(model)
     if convert is not None:
         convert(model)
-    # The config's are off already; an adapter brings one of its own, and ranks draw for other parts of the sequence.
+    # The config's dropout is off already; an adapter has its own, and ranks draw for different parts of the sequence.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     with torch.no_grad():
         for parameter in model.parameters():
-            # Floating point alone can have a gradient.
+            # Only floating-point tensors can have a gradient.
             if parameter.is_floating_point():
                 parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
     return model.train()
 
 
 def _few_layers(config: PretrainedConfig, names: Mapping[str, str]) -> dict[str, Any]:
-    """Two layers, and one of each kind where the config has lists of what each layer is."""
+    """Two layers, and one of each kind if the config lists the layers' kinds."""
     lists = _layer_lists(config)
     chosen = _chosen(config, lists)
     return {
@@ -180,7 +180,7 @@ def _few_layers(config: PretrainedConfig, names: Mapping[str, str]) -> dict[str,
 
 
 def stand_ins(config: PretrainedConfig) -> list[int]:
-    """For each layer of the model the layer of its copy with few layers that is of its kind."""
+    """For each layer of the model the layer of the same kind in its shallow copy."""
     lists = _layer_lists(config)
     chosen, kinds = _chosen(config, lists), _kinds(lists)
     if not kinds:

@@ -2,9 +2,9 @@
 
     embedding + uniform(-m, m)      m = alpha / sqrt(seq_len * features)      seq_len: of a whole sample, `data.seq_len`
 
-The noise of a sample is drawn from `train.seed` and the sample's position in the run, for the whole sample, of which a
-rank that holds a slice of the sequence takes its own. So every layout adds the same noise, on devices of one kind, and
-a run that goes on adds what it would have added. Validation has none.
+The noise of a sample is drawn from `train.seed` and the sample's position in the run, for the whole sample; a rank with
+a slice of the sequence takes its own part. So every layout adds the same noise, on devices of one kind, and a resumed
+run adds the same noise as an uninterrupted one. Validation has none.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from trainer.data import Batch
 from trainer.data.positions import key_of
 
 ARGUMENT = "sample_numbers"
-"""Of a forward: the samples' positions in the run. The model never sees it."""
+"""Data of a forward: the samples' positions in the run. The model never sees it."""
 PURPOSE = 0x4EF7
 
 
 @dataclass(kw_only=True, slots=True)
 class Noise:
-    """alpha, seq_len: see above. slice_of: number and count of the slices of a sequence, of which this rank has one."""
+    """alpha, seq_len: see above. slice_of: index and number of the slices of a sequence, of which this rank has one."""
 
     alpha: float
     seq_len: int
@@ -50,7 +50,7 @@ class Noise:
         if self.numbers is None or len(self.numbers) != len(output):  # an estimate, or a forward before the first step
             return output + torch.empty_like(output).uniform_(-bound, bound)
         length, (place, count) = output.shape[1], self.slice_of
-        wide = torch.promote_types(output.dtype, torch.float32)  # one sequence of numbers for all dtypes of 16 bits
+        wide = torch.promote_types(output.dtype, torch.float32)  # the same random numbers for all 16-bit dtypes
         draw, changed = torch.Generator(output.device), torch.empty_like(output)
         for row, number in enumerate(self.numbers):
             draw.manual_seed(key_of(self.seed, PURPOSE, number) >> 1)
@@ -64,9 +64,8 @@ class Noise:
 
 
 def add_noise(modules: Sequence[nn.Module], embeds: Sequence[nn.Module], noise: Noise, *, repeated: bool) -> None:
-    """modules: what the rank runs. embeds: those of them whose embedding is looked up. repeated: every stage of a
-    pipeline makes embeddings of its own. Raises ConfigError where there is nothing, or more than one thing, to add it
-    to."""
+    """modules: the rank's modules. embeds: those of them whose embedding is looked up. repeated: every pipeline stage
+    has its own embeddings. Raises ConfigError if there is not exactly one place to add the noise."""
     for module in embeds:
         try:
             embedding = getattr(module, "get_input_embeddings", lambda: None)()
@@ -82,5 +81,5 @@ def add_noise(modules: Sequence[nn.Module], embeds: Sequence[nn.Module], noise: 
 
 
 def numbered(batch: Batch, *, wanted: bool) -> dict[str, torch.Tensor]:
-    """The argument of a forward, where there is noise to draw."""
+    """The extra argument of a forward, if there is noise to draw."""
     return {ARGUMENT: batch.numbers} if wanted and batch.numbers is not None else {}

@@ -1,10 +1,10 @@
-"""Where the loss is computed: from the logits that the model returns, or inside the model, which then returns the loss.
+"""Place of the loss: computed from the logits that the model returns, or inside the model, which then returns the loss.
 
     outside     model(input_ids).logits --> loss                    the caller holds the logits
     inside      model(input_ids, targets=labels).loss               nobody outside does
 
-Inside, a head may compute it in slices (`head`), and a pipeline's engine, which keeps what its last stage returns until
-the backward, keeps a number.
+Inside, a head may compute it in slices (`head`), and a pipeline's engine, which keeps its last stage's result until the
+backward, keeps a single number.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from trainer.model.loss import Loss
 
 @dataclass(kw_only=True, slots=True)
 class Objective:
-    """loss: of logits, as the model that returns them has divided them. inside: whether the model takes `targets`.
-    sliced: whether its head computes the loss. words: how many it scores, the same on all ranks that compute together;
-    None: all that the head knows. first: the first of those that this rank scores."""
+    """loss: of logits, in the model's division of the vocabulary.
+    inside: whether the model takes `targets`.
+    sliced: whether its head computes the loss.
+    words: number of vocabulary entries that it scores, the same on all ranks that compute together; None: all of the
+    head's.
+    first: index of the first entry that this rank scores."""
 
     loss: Loss
     inside: bool = False
@@ -37,15 +40,15 @@ class Objective:
     first: int = 0
 
     def __call__(self, run: Callable[..., Any], labels: torch.Tensor) -> torch.Tensor:
-        """The loss of what `run(**more)` returns, which calls the model with what it is given besides."""
+        """The loss of the result of `run(**more)`, which calls the model with further arguments."""
         if self.inside:
             return run(targets=labels).loss
         return self.loss(run().logits, labels)
 
     @contextmanager
     def picking(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """While it is open the loss is zero, and the list gets labels that count, and the logits at their places as
-        this rank has them: what a slice of the head, a piece of the vocabulary or of the sequence gives."""
+        """While it is open the loss is zero, and the list receives valid labels, and this rank's logits at their
+        positions: from a slice of the head, a part of the vocabulary or of the sequence."""
         loss, picked = self.loss, list[tuple[torch.Tensor, torch.Tensor]]()
 
         def pick(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -60,7 +63,7 @@ class Objective:
             self.loss = loss
 
     def attach(self, model: nn.Module, *, staged: bool) -> None:
-        """Let the model take `targets`, the labels [batch, seq_len]. staged: it is the last stage of a pipeline, which
+        """Let the model take `targets`, the labels [batch, seq_len]. staged: it is the last pipeline stage, which
         returns the loss itself."""
         inner: Callable[..., Any] = model.forward
 

@@ -1,4 +1,4 @@
-"""What all that is trained through peft has in common."""
+"""Shared by all methods that use peft."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def log_trained(model: PreTrainedModel, what: str) -> None:
 
 
 def import_peft(method: str) -> Any:
-    """Raises EnvironmentProblem where it is not installed. method: for the message."""
-    # peft imports bitsandbytes, which logs in every process the faster kernels that are not installed.
+    """Raises EnvironmentProblem if it is not installed. method: for the message."""
+    # peft imports bitsandbytes, which logs missing faster kernels in every process.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft

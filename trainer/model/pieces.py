@@ -1,10 +1,10 @@
-"""A parameter and its pieces: whole to local share, and local shares to whole, for any placement on the mesh.
+"""A parameter and its pieces: from whole to local share and back, for any placement on the mesh.
 
-The innermost axis, tensor parallel, cuts first, FSDP2 then cuts what is left, so a share is found by cutting in that
-order and the whole by joining in the opposite one. DTensor's own `full_tensor` and `distribute_tensor` are right
-wherever each axis cuts evenly or along another dimension; where both axes cut one dimension of a packed matrix (GPT-2's
-fused query, key and value) they put the pieces in another order. Here each axis is done by itself, which DTensor always
-gets right.
+The innermost axis, tensor parallel, divides first; FSDP2 then divides the rest. A share is therefore found by dividing
+in that order and the whole by joining in the opposite one. DTensor's own `full_tensor` and `distribute_tensor` are
+correct wherever each axis divides evenly or along another dimension; if both axes divide one dimension of a packed
+matrix (GPT-2's fused query, key and value) they put the pieces in another order. Here each axis is handled separately,
+which DTensor always does correctly.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def join(tensor: DTensor) -> torch.Tensor:
 
 
 def _joined(piece: torch.Tensor, mesh: DeviceMesh, placement: Placement, shape: torch.Size) -> torch.Tensor:
-    """The pieces of one axis. Of a packed matrix each rank holds a part of every block, all as large: DTensor joins
-    them rank by rank, since torch 2.11 cannot join them block by block."""
+    """The pieces of one axis. Of a packed matrix each rank holds an equal part of every block: DTensor joins them rank
+    by rank, since torch 2.11 cannot join them block by block."""
     stride = torch.empty(shape, device="meta").stride()
     packed = isinstance(placement, _StridedShard)
     alone = Shard(placement.dim) if packed else placement
@@ -49,7 +49,7 @@ def _joined(piece: torch.Tensor, mesh: DeviceMesh, placement: Placement, shape: 
 
 
 def held(tensor: DTensor, dim: int) -> list[int]:
-    """The places along one dimension of the whole that this rank holds, in the order in which it holds them."""
+    """The indices along one dimension of the whole that this rank holds, in its local order."""
     places = torch.arange(tensor.shape[dim], device=tensor.device_mesh.device_type)
     for name, placement in _cuts(tensor):
         if getattr(placement, "dim", None) == dim:
@@ -60,18 +60,18 @@ def held(tensor: DTensor, dim: int) -> list[int]:
 
 
 def _cuts(tensor: DTensor) -> list[tuple[str, Placement]]:
-    """The axes that cut this tensor, in the order of cutting, each with its own placement on what it finds."""
+    """The axes that divide this tensor, in the order of division, each with its own placement on the remaining part."""
     names = tensor.device_mesh.mesh_dim_names or ()
     cuts: list[tuple[str, Placement]] = [
         (name, placement)
         for name, placement in zip(reversed(names), reversed(tensor.placements), strict=True)
         if not placement.is_replicate()
     ]
-    # Beside a tensor-parallel cut of the same dimension FSDP2 writes its plain cut as a strided one.
+    # If tensor parallel divides the same dimension, FSDP2 writes its plain division as a strided one.
     return [*cuts[:1], *((name, Shard(getattr(placement, "dim", 0))) for name, placement in cuts[1:])]
 
 
 def _shape_after(shape: torch.Size, placement: Placement, tensor: DTensor, name: str) -> torch.Size:
-    """Shape of this rank's share of a tensor of `shape` that one axis cuts."""
+    """Shape of this rank's share of a tensor of `shape` that one axis divides."""
     empty = torch.empty(shape, device="meta")
     return distribute_tensor(empty, tensor.device_mesh[name], [placement], src_data_rank=None).to_local().shape

@@ -4,10 +4,10 @@
     forward and backward        param_dtype       torch engine: autocast casts where an op is safe in it
     gradients between ranks     reduce_dtype
 
-Engine torch keeps one copy of the parameters, in master_dtype, and casts at each use (autocast): norms, softmax
-and loss stay in float32. DeepSpeed keeps a second, whole copy in param_dtype and runs every op in it, norms
-included (transformers' RMSNorm computes in float32 inside). Losses of the two therefore differ in 16 bit by about
-1e-3, and not in float32.
+Engine torch keeps one copy of the parameters, in master_dtype, and casts at each use (autocast): norms, softmax and
+loss stay in float32. DeepSpeed keeps a second, unsharded copy in param_dtype and runs every op in it, including norms
+(transformers' RMSNorm computes in float32 inside). Losses of the two therefore differ in 16 bit by about 1e-3, and not
+in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def apply_tf32(precision: Precision) -> None:
 
 
 def autocast(plan: Plan) -> AbstractContextManager[object]:
-    """Compute in param_dtype where the parameters are stored in another dtype; else change nothing."""
+    """Compute in param_dtype if the parameters are stored in another dtype; else change nothing."""
     if plan.param_dtype is plan.master_dtype:
         return nullcontext()
     return torch.autocast(plan.device, dtype=torch_dtype(plan.param_dtype))
@@ -40,9 +40,9 @@ def autocast(plan: Plan) -> AbstractContextManager[object]:
 class LossScale:
     """The factor that keeps small float16 gradients from vanishing (Micikevicius et al. 2018, section 3.2).
 
-    Dynamic: halved after a step whose gradient overflowed, doubled after `window` steps without overflow. It is
-    fed with the finiteness of the global gradient norm, which is the same on every rank, so that the scale is one
-    number over the whole mesh; torch.amp.GradScaler looks at each rank's own gradients.
+    Dynamic: halved after a step whose gradient overflowed, doubled after `window` steps without overflow. Its input is
+    the finiteness of the global gradient norm, which is the same on every rank, so the scale is one number over the
+    whole mesh; torch.amp.GradScaler looks at each rank's own gradients.
     """
 
     def __init__(self, precision: Precision) -> None:
@@ -52,12 +52,13 @@ class LossScale:
         self.good_steps = 0
 
     def restore(self, value: float | None, good_steps: int | None) -> None:
-        """Go on from a saved scale. A constant one stays as the config says; None, saved without one, is the start."""
+        """Continue from a saved scale. A constant one stays as configured; None, saved without a scale, means the
+        start."""
         if self.dynamic and value is not None:
             self.value, self.good_steps = value, good_steps or 0
 
     def update(self, *, finite: bool) -> None:
-        """Account for one step."""
+        """Record one step."""
         if not self.dynamic:
             return
         self.good_steps = self.good_steps + 1 if finite else 0
@@ -74,5 +75,5 @@ def build_loss_scale(precision: Precision) -> LossScale | None:
 
 
 def export_dtype(param_dtype: DType) -> torch.dtype:
-    """What a finished model is stored in: 16 bit if it was computed in 16 bit, else float32."""
+    """Storage dtype of a finished model: 16 bit if it was computed in 16 bit, else float32."""
     return torch_dtype(param_dtype) if param_dtype in (DType.bfloat16, DType.float16) else torch.float32

@@ -1,12 +1,12 @@
-"""Start-up probe of an architecture: a narrow copy of its language model, as deep as that, runs once on the CPU.
+"""Start-up probe of an architecture: a narrow copy of its language model, equally deep, runs once on the CPU.
 
     a later token is changed    do earlier logits change?         then it is no causal model as it is called: refused
     one backward                which parameters get no gradient?  they are frozen, in every layout alike
                                 which linear layers are not called, though their weights get one?
                                                                   they keep their class: an adapter would add nothing
 
-DDP waits for the gradient of every parameter that is to be trained, checkpoints want an optimizer state of each: both
-would find out at step 2 or at the first save. Takes a fraction of a second, and answers the same on every rank.
+DDP waits for the gradient of every trained parameter, and checkpoints need an optimizer state of each: both would fail
+only at step 2 or at the first save. The probe takes a fraction of a second, and gives the same answer on every rank.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ from trainer.model.miniature import language_model, shrink, stand_ins
 log = logging.getLogger(__name__)
 SEED = 1234
 TOKENS, MANY = 16, 512
-"""Many where few leave a parameter without gradient: what compresses blocks of tokens gets it from whole blocks."""
+"""Many tokens if few leave a parameter without gradient: compressors of token blocks get it only from whole blocks."""
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-DEEP, SHALLOW = 20_000_000, 100_000_000  # most parameters of a copy with all layers, with a few
+DEEP, SHALLOW = 20_000_000, 100_000_000  # maximum parameters of a copy with all layers, with a few
 TOLERANCE = 1e-3
-"""Relative to the largest logit, in float32: rounding makes 1e-6 of it, a look ahead 1e-1 and more."""
+"""Relative to the largest logit, in float32: rounding gives 1e-6, a look ahead 1e-1 and more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
-    """causal: whether logits depend on earlier tokens alone. trained, untrained: the copy's parameters, by their names
-    inside the decoder or else in the model, that get a gradient and that get none. layers: for each layer of the model
-    the one of the copy that stands for it; empty where the copy has all. uncalled: weights of linear layers that get a
-    gradient without a call of the layer. reversible: layers that compute themselves again in a backward of their own
-    (Reformer's), which no wrapper of the layer sees."""
+    """causal: whether logits depend only on earlier tokens.
+    trained, untrained: the copy's parameters with and without gradient, by their names inside the decoder or else in
+    the model.
+    layers: for each layer of the model the corresponding one of the copy; empty if the copy has all.
+    uncalled: weights of linear layers that get a gradient without a call of the layer.
+    reversible: layers that recompute themselves in their own backward (Reformer's), which no wrapper of the layer
+    sees."""
 
     causal: bool
     trained: frozenset[str]
@@ -55,9 +57,8 @@ _found: dict[str, Probe | None] = {}
 
 def probe(config: PretrainedConfig, tokens: int = TOKENS) -> Probe | None:
     """None, with a line in the log, for an architecture whose narrow copy does not run. config: of a language model.
-    tokens: in a sequence of the run. A process that is asked twice, by the estimate and by the engine, computes
-    once."""
-    # What building the model writes into its config is no other architecture.
+    tokens: per sequence of the run. A process that asks twice, for the estimate and for the engine, computes once."""
+    # Changes that building the model makes to its config do not make another architecture.
     fields = {
         name: value for name, value in config.to_dict().items() if name not in ("architectures", "use_cache", "dtype")
     }
@@ -78,11 +79,11 @@ def _probe(config: PretrainedConfig, tokens: int) -> Probe | None:
             causal = _is_causal(model, ids)
             try:
                 untrained, reversible = _without_gradient(model, ids[:, :tokens]), False
-            except Exception:  # reversible layers have no backward outside of training
+            except Exception:  # reversible layers have no backward outside training
                 untrained, reversible = _without_gradient(model.train(), ids[:, :tokens]), True
             if untrained and tokens > TOKENS:
                 untrained = _without_gradient(model, ids.repeat(1, -(-min(tokens, MANY) // TOKENS))[:, :tokens])
-        except Exception as error:  # a config in miniature may break any rule of its architecture
+        except Exception as error:  # a miniature config may break any rule of its architecture
             reason = first_line(error)
             log.info("not probed: a small %s does not run: %s", config.model_type, reason)
             return None
@@ -98,7 +99,7 @@ def _probe(config: PretrainedConfig, tokens: int) -> Probe | None:
 
 
 def _notes_calls(model: PreTrainedModel) -> set[int]:
-    """The numbers (`id`) of linear layers' weights, of those that are called from now on."""
+    """Ids (`id`) of the weights of linear layers that are called from now on."""
     called: set[int] = set()
 
     def note(layer: nn.Module, _: object) -> None:
@@ -118,8 +119,8 @@ def _without_gradient(model: PreTrainedModel, ids: torch.Tensor) -> frozenset[st
 
 
 def untrained_names(model: PreTrainedModel, found: Probe) -> list[str]:
-    """Names of the model's parameters that get no gradient. Of a model that reads more than text the rest gets none
-    either: here it is given text alone."""
+    """Names of the model's parameters that get no gradient. In a multimodal model the other parts get none either: the
+    input here is text alone."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     of_text = model.config.get_text_config() is model.config
     alike = {_pattern(name) for name in found.untrained} - {_pattern(name) for name in found.trained}
@@ -141,7 +142,7 @@ def uncalled_names(model: PreTrainedModel, found: Probe) -> list[str]:
 
 
 def _stand_in(name: str, layers: Sequence[int]) -> str:
-    """The name of the copy's parameter that this one is like."""
+    """The name of the copy's parameter that corresponds to this one."""
     parts = name.split(".")
     place = next((place for place, part in enumerate(parts) if part.isdigit()), None)
     if place is not None and int(parts[place]) < len(layers):
@@ -150,12 +151,12 @@ def _stand_in(name: str, layers: Sequence[int]) -> str:
 
 
 def _known(name: str, found: Probe) -> bool:
-    """Whether the copy has such a parameter, though perhaps in fewer layers."""
+    """Whether the copy has such a parameter, possibly in fewer layers."""
     return _pattern(name) in {_pattern(other) for other in found.trained | found.untrained}
 
 
 def _inside(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters under names that a composite model's decoder shares with the same decoder by itself."""
+    """The parameters under names that a composite model's decoder shares with the same decoder alone."""
     decoder = model.get_decoder()
     prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), None)
     for name, parameter in model.named_parameters():
@@ -168,9 +169,9 @@ def _pattern(name: str) -> str:
 
 
 def _narrow_copy(config: PretrainedConfig) -> tuple[PreTrainedModel, list[int]]:
-    """As deep as the model, or of a few layers where a deep copy is too large: then with which of them stands for each
-    layer. Raises ValueError where both are too large."""
-    # A recurrence runs token by token where its kernel is not installed: every layer more would take a second.
+    """A copy as deep as the model, or with few layers if a deep copy is too large, and the copy's layer for each layer
+    of the model. Raises ValueError if both are too large."""
+    # A recurrence runs token by token if its kernel is not installed: every further layer would take a second.
     kinds = set(getattr(config, "layer_types", None) or ())
     small, size, layers = config, 0, list[int]()
     for whole_depth in (True, False) if kinds <= ATTENTION else (False,):
@@ -185,7 +186,7 @@ def _narrow_copy(config: PretrainedConfig) -> tuple[PreTrainedModel, list[int]]:
     model = language_model(small, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            # Floating point alone can have a gradient.
+            # Only floating-point tensors can have a gradient.
             if parameter.is_floating_point():
                 parameter.requires_grad_().add_(torch.randn_like(parameter), alpha=0.1)
     return model, layers

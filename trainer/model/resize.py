@@ -1,7 +1,7 @@
-"""`model.resize_vocabulary`: how many rows the model gets, settled before it is built or estimated.
+"""`model.resize_vocabulary`: the model's number of rows, decided before it is built or estimated.
 
-As many as the tokenizer has tokens, if these are more than the folder has rows; `model.config.vocab_size` gives another
-number, a multiple of 64 for one. Which values the new rows get is said by `trainer.model.weights`.
+It is the tokenizer's number of tokens, if this exceeds the folder's rows; `model.config.vocab_size` sets another
+number, for example a multiple of 64. `trainer.model.weights` defines the values of the new rows.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from configs.schema import Config
 
 
 def settle_vocabulary(config: Config) -> None:
-    """Write the number of rows into `model.config.vocab_size`, in place, where the user asks for it.
+    """Write the number of rows into `model.config.vocab_size`, in place, if the user asks for it.
 
-    Raises DataError when the tokenizer or the folder cannot be read.
+    Raises DataError if the tokenizer or the folder cannot be read.
     """
     model = config.model
     if not model.resize_vocabulary or "vocab_size" in model.config:

@@ -1,4 +1,4 @@
-"""What each parameter is in its model, found once from the modules: optimizers, estimates and checkpoints ask it.
+"""The role of each parameter in its model, found once from the modules, for optimizers, estimates and checkpoints.
 
     role         what it is                                                       matrices inside
     matrix       the weight of a linear layer                                     one
@@ -9,10 +9,10 @@
     router       what chooses the experts of a token
     vector       everything else, element by element: norms, biases, convolutions
 
-Which weights are packed is no property of a module: PACKED lists them by architecture, and transformers' own
-tensor-parallel plans mark others. The plans of `axes.tensor` read the same table. Weights whose parts alternate head
-by head (gpt_neox, bloom, falcon) or feature by feature (gpt_oss's experts) count as one matrix: no block of their rows
-is one of the layers. Importing this module needs no torch.
+No property of a module shows which weights are packed: PACKED lists them by architecture, and transformers' own
+tensor-parallel plans mark others. The plans of `axes.tensor` read the same table. Weights whose parts alternate head by
+head (gpt_neox, bloom, falcon) or feature by feature (gpt_oss's experts) count as one matrix: no block of their rows is
+one of the layers. Importing this module needs no torch.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Matrices:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
-    """One parameter. shape: of all of it, whatever cuts it. matrices: None where the role has none. routed: of routed
-    experts how many a token goes to, and of how many; None for what every token meets.
+    """One parameter. shape: of the undivided parameter. matrices: None if the role has none. routed: for routed experts
+    the number of experts per token, and in total; None for a parameter that every token uses.
 
     view: of the ranks (`trainer.plan.views`) along whose axes it is divided: experts and their biases have their own,
-    where the plan does.
+    if the plan has it.
 
-    of: of a piece the whole parameter's shape.
+    of: for a piece, the whole parameter's shape.
     """
 
     name: str
@@ -81,16 +81,16 @@ class Described:
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """Its shape before it was cut."""
+        """Its shape before it was divided."""
         return self.of or self.shape
 
     @property
     def active(self) -> int:
-        """Values of it that one token meets."""
+        """Number of its values that one token uses."""
         return met(self.numel, self.routed)
 
     def cut(self, shape: tuple[int, ...]) -> Described:
-        """What one rank holds of it."""
+        """One rank's part of it."""
         return replace(self, shape=shape, of=self.whole)
 
 
@@ -102,7 +102,7 @@ PACKED: dict[str, dict[str, int | str]] = {
     "glm": {"model.layers.*.mlp.gate_up_proj": 2},
     "glm4": {"model.layers.*.mlp.gate_up_proj": 2},
 }
-"""By model_type and module: into how many equal parts its output features fall, or HEADS."""
+"""By model_type and module: number of equal parts of its output features, or HEADS."""
 
 
 def met(numel: int, routed: tuple[int, int] | None) -> int:
@@ -116,10 +116,11 @@ def wildcard(name: str) -> str:
 
 
 def describe(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str, Described]:
-    """Every parameter by name, a tied one under each of its names. The model may be a stage of a pipeline, and its
-    parameters DTensors: what counts is their whole shape.
+    """Every parameter by name, a tied one under each of its names. The model may be a pipeline stage, and its
+    parameters
+    DTensors: their undivided shape counts.
 
-    plan: `parallel.tensor_plan`, which may say that a matrix holds several.
+    plan: `parallel.tensor_plan`, which may declare that a matrix holds several.
     """
     from torch import nn
 
@@ -156,11 +157,12 @@ def describe(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[st
 
 
 def stack_of(module: nn.Module) -> int:
-    """How many experts the module holds in stacked parameters of its own, as transformers runs them; 0 for others."""
+    """Number of experts that the module holds in its own stacked parameters, as transformers runs them; 0 for
+    others."""
     count = getattr(module, "num_experts", None)
     if not isinstance(count, int) or not hasattr(module, "is_concatenated"):
         return 0
-    # A divided stack counts its own experts; its parameters know of all of them.
+    # A divided stack counts only its own experts; its parameters know the total.
     lengths = {p.shape[0] for p in module._parameters.values() if p is not None and p.ndim == 3}
     return next(iter(lengths)) if len(lengths) == 1 and next(iter(lengths)) % count == 0 else 0
 
@@ -171,7 +173,7 @@ class _Packing:
     def __init__(self, model: nn.Module, plan: Mapping[str, str]) -> None:
         self.text = _text(model)
         self.table = PACKED.get(getattr(getattr(model, "config", None), "model_type", ""), {})
-        # Whatever else the user does with a matrix, what it holds stays so.
+        # The content of a matrix does not change with other settings of the user.
         packed = {name: style for name, style in plan.items() if style.startswith("packed")}
         self.styles: Mapping[str, str] = {**(getattr(model, "tp_plan", None) or {}), **packed}
 
@@ -207,15 +209,15 @@ class _Packing:
         return (length // count,) * count if count > 1 else ()
 
     def _transposed(self, module: nn.Module, prefix: str) -> bool:
-        """Experts stored [expert, in, out]: the module says so, or the plan packs them along their last dimension."""
+        """Experts stored [expert, in, out]: according to the module, or because the plan packs them along the last
+        dimension."""
         if hasattr(module, "is_transposed"):
             return bool(module.is_transposed)
         return any(self._style(f"{prefix}.{leaf}").startswith("packed_rowwise") for leaf in module._parameters)
 
 
 def _routers(model: nn.Module) -> Iterator[int]:
-    """Identities of the weights that stand next to a module of experts and score each of them, or the one that all
-    tokens share."""
+    """Ids of the weights next to a module of experts that score each of them, or of the one that all tokens share."""
     counts = _counts(model)
     for _, block, experts in _blocks(model):
         inside = {id(p) for child in experts for p in child.parameters()}
@@ -225,7 +227,7 @@ def _routers(model: nn.Module) -> Iterator[int]:
 
 
 def routed_parts(model: nn.Module) -> dict[int, tuple[int, int]]:
-    """Of each parameter of routed experts, by identity: how many of them a token goes to, and of how many."""
+    """For each parameter of routed experts, by id: the number of experts per token, and in total."""
     found: dict[int, tuple[int, int]] = {}
     for name, _, experts in _blocks(model):
         chosen = _chosen(model, name)
@@ -242,7 +244,7 @@ def _counts(model: nn.Module) -> set[int]:
 
 
 def _chosen(model: nn.Module, name: str) -> int:
-    """Experts that a token goes to in the layer of this name; 0 where the config does not say."""
+    """Experts per token in the layer of this name; 0 if the config does not give it."""
     text = _text(model)
     value = next((value for field in CHOSEN if (value := getattr(text, field, None))), 0)
     if isinstance(value, list):  # one for each layer
@@ -257,7 +259,7 @@ def _text(model: nn.Module) -> Any:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """Each module that has routed experts below it, with its name."""
+    """Each module with routed experts below it, with its name."""
     from torch import nn
 
     from trainer.model.build import decoder_layers
@@ -273,7 +275,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]
 
 
 def _expert_count(module: nn.Module, counts: set[int]) -> int:
-    """How many routed experts a module holds; 0 for one that is something else."""
+    """Number of routed experts in a module; 0 for any other module."""
     from torch import nn
 
     if isinstance(module, nn.ModuleList):
@@ -283,5 +285,5 @@ def _expert_count(module: nn.Module, counts: set[int]) -> int:
 
 
 def _whole(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Its shape, also where DeepSpeed has left a part of it only."""
+    """Its shape, even if DeepSpeed has left only a part of it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,11 +1,11 @@
-"""What a folder of safetensors holds: names, dtypes and shapes, read from the headers alone.
+"""Contents of a folder of safetensors: names, dtypes and shapes, read only from the headers.
 
     find_folder     model.path                 -> a folder that is here (downloaded from the hub if it is a hub id)
     read_config     the folder's config.json   -> its fields
     read_tensors    headers of all shards      -> {name: file, dtype, shape}
 
-No value is read and nothing of the folder is executed. Whatever is damaged, foreign or missing is a DataError that
-names the file and the remedy, one line for each file. Next: `fitting`.
+No value is read and nothing of the folder is executed. Anything damaged, foreign or missing is a DataError that names
+the file and the remedy, one line for each file. Next: `fitting`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Stored:
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder that `model.path` names on this machine; None if it can only be a hub id. Raises DataError for what
-    can only be a folder and is none."""
+    """The folder that `model.path` names on this machine; None if it can only be a hub id. Raises DataError for a path
+    that can only be a folder and is not one."""
     folder = Path(path).expanduser()
     if path.strip() and folder.is_dir():
         return folder
@@ -62,7 +62,7 @@ def local_folder(path: str) -> Path | None:
 
 
 def find_folder(model: Model) -> Path:
-    """Where the weights of `model.path` are. Raises DataError."""
+    """The folder with the weights of `model.path`. Raises DataError."""
     assert model.path is not None
     folder = local_folder(model.path)
     if folder is not None:
@@ -75,7 +75,7 @@ def find_folder(model: Model) -> Path:
 
 
 def not_on_the_hub(path: str, error: Exception) -> str:
-    """The line about a hub id that could not be read."""
+    """The line about an unreadable hub id."""
     return f"model.path={path}: no such folder here, and the hub does not give it ({first_line(error)})"
 
 
@@ -102,9 +102,9 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
 def read_tensors(folder: Path, key: str) -> dict[str, Stored]:
     """Every tensor of a folder in the Hugging Face format, from the headers of its shards.
 
-    key: `model.path=...`, for the messages. Raises DataError with a line for each file that cannot be used.
+    key: `model.path=...`, for the messages. Raises DataError with a line for each unusable file.
     """
-    # As transformers looks: the single file first.
+    # In transformers' order: the single file first.
     single, index = folder / SINGLE, folder / INDEX
     if not (single.exists() or single.is_symlink()) and (index.exists() or index.is_symlink()):
         weight_map = _read_index(folder, key)
@@ -136,7 +136,7 @@ def read_tensors(folder: Path, key: str) -> dict[str, Stored]:
 
 
 def some(names: list[str], *, limit: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and the number of the others."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -171,7 +171,7 @@ def _inside(shard: str) -> bool:
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
-    """Raises DataError whose problems go on after the name of the file."""
+    """Raises DataError whose problems continue after the name of the file."""
     try:
         if not path.is_file():
             kind = "is no file" if path.exists() else "is not there"

@@ -1,9 +1,9 @@
-"""Where the values of the parameters come from: random by the model's own recipe, or a folder of safetensors.
+"""Sources of parameter values: random by the model's own recipe, or a folder of safetensors.
 
     open_weights   the whole model, without memory   -> a source; `fitting` has compared it with the folder
-    source.of      the model, or a pipeline stage    -> what fills it
+    source.of      the model, or a pipeline stage    -> the object that fills it
 
-Both fill one unit of the model at a time, whatever the layout, so that every layout starts from the same bits.
+Both fill one unit of the model at a time under any layout, so every layout starts from the same bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def is_adapter(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's or module's name in the model without adapters: peft puts a layer that has one one level down."""
+    """A parameter's or module's name in the model without adapters: peft moves an adapted layer one level down."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
@@ -51,20 +51,20 @@ class WeightSource(Protocol):
 class RandomWeights:
     """The model's own initialisation, made independent of the layout.
 
-    Each module draws from a generator seeded with the run's seed and its name, so a rank that fills only some of
-    the units gets the same numbers as one that fills all.
+    Each module draws from a generator seeded with the run's seed and its name, so a rank that fills only some units
+    gets the same numbers as one that fills all.
     """
 
     def __init__(self, model: PreTrainedModel, seed: int, constructors: Constructors | None = None) -> None:
-        """constructors: of the whole model, before a sharding engine has put a class of its own in its place."""
+        """constructors: of the whole model, before a sharding engine replaces its class."""
         self.model = model
         self.seed = seed
         self.constructors = constructors or Constructors(model)
 
     def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
         device = unit.get_parameter(keys[0]).device
-        # A head with tied weights and a bias of its own: the weights were filled where they are owned, and a second
-        # draw would give them the head's numbers.
+        # For a head with tied weights and its own bias: the weights were filled by their owner, and a second draw would
+        # give them the head's numbers.
         drawn = {id(unit.get_parameter(key)) for key in keys}
         filled = [
             (owner, leaf, parameter)
@@ -75,14 +75,14 @@ class RandomWeights:
         for owner, leaf, parameter in filled:
             owner._parameters[leaf] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
         for key in keys:
-            # What no initialiser writes shows.
+            # NaN marks values that no initialiser writes.
             unit.get_parameter(key).fill_(torch.nan)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             # Children first: some models re-draw a child's weight in the parent (GPT-2's scaled c_proj).
             for module_name, module in reversed(list(unit.named_modules())):
                 below = {id(parameter) for parameter in module.parameters()}
                 if below and not below & drawn:
-                    continue  # an adapter's, say, for which the model has no recipe
+                    continue  # for example an adapter's, for which the model has no recipe
                 _seed(device, self._seed_of(plain_name(f"{name}.{module_name}")))
                 self._initialise(f"{name}.{module_name}", module)
         for owner, leaf, parameter in filled:
@@ -94,7 +94,7 @@ class RandomWeights:
                 self.constructors.fill(place, leaf, parameter, self._seed_of)
 
     def _initialise(self, name: str, module: nn.Module) -> None:
-        """By the recipe of the innermost model that it lies in, as transformers does: an image tower has its own."""
+        """By the recipe of the innermost model that contains it, as transformers does: an image tower has its own."""
         inner, place = self.model, self.model
         for part in filter(None, name.split(".")):
             if (place := place._modules.get(part)) is None:
@@ -108,7 +108,7 @@ class RandomWeights:
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """As torch.manual_seed, for one device: that one looks at the stack for every kind of device that is not there."""
+    """Like torch.manual_seed, for one device: torch's inspects the stack for every absent kind of device."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -118,7 +118,7 @@ def _seed(device: torch.device, seed: int) -> None:
 class SavedWeights:
     """Parameters read from safetensors files, tensor by tensor through a memory map.
 
-    stored, fitted: of the whole model. random: draws what is not stored.
+    stored, fitted: of the whole model. random: draws missing tensors.
     """
 
     def __init__(self, folder: Path, stored: Mapping[str, Stored], fitted: Fit, random: RandomWeights) -> None:
@@ -139,8 +139,8 @@ class SavedWeights:
 
 
 class ConvertedWeights:
-    """Parameters made of stored tensors that are not the model's one to one (experts stored singly, float8 and its
-    scales), as many at a time as one parameter needs."""
+    """Parameters made from stored tensors that do not match the model's one to one (experts stored singly, float8 and
+    its scales), loading as many at a time as one parameter needs."""
 
     def __init__(self, conversion: Conversion, fitted: Fit, random: RandomWeights) -> None:
         self.conversion, self.fitted, self.random = conversion, fitted, random
@@ -152,7 +152,7 @@ class ConvertedWeights:
         for key, full_name in names.items():
             if full_name not in self.fitted.drawn:
                 parameters[self.fitted.names[full_name]] = unit.get_parameter(key)
-        # What becomes several parameters of the unit is read once.
+        # Tensors that become several parameters of the unit are read once.
         for group in {id(groups[name]): groups[name] for name in parameters}.values():
             for made, value in self.conversion.read(group):
                 if made in parameters:
@@ -161,10 +161,10 @@ class ConvertedWeights:
 
 
 def open_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Callable[[PreTrainedModel], WeightSource]:
-    """What `model.weights` asks for: given the model or a pipeline stage of it, what fills that. Buffers that belong to
-    a saved model get their stored values here.
+    """The source that `model.weights` asks for: given the model or a pipeline stage, it returns the object that fills
+    it. Buffers that are saved with a model get their stored values here.
 
-    model: whole, on the meta device, before any pass. Raises DataError as `check_weights` does.
+    model: unsplit, on the meta device, before any pass. Raises DataError as `check_weights` does.
     """
     constructors = Constructors(model)
     if choice.weights is Weights.random:
@@ -185,14 +185,14 @@ def open_weights(choice: Model, model: PreTrainedModel, *, seed: int) -> Callabl
         for name, buffer in persistent_buffers(model):
             if name in fitted.names:
                 buffer.copy_(dict(conversion.read(conversion.groups[fitted.names[name]]))[fitted.names[name]])
-    except Exception as error:  # conversions and dequantization raise what their libraries raise
+    except Exception as error:  # conversions and dequantization raise their libraries' errors
         raise DataError(f"model.path={choice.path}: transformers cannot load it ({first_line(error)})") from None
     return lambda part: ConvertedWeights(conversion, fitted, RandomWeights(part, seed, constructors))
 
 
 def check_weights(choice: Model, model: PreTrainedModel) -> tuple[Path, dict[str, Stored], Fit]:
-    """Compare the folder of `model.path` with the model, from the headers of its files. Raises DataError, with a line
-    for each problem, when the folder or hub id cannot be read or does not hold what the model needs."""
+    """Compare the folder of `model.path` with the model, from the headers of its files. Raises DataError, one line for
+    each problem, if the folder or hub id cannot be read or lacks a required tensor."""
     key = f"model.path={choice.path}"
     folder = find_folder(choice)
     fields, stored = read_config(folder, key), read_tensors(folder, key)
@@ -215,16 +215,16 @@ def grow(stored: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _draw(random: RandomWeights, fitted: Fit, name: str, unit: nn.Module, names: Mapping[str, str]) -> None:
-    """Draw the weights of this unit that are not stored, by the recipe and the numbers of `model.weights=random`."""
+    """Draw this unit's missing weights, by the recipe and the numbers of `model.weights=random`."""
     drawn = [key for key, full_name in names.items() if full_name in fitted.drawn]
     if drawn:
-        # All of them: a recipe may write several at once. The stored ones are read over it.
+        # All of them: a recipe may write several at once. The stored ones then replace the drawn ones.
         random.fill(name, unit, list(names))
 
 
 def _placed(model: PreTrainedModel, conversion: Conversion, fitted: Fit) -> Fit:
-    """`fitted` with the name that each of the model's tensors has in the conversion: tied ones have several. What the
-    folder does not hold, and the model's class does not ask of it, is drawn."""
+    """`fitted` with the name of each of the model's tensors in the conversion; tied ones have several. Tensors that the
+    folder lacks, and the model's class does not require, are drawn."""
     names, drawn = {}, set(fitted.drawn)
     for same, _ in needed(model):
         made = next((name for name in same if name in conversion.groups), None)

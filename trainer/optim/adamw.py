@@ -1,7 +1,7 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): torch's, or DeepSpeed's for states in host memory.
 
-torch's fused kernel, which CPU and CUDA both have, passes over memory once where `for_loop` does so a dozen times, and
-makes no temporary copies of all parameters as `foreach` does.
+torch's fused kernel, which CPU and CUDA both have, passes over memory once instead of a dozen times (`for_loop`), and
+makes no temporary copies of all parameters (`foreach`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Sp
         case Implementation.foreach:
             return sum(sizes)
         case _:
-            # Two of the parameter that is updated, and one of the parameter before it.
+            # Two of the current parameter, and one of the previous parameter.
             return max((2 * size + before for size, before in zip(sizes, (0, *sizes), strict=False)), default=0)
 
 

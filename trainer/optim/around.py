@@ -1,4 +1,4 @@
-"""An optimizer around another one, which makes the updates: what it does not say itself, the inner one says."""
+"""An optimizer around another one, which makes the updates: questions that it does not answer go to the inner one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The optimizer and its learning rate, the same under every engine.
 
-The learning rate is a pure function of the step number. An engine sets it before each update, so nothing about
-it needs saving, and a step that fp16 skips does not shift the schedule in one engine and not in the other.
+The learning rate is a pure function of the step number. An engine sets it before each update, so it needs no saved
+state, and a step that fp16 skips does not shift the schedule in one engine only.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def build_optimizer(
     *,
     replicas: Any = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over those parameters that are trained.
+    """The optimizer for the trained parameters.
 
-    described: from `trainer.model.roles.describe`, while the parameters were whole.
+    described: from `trainer.model.roles.describe`, while the parameters were undivided.
     replicas: the process group of ranks that hold the same plain tensors (DDP).
     """
     chosen = ask(settings)
@@ -67,6 +67,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The learning rate of each group by its name; none where all groups have the same."""
+    """The learning rate of each group by its name; none if all groups have the same."""
     rates = {group["group"]: float(group["lr"]) for group in optimizer.param_groups}
     return rates if len(set(rates.values())) > 1 else {}

@@ -8,7 +8,7 @@
     experts     routed ones, and their biases                   router    what chooses the experts of a token
     embedding   tables, tied to the head or not                 vector    norms, biases, everything else
 
-Each role is a group of its own, whose learning rate is logged under its name. Torch-free; `parts` joins the optimizers.
+Each role is a separate group, whose learning rate is logged under its name. Torch-free; `parts` joins the optimizers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def typical(role: str) -> Described:
 
 
 def given(settings: Settings) -> Mapping[str, RoleGroup]:
-    """The roles that something is said of."""
+    """The roles with settings."""
     roles = {role: getattr(settings.groups, role) for role in ROLES}
     return {role: group for role, group in roles.items() if group != RoleGroup()}
 
@@ -57,7 +57,7 @@ def names(settings: Settings) -> dict[str, OptimizerName]:
 
 
 def by(settings: Settings, name: OptimizerName) -> Settings:
-    """Of one of the optimizers, for all that it updates. `optimizer.options` are those of `optimizer.name`."""
+    """Settings of one optimizer, for all that it updates. `optimizer.options` are those of `optimizer.name`."""
     options = settings.options if name is settings.name else {}
     return replace(settings, name=name, options=options, groups=RoleGroups())
 
@@ -71,7 +71,7 @@ def said(settings: Settings) -> Iterator[str]:
 
 
 def check(trained: Iterable[Described], settings: Settings, model: str) -> None:
-    """trained: of the whole model. Raises ConfigError for roles of which it has nothing."""
+    """trained: of the whole model. Raises ConfigError for roles that it does not have."""
     there = {role_of(about) for about in trained}
     missing = [role for role in given(settings) if role not in there]
     if missing:
@@ -83,7 +83,7 @@ def check(trained: Iterable[Described], settings: Settings, model: str) -> None:
 
 
 def divide(groups: Sequence[Group], settings: Settings) -> list[Group]:
-    """Groups of an optimizer, those of a role apart that something is said of."""
+    """Groups of an optimizer, with separate ones for roles with settings."""
     chosen, divided = given(settings), list[Group]()
     for group in groups:
         rest = tuple(item for item in group.parameters if role_of(item[0]) not in chosen)
@@ -102,7 +102,7 @@ def _apart(group: Group, own: RoleGroup, settings: Settings) -> Group:
 
 
 def updated_apart(held: Iterable[Held], settings: Settings) -> list[list[Held]]:
-    """What is updated, group by group."""
+    """The updated parameters, group by group."""
     chosen = given(settings)
     groups: dict[str, list[Held]] = {}
     for one in held:

@@ -1,4 +1,4 @@
-"""What most optimizers answer alike. A module takes over those answers that it imports."""
+"""Answers that most optimizers share. A module imports those that it uses."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ZEROED = True
 
 
 def groups(parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]:
-    """Two groups: matrices and embeddings decay, norms and biases do not. Where they lie on several meshes, each mesh
-    has its own: torch updates the DTensors of a group together."""
+    """Two groups: matrices and embeddings decay, norms and biases do not. If they lie on several meshes, each mesh has
+    its own groups: torch updates the DTensors of a group together."""
     found: list[Group] = []
     for name, decays, weight_decay in (("decayed", True, settings.weight_decay), ("plain", False, 0.0)):
         by_mesh: dict[Any, list[tuple[Described, torch.nn.Parameter]]] = {}
@@ -41,13 +41,13 @@ def like(parameter: Described, dtype: str, *kinds: str) -> dict[str, Kept]:
 
 
 def counter(*, host: bool = True) -> dict[str, Kept]:
-    """Of a fused kernel it lies where the parameter does."""
+    """A fused kernel's counter lies where the parameter does."""
     return {COUNTER: Kept(shape=(), dtype="float32", host=host)}
 
 
 def fresh(built: torch.optim.Optimizer, parameter: torch.Tensor, state: State, *, steps: int) -> dict[str, Any]:
-    """Zeros, placed as the parameter is, and the counter as torch makes it: the fused kernels read it where the
-    parameter is."""
+    """Zeros, placed as the parameter is, and the counter as torch makes it: the fused kernels read it on the
+    parameter's device."""
     import torch
 
     from trainer.optim.placed import zeros
@@ -65,7 +65,7 @@ def fresh(built: torch.optim.Optimizer, parameter: torch.Tensor, state: State, *
 
 
 def kernel(implementation: Implementation) -> Mapping[str, Any]:
-    """torch's words for an implementation."""
+    """torch's arguments for an implementation."""
     return {"fused": implementation is Implementation.fused, "foreach": implementation is Implementation.foreach}
 
 
@@ -79,4 +79,4 @@ def work(parameter: Described, settings: Settings) -> Work:
 
 
 def average(settings: Settings) -> None:
-    """The weights that are trained are those to evaluate."""
+    """The trained weights are those to evaluate."""

@@ -1,5 +1,4 @@
-"""An optimizer whose update of an element depends on that element alone: one function, run on whatever pieces a rank
-holds."""
+"""An optimizer whose update of an element depends only on that element: one function, run on each rank's pieces."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ Update = Callable[[torch.Tensor, torch.Tensor, Tensors, dict[str, Any]], None]
 
 
 class Elementwise(torch.optim.Optimizer):
-    """start: the states of a parameter before its first update, placed as it is."""
+    """start: the states of a parameter before its first update, with its placement."""
 
     def __init__(
         self,

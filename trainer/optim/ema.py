@@ -1,11 +1,11 @@
-"""A moving average of the weights (`optimizer.ema`), as a state of whatever optimizer makes the updates.
+"""A moving average of the weights (`optimizer.ema`), as a state of any optimizer that makes the updates.
 
     before the first update   ema = weight
     after every update        ema = decay * ema + (1 - decay) * weight
-    validation, export        hold ema in the weights' place, and give it back: `trainer.optim.placed.averaged`
+    validation, export        ema replaces the weights, which are restored afterwards: `trainer.optim.placed.averaged`
 
-Being a state it lies where the parameter does, cut as that is; checkpoints, estimates and preflight count it as they
-count moments. An update that is left out moves no average. Training never reads it.
+As a state it has the parameter's device and division; checkpoints, estimates and preflight count it like moments. A
+skipped update does not move the average. Training never reads it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KIND = "ema"
 
 
 class Averaging(Around):
-    """It keeps the average besides."""
+    """It also keeps the average."""
 
     @property
     def ZEROED(self) -> bool:
@@ -83,7 +83,7 @@ def follow(optimizer: torch.optim.Optimizer, decay: float) -> None:
 
     @torch.no_grad()
     def before(*_: Any) -> None:
-        # Not yet a state: optimizers make their own where they find none.
+        # Not yet a state: optimizers create their own if they find none.
         first.update({p: p.detach().clone() for p in updated() if KIND not in optimizer.state.get(p, {})})
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
     managed.zeros(...)                 its pages lie on the GPU while there is room; otherwise the driver moves those
                                        that were used longest ago to host memory, and back when a kernel reads them
 
-torch's allocator does not know of these bytes, and takes room from them when it asks the driver for more.
+torch's allocator does not know these bytes, and takes room from them when it asks the driver for more.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.optim.paged import KEY
 
 
 def check() -> None:
-    """Raises EnvironmentProblem where bitsandbytes cannot allocate it."""
+    """Raises EnvironmentProblem if bitsandbytes cannot allocate it."""
     if find_spec("bitsandbytes") is None:
         raise EnvironmentProblem(f"{KEY}: needs bitsandbytes; pip install 'distributed-training-cookbook[tuning]'")
     from bitsandbytes.cextension import lib
@@ -40,13 +40,13 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     size = prod(shape) * dtype.itemsize
     if not size:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    # bitsandbytes hands it out as a tensor of the CPU, which its own kernels alone would take.
+    # bitsandbytes returns it as a CPU tensor, which only its own kernels would accept.
     seen = _Shared(get_paged(size, dtype=torch.uint8, device=device))
     return torch.as_tensor(seen, device=device).view(dtype).view(tuple(shape)).zero_()
 
 
 class _Shared:
-    """What torch reads an address, a size and a kind of elements from."""
+    """The interface from which torch reads an address, a size and a dtype."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.__cuda_array_interface__: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""`optimizer.options`: keys of one optimizer alone, declared as a dataclass in its module. Torch-free.
+"""`optimizer.options`: keys of a single optimizer, declared as a dataclass in its module. Torch-free.
 
 A field's type is bool, int, float, str, an enum, a tuple of numbers, or one of these or None. Its metadata may
 hold a `Range`.
@@ -23,18 +23,18 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True)
 class Open:
-    """Options that are passed on as they are given; the optimizer's module checks them."""
+    """Options that are passed on unchanged; the optimizer's module checks them."""
 
 
 def read_options(optimizer: Optimizer, declared: type[Options]) -> Options:
-    """The options, defaults filled in. They have been checked."""
+    """The options, defaults filled in, after their check."""
     hints = get_type_hints(declared)
     given = {key: _value(hints[key], value) for key, value in optimizer.options.items()}
     return declared(**given)
 
 
 def check_options(optimizer: Optimizer, declared: type | None) -> Iterator[str]:
-    """One line for each option that does not exist, is of another type, or is out of its range."""
+    """One line for each option that does not exist, has another type, or is out of its range."""
     if declared is Open:
         return
     known: Mapping[str, Field[Any]] = {item.name: item for item in fields(declared)} if declared is not None else {}

@@ -1,11 +1,11 @@
-"""States in memory that a GPU and its host share (`optimizer.paged`), whatever optimizer keeps them.
+"""States in memory that a GPU and its host share (`optimizer.paged`), for any optimizer.
 
     before the first update   the states of large parameters are made there, as zeros     (`managed`)
     update                    as it is: its kernels read and write what looks like a tensor of the GPU
     checkpoint                the same tensors as without pages: a run goes on with them or without
 
-So every layout computes what it computes without. bitsandbytes' own paged optimizers do not: their codes go by the
-piece that a rank holds. Dettmers et al. 2023 (QLoRA, arXiv:2305.14314, section 3) page the states of adapters.
+So every layout computes the same as without pages. bitsandbytes' own paged optimizers do not: their codes depend on a
+rank's piece. Dettmers et al. 2023 (QLoRA, arXiv:2305.14314, section 3) page the states of adapters.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 KEY = "optimizer.paged=true"
-SMALLEST = 100_000  # values of a parameter, from which on its states are paged: pages are large
+SMALLEST = 100_000  # minimum number of values of a parameter whose states are paged: pages are large
 
 
 def problems(config: Config, device: str, optimizers: Mapping[OptimizerName, Optimizer]) -> Iterator[str]:
@@ -57,7 +57,7 @@ def problems(config: Config, device: str, optimizers: Mapping[OptimizerName, Opt
 
 
 class Paged(Around):
-    """Its states lie where GPU and host share memory."""
+    """Its states are in memory that GPU and host share."""
 
     def build(self, grouped: Sequence[Group], settings: Settings, *, replicas: Any = None) -> torch.optim.Optimizer:
         built = self.inner.build(grouped, settings, replicas=replicas)
@@ -65,7 +65,7 @@ class Paged(Around):
         return built
 
     def state(self, parameter: Described, settings: Settings, dtype: str) -> State:
-        """By all of the parameter, so that all ranks and layouts agree."""
+        """By the whole parameter, so all ranks and layouts agree."""
         state = self.inner.state(parameter, settings, dtype)
         if prod(parameter.whole) < SMALLEST:
             return state
@@ -78,9 +78,9 @@ class Paged(Around):
 def start(
     optimizer: torch.optim.Optimizer, paged: Paged, settings: Settings, described: Mapping[torch.Tensor, Described]
 ) -> None:
-    """Let the states of each parameter be there before its first update: optimizers make those that they do not find.
+    """Create each parameter's states before its first update: optimizers create only those that they do not find.
 
-    Raises EnvironmentProblem where a GPU's parameters cannot have them.
+    Raises EnvironmentProblem if a GPU's parameters cannot have them.
     """
     from trainer.optim.managed import check
 

@@ -1,7 +1,7 @@
-"""The answers of several optimizers as those of one, where not all parameters are updated by the same. Torch-free.
+"""The answers of several optimizers as those of one, if different optimizers update the parameters. Torch-free.
 
-optimizer.groups.ROLE.name     what updates the parameters of a role
-`instead` of an optimizer      what updates the parameters that it leaves to another
+optimizer.groups.ROLE.name     optimizer for the parameters of a role
+`instead` of an optimizer      optimizer for the parameters that it leaves to another
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def named(settings: Settings) -> dict[str, Settings]:
 
 
 def settings_of(optimizers: Optimizers, parameter: Described, settings: Settings) -> Settings:
-    """By which a parameter is updated."""
+    """The optimizer of a parameter."""
     chosen = by_role.by(settings, by_role.names(settings).get(by_role.role_of(parameter), settings.name))
     return optimizers[chosen.name].instead(parameter, chosen) or chosen
 
@@ -47,7 +47,7 @@ class Parts:
 
     @property
     def IMPLEMENTATIONS(self) -> Sequence[Implementation]:
-        """Those that all have."""
+        """Implementations that all have."""
         first, *others = (self.optimizers[one.name] for one in named(self.settings).values())
         return [how for how in first.IMPLEMENTATIONS if all(how in other.IMPLEMENTATIONS for other in others)]
 

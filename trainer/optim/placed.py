@@ -1,5 +1,5 @@
-"""Parameters of which ranks hold pieces: views of the pieces, states placed as the parameter is, and small tensors that
-the ranks reduce together.
+"""Parameters that are divided over ranks: views of the pieces, states with the parameter's placement, and small tensors
+that the ranks reduce together.
 
     parameter  [rows, columns]     cut along rows | columns     as the parameter is placed
     a state    [rows, 1]           cut along rows               the axis that cuts columns keeps a copy on each rank
@@ -35,8 +35,8 @@ def local_gradient(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def zeros(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, *, paged: bool = False) -> torch.Tensor:
-    """A state of this shape (of the whole). It is cut along the dimensions that it has in common with the parameter.
-    paged: in memory that its GPU and the host share."""
+    """A state of this (undivided) shape. It is divided along the dimensions that it shares with the parameter. paged:
+    in memory that its GPU and the host share."""
     if not isinstance(parameter, DTensor):
         return _zeros(tuple(shape), dtype, parameter.device, paged=paged)
     common = [len(shape) == parameter.ndim and length == parameter.shape[dim] for dim, length in enumerate(shape)]
@@ -50,8 +50,8 @@ def zeros(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, *, 
 
 
 def as_piece(piece: torch.Tensor, like: DTensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
-    """This rank's piece of a tensor of this shape. `DTensor.from_local` would move one that lies in host memory, as
-    offloaded parameters do, to the mesh's device."""
+    """This rank's piece of a tensor of this shape. `DTensor.from_local` would move a piece in host memory, such as an
+    offloaded parameter's, to the mesh's device."""
     stride = torch.empty(tuple(shape), device="meta").stride()
     meta = TensorMeta(torch.Size(shape), stride, piece.dtype)
     spec = DTensorSpec(like.device_mesh, tuple(placements), tensor_meta=meta)
@@ -59,7 +59,7 @@ def as_piece(piece: torch.Tensor, like: DTensor, placements: Sequence[Placement]
 
 
 def cutting(parameter: torch.Tensor, dims: Sequence[int]) -> list[Any]:
-    """The process groups of the mesh axes that cut one of these dimensions of the parameter."""
+    """The process groups of the mesh axes that divide one of these dimensions of the parameter."""
     if not isinstance(parameter, DTensor):
         return []
     mesh = parameter.device_mesh
@@ -79,7 +79,7 @@ def reduce_together(parts: Sequence[tuple[torch.Tensor, Sequence[int], torch.Ten
             device = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else tensor.device.type
             by_group.setdefault((group, tensor.dtype), []).append((tensor, device))
     for (group, _), members in by_group.items():
-        # Offloaded parameters lie in host memory, where the GPUs' collectives cannot reach them.
+        # Offloaded parameters are in host memory, which the GPUs' collectives cannot reach.
         buffer = torch.cat([tensor.flatten() for tensor, _ in members]).to(members[0][1])
         dist.all_reduce(buffer, op=op, group=group)
         begin = 0
@@ -91,13 +91,13 @@ def reduce_together(parts: Sequence[tuple[torch.Tensor, Sequence[int], torch.Ten
 
 @contextmanager
 def averaged(optimizer: torch.optim.Optimizer, average: Average | None) -> Iterator[None]:
-    """While it is open, parameters hold what is to be evaluated. Afterwards they have the same bits as before."""
+    """While it is open, parameters hold the weights to evaluate. Afterwards they have the same bits as before."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     states = optimizer.state.items() if average is not None else ()
     for parameter, state in states:
         if average is not None and average.kind in state:
             weight = local(parameter.detach())
-            # Gradients that stay between steps (DDP's buckets) are zero, and have the room.
+            # Gradients that stay between steps (DDP's buckets) are zero, and provide the memory.
             room = local(parameter.grad) if parameter.grad is not None else torch.empty_like(weight)
             kept.append((weight, room.copy_(weight)))
             weight.lerp_(local(state[average.kind]), average.part)

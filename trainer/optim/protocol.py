@@ -1,4 +1,4 @@
-"""What every optimizer answers. Each is one module of this folder; `table` names them.
+"""The questions that every optimizer answers. Each is one module of this folder; `table` names them.
 
     problems      what it cannot be combined with, and why: one line each
     groups        which parameters are updated alike: weight decay, and a factor on the learning rate
@@ -35,10 +35,10 @@ COUNTER = "step"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
-    """A tensor that the optimizer keeps of a parameter.
+    """A tensor that the optimizer keeps for a parameter.
 
-    host: it lies in host memory, wherever the parameter does.
-    paged: it lies in memory that the parameter's GPU and its host share (`trainer.optim.managed`).
+    host: it is in host memory, wherever the parameter is.
+    paged: it is in memory that the parameter's GPU and its host share (`trainer.optim.managed`).
     """
 
     shape: tuple[int, ...]
@@ -62,8 +62,8 @@ class Group:
     """Parameters that are updated alike.
 
     name: the learning rate's name in logs.
-    factor: the step's learning rate is multiplied by it.
-    settings: what else torch's param group is to hold.
+    factor: multiplier of the step's learning rate.
+    settings: further entries of torch's param group.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
-    """What one rank holds of a parameter that is updated. shape: of its piece; of plain data parallel, all of it."""
+    """One rank's part of a parameter. shape: of its piece; under plain data parallel, of the whole."""
 
     whole: Described
     shape: tuple[int, ...]
@@ -97,7 +97,7 @@ class Held:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Over how many ranks one copy of the parameters is spread, and how many copies there are."""
+    """Number of ranks that share one copy of the parameters, and number of copies."""
 
     ranks: int = 1
     copies: int = 1
@@ -105,8 +105,8 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Average:
-    """The weights to evaluate and to export: the parameter moved towards its state of this kind by `part` of the way
-    (away from it, where that is negative)."""
+    """The weights to evaluate and to export: the parameter moved towards its state of this kind by the fraction `part`
+    (away from it, if negative)."""
 
     kind: str
     part: float
@@ -114,17 +114,17 @@ class Average:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """flops: of the update of one parameter, on the ranks that share it together. exchanged: bytes that leave these
-    ranks, to be worked on elsewhere, and come back."""
+    """flops: of the update of one parameter, on the ranks that share it together. exchanged: bytes that these ranks
+    send elsewhere for the computation, and receive back."""
 
     flops: float = 0.0
     exchanged: float = 0.0
 
 
 class Optimizer(Protocol):
-    """A module of this folder. IMPLEMENTATIONS: those it has, the one that `auto` takes first. USES: keys of
-    `optimizer` that it reads. OPTIONS: the dataclass of `optimizer.options`; None: it has none. ZEROED: whether all its
-    states begin as zeros, so that `fresh` also makes those before the first update."""
+    """A module of this folder. IMPLEMENTATIONS: those it has; `auto` takes the first. USES: keys of `optimizer` that it
+    reads. OPTIONS: the dataclass of `optimizer.options`; None: it has none. ZEROED: whether all its states begin as
+    zeros, so that `fresh` also makes those before the first update."""
 
     @property
     def IMPLEMENTATIONS(self) -> Sequence[Implementation]: ...
@@ -143,7 +143,7 @@ class Optimizer(Protocol):
     def groups(self, parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]: ...
 
     def build(self, grouped: Sequence[Group], settings: Settings, *, replicas: Any) -> torch.optim.Optimizer:
-        """replicas: the process group of ranks that hold the same plain tensors; None where there is one such rank."""
+        """replicas: the process group of ranks that hold the same plain tensors; None if there is one such rank."""
         ...
 
     def instead(self, parameter: Described, settings: Settings) -> Settings | None: ...

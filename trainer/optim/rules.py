@@ -1,4 +1,4 @@
-"""What an optimizer cannot be combined with, and why. Torch-free; read by `rules`."""
+"""Combinations that an optimizer refuses, and why. Torch-free; read by `rules`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.optim.parts import named
 from trainer.optim.table import OPTIMIZERS, ask
 
 OWN = ("beta1", "beta2", "eps", "weight_decay", "target")
-"""Keys that not all optimizers read."""
+"""Keys that only some optimizers read."""
 
 
 def check_optimizer(config: Config, device: str, *, sharded: bool) -> Iterator[str]:

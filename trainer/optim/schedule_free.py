@@ -4,7 +4,7 @@
     Z   what AdamW's steps without a first moment move          kept as a state
     X   the average of all Z, evaluated and exported            computed when asked for: Y + (1 - 1 / beta1) (Z - Y)
 
-A step counts in the average as the square of the largest learning rate so far, so that a warm-up counts little.
+A step counts in the average as the square of the largest learning rate so far, so a warm-up counts little.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _update(
     largest = max(lr, state["lr_max"].item())
     state["lr_max"].fill_(largest)
     state["weight_sum"] += largest**2
-    part = largest**2 / state["weight_sum"].item()  # of this step in the average
+    part = largest**2 / state["weight_sum"].item()  # weight of this step in the average
     state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     moved = state["exp_avg_sq"].div(1 - beta2 ** state["step"].item()).sqrt_().add_(group["eps"])
     moved.reciprocal_().mul_(gradient).add_(weight, alpha=group["weight_decay"])

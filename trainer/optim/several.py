@@ -20,7 +20,7 @@ class Several(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Updates what `param_groups` lists now, which may be a part of what was given."""
+        """Updates the current `param_groups`, which may be a part of the original ones."""
         for name, part in self.parts.items():
             part.param_groups = [group for group in self.param_groups if group["optimizer"] == name]
             if part.param_groups:

@@ -1,4 +1,4 @@
-"""SGD with momentum, torch's. Its fused kernel takes no sharded parameters."""
+"""SGD with momentum, torch's. Its fused kernel does not support sharded parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizers by name, and what others ask of the one that a configuration names. Importing it needs no torch."""
+"""The optimizers by name, and questions about the one that a configuration names. Importing it needs no torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ask(settings: Settings) -> Optimizer:
 
 
 def chosen_by(settings: Settings, optimizer: object) -> str | None:
-    """What chooses an optimizer, as key=value; None where nothing does."""
+    """The key=value that chooses an optimizer; None if nothing does."""
     found = (f"{key}={one.name}" for key, one in named(settings).items() if OPTIMIZERS[one.name] is optimizer)
     return next(found, None)
 
@@ -62,13 +62,13 @@ def plain(name: str) -> Settings:
 
 
 def leaner(settings: Settings) -> tuple[str, dict[str, object]] | None:
-    """What keeps less for the same update, in words and as overrides; None if nothing does."""
+    """An optimizer that keeps less for the same update, in words and as overrides; None if there is none."""
     found = LEANER.get(settings.name)
     return None if found is None else ("the same update from smaller states", {NAME: found})
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """What the states in a checkpoint depend on."""
+    """The settings that the states in a checkpoint depend on."""
     average = ask(settings).average(settings)
     return {
         NAME: str(settings.name),
@@ -80,35 +80,35 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 
 def saved_state(parameter: Described, settings: Settings, dtype: str) -> State:
-    """What a checkpoint holds of a parameter besides its values."""
+    """A parameter's tensors in a checkpoint besides its values."""
     state = ask(settings).state(parameter, settings, dtype)
     return {kind: kept for kind, kept in state.items() if kind != COUNTER}
 
 
 def saved_kinds(parameters: Iterable[Described], settings: Settings) -> dict[str, frozenset[str]]:
-    """The kinds of tensors that a checkpoint holds of each parameter besides its values."""
+    """The kinds of tensors that a checkpoint holds for each parameter besides its values."""
     return {parameter.name: frozenset(saved_state(parameter, settings, "float32")) for parameter in parameters}
 
 
 def kept(parameter: Described, settings: Settings, dtype: str) -> list[Kept]:
-    """What each parameter has for itself in the memory where it lies itself."""
+    """A parameter's own states in its own memory."""
     state = ask(settings).state(parameter, settings, dtype)
     return [tensor for tensor in state.values() if not (tensor.host or tensor.paged)]
 
 
 def paged_bytes(parameters: Iterable[Described], settings: Settings, dtype: str) -> int:
-    """Of the states in memory that a GPU and its host share."""
+    """States in memory that a GPU and its host share."""
     states = (ask(settings).state(about, settings, dtype).values() for about in parameters)
     return sum(tensor.nbytes for state in states for tensor in state if tensor.paged)
 
 
 def kept_bytes(parameters: Iterable[Described], settings: Settings, dtype: str) -> int:
-    """Of the states alone, without counters."""
+    """Only the states, without counters."""
     return sum(tensor.nbytes for about in parameters for tensor in saved_state(about, settings, dtype).values())
 
 
 def difference(key: str, name: str, other: str) -> str:
-    """What two optimizers keep of a matrix, in words; nothing for another key of `identity`, or a name that is none."""
+    """The states of two optimizers for a matrix, in words; empty for another key of `identity`, or an unknown name."""
     kinds = []
     for one in (name, other):
         if key != NAME or one not in OPTIMIZERS:
@@ -119,15 +119,15 @@ def difference(key: str, name: str, other: str) -> str:
 
 
 def keeping(kinds: Set[str]) -> str | None:
-    """The first optimizer that keeps tensors of these kinds of a matrix, by its name."""
+    """The first optimizer that keeps tensors of these kinds for a matrix, by its name."""
     about = by_role.typical("matrix")
     found = (name for name in OPTIMIZERS if name is not OptimizerName.custom)
     return next((str(name) for name in found if set(saved_state(about, plain(name), "float32")) == kinds), None)
 
 
 def moments(settings: Settings, *, most: bool = False) -> float:
-    """Numbers that the optimizer keeps, where the parameters lie, per number of any of them, at least or at most; one
-    of one byte counts a quarter. Sides of a matrix count nothing here."""
+    """Numbers that the optimizer keeps in the parameters' memory, per parameter, minimum or maximum; a one-byte number
+    counts a quarter. Sides of a matrix count as zero here."""
     likely = [by_role.typical(role) for role in {"matrix", "embedding", *by_role.names(settings)}]
     tables = [one for one in likely if len(one.shape) > 1]
     ratios = [sum(tensor.nbytes for tensor in kept(one, settings, "float32")) / (4 * one.numel) for one in tables]

@@ -1,8 +1,7 @@
-"""Adafactor (Shazeer and Stern 2018, arXiv:1804.04235): of the second moment, means over rows and over columns.
+"""Adafactor (Shazeer and Stern 2018, arXiv:1804.04235): the second moment's means over rows and over columns.
 
 It is chosen for its memory, so it updates one parameter after the other. The arithmetic is torch.optim.Adafactor's,
-which computes it on whole matrices only; here the ranks that hold pieces of a matrix add up what its means need
-(`update`).
+which accepts only whole matrices; here the ranks that hold pieces of a matrix add up the sums for its means (`update`).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def build(grouped: Sequence[Group], settings: Settings, *, replicas: Any = None)
 
 
 def state(parameter: Described, settings: Settings, dtype: str) -> State:
-    """Row and column means of whatever has rows and columns, and of vectors the second moment itself."""
+    """Row and column means of tensors with rows and columns; for vectors the second moment itself."""
     shape = parameter.shape
     if len(shape) < 2:
         return {**common.like(parameter, dtype, "variance"), **common.counter()}
@@ -55,8 +54,8 @@ def state(parameter: Described, settings: Settings, dtype: str) -> State:
 
 
 def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
-    """The update of one parameter; or, before it, the sums of all rows and columns, of which those that a cut has
-    divided also lie in one buffer."""
+    """Temporaries: the update of one parameter; or, before it, the sums of all rows and columns, of which those that
+    are divided also lie in one buffer."""
     pieces = [one.piece for one in held]
     rows = [prod(piece.shape[:-1]) for piece in pieces]
     columns = [prod((*piece.shape[:-2], piece.shape[-1])) for piece in pieces]

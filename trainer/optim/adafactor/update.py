@@ -1,11 +1,11 @@
-"""Adafactor on this rank's pieces, with the sums that its means need added up over the ranks that hold the others.
+"""Adafactor on this rank's pieces; the ranks that hold the other pieces add up the sums for its means.
 
     R  <- mean of G^2 over columns      rows' sums: over the axes that cut columns
     C  <- mean of G^2 over rows         columns' sums: over the axes that cut rows
     U  <- G / sqrt(R C / mean(R))       the sum of R: over the axes that cut rows
     W  <- W - lr max(RMS(W), 1e-3) U / max(1, RMS(U))            squares of W and U: over all axes that cut
 
-Three all-reduces per step and mesh axis, whatever the number of parameters: rows, columns and W; the sums of R; U.
+Three all-reduces per step and mesh axis, for any number of parameters: rows, columns and W; the sums of R; U.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Adafactor(torch.optim.Optimizer):
             state["variance"] = zeros(parameter, shape, parameter.dtype)
 
     def _means(self, parameters: list[torch.Tensor]) -> Numbers:
-        """Move the means towards those of this step's gradients. The sum of squares of each parameter."""
+        """Move the means towards those of this step's gradients. Returns the sum of squares of each parameter."""
         weights = {parameter: _squares(local(parameter)) for parameter in parameters}
         sums: dict[str, Numbers] = {"row_var": {}, "col_var": {}}
         for parameter in parameters:
@@ -103,7 +103,7 @@ class Adafactor(torch.optim.Optimizer):
         weight: torch.Tensor,
         square: torch.Tensor | None,
     ) -> None:
-        """weight, square: the sums of squares of all of the parameter and its update; None: this rank has all."""
+        """weight, square: sums of squares of the whole parameter and its update; None: this rank has all of it."""
         size, lr = parameter.numel(), min(group["lr"], self.state[parameter]["step"].item() ** -0.5)
         update = self._update(parameter, centres, group["eps"])
         square = _squares(update) if square is None else square

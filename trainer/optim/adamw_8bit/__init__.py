@@ -1,11 +1,11 @@
-"""AdamW with its two moments in eight bits, taken out of them for each update.
+"""AdamW with its two moments in eight bits, decoded for each update.
 
     moment of N values ----> 256 values share a scale ----> 8-bit codes of a dynamic map     1 + 4 / 256 bytes per value
 
 Blocks are counted along the rows of the whole matrix, so every layout of engine torch holds the same codes (`update`
-says how ranks that share a block agree). Small tensors gain nothing and keep the parameter's dtype. So do
-vectors, and embeddings, whose sparse gradients are large.
-Dettmers et al. 2022 (8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, sections 2.1 to 2.3).
+explains how ranks that share a block agree). Small tensors gain nothing and keep the parameter's dtype. So do vectors,
+and embeddings, whose sparse gradients are large. Dettmers et al. 2022 (8-bit Optimizers via Block-wise Quantization,
+arXiv:2110.02861, sections 2.1 to 2.3).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
 BLOCK = 256
-SMALLEST = 4096  # values, from which on a matrix's moments are quantized
-AT_ONCE = 2**22  # values whose moments are decoded at a time
+SMALLEST = 4096  # minimum number of values of a matrix whose moments are quantized
+AT_ONCE = 2**22  # number of values whose moments are decoded at a time
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:
@@ -53,7 +53,7 @@ def instead(parameter: Described, settings: Settings) -> Settings | None:
 
 
 def state(parameter: Described, settings: Settings, dtype: str) -> State:
-    """Codes; and the scales of the blocks of each row, which a rank has of whole rows."""
+    """Codes; and the scales of the blocks of each row, which every rank has for whole rows."""
     blocks = (*parameter.shape[:-1], -(-parameter.whole[-1] // BLOCK))
     return {
         **common.like(parameter, "uint8", "exp_avg", "exp_avg_sq"),
@@ -63,8 +63,8 @@ def state(parameter: Described, settings: Settings, dtype: str) -> State:
 
 
 def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
-    """Two moments and the root of one, or the indices of their codes, of the rows that are decoded at a time; a
-    gradient that was narrower. Of rows that several ranks share, what their blocks reach, also in one buffer."""
+    """Temporaries: two moments and the root of one, or the indices of their codes, for the rows that are decoded at a
+    time; a widened gradient. For rows that several ranks share, the maxima of their blocks, also in one buffer."""
     pieces = [one.piece for one in held]
     width = max(4, BYTES[dtype])
     each = 3 * width + (width if BYTES[dtype] < width else 0)
@@ -81,12 +81,13 @@ def said(settings: Settings) -> str:
 
 
 def _quantized(parameter: Described) -> bool:
-    """By all of it, so that all ranks and layouts agree."""
+    """By the whole parameter, so all ranks and layouts agree."""
     return parameter.role is not Role.embedding and len(parameter.whole) >= 2 and prod(parameter.whole) >= SMALLEST
 
 
 def _at_once(piece: Described) -> int:
-    """Values of a piece that are decoded at a time: whole rows of its columns that fill blocks, or of the others."""
+    """Number of values of a piece that are decoded at a time: whole rows of columns that fill blocks, or of the
+    others."""
     rows, columns = prod(piece.shape[:-1]), piece.shape[-1]
     full = columns - columns % BLOCK
     return max(min(rows, max(1, AT_ONCE // part)) * part for part in (full, columns - full) if part)

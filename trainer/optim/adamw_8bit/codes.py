@@ -2,7 +2,7 @@
 
     value / scale  --nearest of 256 values-->  code          scale: the largest magnitude of a block
 
-A block is up to 256 consecutive values of one row of the whole tensor, so that a cut between rows falls between blocks.
+A block is up to 256 consecutive values of one row of the whole tensor, so a division between rows falls between blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.optim.adamw_8bit import BLOCK
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """values: what the codes mean, ascending. zero: whether a value may become the first of them."""
+    """values: values of the codes, ascending. zero: whether a value may be rounded to the first of them."""
 
     values: torch.Tensor
     zero: bool
@@ -39,22 +39,22 @@ class Map:
 
 
 def signed_map(dtype: torch.dtype, device: torch.device) -> Map:
-    """Of the first moment."""
+    """Map of the first moment."""
     half = _positive(7)
     values = [-value for value in reversed(half[:-1])] + [0.0] + half
     return Map(torch.tensor(values, dtype=dtype, device=device), zero=True)
 
 
 def positive_map(dtype: torch.dtype, device: torch.device) -> Map:
-    """Of the second moment. No value is rounded to zero: the update divides by its root."""
+    """Map of the second moment. No value is rounded to zero: the update divides by its root."""
     return Map(torch.tensor([0.0, *_positive(8)], dtype=dtype, device=device), zero=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slab:
-    """Columns of a rank's piece whose blocks are equally wide.
+    """Columns of a rank's piece with blocks of equal width.
 
-    begin, end: columns of the piece. first: the block of the whole row in which they begin. width: of each block.
+    begin, end: columns of the piece. first: index of their first block in the whole row. width: of each block.
     """
 
     begin: int
@@ -75,7 +75,7 @@ class Slab:
 
 
 def slabs(places: Iterable[int]) -> list[Slab]:
-    """places: columns of the whole tensor that a rank holds, in the order in which it holds them."""
+    """places: columns of the whole tensor that a rank holds, in its local order."""
     runs: list[list[int]] = []  # begin, end, block, column of the whole after the end
     for at, place in enumerate(places):
         if runs and runs[-1][3] == place and runs[-1][2] == place // BLOCK:

@@ -1,12 +1,12 @@
-"""AdamW whose moments are kept in codes of eight bits, on pieces of matrices.
+"""AdamW whose moments are kept in 8-bit codes, on pieces of matrices.
 
     M, V <- decode(codes, scales); AdamW's moments            in float32, some rows at a time
     W    <- AdamW's update by M and V                         before they are rounded
     scales <- largest magnitude of each block of M, V;        codes <- encode(M, V, scales)
 
-A block of the whole matrix may lie on several ranks, where an axis cuts its rows' columns. These ranks each keep the
-scales of whole rows, and agree on them in one all-reduce per step and axis: a first pass over M and V finds what each
-rank's part of a block reaches, the second pass updates and encodes. So every layout holds the codes of one process.
+A block of the whole matrix may lie on several ranks, if an axis divides its rows' columns. These ranks each keep the
+scales of whole rows, and agree on them in one all-reduce per step and axis: a first pass over M and V finds the maximum
+of each rank's part of a block, the second pass updates and encodes. So every layout holds the codes of one process.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def _moments(
         self, group: dict[str, Any], parameter: torch.Tensor, rows: slice, slab: Slab
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the step, [rows, blocks, width], not rounded."""
+        """Moments of the step, [rows, blocks, width], not rounded."""
         state, dtype = self.state[parameter], _wide(parameter.dtype)
         gradient = slab.of(_rows(local_gradient(parameter))[rows]).to(dtype)
         (beta1, beta2), found = group["betas"], []
@@ -83,7 +83,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return found[0].lerp_(gradient, 1 - beta1), found[1].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
 
     def _largest(self, group: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
-        """[2, rows, blocks of a whole row]: what this rank's part of each block reaches; 0 for blocks elsewhere."""
+        """[2, rows, blocks of a whole row]: maximum of this rank's part of each block; 0 for blocks elsewhere."""
         scales = _rows(local(self.state[parameter][SCALES[0]]))
         found = scales.new_zeros(2, *scales.shape)
         for rows, slab in self._parts(parameter):

@@ -1,7 +1,7 @@
 """Any optimizer by its path: `optimizer.target=package.module.Class`, with `optimizer.options` as its arguments.
 
-What the others declare is found here by a probe on small tensors (`probe`): whether the update of a cut parameter is
-the cut of its update, what is kept of each parameter, whether a checkpoint holds all of that, what an update needs.
+A probe on small tensors finds what the others declare (`probe`): whether updating a piece equals a piece of the update,
+the states of each parameter, whether a checkpoint holds all of them, and the memory of an update.
 
     whole tensors (single, ddp)      every optimizer whose update needs nothing but gradients
     pieces, ZeRO's rows              those that the probe finds to be element by element

@@ -1,5 +1,5 @@
-"""An optimizer that knows nothing of sharded tensors, run on the pieces that a rank holds: its update is element by
-element, so the piece of an update is the update of the piece."""
+"""An optimizer that does not support sharded tensors, run on a rank's pieces: its update is element by element, so the
+update of a piece is the piece of the update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.optim.protocol import COUNTER, Group
 
 
 def build_on_pieces(groups: Sequence[Group], settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer itself, where parameters are plain tensors."""
+    """The optimizer itself, if parameters are plain tensors."""
     params = [group.as_torch(settings.lr) for group in groups]
     if not any(isinstance(parameter, DTensor) for group in params for parameter in group["params"]):
         return construct(settings, params)
@@ -52,7 +52,7 @@ class OnPieces(torch.optim.Optimizer):
             self._show(parameter, piece)
 
     def adopt(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
-        """Take over states that are placed as the parameter is."""
+        """Load states that are placed as the parameter is."""
         held = {kind: local(value) if isinstance(value, torch.Tensor) else value for kind, value in state.items()}
         self.inner.state[self.pieces[parameter]] = held
 

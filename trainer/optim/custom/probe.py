@@ -1,4 +1,4 @@
-"""What an optimizer of any class does, found by running it on small tensors.
+"""Properties of an optimizer of any class, found by running it on small tensors.
 
 coupled     a matrix updated whole, and its halves by optimizers of their own: are the results the same bits?
 by_shape    the same matrix as a vector
@@ -32,10 +32,10 @@ from trainer.optim.options import KEY
 from trainer.optim.protocol import COUNTER
 
 PRIMES, OTHERS = (67, 71, 73, 79), (83, 89, 97, 101)
-SHAPE, STEPS, SAVED = (96, 256), 5, 3  # large enough for what small tensors are exempt from
+SHAPE, STEPS, SAVED = (96, 256), 5, 3  # large enough to escape exemptions for small tensors
 Cut = Callable[[torch.Tensor], torch.Tensor]
 OWN = {"params": "", "lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay"}
-"""Arguments that have keys of their own, or come from the model."""
+"""Arguments that have their own keys, or come from the model."""
 
 
 class Refused(PlanError):
@@ -46,10 +46,10 @@ class Refused(PlanError):
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The shape of a state: of each side the parameter's sides whose product it is; a number; or, where it is neither
-    and nobody knows, a part of the parameter's elements.
+    """The shape of a state: for each side the parameter's sides whose product it is; a number; or, if it is neither, a
+    fraction of the parameter's elements.
 
-    host: it lies in host memory, wherever the parameter does.
+    host: it is in host memory, wherever the parameter is.
     """
 
     sides: tuple[tuple[int, ...] | int | float, ...]
@@ -68,9 +68,10 @@ def _length(side: tuple[int, ...] | int | float, shape: Sequence[int]) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """coupled: how elements hang together; "" where they do not. by_shape: a vector of the same elements is updated
-    otherwise. forgotten: what a checkpoint would lose. others: what is kept besides tensors of the parameter's shape
-    and the count of updates."""
+    """coupled: how elements depend on each other; "" if they do not.
+    by_shape: whether a vector of the same elements is updated differently.
+    forgotten: states that a checkpoint would lose.
+    others: states besides tensors of the parameter's shape and the count of updates."""
 
     coupled: str
     by_shape: bool
@@ -79,7 +80,7 @@ class Found:
 
 
 def examine(settings: Settings) -> Found:
-    """Raises Refused, with one line for each thing that is wrong."""
+    """Raises Refused, with one line for each problem."""
     return _examined(_key(settings))
 
 
@@ -98,7 +99,7 @@ def construct(settings: Settings, groups: list[dict[str, Any]]) -> torch.optim.O
 
 
 def _key(settings: Settings) -> str:
-    """All that decides what the optimizer does, to be remembered by."""
+    """Everything that determines the optimizer's behaviour, as a cache key."""
     return json.dumps([settings.target, settings.options, settings.lr, settings.weight_decay], default=str)
 
 
@@ -119,7 +120,7 @@ def _class(key: str) -> type[torch.optim.Optimizer]:
 
 
 def _misfits(found: type, path: str, options: dict[str, Any], decay: float) -> Iterator[str]:
-    """What its constructor does not take."""
+    """Arguments that its constructor does not accept."""
     yield from misfits(found, path, options, key=KEY, own=OWN)
     takes = inspect.signature(found).parameters
     if decay and "weight_decay" not in takes and not any(about.kind is about.VAR_KEYWORD for about in takes.values()):
@@ -129,7 +130,7 @@ def _misfits(found: type, path: str, options: dict[str, Any], decay: float) -> I
 def _construct(key: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     found, (path, options, lr, _) = _class(key), json.loads(key)
     takes = inspect.signature(found).parameters
-    # As torch chooses by itself on a GPU; the same on the CPU, so that a probe there says what a GPU needs.
+    # torch's own choice on a GPU; the same on the CPU, so that a probe there predicts a GPU's needs.
     chosen = {"foreach": True} if "foreach" in takes and not {"foreach", "fused"} & options.keys() else {}
     rate = {"lr": lr} if "lr" in takes else {}
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
@@ -141,8 +142,8 @@ def _construct(key: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 
 class _Trial:
-    """An optimizer on parameters of some shapes, of which it has a cut, updated by gradients that depend on nothing
-    but the parameter's number and the step."""
+    """An optimizer on parameters of some shapes, of which it has a part, updated by gradients that depend only on the
+    parameter's number and the step."""
 
     def __init__(
         self, key: str, shapes: Sequence[tuple[int, ...]], cut: Cut = lambda tensor: tensor, dtype: str = "float32"
@@ -173,7 +174,7 @@ class _Trial:
             ) from None
 
     def continued(self, key: str) -> _Trial:
-        """A fresh optimizer, with what a checkpoint holds of this one."""
+        """A fresh optimizer, loaded with a checkpoint of this one."""
         made = _Trial(key, self.shapes, self.cut)
         for mine, other in zip(self.parameters, made.parameters, strict=True):
             other.data.copy_(mine.data)
@@ -185,19 +186,19 @@ class _Trial:
         return made
 
     def same(self, other: _Trial, cut: Cut) -> bool:
-        """Whether the other's parameters are those cuts of these."""
+        """Whether the other's parameters are the corresponding parts of these."""
         pairs = zip(self.parameters, other.parameters, strict=True)
         return all(torch.equal(cut(mine.data), theirs.data) for mine, theirs in pairs)
 
     def changed(self) -> list[str]:
-        """What it keeps besides tensors and the count of its updates."""
+        """Its states besides tensors and the count of its updates."""
         after = _numbers(self.optimizer)
         states = {kind for state in self.optimizer.state.values() for kind in state if kind != COUNTER}
         tensors = {kind for state in self.optimizer.state.values() for kind, v in state.items() if torch.is_tensor(v)}
         return sorted({key for key, value in after.items() if value != self.before.get(key)} | states - tensors)
 
     def _values(self, number: int, step: int) -> torch.Tensor:
-        """Sizes of very different magnitude, as those of gradients are."""
+        """Values of very different magnitude, like gradients."""
         generator = torch.Generator().manual_seed(100 * number + step)
         values = torch.randn(self.shapes[number], generator=generator) * torch.logspace(-3, 0, self.shapes[number][-1])
         return self.cut(values).to(self.dtype, copy=True).contiguous()
@@ -259,7 +260,7 @@ def _states(key: str, shape: tuple[int, ...], dtype: str) -> dict[str, torch.Ten
 
 
 def _products(shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Sides that follow each other, and their lengths."""
+    """Consecutive sides, and their lengths."""
     for begin in range(len(shape)):
         for end in range(begin + 1, len(shape) + 1):
             yield tuple(range(begin, end)), tuple(shape[begin:end])
@@ -280,7 +281,7 @@ def _needed(key: str, dtype: str) -> tuple[float, float]:
 
 
 class _Peak(TorchDispatchMode):
-    """The most bytes of tensors made inside that are alive at once."""
+    """Maximum bytes of tensors made inside that are alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,7 +307,7 @@ class _Peak(TorchDispatchMode):
 
 
 def _numbers(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """What its groups hold besides parameters and the learning rate."""
+    """Contents of its groups besides parameters and the learning rate."""
     groups = optimizer.param_groups
     return {key: str(group[key]) for group in groups for key in group if key not in ("params", "lr", "weight_decay")}
 

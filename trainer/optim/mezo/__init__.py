@@ -1,4 +1,4 @@
-"""What MeZO keeps and needs. How it makes a step: `trainer.update.mezo` and `direction`."""
+"""States and memory of MeZO. Its step: `trainer.update.mezo` and `direction`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ USES = frozenset({"weight_decay"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """`optimizer.options` of MeZO. epsilon: how far from the weights the loss is measured."""
+    """`optimizer.options` of MeZO. epsilon: distance from the weights at which the loss is measured."""
 
     epsilon: float = field(default=1e-3, metadata={RANGE: Range(least=0, most=1, above=True)})
 
@@ -50,7 +50,7 @@ def state(parameter: Described, settings: Settings, dtype: str) -> State:
 
 
 def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
-    """The direction of one parameter, whole, and this rank's piece of it."""
+    """The direction of one whole parameter, and this rank's piece of it."""
     width = BYTES[DType.float32]
     pieces = (0 if one.shape == one.whole.shape else one.piece.numel for one in held)
     sizes = (one.whole.numel + piece for one, piece in zip(held, pieces, strict=True))

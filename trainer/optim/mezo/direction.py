@@ -1,4 +1,4 @@
-"""MeZO's direction: one random number per parameter of the model, drawn again from its seed whenever it is needed."""
+"""MeZO's direction: one random number per parameter of the model, drawn again from its seed at each use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.model.pieces import cut
 
 
 class Direction(torch.optim.Optimizer):
-    """seed, updates: what the direction of a step is drawn from. slope: of the loss along it, which `step` descends.
+    """seed, updates: inputs of a step's direction. slope: of the loss along it, which `step` descends.
 
     Groups have the `names` of their parameters, which are the same under every layout.
     """
@@ -39,8 +39,8 @@ class Direction(torch.optim.Optimizer):
         _local(parameter).add_(self._piece(name, parameter), alpha=distance)
 
     def _piece(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
-        """Of the direction, what belongs to this rank's piece of a parameter. It is drawn whole, so that every layout
-        trains on the same numbers."""
+        """The part of the direction for this rank's piece of a parameter. The whole is drawn, so every layout trains on
+        the same numbers."""
         digest = hashlib.sha256(f"{self.seed}:{self.updates}:{name}".encode()).digest()
         generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         whole = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.float32)

@@ -5,9 +5,9 @@
     embedding, head, router, vector       AdamW         optimizer.options.adamw_lr
 
 A packed weight is orthogonalised matrix by matrix, and so is a stack of experts. Each matrix goes whole to one of the
-ranks that hold it (`owners`, `exchange`), so every layout of engine torch computes the same update. Liu et al. 2025
-(Moonlight, arXiv:2502.16982) is where decay and `match_rms_adamw` are from: with it an update is as large as AdamW's,
-and one learning rate serves both.
+ranks that hold it (`owners`, `exchange`), so every layout of engine torch computes the same update. Decay and
+`match_rms_adamw` are from Liu et al. 2025 (Moonlight, arXiv:2502.16982): with it an update is as large as AdamW's, and
+one learning rate works for both.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Options:
     steps: Newton-Schulz iterations.
     coefficients: of the iteration's polynomial a X + b X X^T X + c (X X^T)^2 X.
     adjust_lr: `match_rms_adamw`: an update is as large as AdamW's; `original`: sqrt(max(1, out / in)).
-    dtype: of the iteration, whatever the weights are.
-    adamw_lr: of what AdamW updates; null: optimizer.lr.
-    adamw_weight_decay: of the embeddings, the head and the router; null: optimizer.weight_decay.
+    dtype: of the iteration, independent of the weights' dtype.
+    adamw_lr: learning rate of AdamW's parameters; null: optimizer.lr.
+    adamw_weight_decay: for the embeddings, the head and the router; null: optimizer.weight_decay.
     """
 
     momentum: float = field(default=0.95, metadata=FRACTION)
@@ -138,8 +138,8 @@ def state(parameter: Described, settings: Settings, dtype: str) -> State:
 
 
 def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Spread) -> int:
-    """The largest round: gathered matrices, this rank's pieces, what the iteration needs; and one piece that nesterov
-    moves towards the momentum."""
+    """The largest round: gathered matrices, this rank's pieces, the iteration's temporaries; and one piece that
+    nesterov moves towards the momentum."""
     options = read_options(settings, Options)
     shapes = [shape for one in held for shape in _shapes(one.whole)]
     if not shapes:
@@ -172,7 +172,7 @@ def said(settings: Settings) -> str:
 
 
 def _shapes(parameter: Described) -> list[tuple[int, int]]:
-    """Of the matrices in a whole parameter."""
+    """Matrices in a whole parameter."""
     assert parameter.matrices is not None
     sides = [[end - begin for begin, end in box[-2:]] for box in boxes(parameter.shape, parameter.matrices)]
     return [(rows, columns) for rows, columns in sides]

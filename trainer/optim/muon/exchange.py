@@ -1,13 +1,14 @@
-"""Matrices go to their owners and updates come back, whatever cuts the parameters.
+"""Sends matrices to their owners and updates back, however the parameters are divided.
 
     rank 0   [A0|B0|C0|D0]                       A = A0 A1  --iterate--> A'                      [A0'|B0'|C0'|D0']
                              --all-to-all-->     B = B0 B1                   --all-to-all-->
     rank 1   [A1|B1|C1|D1]                       C, D on rank 1                                  [A1'|B1'|C1'|D1']
 
-The ranks that share one copy of the parameters (dp_shard, cp, tp) are a cell. Matrices are dealt over all ranks of all
-cells. Each cell gathers those that its own ranks have been dealt, so a round takes two collectives of the cell; where
-there are several cells (dp_replicate, DDP), one all-gather more hands the updates to the other cells. A cell of one
-rank has everything already: DDP takes the all-gather alone, one process nothing.
+The ranks that share one copy of the parameters (dp_shard, cp, tp) are a cell. Matrices are distributed over all ranks
+of all cells. Each cell gathers those of its own ranks, so a round takes two collectives of the cell; if there are
+several cells (dp_replicate, DDP), one more all-gather passes the updates to the other cells. A cell of one rank has
+everything
+already: DDP needs only the all-gather, one process nothing.
 
 Bytes that one rank sends in a step, P bytes of matrices in the dtype of the iteration, S ranks in a cell, R cells:
 2 P / (R S) to and from owners, (R - 1) P / (R S) to other cells.
@@ -35,7 +36,7 @@ _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
-    """How a parameter lies on the mesh. placements: of the axes that cut it or not; none for a plain tensor."""
+    """A parameter's placement on the mesh. placements: of all axes; none for a plain tensor."""
 
     shape: tuple[int, ...]
     placements: tuple[Placement, ...] = ()
@@ -45,8 +46,8 @@ class Placed:
 class Job:
     """One matrix.
 
-    parameter: its number in the list that the callers of `Fleet.run` hold.
-    group: number of its param group; matrices of one batch share it.
+    parameter: index in the list that the callers of `Fleet.run` hold.
+    group: index of its param group; matrices of one batch share it.
     transposed: stored [in, out].
     """
 
@@ -81,7 +82,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a buffer holds, in order, and how many elements of it belong to each rank of the cell."""
+    """Contents of a buffer, in order, and the number of its elements for each rank of the cell."""
 
     entries: list[Entry]
     splits: list[int]
@@ -93,10 +94,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """What this rank does in one round.
+    """This rank's work in one round.
 
     batches: the matrices it owns. sent, gathered: to and at the owners. updated, landed: at the owners and back.
-    elsewhere: what lands on the rank of this place in each cell, this one included.
+    elsewhere: results for the ranks with this index in each cell, including this one.
     """
 
     batches: list[list[int]]
@@ -113,7 +114,7 @@ class Round:
 class Cells:
     """This rank's place among the ranks that hold some parameters.
 
-    sizes: of the axes that make up a cell. axes: their numbers in the mesh.
+    sizes: of the axes that make up a cell. axes: their indices in the mesh.
     groups: process groups of cells that several axes make up, made once.
     """
 
@@ -138,7 +139,7 @@ class Cells:
         self.cell = 0 if self.others is None else dist.get_rank(self.others)
 
     def _from(self, mesh: DeviceMesh, placements: list[tuple[Placement, ...]], groups: dict[Any, Any]) -> None:
-        """The outermost axis that cuts none of the parameters numbers the cells; the other axes make up a cell."""
+        """The outermost axis that divides none of the parameters numbers the cells; the other axes make up a cell."""
         self.device = torch.device(mesh.device_type)
         axes = [axis for axis, size in enumerate(self.mesh_sizes) if size > 1]
         if self.others is None:
@@ -161,21 +162,22 @@ class Cells:
             self.group = groups[tuple(ranks)]
 
     def coordinates(self, place: int) -> dict[int, int]:
-        """{axis of the mesh: place on it} of one rank of the cell."""
+        """{axis of the mesh: index on it} of one rank of the cell."""
         found: dict[int, int] = {}
         for axis, size in reversed(list(zip(self.axes, self.sizes, strict=True))):
             place, found[axis] = divmod(place, size)
         return found
 
     def sends(self, placed: Placed, place: int, owner: int) -> bool:
-        """Of the ranks that hold the same piece, the one on the owner's side sends it."""
+        """Among the ranks that hold the same piece, the one on the owner's side sends it."""
         here, there = self.coordinates(place), self.coordinates(owner)
         return all(here[axis] == there[axis] for axis in self.axes if placed.placements[axis].is_replicate())
 
     def cuts(self, placed: Placed, place: int) -> list[Cut]:
-        """In the order of cutting: outer axes first, but FSDP cuts what tensor parallel has left.
+        """In the order of division: outer axes first, but FSDP divides what tensor parallel has left.
 
-        FSDP2 says so by a strided placement on the outer axis. The stride only tells the order; the cut is plain.
+        FSDP2 marks that by a strided placement on the outer axis. The stride shows only the order; the division is
+        plain.
         """
         at, first, last = self.coordinates(place), [], []
         for axis in self.axes:
@@ -195,9 +197,9 @@ class Cells:
 
 
 class Fleet:
-    """Matrices over the same ranks, dealt to their owners in rounds.
+    """Matrices over the same ranks, assigned to their owners in rounds.
 
-    wire: dtype of what is sent: the iteration's or the parameters', whichever is narrower.
+    wire: dtype of the messages: the iteration's or the parameters', whichever is narrower.
     """
 
     def __init__(
@@ -220,14 +222,14 @@ class Fleet:
         """All rounds.
 
         fill: writes this rank's piece of a matrix to be orthogonalised.
-        iterate: makes a batch [k, m, n] or a matrix of param group number i orthogonal. dtypes: of each group.
-        apply: takes this rank's piece of an update.
+        iterate: orthogonalises a batch [k, m, n] or a matrix of param group number i. dtypes: of each group.
+        apply: receives this rank's piece of an update.
         """
         for round_ in self.rounds:
             self._run(round_, fill, iterate, dtypes, apply)
 
     def _run(self, round_: Round, fill: Any, iterate: Any, dtypes: Sequence[torch.dtype], apply: Any) -> None:
-        """A function of its own, so that a round's buffers are free before the next round."""
+        """A separate function, so that a round's buffers are free before the next round."""
         landed = self._return(round_, *self._compute(round_, *self._collect(round_, fill), iterate, dtypes))
         for layout, buffer in zip(round_.elsewhere, landed, strict=True):
             for entry in layout.entries:
@@ -236,7 +238,7 @@ class Fleet:
     def _collect(
         self, round_: Round, fill: Callable[[Job, Piece, torch.Tensor], None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's pieces, later to be overwritten by their updates, and the pieces of what it owns."""
+        """This rank's pieces, later overwritten by their updates, and the pieces of its own matrices."""
         pieces = self._empty(max(round_.sent.total, round_.padded))
         for entry in round_.sent.entries:
             fill(self.jobs[entry.job], entry.piece, entry.of(pieces))
@@ -254,7 +256,7 @@ class Fleet:
         iterate: Callable[[int, torch.Tensor], torch.Tensor],
         dtypes: Sequence[torch.dtype],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The updates of what this rank owns, written over what it gathered if each piece has one holder."""
+        """The updates of this rank's matrices, written over the gathered ones if each piece has one holder."""
         same = round_.updated is round_.gathered
         updated = gathered if same else self._empty(round_.updated.total)
         taken, given = _by_job(round_.gathered), _by_job(round_.updated)
@@ -308,7 +310,8 @@ class Fleet:
         )
 
     def _layout(self, by_rank: list[list[tuple[int, int]]]) -> Layout:
-        """by_rank: for each rank of the cell, the matrices whose pieces it sends or takes, and who holds the piece."""
+        """by_rank: for each rank of the cell, the matrices whose pieces it sends or receives, and the holder of the
+        piece."""
         entries, splits, offset = [], [], 0
         for wanted in by_rank:
             begin = offset
@@ -346,7 +349,7 @@ def _by_job(layout: Layout) -> dict[int, list[Entry]]:
 
 
 def _copy(entries: list[Entry], matrix: torch.Tensor, buffer: torch.Tensor, *, to_matrix: bool) -> None:
-    """Between a matrix and its pieces in a buffer."""
+    """Copies between a matrix and its pieces in a buffer."""
     for entry in entries:
         flat = entry.of(buffer)
         for inside, outside in entry.piece.blocks():

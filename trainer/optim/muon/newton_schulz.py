@@ -1,4 +1,4 @@
-"""Newton-Schulz iteration: the nearest orthogonal matrix, nearly, by matmuls alone.
+"""Newton-Schulz iteration: approximates the nearest orthogonal matrix by matmuls alone.
 
 Jordan 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon). With
 X = U S V^T scaled to a spectral norm of at most 1, each step
@@ -23,7 +23,7 @@ EPS = 1e-7  # lower bound on the norm that a matrix is divided by: zeros stay ze
 def orthogonalize_(
     x: torch.Tensor, *, steps: int = 5, coefficients: tuple[float, float, float] = JORDAN
 ) -> torch.Tensor:
-    """The iteration's result, in the dtype of x. The content of x is lost.
+    """The iteration's result, in the dtype of x. x is overwritten.
 
     x: one matrix [m, n], or a batch of them [k, m, n]; contiguous. Allocates one more X and two A: `owners.
     iteration_bytes`.

@@ -1,12 +1,12 @@
-"""Which matrices a parameter holds, which ranks hold pieces of them, and which rank orthogonalises which. No torch.
+"""A parameter's matrices, the ranks that hold pieces of each, and the rank that orthogonalises each. No torch.
 
     parameter  --boxes-->  matrices  --deal-->  owner and round of each  --piece-->  what each rank holds of it
 
-A matrix is a box of its parameter: one part of a packed matrix, one expert of a stack. A rank holds, of each dimension
-of the parameter, some runs of rows: one run under FSDP or tensor parallel, several where a packed matrix is cut part by
-part. Its piece of a matrix is where runs and box meet, and is one block of its local tensor.
+A matrix is a box of its parameter: one part of a packed matrix, one expert of a stack. For each dimension of the
+parameter a rank holds some runs of rows: one run under FSDP or tensor parallel, several if a packed matrix is divided
+part by part. Its piece of a matrix is the intersection of runs and box, and is one block of its local tensor.
 
-Memory of an update, beside the states: see `update_bytes`.
+Memory of an update, besides the states: see `update_bytes`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BATCH_ELEMENTS = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """One mesh axis cuts one dimension of a parameter.
+    """One mesh axis divides one dimension of a parameter.
 
-    size: ranks of the axis.
-    at: this rank's place among them.
-    blocks: the dimension is first divided into so many equal blocks, each cut on its own.
+    size: number of ranks of the axis.
+    at: this rank's index among them.
+    blocks: number of equal blocks of the dimension, each divided separately.
     """
 
     dim: int
@@ -42,7 +42,7 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """What one rank holds of one matrix: a block of its local tensor, and where its runs lie in the matrix.
+    """One rank's piece of one matrix: a block of its local tensor, and the position of its runs in the matrix.
 
     local: per dimension, begin and length in the local tensor.
     runs: per dimension, begin and end in the box, in the order of the local tensor.
@@ -67,7 +67,7 @@ class Piece:
 
 
 def boxes(shape: Sequence[int], matrices: Matrices) -> list[Box]:
-    """The matrices of a parameter. Raises ValueError where the description does not fit the shape."""
+    """The matrices of a parameter. Raises ValueError if the description does not fit the shape."""
     if len(shape) != (3 if matrices.stacked else 2):
         raise ValueError(f"a {len(shape)}-D parameter of shape {tuple(shape)} is no {matrices}")
     parts = matrices.parts or (shape[matrices.dim],)
@@ -83,7 +83,7 @@ def boxes(shape: Sequence[int], matrices: Matrices) -> list[Box]:
 
 
 def runs_held(shape: Sequence[int], cuts: Iterable[Cut]) -> list[list[Run]]:
-    """The runs of each dimension that a rank holds. cuts: in the order of cutting."""
+    """A rank's runs along each dimension. cuts: in the order of division."""
     held = [[(0, length)] for length in shape]
     for cut in cuts:
         held[cut.dim] = _cut(held[cut.dim], cut)
@@ -91,7 +91,7 @@ def runs_held(shape: Sequence[int], cuts: Iterable[Cut]) -> list[list[Run]]:
 
 
 def piece_of(held: Sequence[Sequence[Run]], box: Box) -> Piece | None:
-    """What a rank with these runs holds of a matrix, None for nothing."""
+    """The piece of a matrix that a rank with these runs holds, None for nothing."""
     local, inside = [], []
     for runs, (begin, end) in zip(held, box, strict=True):
         before, start, found = 0, 0, []
@@ -109,19 +109,19 @@ def piece_of(held: Sequence[Sequence[Run]], box: Box) -> Piece | None:
 
 
 def flops(shape: Sequence[int], steps: int) -> int:
-    """Of the iteration on one matrix: A = X X^T and its product with X take 4 m^2 n, A A takes 2 m^3."""
+    """FLOPs of the iteration on one matrix: A = X X^T and its product with X take 4 m^2 n, A A takes 2 m^3."""
     short, long = sorted(shape[-2:])
     return steps * (4 * short**2 * long + 2 * short**3)
 
 
 def iteration_bytes(shape: Sequence[int], itemsize: int) -> int:
-    """At the peak of one step on one matrix: the old and the new X, A, and b A + c A A."""
+    """Elements at the peak of one step on one matrix: the old and the new X, A, and b A + c A A."""
     short, long = sorted(shape[-2:])
     return itemsize * (2 * short * long + 2 * short**2)
 
 
 def adjusted(shape: Sequence[int], adjust_lr: str, *, transposed: bool = False) -> float:
-    """What multiplies the learning rate of one matrix.
+    """Multiplier of one matrix's learning rate.
 
     original: Jordan's sqrt(max(1, out / in)).
     match_rms_adamw: 0.2 sqrt(max(out, in)). An update then has the root mean square of AdamW's, and learning rate and
@@ -136,9 +136,9 @@ def adjusted(shape: Sequence[int], adjust_lr: str, *, transposed: bool = False) 
 
 
 def deal(work: Sequence[int], sizes: Sequence[int], owners: int, limit: int) -> list[list[list[int]]]:
-    """Rounds of matrices for each owner: [round][owner] -> numbers of matrices.
+    """Rounds of matrices for each owner: [round][owner] -> indices of matrices.
 
-    The heaviest matrix first, always to the owner with the least work (Graham 1969: at most 4/3 of the best deal). A
+    The heaviest matrix first, always to the owner with the least work (Graham 1969: at most 4/3 of the optimum). A
     round ends for an owner before its matrices exceed `limit`, and holds at least one.
     """
     load, rounds = [0] * owners, [[[] for _ in range(owners)]] if work else []
@@ -179,15 +179,15 @@ def update_bytes(
     replicas: int = 1,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> int:
-    """What an update allocates on the rank that needs most, beside the states, for matrices of these shapes.
+    """Bytes that an update allocates on the busiest rank, besides the states, for matrices of these shapes.
 
     itemsize: of the iteration's dtype.
-    sent_itemsize: of the dtype in which pieces travel: the parameters', if that is narrower.
-    ranks: those that share each matrix (dp_shard x cp x tp).
-    replicas: copies of these.
+    sent_itemsize: of the messages' dtype: the parameters', if that is narrower.
+    ranks: number of ranks that share each matrix (dp_shard x cp x tp).
+    replicas: number of copies of these.
 
-    A round takes three parts: this rank's pieces of all matrices, 1 / ranks of them; the matrices that the rank owns;
-    the temporaries of the largest batch, or the pieces that replicas exchange. Exact where everything divides evenly.
+    A round has three parts: this rank's pieces of all matrices, 1 / ranks of them; the matrices that the rank owns; the
+    temporaries of the largest batch, or the pieces that replicas exchange. Exact if everything divides evenly.
     """
     numel = [math.prod(shape[-2:]) for shape in shapes]
     kinds = [tuple(shape[-2:]) for shape in shapes]
@@ -206,7 +206,7 @@ def update_bytes(
 
 
 def _places(runs: Sequence[Run]) -> Iterable[tuple[Run, Run]]:
-    """Each run, where it lies in the piece and where in the matrix."""
+    """Each run, with its position in the piece and in the matrix."""
     before = 0
     for begin, end in runs:
         yield (before, before + end - begin), (begin, end)
@@ -225,7 +225,7 @@ def _cut(runs: Sequence[Run], cut: Cut) -> list[Run]:
 
 
 def _between(runs: Sequence[Run], first: int, last: int) -> list[Run]:
-    """What lies at places first to last of the runs, counted through."""
+    """The elements at positions first to last of the concatenated runs."""
     kept, before = [], 0
     for begin, end in runs:
         low, high = max(first - before, 0), min(last - before, end - begin)

@@ -5,8 +5,8 @@
     W <- (1 - lr weight_decay) W - lr r(shape) U        on each rank's own piece; r: `owners.adjusted`
 
 Jordan 2024 (kellerjordan.github.io/posts/muon); decay and `match_rms_adamw` from Liu et al. 2025, "Muon is scalable for
-LLM training" (Moonlight, arXiv:2502.16982). Orthogonalisation is not elementwise: a piece of a matrix gives another
-update than that piece of the matrix's update. `exchange` brings matrices to their owners and updates back.
+LLM training" (Moonlight, arXiv:2502.16982). Orthogonalisation is not elementwise: the update of a piece differs from
+the piece of the update. `exchange` sends matrices to their owners and updates back.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Muon(torch.optim.Optimizer):
     of MUON_DEFAULTS. State: momentum_buffer.
 
     replicas: the group of ranks that hold the same plain tensors (DDP), or None. The mesh of a DTensor names its own.
-    bucket_bytes: of the matrices that a rank gathers at once; a larger matrix comes alone. See `owners.update_bytes`.
+    bucket_bytes: maximum size of the matrices that a rank gathers at once; a larger matrix is gathered alone. See
+    `owners.update_bytes`.
 
-    All ranks that share a parameter must agree on whether it has a gradient, as FSDP and DDP demand too.
+    All ranks that share a parameter must agree on whether it has a gradient, as FSDP and DDP require too.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Muon(torch.optim.Optimizer):
             fleet.run(fill, iterate, dtypes, apply)
 
     def _dealt(self) -> list[Fleet]:
-        """The parameters that have a gradient, by the ranks that hold them and by the dtype that is sent."""
+        """The parameters with a gradient, by their ranks and by the dtype of the messages."""
         live = tuple(
             (number, place)
             for number, group in enumerate(self.param_groups)
