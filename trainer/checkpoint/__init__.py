@@ -10,8 +10,8 @@
             manifest.json                written last: size and SHA-256 of each file, tensor -> file
         .step-00000200.partial/          a save that is going on, or was broken off
 
-Tensors are dealt to the ranks by size, and every rank writes its part: how they are spread over the files says
-nothing about the layout, which may be another one at each resume.
+The tensors are distributed over the ranks by size, and every rank writes its part: the files do not depend on the
+layout, which may be another one at each resume.
 
     files       fsync, SHA-256, writing a file in one piece
     manifest    what a complete checkpoint is, and how a damaged one is found out

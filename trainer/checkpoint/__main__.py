@@ -1,4 +1,4 @@
-"""The door to checkpoints.
+"""The entry point for checkpoints.
 
 python -m trainer.checkpoint export RUN_DIR_OR_CHECKPOINT OUT     a Hugging Face folder; needs no GPU
 python -m trainer.checkpoint export RUN_DIR OUT --format dcp      torch distributed checkpoints, with optimizer states
@@ -24,13 +24,13 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments say. Returns the exit code: 0, 1 for a damaged checkpoint (of a run: its newest one), 2
-    for a mistake in the arguments, or a folder that cannot be read or written."""
+    """Run the command. Returns the exit code: 0; 1 for a damaged checkpoint (of a run: its newest one); 2 for a mistake
+    in the arguments, or a folder that cannot be read or written."""
     return answered(lambda: _answer(_parser().parse_args(argv)))
 
 
 def _answer(words: argparse.Namespace) -> int:
-    # Their imports take seconds, which `--help` and a misspelt word need not wait for.
+    # These imports take seconds, which `--help` and a misspelt argument need not wait for.
     for line in {"export": _export, "merge": _merge, "import": _import, "verify": _verify}[words.command](words):
         print(line)
     return delivered(EXIT_FINISHED)
@@ -100,7 +100,7 @@ def _export(words: argparse.Namespace) -> Iterator[str]:
 
 
 def _check_export(words: argparse.Namespace) -> None:
-    """Raises ConfigError for a flag that would change nothing."""
+    """Raises ConfigError for a flag without effect."""
     problems = []
     if words.format != "transformers":
         flags = {"--push-to-hub": words.push_to_hub, "--max-shard-size": words.max_shard_size}

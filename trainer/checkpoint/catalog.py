@@ -1,7 +1,7 @@
-"""The checkpoints of one run: their names, the leftovers of a kill, and which of them to delete.
+"""The checkpoints of one run: their names, the leftovers of a kill, and the choice of those to delete.
 
-There is no `latest` file that could be torn, lost or ahead of the truth: the newest checkpoint is the one with the
-highest step among the committed folders. Names that begin with a dot are never one:
+There is no `latest` file that could be torn, lost or ahead of the truth: the newest checkpoint is the committed folder
+with the highest step. Names that begin with a dot are never checkpoints:
 
     .step-00000200.partial     being written
     .step-00000200.replaced    moved aside for the moment in which a new folder of that name takes its place
@@ -41,13 +41,13 @@ def partial_of(checkpoint: Path) -> Path:
 
 
 def final_of(checkpoint: Path) -> Path:
-    """Where a checkpoint stands when it is committed: a committed one, where it stands."""
+    """The folder of a checkpoint after its commit; a committed one is unchanged."""
     return checkpoint.with_name(checkpoint.name.removeprefix(".").removesuffix(".partial"))
 
 
 def committed(folder: Path) -> list[Path]:
-    """Checkpoints below a run's `checkpoints` folder, oldest first. A name says that a save was committed, not that
-    its files have stayed as they were. Raises EnvironmentProblem where the folder cannot be read."""
+    """Checkpoints below a run's `checkpoints` folder, oldest first. A name shows that a save was committed, not that
+    its files are still intact. Raises EnvironmentProblem if the folder cannot be read."""
     names: list[str] = []
     with readable(folder), suppress(FileNotFoundError, NotADirectoryError):
         names = os.listdir(folder)
@@ -56,8 +56,8 @@ def committed(folder: Path) -> list[Path]:
 
 
 def commit(partial: Path) -> Path:
-    """Give a complete, flushed folder its name. Where that name is taken, the old folder goes when the new one is in
-    place; `tidy` brings it back if a kill comes in between."""
+    """Give a complete, flushed folder its name. If that name is taken, the old folder is deleted once the new one is in
+    place; `tidy` restores it after a kill in between."""
     target = final_of(partial)
     old = partial.with_name(f".{target.name}.replaced")
     if target.exists():
@@ -68,7 +68,7 @@ def commit(partial: Path) -> Path:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a killed run has left half-done. Only for the one who holds the run folder's lock."""
+    """Remove a killed run's unfinished work. Only for the holder of the run folder's lock."""
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
@@ -80,7 +80,7 @@ def tidy(folder: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that nothing counts it as one; it stays for whoever wants to look into it."""
+    """Rename a damaged checkpoint, so that it no longer counts as one; it stays for inspection."""
     for number in range(1, 1000):
         target = checkpoint.with_name(f"{checkpoint.name}.damaged" + (f"-{number}" if number > 1 else ""))
         if not target.exists():
@@ -90,8 +90,8 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def surplus(checkpoints: Sequence[Path], *, keep_last: int, keep_every: int, best: int | None = None) -> list[Path]:
-    """Which to delete. checkpoints: oldest first. The newest `keep_last` stay, every step that `keep_every` divides
-    (0: none), and the best one."""
+    """The checkpoints to delete. checkpoints: oldest first. The newest `keep_last` stay, every step that `keep_every`
+    divides (0: none), and the best one."""
     old = checkpoints[: max(0, len(checkpoints) - keep_last)]
     steps = [step_of(path) or 0 for path in old]
     return [

@@ -1,4 +1,5 @@
-"""A checkpoint as torch distributed ones of an FSDP model, which scripts and accelerate load under any number of ranks.
+"""Exports a checkpoint as torch distributed ones of an FSDP model, for scripts and accelerate under any number of
+ranks.
 
 python -m trainer.checkpoint export RUN_DIR OUT --format dcp
 
@@ -24,11 +25,11 @@ MODEL_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
 
 
 def export_distributed(source: Path, target: Path) -> Path:
-    """Write the checkpoint, or the newest whole one of a run, to `target`. Returns the checkpoint. Raises as
+    """Write the checkpoint, or the newest intact one of a run, to `target`. Returns the checkpoint. Raises as
     `outgoing` does."""
     with outgoing(source, target, what="a checkpoint of FSDP") as it, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
-        # Mapped from the files: what is not being written takes no memory.
+        warnings.simplefilter("ignore")  # about the missing process group
+        # Mapped from the files: only the tensor that is being written takes memory.
         weights = {name: it.saved.read(f"model/{name}") for name in it.names}
         save({"model": weights}, checkpoint_id=it.partial / MODEL_FOLDER, no_dist=True)
         step = torch.tensor(float(it.progress.engine.optimizer_steps))
@@ -39,7 +40,7 @@ def export_distributed(source: Path, target: Path) -> Path:
 
 
 def _groups(it: Outgoing, weights: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """As torch's AdamW writes them. Settings are the run's, else those of the trainer that the checkpoint came from."""
+    """In the form of torch's AdamW. Settings are the run's, else those of the trainer that the checkpoint came from."""
     config, said = it.config(), it.progress.origin.get("settings", {})
     if config is not None:
         said = {f"optimizer.{key}": value for key, value in vars(config.optimizer).items()}

@@ -1,5 +1,5 @@
-"""A checkpoint as a Hugging Face folder (of adapters: peft's), one tensor at a time, without a GPU, a process group or
-the rest of the ranks.
+"""A checkpoint as a Hugging Face folder (for adapters: peft's), one tensor at a time, without a GPU, a process group or
+the other ranks.
 
 python -m trainer.checkpoint export RUN_DIR OUT                  the newest whole checkpoint of a run
 python -m trainer.checkpoint export RUN_DIR/checkpoints/step-00000100 OUT --dtype bfloat16
@@ -45,10 +45,10 @@ log = logging.getLogger(__name__)
 
 
 def export(source: Path, target: Path, *, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write the model of a checkpoint, or of the newest whole one of a run, to `target`. Returns the checkpoint.
+    """Write the model of a checkpoint, or of the newest intact one of a run, to `target`. Returns the checkpoint.
 
-    Raises CheckpointDamaged or CheckpointMismatch when there is none that can be read, EnvironmentProblem when the
-    target exists or cannot be written.
+    Raises CheckpointDamaged or CheckpointMismatch if none can be read, EnvironmentProblem if the target exists or
+    cannot be written.
     """
     with readable(target):
         exists = target.exists()
@@ -70,8 +70,8 @@ def export(source: Path, target: Path, *, dtype: torch.dtype, shard_bytes: int =
 def parameters_of(
     checkpoint: Path, model: PreTrainedModel, runtime: Runtime
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """As `Engine.parameters` gives them, with the values of a checkpoint of this very run. The model's buffers take
-    theirs. A collective. Raises CheckpointDamaged where its files are not as long as they were."""
+    """Like `Engine.parameters`, with the values of a checkpoint of this run. The model's buffers get theirs. A
+    collective. Raises CheckpointDamaged if its files have another length than before."""
 
     def read() -> Manifest:
         manifest = read_manifest(checkpoint)
@@ -103,8 +103,8 @@ def _not_written(target: Path, why: str) -> EnvironmentProblem:
 
 
 def newest_whole(source: Path, *, newest: bool = False) -> tuple[Path, Manifest]:
-    """The checkpoint that `source` is, or the newest one below it whose every byte is right. newest: the newest of all
-    must be. Raises CheckpointDamaged, CheckpointMismatch, or EnvironmentProblem where one cannot be read."""
+    """The checkpoint `source`, or the newest one below it with all bytes correct. newest: the newest of all must be
+    correct. Raises CheckpointDamaged, CheckpointMismatch, or EnvironmentProblem if one cannot be read."""
     source = find_best(source)
     candidates = committed(source / CHECKPOINTS) or committed(source)
     with readable(source / STATE):
@@ -115,7 +115,7 @@ def newest_whole(source: Path, *, newest: bool = False) -> tuple[Path, Manifest]
         )
     problems: tuple[str, ...] = ()
     for folder in reversed(candidates or [source]):
-        for problem in problems:  # of the one before, now that another is looked at in its place
+        for problem in problems:  # of the previous one, which another replaces now
             log.warning(problem)
         try:
             manifest = read_manifest(folder)
@@ -146,7 +146,7 @@ def _parameters(
 
 
 def _build_model(folder: Path, known: Mapping[str, Any]) -> PreTrainedModel:
-    """The model that was trained, without memory: the config is in the checkpoint."""
+    """The trained model, without memory: the config is in the checkpoint."""
     prefix = "model."
     fields = {key.removeprefix(prefix): value for key, value in known.items() if key.startswith(prefix)}
     kind = fields.pop("model_type", None)

@@ -1,6 +1,6 @@
 """The finished model as a Hugging Face folder, written shard by shard from any layout, with the hub's own names.
 
-The engine hands over one whole parameter at a time; rank 0 holds at most one shard file's worth of them.
+The engine passes on one whole parameter at a time; rank 0 holds at most one shard file of them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SHARD_BYTES = 5 * 10**9
 
 
 def generation_config(model: Model) -> bytes | None:
-    """The file with the end tokens and the sampling of a model given by its path, as it is there; None without one.
-    Raises DataError when it cannot be read."""
+    """The unchanged file with end tokens and sampling of a model given by its path; None without one. Raises DataError
+    if it cannot be read."""
     if model.path is None:
         return None
     try:
@@ -68,11 +68,11 @@ def export_model(
     generation: bytes | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write parameters, config and tokenizer to `folder`, which appears whole or not at all. Of a model with adapters
-    these alone, in peft's format.
+    """Write parameters, config and tokenizer to `folder`, which appears complete or not at all. For a model with
+    adapters only the adapters, in peft's format.
 
-    parameters: as `Engine.parameters()` gives them; every rank must call this, the ranks that get None write
-    nothing. generation: from `generation_config`. Raises FileExistsError if the folder exists.
+    parameters: from `Engine.parameters()`; every rank must call this, the ranks that get None write nothing.
+    generation: from `generation_config`. Raises FileExistsError if the folder exists.
     """
     adapters = getattr(model, "peft_config", {})
     if adapters:
@@ -110,7 +110,7 @@ def _export_adapter(
     *,
     dtype: torch.dtype,
 ) -> None:
-    """adapters: what peft writes into adapter_config.json, with what it found in the model to put them beside."""
+    """adapters: peft's content of adapter_config.json, with the target modules that it found in the model."""
     if folder.exists():
         raise FileExistsError(folder)
     tensors: dict[str, torch.Tensor] = {}

@@ -1,10 +1,10 @@
-"""The tensors of a model as a folder on the hub has them, which is not always how transformers holds them.
+"""A model's tensors in the form of a folder on the hub, which transformers does not always use in memory.
 
     in the model    model.layers.0.mlp.experts.gate_up_proj   [expert, gate and up, in]
     in the folder   model.layers.0.mlp.experts.0.gate_proj.weight, ...experts.0.up_proj.weight, ...experts.1. ...
 
-transformers knows both, and `save_pretrained` writes the second. Its own code converts here too, a tensor at a time, or
-the few that one conversion joins. A model whose code comes with its folder is written as it is.
+transformers knows both, and `save_pretrained` writes the second. Its own code also converts here, one tensor at a time,
+or the few that one conversion joins. A model whose code comes with its folder is written unchanged.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class HubLayout:
         self.waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             return
-        # A new model: that of an engine may be a stage of it, or of a class that a sharding engine has made.
+        # A new model: an engine's may be a pipeline stage, or have a sharding engine's class.
         with init_empty_weights():
             self.model = AutoModelForCausalLM.from_config(config)
-        # Nobody knows here whether the prefix of the base model was there in a folder: it stays as the model has it.
+        # Whether a folder had the base model's prefix is unknown here: the model's names are kept.
         known = get_model_conversion_mapping(self.model, add_legacy=False)
         conversions = [one for one in known if not isinstance(one, PrefixChange)]
         self.model._weight_conversions = conversions
@@ -39,19 +39,19 @@ class HubLayout:
         self.converters = [one for one in reverse if isinstance(one, WeightConverter)]
 
     def add(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the folder has of this tensor, and of those before it that were waiting for it."""
+        """The folder's tensors made from this one, and from earlier ones that were waiting for it."""
         group, needed = self._group(name)
         self.waiting[group][name] = tensor
         if len(self.waiting[group]) == needed:
             yield from self._convert(self.waiting.pop(group))
 
     def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What waited for tensors that were not to come."""
+        """Tensors that waited for others in vain."""
         for group in list(self.waiting):
             yield from self._convert(self.waiting.pop(group))
 
     def _group(self, name: str) -> tuple[str, int]:
-        """Where a tensor waits, and how many are converted together; 0: nobody knows, those of a list of modules."""
+        """Where a tensor waits, and how many are converted together; 0: unknown, for those of a list of modules."""
         for converter in self.converters:
             group, pattern = converter.rename_source_key(name)
             if pattern is not None:

@@ -1,11 +1,11 @@
-"""The manager of a run's checkpoints: which one to begin from, when to save, what stays.
+"""The checkpoint manager of a run: where to begin, when to save, which checkpoints to keep.
 
     manager = CheckpointManager(config, plan, runtime, run_dir, identity=..., tokenizer=..., stop=...)
     found = manager.find()                      before the engine is built: a mistake costs seconds
     manager.restore(engine)
     for each step: reason = manager.after_step(step, engine, ...)
 
-Every rank has one and calls it alike.
+Every rank has one and makes the same calls.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedCheckpoint:
-    """A committed checkpoint. blocked_seconds: how long it stalled training. seconds: from its begin to its commit."""
+    """A committed checkpoint. blocked_seconds: checkpoint stall of the training. seconds: from its begin to its
+    commit."""
 
     step: int
     folder: Path
@@ -68,8 +69,8 @@ class Found:
 
 
 class CheckpointManager:
-    """identity: from `progress.identity`. generation: from `export.generation_config`, on rank 0. stop: the requests
-    to stop that this rank has got."""
+    """identity: from `progress.identity`. generation: from `export.generation_config`, on rank 0. stop: this rank's
+    requests to stop."""
 
     def __init__(
         self,
@@ -94,11 +95,12 @@ class CheckpointManager:
         self.selection = Selection(config)
 
     def find(self) -> Progress | None:
-        """Where the run is to begin: at its own newest whole checkpoint, else at `train.resume`, else at step 0 (None).
+        """Where the run begins: at its own newest intact checkpoint, else at `train.resume`, else at step 0 (None).
 
-        A collective. Damaged checkpoints are named and passed over. Raises CheckpointDamaged when there are
-        checkpoints and none is whole, CheckpointMismatch when the one to go on from belongs to another run,
-        EnvironmentProblem when a checkpoint cannot be read: it may be whole.
+        A collective. Damaged checkpoints are named and skipped. Raises CheckpointDamaged if there are checkpoints but
+        none is intact, CheckpointMismatch if the one to continue belongs to another run, EnvironmentProblem if a
+        checkpoint cannot be
+        read: it may be intact.
         """
         self._as_main(lambda: catalog.tidy(self._folder))
         own = self._listed(self._folder)
@@ -134,20 +136,20 @@ class CheckpointManager:
         return self._found.progress
 
     def said(self) -> dict[str, Any]:
-        """What the status of the run says of the best validation."""
+        """The best validation, for the run's status."""
         return self.selection.said(self._folder)
 
     def best(self) -> Path | None:
-        """The checkpoint of the best validation, where it is kept."""
+        """The checkpoint of the best validation, if it is kept."""
         return self._folder / catalog.step_name(self.selection.kept) if self.selection.kept is not None else None
 
     def report_to(self, tell: Callable[[SavedCheckpoint], None]) -> None:
-        """tell: called on every rank for each checkpoint that was committed."""
+        """tell: called on every rank for each committed checkpoint."""
         self._tell = tell
 
     def restore(self, engine: Engine) -> None:
-        """Put the found checkpoint, if there is one, into the engine and the random generators. One that was imported
-        becomes the run's own by that. A collective."""
+        """Load the found checkpoint, if any, into the engine and the random generators. An imported one becomes the
+        run's own by that. A collective."""
         if self._found is None:
             return
         folder, final = self._found.folder, catalog.final_of(self._found.folder)
@@ -168,11 +170,11 @@ class CheckpointManager:
         data: Callable[[], Any] = lambda: None,
         report: Callable[[], dict[str, Any]],
     ) -> str | None:
-        """Save if it is time. Returns why the run is to stop, if any rank was asked to; else None.
+        """Save if it is due. Returns why the run is to stop, if any rank was asked to; else None.
 
-        step: updates so far. samples: the position in the data that belongs to it. data, report: what the data and the
-        reporter want to find again. A collective.
-        Raises CheckpointFailed on every rank when a save failed and `checkpoint.on_failure` is stop.
+        step: number of updates so far. samples: the corresponding position in the data. data, report: state of the data
+        and the reporter to restore. A collective. Raises CheckpointFailed on every rank if a save failed and
+        `checkpoint.on_failure` is stop.
         """
         settings = self._config.checkpoint
         unfinished = self._pending is not None and not self._pending.done
@@ -216,7 +218,7 @@ class CheckpointManager:
             self._commit()
 
     def _commit(self) -> None:
-        """Commit the save that is under way, if there is one; waits for its writing."""
+        """Commit the save that is under way, if any; waits for its writing."""
         save, self._pending = self._pending, None
         if save is None:
             return
@@ -238,7 +240,7 @@ class CheckpointManager:
         )
 
     def _guard(self, step: int, work: Callable[[], None]) -> None:
-        """step: up to which no checkpoint is there where the work fails that was not there before."""
+        """step: the last one without a checkpoint, should the work fail."""
         try:
             work()
         except CheckpointFailed as failure:
@@ -269,8 +271,8 @@ class CheckpointManager:
             yield f"rng/cuda-{rank:05d}", torch.cuda.get_rng_state(self._runtime.device)
 
     def _restore_random_numbers(self, saved: TensorReader, progress: Progress) -> None:
-        """Under the same layout the very streams go on. Under another one no rank is the same as before: new streams,
-        which do not repeat those of the run's start."""
+        """Under the same layout the same streams continue. Under another one the ranks have changed: new streams, which
+        do not repeat those of the run's start."""
         rank, device = self._runtime.rank, self._runtime.device
         if progress.layout != layout(self._plan):
             stream = dropout_stream(self._plan, rank)
@@ -281,7 +283,7 @@ class CheckpointManager:
             torch.cuda.set_rng_state(saved.read(f"rng/cuda-{rank:05d}").clone(), device)
 
     def _as_main(self, work: Callable[[], object]) -> None:
-        """Do this to the run folder, on rank 0. A collective. Raises EnvironmentProblem where it cannot be written."""
+        """Apply this to the run folder, on rank 0. A collective. Raises EnvironmentProblem if it cannot be written."""
 
         def do() -> None:
             if self._runtime.is_main:
@@ -330,7 +332,7 @@ class CheckpointManager:
             except CheckpointDamaged as damage:
                 return damage
 
-        # In two steps: what one rank cannot read must not count as damaged because another rank finds damage.
+        # In two steps: a file that one rank cannot read must not count as damaged because another rank finds damage.
         found = self._runtime.agree(check)
         found = self._runtime.agree(lambda: _whole(found))
         batch, final = self._plan.batch.global_batch_size, catalog.final_of(folder)

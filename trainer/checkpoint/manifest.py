@@ -1,7 +1,7 @@
-"""The manifest: what a complete checkpoint consists of. It is written last, and read and checked first.
+"""The manifest: the contents of a complete checkpoint. It is written last, and read and checked first.
 
-safetensors, like every other format of tensors, loads a file with a flipped bit without complaint. Here each
-file's size and SHA-256 are known, so is the manifest's own, and nothing is parsed before it has passed.
+safetensors, like every other tensor format, loads a file with a flipped bit without complaint. The manifest records
+each file's size and SHA-256, and its own, and nothing is parsed before it has passed the check.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 TOKENIZER = "tokenizer"
 GENERATION = "generation_config.json"  # of the model's own folder, in the tokenizer's
-# Also what keeps a manifest from elsewhere inside its folder: no name here can hold a path.
+# Also confines a manifest from elsewhere to its folder: no name here can hold a path.
 FILE_NAME = re.compile(rf"rank-\d{{5}}-\d{{3,}}\.safetensors|{re.escape(STATE)}|{TOKENIZER}/[A-Za-z0-9][\w.-]*")
 
 
@@ -59,7 +59,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises CheckpointDamaged when it is missing or not whole, CheckpointMismatch for a newer format."""
+    """Raises CheckpointDamaged if it is missing or incomplete, CheckpointMismatch for a newer format."""
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_bytes())
@@ -97,8 +97,8 @@ def _parse(path: Path, content: Any) -> Manifest:
 
 
 def check_missing(path: Path, error: OSError) -> None:
-    """Raises EnvironmentProblem unless the error is that there is no such file. What cannot be read may be whole: a
-    permission or a disk that can be mended is no damage, and nothing may go on from an older checkpoint for it."""
+    """Raises EnvironmentProblem unless the error means that there is no such file. An unreadable file may be intact: a
+    wrong permission or a disk error is no damage, and must not make the run continue from an older checkpoint."""
     if error.errno not in MISSING:
         raise EnvironmentProblem(
             f"{path}: cannot be read ({error.strerror or error}); make it readable, or move the checkpoint away to"
@@ -107,8 +107,8 @@ def check_missing(path: Path, error: OSError) -> None:
 
 
 def check_file_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raises CheckpointDamaged naming each file that is missing, cut off, or not in the manifest, and a folder whose
-    name is of another step. Reads no content."""
+    """Raises CheckpointDamaged naming each file that is missing, truncated, or not in the manifest, and a folder whose
+    name has another step. Reads no content."""
     problems = []
     named = step_of(folder)
     if named not in (None, manifest.step):

@@ -3,8 +3,9 @@
 python -m trainer.checkpoint merge ADAPTER OUT               a folder that peft or this trainer has written
 python -m trainer.checkpoint merge RUN_DIR OUT --base BASE   the newest whole checkpoint of a run, upon a base elsewhere
 
-peft does the arithmetic, in float32 and on the whole base in host memory; the sum is rounded to the dtype once. What
-the model computes stays the same but for that; an adapter trained on a base in 4 bits is merged into the whole base.
+peft does the arithmetic, in float32 and on the whole base in host memory; the sum is rounded to the dtype once. Except
+for that rounding the model's results do not change; an adapter trained on a 4-bit base is merged into the unquantized
+base.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 def merge(source: Path, target: Path, *, dtype: torch.dtype, base: str | None = None) -> str:
-    """Write the base of an adapter with the adapter merged into it to `target`. Returns what was merged into what.
+    """Write the base of an adapter with the adapter merged into it to `target`. Returns the names of both.
 
-    source: an adapter's folder, a run or a checkpoint. base: a folder or hub id; None: what the adapter names. Raises
-    DataError, CheckpointMismatch or CheckpointDamaged for what cannot be read, EnvironmentProblem for a target that
+    source: an adapter's folder, a run or a checkpoint. base: a folder or hub id; None: the base that the adapter names.
+    Raises DataError, CheckpointMismatch or CheckpointDamaged for unreadable input, EnvironmentProblem for a target that
     exists or cannot be written.
     """
     with readable(target):
@@ -61,7 +62,7 @@ def merge(source: Path, target: Path, *, dtype: torch.dtype, base: str | None = 
 
 @contextmanager
 def _adapter(source: Path) -> Iterator[Path]:
-    """The folder of an adapter: the source, the finished model of a run, or one made of a checkpoint."""
+    """The folder of an adapter: the source, the finished model of a run, or an export of a checkpoint."""
     if is_adapter_folder(str(source)):
         yield source
         return
@@ -81,7 +82,7 @@ def _merged(folder: Path, base: str, source: Path) -> Any:
             plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             warnings.simplefilter("ignore")  # of peft, about names that transformers has changed
             return PeftModel.from_pretrained(plain, str(folder)).merge_and_unload()
-    except Exception as error:  # of transformers for the base, of peft for what does not fit it
+    except Exception as error:  # of transformers for the base, of peft for a mismatch
         raise DataError(
             f"{source}: cannot be merged into {base} ({first_line(error)}); give the model that it was trained upon"
         ) from None

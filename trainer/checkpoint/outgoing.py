@@ -1,4 +1,4 @@
-"""What exports for other trainers share: the checkpoint, opened, and a folder that appears whole or not at all."""
+"""Shared by exports for other trainers: the opened checkpoint, and a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATES = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outgoing:
-    """folder: of the checkpoint. names: of its parameters. partial: what is to become the target."""
+    """folder: of the checkpoint. names: of its parameters. partial: temporary folder of the target."""
 
     folder: Path
     progress: Progress
@@ -33,24 +33,24 @@ class Outgoing:
     partial: Path
 
     def config(self) -> Config | None:
-        """The run's; None where no run has written the checkpoint."""
+        """The run's config; None if no run has written the checkpoint."""
         try:
             return from_yaml((self.folder.parent.parent / "config.yaml").read_text())
         except (OSError, UnicodeDecodeError, ConfigError):
             return None
 
     def next_lr(self) -> float | None:
-        """Learning rate of the next update: by the run's configuration, else as the trainer that it came from said."""
+        """Learning rate of the next update: by the run's configuration, else from the original trainer."""
         config = self.config()
         return lr_at(config, self.progress.step) if config is not None else self.progress.origin.get("next_lr")
 
 
 @contextmanager
 def outgoing(source: Path, target: Path, *, what: str) -> Iterator[Outgoing]:
-    """The checkpoint, or the newest whole one of a run. what: is written, and needs the moments of AdamW.
+    """The checkpoint, or the newest intact one of a run. what: the export, which needs the moments of AdamW.
 
-    Raises CheckpointDamaged or CheckpointMismatch when there is none that can be written so, EnvironmentProblem when
-    the target exists or cannot be written.
+    Raises CheckpointDamaged or CheckpointMismatch if none can be exported, EnvironmentProblem if the target exists or
+    cannot be written.
     """
     with readable(target):
         exists = target.exists()

@@ -1,4 +1,4 @@
-"""state.json: where a run stood, what it was, and whether the run that wants to go on from it is the same.
+"""state.json: a run's position and identity, and the check that a resuming run has the same identity.
 
 Positions in the data are counted in samples over all ranks, so they mean the same under every layout.
 """
@@ -25,7 +25,7 @@ from trainer.engine import Counters
 from trainer.optim import table
 from trainer.plan.plan import Plan
 
-# Fields of a Hugging Face config that say how a model is run or where it came from, not what it computes.
+# Fields of a Hugging Face config that affect how a model is run or its origin, not its results.
 _INCIDENTAL = {
     "_name_or_path",
     "architectures",
@@ -38,7 +38,7 @@ _INCIDENTAL = {
     "use_cache",
 }
 BEST = "best"
-"""Says that a checkpoint holds weights in the midst of training: `trainer.optim.protocol.Average`."""
+"""Marks a checkpoint with weights in the midst of training: `trainer.optim.protocol.Average`."""
 _REMEDY = {
     "model": "give the same model",
     "tokenizer": "give the same tokenizer",
@@ -51,10 +51,15 @@ _REMEDY = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """step: optimizer updates so far. samples: global position in the data. engine: from `Engine.counters`.
-    report: from `Reporter.totals`. identity: what the run is, key by key. layout: what it was spread over. origin: what
-    another trainer's checkpoint said of its settings; empty in a run's own (`trainer.checkpoint.foreign`). selection:
-    from `Selection.state`. data: from `DataSet.mark`."""
+    """step: number of optimizer updates so far.
+    samples: global position in the data.
+    engine: from `Engine.counters`.
+    report: from `Reporter.totals`.
+    identity: of the run, key by key.
+    layout: of the run.
+    origin: settings in another trainer's checkpoint; empty in a run's own (`trainer.checkpoint.foreign`).
+    selection: from `Selection.state`.
+    data: from `DataSet.mark`."""
 
     step: int
     samples: int
@@ -68,7 +73,7 @@ class Progress:
 
 
 def identity(config: Config, hf_config: PretrainedConfig, data: DataSet) -> dict[str, Any]:
-    """All that must be the same for a run to be continued rather than mixed with another one."""
+    """Everything that must be the same for a run to be continued rather than mixed with another one."""
     return {
         **model_identity(hf_config),
         "tokenizer": _fingerprint(data),
@@ -90,7 +95,7 @@ def model_identity(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def layout(plan: Plan) -> dict[str, Any]:
-    """What random numbers of a rank depend on: the same layout draws the same dropout masks again."""
+    """The settings that a rank's random numbers depend on: the same layout draws the same dropout masks again."""
     return {
         "engine": str(plan.engine),
         "zero_stage": plan.zero_stage,
@@ -126,7 +131,7 @@ def to_json(progress: Progress) -> str:
 
 
 def read_progress(folder: Path, manifest: Manifest) -> Progress:
-    """The state in a checkpoint. Raises CheckpointDamaged when it is not what `to_json` writes, or of another step."""
+    """The state in a checkpoint. Raises CheckpointDamaged if it is not the output of `to_json`, or of another step."""
     path = folder / STATE
     try:
         content = json.loads(path.read_bytes())
@@ -142,8 +147,8 @@ def read_progress(folder: Path, manifest: Manifest) -> Progress:
 
 
 def find_best(source: Path) -> Path:
-    """Of RUN_DIR/checkpoints/best the checkpoint that it is, as the newest whole one has it; any other path as it is.
-    Raises CheckpointMismatch where the run has kept none."""
+    """For RUN_DIR/checkpoints/best, the best checkpoint according to the newest intact one; any other path is
+    unchanged. Raises CheckpointMismatch if the run has kept none."""
     if source.name != BEST or source.exists():
         return source
     for folder in reversed(committed(source.parent)):

@@ -11,7 +11,7 @@ from configs.errors import ConfigError, EnvironmentProblem, OutputFailed, first_
 
 
 def check_push(repo: str) -> None:
-    """Before hours of exporting: whether it can be pushed at all. Raises ConfigError or EnvironmentProblem."""
+    """Check, before hours of exporting, whether a push is possible. Raises ConfigError or EnvironmentProblem."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -23,7 +23,7 @@ def check_push(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Make the repository unless it is there, and upload the folder in one commit. Returns its address.
+    """Create the repository if needed, and upload the folder in one commit. Returns its address.
 
     Raises OutputFailed; the folder stays.
     """

@@ -4,9 +4,9 @@
     write     safetensors files into .step-N.partial, each flushed and hashed                  each rank for itself
     commit    all ranks have written? state.json, tokenizer, manifest, rename                  all ranks, a collective
 
-With `checkpoint.async_save` a thread does the writing, from copies, while training goes on. It talks to nobody: the
-commit waits for a step boundary at which every rank's thread is done. Collectives of two threads on one process group
-would wait for each other for ever.
+With `checkpoint.async_save` a thread does the writing, from copies, while training continues. It does not communicate:
+the commit waits for a step boundary at which every rank's thread has finished. Collectives of two threads on one
+process group would wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What one rank tells the others. error: of the disk; None if all went well."""
+    """One rank's report to the others. error: of the disk; None if there was none."""
 
     files: dict[str, FileEntry] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
@@ -68,8 +68,8 @@ class Save:
         self._runtime.agree(make)
 
     def write(self, state: Iterable[tuple[str, torch.Tensor | None]]) -> None:
-        """Gather and write, and come back when this rank's files are on the disk. A collective, unless the disk fails:
-        then this rank still takes part to the end, and `commit` tells."""
+        """Gather and write, and return when this rank's files are on the disk. A collective, even if the disk fails:
+        then this rank still takes part to the end, and `commit` reports the error."""
         for key, tensor in state:
             if tensor is not None:
                 self._writer.add(key, tensor.cpu())
@@ -82,10 +82,10 @@ class Save:
         def write() -> None:
             try:
                 while copies:
-                    # Taken off the list: written tensors give their memory back.
+                    # Removed from the list: written tensors release their memory.
                     self._writer.add(*copies.pop(0))
                 self._writer.flush()
-            except Exception as error:  # it would end this thread unseen, and the commit would find too little
+            except Exception as error:  # it would end this thread unseen, and the commit would find files missing
                 self._writer.error = as_os_error(error) or OSError(0, repr(error))
 
         self._thread = threading.Thread(target=write, name="checkpoint")
@@ -99,7 +99,7 @@ class Save:
     def commit(self, tokenizer: PreTrainedTokenizerBase, generation: bytes | None = None) -> tuple[Path, int]:
         """Make it a checkpoint. Returns its folder and size in bytes. A collective; waits for the writing.
 
-        Raises CheckpointFailed on every rank when any of them could not write; nothing of the save is left then.
+        Raises CheckpointFailed on every rank if any of them could not write; then nothing of the save is left.
         """
         if self._thread is not None:
             self._thread.join()
@@ -141,14 +141,14 @@ class Save:
 
     @contextmanager
     def _refusals(self, size: int) -> Iterator[None]:
-        """Raise CheckpointFailed where the disk refuses, and delete the partial save."""
+        """Raise CheckpointFailed if the disk refuses, and delete the partial save."""
         try:
             yield
         except Exception as error:
             refusal = as_os_error(error)
             if refusal is None:
                 raise
-            problem = self._explain(refusal, size)  # while what was written still takes its room
+            problem = self._explain(refusal, size)  # while the written files still take their space
             shutil.rmtree(self.partial, ignore_errors=True)
             raise CheckpointFailed(problem) from None
 
@@ -168,8 +168,8 @@ class Save:
 
 
 def _check_complete(tensors: Iterable[str], kinds: Mapping[str, frozenset[str]]) -> None:
-    """After the first update there is, of every parameter that is trained, what the optimizer keeps of it: a layout
-    that hands over only some of it would resume with the rest at zero, and no loss would show it at once."""
+    """After the first update every trained parameter has optimizer states: a layout that returns only some of them
+    would resume with the rest at zero, and no loss would show it at once."""
     names: dict[str, set[str]] = {}
     for key in tensors:
         kind, _, name = key.partition("/")

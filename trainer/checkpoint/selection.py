@@ -1,4 +1,4 @@
-"""Which validation was the best so far, and when there have been enough: `checkpoint.best` and `train.patience`.
+"""The best validation so far, and the criterion to stop: `checkpoint.best` and `train.patience`.
 
     step     validation loss     best     waited (patience 2)
     100      3.1                 3.1      0
@@ -6,8 +6,8 @@
     300      3.0                 2.9      1
     400      2.95                2.9      2: the run ends; step 200 is kept, and exported
 
-Every rank judges the same numbers, and so comes to the same end. What it has seen lies in each checkpoint. The
-validation before the first step does not count: no checkpoint holds its weights.
+Every rank compares the same numbers, and so stops at the same time. Each checkpoint holds the history. The validation
+before the first step does not count: no checkpoint holds its weights.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Selection:
         self._kept: Best | None = None
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A validation after so many updates. A value that is not a number is never better."""
+        """A validation after this number of updates. A value that is not a number is never better."""
         if not self._keeps and not self._patience:
             return
         value = metrics[self._metric]
@@ -82,19 +82,19 @@ class Selection:
 
     @property
     def kept(self) -> int | None:
-        """The step whose checkpoint is there and stays."""
+        """The step whose checkpoint exists and is kept."""
         return self._kept.step if self._kept is not None else None
 
     @property
     def ended(self) -> str | None:
-        """Why there have been enough steps; None while there have not."""
+        """Why the run should end; None while it should not."""
         if not self._patience or self.waited < self._patience:
             return None
         better = f"{self._reference:.6g}" if self._reference is not None else "infinity"
         return f"{self.waited} validations in a row were no better than {better} (train.patience={self._patience})"
 
     def said(self, checkpoints: Path) -> dict[str, Any]:
-        """For the status of the run: the best validation, its checkpoint, and how it ended early."""
+        """For the run's status: the best validation, its checkpoint, and why it ended early."""
         said: dict[str, Any] = {}
         if self.best is not None:
             said["best"] = asdict(self.best)
@@ -105,12 +105,12 @@ class Selection:
         return said
 
     def saved(self, state: Mapping[str, Any]) -> None:
-        """A checkpoint with this state is there."""
+        """A checkpoint with this state exists."""
         if self._keeps and (best := state["best"]) is not None:
             self._kept = Best(**best)
 
     def lost(self, step: int) -> None:
-        """The checkpoint of this step could not be written: the best one is that which is there."""
+        """The checkpoint of this step could not be written: the existing one remains the best."""
         if self._keeps and self.best is not None and self.best.step <= step:
             self.best = self._kept
 
@@ -119,10 +119,10 @@ class Selection:
         return {"best": best, "reference": self._reference, "waited": self.waited}
 
     def restore(self, state: Mapping[str, Any], steps: Container[int]) -> None:
-        """steps: those of which there are checkpoints."""
+        """steps: steps with checkpoints."""
         best = state.get("best")
         if best is not None and best["metric"] != self._metric:
-            return  # another measure: what it has found says nothing of this one
+            return  # another metric: its history does not apply to this one
         if best is not None and (not self._keeps or best["step"] in steps):
             self.best = Best(**best)
             self._kept = self.best if self._keeps else None

@@ -19,12 +19,12 @@ from trainer.process.disks import as_os_error
 from trainer.process.files import sync
 
 FILE_BYTES = 2 * 10**9
-"""A rank gathers tensors up to this size before it writes a file: the host memory that a save takes."""
+"""A rank gathers tensors up to this size before it writes a file: the host memory of a save."""
 
 
 class RankWriter:
-    """The files of one rank. After an error of the disk it takes tensors and drops them, because the other ranks count
-    on this one to keep up with the collectives that gather them."""
+    """The files of one rank. After a disk error it accepts tensors and drops them, because the other ranks need this
+    one in the collectives that gather them."""
 
     def __init__(self, folder: Path, rank: int, *, file_bytes: int = FILE_BYTES) -> None:
         self._folder, self._rank, self._file_bytes = folder, rank, file_bytes
@@ -43,7 +43,7 @@ class RankWriter:
         self._pending[key] = tensor.contiguous()
 
     def flush(self) -> None:
-        """Write what is pending as one file, down to the disk. Remembers an error of the disk in `error`."""
+        """Write the pending tensors as one file and flush it. Stores a disk error in `error`."""
         pending, self._pending = self._pending, {}
         if not pending or self.error is not None:
             return
@@ -58,7 +58,7 @@ class RankWriter:
 
 
 class TensorReader:
-    """Tensors of a checkpoint by key. What is not touched is not read: a slice of a large tensor costs a slice."""
+    """Tensors of a checkpoint by key. Only accessed parts are read: a slice of a large tensor costs a slice."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
@@ -75,9 +75,9 @@ class TensorReader:
             return tuple(self._file(key).get_slice(key).get_shape())
 
     def read(self, key: str) -> torch.Tensor:
-        """The whole tensor, on the CPU, mapped from the file; not to be written to.
+        """The whole tensor, on the CPU, mapped from the file; read-only.
 
-        Raises CheckpointDamaged when the manifest promises what the file does not hold.
+        Raises CheckpointDamaged if the file lacks a tensor of the manifest.
         """
         with self._promised(key):
             return self._file(key).get_tensor(key)

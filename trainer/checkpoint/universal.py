@@ -1,4 +1,4 @@
-"""A checkpoint as a universal one of DeepSpeed, which goes on from it under ZeRO 1, 2 or 3 and any number of ranks.
+"""Exports a checkpoint as a universal one, from which DeepSpeed continues under ZeRO 1, 2 or 3 and any number of ranks.
 
 python -m trainer.checkpoint export RUN_DIR OUT --format deepspeed
 
@@ -7,8 +7,8 @@ python -m trainer.checkpoint export RUN_DIR OUT --format deepspeed
                        zero/optimizer_state.pt
                        [zero_pp_rank_0_]mp_rank_00_model_states.pt    the same for stages 1 and 2, and for stage 3
 
-The script that goes on brings its own optimizer: the groups here say the learning rate of the next update alone. A
-scheduler finds the step under the name that it keeps it by, DeepSpeed's own and torch's.
+The resuming script has its own optimizer: the groups here contain only the learning rate of the next update. The step
+is stored under the names that schedulers use, DeepSpeed's own and torch's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.checkpoint.tensors import TensorReader
 from trainer.engine.deepspeed.setup import LOWEST_VERSION
 
 GROUPS = 64
-"""More than an optimizer has: DeepSpeed reads the parameters of as many groups as are listed."""
+"""More groups than an optimizer has: DeepSpeed reads the parameters of as many groups as are listed."""
 
 
 def export_universal(source: Path, target: Path) -> Path:
@@ -50,7 +50,7 @@ def _write(folder: Path, saved: TensorReader, names: list[str], progress: Progre
     common = {
         "ds_version": LOWEST_VERSION,
         "param_groups": [{**group, "params": [number]} for number in range(GROUPS)],
-        # Where stage 3 looks for both.
+        # The place where stage 3 looks for both.
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{**group, "params": [0]}]},
     }
     torch.save(common, folder / "zero" / "optimizer_state.pt")

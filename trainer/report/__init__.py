@@ -1,4 +1,4 @@
-"""What a run tells about itself: its folder, its metrics, the terminal, trackers.
+"""Output of a run: its folder, its metrics, the terminal, trackers.
 
     folder      where the run's files go, and the record of what ran: config, plan, versions, git state
     metrics     the lines of metrics.jsonl, key by key
@@ -10,6 +10,6 @@
     flops       FLOPs per token and MFU
     reporter    all of these together, as the loop sees them
 
-Rank 0 alone writes. The other ranks take part where the largest value over all ranks is reported, and they learn of
-a problem on rank 0, so that all of them end.
+Only rank 0 writes. The other ranks take part if the maximum over all ranks is reported, and they learn of problems on
+rank 0, so that all of them end.
 """

@@ -1,12 +1,12 @@
-"""Code of the user's own that a run calls: `train.callbacks=[package.module.Class]`, or objects for `cookbook.train`.
+"""A user's own code that a run calls: `train.callbacks=[package.module.Class]`, or objects for `cookbook.train`.
 
     class Stop(Callback):
         def on_validation(self, line):
             if line.validation_loss < 2.0:
                 self.run.stop("good enough")
 
-Each rank has its own callbacks, and each of them gets the lines of metrics.jsonl as `trainer.report.metrics` defines
-them, after they are written. What a callback raises ends the run, as any fault of a rank does.
+Each rank has its own callbacks. They get the lines of metrics.jsonl as `trainer.report.metrics` defines them, after
+they are written. An exception in a callback ends the run, like any failure of a rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEY = "train.callbacks"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What a callback knows of its run. model: as the engine holds it; its parameters may be shards."""
+    """A callback's view of its run. model: as the engine holds it; its parameters may be shards."""
 
     config: Config
     plan: Plan
@@ -40,13 +40,13 @@ class Run:
     ask: Callable[[str], None]
 
     def stop(self, reason: str) -> None:
-        """End the run after this step, with a checkpoint and exit code 75. On any rank. After the last step there is
-        nothing to stop."""
+        """End the run after this step, with a checkpoint and exit code 75. On any rank. It has no effect after the last
+        step."""
         self.ask(reason)
 
 
 class Callback:
-    """What to override. `run` is set before the first call."""
+    """Methods to override. `run` is set before the first call."""
 
     run: Run
 
@@ -65,14 +65,14 @@ class Callback:
         """A checkpoint is committed."""
 
     def on_end(self, line: Summary) -> None:
-        """The run is through. A run that was stopped does not call it."""
+        """The run has finished. A stopped run does not call it."""
 
 
 class Callbacks:
-    """Those of one rank: objects that were given, then those that the configuration names."""
+    """The callbacks of one rank: given objects, then those that the configuration names."""
 
     def __init__(self, config: Config, given: Sequence[Callback] = ()) -> None:
-        """Raises PlanError, all problems at once, on a path that is none of a Callback, or an object that is none."""
+        """Raises PlanError, all problems at once, for a path or an object that is not a Callback."""
         if problems := _strangers(given):
             raise PlanError(*problems)
         self._all = [*given, *_named(config.train.callbacks)]
@@ -98,7 +98,7 @@ class Callbacks:
 
 
 def _strangers(given: object) -> list[str]:
-    """One line for each of the caller's objects that is no callback. It is the user's code that gives them."""
+    """One line for each of the caller's objects that is not a callback."""
     if not isinstance(given, Sequence):
         return [f"callbacks={type(given).__name__}: must be a list: train(config, [callback])"]
     return [

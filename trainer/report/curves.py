@@ -2,8 +2,8 @@
 
     draw("loss", [Series("training", {1: 5.6, 2: 5.4}), Series("validation", {0: 5.7}, dots=True)])
 
-Of a long run each place on the line is the mean of neighbouring steps, and a pale band reaches from the lowest to the
-highest of them, so that a spike of one step stays visible.
+In a long run each point of the line is the mean of neighbouring steps, and a pale band reaches from their minimum to
+their maximum, so that a spike of one step stays visible.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Series:
 
 
 def draw(title: str, series: Sequence[Series]) -> str:
-    """One picture; empty where there are no values."""
+    """One picture; empty if there are no values."""
     series = [each for each in series if each.values]
     if not series:
         return ""
@@ -59,7 +59,7 @@ def draw(title: str, series: Sequence[Series]) -> str:
 
 
 class _Scale:
-    """From values to places of the picture."""
+    """From values to coordinates in the picture."""
 
     def __init__(self, values: Sequence[float], begin: float, end: float) -> None:
         low, high = min(values), max(values)

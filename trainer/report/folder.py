@@ -1,4 +1,4 @@
-"""The run folder: its name, and the record of what ran, written before the first step.
+"""The run folder: its name, and the record of the run, written before the first step.
 
     config.yaml     the resolved configuration; `configs.load.from_yaml` reads it back
     plan.txt        the plan in words
@@ -8,8 +8,8 @@
     argv.json       the command line
     resumed/002/    the same five files of the second start of this run, and so on
 
-The environment is not recorded: it holds keys; what else is done about keys is in `private`. Torch-free at import, so
-that a launcher can name the folder before any rank starts.
+The environment is not recorded, because it holds keys; `private` protects other files. Torch-free at import, so that a
+launcher can name the folder before any rank starts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 RUN_FILES = ("config.yaml", "plan.txt", "argv.json", "versions.json", "git.json", "metrics.jsonl", "summary.json")
-"""What makes a folder the folder of a run; none of them is ever overwritten."""
+"""Files that mark a run's folder; none of them is ever overwritten."""
 RESUMED = "resumed"
 
 
@@ -63,12 +63,12 @@ def default_run_dir(config: Config, now: datetime) -> Path:
 
 
 def claim_run_dir(config: Config, now: datetime) -> Path:
-    """Make the run's folder and return its absolute path: `train.run_dir`, or one with the default name. It is this
-    process's alone from then on.
+    """Create the run's folder and return its absolute path: `train.run_dir`, or one with the default name. From then on
+    it belongs to this process alone.
 
-    A folder that holds an unfinished run is given back to go on with, unless `train.resume` is never. Raises
-    EnvironmentProblem when it holds another run, when a run is going on in it, or when it cannot be written,
-    RunFinished when its run is through, and PlanError when more steps are asked for that cannot follow.
+    A folder with an unfinished run is returned, to continue it, unless `train.resume` is never. Raises
+    EnvironmentProblem if it holds another run, if a run is under way in it, or if it cannot be written, RunFinished if
+    its run has finished, and PlanError if more steps are requested that cannot follow.
     """
     named = config.train.run_dir
     earlier = Path(named).expanduser().absolute() if named is not None else _earlier_start(config)
@@ -78,7 +78,7 @@ def claim_run_dir(config: Config, now: datetime) -> Path:
             again = restarted_in(earlier)
             _check_free(config, earlier, again=again)
             lock(earlier)
-            # Once more: another start may have begun, and ended, before we had the lock.
+            # Again: another start may have begun, and ended, before we got the lock.
             _check_free(config, earlier, again=again)
         _check_continuable(config, earlier)
         return earlier
@@ -95,9 +95,9 @@ def _earlier_start(config: Config) -> Path | None:
 
 
 def make_run_dir(config: Config, now: datetime) -> Path:
-    """Make a folder with the default name: of two starts in the same second, each gets its own.
+    """Create a folder with the default name: two starts in the same second get one each.
 
-    Raises EnvironmentProblem when it cannot be written.
+    Raises EnvironmentProblem if it cannot be written.
     """
     while True:
         folder = default_run_dir(config, now)
@@ -111,7 +111,7 @@ def make_run_dir(config: Config, now: datetime) -> Path:
 
 
 def open_run_folder(config: Config, plan: Plan, runtime: Runtime, *, argv: Sequence[str] = sys.argv) -> Path:
-    """Make the run folder and write the record of what runs. Returns its absolute path on every rank. A collective.
+    """Create the run folder and write the record of the run. Returns its absolute path on every rank. A collective.
 
     Raises as `claim_run_dir` on every rank, and EnvironmentProblem when the tracker is not installed; nothing is
     overwritten.
@@ -135,10 +135,10 @@ def _open(config: Config, plan: Plan, device: torch.device, argv: Sequence[str])
 
 
 def set_end_aside(folder: Path, step: int) -> None:
-    """Rename the model and the summary of an earlier end of a run that goes on from `step`: its new end has others.
+    """Rename the model and the summary of an earlier end of a run that continues from `step`; its new end has others.
 
-    It is called once the engine has loaded the checkpoint, so that a refused start leaves them where they are.
-    Raises EnvironmentProblem when the folder cannot be written.
+    It is called after the engine has loaded the checkpoint, so that a refused start leaves them in place. Raises
+    EnvironmentProblem if the folder cannot be written.
     """
     with writing(folder):
         summary = folder / "summary.json"
@@ -151,8 +151,8 @@ def set_end_aside(folder: Path, step: int) -> None:
 
 
 def _record_folder(folder: Path) -> Path:
-    """Where this start of the run is put on record. A start that ended before the first step has left nothing to go
-    on from: its record makes way."""
+    """The folder of this start's record. If an earlier start ended before the first step, its record is overwritten,
+    since nothing continues from it."""
     if not _has_begun(folder):
         for path in (*(folder / name for name in RUN_FILES), *folder.glob("git-*.diff")):
             path.unlink(missing_ok=True)
@@ -164,7 +164,7 @@ def _record_folder(folder: Path) -> Path:
 
 
 def _check_free(config: Config, folder: Path, *, again: bool) -> None:
-    """Raises EnvironmentProblem when the folder holds what this run must leave alone."""
+    """Raises EnvironmentProblem if the folder holds files that this run must not change."""
     if _is_record(folder) and (config.train.resume != "never" or again or not _has_begun(folder)):
         return
     taken = [name for name in RUN_FILES if (folder / name).exists()]
@@ -176,7 +176,7 @@ def _check_free(config: Config, folder: Path, *, again: bool) -> None:
 
 
 def _is_record(folder: Path) -> bool:
-    """Whether the config.yaml here is that of a run, and not somebody else's file."""
+    """Whether this config.yaml belongs to a run, not to somebody else."""
     path = folder / "config.yaml"
     if not path.is_file():
         return False
@@ -193,11 +193,11 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _check_continuable(config: Config, folder: Path) -> None:
-    """Raises RunFinished, PlanError or EnvironmentProblem where the run in the folder is not this one, with steps left
-    to train."""
+    """Raises RunFinished, PlanError or EnvironmentProblem unless the run in the folder is this one, with steps left to
+    train."""
     check_unfinished(config, folder)
     if not (folder / "metrics.jsonl").exists() or committed(folder / CHECKPOINTS):
-        # Nothing to lose, or a checkpoint, which knows better than config.yaml what it belongs to.
+        # Either nothing to lose, or a checkpoint, which identifies its run better than config.yaml.
         return
     saved = from_yaml((folder / "config.yaml").read_text())
     for key in schema_keys():
@@ -211,7 +211,7 @@ def _check_continuable(config: Config, folder: Path) -> None:
 
 
 def _write_new(path: Path, text: str) -> None:
-    """Mode x: what stands there already is not ours to replace."""
+    """Mode x: an existing file is not ours to replace."""
     with open(path, "x") as file:
         file.write(text)
 

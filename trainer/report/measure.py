@@ -1,7 +1,7 @@
-"""The clock of a training step, and the memory it took.
+"""The clock of a training step, and its memory.
 
-A GPU runs behind the program: a call returns when its kernels are queued. A clock read at that moment would charge
-them to whoever waits for them next.
+A GPU runs behind the program: a call returns when its kernels are queued. A clock that is read at that moment would
+attribute their time to the next operation that waits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.process import watchdog
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """Wall time of one step and of its parts. What is left of `step` is the loop's own work."""
+    """Wall time of one step and of its parts. The rest of `step` is the loop's own work."""
 
     step: float
     data: float
@@ -37,8 +37,8 @@ class StepTimer:
         with timer.optimizer(): ...
         seconds = timer.finish()
 
-    forward_backward and optimizer end with a wait for the GPU. The first costs nothing where the loss is read next,
-    which waits too. The second costs what the program could have queued meanwhile: the GPU idles until the first
+    forward_backward and optimizer end with a wait for the GPU. The first costs nothing if the loss is read next, which
+    waits too. The second costs the work that the program could have queued meanwhile: the GPU idles until the first
     kernel of the next step arrives, about the time to fetch a batch.
     """
 
@@ -110,7 +110,7 @@ def peak_memory(device: torch.device) -> PeakMemory:
 
 
 def _host_peak(status: Path = Path("/proc/self/status")) -> int | None:
-    # getrusage would answer with the launcher's peak where that was larger: it survives fork and exec.
+    # getrusage would return the launcher's peak if that was larger: it survives fork and exec.
     try:
         found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
     except OSError:

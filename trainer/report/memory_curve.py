@@ -1,12 +1,13 @@
-"""Memory over the first two steps, as the estimator predicts it and as a rank measured it: one picture of both.
+"""Memory over the first two steps, predicted by the estimator and measured on a rank, in one picture.
 
     recorder = Recorder()                    on the CPU: fed with the tracker's events
     recorder.mark(1, "forward_backward")     what happens from here on belongs to that part of step 1
     recorder.curve()                         {(1, "forward_backward"): [bytes, ...], (1, "optimizer"): ...}
     from_snapshot(snapshot, marks)           the same from the CUDA allocator's own history
 
-Positions within a part are by order, not by time: the prediction has one moment for each layer and direction, the
-measurement the largest of as many equal shares of the part's allocations and frees. Compare heights, not places.
+Positions within a part are by order, not by time: the prediction has one moment for each layer and direction; the
+measurement has the maximum of each of as many equal shares of the part's allocations and frees. Compare heights, not
+positions.
 """
 
 from __future__ import annotations

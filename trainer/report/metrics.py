@@ -24,20 +24,20 @@ from trainer.process.files import replace_text
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """A training line. Loss, gradient norm and learning rate are of this very step; times are means per step since
-    the line before, of the slowest rank."""
+    """A training line. Loss, gradient norm and learning rate belong to this step; times are means per step since the
+    previous line, of the slowest rank."""
 
     kind: ClassVar[str] = "step"
 
     step: int
     """Optimizer updates so far, this one included."""
     loss: float
-    """Mean cross-entropy over the step's valid tokens (with `train.label_smoothing` the smoothed one), and the terms of
-    `moe`, before the update."""
+    """Mean cross-entropy over the step's valid tokens (smoothed with `train.label_smoothing`), and the terms of `moe`,
+    before the update."""
     grad_norm: float | None
-    """Global L2 norm before clipping; null when the loss was not finite and there was no gradient."""
+    """Global L2 norm before clipping; null if the loss was not finite and there was no gradient."""
     lr: float
-    """The schedule's. A group of parameters may have its own multiple of it."""
+    """The schedule's value. A group of parameters may have its own multiple of it."""
     lr_of: Mapping[str, float] | None
     """The learning rate of each group by its name; null where all have `lr`."""
     moe: Mapping[str, float] | None
@@ -45,7 +45,7 @@ class StepMetrics:
     load_worst_layer: the same of the worst layer; balance, z: terms of the loss, without their coefficients. null: a
     dense model, or compiled layers."""
     tokens_per_second: float
-    """Of all ranks together, ignored labels included: what the hardware worked through."""
+    """Over all ranks, ignored labels included: the hardware's throughput."""
     step_seconds: float
     data_seconds: float
     """Waiting for the next batch."""
@@ -63,7 +63,7 @@ class StepMetrics:
     loss_scale: float | None
     """float16 only: the scale of this step's loss."""
     skipped_steps: int
-    """Steps so far whose update was left out."""
+    """Number of steps so far whose update was skipped."""
     tokens: int
     """So far, all ranks, ignored labels included."""
     valid_tokens: int
@@ -93,7 +93,7 @@ class SampleMetrics:
     kind: ClassVar[str] = "sample"
 
     step: int
-    """Of the validation that it belongs to."""
+    """Step of its validation."""
     number: int
     """From 1: those of `train.samples.prompts` in their order, then those taken from the validation data."""
     prompt: str
@@ -112,15 +112,15 @@ class CheckpointMetrics:
     """Optimizer updates in it."""
     checkpoint_bytes: int
     checkpoint_blocked_seconds: float
-    """How long the checkpoint stalled training: all of it, or with `checkpoint.async_save` the copy to host memory and
-    the commit."""
+    """Checkpoint stall of the training: the whole save, or with `checkpoint.async_save` the copy to host memory and the
+    commit."""
     checkpoint_seconds: float
     """From its begin to its commit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """The memory estimate against the first two steps of the last start, of the rank that is furthest from it."""
+    """The memory estimate against the first two steps of the last start, for the rank with the largest difference."""
 
     predicted_allocated_bytes: int | None = None
     """Peak, as `memory-estimate` predicts it (of the busiest kind of rank where nothing was measured); null: not
@@ -129,7 +129,7 @@ class Comparison:
     """The lower end of the range; predicted_reserved_most_bytes is the upper one."""
     predicted_reserved_most_bytes: int | None = None
     predicted_verdict: str | None = None
-    """What the prediction says of the GPU, all ranks together: `fits`, `tight` or `does not fit`."""
+    """The prediction's verdict for the GPU, over all ranks: `fits`, `tight` or `does not fit`."""
     measured_allocated_bytes: int | None = None
     """torch.cuda.max_memory_allocated; on the CPU the tensors that `estimate.measure` counts; null: not measured."""
     measured_reserved_bytes: int | None = None
@@ -145,12 +145,12 @@ class Comparison:
     libraries_bytes: int | None = None
     """Resident set of rank 0 before it built the model: Python and its libraries; null: the system does not tell."""
     memory_note: str | None = None
-    """Why numbers are missing: what is not estimated, or why nothing was measured."""
+    """Why numbers are missing: the reason for no estimate, or for no measurement."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """What the run came to."""
+    """The result of the run."""
 
     kind: ClassVar[str] = "summary"
 
@@ -223,7 +223,7 @@ LOGGED = (StepMetrics.kind, ValidationMetrics.kind, SampleMetrics.kind, Checkpoi
 
 
 def to_dict(line: Line) -> dict[str, object]:
-    """The line as JSON can hold it: JSON has no NaN and no infinity."""
+    """The line in JSON's terms: JSON has no NaN and no infinity."""
     return {"kind": line.kind, **{key: _finite(value) for key, value in asdict(line).items()}}
 
 
@@ -254,11 +254,11 @@ def _finite(value: object) -> object:
 
 
 class MetricsFile:
-    """Appends whole lines, each in one write: a reader, or a run that is killed, never sees half a line."""
+    """Appends whole lines, each in one write: a reader, or a killed run, never sees half a line."""
 
     def __init__(self, path: Path, *, after_step: int = 0) -> None:
-        """after_step: where the run goes on. Lines of later steps, from a start that ended before it could save them,
-        are taken out, for they come again."""
+        """after_step: where the run continues. Lines of later steps, from a start that ended before it could save them,
+        are removed, because these steps are repeated."""
         replace_text(path, "".join(_lines_upto(path, after_step)))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  stays open until `close`
 
@@ -266,12 +266,12 @@ class MetricsFile:
         self._file.write(json.dumps(to_dict(line), allow_nan=False) + "\n")
 
     def close(self) -> None:
-        with suppress(OSError):  # the rest of a line that a full disk did not take, reported when it was written
+        with suppress(OSError):  # the rest of a line that did not fit on a full disk, reported when it was written
             self._file.close()
 
 
 def _lines_upto(path: Path, step: int) -> Iterator[str]:
-    """Lines of steps up to this one. What is not a line of metrics, cut off by a power failure, is left out."""
+    """Lines of steps up to this one. Damaged lines, after a power failure, are dropped."""
     if step == 0 or not path.exists():
         return
     for line in path.read_text(errors="replace").splitlines(keepends=True):

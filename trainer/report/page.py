@@ -1,4 +1,4 @@
-"""RUN_DIR/report.html: a run on one page, from what its folder holds. The page needs no other file and no network.
+"""RUN_DIR/report.html: a run on one page, from its folder. The page needs no other file and no network.
 
 Rank 0 writes it when the run ends, however it ends; `python -m launch` writes it for ranks that were killed, and
 `cookbook report RUN_DIR` at any time. Torch-free.
@@ -54,16 +54,16 @@ def reported(folder: Path, *, main: bool) -> Iterator[None]:
 
 
 def report_end(folder: Path, *, failing: bool) -> None:
-    """Write the page of a run that has begun, unless it is there. Whatever goes wrong costs a line, never the run.
+    """Write the page of a run that has begun, unless it exists. An error costs a line, never the run.
 
-    failing: the run has a problem of its own, which may well be that of the page: there is one line about it.
+    failing: the run has its own problem, which may be the page's problem too, so only one line is written.
     """
     status, there = folder / STATUS, folder / REPORT
     try:
         newer = there.exists() and there.stat().st_mtime_ns >= status.stat().st_mtime_ns
         if (folder / "metrics.jsonl").exists() and not newer:
             write_report(folder)
-    except Exception as error:  # a page that cannot be made is no reason to fail
+    except Exception as error:  # a page that cannot be made must not fail the run
         if failing:
             return
         log.warning("%s: is not written (%s: %s)", there, type(error).__name__, error)
@@ -98,7 +98,7 @@ def report(folder: Path) -> str:
 
 
 def _last_record(folder: Path) -> Path:
-    """Where the newest start of the run is on record."""
+    """The folder with the record of the newest start."""
     return max(folder.glob(f"{RESUMED}/*/"), default=folder)
 
 
@@ -114,7 +114,7 @@ def _state(run: Run, status: Mapping[str, object], record: Path) -> str:
 
 
 def _command(file: Path) -> str:
-    """What was typed; ranks of any launcher are given the overrides, which every entry point takes."""
+    """The typed command; ranks of any launcher get the overrides, which every entry point accepts."""
     try:
         program, *words = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -124,7 +124,7 @@ def _command(file: Path) -> str:
 
 
 def _summary(run: Run) -> str | None:
-    """As the terminal showed it; None: the run is not through, or another version's."""
+    """As shown on the terminal; None if the run has not finished, or is another version's."""
     values = {key: value for key, value in run.summary.items() if key != "kind"}
     try:
         return render_summary(Summary(**{**values, "memory": Comparison(**values["memory"])}))
@@ -148,7 +148,7 @@ def _curves(run: Run) -> Iterator[str]:
 
 
 def _memory(run: Run, prediction: Mapping[str, Any]) -> Iterator[str]:
-    """What was predicted, by component, and the sums that were measured."""
+    """The predicted bytes by component, and the measured sums."""
     yield "<h2>Memory</h2>"
     measured = run.summary.get("memory") or {}
     components: Mapping[str, int] = prediction.get("components") or {}
@@ -174,7 +174,7 @@ def _memory(run: Run, prediction: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_busiest(measured: Mapping[str, Any], total: int | None) -> int | None:
-    """What a rank of the kind that was predicted to be the busiest has needed; None where it was not measured."""
+    """Measured memory of a rank of the kind that was predicted to be the busiest; None if not measured."""
     predicted, found = measured.get("predicted_bytes_by_rank"), measured.get("measured_bytes_by_rank")
     if predicted and found:
         return max((peak for expected, peak in zip(predicted, found, strict=True) if expected == total), default=None)
@@ -183,7 +183,7 @@ def _of_busiest(measured: Mapping[str, Any], total: int | None) -> int | None:
 
 
 def _furthest(measured: Mapping[str, Any], shown: int | None) -> Iterator[tuple[str, int]]:
-    """The rank whose prediction was worst, if that is another one than is shown already."""
+    """The rank with the worst prediction, unless it is shown already."""
     found, expected = measured.get("measured_allocated_bytes"), measured.get("predicted_allocated_bytes")
     if found and expected and found != shown:
         rank = measured.get("memory_rank")

@@ -1,16 +1,16 @@
-"""Predicted against measured: every run compares the memory estimate with what its own first two updates took.
+"""Predicted against measured: every run compares the memory estimate with the memory of its first two updates.
 
     predicted = predict(config, plan)                       on rank 0, before it joins the process group
     with MemoryCheck(config, plan, runtime, predicted) as memory:
         build the engine; for each step: memory.step_done(updated=...)
         memory.compare()                                    the rank that is furthest from its prediction
 
-Two, because optimizer states appear at the end of the first; a step whose update is left out, as float16's often are
-until the loss scale has come down, brings none. On GPUs torch's allocator has the peak. A CPU process has no such
-counter, and its resident set holds Python and the libraries as well: there nothing is measured unless
-`estimate.measure=true` counts every tensor, with the tracker that the estimator is built on.
+Two updates are needed, because optimizer states appear at the end of the first; a step with a skipped update, as in
+float16 until the loss scale has come down, creates none. On GPUs torch's allocator has the peak. A CPU process has no
+such counter, and its resident set includes Python and the libraries: nothing is measured there unless
+`estimate.measure=true` counts every tensor, with the estimator's own tracker.
 
-The estimate never costs a run: whatever goes wrong in it becomes the note that stands instead of the numbers.
+The estimate never ends a run: an error in it becomes the note that replaces the numbers.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ Measured = tuple[int, int | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """estimate: None where there is none; note: then why not. Neither on the ranks that were not asked."""
+    """estimate: None if there is none; note: then the reason. Both None on ranks that were not asked."""
 
     estimate: Estimate | None = None
     note: str | None = None
 
 
 def predict(config: Config, plan: Plan) -> Prediction:
-    """The estimate, on rank 0 alone. To be asked before the rank joins its process group: a layout that divides
-    matrices is traced on a group of its own."""
+    """The estimate, on rank 0 only. Call it before the rank joins its process group: a layout that divides matrices is
+    traced on its own group."""
     if os.environ.get("RANK", "0") != "0":
         return Prediction()
     try:
@@ -59,7 +59,7 @@ def predict(config: Config, plan: Plan) -> Prediction:
         with torch.random.fork_rng(devices=[]):
             return Prediction(estimate=estimate(config, plan, found_gpu=found))
     except Exception as error:
-        # A defect of the estimator must not end a run that has nothing to do with it.
+        # A defect of the estimator must not end an otherwise correct run.
         return Prediction(note=f"not estimated: {why_not(error)}")
 
 
@@ -97,7 +97,7 @@ class MemoryCheck:
         )
 
     def record(self) -> dict[str, object]:
-        """The prediction for the busiest rank as a file keeps it."""
+        """The prediction for the busiest rank, in the form that a file keeps."""
         if self._estimate is None:
             return {"note": self._note}
         rank = self._estimate.busiest
@@ -109,8 +109,8 @@ class MemoryCheck:
         }
 
     def step_done(self, *, updated: bool) -> None:
-        """A training step of this process is done. After the second update nothing is measured: checkpoints and the
-        export gather what a step does not."""
+        """A training step of this process is finished. After the second update nothing is measured: checkpoints and the
+        export gather tensors that a step does not."""
         self._updates += updated
         if updated and self._updates == STEPS:
             memory = peak_memory(self._runtime.device)
@@ -162,7 +162,7 @@ def _ratio(predicted: RankEstimate, measured: Measured) -> float:
 
 
 class _Peak:
-    """The most bytes that were ever alive, from the tracker's events."""
+    """Maximum bytes that were ever alive, from the tracker's events."""
 
     def __init__(self) -> None:
         self._alive, self.highest = Alive(), 0

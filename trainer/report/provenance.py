@@ -1,4 +1,4 @@
-"""Which software, on which device, at which commit. Packages are asked for their version without importing them."""
+"""Software versions, device and commit. Package versions are read without importing the packages."""
 
 from __future__ import annotations
 
@@ -81,10 +81,9 @@ def _read(path: Path) -> str:
 
 def git_state(folder: Path) -> dict[str, dict[str, Any]]:
     """Commit, branch and uncommitted changes of the project and of the working directory; the changes themselves are
-    saved as `git-NAME.diff`, without files that look as if they hold keys (`left_out`). Empty where neither is
-    a checkout.
+    saved as `git-NAME.diff`, without files that seem to hold keys (`left_out`). Empty if neither is a checkout.
 
-    Remotes are left out: their addresses may hold passwords.
+    Remotes are omitted: their addresses may hold passwords.
     """
     found: dict[str, dict[str, Any]] = {}
     here = _git(Path.cwd(), "rev-parse", "--show-toplevel")

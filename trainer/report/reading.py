@@ -1,12 +1,12 @@
-"""A run as its folder tells it.
+"""A run, read from its folder.
 
     config.yaml      what ran
     status.json      how it ended
     metrics.jsonl    loss, gradient norm, validation, speed, memory
     versions.json    on what
 
-Nothing is measured here, and a folder that is damaged is an answer, not an error: `problem` says in a line why a run
-is not through, or cannot be read. Torch-free.
+Nothing is measured here. A damaged folder is a result, not an error: `problem` gives in one line why a run has not
+finished, or cannot be read. Torch-free.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer.process.status import FINISHED, RUNNING, read_status
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """name: its folder's, within a comparison. problem: why it is not through; None: it is. losses, grad_norms,
+    """name: its folder's, within a comparison. problem: why it has not finished; None if it has. losses, grad_norms,
     validations: by step. steps, summary: lines of metrics.jsonl, with the keys of `StepMetrics` and `Summary` in
     `trainer.report.metrics`; the summary is the last line."""
 
@@ -59,12 +59,12 @@ class Run:
 
 
 def read_run(name: str, folder: Path, reason: str | None = None) -> Run:
-    """The run in a folder. reason: why it did not begin or end, where that is known and the folder does not say."""
+    """The run in a folder. reason: why it did not begin or end, if known from elsewhere than the folder."""
     try:
         config = from_yaml((folder / "config.yaml").read_text())
     except (OSError, UnicodeDecodeError, CookbookError):
         missing = "no run was begun here" if not folder.exists() else "config.yaml: missing or damaged"
-        return Run(name=name, problem=reason or missing)  # and no folder, for there is nothing in it
+        return Run(name=name, problem=reason or missing)  # without a folder, which holds nothing
     lines, damage = _read_lines(folder / "metrics.jsonl")
     summaries = [line for line in lines if line["kind"] == "summary"]
     problem = damage or _state(folder, reason)
@@ -87,7 +87,7 @@ def read_run(name: str, folder: Path, reason: str | None = None) -> Run:
 
 
 def _state(folder: Path, reason: str | None) -> str | None:
-    """Why a run is not through, from status.json; None: it is."""
+    """Why a run has not finished, from status.json; None if it has."""
     status = read_status(folder)
     state = status.get("state")
     if state == FINISHED:
@@ -100,7 +100,7 @@ def _state(folder: Path, reason: str | None) -> str | None:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The lines up to the first that is damaged, and a line about that one."""
+    """The lines up to the first damaged one, and a line about that one."""
     found: list[dict[str, Any]] = []
     try:
         texts = path.read_text().splitlines()

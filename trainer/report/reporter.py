@@ -1,4 +1,4 @@
-"""The reporter: everything that the loop tells, to the terminal, metrics.jsonl and the tracker.
+"""The reporter: passes everything that the loop reports to the terminal, metrics.jsonl and the tracker.
 
     with Reporter(config, plan, runtime, folder, model=..., data=...) as reporter:
         reporter.validation(0, loss), reporter.samples(texts)
@@ -6,9 +6,9 @@
                             reporter.checkpoint(saved)
         reporter.exported(path)
 
-Entering shows data, model and folder and opens the outputs; leaving writes the summary, unless the run broke off. Every
-rank calls it alike: the slowest rank's times and the fullest rank's memory are reported, which takes one small
-all-reduce on the steps that log. Rank 0 alone writes.
+Entering shows data, model and folder and opens the outputs; leaving writes the summary, unless the run failed. Every
+rank makes the same calls: the slowest rank's times and the fullest rank's memory are reported, which takes one small
+all-reduce on the steps that log. Only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ UNKNOWN = -1  # a number that a rank does not know, in a maximum over ranks
 
 
 class Reporter:
-    """folder: from `open_run_folder`. model: as the engine holds it. data: the data set in one line.
-    samples_of: from the data set. resumed: the `progress` of an earlier start that this one goes on from.
-    memory: None: nothing is predicted. ask: ends the run after this step, for a reason."""
+    """folder: from `open_run_folder`. model: as the engine holds it. data: the data set in one line. samples_of: from
+    the data set. resumed: the `progress` of an earlier start that this one continues. memory: None if nothing is
+    predicted.
+    ask: ends the run after this step, for a reason."""
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class Reporter:
         self._early: str | None = None
 
     def __enter__(self) -> Reporter:
-        """A collective. Raises EnvironmentProblem on every rank when an output cannot be opened."""
+        """A collective. Raises EnvironmentProblem on every rank if an output cannot be opened."""
         try:
             self._runtime.agree(self._open if self._runtime.is_main else lambda: None)
         except CookbookError:
@@ -135,7 +136,7 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """A collective when the run is through; no collective when it broke off, on one rank perhaps."""
+        """A collective if the run has finished; not if it failed, perhaps on one rank only."""
         try:
             if error is None and self._stopped is None:
                 self._finish()
@@ -193,8 +194,8 @@ class Reporter:
         )
 
     def validation(self, step: int, loss: float, sets: Mapping[str, float] | None = None) -> None:
-        """step: updates before this validation; 0 for the untrained model. loss: the same on all ranks. sets: of those
-        with a name, by their metric."""
+        """step: number of updates before this validation; 0 for the untrained model. loss: the same on all ranks. sets:
+        losses of the named sets, by metric."""
         self.totals.add_validation(loss)
         self._ended = time.perf_counter()
         self._write(
@@ -216,7 +217,7 @@ class Reporter:
             self._track_with(lambda tracker: _show(tracker, lines))
 
     def progress(self) -> dict[str, Any]:
-        """What a later start of this run needs to go on with the same sums."""
+        """State with which a later start of this run continues the same sums."""
         return {**asdict(self.totals), "seconds": self._ended - self._started}
 
     def checkpoint(self, saved: SavedCheckpoint) -> None:
@@ -241,11 +242,11 @@ class Reporter:
             self._terminal.say(f"stopped    after step {self.totals.steps} ({reason}); the same command goes on")
 
     def exported(self, folder: Path) -> None:
-        """The finished model stands in `folder`; the summary will say so."""
+        """The finished model is in `folder`; the summary will say so."""
         self._exported = folder
 
     def close(self, *, failed: bool) -> None:
-        """Give the terminal back and close the outputs; a second call does nothing. No collective."""
+        """Release the terminal and close the outputs; a second call does nothing. No collective."""
         terminal, tracker, file = self._terminal, self._tracker, self._file
         self._terminal = self._tracker = self._file = None
         for output in (terminal, file):
@@ -306,7 +307,7 @@ class Reporter:
             terminal.say(render_summary(summary))
 
     def _as_main(self, name: str, write: Callable[[], None]) -> None:
-        """Do this on rank 0. A collective. Raises OutputFailed on every rank where that rank's disk fails."""
+        """Do this on rank 0. A collective. Raises OutputFailed on every rank if that rank's disk fails."""
         failure: OutputFailed | None = None
         if self._runtime.is_main:
             try:
@@ -319,7 +320,7 @@ class Reporter:
             if failure is not None:
                 raise failure
 
-        # One number for every line; texts only when there is something to tell.
+        # One number for every line; texts only if there is something to report.
         if self._runtime.max(failure is not None)[0]:
             self._runtime.agree(tell)
 
@@ -347,7 +348,7 @@ class Reporter:
                 self._give_up_tracker(error, self._terminal)
 
     def _give_up_tracker(self, error: Exception, terminal: Terminal | None) -> None:
-        """A server that goes away must not end a training run: metrics.jsonl has it all."""
+        """A server that goes away must not end a training run: metrics.jsonl has everything."""
         if terminal:
             terminal.say(
                 f"logging.tracker={self._config.logging.tracker}: failed ({told(error)}) and is not used from here on;"
@@ -375,6 +376,6 @@ class Reporter:
 
 
 def _show(tracker: Tracker, lines: Sequence[SampleMetrics]) -> None:
-    """Texts, which a tracker of the user's own need not take."""
+    """Texts, which a user's own tracker need not support."""
     if callable(texts := getattr(tracker, "texts", None)):
         texts(lines, lines[0].step)

@@ -1,8 +1,8 @@
-"""What a person sees: single lines with a fixed form, or a live bar where the output is a terminal.
+"""A run's output for people: single lines with a fixed form, or a live bar on a terminal.
 
     step 12/200  loss 4.1234  grad_norm 1.23  lr 3.00e-04  12,345 tokens/s  332 ms/step  mfu 41.2%  memory 12.34 GiB
 
-Fields are parted by two spaces and keep their order; a field that is not known is left out.
+Two spaces separate the fields, which keep their order; unknown fields are omitted.
 """
 
 # ruff: noqa: B027  (what a terminal may leave as it is)
@@ -32,7 +32,7 @@ Shown = StepMetrics | ValidationMetrics | SampleMetrics | CheckpointMetrics
 GIB = 2**30
 MIB = 2**20
 PROMPT = 60
-"""Characters of a prompt that are shown: its last ones."""
+"""Number of a prompt's last characters that are shown."""
 
 
 class Terminal(ABC):
@@ -154,7 +154,7 @@ def _validation_fields(metrics: ValidationMetrics) -> Iterator[str]:
 
 
 def _sample_fields(metrics: SampleMetrics) -> Iterator[str]:
-    """Quoted as Python does: one line, in which nothing is a command to the terminal."""
+    """Quoted as in Python: one line without commands to the terminal."""
     cut = "..." if len(metrics.prompt) > PROMPT else ""
     yield f"sample {metrics.number}"
     yield f"prompt {cut}{metrics.prompt[-PROMPT:]!r}"
@@ -168,7 +168,7 @@ def _checkpoint_fields(metrics: CheckpointMetrics) -> Iterator[str]:
 
 
 def render_summary(summary: Summary) -> str:
-    """The last words of a run, in the form of the plan."""
+    """The last lines of a run, in the form of the plan."""
     skipped = f", {summary.skipped_steps} without an update" if summary.skipped_steps else ""
     lines = [f"finished   {summary.steps} steps{skipped}, {summary.tokens:,} tokens in {summary.seconds:.1f} s"]
     if summary.tokens_of:
@@ -205,8 +205,8 @@ def render_summary(summary: Summary) -> str:
 
 
 def _of(summary: Summary) -> str:
-    """What a process of a CPU run took its memory for. The prediction is of the tensors, which are a part of it;
-    libraries allocate further buffers when they are first used."""
+    """Memory of a CPU run's process. The prediction covers the tensors, which are a part of it; libraries allocate
+    further buffers when they are first used."""
     memory, resident = summary.memory, summary.peak_host_bytes or 0
     tensors, libraries = memory.measured_allocated_bytes or memory.predicted_allocated_bytes, memory.libraries_bytes
     if tensors is None or libraries is None:
@@ -218,14 +218,14 @@ def _of(summary: Summary) -> str:
 
 
 def _predicted(memory: Comparison, *, gpu: bool) -> Iterator[str]:
-    """The prediction beside what was measured."""
+    """The prediction next to the measurement."""
     allocated, measured = memory.predicted_allocated_bytes, memory.measured_allocated_bytes
     if allocated is None:
         if memory.memory_note is not None:
             yield f"predicted  {memory.memory_note}"
         return
     if not gpu and measured is None and memory.libraries_bytes is not None:
-        return  # `_of` has said it
+        return  # `_of` has reported it
     reserved = memory.predicted_reserved_bytes if gpu else None
     text = f"predicted  {_peak(allocated, reserved, memory.predicted_reserved_most_bytes)}"
     if gpu and memory.predicted_verdict is not None:
@@ -240,7 +240,7 @@ def _predicted(memory: Comparison, *, gpu: bool) -> Iterator[str]:
 
 
 def _peak(allocated: int, reserved: int | None, most: int | None = None) -> str:
-    """most: the upper end of what is reserved, where that is a prediction."""
+    """most: the upper end of the reserved memory, for a prediction."""
     if reserved is None:
         return f"{size(allocated)} of tensors"
     until = f" to {size(most)}" if most is not None and most != reserved else ""

@@ -1,7 +1,7 @@
 """Experiment trackers: Weights & Biases through its own client, every other one through Accelerate.
 
-A tracker sees the numbers of metrics.jsonl and the resolved configuration, on rank 0 only. Keys never pass through
-the configuration, which is written to the run folder: each client finds its own in its login file or environment.
+A tracker gets the numbers of metrics.jsonl and the resolved configuration, on rank 0 only. Keys never pass through the
+configuration, which is written to the run folder: each client finds its own in its login file or environment.
 
 Torch-free at import; the clients are imported when one is started.
 """
@@ -45,11 +45,11 @@ class Tracker(Protocol):
         ...
 
     def texts(self, lines: Sequence[SampleMetrics], step: int) -> None:
-        """Texts of one validation, where the tracker shows text."""
+        """Texts of one validation, if the tracker shows text."""
         ...
 
     def finish(self, *, failed: bool) -> None:
-        """Flush and close; `failed` marks the run as broken off where the tracker has such a mark."""
+        """Flush and close; `failed` marks the run as failed, if the tracker has such a mark."""
         ...
 
 
@@ -65,9 +65,8 @@ def check_tracker_installed(tracker: str) -> None:
 def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str, after_step: int = 0) -> Tracker | None:
     """The tracker that the configuration names, started; None for `none`. For rank 0.
 
-    after_step: where the run goes on, if it does: Weights & Biases and TensorBoard then continue the run they have;
-    metrics.jsonl must have been cut there.
-    Raises EnvironmentProblem when its client refuses to start.
+    after_step: where the run continues, if it does: Weights & Biases and TensorBoard then continue the existing run;
+    metrics.jsonl must have been cut there. Raises EnvironmentProblem if its client refuses to start.
     """
     name = config.logging.tracker
     if name == NO_TRACKER:
@@ -79,7 +78,7 @@ def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str, af
         if name == CUSTOM:
             return _own(config.logging, folder, record, config.logging.run_name or run_name, after_step)
         return _FromAccelerate(config.logging, folder, record, config.logging.run_name or run_name, after_step)
-    except Exception as error:  # each client has errors of its own
+    except Exception as error:  # each client has its own errors
         raise EnvironmentProblem(
             f"logging.tracker={name}: does not start ({told(error)}); mend logging.options or its"
             " environment, or set logging.tracker=none"
@@ -100,21 +99,21 @@ class _Wandb:
             "name": run_name,
             "dir": str(folder),
             "id": _kept_id(folder / WANDB_ID),
-            # Steps that the run has already are not logged twice: the client refuses a step that goes back.
+            # Steps that the run already has are not logged twice: the client refuses a step that goes back.
             "resume": "allow",
             **logging.options,
         }
         if "mode" not in options and "WANDB_MODE" not in os.environ and not _wandb_login():
-            # Without it the client would ask for a key, and a job on a cluster would wait for an answer.
+            # Otherwise the client would ask for a key, and a job on a cluster would wait for an answer.
             options["mode"] = "offline"
         self.run = wandb.init(config=record, **options)
         if after_step and self.run.offline:
             self._tell_again(folder / "metrics.jsonl")
 
     def _tell_again(self, metrics: Path) -> None:
-        """Offline each start has a file of its own. Killed, it lacks what the client had not flushed, and `wandb sync`
-        may replace one start's history by another's. So this start's file gets all steps from the first one on, as
-        metrics.jsonl has them, and the files of earlier starts go where `wandb sync` does not look."""
+        """Offline each start has its own file. After a kill it lacks unflushed steps, and `wandb sync` may replace one
+        start's history by another's. So this start's file gets all steps from the first one on, from metrics.jsonl, and
+        the files of earlier starts go where `wandb sync` does not look."""
         ours = Path(self.run.dir).parent
         aside = ours.parent / "earlier"
         for path in ours.parent.glob(f"offline-run-*-{self.run.id}"):
@@ -151,7 +150,7 @@ def _kept_id(path: Path) -> str:
 def _wandb_login() -> bool:
     """Whether the client will find a login: in the environment, its settings or the login file.
 
-    `wandb.login` would tell as well, but it asks the server for the user's name, and waits where there is no network.
+    `wandb.login` would also tell, but it asks the server for the user's name, and waits if there is no network.
     """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
@@ -169,7 +168,7 @@ def _wandb_login() -> bool:
 
 
 def _own(logging: Logging, folder: Path, record: dict[str, Any], run_name: str, after_step: int) -> Tracker:
-    """A class of the user's own, which gets what its constructor names."""
+    """A user's own class, which gets the arguments that its constructor names."""
     found = custom_tracker(logging)
     given = {
         "project": logging.project,
@@ -202,7 +201,7 @@ class _FromAccelerate:
         self.tracker.log(dict(values), step=step)
 
     def texts(self, lines: Sequence[SampleMetrics], step: int) -> None:
-        if self.name == "tensorboard":  # it reads Markdown, in which what is indented is as it stands
+        if self.name == "tensorboard":  # it reads Markdown, in which indented text is shown verbatim
             quoted = {line: f"{line.prompt}{line.text}".replace("\n", "\n    ") for line in lines}
             self.tracker.log({f"sample/{line.number}": f"    {text}" for line, text in quoted.items()}, step=step)
 
@@ -211,7 +210,7 @@ class _FromAccelerate:
 
 
 def _arguments(logging: Logging, folder: Path, run_name: str, after_step: int) -> dict[str, Any]:
-    """How each client gets the run's name and, where it writes files, the run folder."""
+    """Arguments with which each client gets the run's name and, if it writes files, the run folder."""
     return {
         "aim": {"logging_dir": folder, "experiment": logging.project},
         "clearml": {"project_name": logging.project, "task_name": run_name},
@@ -230,10 +229,10 @@ def _arguments(logging: Logging, folder: Path, run_name: str, after_step: int) -
 
 
 def _lone_accelerate_state() -> None:
-    """Accelerate's trackers ask its `PartialState` whether this is the main process. Tell it that we are alone.
+    """Accelerate's trackers ask its `PartialState` whether this is the main process. Declare a single process.
 
-    Left to itself, the state would read the launcher's variables: in a CPU rank it changes torch's number of threads,
-    in a GPU rank it selects a device, and under `accelerate launch --use_deepspeed` it starts DeepSpeed.
+    Otherwise the state would read the launcher's variables: in a CPU rank it changes torch's number of threads, in a
+    GPU rank it selects a device, and under `accelerate launch --use_deepspeed` it starts DeepSpeed.
     """
     from accelerate.state import PartialState
 

@@ -1,7 +1,7 @@
 """`train.resume=SOURCE` of a foreign checkpoint: rank 0 converts it into the run folder, the others wait.
 
-It is compared before it is converted, and it is not committed here: a start that is refused, at the latest when the
-engine loads it, leaves nothing that a later start would go on from.
+It is compared before it is converted, and it is not committed here: a refused start, at the latest when the engine
+loads it, leaves nothing from which a later start would continue.
 
 After each tensor all ranks meet, because the conversion of a large model takes longer than a rank may stall.
 """
@@ -40,8 +40,8 @@ def bring(
     identity: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Path]:
-    """The checkpoint that was made of a foreign one, below the run's `checkpoints`, not yet committed; none if `place`
-    holds nothing of a known kind. identity: the run's. A collective. Raises CookbookError on every rank."""
+    """The checkpoint made from a foreign one, below the run's `checkpoints`, not yet committed; None if `place` holds
+    no known kind. identity: the run's. A collective. Raises CookbookError on every rank."""
     found = runtime.agree(lambda: runtime.is_main and recognise(place) is not None)
     if not runtime.max(found)[0]:
         return []
@@ -61,13 +61,13 @@ def _convert(
     identity: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[str]:
-    """Each key, and at last the checkpoint's folder."""
+    """Each key, and finally the checkpoint's folder."""
     folder, source = open_foreign(place, build_hf_config(config.model))
     record = source.record
     target = checkpoints / step_name(record.step)
     progress = progress_of(record, record.step * plan.batch.global_batch_size)
     check_same(progress, identity, source=folder, global_batch_size=plan.batch.global_batch_size)
-    if record.adapters:  # what they are depends on settings that only this run says
+    if record.adapters:  # their meaning depends on settings that only this run has
         said = {key: value for key, value in identity.items() if key.startswith("tuning.")}
         progress = replace(progress, identity=progress.identity | said)
     yield from convert(source, target, progress, place=folder, tokenizer=tokenizer)

@@ -1,7 +1,8 @@
-"""What a foreign checkpoint was trained with, and the configuration of the run that goes on says otherwise.
+"""Settings of a foreign checkpoint that the configuration of the resuming run contradicts.
 
-What makes it another model, another optimizer or another place in the data is refused (`progress.check_same`, and the
-engine's own check of shapes). These settings may be changed on purpose: each of them is one line.
+A difference that makes another model, another optimizer or another position in the data is refused
+(`progress.check_same`, and the engine's own check of shapes). The settings here may be changed on purpose: one line
+each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A checkpoint folder of ours from a source, one tensor in memory at a time. Whoever asked for it commits it."""
+"""Makes a checkpoint folder of ours from a source, one tensor in memory at a time. The caller commits it."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def convert(
     place: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[str]:
-    """Write a source as `partial_of(target)`, whole or not at all; `catalog.commit` makes it the checkpoint. Gives each
-    key before its tensor is read, so that whoever goes through them can show that something moves.
+    """Write a source as `partial_of(target)`, completely or not at all; `catalog.commit` makes it the checkpoint.
+    Yields each key before its tensor is read, so that the caller can report progress.
 
     progress: from `progress_of`. place: the source's folder, for messages. tokenizer: of the run; None: the source's
     own files. Raises CheckpointMismatch, CheckpointDamaged, or EnvironmentProblem for a disk without the room.
@@ -86,7 +86,7 @@ def _written(partial: Path, target: Path) -> Iterator[None]:
 
 
 def progress_of(record: Record, samples: int = 0) -> Progress:
-    """What a run that goes on compares itself with. samples: the position in the data where the source says none."""
+    """The identity that a resuming run compares with. samples: the position in the data if the source gives none."""
     known: dict[str, Any] = model_identity(record.config) if record.config is not None else {}
     return Progress(
         step=record.step,
@@ -94,7 +94,7 @@ def progress_of(record: Record, samples: int = 0) -> Progress:
         engine=Counters(
             optimizer_steps=record.optimizer_steps, loss_scale=record.loss_scale, good_steps=record.good_steps
         ),
-        # One optimizer for all parameters, each of them trained, and no average of the weights.
+        # One optimizer for all parameters, all of them trained, and no average of the weights.
         identity={
             **known,
             **table.identity(table.plain(record.optimizer)),
@@ -128,7 +128,7 @@ def _finish(
 
 
 def _check_complete(keys: list[str], place: Path) -> None:
-    """Every parameter must have what the others have: the rest would go on with moments of zero, unseen."""
+    """Every parameter must have the same states: the others would silently continue with moments of zero."""
     names: dict[str, set[str]] = defaultdict(set)
     for key in keys:
         kind, _, name = key.partition("/")

@@ -1,4 +1,4 @@
-"""The folder of a torch distributed checkpoint: `.metadata`, a pickle that says what lies where, and `*.distcp`.
+"""The folder of a torch distributed checkpoint: `.metadata`, a pickled index, and `*.distcp`.
 
 .metadata      read by the names that torch writes into it; another name is refused before anything is made of it
 __0_0.distcp   one torch.save after another; a tensor is joined from the pieces of all ranks when it is asked for
@@ -69,12 +69,12 @@ class Folder:
         return {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
     def values(self) -> list[str]:
-        """Keys of what is no tensor."""
+        """Keys of values that are not tensors."""
         entries = self._known.state_dict_metadata.items()
         return [key for key, entry in entries if not isinstance(entry, TensorStorageMetadata)]
 
     def tensor(self, key: str) -> torch.Tensor:
-        """Whole, on the CPU. Raises CheckpointDamaged."""
+        """The whole tensor, on the CPU. Raises CheckpointDamaged."""
         entry = self._known.state_dict_metadata[key]
         assert isinstance(entry, TensorStorageMetadata)
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -109,7 +109,7 @@ class Folder:
                 stream.seek(place.offset)
                 content = stream.read(place.length)
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:  # what is cut off or foreign fails in whatever reads it
+        except Exception as error:  # a truncated or foreign file can fail in any reader
             if as_os_error(error) is not None:
                 raise
             raise refusal(file, error) from None
@@ -125,7 +125,7 @@ def _read_metadata(file: Path) -> metadata.Metadata:
         said = f"found a {type(found).__name__}"
     except Refused as error:
         raise CheckpointMismatch(f"{file}: a pickle that {error}, which is refused unread") from None
-    except Exception as error:  # a broken pickle fails in whatever it was cut in
+    except Exception as error:  # a broken pickle can fail anywhere
         if as_os_error(error) is not None:
             raise
         said = f"found a broken one ({type(error).__name__})"

@@ -1,7 +1,7 @@
 """Checkpoints of DeepSpeed: saves of ZeRO 1, 2 and 3 by any number of ranks, and universal checkpoints.
 
-Weights are the optimizer's float32 copies. The schedule needs no state here: it is a function of the step, and the
-learning rate of the next update stands in the optimizer's groups.
+Weights are the optimizer's float32 copies. The schedule needs no state here: it is a function of the step. The
+optimizer's groups hold the learning rate of the next update.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _ours(key: str, prefix: str) -> str:
 
 
 def _prefix(save: Save, config: PretrainedConfig) -> str:
-    """What begins each name in the save. Raises CheckpointMismatch where the names or shapes are not the model's."""
+    """The common prefix of the names in the save. Raises CheckpointMismatch if names or shapes are not the model's."""
     model = build_model(Model(), config)
     kind = f"{MODEL}/"
     theirs = {key.removeprefix(kind): shape for key, shape in save.shapes().items() if key.startswith(kind)}
@@ -121,8 +121,8 @@ def _prefix(save: Save, config: PretrainedConfig) -> str:
 
 
 def _adapters(save: Save) -> set[str]:
-    """The names of what is trained beside a frozen model that peft has wrapped; none of another model. Raises
-    CheckpointMismatch for what peft does in another way than this trainer."""
+    """Names of the trained parameters next to a frozen model that peft has wrapped; none for another model. Raises
+    CheckpointMismatch for features of peft that this trainer implements differently."""
     names = {name for kind, _, name in (key.partition("/") for key in save.shapes()) if kind == MODEL}
     if not any(PEFT.search(name) for name in names):
         return set()
@@ -180,7 +180,7 @@ def _check_arithmetic(save: Save, where: str) -> None:
 
 
 def _loss_scale(scaler: Any) -> dict[str, Any]:
-    """Of float16 with a dynamic scale, which DeepSpeed grows an update later than others do after an overflow."""
+    """For float16 with a dynamic scale, which DeepSpeed grows an update later than others do after an overflow."""
     window = getattr(scaler, "scale_window", None)
     if not window:
         return {}

@@ -1,4 +1,4 @@
-"""`python -m trainer.checkpoint import`: a foreign checkpoint as a folder of ours, and what it says of itself."""
+"""`python -m trainer.checkpoint import`: makes a folder of ours from a foreign checkpoint, and reports on it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trainer.process.disks import readable
 
 
 def import_checkpoint(source: Path, target: Path, *, model: str | None = None) -> Iterator[str]:
-    """Write `target`, and say in lines what was taken and what was not.
+    """Write `target`, and print in lines what was imported and what was not.
 
-    model: folder or hub id, where the source has no config. Raises CookbookError.
+    model: folder or hub id, if the source has no config. Raises CookbookError.
     """
     with readable(target):
         exists = target.exists()

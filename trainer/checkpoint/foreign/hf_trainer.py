@@ -93,7 +93,7 @@ def open_source(folder: Path, config: PretrainedConfig | None) -> Tensors:
 def _adapter(
     folder: Path, config: PretrainedConfig | None
 ) -> tuple[PreTrainedModel, dict[str, Any], tuple[dict[str, Read], dict[str, tuple[int, ...]]]]:
-    """The model with the adapters that the folder describes, what it says of them, and its tensors. Raises
+    """The model with the adapters that the folder describes, their settings, and their tensors. Raises
     CheckpointMismatch, DataError."""
     key = f"train.resume={folder}"
     said = read_adapter(str(folder), key)
@@ -136,7 +136,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def said_arguments(folder: Path) -> dict[str, Any]:
-    """The TrainingArguments of the checkpoint; none where the file is missing or not read."""
+    """The TrainingArguments of the checkpoint; none if the file is missing or unreadable."""
     try:
         return read_pickle(folder / ARGUMENTS) if (folder / ARGUMENTS).is_file() else {}
     except ConfigError:
@@ -144,7 +144,7 @@ def said_arguments(folder: Path) -> dict[str, Any]:
 
 
 def notes(arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is not taken."""
+    """Notes on the parts that are not imported."""
     found = ["its order of the data and its random numbers are not taken"]
     for name, key in (("label_smoothing_factor", "label_smoothing"), ("neftune_noise_alpha", "neftune_alpha")):
         if arguments.get(name):
@@ -172,7 +172,7 @@ def _weight(weights: Any, name: str, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _kinds(file: Path, optimizer: Any) -> set[str]:
-    """The kinds of tensors that the optimizer keeps. Raises CheckpointDamaged for what is no optimizer's state."""
+    """The kinds of tensors that the optimizer keeps. Raises CheckpointDamaged for anything but an optimizer's state."""
     try:
         assert all(isinstance(group["params"], list) for group in optimizer["param_groups"])
         return {kind for state in optimizer["state"].values() for kind in state} - {COUNTER}
@@ -181,7 +181,7 @@ def _kinds(file: Path, optimizer: Any) -> set[str]:
 
 
 def _states(folder: Path, model: PreTrainedModel, optimizer: Any) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
-    """What the optimizer keeps of each parameter, by the parameter's name. Raises CheckpointMismatch."""
+    """The optimizer's states, by the parameter's name. Raises CheckpointMismatch."""
     file = folder / OPTIMIZER
     groups, states = optimizer["param_groups"], optimizer["state"]
     numbers = [list(group["params"]) for group in groups]
@@ -216,7 +216,7 @@ def _orders(model: PreTrainedModel) -> Iterator[Sequence[list[str]]]:
 
 
 def _updates(file: Path, optimizer: Any, step: int) -> int:
-    """Updates that the optimizer has counted. torch's SGD counts none: then those of the trainer."""
+    """Updates that the optimizer has counted. torch's SGD counts none; then the trainer's count."""
     counted = {int(state[COUNTER]) for state in optimizer["state"].values() if COUNTER in state}
     if len(counted) > 1:
         raise CheckpointMismatch(
@@ -226,7 +226,7 @@ def _updates(file: Path, optimizer: Any, step: int) -> int:
 
 
 def seen(folder: Path, state: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
-    """Samples that were seen, and settings that the arguments say. A file of random numbers stands for each rank."""
+    """Samples seen so far, and settings in the arguments. Each file of random numbers stands for a rank."""
     settings: dict[str, Any] = {}
     if "max_grad_norm" in arguments:
         settings["train.clip_grad_norm"] = float(arguments["max_grad_norm"] or 0)

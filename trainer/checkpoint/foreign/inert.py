@@ -1,4 +1,4 @@
-"""Objects that programs put into their files with the tensors: known by name, answered by a stand-in.
+"""Stand-ins, by name, for objects that programs store in their files together with the tensors.
 
 A stand-in keeps its attributes and runs nothing, and the program itself is not imported.
 """

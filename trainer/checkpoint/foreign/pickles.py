@@ -1,4 +1,4 @@
-"""Files of torch.save, read by torch's own restricted unpickler: tensors and plain values, and nothing that runs."""
+"""Files of torch.save, read by torch's own restricted unpickler: only tensors and plain values, nothing that runs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _NAMED = re.compile(r"GLOBAL (\S+)")
 
 
 def load(file: Path, known: tuple[str, ...] = ()) -> Any:
-    """What the file holds; its tensors stay in the file until they are read. known: names of objects that it may hold
-    besides, answered by stand-ins (`inert`).
+    """The content of the file; its tensors stay in the file until they are read. known: names of further objects that
+    are allowed and replaced by stand-ins (`inert`).
 
-    Raises CheckpointMismatch where it names anything but tensors and plain values, CheckpointDamaged where it is no
-    whole file of torch.save.
+    Raises CheckpointMismatch if it names anything but tensors and plain values, CheckpointDamaged if it is not a
+    complete file of torch.save.
     """
     try:
         with readable(file), torch.serialization.safe_globals(stand_ins(known)):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a file that is cut off or foreign fails in whatever library reads it
+    except Exception as error:  # a truncated or foreign file can fail in any library
         if as_os_error(error) is not None:
             raise
         raise refusal(file, error) from None

@@ -1,4 +1,4 @@
-"""What a kind of foreign checkpoint answers with."""
+"""The interface of a kind of foreign checkpoint."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ MODEL = "model"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What a foreign checkpoint says besides its tensors.
+    """A foreign checkpoint's information besides its tensors.
 
     kind: its name in messages.
-    step: updates that its trainer counted. optimizer_steps: those that the optimizer made, as bias correction counts
-    them. samples: that its trainer had seen over all ranks; None where it does not say.
-    optimizer: name of ours whose states it holds.
-    settings: key of ours -> what the source trained with.
-    next_lr: learning rate of its next update; None where it does not say.
-    config: of the model; None where it has none.
+    step: number of updates that its trainer counted. optimizer_steps: number that the optimizer made, as bias
+    correction counts them. samples: number seen over all ranks; None if unknown.
+    optimizer: our name of the optimizer whose states it holds.
+    settings: our key -> the source's value.
+    next_lr: learning rate of its next update; None if unknown.
+    config: of the model; None if it has none.
     loss_scale, good_steps: as in `trainer.engine.Counters`.
-    tokenizer: the folder that has its tokenizer's files; None where it has none.
-    notes: what of it is not taken, one sentence each, to follow the name of the source.
-    adapters: of LoRA's matrices alone, what it says of them by our keys; empty where the whole model is trained.
+    tokenizer: the folder with its tokenizer's files; None if it has none.
+    notes: omitted parts, one sentence each, to follow the name of the source.
+    adapters: for a checkpoint of LoRA's matrices alone, its settings by our keys; empty if the whole model is trained.
     """
 
     kind: str
@@ -53,8 +53,8 @@ class Record:
 
 class Source(Saved, Protocol):
     """The tensors of a foreign checkpoint by our keys (`model/NAME`, `exp_avg/NAME`, ...; NAME is the parameter's name
-    in the Hugging Face model of this version of transformers), each read when it is asked for. Weights are the
-    optimizer's own copy, where there is one. Every parameter has the same kinds."""
+    in the Hugging Face model of this version of transformers), each read on demand. Weights are the optimizer's own
+    copy, if there is one. Every parameter has the same kinds."""
 
     @property
     def record(self) -> Record: ...
@@ -91,7 +91,7 @@ def alone(folder: Path) -> CheckpointMismatch:
 
 
 def optimizer_of(kinds: Set[str], *, where: str) -> str:
-    """The name of our optimizer that keeps these kinds of tensors of a parameter. Raises CheckpointMismatch."""
+    """Our name of the optimizer that keeps these kinds of tensors for a parameter. Raises CheckpointMismatch."""
     found = keeping(kinds) if kinds else None
     if found is None:
         raise CheckpointMismatch(
@@ -118,7 +118,7 @@ def settings_of(groups: Sequence[Mapping[str, Any]], *, where: str) -> tuple[dic
     if problems:
         raise CheckpointMismatch(*problems)
     found: dict[str, Any] = {}
-    # The group that decays says how much: norms and biases have a group without decay.
+    # The group with decay gives its value: norms and biases have a group without decay.
     groups = sorted(groups, key=lambda group: -float(group.get("weight_decay") or 0))
     first = groups[0] if groups else {}
     if (peak := first.get("initial_lr")) is not None:

@@ -1,4 +1,4 @@
-"""The kinds of foreign checkpoints, and which of them a folder is."""
+"""The kinds of foreign checkpoints, and how a folder's kind is found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Kind(Protocol):
-    """A module of this folder. NAMES: what it reads, for the message about a folder that is of no kind."""
+    """A module of this folder. NAMES: its formats, for the message about a folder of no kind."""
 
     @property
     def NAMES(self) -> str: ...
@@ -27,13 +27,13 @@ class Kind(Protocol):
     def recognises(self, folder: Path) -> bool: ...
 
     def open_source(self, folder: Path, config: PretrainedConfig | None) -> Source:
-        """config: of the model that is to go on, where it is known. Raises CookbookError, in one line for each problem,
-        for what is damaged or cannot be continued."""
+        """config: of the resuming model, if known. Raises CookbookError, one line for each problem, for a checkpoint
+        that is damaged or cannot be continued."""
         ...
 
 
 KINDS: Sequence[Kind] = (fsdp, hf_trainer, deepspeed)
-"""In the order in which they are asked: a folder may hold files of several."""
+"""In the order of the checks: a folder may hold files of several."""
 
 _NUMBERED = re.compile(r"(?:checkpoint|step)-(\d+)")
 
@@ -50,7 +50,7 @@ def recognise(folder: Path) -> tuple[Kind, Path] | None:
 
 
 def open_foreign(folder: Path, config: PretrainedConfig | None = None) -> tuple[Path, Source]:
-    """The folder of the checkpoint, and what is in it. Raises CheckpointMismatch for a folder of no known kind."""
+    """The folder of the checkpoint, and its content. Raises CheckpointMismatch for a folder of no known kind."""
     found = recognise(folder)
     if found is None:
         with readable(folder):

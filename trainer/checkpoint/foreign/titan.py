@@ -1,12 +1,12 @@
-"""torchtitan's own names of a Llama's or Qwen3's parameters, and how it lays them out.
+"""torchtitan's own names and layout of a Llama's or Qwen3's parameters.
 
     layers.0.attention.wq.weight       -> model.layers.0.self_attn.q_proj.weight, rows of each head reordered for Llama
     ....attention.qkv_linear.wqkv.weight   -> q_proj, k_proj, v_proj: of each key-value head its queries, key and value
     layers.0.feed_forward.w1.weight    -> model.layers.0.mlp.gate_proj.weight
     layers.0.moe.experts.w1, .w3       -> model.layers.0.mlp.experts.gate_up_proj, one above the other
 
-torchtitan's Llama turns neighbours (0, 1), (2, 3), ...; transformers turns a number and the one half a head further.
-The moments of a weight are divided, joined and reordered as it is.
+torchtitan's Llama rotates neighbours (0, 1), (2, 3), ...; transformers rotates a feature with the one half a head
+further. The moments of a weight are divided, joined and reordered like the weight.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ IN_LAYER = {
     "ffn_norm": "post_attention_layernorm",
 }
 NEIGHBOURS = {"llama": True, "qwen3": False, "qwen3_moe": False}
-"""Kind of model -> whether torchtitan's turns neighbours."""
+"""Kind of model -> whether torchtitan's rotates neighbours."""
 FUSED = "attention.wqkv"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
@@ -59,8 +59,8 @@ Make = Callable[["Sequence[torch.Tensor]"], "torch.Tensor"]
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A parameter of the Hugging Face model. theirs: the names that it is made of. make: it, of their tensors, and its
-    moments of theirs."""
+    """A parameter of the Hugging Face model. theirs: the names of its source tensors. make: the parameter from these
+    tensors, and its moments from theirs."""
 
     theirs: tuple[str, ...]
     make: Make

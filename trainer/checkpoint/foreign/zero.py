@@ -40,7 +40,7 @@ class Rank:
 class ZeroSave:
     """Opening it reads the small parts of every file, and checks that they belong together.
 
-    model: what the first model file holds besides tensors. groups: the optimizer's settings. scaler: of float16.
+    model: content of the first model file besides tensors. groups: the optimizer's settings. scaler: of float16.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,13 +67,13 @@ class ZeroSave:
 
     @property
     def updates(self) -> int | None:
-        """As the optimizer counts them for bias correction, in its states or in its groups; None where it does not."""
+        """As the optimizer counts them for bias correction, in its states or its groups; None if it does not count."""
         counted = [*self._ranks[0].steps, *(group.get("step") for group in self.groups)]
         return next((int(step) for step in counted if step is not None), None)
 
     def shapes(self) -> dict[str, Shape]:
-        """By key: `model/NAME` of every parameter, `KIND/NAME` of those that are trained. The others have no values
-        here: a save in which some parameters are frozen is refused as one that lacks moments."""
+        """By key: `model/NAME` of every parameter, `KIND/NAME` of the trained ones. The others have no values here: a
+        save in which some parameters are frozen is refused, because it lacks moments."""
         trained = {name: place.shape for name, place in self._places.items()}
         states = {f"{kind}/{name}": shape for kind in self._kinds for name, shape in trained.items()}
         return {f"{MODEL}/{name}": shape for name, shape in {**trained, **self._frozen}.items()} | states
@@ -85,7 +85,7 @@ class ZeroSave:
         return torch.cat([row[piece.start : piece.start + piece.length] for row, piece in rows]).reshape(place.shape)
 
     def _find_frozen(self) -> dict[str, Shape]:
-        """Parameters that are not trained and were saved all the same."""
+        """Parameters that are not trained but were saved nevertheless."""
         if self.stage == 3:
             return {name: tuple(shape) for name, shape in (self.model.get("frozen_param_shapes") or {}).items()}
         others = {*self.model.get("buffer_names", ()), *self.model.get("shared_params", {})}
@@ -135,7 +135,7 @@ def load(path: Path) -> Any:
 def _rank(path: Path) -> Rank:
     with complete(path):
         content = load(path)["optimizer_state_dict"]
-        stage = int(content.get("zero_stage", 1))  # the optimizer of bfloat16 with float32 gradients does not say
+        stage = int(content.get("zero_stage", 1))  # the optimizer of bfloat16 with float32 gradients does not record it
         if stage == 3:
             weights, optimizer = content["fp32_flat_groups"], content["optimizer_state_dict"]
         else:

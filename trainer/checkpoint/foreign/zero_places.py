@@ -1,6 +1,6 @@
-"""Where a parameter lies in the flat rows of ZeRO: pure functions, without a file.
+"""Positions of a parameter in ZeRO's flat rows: pure functions, without a file.
 
-Every rank keeps one row per group: of the master weights one, of each optimizer state another of the same length.
+Every rank keeps one row per group: one for the master weights, and one of the same length for each optimizer state.
 
     stages 1 and 2   a group's parameters lie one after another in a row over all ranks, cut into W equal pieces. A
                      parameter may cross from one rank to the next, and most ranks know nothing of it. Each rank says
@@ -29,7 +29,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A parameter: the number of its row, and the pieces that it consists of, in order."""
+    """A parameter: the index of its row, and its pieces, in order."""
 
     shape: Shape
     row: int
@@ -37,13 +37,13 @@ class Place:
 
 
 class Misplaced(Exception):
-    """What does not fit, as the rest of a line."""
+    """The mismatch, as the rest of a line."""
 
 
 def from_slices(
     slices: Sequence[Sequence[Mapping[str, tuple[int, int]]]], shapes: Mapping[str, Shape]
 ) -> dict[str, Place]:
-    """Stages 1 and 2. slices: per rank and row, {name: (start, length)}. Raises Misplaced where pieces are missing."""
+    """Stages 1 and 2. slices: per rank and row, {name: (start, length)}. Raises Misplaced if pieces are missing."""
     found: dict[str, tuple[int, list[Piece]]] = {}
     for rank, rows in enumerate(slices):
         for row, named in enumerate(rows):
@@ -80,7 +80,7 @@ def partition(elements: int, ranks: int, start: int = 0) -> tuple[Piece, ...]:
 
 
 def needed(places: Mapping[str, Place]) -> dict[tuple[int, int], int]:
-    """The elements that a row must have at least: {(rank, row): elements}."""
+    """Minimum number of elements in each row: {(rank, row): elements}."""
     lengths: dict[tuple[int, int], int] = {}
     for place in places.values():
         for piece in place.pieces:
