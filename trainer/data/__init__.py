@@ -3,8 +3,8 @@
 Sample number p of the run is the same tokens under every layout and world size. Step s reads the positions
 [s * global_batch_size, (s + 1) * global_batch_size); a data-parallel rank takes its share of them.
 
-Here stands what the rest of the trainer needs to know. `build_data` is in `trainer.data.build`, so that the
-contract can be imported without the libraries that read and tokenise.
+This module has the interfaces that the rest of the trainer needs. `build_data` is in `trainer.data.build`, so that they
+can be imported without the libraries that read and tokenise.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-"""Label of a position that takes no part in the loss (torch's default `ignore_index`)."""
+"""Label of a position without loss (torch's default `ignore_index`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """input_ids: [micro_batch_size, seq_len] int64. labels: the same shape; labels[b, i] is the token that follows
-    input_ids[b, i] (already shifted), or IGNORED. position_ids: the same shape, where they are not 0, 1, 2, ... in each
-    row: of a rank's slice of a longer sequence, and where every document has positions of its own, from which
-    transformers builds a mask that keeps them apart (`data.document_mask`). lengths: [micro_batch_size], the tokens of
-    each row before its padding, where there may be any. numbers: [micro_batch_size], the samples' positions in the run,
-    from which random numbers can be drawn that are the same under every layout."""
+    """One micro-batch.
+
+    input_ids: [micro_batch_size, seq_len] int64.
+    labels: the same shape; labels[b, i] is the token that follows input_ids[b, i] (already shifted), or IGNORED.
+    position_ids: the same shape, unless they are 0, 1, 2, ... in each row: for a rank's slice of a longer sequence, and
+    if every document has its own positions, from which transformers builds a mask that separates them
+    (`data.document_mask`).
+    lengths: [micro_batch_size], tokens of each row before its padding, if there may be any.
+    numbers: [micro_batch_size], the samples' positions in the run, which seed random numbers that are the same under
+    every layout."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -40,12 +44,12 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """A copy in page-locked memory, from which a GPU copies while it computes. Called by the loader."""
+        """A copy in page-locked memory, from which a GPU copies during computation. Called by the loader."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     @property
     def named(self) -> dict[str, Any]:
-        """The tensors by their names; None for those that this batch has not."""
+        """The tensors by name; None for those that this batch does not have."""
         names = ("input_ids", "labels", "position_ids", "lengths", "numbers")
         return {name: getattr(self, name) for name in names}
 
@@ -61,12 +65,12 @@ class DataSet(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What turned the text into tokens; saved with the exported model."""
+        """The tokenizer of the text; saved with the exported model."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Equal where the text and its tokens are equal."""
+        """Equal if the text and its tokens are equal."""
         ...
 
     @property
@@ -75,33 +79,33 @@ class DataSet(Protocol):
         ...
 
     def steps(self, first_step: int = 0, mark: Any = None) -> Iterator[list[Batch]]:
-        """For each step from `first_step` on: this rank's `gradient_accumulation_steps` micro-batches. Endless.
-        mark: from `mark`, of an earlier start; without one a stream is read from its start."""
+        """For each step from `first_step` on: this rank's `gradient_accumulation_steps` micro-batches. Endless. mark:
+        from `mark`, of an earlier start; without one a stream is read from its start."""
         ...
 
     def mark(self) -> Any:
-        """Where a stream stands at the step that was given out last, the same on all ranks, as JSON can hold it; None
-        where a step is found without it."""
+        """Position of a stream at the last returned step, the same on all ranks, as JSON values; None if a step needs
+        no position."""
         ...
 
     def samples_of(self, positions: range) -> Mapping[str, int]:
-        """How many of these positions of the run each source has; empty where there is one source."""
+        """Number of these positions of the run in each source; empty if there is one source."""
         ...
 
     @property
     def validation_sets(self) -> Sequence[str]:
-        """Names of those that `validation` takes."""
+        """Names that `validation` accepts."""
         ...
 
     def validation(self, name: str | None = None) -> Iterator[Batch]:
         """The same `train.eval_samples` sequences each time, divided over the ranks. Every rank gets equally many
-        batches: where samples run out, rows are filled up with IGNORED labels."""
+        batches; rows with IGNORED labels fill up missing samples."""
         ...
 
     def beginnings(self, count: int) -> Batch:
-        """The first `count` validation samples, or all where there are fewer. The same on every rank."""
+        """The first `count` validation samples, or all if there are fewer. The same on every rank."""
         ...
 
     def describe(self) -> str:
-        """One line: where the text is from, documents, tokens, samples."""
+        """One line: origin of the text, number of documents, tokens, samples."""
         ...

@@ -1,8 +1,8 @@
 """All ranks prepare their data, and all of them succeed or all of them fail, with the same message.
 
-Without this a missing file on one node would leave the others waiting in a collective until its timeout. The
-ranks talk over a gloo group of their own: tokenising a large corpus for the first time takes longer than any
-sensible timeout of the collectives in training.
+Otherwise a missing file on one node would leave the others waiting in a collective until its timeout. The ranks
+communicate over their own gloo group: tokenising a large corpus for the first time takes longer than any sensible
+timeout of the training's collectives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PATIENCE = timedelta(days=7)
 
 
 class Agreement:
-    """Used as a context by every rank at the same point. Does nothing in a process that has no process group."""
+    """Used as a context by every rank at the same point. Does nothing in a process without a process group."""
 
     def __enter__(self) -> Self:
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)

@@ -3,7 +3,7 @@
 Read next: `paths` and `documents` (files to text), `tokenizer` and `encoding` (text to ids), `cache` (ids to disk),
 `samples` (ids to windows), `positions` (which window when, on which rank), `loader` (windows to the loop). `stream` and
 `windows` are for a data set on the hub: windows in one pass. `chat` and `conversations` go from messages to samples.
-`mixture` says what several sources are, `mixed` reads them as one.
+`mixture` defines several sources, `mixed` reads them as one.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from trainer.plan.plan import Plan
 
 
 def build_data(config: Config, plan: Plan, *, data_rank: int, vocab_size: int, local_rank: int = 0) -> DataSet:
-    """The data of one rank. A collective where there is a process group.
+    """The data of one rank. A collective if there is a process group.
 
-    data_rank: index among `plan.data_parallel_size`; ranks that hold parts of one replica share it. vocab_size: of
-    the model. local_rank 0 goes first on each machine, so that text is tokenised and downloaded once.
-    Raises DataError, on all ranks alike, for input that cannot be used.
+    data_rank: index among `plan.data_parallel_size`; ranks that hold parts of one replica share it. vocab_size: of the
+    model. local_rank 0 goes first on each machine, so text is tokenised and downloaded once. Raises DataError, on all
+    ranks alike, for unusable input.
     """
     found: Source | None = None
     with Agreement() as ranks:
@@ -85,7 +85,7 @@ def _build(config: Config, plan: Plan, vocab_size: int) -> Source:
 
 
 def _validation_sets(config: Config, plan: Plan, vocab_size: int) -> dict[str, tuple[str, Samples]]:
-    """By name the fingerprint and the samples of each, read as `data` itself says."""
+    """By name the fingerprint and the samples of each, read with the settings of `data` itself."""
     found: dict[str, tuple[str, Samples]] = {}
     problems: list[str] = []
     for name, paths in config.data.validation_sets.items():
@@ -194,7 +194,7 @@ def _reading(data: Data) -> Reading:
 
 
 def _shuffled(config: Config, samples: PackedSamples | ConversationSamples) -> OrderedSamples:
-    """Each epoch in an order of its own."""
+    """Each epoch in its own order."""
     order = Order(count=samples.count, seed=config.train.seed, shuffle=config.data.shuffle)
     return OrderedSamples(samples=samples, order=order)
 
@@ -236,7 +236,7 @@ def _check_enough(config: Config, text: TokenisedText) -> None:
 
 
 def _hub(config: Config, plan: Plan, encoder: Encoder) -> Source:
-    """`hub`: windows cut from the stream as it arrives; the validation text is taken from it beforehand."""
+    """`hub`: windows cut from the stream as it arrives; the validation text is taken from it first."""
     data, seq_len = config.data, plan.batch.seq_len
     stream = TextStream(rows=open_stream(data, split=data.split), data=data, split=data.split)
     first = next(stream.texts(), None)
@@ -267,7 +267,7 @@ def _hub(config: Config, plan: Plan, encoder: Encoder) -> Source:
 
 
 def _validation_of_stream(config: Config, stream: TextStream, encoder: Encoder, *, seq_len: int) -> HeldOut:
-    """Text for `train.eval_samples` samples, from a split of its own or held out of the one that is trained on."""
+    """Text for `train.eval_samples` samples, from a separate split or held out of the training split."""
     data, samples = config.data, config.train.eval_samples
     split = data.validation_split or data.split
     tokens = samples * seq_len + 1 if samples else 0
@@ -285,7 +285,7 @@ def _validation_of_stream(config: Config, stream: TextStream, encoder: Encoder, 
 
 
 def _synthetic(config: Config, plan: Plan, vocab_size: int) -> Source:
-    """`synthetic`: no text at all; a tokenizer is there only to be exported with the model."""
+    """`synthetic`: no text at all; a tokenizer only serves for the model's export."""
     data, seed = config.data, config.train.seed
 
     def samples(purpose: int, count: int | None) -> SyntheticSamples:

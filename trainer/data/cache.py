@@ -4,11 +4,11 @@
     CACHE_DIR/KEY/validation.bin    those of the pieces that are held out
     CACHE_DIR/KEY/meta.json         their numbers; its presence says that the entry is whole
 
-KEY is a hash of all that decides the content: paths, sizes and modification times of the files, tokenizer, text
-field, held-out fraction. How an entry comes to be whole: `entries`.
+KEY is a hash of everything that determines the content: paths, sizes and modification times of the files, tokenizer,
+text field, held-out fraction. `entries` makes an entry complete.
 
-Which text is held out is decided by a hash of the text itself, piece by piece. So copies of a text fall on the
-same side, and text that is added later moves nothing.
+A hash of the text itself decides which text is held out, piece by piece. So copies of a text fall on the same side, and
+added text moves nothing.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """Files to train on and to validate on; of conversations also splits of a data set. validation: empty if `fraction`
-    of the text is held out instead."""
+    """Training and validation files; for conversations also splits of a data set. validation: empty if `fraction` of
+    the text is held out instead."""
 
     training: tuple[Path | Split, ...]
     validation: tuple[Path | Split, ...]
@@ -72,7 +72,7 @@ class Corpus:
 
 @contextmanager
 def named(entry: Path | Split, *, for_validation: bool) -> Iterator[None]:
-    """Whatever is wrong with an entry is said under the key that it stands at."""
+    """Problems of an entry are reported under the key that contains it."""
     try:
         yield
     except DataError as error:
@@ -80,7 +80,7 @@ def named(entry: Path | Split, *, for_validation: bool) -> Iterator[None]:
 
 
 def renamed(line: str, entry: Path | Split, *, for_validation: bool) -> str:
-    """Readers of files know `data.paths` alone."""
+    """Readers of files know only `data.paths`."""
     if isinstance(entry, Split):
         return line.replace("data.paths: ", f"data.name={entry.data.name}: ", 1)
     return line.replace("data.paths: ", "data.validation_paths: ", 1) if for_validation else line
@@ -98,7 +98,7 @@ def _identity(path: Path | Split) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What meta.json holds. lowest, highest: of all content hashes. digest: of all tokens."""
+    """Content of meta.json. lowest, highest: of all content hashes. digest: of all tokens."""
 
     dtype: str
     documents: int
@@ -118,7 +118,7 @@ class TokenisedText:
 
 
 class _Origin(NamedTuple):
-    """Where a piece of text comes from: a validation file or not; the end of a document or not."""
+    """Origin of a piece of text: a validation file or not; the end of a document or not."""
 
     for_validation: bool
     ends_document: bool
@@ -127,7 +127,7 @@ class _Origin(NamedTuple):
 def load_tokens(corpus: Corpus, encoder: Encoder, *, cache_dir: str) -> TokenisedText:
     """The corpus as tokens: from the cache, or tokenised now if no process has done it before.
 
-    Raises DataError for text that cannot be read, and for a cache folder that cannot be written.
+    Raises DataError for unreadable text, and for a cache folder that cannot be written.
     """
     return cached(cache_dir, corpus.key(encoder), build=lambda folder: _build(corpus, encoder, folder), read=_open)
 
@@ -153,7 +153,7 @@ def _build(corpus: Corpus, encoder: Encoder, folder: Path) -> None:
 
 
 def both_sides(threshold: int, lowest: int, highest: int) -> int:
-    """Text whose hash is below `threshold` is held out. Of two different pieces one is, and one is not."""
+    """Text whose hash is below `threshold` is held out. Of two different pieces one is, and the other is not."""
     return min(max(threshold, lowest + 1), highest)
 
 
@@ -192,7 +192,7 @@ def _tokenise(corpus: Corpus, encoder: Encoder, folder: Path, threshold: int) ->
 
 
 def _pieces(corpus: Corpus) -> Iterator[tuple[_Origin, Piece]]:
-    """All text of the corpus in pieces. Says now and then how far it is."""
+    """All text of the corpus in pieces. Reports progress now and then."""
     files = list(corpus.entries())
     sizes = {path: _identity(path)[1] for _, path in files}
     total = sum(sizes[path] for _, path in files)
@@ -210,7 +210,7 @@ def _pieces(corpus: Corpus) -> Iterator[tuple[_Origin, Piece]]:
 
 
 class _Row:
-    """A file that tokens are appended to, begun and ended as the encoder says for each document."""
+    """A file to which tokens are appended; the encoder begins and ends each document."""
 
     def __init__(self, path: Path, dtype: str, encoder: Encoder) -> None:
         self._file = path.open("wb")

@@ -5,9 +5,9 @@
     <|im_start|>user\\n2 + 2?<|im_end|>\\n<|im_start|>assistant\\n4<|im_end|>\\n      the template's text
     ........................................................########              trained on: the assistant's part
 
-Where the template marks the assistant's part with {% generation %}, that is it; elsewhere `spans` finds it. A message
-that spells a control token spells text (`plain_text`). Which fields of a row count: `messages`.
-Loss on the assistant's turns alone: Ouyang et al. 2022 (InstructGPT).
+If the template marks the assistant's part with {% generation %}, that part is used; otherwise `spans` finds it. A
+message that spells a control token spells text (`plain_text`). `messages` defines which fields of a row count. Loss on
+the assistant's turns alone: Ouyang et al. 2022 (InstructGPT).
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Tokens(NamedTuple):
 
 
 class ChatEncoder:
-    """Conversations to tokens by the template of `encoder`'s tokenizer. key: where its name stands in the config.
-    spelled: how many conversations had text that spells a control token."""
+    """Conversations to tokens by the template of `encoder`'s tokenizer. key: config key with its name. spelled: number
+    of conversations whose text spelled a control token."""
 
     def __init__(self, encoder: Encoder, *, key: str) -> None:
-        """Raises DataError for a tokenizer without a chat template, or that cannot tell where its tokens are from."""
+        """Raises DataError for a tokenizer without a chat template, or without the positions of its tokens."""
         self.tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
         self.plain = encoder.plain
         self.name = f"{key}={encoder.name}"
@@ -77,7 +77,7 @@ class ChatEncoder:
         return self.templates["tools" in conversation.options]
 
     def encode(self, conversation: Conversation) -> Tokens:
-        """Raises DataError, with file and line, where the template refuses the conversation or hides a turn."""
+        """Raises DataError, with file and line, if the template refuses the conversation or hides a turn."""
         self._check_known(conversation)
         marked = GENERATION.search(self.template(conversation)) is not None
         from jinja2 import TemplateError
@@ -113,7 +113,7 @@ class ChatEncoder:
         return Tokens(encoded.ids, trained)
 
     def _check_known(self, conversation: Conversation) -> None:
-        """Raise DataError for a field that the template has no word of, and would drop."""
+        """Raise DataError for a field that the template does not mention, and would drop."""
         template = self.template(conversation)
         given = dict.fromkeys(conversation.options)
         given |= dict.fromkeys(key for message in conversation.messages for key in NEEDS_TEMPLATE if message.get(key))
@@ -127,8 +127,8 @@ class ChatEncoder:
                 )
 
     def _guarded(self, conversation: Conversation) -> Conversation:
-        """As the template gets it: without fields that are null, on which many stumble, and with control tokens that
-        are spelled out kept from being found."""
+        """The message for the template: without null fields, which break many templates, and with spelled-out control
+        tokens disguised."""
         template = self.template(conversation)
         if template not in self._contents:
             self._contents[template] = Contents(self.tokenizer, template)
@@ -141,8 +141,8 @@ class ChatEncoder:
         return conversation._replace(messages=self.plain.guarded(messages), options=options)
 
     def _marked(self, rendering: Rendering) -> tuple[str, list[Span]]:
-        """By the template's own marks. The tokenizer's `return_assistant_tokens_mask` reads the same ones, but where a
-        turn ends in a blank that some tokenizers count to no token it marks all that follows too."""
+        """By the template's own marks. The tokenizer's `return_assistant_tokens_mask` reads the same marks, but if a
+        turn ends in a space that some tokenizers assign to no token, it also marks everything after it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         conversation = rendering.conversation
@@ -169,7 +169,7 @@ class ChatEncoder:
 
 
 def _reasoning_has_one_name() -> bool:
-    """Whether this transformers gives a template what was thought under each of the names that are in use."""
+    """Whether this transformers gives a template the reasoning under each of the common names."""
     from transformers.utils import chat_template_utils
 
     return hasattr(chat_template_utils, "_alias_reasoning_fields")

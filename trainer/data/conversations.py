@@ -7,9 +7,9 @@
     data.packing=false    | conversation 3 ......................., padding            |
     data.packing=true     | conversation 3 ..............., 17 ......, 4 ..., padding  |     best fit decreasing
 
-A conversation is never divided: one that is longer than `data.seq_len` loses its end, and one that thereby loses every
-turn of the assistant is left out. Packing is best fit decreasing: longest first, each into the fullest sample that has
-room, which leaves a few per cent of padding where lengths vary.
+A conversation is never split: one that is longer than `data.seq_len` loses its end, and one that thereby loses every
+turn of the assistant is dropped. Packing is best fit decreasing: longest first, each into the fullest sample with
+enough room, which leaves a few per cent of padding if lengths vary.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class ConversationFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversations:
-    """digest: of all tokens and of which are trained on. forms: those of the rows, each with its count. skipped: rows
-    that were left out; why: what was wrong with the first."""
+    """digest: of all tokens and of which are trained on. forms: forms of the rows, each with its count. skipped: number
+    of skipped rows; why: the problem of the first."""
 
     training: ConversationFile
     validation: ConversationFile
@@ -96,7 +96,7 @@ def load_conversations(
 ) -> Conversations:
     """The corpus's conversations as tokens, from the cache or tokenised now.
 
-    tokenizer_key: where the tokenizer's name stands in the config. Raises DataError for rows that cannot be used.
+    tokenizer_key: config key with the tokenizer's name. Raises DataError for unusable rows.
     """
     chat = ChatEncoder(encoder, key=tokenizer_key)
     identity = f"chat 3 {transformers.__version__} {corpus.key(encoder)} {chat.templates} {reading.identity()}"
@@ -194,7 +194,7 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, reading: Reading
 
 
 def _all(corpus: Corpus, reading: Reading, skipped: list[str]) -> Iterator[tuple[Conversation, bool, Path | Split]]:
-    """Every conversation, whether it is to validate on, and the file or split that it stands in."""
+    """Every conversation, whether it is for validation, and its file or split."""
     for for_validation, entry in corpus.entries():
         wrong: list[str] = []
         with named(entry, for_validation=for_validation):
@@ -204,14 +204,14 @@ def _all(corpus: Corpus, reading: Reading, skipped: list[str]) -> Iterator[tuple
 
 
 def _hash(conversation: Conversation) -> int:
-    """Of the conversation itself: copies of it fall on the same side of the split."""
+    """Hash of the conversation itself: its copies fall on the same side of the split."""
     return content_hash(json.dumps([[m["role"], m.get("content")] for m in conversation.messages]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversationSamples:
-    """`Samples` of seq_len tokens. padding: the token that fills them up. packing: several conversations in one.
-    separate: positions start at 0 with each of them, from which attention learns to keep them apart."""
+    """`Samples` of seq_len tokens. padding: token that fills them up. packing: several conversations in one. separate:
+    positions restart at 0 in each, so that attention separates them."""
 
     file: ConversationFile
     seq_len: int
@@ -225,7 +225,7 @@ class ConversationSamples:
 
     @property
     def conversations(self) -> int:
-        """How many are used: those that keep a turn of the assistant."""
+        """Number of used conversations: those that keep a turn of the assistant."""
         return sum(map(len, _arrange(self)[0]))
 
     @property
@@ -254,7 +254,7 @@ class ConversationSamples:
                 positions[row, here] = np.arange(length)
                 place += length
             filled[row] = place
-            # Padding continues the last conversation: it sees it, and nothing sees the padding.
+            # Padding continues the last conversation: it sees that conversation, and nothing sees the padding.
             positions[row, place:] = np.arange(self.seq_len - place) + (positions[row, place - 1] + 1)
         batch = (torch.from_numpy(ids), torch.from_numpy(labels))
         return Batch(*batch, torch.from_numpy(positions) if self.separate else None, torch.from_numpy(filled))
@@ -262,7 +262,7 @@ class ConversationSamples:
 
 @lru_cache
 def _arrange(samples: ConversationSamples) -> tuple[list[NDArray[np.int64]], NDArray[np.int64], NDArray[np.int64]]:
-    """The conversations of each sample; where each begins in the file; how many of its tokens are used."""
+    """The conversations of each sample; the position of each in the file; the number of its used tokens."""
     pairs = np.asarray(samples.file.lengths.array(), np.int64).reshape(-1, 2)
     lengths = np.minimum(pairs[:, 0], samples.seq_len)
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(pairs[:, 0])])
@@ -273,9 +273,9 @@ def _arrange(samples: ConversationSamples) -> tuple[list[NDArray[np.int64]], NDA
 
 
 def pack(lengths: NDArray[np.int64], kept: NDArray[np.int64], *, seq_len: int) -> list[list[int]]:
-    """Best fit decreasing: the numbers `kept`, in samples whose lengths add up to no more than seq_len."""
+    """Best fit decreasing: the indices `kept`, in samples whose lengths add up to at most seq_len."""
     samples: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # of each sample that has any, sorted: tokens left, and its number
+    room: list[tuple[int, int]] = []  # of each sample that has any, sorted: tokens left, and its index
     for number in kept[np.argsort(-lengths[kept], kind="stable")].tolist():
         length = int(lengths[number])
         place = bisect_left(room, (length, -1))

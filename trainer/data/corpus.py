@@ -1,4 +1,4 @@
-"""Which files, or which splits of a data set, the tokens of `builtin`, `files` and `chat` come from."""
+"""The files, or the splits of a data set, that `builtin`, `files` and `chat` read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.data.split import open_split
 
 
 def corpus_of(config: Config) -> Corpus:
-    """What `builtin`, `files` and `chat` read. Raises DataError for what cannot be found, or leaves nothing."""
+    """Input of `builtin`, `files` and `chat`. Raises DataError if it cannot be found, or is empty."""
     data = config.data
     suffixes = ROW_SUFFIXES if data.source is DataSource.chat else SUFFIXES
     if data.source is DataSource.builtin:
@@ -29,7 +29,7 @@ def corpus_of(config: Config) -> Corpus:
             fraction=data.validation_fraction,
         )
     training = find_files(data.paths, key="data.paths", suffixes=suffixes)
-    # A file to validate on is never trained on, also where a folder or a pattern names it a second time.
+    # A validation file is never trained on, even if a folder or a pattern names it a second time.
     kept = {*validation}
     for name, paths in data.validation_sets.items():
         # A source of a mixture may read fewer kinds of files than these sets.

@@ -1,12 +1,12 @@
-"""Files in, documents out: the text that stands in the files of a configuration (which files: `paths`).
+"""Files in, documents out: the text of a configuration's files (`paths` finds the files).
 
     .txt .md                        one document per file
     .jsonl .json .csv .parquet      one document per row, in the field `data.text_key` (`rows`)
 
-A document comes in pieces. A text file of any size is read in pieces of about 16 KiB that end at a line's end:
-memory stays small, and a single big file can still be divided into training and validation text. Empty files,
-and rows whose text is empty or null, are passed over and counted; a folder of scraped text often has some.
-Everything else that is not clean text stops the run with the place where it stands.
+A document comes in pieces. A text file of any size is read in pieces of about 16 KiB that end at a line's end: memory
+stays small, and a single big file can still be split into training and validation text. Empty files, and rows whose
+text is empty or null, are skipped and counted; a folder of scraped text often has some. Any other text that is not
+clean stops the run, with the place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.data.rows import ABSENT, is_rows, names_of, not_text, read_rows, va
 
 PIECE_BYTES = 16 * 2**10
 BUILTIN_BYTES = 8 * 2**20
-# Of the standard library: tables and test cases, which are not prose or program, and what is not part of it.
+# Of the standard library: tables and test cases, which are not prose or program, and files that do not belong to it.
 NOT_BUILTIN = {
     "__pycache__",
     "dist-packages",
@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 
 
 def content_hash(text: str) -> int:
-    """64 bits that stand for the text on every machine."""
+    """A 64-bit hash of the text, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
@@ -70,7 +70,7 @@ def builtin_files() -> list[Path]:
 
 
 def read_pieces(path: Path, *, text_key: str) -> Iterator[Piece]:
-    """The text of one file. Raises DataError with file and line, row or byte where it is not what it should be."""
+    """The text of one file. Raises DataError with file and line, row or byte if it is malformed."""
     try:
         if is_rows(path):
             yield from _read_rows(path, text_key)
@@ -101,7 +101,7 @@ def _read_text(path: Path) -> Iterator[Piece]:
 
 
 def _read_block(file: Any) -> bytes:
-    """Up to the end of the line that PIECE_BYTES fall into, or twice as many bytes of a line without end."""
+    """Up to the end of the line that contains PIECE_BYTES, or twice as many bytes of a line without end."""
     return file.read(PIECE_BYTES) + file.readline(PIECE_BYTES)
 
 
@@ -126,7 +126,7 @@ def text_of(row: dict[str, Any], text_key: str, *, where: str) -> str:
 
 
 def check_characters(text: str, *, what: str) -> None:
-    """Raise DataError for text that JSON can spell and UTF-8 cannot. what: where it stands."""
+    """Raise DataError for text that JSON can spell and UTF-8 cannot. what: its place."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

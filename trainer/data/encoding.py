@@ -1,14 +1,14 @@
-"""Documents to tokens, the same however their text arrives: in pieces, or as one string.
+"""Documents to tokens, the same whether their text arrives in pieces or as one string.
 
     text     |------- piece 1 -------|------- piece 2 -------|----- piece 3 -----|
     windows  |----------------------- 1 ----------------|                              encoded separately,
                                                   |--------------- 2 ------------|     with an overlap
     tokens   |  |   |    |  |     |  |   |   |   |  :  |  |    |   |     |  |    |     changed over where both agree
 
-A tokenizer may join characters across the border of two pieces (a newline and the blanks after it), and may treat the
-beginning of a text in a special way. So a document is encoded whole, and each piece gets the tokens that begin in it.
-A document of more than WINDOW characters is encoded in overlapping windows. They are joined in the middle of a run of
-AGREEMENT tokens that both windows have in common, away from their ends; where there is none, both are encoded as one.
+A tokenizer may join characters across the border of two pieces (a newline and the spaces after it), and may treat the
+beginning of a text specially. So a document is encoded as a whole, and each piece gets the tokens that begin in it. A
+document of more than WINDOW characters is encoded in overlapping windows. They are joined in the middle of a run of
+AGREEMENT tokens that both windows share, away from their ends; if there is none, both are encoded as one.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def encode_documents(
 
 
 class _Window(NamedTuple, Generic[T]):
-    """base: the document's character at which it begins. pieces: those that were read for it. last: the document ends
+    """base: index of its first character in the document. pieces: those that were read for it. last: the document ends
     with it."""
 
     base: int
@@ -113,7 +113,7 @@ def _bulks(items: Iterable[tuple[T, int]], size: int) -> Iterator[list[T]]:
 
 
 def _encode(windows: list[_Window[T]], encoder: Encoder) -> list[Encoded]:
-    """Places cost time, so they are asked for only where a document has several pieces."""
+    """Token positions cost time, so they are computed only for documents with several pieces."""
     alone = [each.base == 0 and each.last and len(each.pieces) == 1 for each in windows]
     found: dict[bool, Iterator[Encoded]] = {}
     for kind in set(alone):
@@ -124,9 +124,9 @@ def _encode(windows: list[_Window[T]], encoder: Encoder) -> list[Encoded]:
 
 @dataclass
 class _Document(Generic[T]):
-    """A document of several pieces or windows, of which the newest window is held back until the next one has come.
+    """A document of several pieces or windows; its newest window is held back until the next one has arrived.
 
-    pieces: not given out yet, each with the character at which it ends.
+    pieces: not returned yet, each with its end in characters.
     """
 
     encoder: Encoder
@@ -168,7 +168,7 @@ class _Document(Generic[T]):
         self.ready_starts.append(self.starts[self.begin : end])
 
     def _border(self, ids: NDArray[np.int64], starts: NDArray[np.int64], base: int) -> tuple[int, int] | None:
-        """The same token in this window and in the next: the one to go over at."""
+        """The same token in this window and in the next: the one at which to switch."""
         shared = self.base + len(self.text) - base
         low, high = base + shared // 4, base + shared - shared // 4
         mine = {

@@ -4,7 +4,8 @@
     CACHE_DIR/KEY/meta.json    its presence says that the entry is whole
 
 An entry is written under another name and renamed when it is complete, and a file lock lets one process of a machine
-build while others wait: whatever is killed, a half-written entry is never read, and a lock dies with its process.
+build while others wait. Whatever is killed, a half-written entry is never read, and a lock is released with its
+process.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ T = TypeVar("T")
 
 
 def cached(cache_dir: str, key: str, *, build: Callable[[Path], None], read: Callable[[Path], T]) -> T:
-    """What `read` makes of the entry's folder; `build` fills an empty one if no process has done it before.
+    """The result of `read` on the entry's folder; `build` fills an empty one if no process has done it before.
 
     build: must write META last.
-    read: an error over a value that it reads means that the entry is damaged.
+    read: an error about a value means that the entry is damaged.
     Raises DataError for a damaged entry, and for a cache folder that cannot be written.
     """
     folder = Path(os.path.expanduser(cache_dir)) / key
@@ -52,8 +53,8 @@ def cached(cache_dir: str, key: str, *, build: Callable[[Path], None], read: Cal
 
 
 def check_files(folder: Path, sizes: dict[str, int]) -> None:
-    """Raise DataError unless each file has its size in bytes. Only a disk or a person can have changed an entry since
-    it was made, so it is not silently made again."""
+    """Raise DataError unless each file has its size in bytes. Only a disk or a person can have changed a finished
+    entry, so it is not silently made again."""
     for name, expected in sizes.items():
         path = folder / name
         found = path.stat().st_size if path.exists() else 0
@@ -73,7 +74,7 @@ def token_dtype(vocabulary: int) -> str:
 def _fill(folder: Path, build: Callable[[Path], None]) -> None:
     """Build into a folder of this machine, then give it its name."""
     partial = folder.with_suffix(f".{socket.gethostname()}.partial")
-    # We hold the lock, so a folder that stands there was left by a builder that was killed.
+    # We hold the lock, so an existing folder was left by a killed builder.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -81,7 +82,7 @@ def _fill(folder: Path, build: Callable[[Path], None]) -> None:
         try:
             partial.rename(folder)
         except OSError:
-            # On a file system without locks, another machine was faster; its entry is as good as ours.
+            # On a file system without locks, another machine was faster; its entry is equally valid.
             if not (folder / META).exists():
                 raise
     finally:

@@ -1,7 +1,7 @@
-"""The data of a run as the loop sees it: batches per step, read ahead by loader processes where asked for.
+"""The data of a run as the loop sees it: batches per step, prefetched by loader processes if requested.
 
-A loader process draws no random numbers and decides nothing: it turns positions into batches. So the number of
-them changes the speed of a run and nothing else.
+A loader process draws no random numbers and decides nothing: it turns positions into batches. So their number changes
+the speed of a run and nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VALIDATION_KEY = 0x5EED
-"""Validation samples are drawn with this key under every `train.seed`: runs that differ in the seed stay comparable."""
+"""Key of the validation samples under every `train.seed`: runs with different seeds stay comparable."""
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
@@ -43,16 +43,16 @@ class Opened(Protocol):
     def at(self, positions: NDArray[np.int64]) -> Batch: ...
 
     def mark(self) -> Any:
-        """What finds the place again that has been reached, as JSON can hold it; None where that takes no search."""
+        """JSON values from which the current position can be found again; None if that takes no search."""
         ...
 
 
 class Reading(Protocol):
-    """What stands at each position of the run. Goes to loader processes, so it must pickle small."""
+    """The samples by position of the run. Sent to loader processes, so its pickle must be small."""
 
     @property
     def in_order(self) -> bool:
-        """Whether positions must be asked for in increasing order, because what comes before a sample is read first."""
+        """Whether positions must be requested in increasing order, because earlier samples are read first."""
         ...
 
     def open(self, mark: Any = None) -> Opened:
@@ -122,19 +122,19 @@ def _numbered(opened: Opened, positions: range) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class MarkedBatch(Batch):
-    """The first micro-batch of a step, with what finds its place in a stream again."""
+    """The first micro-batch of a step, with its position in a stream."""
 
     mark: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """What the samples of a run are read from, the same on every rank.
+    """The source of a run's samples, the same on every rank.
 
-    count: samples of one epoch; None where that is not known. fingerprint: equal where the data is equal.
-    text: one line about it, given how many samples the run reads of it, and in how many steps.
-    parts: how many of some positions each source of a mixture has.
-    until_exhausted: positions before the first source has been read to its end; None: never.
+    count: samples per epoch; None if unknown. fingerprint: equal if the data is equal.
+    text: one line about it, given the number of samples and steps that the run reads.
+    parts: number of given positions in each source of a mixture.
+    until_exhausted: positions before the first source is exhausted; None: never.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -179,14 +179,14 @@ class RankData:
             try:
                 micro_batches = iter(self._micro_batches(first_step, mark))
             except OSError as error:
-                # Its queues, too, need room in shared memory.
+                # Its queues need room in shared memory, too.
                 raise RankProblem(*no_room(error).problems) from None
         while True:
             step = []
             for _ in range(self.share.batch.gradient_accumulation_steps):
                 batch = next_item(micro_batches)
                 if isinstance(batch, DataError):
-                    # A stream can break off for one rank alone, which must then say so itself.
+                    # A stream can break off for one rank alone, which must then report it itself.
                     raise RankProblem(*batch.problems)
                 step.append(batch)
             self._marks[:] = [batch.mark for batch in step if isinstance(batch, MarkedBatch)]
@@ -199,7 +199,7 @@ class RankData:
         reading = self.source.reading
         if reading.in_order:
             whole = _OneAfterAnother(reading=reading, share=self.share, first_step=first_step, mark=mark)
-            # A second process would read and tokenise the same stream once more, and help nothing.
+            # A second process would read and tokenise the same stream again, without any benefit.
             workers = min(1, self.num_workers)
             return build_loader(whole, sampler=None, num_workers=workers, pin_memory=self.pin_memory)
         return build_loader(
@@ -239,8 +239,8 @@ class RankData:
 
 
 def next_item(items: Iterator[Any]) -> Any:
-    """The next one. Raises RuntimeError, as torch does elsewhere, where a loader process died while it handed one over:
-    the broken connection that is seen here says nothing of it."""
+    """The next one. Raises RuntimeError, as torch does elsewhere, if a loader process died while it passed one on: the
+    broken connection that is seen here does not show the cause."""
     try:
         return next(items)
     except RuntimeError as error:
@@ -269,7 +269,7 @@ def build_loader(
         collate_fn=share if num_workers else _as_it_is,
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_parent if num_workers else None,
-        # Otherwise the loader would draw a number from the generator that the model's dropout uses.
+        # Otherwise the loader would draw a number from the generator of the model's dropout.
         generator=torch.Generator(),
     )
 
@@ -289,8 +289,8 @@ def signals_held_back() -> Iterator[None]:
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """Launchers and terminals signal the whole process group. The trainer then finishes its step and saves, for
-    which it needs its loader processes alive: they heed only the SIGTERM that the trainer itself sends at its end."""
+    """Launchers and terminals signal the whole process group. The trainer then finishes its step and saves, and needs
+    its loader processes for that: they obey only the SIGTERM that the trainer itself sends at its end."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     # A blocked signal can be fetched together with its sender.
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Conversations of a file: which fields count, which are refused, and which are for people.
+"""Fields of a conversation file: those that count, those that are refused, and information for people.
 
 A row of any form (`formats`) becomes a row of this one:
 
@@ -9,7 +9,7 @@ A row of any form (`formats`) becomes a row of this one:
                                             |            given to the chat template, which must know it
                                             1: trained on (the default of the assistant's messages); 0: not
 
-A field that elsewhere decides what is trained on, or what the template sees, is refused where it is not honoured.
+A field that decides elsewhere what is trained on, or what the template gets, is refused unless it is honoured.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ REFUSED_IN_MESSAGES = {
 }
 """Field to remedy."""
 EMPTY = (None, "", [], {})
-"""Values that say no more than an absent field: tables give each row all fields."""
+"""Values that mean the same as an absent field: tables give each row all fields."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 NEEDS_TEMPLATE = ("tool_calls", *REASONING, "channel", "recipient", "developer")
-"""Fields and roles of messages that a template without a word of them would drop."""
+"""Fields and roles of messages that a template would drop if it does not mention them."""
 
 Message = dict[str, Any]
 
 
 class Conversation(NamedTuple):
-    """where: FILE:LINE. options: what else the chat template is given. unused: fields that play no part. roles: whose
-    messages are trained on, where they have no weight. form: in which the row was written."""
+    """where: FILE:LINE. options: further arguments of the chat template. unused: ignored fields. roles: roles whose
+    messages are trained on by default. form: of the row."""
 
     messages: list[Message]
     where: str
@@ -85,7 +85,7 @@ class Conversation(NamedTuple):
     form: str = "messages"
 
     def trained(self, place: int) -> bool:
-        """Whether the message of this number, from 0, is to be trained on."""
+        """Whether the message of this index, from 0, is to be trained on."""
         message = self.messages[place]
         weight = message.get("weight")
         return message["role"] in self.roles if weight is None else weight == 1
@@ -95,7 +95,7 @@ def read_conversations(
     path: Path | Split, reading: Reading, skipped: list[str] | None = None
 ) -> Iterator[Conversation]:
     """The conversations of a file, or of a split of a data set. Raises DataError with the place; with `reading.skip`,
-    what is wrong with a row goes into `skipped` instead."""
+    the problem of a row goes into `skipped` instead."""
     missing = {name: theirs for name, theirs in reading.fields.items() if name not in MESSAGE_FIELDS}
     row: dict[str, Any] = {}
     example = FORMATS[reading.form or "messages"].EXAMPLE
@@ -139,7 +139,7 @@ def _conversation(row: dict[str, Any], reading: Reading, *, where: str) -> Conve
 
 
 def _with_system(messages: list[Any], others: dict[str, Any], *, where: str) -> list[Any]:
-    """The messages, with the field `system` of their row as the first."""
+    """The messages, with the row's field `system` as the first."""
     system = others.pop("system", None)
     if system in EMPTY:
         return messages

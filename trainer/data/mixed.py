@@ -3,12 +3,12 @@
     weights 3 : 7      round of 10 turns    w c w w c w w w c w  |  w c w ...        c: code, w: web
     position 14        turn 4 of round 1: the source is c, its own position 1 * 3 + 1 = 4     all counted from 0
 
-A turn goes to the source that lacks the most of its share (largest deficit first, as in Megatron's blended data sets):
-no source is ever a whole sample ahead of its share, and after each round all have exactly theirs. Nothing is drawn at
-random and nothing is remembered: the order is a function of the position, the same under every layout and after every
-resume. Each source keeps the order that it has alone.
+A turn goes to the source that is furthest behind its share (largest deficit first, as in Megatron's blended data sets):
+no source is ever a whole sample ahead of its share, and after each round all have exactly theirs. Nothing is random and
+nothing is stored: the order is a function of the position, the same under every layout and after every resume. Each
+source keeps its own order.
 
-Without weights the samples of all sources are numbered through and shuffled as one (`Numbered`).
+Without weights the samples of all sources are numbered consecutively and shuffled as one (`Numbered`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.data.samples import Samples
 
 Numbers = NDArray[np.int64]
 CHUNK = 2**20
-"""Positions that are looked up at once."""
+"""Number of positions that are looked up at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class Turns:
         return sources, rounds * np.array(self.shares)[sources] + before[turns]
 
     def between(self, positions: range) -> list[int]:
-        """How many of these positions each source has."""
+        """Number of these positions in each source."""
         ends = zip(self._before(positions.start), self._before(positions.stop), strict=True)
         return [stop - start for start, stop in ends]
 
@@ -65,14 +65,14 @@ class Turns:
         return rounds * len(table) + int(np.flatnonzero(table == source)[place])
 
     def until_exhausted(self, counts: Sequence[int | None]) -> int | None:
-        """Positions before the one at which the first source has no sample left. counts: None: it has no end."""
+        """Positions before the one at which the first source is exhausted. counts: None: it has no end."""
         ends = [self.position_of(source, count) for source, count in enumerate(counts) if count is not None]
         return min(ends, default=None)
 
 
 @lru_cache
 def _round(shares: tuple[int, ...]) -> tuple[Numbers, Numbers]:
-    """The source of each turn, and how many turns it has had before in the round."""
+    """The source of each turn, and its number of earlier turns in the round."""
     total, lacking, had = sum(shares), [0] * len(shares), [0] * len(shares)
     table, before = np.empty(total, np.int64), np.empty(total, np.int64)
     for turn in range(total):
@@ -86,7 +86,8 @@ def _round(shares: tuple[int, ...]) -> tuple[Numbers, Numbers]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Numbered:
-    """`Samples` of all sources, numbered through: those of the first source, then those of the second, and so on."""
+    """`Samples` of all sources, numbered consecutively: those of the first source, then those of the second, and so
+    on."""
 
     parts: tuple[Samples, ...]
 
@@ -105,7 +106,7 @@ class Numbered:
         return sources, numbers - begins[sources]
 
     def between(self, order: Order, positions: range) -> list[int]:
-        """How many of these positions each source has. In a whole epoch that is all it has."""
+        """Number of these positions in each source. In a whole epoch that is all its samples."""
         epochs, rest = divmod(len(positions), self.count)
         some = np.arange(positions.stop - rest, positions.stop, dtype=np.int64)
         more = np.zeros(len(self.parts), np.int64)
@@ -120,7 +121,7 @@ class Numbered:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InTurn:
-    """`Samples` of several sources in turn, as many as there are before the first source has none left."""
+    """`Samples` of several sources in turn, as many as there are before the first source is exhausted."""
 
     parts: tuple[Samples, ...]
     turns: Turns
@@ -152,7 +153,7 @@ class Mixed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenMixed:
-    """Each source is asked for its own positions, in order, and keeps its own mark."""
+    """Each source gets requests for its own positions, in order, and keeps its own mark."""
 
     parts: Mapping[str, Opened]
     turns: Turns
@@ -229,6 +230,6 @@ def gather(sources: Numbers, numbers: Numbers, readers: Sequence[Callable[[Numbe
 
 
 def _lengths(batch: Batch) -> torch.Tensor:
-    """Of a source that never fills up a sample: all of it."""
+    """For a source that never fills up a sample: all of it."""
     full = torch.full((len(batch.input_ids),), batch.input_ids.shape[1], dtype=torch.int64)
     return full if batch.lengths is None else batch.lengths

@@ -1,9 +1,9 @@
-"""`data.mixture`: several sources, each with a weight. What the keys mean, and what is wrong with them; torch-free.
+"""`data.mixture`: several sources, each with a weight: the keys, and their problems; torch-free.
 
     data.mixture.code.weight=3   data.mixture.code.paths=[src/]        a source by a name of the user's own:
     data.mixture.web.weight=7    data.mixture.web.paths=[web.jsonl]    its weight, and keys of `data` for it alone
 
-Everything else asks for `parts`: data without a mixture is one part without a name. Next: `mixed`, which reads them.
+All other code asks for `parts`: data without a mixture is one part without a name. Next: `mixed`, which reads them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from configs.schema import Config, Data
 from trainer.data import custom
 
 SLOTS = 2**16
-"""The most turns in a round. Weights whose ratios need more are rounded to this many parts."""
+"""Maximum number of turns in a round. Weights whose ratios need more are rounded to this many parts."""
 SHARED = (
     *("mixture", "exhausted", "seq_len", "tokenizer", "document_mask", "num_workers", "cache_dir"),
     "validation_sets",
 )
 """Keys of `data` that hold for all sources."""
 ENDLESS = (DataSource.hub, DataSource.synthetic)
-"""Sources whose number of samples is not known; of a class of the user's own, that of a stream is not."""
+"""Sources with an unknown number of samples; for a user's own class, a stream."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Part:
 
     @property
     def label(self) -> str:
-        """What begins a message about this source."""
+        """Prefix of a message about this source."""
         return f"data.mixture.{self.name}: " if self.name else ""
 
     @property
@@ -67,8 +67,8 @@ def parts(config: Config) -> list[Part]:
 def shares(weights: Sequence[float]) -> list[int]:
     """Whole numbers in the ratio of the weights: the turns of each source in a round of their sum.
 
-    They are exact where a round of SLOTS turns can express them. Otherwise each is rounded down, and the turns that are
-    left go to the largest remainders.
+    They are exact if a round of SLOTS turns can express them. Otherwise each is rounded down, and the remaining turns
+    go to the largest remainders.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     parts_of_all = [weight / sum(exact) for weight in exact]
@@ -83,13 +83,13 @@ def shares(weights: Sequence[float]) -> list[int]:
 
 
 def check_name(key: str, name: str) -> Iterator[str]:
-    """What is wrong with a name that numbers and lines of the log carry."""
+    """Problems of a name that appears in metrics and lines of the log."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         yield f"{key}.{name}: a name has letters, digits, - and _ only; choose another name"
 
 
 def problems(config: Config) -> Iterator[str]:
-    """One line for each thing that is wrong with the mixture itself. What a source lacks: the rules for `data`."""
+    """One line for each problem of the mixture itself. The rules for `data` check each source."""
     data = config.data
     for name, source in cast("dict[str, Any]", data.mixture).items():
         yield from check_name("data.mixture", name)
@@ -102,7 +102,7 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def problems_of_parts(found: Sequence[Part]) -> Iterator[str]:
-    """What is wrong with the sources together. found: from `parts`."""
+    """Problems of the sources together. found: from `parts`."""
     weights = {part.name: part.weight for part in found if part.weight is not None}
     if not found[0].name:
         return
@@ -129,7 +129,7 @@ def problems_of_parts(found: Sequence[Part]) -> Iterator[str]:
 
 
 def _problem(key: str, value: Any) -> str | None:
-    """What follows the name of a key of a source, where something is wrong with it."""
+    """Message after the name of a source's key, if there is a problem with it."""
     if key == "weight":
         good = value is None or (type(value) in (int, float) and isfinite(value) and 0 < value < 1e9)
         return None if good else f"={value}: must be a number greater than 0"
@@ -156,6 +156,6 @@ def _weight(source: Mapping[str, Any]) -> float | None:
 
 
 def _data(data: Data, source: Mapping[str, Any]) -> Data:
-    """`data` with what a source has for itself, in the schema's types."""
+    """`data` with a source's own values, in the schema's types."""
     own = {key: value for key, value in source.items() if key != "weight"}
     return cast(Data, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(replace(data, mixture={})), own)))

@@ -1,7 +1,7 @@
-"""Content in parts, [{"type": "text", "text": ...}, ...], for templates that write it and for those that do not.
+"""Content in parts, [{"type": "text", "text": ...}, ...], for templates with and without support for it.
 
-A template that takes a message's content for text prints a list as Python does, brackets and all; one that loops over
-parts loses a text, character by character. Each template is asked once, with a message of parts and with one of text.
+A template that treats content as text prints a list in Python's notation, brackets and all; one that loops over parts
+breaks a text into characters. Each template is probed once, with a message of parts and with one of text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TEXTS = ("qpartone", "qparttwo")
 
 
 class Contents:
-    """What of contents a template writes. text, parts: whether it writes a content of text, and one of parts."""
+    """Contents that a template writes. text, parts: whether it writes content as text, and as parts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         self.text = "".join(TEXTS) in _render(tokenizer, template, "".join(TEXTS))
@@ -23,7 +23,7 @@ class Contents:
         self.parts = all(text in parts for text in TEXTS) and "{'type'" not in parts and '"type"' not in parts
 
     def written(self, content: Any) -> Any:
-        """The content as it stands if the template writes it so, else in the other form."""
+        """The content unchanged if the template supports it, else in the other form."""
         if isinstance(content, list) and not self.parts:
             return "".join(part["text"] for part in content)
         if isinstance(content, str) and self.parts and not self.text:

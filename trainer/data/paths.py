@@ -20,9 +20,9 @@ SUFFIXES = (*TEXT, *ROW_SUFFIXES)
 def find_files(entries: Iterable[str], *, key: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """The files that paths, folders (searched recursively) and glob patterns name, each once.
 
-    Folders and patterns pass over other suffixes and hidden files, folders also over .json and .csv where they hold
-    other data; a file that is named itself must be supported.
-    Raises DataError with every entry that yields nothing. key: where the entries stand in the configuration.
+    Folders and patterns skip other suffixes and hidden files, folders also .json and .csv if they hold other data; a
+    file that is named itself must be supported. Raises DataError with every entry that matches nothing. key: the
+    entries' key in the configuration.
     """
     found: dict[Path, None] = {}
     problems = []
@@ -32,7 +32,7 @@ def find_files(entries: Iterable[str], *, key: str, suffixes: Sequence[str] = SU
             matches = _matches(path, suffixes)
             usable = [match for match in matches if _ends(match, suffixes) or match == path]
             unreadable = [f"{key}={entry}: {why}" for match in usable if (why := why_not_readable(match))]
-        # What no path can be (a NUL in it) is a ValueError.
+        # A string that no path can be (a NUL in it) is a ValueError.
         except (OSError, ValueError) as error:
             problems.append(f"{key}={entry}: cannot be looked up ({_why(error, path)}); name another")
             continue
@@ -57,7 +57,7 @@ def _matches(path: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _in_folder(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files of a folder, without those that may be about others: a dataset_info.json next to data."""
+    """The files of a folder, without those that may be metadata: a dataset_info.json next to data."""
     found = files_inside(folder)
     data = [path for path in found if _ends(path, suffixes) and not _ends(path, rows.NAMED_ALONE)]
     return [path for path in found if not _ends(path, rows.NAMED_ALONE)] if data else found
@@ -68,7 +68,7 @@ def _ends(path: Path, suffixes: Sequence[str]) -> bool:
 
 
 def files_inside(folder: Path) -> list[Path]:
-    """All that is no folder, in folders that are linked to as well. Raises OSError for a folder that cannot be read."""
+    """All non-folders, including those in linked folders. Raises OSError for an unreadable folder."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -76,7 +76,7 @@ def files_inside(folder: Path) -> list[Path]:
     found: list[Path] = []
     seen = set[str]()
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        # A link may lead back to where it stands.
+        # A link may lead back to its own folder.
         if (real := os.path.realpath(parent)) in seen:
             folders.clear()
             continue
@@ -87,7 +87,7 @@ def files_inside(folder: Path) -> list[Path]:
 
 
 def why_not_readable(path: Path) -> str | None:
-    """What is wrong with a file that is to be read; None if nothing is. Reading a pipe or a device would wait."""
+    """The problem of a file that is to be read, if any. Reading a pipe or a device would wait."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def why_not_readable(path: Path) -> str | None:
 
 
 def _why(error: Exception, path: Path) -> str:
-    """What was wrong, and with which file below `path`."""
+    """The problem, and the file below `path` that has it."""
     if not isinstance(error, OSError):
         return first_line(error)
     below = [str(error.filename)] if error.filename not in (None, str(path)) else []

@@ -1,12 +1,12 @@
-"""Text as text: a tokenizer that no longer finds its control tokens in what people wrote.
+"""Text as text: a tokenizer that does not recognise control tokens in people's text.
 
     "a </s> b"  --the tokenizer-->   a  </s>  b            a document could end itself, or speak as the assistant
                 --PlainText------>   a  <  /  s  >  b      the characters are tokenised like any others
 
 A control token is one that the tokenizer declares special. The library's `split_special_tokens=True` keeps such tokens
 from being matched before the model runs, but a Unigram or WordLevel model can still produce them, because their names
-are entries of its vocabulary. So a copy of the tokenizer is made in which each control token keeps its id and gets a
-name that no text holds. Added tokens that are not special (Qwen's `<think>`, runs of blanks) are ordinary vocabulary.
+are entries of its vocabulary. So in a copy of the tokenizer each control token keeps its id and gets a name that no
+text contains. Added tokens that are not special (Qwen's `<think>`, runs of spaces) are ordinary vocabulary.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAME = f"\ufdd0{secrets.token_hex(8)}"
-"""What the new names of control tokens begin with: a noncharacter of Unicode, and what no text can foresee."""
+"""Prefix of control tokens' new names: a Unicode noncharacter, and a part that no text can predict."""
 GUARD = "\ufdd1"
-"""A noncharacter that stands inside a spelled-out control token while a chat template is at work."""
+"""A noncharacter inside a spelled-out control token while a chat template runs."""
 
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Encoded(NamedTuple):
-    """ids: [tokens] int64. starts: [tokens], the character at which each token begins; None where it is not known."""
+    """ids: [tokens] int64. starts: [tokens], index of each token's first character; None if unknown."""
 
     ids: NDArray[np.int64]
     starts: NDArray[np.int64] | None
@@ -46,12 +46,12 @@ class PlainText:
     """Encodes text without adding special tokens.
 
     control: id and name of each token that text cannot produce.
-    places: whether it is known from which characters a token is.
+    places: whether the characters of each token are known.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, control_tokens: bool, name: str) -> None:
         """control_tokens: let text produce them. name: of the tokenizer, as key=value. Raises DataError for a tokenizer
-        that cannot read its control tokens as text."""
+        that cannot treat its control tokens as text."""
         # The library's types name every argument and attribute of every kind of tokenizer.
         self._tokenizer: Any = tokenizer
         self._name = name
@@ -65,7 +65,7 @@ class PlainText:
         self._check()
 
     def encode(self, texts: Sequence[str], *, places: bool = False) -> list[Encoded]:
-        """places: fill `Encoded.starts`, where that is known. Raises DataError for text that the tokenizer refuses."""
+        """places: fill `Encoded.starts`, if known. Raises DataError for text that the tokenizer refuses."""
         try:
             if self._core is None:
                 return [Encoded(ids, None) for ids in self._without_places(texts)]
@@ -78,7 +78,7 @@ class PlainText:
             raise self._refused(error) from None
 
     def encode_rendered(self, text: str) -> Encoded:
-        """The tokens of what a chat template wrote, its control tokens included, except for those inside of text that
+        """The tokens of a chat template's output, including its control tokens, except for those inside text that
         `guarded` has changed. starts: characters of `text`."""
         if GUARD not in text:
             encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -98,7 +98,7 @@ class PlainText:
 
     def guarded(self, value: Any) -> Any:
         """The JSON value, with a guard inside each control token that its text spells. Raises ValueError for text that
-        holds the guard itself."""
+        contains the guard itself."""
         if isinstance(value, str):
             if GUARD in value:
                 raise ValueError("the text holds U+FDD1, which is no character")
@@ -142,7 +142,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     found = {number: str(token.content) for number, token in added.items() if token.special}
     names = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     found |= {number: str(name) for number, name in names if number is not None}
-    # What single bytes are spelled with is text, whatever it is declared as.
+    # Tokens that spell single bytes are text, whatever they are declared as.
     return {number: name for number, name in found.items() if name and not BYTE.fullmatch(name)}
 
 
@@ -156,7 +156,7 @@ def _alternatives(names: Iterable[str]) -> re.Pattern[str]:
 
 
 def _parts(text: str, pattern: re.Pattern[str]) -> Iterable[tuple[int, str]]:
-    """The matches and what stands between them, each with its place."""
+    """The matches and the text between them, each with its position."""
     end = 0
     for found in pattern.finditer(text):
         if found.start() > end:
@@ -168,7 +168,7 @@ def _parts(text: str, pattern: re.Pattern[str]) -> Iterable[tuple[int, str]]:
 
 
 def _copy(core: Tokenizer, control: dict[int, str], *, split: bool) -> Tokenizer:
-    """control: tokens to rename. split: do not match special tokens, whatever they are called."""
+    """control: tokens to rename. split: do not match special tokens, whatever their name."""
     from tokenizers import Tokenizer
 
     names = {content: _renamed(number) for number, content in control.items()}

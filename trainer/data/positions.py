@@ -1,12 +1,12 @@
-"""Which sample stands at which position of the run, and which positions a rank reads. Arithmetic only.
+"""Which sample is at which position of the run, and which positions a rank reads. Arithmetic only.
 
     position p  ->  epoch p // count, place p % count in it  ->  sample order(epoch)[place]
     step s      ->  positions [s * G, (s + 1) * G),  G = global_batch_size
     micro-batch k of data rank r in step s  ->  s * G + (k * ranks + r) * micro_batch_size + [0, micro_batch_size)
 
-Nothing here remembers anything: a run that resumes at step s, on any number of ranks, computes the same numbers.
-The shuffle is a cipher on the sample numbers instead of a stored list: constant memory for any size of data, any
-place of any epoch at once, and no dependence on the random streams of a NumPy version.
+Nothing here has state: a run that resumes at step s, on any number of ranks, computes the same numbers. The shuffle is
+a cipher on the sample numbers instead of a stored list: constant memory for any size of data, immediate access to any
+place of any epoch, and no dependence on the random streams of a NumPy version.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def key_of(*numbers: int) -> int:
 
 
 def permute(places: NDArray[np.int64], *, count: int, key: int) -> NDArray[np.int64]:
-    """Where each place of a shuffled range(count) points to. places: any shape of numbers in [0, count).
+    """The target of each place of a shuffled range(count). places: any shape of numbers in [0, count).
 
     A Feistel network permutes the smallest square power of two that holds `count`; a number that lands outside is
-    sent through again until it lands inside, which keeps the whole a permutation (cycle walking). The domain is
-    less than 4 * count, so that takes a few passes.
+    permuted again until it lands inside, which keeps the whole a permutation (cycle walking). The domain is less than 4
+    * count, so that takes a few passes.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -101,7 +101,8 @@ class Share:
         return position // self.batch.micro_batch_size % self.batch.data_parallel_size == self.data_rank
 
     def rounds(self, samples: int) -> Iterator[range]:
-        """Divide `samples` positions over the ranks, equally many micro-batches for each; the last run past the end."""
+        """Divide `samples` positions over the ranks, equally many micro-batches for each; the last ones run past the
+        end."""
         per_round = self.batch.micro_batch_size * self.batch.data_parallel_size
         for number, positions in enumerate(self.micro_batches()):
             if number * per_round >= samples:

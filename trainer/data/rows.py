@@ -1,12 +1,12 @@
-"""Rows of a file of records: JSON objects, lines of CSV or rows of parquet, each with the place where it stands.
+"""Rows of a file of records: JSON objects, lines of CSV or rows of parquet, each with its place.
 
     .jsonl      one object per line
     .json       an array of objects, or objects one after the other
     .csv        the first line names the columns; every value is text
     .parquet    a row of a table; lists and structs are lists and objects
 
-The first three may be compressed: .gz or .zst behind the suffix. A field inside others is named by its path:
-`meta.text` is {"meta": {"text": ...}}, unless the row has a field whose whole name is `meta.text`.
+The first three may be compressed: .gz or .zst after the suffix. A nested field is named by its path: `meta.text` is
+{"meta": {"text": ...}}, unless the row has a field whose whole name is `meta.text`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from configs.errors import DataError, first_line
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
-"""Each row with its place: FILE:LINE, also with the number of the record where a line may hold several."""
+"""Each row with its place: FILE:LINE, also with the number of the record if a line may hold several."""
 
 BOM = b"\xef\xbb\xbf"
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -35,10 +35,10 @@ ABSENT = object()
 
 
 def read_rows(path: Path, *, example: str, column: str | None = None) -> Rows:
-    """The rows of the file; empty lines are passed over.
+    """The rows of the file; empty lines are skipped.
 
-    example: what a row should look like. column: the only field that is wanted, where the file can read it alone.
-    Raises DataError with the place of what is not as it should be, and OSError for a file that cannot be read.
+    example: a valid row. column: the only field that is needed, if the file can read it alone. Raises DataError with
+    the place of malformed content, and OSError for an unreadable file.
     """
     kind, compression = _kind(path)
     if kind == ".parquet":
@@ -48,7 +48,7 @@ def read_rows(path: Path, *, example: str, column: str | None = None) -> Rows:
         with _open(path, compression) as file:
             yield from READERS[kind](path, file, example)
     except (EOFError, zlib.error, OSError) as error:
-        # The libraries that decompress give no number to what is wrong with the content.
+        # The decompression libraries give no error number for bad content.
         if compression and getattr(error, "errno", None) is None:
             raise DataError(
                 f"data.paths: {path} is not a sound {compression} file ({first_line(error)}); write it again"
@@ -61,7 +61,7 @@ def is_rows(path: Path) -> bool:
 
 
 def value_of(row: Row, name: str) -> Any:
-    """The value of a field, or of a field inside others (`meta.text`); ABSENT where there is none."""
+    """The value of a field, or of a nested one (`meta.text`); ABSENT if there is none."""
     if name in row or "." not in name:
         return row.get(name, ABSENT)
     value: Any = row
@@ -79,7 +79,7 @@ def not_text(path: Path, what: str) -> str:
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """The suffix that says what is inside, and that of the compression around it, if any."""
+    """The suffix of the content, and that of its compression, if any."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     return (suffixes[-1] if suffixes else ""), compression
@@ -162,14 +162,14 @@ class _Lines:
 
 
 def _blank(text: str, place: int) -> int:
-    """The next character from here on that is no blank."""
+    """The next character from here on that is not blank."""
     found = BLANK.match(text, place)
     return found.end() if found else place
 
 
 def _read_csv(path: Path, file: IO[bytes], example: str) -> Rows:
     csv.field_size_limit(LONGEST_CELL)
-    # A wrapper that is thrown away closes its file, which is not its own.
+    # A discarded wrapper closes its file, which does not belong to it.
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     try:
         yield from _read_cells(path, csv.reader(text, strict=True))
@@ -211,7 +211,7 @@ def _read_parquet(path: Path, column: str | None) -> Rows:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
-            # A column that is absent is a field that is absent: the reader of the row says so.
+            # An absent column is an absent field: the row's reader reports it.
             wanted = [name for name in (column, (column or "").split(".")[0]) if name in names][:1]
             columns = (wanted or names) if column is not None else None
             number = 0
@@ -230,8 +230,8 @@ def _read_parquet(path: Path, column: str | None) -> Rows:
 
 
 def sparse(value: Any) -> Any:
-    """Without the fields inside of lists and objects that are null: a table gives each of them those of all others, and
-    a template would write the arguments that a call never had."""
+    """Without null fields inside lists and objects: a table gives each of them the fields of all others, and a template
+    would write arguments that a call never had."""
     if isinstance(value, list):
         return [sparse(each) for each in cast("list[Any]", value)]
     if isinstance(value, dict):
@@ -253,4 +253,4 @@ READERS: dict[str, Callable[[Path, IO[bytes], str], Rows]] = {
 COMPRESSIONS = (".gz", ".zst")
 SUFFIXES = (".jsonl", ".parquet", *(f".jsonl{end}" for end in COMPRESSIONS))
 NAMED_ALONE = tuple(f"{kind}{end}" for kind in (".json", ".csv") for end in ("", *COMPRESSIONS))
-"""Kinds that a folder may hold for other purposes, next to its data: then they are read only where they are named."""
+"""Kinds that a folder may hold for other purposes, next to its data: they are read only if they are named."""

@@ -1,6 +1,6 @@
-"""What is wrong with the keys of the data, each problem in one line. Torch-free.
+"""Problems of the data's keys, each in one line. Torch-free.
 
-READ_BY says which source reads a key: one that no source of the run reads is refused, since it would change nothing.
+READ_BY lists the sources that read a key: a key that no source of the run reads is refused, since it has no effect.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ READ_BY: Mapping[str, Sequence[DataSource]] = MappingProxyType(
 )
 """Keys of `data` that only some sources read."""
 EVERYWHERE = ("source", "mixture", "exhausted", "seq_len", "tokenizer", "num_workers", "cache_dir")
-"""Keys that hold for all sources. `cache_dir` is a place, used where there is something to keep."""
+"""Keys that hold for all sources. `cache_dir` is a place, used whenever something is cached."""
 ON_CONDITION = ("document_mask", "validation_sets")
 """Keys with a rule of their own below."""
 OF_A_NAME = ("subset", "split", "validation_split", "revision")
@@ -86,7 +86,7 @@ def _check_source(config: Config) -> Iterator[str]:
 
 
 def _check_idle(data: Data) -> Iterator[str]:
-    """Keys that another key of the same source leaves without effect."""
+    """Keys that another key of the same source makes ineffective."""
     usual = Data()
     if data.source is DataSource.chat and data.name is not None and data.paths:
         yield f"data.name={data.name}: data.paths={data.paths} says what is read; give one of them"
@@ -120,7 +120,7 @@ def _of_another_source(key: str, value: Any, given: DataSource, sources: Sequenc
 
 
 def _check_validation_sets(config: Config) -> Iterator[str]:
-    """They are read as `data` itself says, also where a mixture is what is trained on."""
+    """They are read with the settings of `data` itself, even if a mixture is trained on."""
     data, sets = config.data, config.data.validation_sets
     if sets and data.source not in FILES:
         yield _of_another_source("validation_sets", sets, data.source, FILES)
@@ -135,7 +135,7 @@ def _check_validation_sets(config: Config) -> Iterator[str]:
 
 
 def _check_samples(config: Config, parts: Sequence[mixture.Part]) -> Iterator[str]:
-    """Texts that the model writes after a validation."""
+    """Texts that the model generates after a validation."""
     train, asked, usual = config.train, config.train.samples, Samples()
     given = {"prompts": asked.prompts, "from_validation": asked.from_validation}
     for key, value in ((key, value) for key, value in given.items() if value):

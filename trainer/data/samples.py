@@ -4,10 +4,10 @@ Documents stand one after the other in one long row of tokens, each ended by EOS
 
     tokens[i * seq_len : i * seq_len + seq_len + 1]      inputs: all but the last;  labels: all but the first
 
-Neighbouring windows share one token, so every token but the first is a label exactly once. The last window is
-filled up, with IGNORED labels. A window may span documents: attention sees across their border, and the EOS there
-is what tells them apart, as is usual in pretraining. With `data.document_mask` positions start at 0 after each EOS,
-attention stays inside a document, and no document is asked for the first token of the next.
+Neighbouring windows share one token, so every token but the first is a label exactly once. The last window is filled
+up, with IGNORED labels. A window may span documents: attention crosses their border, and only the EOS separates them,
+as is usual in pretraining. With `data.document_mask` positions restart at 0 after each EOS, attention stays inside a
+document, and no document has to predict the first token of the next.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from trainer.data.positions import key_of, mix
 
 
 class Samples(Protocol):
-    """Samples that can be read in any order. Goes to loader processes, so it must pickle small."""
+    """Samples that can be read in any order. Sent to loader processes, so its pickle must be small."""
 
     @property
     def count(self) -> int | None:
-        """How many there are; None: as many as are asked for."""
+        """Number of samples; None: unlimited."""
         ...
 
     def read(self, numbers: NDArray[np.int64]) -> Batch:
@@ -71,7 +71,7 @@ class TokenArray:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedSamples:
-    """Windows over a row of tokens. padding: the token that fills up the last window, and that ends each document.
+    """Windows over a row of tokens. padding: token that fills up the last window, and that ends each document.
     separate: keep documents apart."""
 
     tokens: TokenFile | TokenArray
@@ -98,8 +98,8 @@ class PackedSamples:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyntheticSamples:
-    """Token t of sample p is a function of (seed, p, t). Low ids are frequent and high ones rare, so that a model
-    has something to learn. Up to `ignore_fraction` of each sample's labels are IGNORED, from its start."""
+    """Token t of sample p is a function of (seed, p, t). Low ids are frequent and high ones rare, so that a model has
+    something to learn. Up to `ignore_fraction` of each sample's labels are IGNORED, from its start."""
 
     seed: int
     seq_len: int
@@ -119,8 +119,8 @@ class SyntheticSamples:
 
 
 def make_batch(rows: NDArray[np.int64], ignored: NDArray[np.bool_] | None = None, *, end: int | None = None) -> Batch:
-    """rows: [n, seq_len + 1]. ignored: [n, seq_len], True where a label takes no part in the loss. end: the token that
-    ends a document, where documents are to be kept apart."""
+    """rows: [n, seq_len + 1]. ignored: [n, seq_len], True for labels without loss. end: the token that ends a document,
+    if documents are to be separated."""
     inputs, labels = np.array(rows[:, :-1]), np.array(rows[:, 1:])
     if ignored is not None:
         labels[ignored] = IGNORED
@@ -132,7 +132,7 @@ def make_batch(rows: NDArray[np.int64], ignored: NDArray[np.bool_] | None = None
 
 
 def _positions(inputs: NDArray[np.int64], end: int) -> NDArray[np.int64]:
-    """[n, seq_len]: each token's place in its document, as far as the row holds it."""
+    """[n, seq_len]: each token's position in its document, as far as the row holds it."""
     places = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)
     begins = np.zeros_like(inputs)
     begins[:, 1:] = np.where(inputs[:, :-1] == end, places[:, 1:], 0)

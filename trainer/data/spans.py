@@ -1,20 +1,20 @@
-"""Which part of a rendered conversation is a message's own: for templates that do not mark the assistant's.
+"""The part of a rendered conversation that belongs to a message, for templates that do not mark the assistant's part.
 
     before   <|im_start|>user\\n2 + 2?<|im_end|>\\n<|im_start|>assistant\\n                 with the answer's header
     after    <|im_start|>user\\n2 + 2?<|im_end|>\\n<|im_start|>assistant\\n4<|im_end|>\\n
     the part                                                             ################
 
-An answer is the text of the first k + 1 messages less that of the first k and the assistant's header.
-Two kinds of template need more:
+An answer is the rendering of the first k + 1 messages minus that of the first k with the assistant's header. Two kinds
+of template need more:
 
-- The header of a reasoning model may open its thoughts, `<think>`. An answer that has none follows the header without
-  it; of an answer that thinks, the opening belongs to the header, as it does when the model is asked.
-- Thoughts of earlier answers may be left out, or an empty pair of tags put into the last one: then the first k + 1
-  messages are not rendered as they are when others follow. The answer then ends with the first control token that
-  ends an answer, which no text can spell.
+- The header of a reasoning model may open its thoughts, `<think>`. An answer without thoughts follows the header
+  without it; with thoughts, the opening belongs to the header, as in generation.
+- Thoughts of earlier answers may be omitted, or an empty pair of tags put into the last one: then the first k + 1
+  messages are rendered differently when others follow. The answer then ends with the first control token that ends an
+  answer, which no text can spell.
 
-A template that renders the messages before an answer differently is named, not guessed at. Of other roles than the
-assistant, and of an answer that begins a conversation, the part is the content and what ends the message: a template
+A template that renders the messages before an answer differently is refused by name. For other roles than the
+assistant, and for an answer that begins a conversation, the part is the content and the end of the message: a template
 writes no header for them alone.
 """
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from trainer.data.messages import Conversation, Message
 
 Span = tuple[int, int]
-"""First character, and the one behind the last."""
+"""Index of the first character, and of the one after the last."""
 
 OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
 MARK = "\ufdd2"
-"""A noncharacter of Unicode, which stands where a message's content would."""
+"""A Unicode noncharacter that replaces a message's content."""
 
 
 @dataclass
 class Rendering:
-    """A conversation and its tokenizer's template. control: the names of control tokens, which its text cannot spell.
-    name: of the tokenizer, as key=value."""
+    """A conversation and its tokenizer's template. control: names of control tokens, which its text cannot spell. name:
+    of the tokenizer, as key=value."""
 
     tokenizer: PreTrainedTokenizerBase
     conversation: Conversation
@@ -51,7 +51,7 @@ class Rendering:
     _texts: dict[tuple[int, bool], str] = field(default_factory=dict)
 
     def spans(self) -> tuple[str, list[Span]]:
-        """The whole text, and the parts of it that are trained on. Raises DataError where they cannot be found."""
+        """The whole text, and its trained parts. Raises DataError if they cannot be found."""
         messages = self.conversation.messages
         whole = self._upto(len(messages))
         chosen = filter(self.conversation.trained, range(len(messages)))
@@ -79,14 +79,14 @@ class Rendering:
         )
 
     def of_content(self, place: int, whole: str) -> Span:
-        """The content of a message and what ends it."""
+        """The content of a message and its end."""
         from jinja2 import TemplateError
 
         messages = self.conversation.messages
         head, mark, tail = self._render(self._with_mark(messages, place)).partition(MARK)
         try:
             *_, ending = self._render(self._with_mark(messages[: place + 1], place)).partition(MARK)
-        # Some templates refuse a conversation that ends here; what ends the message then counts to what follows.
+        # Some templates refuse a conversation that ends here; the end of the message then counts to the next one.
         except TemplateError:
             ending = ""
         fits = mark and whole.startswith(head) and whole.endswith(tail) and len(whole) >= len(head) + len(tail)
@@ -99,7 +99,7 @@ class Rendering:
         return len(head), len(whole) - len(tail) + (len(ending) if tail.startswith(ending) else 0)
 
     def _ending(self, place: int) -> str:
-        """What follows the assistant's words, where a control token is in it that no text can spell."""
+        """The text after the assistant's content, if it contains a control token that no text can spell."""
         said = {"role": "assistant", "content": MARK}
         *_, ending = self._render([*self.conversation.messages[:place], said]).partition(MARK)
         return ending if any(name in ending for name in self.control) else ""

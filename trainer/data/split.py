@@ -1,6 +1,6 @@
-"""One split of a data set on the hub, or of a local folder that `datasets` can load, as `data=chat` reads it: whole.
+"""One split of a data set on the hub, or of a local folder that `datasets` can load, for `data=chat`: read completely.
 
-Its rows are those of a table, and what is null inside of lists and objects is a field that is absent, as in parquet.
+Its rows are those of a table, and a null inside lists and objects is an absent field, as in parquet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.data.rows import Rows, sparse
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """identity: changes with the rows. stream: what `datasets` streams."""
+    """identity: changes with the rows. stream: stream of `datasets`."""
 
     data: Data
     name: str
@@ -55,7 +55,7 @@ def open_split(data: Data, name: str) -> Split:
 
 
 def _revision(data: Data) -> tuple[str, ...]:
-    """The commit that a name on the hub stands for now, and which of its files are meant."""
+    """The current commit of a name on the hub, and the selected files."""
     import datasets
 
     try:

@@ -1,4 +1,4 @@
-"""A data set on the hub (or a local folder in its formats) as it is read: its files, its rows, what is held out.
+"""Reading of a data set on the hub (or a local folder in its formats): its files, its rows, the held-out part.
 
 Next: `windows`, which shuffles, tokenises and packs the texts on the fly.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Smaller than for files: the first step waits until so much text has arrived.
+# Smaller than for files: the first step waits until this much text has arrived.
 BULK_CHARACTERS = 2**16
 
 
@@ -44,7 +44,7 @@ def open_stream(data: Data, *, split: str) -> IterableDataset:
             f"data.revision={data.revision}: data.name={data.name} is a local folder, without revisions; set it to null"
         )
     _check_folder(data.name, local)
-    # What fails is raised as well, and then said in one line.
+    # Failures are raised as well, and then reported in one line.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return datasets.load_dataset(
@@ -63,7 +63,7 @@ def open_stream(data: Data, *, split: str) -> IterableDataset:
 
 
 def _check_folder(name: str, folder: Path) -> None:
-    """Raise DataError for what the library would wait for, or pass over."""
+    """Raise DataError for cases in which the library would wait, or skip rows."""
     try:
         files = files_inside(folder) if folder.is_dir() else []
         problems = [f"data.name={name}: {why}" for file in files if (why := why_not_readable(file))]
@@ -77,8 +77,8 @@ def _check_folder(name: str, folder: Path) -> None:
 class TextStream:
     """The texts of one split. rows: what `datasets` streams.
 
-    `datasets` can shuffle a stream itself, but in another order inside a loader process than outside, and in
-    another one in each of its versions. A run has to go on the same after both have changed.
+    `datasets` can shuffle a stream itself, but in another order inside a loader process than outside, and in another
+    one in each of its versions. A run must continue identically after both have changed.
     """
 
     rows: IterableDataset
@@ -86,14 +86,14 @@ class TextStream:
     split: str
 
     def texts(self) -> Iterator[str]:
-        """One pass over all texts that are not empty, as they stand."""
+        """One pass over all non-empty texts, in their order."""
         for file in range(self.rows.num_shards):
             for text, _ in self.file(file):
                 if text:
                     yield text
 
     def file(self, number: int, start: FilePlace | None = None) -> Iterator[tuple[str, Callable[[], FilePlace]]]:
-        """The texts of one file, empty ones too, each with what tells the place after it. start: a place in it."""
+        """The texts of one file, including empty ones, each with the position after it. start: a position in it."""
         import datasets
 
         count = self.rows.num_shards
@@ -128,7 +128,8 @@ class TextStream:
 
 
 class FilePlace(NamedTuple):
-    """A place in a file. row: rows before it. state: what `datasets` needs to go on there. version: of `datasets`."""
+    """A position in a file. row: rows before it. state: data with which `datasets` resumes there. version: of
+    `datasets`."""
 
     row: int = 0
     state: Any = None
@@ -137,14 +138,14 @@ class FilePlace(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
-    """Validation text: its tokens, and the threshold of the content hash below which training leaves text out."""
+    """Validation text: its tokens, and the threshold of the content hash below which training skips text."""
 
     tokens: NDArray[np.int64]
     threshold: int
 
 
 def hold_out(stream: TextStream, encoder: Encoder, *, fraction: float, tokens: int) -> HeldOut:
-    """Take `tokens` of validation text (fewer if the stream ends) out of a stream that is trained on."""
+    """Take `tokens` of validation text (fewer if the stream ends) out of a training stream."""
     threshold = int(fraction * 2**64)
     hashes: list[int] = []
 
@@ -156,7 +157,7 @@ def hold_out(stream: TextStream, encoder: Encoder, *, fraction: float, tokens: i
 
     found = take(chosen(), encoder, tokens=tokens)
     if len(found) < tokens and threshold and hashes:
-        # The stream has ended, so its lowest and highest hash are known: see that neither side is left empty.
+        # The stream has ended, so its lowest and highest hash are known: check that neither side is empty.
         better = both_sides(threshold, min(hashes), max(hashes))
         if better != threshold:
             texts = (text for text in stream.texts() if content_hash(text) < better)

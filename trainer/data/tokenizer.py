@@ -1,11 +1,11 @@
 """Text to token ids: any Hugging Face tokenizer, or `bytes`, which needs no training and no download.
 
-A document is tokenised as the tokenizer would tokenise it by itself: it begins with the tokens that the tokenizer puts
-before a text (BOS, for many), and a control token that it spells is text (`plain_text`). Its pieces: `encoding`.
+A document is tokenised as the tokenizer would tokenise it alone: it begins with the tokens that the tokenizer puts
+before a text (often BOS), and a control token that it spells is text (`plain_text`). `encoding` handles its pieces.
 
 `bytes` gives each byte of the UTF-8 text the id of its value, and <|endoftext|> the id 256. It is a real
-`PreTrainedTokenizerFast`: exported beside a model, `AutoTokenizer` loads it again. Training data takes a
-shortcut past it (the bytes of a string are its ids), which a test holds equal to what the tokenizer says.
+`PreTrainedTokenizerFast`: exported with a model, `AutoTokenizer` loads it again. Training data takes a shortcut (the
+bytes of a string are its ids); a test compares it with the tokenizer.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Encoder:
 
     @property
     def places(self) -> bool:
-        """Whether `encode_with_places` can tell where tokens begin, and there is a reason to ask."""
+        """Whether `encode_with_places` can give token positions, and there is a reason to ask."""
         return self.borders_matter and self.plain.places
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
@@ -73,7 +73,7 @@ class Encoder:
         return [encoded.ids for encoded in self.plain.encode(texts)]
 
     def encode_with_places(self, texts: Sequence[str], *, places: bool) -> list[Encoded]:
-        """The same, and where each token begins. places: false where nobody needs to know."""
+        """The same, with the position of each token. places: false if nobody needs them."""
         return self.plain.encode(texts, places=places)
 
 
@@ -82,8 +82,8 @@ def build_byte_tokenizer() -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # Bytes as characters, GPT-2's way: those that print are themselves, and the others follow from 256 on. Tokens named
-    # <0x41> would do as well until they are decoded: one byte that is no UTF-8 makes every byte of its text unreadable.
+    # Bytes as characters, GPT-2's way: printable ones are themselves, and the others follow from 256 on. Tokens named
+    # <0x41> would work too until they are decoded: one byte that is not UTF-8 makes every byte of its text unreadable.
     printed = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     other = [byte for byte in range(256) if byte not in printed]
     characters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + place) for place, byte in enumerate(other)}
@@ -100,7 +100,7 @@ def build_byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 class NoTokenizer:
-    """Stands where a tokenizer is saved, for a model that has none."""
+    """Placeholder for a saved tokenizer, for a model without one."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> tuple[str, ...]:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -111,13 +111,13 @@ class NoTokenizer:
 
 
 def no_tokenizer() -> PreTrainedTokenizerBase:
-    """For data that is no text: it passes through no tokenizer, and the trainer only saves what it is given here."""
+    """For data that is not text: it passes through no tokenizer, and the trainer only saves the given one."""
     return cast("PreTrainedTokenizerBase", NoTokenizer())
 
 
 def tokenizer_to_export(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that is saved with the model although the data passes through none. A model that brings none is
-    saved without one. Raises DataError for a `data.tokenizer` that cannot be loaded."""
+    """The tokenizer that is saved with the model although the data passes through none. A model without one is saved
+    without one. Raises DataError for a `data.tokenizer` that cannot be loaded."""
     name = _name(config)
     if name == BYTES:
         return build_byte_tokenizer()
@@ -137,9 +137,8 @@ def _name(config: Config) -> str:
 def build_encoder(config: Config, *, vocab_size: int | None) -> Encoder:
     """The tokenizer of `data.tokenizer`, else that of `model.path`, else `bytes`.
 
-    vocab_size: of the model; None if it does not matter. Raises DataError if the
-    tokenizer cannot be loaded, has more tokens than the model, has none that could end a document, or cannot begin one
-    as `data.bos` asks for.
+    vocab_size: of the model; None if it does not matter. Raises DataError if the tokenizer cannot be loaded, has more
+    tokens than the model, has none that could end a document, or cannot begin one as `data.bos` requires.
     """
     name = _name(config)
     tokenizer = build_byte_tokenizer() if name == BYTES else _load(config, name)
@@ -174,7 +173,7 @@ def build_encoder(config: Config, *, vocab_size: int | None) -> Encoder:
 
 
 def tokenizer_key(config: Config) -> str:
-    """Where the name of the tokenizer stands in the configuration."""
+    """The configuration key with the tokenizer's name."""
     return "model.path" if config.data.tokenizer is None and config.model.path is not None else "data.tokenizer"
 
 
@@ -210,7 +209,7 @@ def _load(config: Config, name: str) -> PreTrainedTokenizerBase:
 
 
 def _unreadable(folder: Path) -> Iterator[str]:
-    """What is wrong with the files of a folder that a tokenizer could be read from."""
+    """Problems of a folder's tokenizer files."""
     try:
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         for file in files:
@@ -221,7 +220,7 @@ def _unreadable(folder: Path) -> Iterator[str]:
 
 
 def _end_of_document(config: Config, name: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The EOS token; where a tokenizer has none (BERT's family), the token that it puts between or before texts."""
+    """The EOS token; if a tokenizer has none (BERT's family), the token that it puts between or before texts."""
     for token in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id):
         if isinstance(token, int):
             return token
@@ -234,7 +233,7 @@ def _end_of_document(config: Config, name: str, tokenizer: PreTrainedTokenizerBa
 def begin_of_document(
     config: Config, tokenizer: PreTrainedTokenizerBase, what: str = "data.tokenizer"
 ) -> tuple[int, ...]:
-    """What the tokenizer puts before a text, if `data.bos` says no other. what: names the tokenizer in a DataError."""
+    """The tokens before a text, unless `data.bos` overrides them. what: names the tokenizer in a DataError."""
     if config.data.bos is Bos.never:
         return ()
     begin = _put_before_a_text(tokenizer)
@@ -250,7 +249,7 @@ def begin_of_document(
 
 
 def _put_before_a_text(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...] | None:
-    """None: not to be seen."""
+    """None: cannot be determined."""
     for text in ("a", "1", "the"):
         bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         whole: list[int] = tokenizer(text)["input_ids"]
@@ -269,7 +268,7 @@ def _check_control_tokens(config: Config, what: str, tokenizer: PreTrainedTokeni
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase, begin: tuple[int, ...], control_tokens: bool) -> str:
-    """The whole of a fast tokenizer; of a slow one, which cannot be written out, its class, vocabulary and options."""
+    """All of a fast tokenizer; of a slow one, which cannot be serialised, its class, vocabulary and options."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     options = {

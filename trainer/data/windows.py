@@ -1,18 +1,18 @@
-"""Windows of a stream: its texts shuffled, tokenised and packed on the fly, from any place of the stream on.
+"""Windows of a stream: its texts shuffled, tokenised and packed on the fly, starting anywhere in the stream.
 
     files of the epoch, shuffled    | file 5 ........... | file 2 ...... | file 9 ..
     blocks of data.shuffle_buffer   | block 0 | block 1 | block 2 | block 3 | ...     each in an order of its own
     one endless row of tokens       3 1 2 0 5 7 4 6 ...                             window p: tokens p * L to p * L + L
 
-Every rank walks the same row and keeps its own windows. That makes a step the same under any layout, and it has a
-price: each rank reads and tokenises everything, so the run as a whole is as fast as one process can tokenise (about
-half a million tokens per second and core). Where that is too slow, or the data is read more than once, download it and
-use data=files, which tokenises it into the cache.
+Every rank walks the same row and keeps its own windows. So a step is the same under any layout, at a price: each rank
+reads and tokenises everything, so the whole run is as fast as one process can tokenise (about half a million tokens per
+second and core). If that is too slow, or the data is read more than once, download it and use data=files, which
+tokenises it into the cache.
 
-As a text of a block is given out, one of the next block is read, so that there are never more than one block's texts in
-memory and reading never pauses. What comes next depends on nothing but the begin of the block and the number of texts
-given out since, so a checkpoint holds these few numbers, and a run that goes on reads again one block and the rest of
-the text that its window begins in.
+When a text of a block is returned, one of the next block is read, so memory never holds more than one block's texts and
+reading never pauses. The rest depends only on the beginning of the block and the number of texts returned since, so a
+checkpoint holds these few numbers, and a resumed run reads one block again and the rest of the text in which its window
+begins.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from trainer.data.tokenizer import Encoder
 
 
 class Place(NamedTuple):
-    """Before a text. file: of the epoch's order. place: in that file, where the text's block begins. block: of the
-    epoch. given: texts of the block that come before."""
+    """Position before a text. file: index in the epoch's order. place: in that file, where the text's block begins.
+    block: of the epoch. given: number of texts of the block before it."""
 
     epoch: int = 0
     file: int = 0
@@ -62,11 +62,11 @@ class StreamedSamples:
 
     @property
     def block(self) -> int:
-        """Texts that are shuffled together."""
+        """Number of texts that are shuffled together."""
         return self.stream.data.shuffle_buffer if self.stream.data.shuffle else 1
 
     def texts(self, start: Place) -> Iterator[tuple[Place, str]]:
-        """The texts from a place on, epoch after epoch, each with its own place."""
+        """The texts from a position on, epoch after epoch, each with its own position."""
         arriving = _Arriving(self, start)
         block = arriving.block()
         while True:
@@ -83,7 +83,7 @@ class StreamedSamples:
 
 
 class _Arriving:
-    """Texts as they stand, epoch after epoch, each with the place of a block that begins with it."""
+    """Texts in file order, epoch after epoch, each with the position of a block that begins with it."""
 
     def __init__(self, samples: StreamedSamples, start: Place) -> None:
         self._size, self._texts = samples.block, self._walk(samples, start)
@@ -113,7 +113,7 @@ class _Arriving:
                     if text and content_hash(text) >= samples.threshold:
                         yield Place(epoch=epoch, file=file, place=here, block=number // samples.block), text
                         number += 1
-                    # Only a place where a block begins is ever asked for, and a copy of the state takes time.
+                    # Only positions at which a block begins are ever requested, and a copy of the state takes time.
                     if number % samples.block == 0:
                         here = after()
             if not number:
@@ -125,12 +125,12 @@ class _Arriving:
 
 
 class OpenStream:
-    """A stream from a mark on. Windows must be asked for in order."""
+    """A stream from a mark on. Windows must be requested in order."""
 
     def __init__(self, samples: StreamedSamples, mark: dict[str, Any] | None) -> None:
         self._seq_len, self._mark, start = samples.seq_len, mark, Place()
         self._end = samples.encoder.end if samples.stream.data.document_mask else None
-        self._window = self._begin = 0  # the next window; the place in the row of the first token that is held
+        self._window = self._begin = 0  # the next window; position in the row of the first token in memory
         if mark is not None:
             epoch, file, place, block, given = mark["text"]
             start = Place(epoch, file, FilePlace(*place), block, given)
@@ -138,13 +138,13 @@ class OpenStream:
             self._begin = self._window * self._seq_len - mark["offset"]
         self._rows = tokens_of(samples.texts(start), samples.encoder)
         self._held = np.empty(0, np.int64)
-        self._texts: list[tuple[int, Place]] = []  # those of which tokens are held: where each begins in the row
+        self._texts: list[tuple[int, Place]] = []  # texts with tokens in memory: the position of each in the row
 
     def at(self, positions: NDArray[np.int64]) -> Batch:
         return make_batch(np.stack([self._read(position) for position in positions.tolist()]), end=self._end)
 
     def mark(self) -> dict[str, Any] | None:
-        """Of the window after the one that was read last."""
+        """Mark of the window after the last one."""
         place = self._window * self._seq_len
         known = [(begin, text) for begin, text in self._texts if begin <= place]
         if not known:
@@ -153,7 +153,7 @@ class OpenStream:
         return {"window": self._window, "offset": place - begin, "text": text}
 
     def _read(self, number: int) -> NDArray[np.int64]:
-        """A window of seq_len + 1 tokens. The rest of an epoch goes on into the next."""
+        """A window of seq_len + 1 tokens. The rest of an epoch continues into the next."""
         start = number * self._seq_len
         while self._begin + len(self._held) <= start + self._seq_len:
             self._drop(start)
@@ -164,7 +164,7 @@ class OpenStream:
         return self._held[start - self._begin :][: self._seq_len + 1]
 
     def _drop(self, place: int) -> None:
-        """Let go of tokens before this place in the row, and of texts that end there."""
+        """Drop tokens before this position in the row, and texts that end there."""
         surplus = min(max(0, place - self._begin), len(self._held))
         self._held, self._begin = self._held[surplus:], self._begin + surplus
         while len(self._texts) > 1 and self._texts[1][0] <= self._begin:

@@ -1,9 +1,9 @@
-"""Loader processes: as many as the machine carries, and room for what they hand over.
+"""Loader processes: as many as the machine can run, with enough shared memory.
 
-A loader process writes each tensor of a batch into a file of its own in /dev/shm, from which the training process maps
-it. Where that is full (64 MiB is a container's default), the library says so in a thread that nobody listens to, and
-the training process waits for the batch until its timeout. So the room is measured before the first process starts,
-and a loader process that finds no room hands over the reason instead of the batch.
+A loader process writes each tensor of a batch into a separate file in /dev/shm, from which the training process maps
+it. If that is full (64 MiB is a container's default), the library reports it in a thread that nobody reads, and the
+training process waits for the batch until its timeout. So the room is measured before the first process starts, and a
+loader process without room passes on the reason instead of the batch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from trainer.plan.plan import Plan
 
 SHARED_MEMORY = "/dev/shm"
 PREFETCHED = 2
-"""Batches that each process has ready (torch's default)."""
+"""Batches that each process prefetches (torch's default)."""
 PER_CPU = 8
-"""Loader processes per CPU beyond which they only take turns."""
+"""Maximum useful number of loader processes per CPU."""
 _TENSORS = 3
 _SMALL = 2
 """Of a number for each row; each takes a page."""
@@ -28,7 +28,7 @@ _QUEUES = 16
 
 
 def check_workers(num_workers: int, plan: Plan) -> None:
-    """Raise DataError for loader processes that this machine cannot carry. num_workers: of each rank."""
+    """Raise DataError for loader processes that this machine cannot run. num_workers: of each rank."""
     if not num_workers:
         return
     ranks, cpus = find_machine().local_world_size or 1, len(os.sched_getaffinity(0))
@@ -51,7 +51,7 @@ def check_workers(num_workers: int, plan: Plan) -> None:
 
 
 def share(batch: Any) -> Any:
-    """The Batch (or DataError), moved to shared memory; where that is full, a DataError. Called in a loader process."""
+    """The Batch (or DataError), moved to shared memory; if that is full, a DataError. Called in a loader process."""
     if isinstance(batch, DataError):
         return batch
     try:
@@ -75,7 +75,7 @@ _REMEDY = "make it larger (docker run --shm-size=1g, or --ipc=host), or set data
 
 def _bytes_of_worker(plan: Plan, *, page: int) -> int:
     tensor = 8 * plan.batch.micro_batch_size * plan.batch.seq_len
-    # One batch more is in use while the others wait.
+    # One more batch is in use while the others wait.
     return page * ((-(-tensor // page) * _TENSORS + _SMALL) * (PREFETCHED + 1) + _QUEUES)
 
 

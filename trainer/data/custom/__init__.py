@@ -3,8 +3,8 @@
     numbered    __len__ and __getitem__            shuffled, held out of, resumed by arithmetic
     a stream    __iter__, from its start each time read in order; state_dict and load_state_dict make a resume quick
 
-Of the arguments `tokenizer`, `seq_len`, `vocab_size` and `seed` a class gets those that its constructor names. What a
-sample is, and what else a class may have: docs/python.md. Next: `read`, which makes an object and reads it.
+Of the arguments `tokenizer`, `seq_len`, `vocab_size` and `seed` a class gets those that its constructor names.
+docs/python.md defines a sample and the optional methods. Next: `read`, which makes an object and reads it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from configs.schema import Config
 from configs.schema_data import Data
 
 GIVEN = {"tokenizer": "data.tokenizer", "seq_len": "data.seq_len", "vocab_size": "", "seed": "train.seed"}
-"""Arguments that come from keys of their own, or from the model."""
+"""Arguments that come from separate keys, or from the model."""
 NUMBERED, STREAM, PLACE = ("__len__", "__getitem__"), ("__iter__",), ("state_dict", "load_state_dict")
 VALIDATION = "validation"
 ABSTRACT = ("torch.utils.data.dataset", "Dataset.__getitem__")
-"""What torch's streams inherit, to raise NotImplementedError."""
+"""Methods that torch's streams inherit and that raise NotImplementedError."""
 
 
 def problems(config: Config) -> Iterator[str]:
-    """What is wrong with the class and its arguments, one line each, before an object of it is made."""
+    """Problems of the class and its arguments, one line each, before an object is made."""
     data, key = config.data, f"data.target={config.data.target}"
     try:
         found = class_of(data)
@@ -51,7 +51,7 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def is_stream(data: Data) -> bool:
-    """Whether the number of its samples is not known. False for a path that is no class: `problems` says so."""
+    """Whether the number of its samples is unknown. False for a path that is not a class: `problems` reports it."""
     try:
         return not _has(class_of(data), NUMBERED)
     except PlanError:
@@ -59,7 +59,7 @@ def is_stream(data: Data) -> bool:
 
 
 def class_of(data: Data) -> type:
-    """Raises PlanError for a path that is none of a class of samples."""
+    """Raises PlanError for a path that is not a class of samples."""
     if data.target is None:
         raise PlanError("data.target=null: data=custom needs it: data.target=package.module.Class; give it")
     key = f"data.target={data.target}"
@@ -74,7 +74,7 @@ def class_of(data: Data) -> type:
 
 
 def made_with(found: type, config: Config, given: dict[str, Any]) -> dict[str, Any]:
-    """What its constructor is called with. given: a value for each of GIVEN."""
+    """Arguments of its constructor. given: a value for each of GIVEN."""
     named = arguments(found)
     return {**{name: given[name] for name in GIVEN if name in named}, **config.data.options}
 

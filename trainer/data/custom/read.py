@@ -1,10 +1,10 @@
-"""Objects of the user's class, made and checked, and what they give as rows of a batch.
+"""Makes and checks objects of a user's class, and reads them as rows of a batch.
 
     a sample               input_ids 5 7 8 9          labels -100 -100 8 9             each of its own token
     its row, seq_len 6     input_ids 5 7 8 9 0 0      labels -100 8 9 -100 -100 -100   each of the token before it
 
-A sample has from 2 to seq_len + 1 tokens, the last of which is a label alone. Each is checked when it is read: what was
-right at the start may be wrong at sample 40,000.
+A sample has from 2 to seq_len + 1 tokens, the last of which is only a label. Each is checked when it is read: data that
+was correct at the start may be wrong at sample 40,000.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trainer.data.samples import Samples
 from trainer.data.tokenizer import tokenizer_to_export
 
 LOOKED_AT = 16
-"""Samples that are read before the run."""
+"""Number of samples that are read before the run."""
 HELD_OUT_KEY = 0x0D
 END = object()
 IDS, LABELS, MASK = "input_ids", "labels", "attention_mask"
@@ -41,8 +41,8 @@ Row = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that makes an object, which goes to loader processes instead of the object: each makes its own, since open
-    files do not survive in two processes."""
+    """Everything needed to make an object, sent to loader processes instead of the object: each makes its own, since
+    open files do not survive in two processes."""
 
     config: Config
     seq_len: int
@@ -72,7 +72,7 @@ class Recipe:
         return self._once("data", self.make)
 
     def validation(self) -> Any:
-        """What `validation()` of the object gives, asked once in this process."""
+        """The object's `validation()`, called once in this process."""
         return self._once(VALIDATION, lambda: self.asked("validation() fails", getattr(self.kept(), VALIDATION)))
 
     def _once(self, what: str, make: Callable[[], Any]) -> Any:
@@ -82,16 +82,16 @@ class Recipe:
         return self._made[place]
 
     def asked(self, what: str, call: Any) -> Any:
-        """The answer of the user's code. Raises DataError with what it raises."""
+        """Result of the user's code. Raises DataError with its exception."""
         try:
             return call()
         except DataError:
             raise
-        except Exception as error:  # whatever code of somebody else raises
+        except Exception as error:  # anything that foreign code raises
             raise DataError(f"{self.key}: {what} ({told(error)}); mend it") from None
 
     def row(self, sample: Any, where: str) -> Row:
-        """Its tokens and labels, not shifted. Raises DataError for what is no sample."""
+        """Its tokens and labels, not shifted. Raises DataError for an invalid sample."""
         said = f"{self.key}: {where}"
         if not isinstance(sample, Mapping) or IDS not in sample:
             raise DataError(f"{said} is no mapping with {IDS} ({type(sample).__name__}); give one")
@@ -140,8 +140,8 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Numbered:
-    """`Samples` of an object with a length, in its order: those of its validation (`validating`), or `count` of its
-    own `of`, either those that are held out or all others."""
+    """`Samples` of an object with a length, in its order: those of its validation (`validating`), or `count` of its own
+    `of`, either the held-out ones or all others."""
 
     recipe: Recipe
     count: int
@@ -165,7 +165,7 @@ class Numbered:
 
 @lru_cache
 def _held_out(total: int, count: int) -> NDArray[np.int64]:
-    """For each sample that is held out, in ascending order, how many that are not come before it."""
+    """For each held-out sample, in ascending order, the number of other samples before it."""
     places = np.arange(total - count, total, dtype=np.int64)
     return np.sort(permute(places, count=total, key=HELD_OUT_KEY)) - np.arange(count)
 
@@ -184,7 +184,7 @@ class Streamed:
 class OpenStream:
     """A stream from a mark on. Positions must be asked for in order.
 
-    With `state_dict` the object goes to its place itself; without it the samples before are read once more.
+    With `state_dict` the object goes to its position itself; without it the samples before are read again.
     """
 
     def __init__(self, recipe: Recipe, mark: dict[str, Any] | None) -> None:
@@ -201,7 +201,7 @@ class OpenStream:
         return self._recipe.batch([self._read(position) for position in positions.tolist()])
 
     def mark(self) -> dict[str, Any] | None:
-        """Of the sample after the one that was read last."""
+        """Mark of the sample after the last one."""
         if not self._keeps or not self._position:
             return None
         state = self._recipe.asked("state_dict fails", lambda: self._found.state_dict())
@@ -230,7 +230,7 @@ class OpenStream:
                 yield sample
             if not any_here:
                 raise DataError(f"{self._recipe.key}: its stream holds no sample; give some")
-            resumed = False  # a place may be at the end, but what follows is a whole pass
+            resumed = False  # a position may be at the end, but a whole pass follows
 
     def _next(self, samples: Iterator[Any]) -> Any:
         return self._recipe.asked(f"sample {self._position} fails", lambda: next(samples, END))
@@ -272,7 +272,7 @@ def custom_source(config: Config, *, seq_len: int, vocab_size: int) -> Source:
 
 
 def _validation(recipe: Recipe) -> Numbered | None:
-    """Of the object's own; None where it has none, or nothing is validated on."""
+    """Count of the object's own validation; None if it has none, or nothing is validated on."""
     if not recipe.config.train.eval_samples or not hasattr(recipe.kept(), VALIDATION):
         return None
     found = recipe.validation()
@@ -302,7 +302,7 @@ def _length(recipe: Recipe, found: Any, what: str) -> int:
 
 
 def _looked_at(training: Samples, validation: Samples) -> Batch:
-    """Some samples to train on, spread from the first to the last. Raises DataError with the problems of both."""
+    """Some training samples, spread from the first to the last. Raises DataError with the problems of both."""
     batches: list[Batch] = []
     problems: dict[str, None] = {}
     for each in (training, validation):
@@ -320,7 +320,7 @@ def _looked_at(training: Samples, validation: Samples) -> Batch:
 
 
 def _fingerprint(recipe: Recipe, seen: Batch, counts: str) -> str:
-    """Of the object's own, or of the samples that were read."""
+    """Fingerprint of the object's own, or of the samples that were read."""
     own = getattr(recipe.kept(), "fingerprint", None)
     if own is not None and not isinstance(own, str):
         raise DataError(f"{recipe.key}: fingerprint is a {type(own).__name__}; give a text, equal where the data is")

@@ -1,12 +1,12 @@
-"""Forms in which people write conversations, one module each: from a row of a file to a list of messages.
+"""Common forms of conversations, one module each: from a row of a file to a list of messages.
 
     messages      {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     sharegpt      {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
     alpaca        {"instruction": "Say Ho", "input": "", "output": "Ho"}
     completion    {"prompt": "Hi", "completion": "Ho"}          or with lists of messages
 
-A module answers what a row of its form looks like (`EXAMPLE`, `FIELDS`), whether a row is one (`recognises`), and what
-its messages are (`convert`). Tools, weights and all other fields are the business of `trainer.data.messages`.
+A module defines the rows of its form (`EXAMPLE`, `FIELDS`), whether a row has it (`recognises`), and its messages
+(`convert`). `trainer.data.messages` handles tools, weights and all other fields.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from trainer.data.rows import names_of
 
 
 class Format(Protocol):
-    """A module of this room.
+    """A module of this package.
 
-    EXAMPLE: a row, as JSON. FIELDS: the fields of a row that it reads, which `data.fields` may rename.
+    EXAMPLE: a row, as JSON. FIELDS: the fields that it reads, which `data.fields` may rename.
     """
 
     EXAMPLE: str
@@ -33,8 +33,8 @@ class Format(Protocol):
     def recognises(self, row: dict[str, Any], reading: Reading) -> bool: ...
 
     def convert(self, row: dict[str, Any], reading: Reading, *, what: str) -> dict[str, Any]:
-        """The row with a list of `messages` where the fields of the form were. what: the place of the row, for errors.
-        Raises DataError for a row of this form that is broken."""
+        """The row with a list of `messages` instead of the form's fields. what: the place of the row, for errors.
+        Raises DataError for a broken row of this form."""
         ...
 
 

@@ -1,9 +1,9 @@
-"""An instruction and its answer, with what it is about and what came before.
+"""An instruction and its answer, with optional input and history.
 
     {"instruction": "Add", "input": "2 2", "output": "4",
      "system": "Be brief.", "history": [["Say a number", "2"]]}
 
-The user says the instruction and, in a new line, the input.
+The instruction and, on a new line, the input are the user's message.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the forms of conversations have in common: how a user renames fields and roles, and text in cells."""
+"""Shared by the forms of conversations: renamed fields and roles, and text in cells."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ MESSAGE_FIELDS = ("role", "content", "weight")
 ROW_FIELDS = ("system", "tools", "documents", "chat_template_kwargs")
 """Fields of a row that every form may have."""
 FLAGS = ("loss", "train", "trainable", "training")
-"""Fields of a message that say, in other trainers, what `weight` says here: true or 1, false or 0."""
+"""Fields of a message that other trainers use like `weight` here: true or 1, false or 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """How rows are read: the keys of the configuration.
+    """How rows are read: settings from the configuration.
 
-    key: `data.messages_key`. form: `data.chat_format`, None where each row says it. fields: `data.fields`, our name to
-    theirs. roles: `data.roles`, theirs to ours. trained: `data.train_roles`. skip: `data.bad_rows`.
+    key: `data.messages_key`. form: `data.chat_format`, None if each row shows it. fields: `data.fields`, our name to
+    theirs.
+    roles: `data.roles`, theirs to ours. trained: `data.train_roles`. skip: `data.bad_rows`.
     """
 
     key: str | None = None
@@ -44,7 +45,7 @@ class Reading:
 
 
 def renamed(row: Row, reading: Reading) -> Row:
-    """The row under our names; fields inside others come out of them."""
+    """The row under our names, with nested fields moved to the top."""
     mine = {name: theirs for name, theirs in reading.fields.items() if name not in MESSAGE_FIELDS}
     found = {name: value for name, theirs in mine.items() if (value := value_of(row, theirs)) is not ABSENT}
     left = {name: value for name, value in row.items() if name not in mine.values()}
@@ -52,7 +53,7 @@ def renamed(row: Row, reading: Reading) -> Row:
 
 
 def listed(value: Any, *, what: str) -> Any:
-    """The value, of which a cell of a table may hold the JSON text. what: the field and its place."""
+    """The value, which a table's cell may hold as JSON text. what: the field and its place."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             return json.loads(value)

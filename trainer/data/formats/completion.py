@@ -3,7 +3,8 @@
     {"prompt": "2 + 2?", "completion": "4"}
     {"prompt": [{"role": "user", "content": "2 + 2?"}], "completion": [{"role": "assistant", "content": "4"}]}
 
-Text is what the user and the assistant say. Nothing of a prompt is trained on, also where the assistant speaks in it.
+Texts become the user's and the assistant's message. No part of a prompt is trained on, even the assistant's messages in
+it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _given(message: Any) -> Any:
 
 
 def listed_messages(value: Any, *, what: str) -> str | list[Any]:
-    # A prompt of text may begin with a bracket: it is JSON only where it says who speaks.
+    # A text prompt may begin with a bracket: it is JSON only if it contains the speaker's field.
     is_messages = isinstance(value, str) and value.lstrip().startswith("[{") and '"role"' in value
     found = listed(value, what=what) if is_messages else value
     if not isinstance(found, str | list) or not found:

@@ -1,4 +1,4 @@
-"""A list of messages with `role` and `content`, as APIs and `apply_chat_template` have it.
+"""A list of messages with `role` and `content`, as in APIs and `apply_chat_template`.
 
 {"messages": [{"role": "user", "content": "2 + 2?"},
               {"role": "assistant", "content": [{"type": "text", "text": "4"}], "weight": 0}],
@@ -14,7 +14,7 @@ from trainer.data.formats.common import MESSAGE_FIELDS, Reading, listed
 from trainer.data.rows import ABSENT, names_of, value_of
 
 KEYS = ("messages", "conversations", "conversation")
-"""Fields in which a list of messages is looked for, unless `data.messages_key` names one."""
+"""Fields that may hold a list of messages, unless `data.messages_key` names one."""
 EXAMPLE = '{"messages": [{"role": "user", "content": ...}, ...]}'
 FIELDS = ()
 
@@ -39,7 +39,7 @@ def _message(message: Any, reading: Reading) -> Any:
 
 
 def holds_list(row: dict[str, Any], reading: Reading, *, field: str) -> bool:
-    """Whether a row has a list of messages, of which the first says by `field` who speaks."""
+    """Whether a row has a list of messages whose first one names its speaker in `field`."""
     return any(_begins_with(value, field) for _, value in _lists(row, reading))
 
 
