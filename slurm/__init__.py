@@ -12,7 +12,7 @@
 No text that a user typed is put into a script: options are passed as arguments, everything else as files.
 
     RUN_DIR/slurm/job.json       input of supervisor and agents; config.yaml next to it: the resolved configuration
-    RUN_DIR/slurm/setup.sh       the lines of `cluster.slurm.setup`
+    RUN_DIR/slurm/setup.sh       the lines of `cluster.slurm.setup`, then where Python searches for modules
     RUN_DIR/slurm/sbatch.txt     the command that submitted it
     RUN_DIR/slurm/jobs.txt       ids, one line for each submission
     RUN_DIR/slurm/status.json    state of the job; RUN_DIR/status.json has the state of the training

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +28,7 @@ from trainer.plan.plan import Plan
 from trainer.process.disks import writing
 from trainer.process.files import replace_text
 from trainer.process.status import check_unfinished
+from trainer.process.world import source_root
 
 COMMAND = "sbatch.txt"
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
@@ -149,7 +150,14 @@ def prepare(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir:
         (ours / name).unlink(missing_ok=True)
     write_job(run_dir, make_job(config, plan, overrides, config_dir=config_dir, run_dir=run_dir))
     replace_text(ours / "config.yaml", to_yaml(config))
-    replace_text(ours / "setup.sh", "".join(f"{line}\n" for line in config.cluster.slurm.setup))
+    replace_text(ours / "setup.sh", "".join(f"{line}\n" for line in [*config.cluster.slurm.setup, *_search_path()]))
+
+
+def _search_path() -> Iterator[str]:
+    """What the batch script does after the user's lines: a `slurm.py` where the job starts is not taken for ours."""
+    yield "export PYTHONSAFEPATH=1"
+    if (root := source_root()) is not None:
+        yield f'export PYTHONPATH={shlex.quote(root)}"${{PYTHONPATH:+:$PYTHONPATH}}"'
 
 
 def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir: str | None, run_dir: Path) -> Job:

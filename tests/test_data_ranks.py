@@ -20,6 +20,7 @@ from transformers import LlamaConfig
 import trainer.data.build
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, DataError, RankProblem
 from configs.load import load_config
+from launch.estimate import main as memory_estimate
 from tests.support.data_cases import data_of, rows_of, step_rows, words, write_corpus, write_jsonl
 from tests.support.doors import door
 from tests.support.harness import run_ranks
@@ -219,3 +220,5 @@ def test_synthetic_data_needs_no_tokenizer(tmp_path: Path) -> None:
     LlamaConfig(vocab_size=50, num_key_value_heads=2, **sizes).save_pretrained(tmp_path)
     ((run, out),) = run_ranks(1, train_without_a_tokenizer, str(tmp_path), timeout=240)
     assert run == out == ["config.json", "generation_config.json", "model.safetensors"]
+    words = [f"model.path={tmp_path}", "data=synthetic", "data.seq_len=16", f"data.cache_dir={tmp_path}/cache"]
+    assert memory_estimate([*words, "parallel=ddp", "cluster=8xh100"]) == EXIT_FINISHED

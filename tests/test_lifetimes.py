@@ -22,6 +22,7 @@ from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_of
 from trainer.process.status import check_idle, read_status
 
 BIN = Path(sys.executable).parent
+NIGHTLY = pytest.mark.nightly
 LOCAL = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 ENDLESS = (
     "checkpoint.every=5",
@@ -86,7 +87,11 @@ def lose(folder: Path, number: signal.Signals, *argv: str | Path) -> Lost:
 
 
 # From a folder of somebody who has a `configs`, a `trainer.py` and a `launch.py` of their own.
-@pytest.fixture(scope="module", params=[("torchrun", "ddp"), ("deepspeed", "pipeline")], ids=["ddp", "pipeline"])
+@pytest.fixture(
+    scope="module",
+    params=[("torchrun", "ddp"), ("deepspeed", "pipeline"), pytest.param(("accelerate", "fsdp"), marks=NIGHTLY)],
+    ids=["ddp", "pipeline", "fsdp"],
+)
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lost:
     launcher, layout = request.param
     folder = tmp_path_factory.mktemp(layout)

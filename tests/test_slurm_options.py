@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -176,6 +177,19 @@ def test_what_is_submitted(slurm: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "submitted  job 4711\n" in said
     assert f"follow     tail -F '{run_dir}/logs/slurm-4711.out'\n" in said
     assert living_job(run_dir) is None
+
+
+def test_the_folder_that_a_job_starts_in_does_not_decide_what_is_imported(slurm: Path) -> None:
+    """The real batch script, on a run that is finished, beside modules of somebody who has a `slurm.py`."""
+    words = [*BASE, "train.steps=1", "train.run_dir=run", "cluster.slurm.setup=['export PYTHONPATH=$PWD/mine']"]
+    assert launch_job(load_config(words), words, config_dir=None) == (0, False)
+    (slurm / "run/status.json").write_text(json.dumps({"state": "finished", "step": 1}))
+    for name in ("slurm.py", "trainer.py", "json.py"):
+        (slurm / name).write_text("raise SystemExit('the working directory was imported')\n")
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    command = ["bash", *given(slurm)[-1][-3:]]
+    done = subprocess.run(command, cwd=slurm, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "slurm: finished: the run is finished\n"), done.stderr
 
 
 def test_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -146,6 +146,36 @@ def test_what_accelerate_was_asked_for_is_named_with_our_key(capsys: pytest.Capt
     )
 
 
+ACCELERATE_FILE = """
+distributed_type: FSDP
+mixed_precision: bf16
+num_processes: 2
+main_process_port: 0
+dynamo_config: {dynamo_backend: INDUCTOR}
+fsdp_config: {fsdp_version: 2}
+"""
+
+
+def note_under_accelerate(file: str) -> list[str | None]:
+    """What a rank would say: accelerate's launcher to the point where it starts them."""
+    import torch.distributed.run
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    notes: list[str | None] = []
+    torch.distributed.run.run = lambda _args: notes.append(accelerate_note())
+    launch_command(launch_command_parser().parse_args(["--config_file", file, "--module", "trainer"]))
+    return notes
+
+
+def test_what_a_file_of_accelerate_asks_for_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fsdp.yaml").write_text(ACCELERATE_FILE)
+    (notes,) = run_ranks(1, note_under_accelerate, str(tmp_path / "fsdp.yaml"))
+    assert notes == [
+        "accelerate   its configuration asks for FSDP (parallel=fsdp), mixed precision bf16 (precision=bf16),"
+        " torch.compile with inductor (train.compile=true); that has no effect here: the keys in brackets decide"
+    ]
+
+
 @pytest.fixture
 def own_project(tmp_path: Path) -> Path:
     """A folder of somebody whose names are ours."""

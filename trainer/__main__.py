@@ -1,9 +1,9 @@
 """The entry point inside the job: every rank starts here, whichever launcher started it.
 
     python -m trainer OVERRIDES                              one process, a debugger works
-    torchrun --nproc-per-node 8 -m trainer OVERRIDES
+    torchrun --rdzv-backend=loopback --nproc-per-node 8 -m trainer OVERRIDES
     deepspeed --num_gpus 8 --module trainer OVERRIDES
-    accelerate launch --num_processes 8 -m trainer OVERRIDES
+    accelerate launch --num_processes 8 --rdzv_backend=loopback -m trainer OVERRIDES
 
 Config and plan come first and need no torch, so that a mistake is reported before the libraries are loaded. Every
 rank composes the same configuration from the same overrides. Next: `loop`.
@@ -56,7 +56,7 @@ DOOR = Door(
     purpose="Train a causal language model: one process, or one rank of a launcher's.",
     examples=(
         ("python -m trainer experiment=demo parallel=single", "one process, a debugger works"),
-        ("torchrun --nproc-per-node 2 -m trainer experiment=demo", "two, under any launcher"),
+        ("torchrun --rdzv-backend=loopback --nproc-per-node 2 -m trainer experiment=demo", "two, under any launcher"),
         ("python -m trainer parallel=zero3 dry_run=true", "print the plan, train nothing"),
     ),
 )

@@ -55,12 +55,16 @@ def for_children(environment: Mapping[str, str]) -> dict[str, str]:
     """
     ours = {name: value for name, value in environment.items() if name not in VARIABLES}
     ours["PYTHONSAFEPATH"] = "1"
-    root = Path(__file__).parents[2]
-    if root.name not in ("site-packages", "dist-packages"):
-        # The packages are not installed, or from this checkout.
-        others = [path for path in ours.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(root)]
-        ours["PYTHONPATH"] = os.pathsep.join([str(root), *others])
+    if (root := source_root()) is not None:
+        others = [path for path in ours.get("PYTHONPATH", "").split(os.pathsep) if path and path != root]
+        ours["PYTHONPATH"] = os.pathsep.join([root, *others])
     return ours
+
+
+def source_root() -> str | None:
+    """The folder of these packages where they are not installed, or from this checkout; else None."""
+    root = Path(__file__).parents[2]
+    return None if root.name in ("site-packages", "dist-packages") else str(root)
 
 
 def speaks_for_node(environment: Mapping[str, str] = os.environ) -> bool:
