@@ -1,7 +1,7 @@
 """The gradient of the whole model, wherever its pieces are: its global norm, and scaling in place.
 
 A gradient is a plain tensor (the same on every rank that holds it) or a DTensor, of which this rank holds a piece.
-Pieces are taken without autograd, which would record each of them.
+Pieces are taken without autograd; autograd would record each of them.
 The norm counts each element once: squares of the local pieces, summed over exactly those mesh axes that split the
 tensor, and at last over the pipeline's stages, which hold different parameters.
 """
@@ -48,8 +48,8 @@ class GlobalNorm:
     def total(self) -> float:
         """A collective: one number is all-reduced per axis that splits anything."""
         names = sorted(self._groups)
-        # One sum for every combination of axes, also those this rank has no piece of: each all-reduce must have the
-        # same shape on all its ranks.
+        # There is one sum for every combination of axes, also for those of which this rank has no piece: each
+        # all-reduce must have the same shape on all its ranks.
         sums = torch.zeros([2] * len(names), dtype=torch.float64, device=self._device)
         for axes, norms in self._norms.items():
             index = tuple(int(name in axes) for name in names)
@@ -65,7 +65,7 @@ class GlobalNorm:
 
 
 def global_norm(gradients: Sequence[torch.Tensor], *, mesh: DeviceMesh, device: torch.device) -> float:
-    """As `GlobalNorm`, of gradients that are all there. A collective."""
+    """The `GlobalNorm` of gradients that are all complete. A collective."""
     norm = GlobalNorm(mesh, device)
     norm.add(gradients)
     return norm.total()
@@ -97,7 +97,7 @@ def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _splitting_axes(gradient: torch.Tensor, groups: dict[str, dist.ProcessGroup]) -> frozenset[str]:
-    """Names of the axes (of more than one rank) that split this tensor; their groups are noted in `groups`."""
+    """Names of the axes (of more than one rank) that split this tensor; adds their groups to `groups`."""
     if not isinstance(gradient, DTensor):
         return frozenset()
     mesh, axes = gradient.device_mesh, set()

@@ -7,9 +7,9 @@
 
 With expandable segments, every stream and pool has one segment, which grows by 2 MiB (small) or 20 MiB (large).
 
-Best fit among the free blocks of its stream and pool; a large block is cut only where more than 1 MiB remains; free
-neighbours merge. Nothing returns to the driver before an allocation fails. Reserved is the sum of the segments: what
-`torch.cuda.memory_reserved` says. Source: c10/cuda/CUDACachingAllocator.cpp of torch 2.13.
+Allocation takes the best fit among the free blocks of its stream and pool; a large block is cut only where more than
+1 MiB remains; free neighbours merge. Nothing returns to the driver before an allocation fails. Reserved memory is the
+sum of the segments, the value of `torch.cuda.memory_reserved`. Source: c10/cuda/CUDACachingAllocator.cpp of torch 2.13.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class CudaAllocator:
             whole = -(-size // ALIGN) * ALIGN
         self.reserved += whole
         self._count += 1
-        # Numbers grow with the address, as far as one is known: segments in order, the parts of one in between.
+        # Numbers grow with the address, as far as one is known: segments are in order, and so are the blocks of one
+        # segment.
         return Block(self._count << 40, whole, pool)
 
     def _split(self, block: Block, size: int) -> None:
@@ -103,7 +104,8 @@ class CudaAllocator:
 
 
 class ExpandableAllocator(CudaAllocator):
-    """The same with `expandable_segments:True`: nothing is left over between segments, and every block may be cut."""
+    """The same allocator with `expandable_segments:True`: nothing is left over between segments, and any block may be
+    cut."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,7 +5,7 @@
              every intermediate tensor in float32: twice s b h (34 + 5 a s / h) bytes per layer (Korthikanti et al.
              2022, arXiv:2205.05198, equation 1), four copies of the logits, and 256 MiB of workspace
 
-The planner drops by the first what cannot fit; where a model's code cannot be traced, the two are all that is known.
+The planner drops layouts whose lower bound does not fit; for a model that cannot be traced these bounds are the answer.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ WORKSPACE_BYTES = 2**28
 
 
 def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer, *, frozen: int = 0, most: bool = False) -> float:
-    """What a rank cannot do without on its GPU, whatever the batch. parameters: of the whole model that are trained.
-    frozen: bytes of the others, whole. most: of parameters of which the optimizer keeps most, not least."""
+    """Bytes that a rank needs on its GPU, whatever the batch is.
+
+    parameters: trained parameters of the whole model.
+    frozen: bytes of all the frozen ones.
+    most: of parameters for which the optimizer keeps the most states, not the least.
+    """
     only_held = 0.0
     if plan.offload_parameters is OffloadDevice.none:
         held = frozen / (plan.degree(TENSOR) * plan.degree(PIPELINE))
@@ -33,7 +37,7 @@ def states_bytes(plan: Plan, parameters: int, optimizer: Optimizer, *, frozen: i
 
 
 def _stay_gathered(plan: Plan) -> bool:
-    """Whether FSDP2 keeps all parameters of a stage beside its own shards until the backward is done."""
+    """Whether FSDP2 keeps all parameters of a stage in addition to its own shards until the backward is done."""
     return plan.engine is EngineName.torch and plan.fsdp_size > 1 and not plan.reshard_after_forward
 
 
@@ -55,12 +59,13 @@ def _trained_bytes(plan: Plan, parameters: int, kept_moments: float, *, gradient
 
 
 def partitions(plan: Plan) -> bool:
-    """Whether a trace makes the graphs of compiled layers: they cannot be made of layers that hold collectives."""
+    """Whether a trace makes the graphs of compiled layers, which is impossible for layers that contain collectives."""
     return plan.degree(TENSOR) == plan.degree(CONTEXT) == 1
 
 
 def upper_bytes(config: Config, plan: Plan, parameters: int) -> float | None:
-    """What a rank should never exceed, under the assumption above; None where the config does not tell the sizes."""
+    """Bytes that a rank should never exceed, under the assumption above; None where the config does not give the
+    sizes."""
     known = sizes(config_fields(config))
     if not (known.hidden and known.layers and known.heads and known.vocabulary):
         return None

@@ -1,7 +1,7 @@
-"""What may make a plan smaller: each change with its keys, in the order of what it costs in speed.
+"""Changes that may make a plan smaller: each has its keys, in the order of their cost in speed.
 
-`suggest` tries them, alone and together. A change says of which components it can leave how little, so that what
-cannot be enough is not traced.
+`suggest` tries them, alone and together. A change names the components that it can shrink and the least that it can
+leave of them, so that a change that cannot be enough is not traced.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ ALTERING = frozenset({table.NAME, linear.KEY})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """why: what it does, in a few words. keys: what it sets, without those that are set so. touched: the components
-    that it may make smaller. dear: its place in the order of speed, from cheap to dear. alters: the run then trains
-    something else, or by another rule; not what is asked for where the same run can be made to fit."""
+    """why: its effect, in a few words.
+    keys: the overrides that it sets, without those that are set so already.
+    touched: the components that it may make smaller.
+    dear: its place in the order of lost speed.
+    alters: the run then trains something else, or by another rule; it is suggested only where nothing else fits."""
 
     why: str
     keys: Mapping[str, Any]
@@ -39,7 +41,8 @@ class Change:
 
 
 def changes(config: Config, plan: Plan) -> list[Change]:
-    """From the smallest to the largest: by the number of keys, then from cheap to dear. Only what changes something."""
+    """All changes from the smallest to the largest: by number of keys, then by lost speed; without those of no
+    effect."""
     found: list[Change] = []
     for why, keys, touched in _known(config, plan):
         different = {key: value for key, value in keys.items() if value_at(config, key) != value}
@@ -53,7 +56,7 @@ Known = tuple[str, dict[str, Any], frozenset[str]]
 
 
 def _known(config: Config, plan: Plan) -> Iterator[Known]:
-    """From cheap to dear; what alters the run comes last."""
+    """The changes from the fastest to the slowest; those that alter the run come last."""
     train, parallel, batch = config.train, config.parallel, plan.batch
     full = {"train.activation_checkpointing": Checkpointing.full}
     if plan.param_dtype is DType.float32:
@@ -101,7 +104,7 @@ def _more_partitioning(plan: Plan) -> Iterator[Known]:
 
 
 def _more_division(config: Config, plan: Plan) -> Iterator[Known]:
-    """More of the ranks for one model and fewer for data, where a degree is left open to fill the rest."""
+    """Use more of the ranks for one model and fewer for data, where a degree is left open to fill the rest."""
     parallel, tp = config.parallel, plan.degree(TENSOR)
     if None not in (parallel.dp_replicate, parallel.dp_shard):
         return
@@ -121,6 +124,6 @@ def _offload(plan: Plan) -> Iterator[Known]:
             both = {"parallel.offload.optimizer": cpu, "parallel.offload.parameters": cpu}
             yield "optimizer and parameters in host memory", both, STATES
     elif plan.world_size > 1:
-        # Only together with sharding: it is refused where every rank holds the whole model.
+        # This is offered only together with sharding: it is refused where every rank holds the whole model.
         both = {"parallel.offload.optimizer": cpu, "parallel.offload.parameters": cpu}
         yield "parameters, gradients and optimizer in host memory", both, STATES

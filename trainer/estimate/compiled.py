@@ -1,11 +1,11 @@
-"""A compiled layer as a trace sees it: the two graphs that torch.compile gives to its code generator, run one by one.
+"""A compiled layer in a trace: the two graphs that torch.compile gives to its code generator, run one by one.
 
     a layer's forward -> AOTAutograd -> forward and backward in one graph -> the partitioner's minimum cut -> two graphs
 
-What the first hands to the second is what a compiled layer keeps for its backward: no float32 copy of a norm's input,
-no result that is cheaper to compute again than to read. That is known without code generation. What is not: which
-operators one kernel then joins, whose results between them are never written. They count here, for the one layer that
-is being computed, so that a compiled run needs a little less than its trace.
+A compiled layer keeps for its backward the values that the first graph hands to the second: no float32 copy of a norm's
+input, and no result that is cheaper to compute again than to read. These are known without code generation. The
+operators that one kernel then joins, whose results in between are never written, are unknown. They count here, for the
+one layer that is being computed, so that a compiled run needs a little less than its trace.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from trainer.model.build import held_layers
 
 
 def imitate_compile(model: nn.Module) -> None:
-    """Let every decoder layer that is here run as `trainer.compile` would have it, in place."""
+    """Make every decoder layer of this unit run as `trainer.compile` would have it, in place."""
     for layer in held_layers(model):
         layer.forward = _Partitioned(layer)
 
 
 class _Partitioned:
-    """A layer's forward. The graphs are made at its first call, for the shapes that it sees there."""
+    """The forward of a layer. Its graphs are made at the first call, for the shapes of that call."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.eager = layer, layer.forward
@@ -51,15 +51,15 @@ class _Partitioned:
 
             constants = [leaf if not isinstance(leaf, torch.Tensor) else torch.empty(0) for leaf in leaves]
             self.program = _partitioned(plain)
-            # The graphs are made by running the layer once, which is not to be seen: not by a tracker, and not by a
-            # recompute that counts what is saved.
+            # The graphs are made by running the layer once. Neither the tracker nor a recompute that counts saved
+            # tensors may see that run.
             with _disable_current_modes(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
                 self.program(own, tensors)
         return self.program(own, tensors)
 
 
 def _partitioned(function: Callable[..., Any]) -> Callable[..., Any]:
-    # The two take seconds to import, which a trace of eager layers need not pay.
+    # Both imports take seconds; a trace of eager layers avoids them.
     from torch._functorch.aot_autograd import aot_function
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -75,7 +75,7 @@ def _partitioned(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_one_by_one(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Each value is let go after its last use, as in the code that inductor writes."""
+    """Run a graph and release each value after its last use, as the code that inductor writes does."""
     interpreter = torch.fx.Interpreter(graph)
 
     def run(values: list[Any]) -> Any:

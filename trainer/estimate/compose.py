@@ -3,11 +3,11 @@
     for each micro-batch      begin, layer 0 .. L-1, end, loss  |  loss, end, layer L-1 .. 0, begin
     then                      the update
 
-What the model's own code allocates comes from the trace. What the layout adds (buckets, gathered parameters, reduce
-buffers, where gradients go) it does itself at the same points at which its hooks fire: a `Layout` stands for the
-engine's data-parallel part and for the optimizer. Two steps are replayed, because optimizer states appear at the end
-of the first; of several micro-batches the first and the last, because those between are no different. Under a
-pipeline micro-batches overlap, so that a rank's actions are replayed in the order in which it runs them.
+The memory that the model's own code allocates comes from the trace. The memory that the layout adds (buckets, gathered
+parameters, reduce buffers, gradients) comes at the points where its hooks fire: a `Layout` represents the
+engine's data-parallel part and the optimizer. Two steps are replayed, because optimizer states appear at the end
+of the first. Of several micro-batches the first and the last are replayed, because the others are the same. Under a
+pipeline micro-batches overlap, so a rank's actions are replayed in the order in which it runs them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS = 2
 
 
 class Neighbours(Protocol):
-    """What a pipeline's rank keeps of what it sends and receives."""
+    """The tensors sent and received that a pipeline rank keeps."""
 
     def after(self, action: Action) -> None: ...
 
@@ -37,7 +37,8 @@ class Neighbours(Protocol):
 def replay(
     profile: Profile, layout: Layout, timeline: Timeline, *, micro_batches: int, inputs: Sequence[int] = ()
 ) -> None:
-    """Replay the first two steps on the timeline. inputs: bytes of what the engine makes of a step's batches."""
+    """Replay the first two steps on the timeline. inputs: bytes of the tensors that the engine makes of a step's
+    batches."""
     program = Program(profile)
     layout.start()
     numbers = [0] if micro_batches == 1 else [0, micro_batches - 1]
@@ -58,8 +59,9 @@ def replay(
 
 
 def replay_validation(profile: Profile, layout: Layout, timeline: Timeline) -> None:
-    """Replay a forward without a backward, on weights that were averaged for it, while the trained ones wait.
-    profile: of such a forward."""
+    """Replay a forward without a backward on averaged weights, while the trained weights wait.
+
+    profile: that of such a forward."""
     timeline.phase("validation", STEPS)
     waiting = timeline.allocate("parameters", layout.set_aside())
     layout.begin_micro_batch(STEPS, first=True, last=True)
@@ -81,8 +83,11 @@ def replay_stages(
     neighbours: Neighbours,
     update: Callable[[int], None],
 ) -> None:
-    """Replay two steps of a pipeline's rank. stages: those it holds. order: what it does (`pipeline.orders`). update:
-    the optimizer's, of all stages at once."""
+    """Replay two steps of a pipeline's rank.
+
+    stages: those that the rank holds.
+    order: its actions (`pipeline.orders`).
+    update: the optimizer's, of all stages at once."""
     programs = {stage: Program(profile) for stage, (profile, _) in stages.items()}
     for _, layout in stages.values():
         layout.start()

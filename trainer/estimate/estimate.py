@@ -45,8 +45,11 @@ HOPPER_AND_LATER = ("H", "GH", "B", "GB")  # as their names begin
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetDevice:
-    """What the estimate is compared with. capacity_bytes: None on the CPU. expandable_segments: how its allocator is
-    set up. assumed: nobody named it."""
+    """The device that the estimate is compared with.
+
+    capacity_bytes: None on the CPU.
+    expandable_segments: the setting of its allocator.
+    assumed: the configuration does not name it."""
 
     name: str
     capacity_bytes: int | None
@@ -57,11 +60,14 @@ class TargetDevice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankEstimate:
-    """One kind of rank. components: bytes at the moment of the peak, in the order of `COMPONENTS`; they add up to
-    peak_allocated_bytes. highest: the most that each component ever holds, each at a moment of its own.
-    peak_reserved_bytes: the allocator's segments. device_bytes: with CUDA context and NCCL, what nvidia-smi shows. Both
-    are lower ends, and their `_most_` the upper ones (`verdict`). between_steps_bytes: allocated when an update is
-    done. curve: the timeline, one moment per layer and phase of the first two steps."""
+    """One kind of rank.
+
+    components: bytes at the moment of the peak, in the order of `COMPONENTS`; their sum is peak_allocated_bytes.
+    highest: the most that each component ever holds, each at a moment of its own.
+    peak_reserved_bytes: the allocator's segments. device_bytes: with CUDA context and NCCL, the number in nvidia-smi.
+    Both are lower ends, and their `_most_` fields the upper ones (`verdict`).
+    between_steps_bytes: allocated when an update is done.
+    curve: the timeline, one moment per layer and phase of the first two steps."""
 
     kind: str
     count: int
@@ -95,18 +101,19 @@ class Estimate:
         return max(self.ranks, key=lambda rank: (rank.device_bytes, rank.peak_allocated_bytes))
 
     def of_rank(self, plan: Plan, rank: int) -> RankEstimate:
-        """The estimate of the kind that a rank is of: the kinds of a pipeline are named pp0, pp1, ... by its stages."""
+        """The estimate of the kind of rank to which a rank belongs: under a pipeline the kinds are pp0, pp1, ... by
+        stage."""
         stage = f"{PIPELINE}{plan.coordinates(rank)[PIPELINE]}"
         return next((kind for kind in self.ranks if kind.kind == stage), self.ranks[0])
 
     @property
     def busiest_place(self) -> int:
-        """In the pipeline; 0 without one."""
+        """The rank's place in the pipeline; 0 without one."""
         return int(self.busiest.kind.removeprefix(PIPELINE)) if self.busiest.kind.startswith(PIPELINE) else 0
 
     @property
     def margin_bytes(self) -> int | None:
-        """What the lower end of the busiest rank leaves free; negative: what it lacks."""
+        """Bytes that the lower end of the busiest rank leaves free; negative: the bytes that it lacks."""
         capacity = self.device.capacity_bytes
         return None if capacity is None else capacity - self.busiest.device_bytes
 
@@ -116,25 +123,25 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """With the upper end; what has no device to compare with fits."""
+        """Whether the upper end fits; true without a device to compare with."""
         return self.verdict in (Verdict.fits, Verdict.unknown)
 
     @property
     def too_large(self) -> bool:
-        """Even the lower end does not fit."""
+        """Whether even the lower end is too large."""
         return self.verdict is Verdict.does_not_fit
 
 
 def planned_machine(config: Config, found: Machine) -> Machine:
-    """The machine that the configuration speaks of: `cluster.gpu`, `cluster.gpu_memory_gib` or `cluster.nodes` describe
-    one that need not be here. With none of them and no GPU in sight, nodes of eight are assumed."""
+    """The machine that the configuration describes: `cluster.gpu`, `cluster.gpu_memory_gib` or `cluster.nodes` may name
+    one that is not this machine. With none of them and no visible GPU, nodes of eight GPUs are assumed."""
     described = config.cluster.gpus_per_node or found.gpus or ASSUMED_GPUS_PER_NODE
     return Machine(gpus=described)
 
 
 def on_part_of_the_cluster(config: Config, machine: Machine) -> Config:
-    """The configuration on no more GPUs than its degrees take. A comparison of layouts on one cluster names some that
-    fill a part of it (parallel=tensor: 2 GPUs), which the trainer would refuse to spread over all of them."""
+    """The configuration on no more GPUs than its degrees take. A comparison of layouts on one cluster includes some
+    that fill a part of it (parallel=tensor: 2 GPUs), which the trainer would refuse to spread over all of them."""
     parallel, cluster = config.parallel, config.cluster
     degrees = (parallel.pp, parallel.dp_replicate, parallel.dp_shard, parallel.cp, parallel.tp)
     needed = prod(degree or 0 for degree in degrees)
@@ -145,7 +152,7 @@ def on_part_of_the_cluster(config: Config, machine: Machine) -> Config:
 
 
 def planned_device(config: Config, plan: Plan, *, found_gpu: str | None = None) -> TargetDevice:
-    """The device of the verdict. found_gpu: torch's name of the GPU that is here, if one is."""
+    """The device of the verdict. found_gpu: torch's name of this machine's GPU, if there is one."""
     if plan.device != "cuda":
         return TargetDevice(name="cpu", capacity_bytes=None, gpu=None, expandable_segments=False)
     named = config.cluster.gpu or found_gpu
@@ -189,7 +196,7 @@ def estimate(
     heaviest: skip pipeline ranks of which another holds at least as much.
     alone: see `get_profile`.
 
-    Raises NotEstimated for a model whose code cannot be traced, and what building the model raises (ConfigError,
+    Raises NotEstimated for a model whose code cannot be traced, and the errors of building the model (ConfigError,
     DataError).
     """
     settle_vocabulary(config)
@@ -220,8 +227,8 @@ def estimate(
 def _estimate_whole(
     config: Config, plan: Plan, profile: ModelProfile, device: TargetDevice, ends: Ends, alone: ModelProfile | None
 ) -> RankEstimate:
-    """Without a pipeline all ranks hold the same. alone: of a validation's forwards, where they need more than steps
-    do."""
+    """The memory of a rank without a pipeline; all ranks hold the same. alone: of a validation's forwards, where they
+    need more than steps do."""
     timeline = _begin(plan, device)
     module = profile.stage(range(len(profile.anatomy.layers)), stages=1, index=0)
     passes = ask(config.optimizer).passes(config)
@@ -244,7 +251,7 @@ def _exceeded(place: int, ranks: Mapping[int, PipelineRank]) -> bool:
 def _estimate_stages(
     plan: Plan, stages: Mapping[int, PipelineRank], device: TargetDevice, ends: Ends
 ) -> tuple[RankEstimate, ...]:
-    """One for each place in the pipeline. Places that do the same are replayed once."""
+    """The estimates of all places in the pipeline. Places with the same work are replayed once."""
     known, ranks = dict[Hashable, RankEstimate](), []
     for pp_rank, rank in stages.items():
         if rank.work not in known:
@@ -263,7 +270,7 @@ def _begin(plan: Plan, device: TargetDevice) -> Timeline:
 
 
 def _traced_as_it_runs(config: Config, plan: Plan) -> bool:
-    """Not so: compiled layers around collectives, which are traced as eager ones and keep less."""
+    """Whether compiled layers are traced as compiled; those around collectives are traced as eager and keep less."""
     kept = config.train.activation_checkpointing is Checkpointing.none
     return not (config.train.compile and kept and not partitions(plan))
 
@@ -291,8 +298,8 @@ def _read(plan: Plan, timeline: Timeline, setting: Setting, ends: Ends, *, kind:
 
 
 def communicators(plan: Plan) -> int:
-    """NCCL communicators of a rank: the world's, and one for each mesh axis that another group than it talks over; one
-    more for the fewer ranks that FSDP2's backward gathers from."""
+    """NCCL communicators of a rank: one of the world and one for each mesh axis with another group; plus one
+    for the fewer ranks that FSDP2's backward gathers from."""
     if plan.world_size == 1:
         return 0
     axes = [axis for axis, size in plan.mesh.items() if size > 1]

@@ -1,4 +1,4 @@
-"""Every term of an estimate in words: the formula, with this configuration's numbers, and where it is from."""
+"""The explanation of an estimate: the formula of every term, with this configuration's numbers and its source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.update import ask as ask_update
 
 
 def explain(config: Config, plan: Plan, found: Estimate) -> str:
-    """Lines below the table: what each row counts, and what is assumed."""
+    """Lines below the table: the contents of each row, and the assumptions."""
     return "\n".join(["", "", "how it was counted", *(f"  {line}" for line in _lines(config, plan, found))])
 
 

@@ -1,7 +1,7 @@
 """Before anything starts: does the plan fit the GPUs that are here? `estimate.gate` says what follows.
 
-What is tight starts with a warning, unless the gate is strict: the lower end of the range fits, so the run may well.
-What is not estimated, and a GPU that the table does not know, never stop a run: one line says so.
+A tight plan starts with a warning, unless the gate is strict: its lower end fits, so the run may well fit.
+A plan without an estimate, and a GPU that the table does not know, never stop a run: one line says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from configs.schema import Config
 from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
 
-# The estimator is imported where it is asked: half of what `launch --help` takes would be its import.
+# The estimator is imported at its use: it would take half of the time of `launch --help`.
 if TYPE_CHECKING:
     from trainer.estimate.estimate import Estimate
 
@@ -47,7 +47,7 @@ def check_memory(config: Config, plan: Plan, *, driver: Path = Path("/proc/drive
     except Exception as error:
         if isinstance(error, CookbookError) and not isinstance(error, NotEstimated):
             raise  # a mistake in the overrides
-        # A defect of the estimator must not end a run that has nothing to do with it.
+        # A defect of the estimator must not end a run that does not depend on it.
         return [f"{UNCHECKED}: {why_not(error)}"]
     device = found.device
     known = not device.assumed or config.cluster.gpu_memory_gib is not None
@@ -69,7 +69,7 @@ def check_memory(config: Config, plan: Plan, *, driver: Path = Path("/proc/drive
 
 
 def judged(found: Estimate, capacity: int | None) -> str:
-    """An estimate in one line."""
+    """One line that gives an estimate."""
     from trainer.estimate.estimate import GIB
 
     if capacity is None:
@@ -96,7 +96,7 @@ def _advice(config: Config, plan: Plan, before: Estimate, driver: Path) -> Itera
 
 
 def _gpu_name(driver: Path) -> str | None:
-    """The first GPU's name as the NVIDIA driver tells it, without asking CUDA."""
+    """The first GPU's name from the NVIDIA driver, without asking CUDA."""
     for file in sorted(driver.glob("gpus/*/information")):
         found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(), re.MULTILINE)
         if found:

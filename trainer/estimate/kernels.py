@@ -1,4 +1,4 @@
-"""Which kernels a trace on fake CPU tensors stands for: those of the device that the plan is for."""
+"""The kernels that a trace on fake CPU tensors represents: those of the device that the plan is for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.model import head
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch logs a traceback of its own for an operator that fake tensors cannot run."""
+    """Silence torch's log: it writes a traceback of its own for an operator that fake tensors cannot run."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -32,14 +32,14 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def as_on_device(*, gpu: bool, exact_attention: bool, documents: bool = False) -> Iterator[None]:
-    """Let fake tensors take the paths that real ones take, and CPU ones those of a GPU if that is wanted.
+    """Make fake tensors take the code paths of real ones, and CPU tensors those of a GPU if that is wanted.
 
     documents: positions start at 0 again inside the rows, so that transformers builds a mask between documents.
     """
     attention = F.scaled_dot_product_attention
 
     def scaled_dot_product_attention(query: torch.Tensor, *args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Any:
-        # Without the flash kernel: the memory-efficient one takes no grouped queries and no float64.
+        # The flash kernel is left out: the memory-efficient one takes no grouped queries and no float64.
         exact = exact_attention and (kwargs.get("enable_gqa", False) or query.dtype is torch.float64)
         # A fused GPU kernel draws its dropout mask again in the backward; the CPU has no such kernel.
         with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
@@ -57,7 +57,8 @@ def as_on_device(*, gpu: bool, exact_attention: bool, documents: bool = False) -
         return weight.dtype is torch.bfloat16 and usable(hidden, weight, offsets)
 
     def few(all_slices: Callable[..., Iterable[slice]]) -> Callable[..., list[slice]]:
-        # All but the last have one size, and the third finds memory as the second did: hundreds would tell no more.
+        # All chunks but the last have one size, and from the third on each finds the memory of the second: more add
+        # nothing.
         def few_slices(*args: Any) -> list[slice]:
             every = list(all_slices(*args))
             return every if len(every) < 3 else [every[0], every[1], every[1]]
@@ -68,10 +69,10 @@ def as_on_device(*, gpu: bool, exact_attention: bool, documents: bool = False) -
         for module in (vocabulary, head):
             stack.enter_context(patch.object(module, "slices", few(module.slices)))
         stack.enter_context(patch.object(moe, "_can_use_grouped_mm", can_use_grouped_mm))
-        # Hugging Face builds a mask of seq_len x seq_len for tensors whose values it cannot read. On real tensors it
+        # Hugging Face builds a mask of seq_len x seq_len for tensors whose values it cannot read. For real tensors it
         # builds one for packed positions only.
         stack.enter_context(patch.object(masking_utils, "is_tracing", lambda *_, **__: False))
-        # A decoder that makes a padding mask itself (BART's) makes one of ones. Older versions have no such function.
+        # A decoder that makes a padding mask itself (BART's) makes one of ones. Older versions lack this function.
         stack.enter_context(patch.object(masking_utils, "fast_all", lambda _: True, create=True))
         packed = _packed if documents else _not_packed
         stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", packed))
@@ -86,5 +87,5 @@ def _not_packed(position_ids: torch.Tensor) -> None:
 
 
 def _packed(position_ids: torch.Tensor) -> torch.Tensor:
-    """As transformers numbers the documents of each row, without its look at whether there are several."""
+    """The numbers that transformers gives the documents of each row, without its check for several documents."""
     return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)

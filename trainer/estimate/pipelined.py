@@ -1,6 +1,6 @@
-"""A pipeline rank's step: its stages, what it does in which order, what it keeps for its neighbours.
+"""A pipeline rank's step: its stages, the order of its actions, and the tensors that it keeps for its neighbours.
 
-Everything is read from the tables that the trainer runs by: which rank holds which stages (`pipeline.table`), the order
+Everything is read from the tables that the trainer runs by: the stages of each rank (`pipeline.table`), the order
 of its forwards and backwards (`pipeline.orders`), how many buffers torch sets aside for what neighbours send
 (`pipeline.timeline.receive_buffers`).
 """
@@ -119,13 +119,13 @@ _orders, _buffers = cache(rank_orders), cache(receive_buffers)
 def shortest_orders(
     schedule: str, *, pp: int, micro_batches: int, stages_per_rank: int | None
 ) -> list[Sequence[Action]]:
-    """For each rank its order in a step with as few micro-batches as take it through all the states that a whole step
-    does. Those that follow when the pipeline is full are no different."""
+    """The order of each rank's actions in a step with the fewest micro-batches that pass through all states of a whole
+    step. The micro-batches that follow when the pipeline is full add no state."""
     shape: dict[str, Any] = dict(schedule=schedule, pp=pp, stages_per_rank=stages_per_rank)
     orders: list[Sequence[Action]] = list(rank_orders(**shape, micro_batches=micro_batches))
     wanted = {rank: _states(order) for rank, order in enumerate(orders)}
     most = {rank: max(map(max, states)) for rank, states in wanted.items()}  # of one stage's micro-batches at once
-    # Interleaved schedules go in rounds; a step must stay one of whole rounds.
+    # Interleaved schedules run in rounds; the short step must consist of whole rounds too.
     rounds = pp if SCHEDULES[schedule].arrangement == "loop" and micro_batches % pp == 0 else 1
     for fewer in range(rounds, micro_batches, rounds):
         asked = [rank for rank in wanted if most[rank] <= fewer]
@@ -139,8 +139,9 @@ def shortest_orders(
 
 
 def _states(order: Sequence[Action]) -> set[tuple[int, ...]]:
-    """What a rank holds after each of its actions. For each of its stages: activations of how many micro-batches, how
-    many more as far as the gradients of the weights need them, and whether there are gradients."""
+    """The states of a rank after each of its actions. For each of its stages: the number of micro-batches whose
+    activations it holds, the further ones whose activations the weights' gradients need, and whether there are
+    gradients."""
     place = {stage: 3 * index for index, stage in enumerate(dict.fromkeys(action.stage for action in order))}
     held, found = [0] * (3 * len(place)), set()
     for kind, stage, _ in order:

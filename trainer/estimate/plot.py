@@ -1,10 +1,10 @@
 """The memory of a step as a picture: stacked components over time, or one bar for each configuration of a sweep.
 
-Above the components of one configuration stand lines: what torch's allocator has reserved, what is then on the device
-with CUDA context and NCCL (a band, since both are ranges), and the device. In a sweep the first two are parts of the
+Lines above the components of one configuration show the memory that torch's allocator has reserved, the total with CUDA
+context and NCCL (a band, since both are ranges), and the device. In a sweep the first two are parts of the
 bars, at their lower ends.
 
-FILE.html holds an SVG and needs nothing; FILE.png is drawn by matplotlib (pip install matplotlib).
+FILE.html holds an SVG and loads nothing else; FILE.png is drawn by matplotlib (pip install matplotlib).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.html import COLOURS, page, ticks
 
 GIB = 2**30
 BEYOND = {"reserved, not in use": "#d9d9d9", "CUDA context, NCCL": "#8c8c8c"}
-"""What is on the device besides the components, of a sweep's bars."""
+"""Memory on the device outside the components, in a sweep's bars."""
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900, 420, 60, 60, 40
 TICKS = 6
 

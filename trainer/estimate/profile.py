@@ -1,14 +1,14 @@
-"""What one micro-batch does to memory, as data: the anatomy of a model and the trace of its units. Torch-free.
+"""The memory of one micro-batch, as data: the anatomy of a model and the trace of its units. Torch-free.
 
-A profile is made once per architecture, shape and dtypes by `trace` (which runs the model's own code on fake
-tensors) and kept on disk; everything that an estimate does afterwards is arithmetic on it.
+`trace` makes a profile once per architecture, shape and dtypes: it runs the model's own code on fake
+tensors. Profiles are kept on disk; everything that an estimate does afterwards is arithmetic on them.
 
     sections of a trace      begin | layer 0 | ... | end (norm, head, loss) || end | ... | layer 0 | begin
                              ------------ forward ------------------------    ------- backward -------
 
-Of layers that are alike three are traced: the first, one in the middle, the last. `compose` repeats the middle one.
+Of layers that are alike three are traced: the first, a middle one and the last. `compose` repeats the middle one.
 A model that one rank holds whole is one part. Of a pipeline three kinds of stages are traced, each as a part of its
-own: the first, one in the middle, the last. Under tensor parallel everything here is what one rank holds.
+own: the first, a middle one and the last. Under tensor parallel everything here is the part of one rank.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Profiles on demand: traced once for each architecture, shape and set of versions, then read from disk.
+"""Profiles on demand: traced once for each architecture, shape and set of versions, and read from disk afterwards.
 
 An estimate needs neither torch nor transformers once its profile is on disk; importing the two costs more than all
-its arithmetic. What a profile depends on is its file's name: model fields, shape, dtypes, the versions of both
+its arithmetic. The file name of a profile is the key of its inputs: model fields, shape, dtypes, the versions of both
 libraries and the source of every module that shapes the trace.
 """
 
@@ -45,9 +45,9 @@ from trainer.update import ask as ask_update
 Made = TypeVar("Made")
 NOTHING: dict[str, Any] = {"batches": [0, 0], "lengths": [0, 0], "part": None}
 ALONE = {**NOTHING, "tried": False}
-"""Where a family would stand: one shape was traced by itself."""
+"""The place of a family of which one shape was traced by itself."""
 UNLIKE = {**NOTHING, "tried": True}
-"""Where a family would stand: the shapes around one were traced in vain. Nobody tries again."""
+"""The place of a family whose neighbouring shapes could not be traced. They are not tried again."""
 
 
 def get_profile(

@@ -1,6 +1,6 @@
 """A module's forward and backward as flat lists of operations: the trace of three layers, written out for all.
 
-    compiled once per module    which storage dies where, in every layer, is settled here
+    compiled once per module    the death of each storage, in every layer, is settled here
     run per micro-batch         `Running.run`: allocate, free, and call the layout where its hooks fire
 
 A storage is a slot: a place in a list that each micro-batch has of its own.

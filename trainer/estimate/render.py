@@ -1,7 +1,7 @@
 """An estimate as a table for people, or as JSON and CSV for programs.
 
-The JSON's schema is the function `to_dict`. Three totals stand in every form and are never mixed up: allocated (what
-tensors hold), reserved (what torch's allocator has taken for them), device (with CUDA context and NCCL: nvidia-smi).
+The JSON's schema is the function `to_dict`. Every form has three totals and keeps them apart: allocated (bytes of the
+tensors), reserved (bytes that torch's allocator has taken for them), device (with CUDA context and NCCL: nvidia-smi).
 The last two are ranges (`verdict`).
 """
 
@@ -34,7 +34,7 @@ LABELS = {
     "buffers": "communication, gathered and cast parameters",
     "workspace": "workspace (temporaries, cuBLAS)",
 }
-WIDEST = 6  # more kinds of ranks than this do not fit into one line
+WIDEST = 6  # more kinds of ranks do not fit into one line
 DEVICE_TOTALS = (
     "peak_allocated_bytes",
     "peak_reserved_bytes",
@@ -49,7 +49,7 @@ TOTALS = (*DEVICE_TOTALS, "host_bytes", "nvme_bytes")
 class Answer:
     """One configuration's estimate with all that is printed of it.
 
-    suggestions, largest_micro_batch: None where nobody looked for them.
+    suggestions, largest_micro_batch: None where they were not asked for.
     """
 
     overrides: tuple[str, ...]

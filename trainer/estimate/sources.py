@@ -1,4 +1,4 @@
-"""What a trace depends on: the trainer's modules that the tracer's imports reach, and the libraries that they import.
+"""The sources of a trace: the trainer's modules that the tracer's imports reach, and the libraries that they import.
 
 Both are read from the source, so a module that moves or is new is in the key of a kept trace from the first day.
 """
@@ -34,7 +34,7 @@ def dependencies() -> tuple[str, dict[str, str]]:
 def reached(module: str) -> tuple[list[str], list[str]]:
     """Files that importing and running `module` may reach, relative to ROOT, and the libraries they import.
 
-    Imports inside functions count. Those for type checkers alone do not: nothing of them runs.
+    Imports inside functions count. Those for type checkers alone do not: none of their code runs.
     """
     files: dict[str, str] = {}
     libraries: set[str] = set()
@@ -56,7 +56,7 @@ def reached(module: str) -> tuple[list[str], list[str]]:
 
 
 def _imports(source: str) -> Iterator[str]:
-    """Names of what a source imports. A parser would take ten times as long, at each estimate; a sentence of a text
+    """Names of the modules that a source imports. A parser would take ten times as long, at each estimate; a sentence
     that reads like an import names no module."""
     for found in _IMPORT.finditer(_FOR_TYPES.sub("", source)):
         package, names, modules = found.groups()

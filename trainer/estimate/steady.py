@@ -1,12 +1,12 @@
-"""Schedules that hold every micro-batch of a step: a few of them are replayed, the rest follows in closed form.
+"""Schedules that hold every micro-batch of a step: a few are replayed, and the rest follows in closed form.
 
     gpipe, 512 micro-batches      F F F F ... F F F F  B B B B ... B B B B
                                   replayed     replayed         replayed      with 6, 8 and 10 micro-batches
 
-From one micro-batch to the next all that is held grows by the same bytes, and each place in the step, counted from its
-ends, holds as many more bytes as there are more micro-batches. Two replays say how many, the third is compared: where
-it differs by a byte, nothing is concluded and the step is replayed whole. What is allocated is exact. What is
-reserved beyond it is that of a replay with the same peak, which comes within 0.5 % of the whole.
+From one micro-batch to the next the held bytes grow by the same amount, and each place in the step, counted from its
+ends, holds as many more bytes as there are more micro-batches. Two replays give that amount, and a third checks it:
+where it differs by a byte, nothing is concluded and the whole step is replayed. The allocated bytes are exact. The
+reserved bytes above them are those of a replay with the same peak, within 0.5 % of the whole step's.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from trainer.estimate.layouts.common import Setting
 from trainer.estimate.timeline import Moment, Timeline
 
 REPLAYED = (6, 8, 10)
-"""How many micro-batches the replays have."""
+"""The numbers of micro-batches in the replays."""
 KEPT = REPLAYED[0] // 2
 """Places at each end of a run of actions."""
 
 LONG = 32
-"""A step with more micro-batches than that is not replayed whole."""
+"""The most micro-batches of a step that is replayed whole."""
 
 Place = tuple[Moment, ...]
 
@@ -42,7 +42,7 @@ class Replayed:
 
 
 def repeats_only(order: Sequence[Action], count: int) -> bool:
-    """Whether the order is nothing but each thing done once for all micro-batches, and for too many to replay."""
+    """Whether the order only does each thing once for all micro-batches, and for too many to replay."""
     return count > LONG and all(length == count for _, length in _runs(order))
 
 
@@ -68,7 +68,7 @@ def continued(play: Callable[[int], Replayed], count: int) -> tuple[Timeline, Se
     ends = [[moment.total for place in each for moment in place] for each, _ in (places[0], places[-1])]
     leading = _leading([moment.total for moment in curve], *ends)
     longest = played[-1].timeline if leading == REPLAYED[-1] else play(min(leading + 2, count)).timeline
-    # What is reserved and not allocated at the peak does not grow.
+    # The reserved bytes that are not allocated at the peak do not grow.
     reserved = max(moment.total for moment in curve) + longest.peak_reserved - longest.peak.total
     highest = lines.highest([one.timeline.highest for one in played], curve)
     timeline = Timeline.of(curve, highest=highest, allocated=allocated, reserved=-(-reserved // ALIGN) * ALIGN)
@@ -126,7 +126,7 @@ class _Lines:
 
 
 def _runs(order: Sequence[Action]) -> list[tuple[tuple[str, int], int]]:
-    """What is done again and again, and how often."""
+    """The repeated actions, and how often they repeat."""
     grouped = groupby(order, key=lambda action: (action.kind, action.stage))
     return [(what, sum(1 for _ in actions)) for what, actions in grouped]
 
@@ -145,7 +145,7 @@ def _places(one: Replayed) -> tuple[list[Place], list[list[Place]]]:
 
 
 def _grows_evenly(run: Sequence[Place]) -> bool:
-    """Whether from one micro-batch to the next everything grows by the same."""
+    """Whether everything grows by the same amount from one micro-batch to the next."""
     if len({len(place) for place in run}) > 1:
         return False
     lines = (values for same in zip(*run, strict=True) for values in zip(*(one.parts for one in same), strict=True))

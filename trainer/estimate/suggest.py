@@ -1,10 +1,10 @@
-"""What to change so that it fits, and the largest micro-batch when it does: each with its own estimate.
+"""Changes that make a plan fit, and the largest micro-batch of a plan that fits: each with its own estimate.
 
 The smallest change comes first: the one with the fewest keys, and of several the one that costs least speed. Each is
-given as overrides to append to the command. If no single one is enough, two are tried together, then three;
-only then as many as help, without those that turn out not to be needed. Five are never suggested where two do.
-What alters the run (other moments, adapters) is named where no single other change is enough. The smallest number of
-nodes on which the layout fits as it is stands at the end.
+given as overrides to append to the command. If no single one is enough, two are tried together, then three; only then
+as many as help, without those that prove unnecessary. Five are never suggested where two are enough.
+A change that alters the run (other moments, adapters) is named where no other single change is enough. The smallest
+number of nodes on which the layout fits unchanged comes last.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from trainer.plan.plan import Plan
 
 ENOUGH = 3  # single changes that are shown
 TOGETHER = (2, 3)  # as many changes at once are tried in every combination
-TRIED = 8  # combinations of one size that are estimated: those that should be enough, and cost least
-ALIKE = 0.9  # of what two changes should leave together, as each alone leaves it, they leave at least this part
+TRIED = 8  # combinations of one size that are estimated: those that should be enough and lose the least speed
+ALIKE = 0.9  # two changes leave at least this part of the memory that their separate effects predict
 MORE_NODES = 6  # doublings
 LARGEST = 4096
-ALONE = 1  # shape of a change that is traced by itself: who asks for a second one will ask for others
+ALONE = 1  # shape of a change that is traced by itself: a second request would bring others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +51,9 @@ class Suggestion:
 def suggest(
     config: Config, plan: Plan, machine: Machine, before: Estimate, *, found_gpu: str | None = None
 ) -> list[Suggestion]:
-    """The smallest changes that make a plan fit that does not. before: its estimate. Empty: nothing known here does.
+    """The smallest changes that make a plan fit. before: its estimate. Empty: no known change does.
 
-    If nothing makes it fit, what makes it tight is named.
+    If nothing makes it fit, the changes that make it tight are named.
     """
     search = _Search(config, plan, machine, before, found_gpu)
     found = search.single(alters=False)
@@ -73,7 +73,7 @@ class _Search:
         self.tried: dict[frozenset[str], Suggestion | None] = {}
 
     def single(self, *, alters: bool) -> list[Suggestion]:
-        """Up to ENOUGH of them that are enough alone."""
+        """Up to ENOUGH changes that are enough alone."""
         found: list[Suggestion] = []
         for change in [change for change in self.every if change.alters is alters]:
             if len(found) < ENOUGH and (one := self.fitting([change])) is not None:
@@ -81,7 +81,7 @@ class _Search:
         return found
 
     def together(self) -> list[Suggestion]:
-        """The smallest set of several that is enough."""
+        """The smallest set of several changes that is enough."""
         for size in TOGETHER:
             sets = [
                 some
@@ -96,28 +96,28 @@ class _Search:
         return []
 
     def _promise(self, some: Sequence[Change]) -> tuple[bool, int, int]:
-        """Sets that should be enough go first; of these the one with the fewest keys, and then the one that is least
-        dear."""
+        """Sets in the order of trial: those that should be enough, then those with the fewest keys, then those that
+        lose the least speed."""
         rank, known = self.before.busiest, all(self._part(change) for change in some)
         aside = rank.device_most_bytes - rank.peak_allocated_bytes  # more than these will have
         enough = known and self._left(some) + aside <= (self.before.device.capacity_bytes or inf)
         return not enough, sum(len(one.keys) for one in some), sum(one.dear for one in some)
 
     def all_that_help(self) -> list[Suggestion]:
-        """As many from cheap to dear until they are enough, then without those that are not needed."""
+        """Add changes from the fastest to the slowest until they are enough, then drop those that are not needed."""
         chosen: list[Change] = []
         for change in sorted(self.changes, key=lambda one: one.dear):
-            # A stronger form of a change takes its place.
+            # A stronger form of a change replaces it.
             stronger = [earlier for earlier in chosen if not earlier.keys.keys() <= change.keys.keys()] + [change]
             if not self._allowed(stronger):
-                continue  # with it every set that follows would be refused too
+                continue  # every later set would be refused with it too
             chosen = stronger
             if len(chosen) > 1 and (found := self.fitting(chosen)) is not None:
                 return [self._needed(chosen, found)]
         return []
 
     def _needed(self, chosen: Sequence[Change], found: Suggestion) -> Suggestion:
-        """Without each change, the dearest first, without which it fits too."""
+        """Drop each change, the slowest first, without which the plan still fits."""
         for change in sorted(chosen, key=lambda one: -one.dear):
             fewer = [one for one in chosen if one is not change]
             if fewer and (less := self.fitting(fewer)) is not None:
@@ -130,7 +130,7 @@ class _Search:
         return sorted(near, key=lambda one: len(one.overrides))[:ENOUGH]
 
     def more_nodes(self) -> list[Suggestion]:
-        """The layout as it is on the fewest nodes on which it fits, where more of them divide it further."""
+        """The layout unchanged on the fewest nodes on which it fits, where more nodes divide it further."""
         zero = self.plan.engine is EngineName.deepspeed and self.plan.zero_stage > 0
         if self.plan.world_size == 1 or not (zero or self.plan.fully_sharded):
             return []
@@ -161,7 +161,7 @@ class _Search:
         return self._try([change])
 
     def fitting(self, some: Sequence[Change]) -> Suggestion | None:
-        """What these changes come to together, if that fits."""
+        """The suggestion of these changes together, if it fits."""
         keys = frozenset(f"{key}={value}" for change in some for key, value in change.keys.items())
         if keys not in self.tried:
             enough = self._left(some, measured=False) <= (self.before.device.capacity_bytes or inf)
@@ -170,8 +170,8 @@ class _Search:
         return found if found is not None and found.estimate.fits else None
 
     def _left(self, some: Sequence[Change], *, measured: bool = True) -> float:
-        """A bound from below: what the components that no change touches hold; of the others, measured, what each
-        change leaves of it where it was tried alone."""
+        """A lower bound: the components that no change touches, and of the others the measured part that each
+        change left where it was tried alone."""
         outside = self.before.context_bytes + self.before.nccl_bytes
         parts = [self._part(change) if measured else {} for change in some]
         sizes: list[float] = []
@@ -197,14 +197,14 @@ class _Search:
         }
 
     def _try(self, some: Sequence[Change]) -> Suggestion | None:
-        """None where the changes do not go with the rest of the configuration, leave states that do not fit, or are not
-        enough for what is the busiest place of the pipeline without them."""
+        """The estimate with the changes; None where they do not go with the rest of the configuration, leave states
+        that do not fit, or are not enough for the busiest place of the pipeline without them."""
         before, found_gpu = self.before, self.found_gpu
         keys = {key: value for change in some for key, value in change.keys.items()}
         changed = _changed(self.config, keys)
         try:
             plan = make_plan(changed, self.machine)
-            known = changed.tuning == self.config.tuning  # of the parameters as many are trained as before
+            known = changed.tuning == self.config.tuning  # the number of trained parameters is the same
             states = _states(changed, plan, before, self.config.parallel.tp or 1) if known else 0
             if states > (before.device.capacity_bytes or inf):
                 return None
@@ -308,7 +308,7 @@ def _changed(config: Config, keys: Mapping[str, Any]) -> Config:
 
 
 def _states(config: Config, plan: Plan, before: Estimate, tp: int) -> float:
-    """A bound from below that needs no trace. tp: of the estimate before."""
+    """A lower bound that needs no trace. tp: of the estimate before."""
     anatomy = before.profile.outline.anatomy
     trained = sum(parameter.numel for parameter in anatomy.parameters() if parameter.trainable)
     frozen = sum(anatomy.frozen_tensors(BYTES[plan.param_dtype]))

@@ -25,7 +25,7 @@ _INDEX = {name: index for index, name in enumerate(COMPONENTS)} | {
 }
 
 COMPUTE, GATHER, REDUCE = 0, 1, 2
-"""Streams. What one frees another cannot reuse."""
+"""Streams. Memory that one frees is not available to another."""
 
 Handle = tuple[int, int, Block]
 
@@ -79,7 +79,7 @@ class Timeline:
 
     @property
     def peak_reserved(self) -> int:
-        """CUDA's segments stay; host memory is reserved as it is allocated."""
+        """Bytes reserved: CUDA's segments stay; host memory is reserved as it is allocated."""
         return self._allocator.reserved if isinstance(self._allocator, CudaAllocator) else self.peak.total
 
     def phase(self, name: str, step: int) -> None:
@@ -95,11 +95,11 @@ class Timeline:
         self._high = 0
 
     def mark(self) -> None:
-        """Remember how far the curve is."""
+        """Remember the current end of the curve."""
         self.marks.append(len(self.curve))
 
     def allocate(self, component: str, size: int, stream: int = COMPUTE) -> Handle | None:
-        """None for nothing at all."""
+        """A handle of an allocation; None for no bytes."""
         if size <= 0:
             return None
         allocator, index, parts = self._allocator, _INDEX[component], self._parts
@@ -119,7 +119,7 @@ class Timeline:
             self._allocator.free(block)
 
     def free_all(self, held: list[Handle | None] | dict[Any, Handle | None]) -> None:
-        """Free these and forget them."""
+        """Free these handles and forget them."""
         for handle in held.values() if isinstance(held, dict) else held:
             self.free(handle)
         held.clear()

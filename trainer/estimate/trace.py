@@ -1,10 +1,10 @@
-"""Run the model's own code on fake tensors and note every storage: the source of all activation bytes.
+"""Run the model's own code on fake tensors and record every storage: the source of all activation bytes.
 
     a unit (`units`: a few layers, cut and divided as in the run) -> fake parameters
     -> forward, the trainer's loss, backward, under a StorageTracker -> sections of a `Trace`
 
-Nothing is computed and nothing is allocated: a trace of Llama 405B takes seconds and no memory. No formula for any
-family of models stands here; what Hugging Face's code and autograd keep is what is counted.
+Nothing is computed and nothing is allocated: a trace of Llama 405B takes seconds and no memory. There are no formulas
+for families of models; the bytes that Hugging Face's code and autograd keep are counted.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from trainer.model.objective import Objective
 
 Groups = dict[str, tuple[str, str]]
 FROZEN_BY_PYTHON = 10_000
-"""Objects: since 3.12 some hundred at its start. Who freezes what torch and transformers have made freezes 100 times
-more."""
+"""Objects: since 3.12 some hundred at its start. After freezing the objects of torch and transformers there are 100
+times more."""
 
 
 class CannotTrace(Exception):
-    """The model's code asks for the values of tensors, which fake tensors do not have."""
+    """The model's code reads values of tensors, which fake tensors do not have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """What a trace depends on besides the unit.
+    """The settings of a trace in addition to the unit.
 
     seq_len: tokens of a sequence that one rank has. positions: the model gets them; documents: of several.
     storage, compute: dtypes of the parameters and of autocast (None: no autocast). logits_dtype: what the root casts
@@ -70,8 +70,8 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
-    """inputs: tokens, or hidden states from the stage before. received: their gradient from the stage after. These are
-    the engine's own memory and older than the trace."""
+    """inputs: tokens, or hidden states from the stage before. received: their gradient from the stage after. Both
+    belong to the engine and are older than the trace."""
 
     inputs: torch.Tensor
     labels: torch.Tensor
@@ -110,7 +110,7 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
                     _staged(unit, feed, shape, tracker, split=split)
             except CookbookError:
                 raise
-            except Exception as error:  # the model's own code: anything may go wrong in it without values
+            except Exception as error:  # the model's own code: anything may fail in it without values
                 raise CannotTrace(first_line(error)) from None
             for handle in handles:
                 handle.remove()
@@ -125,7 +125,7 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
 
 @contextmanager
 def _collecting_what_is_new() -> Iterator[None]:
-    """A collection in here leaves out the objects of torch and transformers: with them it takes as long as a trace."""
+    """Leave the objects of torch and transformers out of a collection: with them it takes as long as a trace."""
     frozen = gc.get_freeze_count() > FROZEN_BY_PYTHON
     gc.freeze()
     try:
@@ -152,13 +152,14 @@ def _feed(unit: Unit, shape: Shape) -> Feed:
 
 
 def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker) -> None:
-    """As the engines do it: forward under autocast or not, loss over the sum of valid tokens, backward."""
+    """Run a micro-batch as the engines do: forward under autocast or not, loss over the sum of valid tokens,
+    backward."""
 
     def run(**more: torch.Tensor) -> Any:
         with torch.autocast("cpu", shape.compute) if shape.compute else nullcontext():
             output = unit.module(input_ids=feed.inputs, use_cache=False, **feed.extras, **more)
         tracker.mark("forward_exit root")
-        # The root begins its backward when the gradient of what it returns is there: of its logits, after the loss's.
+        # The root begins its backward when the gradient of its output is complete: of its logits, after the loss's.
         if (returned := _first_with_gradient(output)) is not None:
             returned.register_hook(lambda _: tracker.mark("backward_enter root"))
         if shape.logits_dtype is not None and not unit.parts.objective.inside:
@@ -174,7 +175,7 @@ def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker) 
 
 
 def _staged(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, split: bool) -> None:
-    """As torch's pipeline engine does it: it keeps the output until the backward of the stage is done.
+    """Run a micro-batch as torch's pipeline engine does: it keeps the output until the stage's backward is done.
     split: the gradient of the input first, that of the weights afterwards."""
     assert unit.stage is not None
     output = unit.module(feed.inputs, targets=feed.labels, **feed.extras)
@@ -207,8 +208,9 @@ def _staged(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, sp
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype, *, frozen: torch.dtype) -> None:
-    """Fake parameters instead of meta ones, this rank's part of each; a shared one stays one. frozen: their dtype.
-    Fake buffers, too."""
+    """Replace meta parameters and buffers by fake ones, this rank's part of each; a shared parameter stays one.
+
+    frozen: dtype of the frozen parameters."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -231,7 +233,7 @@ def _make_fake(model: nn.Module, dtype: torch.dtype, *, frozen: torch.dtype) -> 
 
 
 def _set_marks(unit: Unit, tracker: StorageTracker, groups: Groups) -> list[Any]:
-    """Hooks that note when forward and backward enter and leave each group, and when a gradient is complete."""
+    """Hooks that record when forward and backward enter and leave each group, and when a gradient is complete."""
     handles = []
     for name, module in sharded_modules(unit.module).items():
         handles.append(module.register_forward_pre_hook(_entering(name, tracker), with_kwargs=True))
@@ -241,7 +243,7 @@ def _set_marks(unit: Unit, tracker: StorageTracker, groups: Groups) -> list[Any]
             handles.append(parameter.register_post_accumulate_grad_hook(_complete(name, tracker)))
     objective, head = unit.parts.objective, unit.module.get_output_embeddings()
     if objective.sliced and unit.returns_logits and isinstance(head, nn.Module):
-        # All that follows is the loss's, a tied head's too.
+        # Everything that follows belongs to the loss, a tied head's part too.
         handles.append(head.register_forward_pre_hook(lambda *_: tracker.mark("loss")))
     elif unit.returns_logits:
         handles.append(_marking(objective, tracker))
@@ -325,14 +327,14 @@ def _sections(
 
 
 def _ordered(steps: Sequence[Step]) -> Iterator[Step]:
-    """What dies together in one order: Python's own differs from one trace to the next."""
+    """Sort the deaths at one moment: Python's own order differs from one trace to the next."""
     for dying, run in itertools.groupby(steps, lambda step: step[0] == "-"):
         together = list(run)
         yield from sorted(together) if dying else together
 
 
 def _after(name: str, subject: str, key: tuple[str, str], part: str, layers: int) -> tuple[tuple[str, str], str]:
-    """Section and category from a mark on. A layer's section lasts until the next one begins."""
+    """Section and category from a mark onward. A layer's section lasts until the next one begins."""
     phase = key[0]
     match name, subject:
         case (("backward" | "input"), _):

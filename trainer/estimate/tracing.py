@@ -1,6 +1,6 @@
-"""What is traced when a profile is not on disk: the model is built, a few of its layers divided and run.
+"""Tracing of a profile that is not on disk: the model is built, and a few of its layers are divided and run.
 
-Everything here imports torch when it is asked, not before: most estimates find their profile and need none.
+Everything here imports torch at its use, not before: most estimates find their profile and need none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NotEstimated(CookbookError):
 
 
 def why_not(error: Exception) -> str:
-    """Why there is no estimate, in one line: a refusal's own words, or a defect's name."""
+    """The reason for a missing estimate, in one line: the message of a refusal, or a defect's name."""
     if isinstance(error, CookbookError):
         return "; ".join(error.problems)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -39,7 +39,7 @@ _models: dict[str, PreTrainedModel] = {}
 
 
 class Tracer:
-    """Builds the model when the first thing is asked of it, and once. key: what the model depends on."""
+    """Builds the model once, at the first use. key: the fields that the model depends on."""
 
     def __init__(self, config: Config, plan: Plan, key: str) -> None:
         self.masked = by_mask(config)
@@ -50,7 +50,7 @@ class Tracer:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """Building one takes as long as a trace, and a search traces one model at many shapes: the last is kept."""
+        """The last model built: building one takes as long as a trace, and a search traces one model at many shapes."""
         from trainer.passes import check_layout, prepare_model
 
         if self.key not in _models:
@@ -76,7 +76,7 @@ class Tracer:
             found = examine(self.model)
             layer_costs, head_cost = count_costs(self.model, found)
             hidden_size = found.hidden_size
-        # Of which sequences are split nothing here depends, and outlines are kept on disk without them.
+        # Nothing here depends on the dimension that splits sequences, and outlines are kept on disk without it.
         dense = self.plan.dense.resized(lambda axis: 1 if axis.name == CONTEXT else None)
         whole = replace(self.plan, views=(dense, *self.plan.views[1:]))
         layers = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
@@ -118,7 +118,7 @@ class Tracer:
         try:
             with build_unit(self.model, layers, self.config, self.plan, first=first, last=last) as unit:
                 anatomy, trace = describe_unit(unit, kinds), trace_unit(unit, shape)
-        # The model with few of its layers may break a rule of its architecture; whole it has been asked already.
+        # The model with few of its layers may break a rule of its architecture; the whole model has passed it already.
         except (CannotTrace, ConfigError) as error:
             name, between = type(self.model).__name__, _between(self.config, self.plan, self.model)
             raise NotEstimated(
@@ -130,7 +130,7 @@ class Tracer:
 
 
 def _between(config: Config, plan: Plan, model: PreTrainedModel) -> str:
-    """The bounds of `bounds`, in words."""
+    """The bounds of `bounds`, in a sentence."""
     from trainer.flops import count_parameters
     from trainer.model.layers import is_packed, owned
 

@@ -5,8 +5,8 @@
     tracker.events                       Born and Died in the order in which they happened
 
 A storage is born when an operator first returns it and dies when nothing refers to it any more. FSDP2 frees a tensor
-by resizing its storage to nothing; the tracker sees that too. On fake tensors nothing is allocated and sizes are
-the same, which is how a model of 405B parameters is traced on a laptop.
+by resizing its storage to nothing; the tracker sees that too. On fake tensors nothing is allocated and the sizes are
+the same: this is how a model of 405B parameters is traced on a laptop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 @dataclass(frozen=True, slots=True)
 class Born:
-    """number: identifies the storage (an id is not used twice). operator: what made it."""
+    """number: identifies the storage (an id is not used twice). operator: the one that made it."""
 
     number: int
     size_bytes: int
@@ -40,7 +40,7 @@ class Died:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something that the traced code passed: `tracker.mark("...")`."""
+    """A point that the traced code passed: `tracker.mark("...")`."""
 
     name: str
 
@@ -49,7 +49,7 @@ Event = Born | Died | Mark
 CAST = "cast of a parameter"
 CASTS = ("aten::_to_copy", "prims::convert_element_type")  # the latter in graphs that are compiled
 FLATTEN = "__tensor_flatten__"
-"""What a tensor has that wraps others: it names the size of what it stands for, and holds no memory of its own."""
+"""The method of a tensor that wraps others: the tensor has the size of the whole, and holds no memory of its own."""
 
 
 class StorageTracker(TorchDispatchMode):
@@ -99,7 +99,7 @@ class StorageTracker(TorchDispatchMode):
             return NotImplemented  # a DTensor or another wrapper: its operators on the tensors inside come by again
         counts = active_fake_mode() is self._mode_on_entry
         if counts:
-            # What comes from outside is older than the tracker: a view of it is no new memory.
+            # A storage from outside is older than the tracker: a view of it is no new memory.
             for leaf in tree_iter((args, kwargs)):
                 if isinstance(leaf, torch.Tensor):
                     self._known.setdefault(leaf.untyped_storage(), [0, 0])
@@ -124,7 +124,7 @@ class StorageTracker(TorchDispatchMode):
         self._count += 1
         box = [self._count, size]
         self._known[storage] = box
-        # A storage of no bytes is noted too: FSDP2 makes one and resizes it at each gathering.
+        # A storage of no bytes is recorded too: FSDP2 makes one and resizes it at each gathering.
         if size:
             self._on_event(Born(self._count, size, operator))
         weakref.finalize(storage, self._died, box).atexit = False

@@ -1,4 +1,4 @@
-"""What is traced: a few layers of the model, cut and divided by the trainer's own passes, for rank 0 of a fake group.
+"""The units of a trace: a few layers of the model, divided by the trainer's own passes, for rank 0 of a fake group.
 
     whole model (meta) -> keep some layers -> `trainer.passes` -> a unit
 
@@ -41,7 +41,7 @@ from trainer.process.runtime import leave_world
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """kinds: of its layers. parts: what the passes have made of them, and the loss."""
+    """kinds: those of its layers. parts: the results of the passes, and the loss."""
 
     kinds: tuple[int, ...]
     parts: Parts

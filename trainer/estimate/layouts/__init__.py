@@ -1,1 +1,1 @@
-"""What each layout adds to the model's own memory, at the points at which its hooks fire."""
+"""The memory that each layout adds to the model's own, at the points at which its hooks fire."""

@@ -1,4 +1,4 @@
-"""What all layouts share: their hooks, the batch on the device, the optimizer's states and temporaries."""
+"""The common part of all layouts: their hooks, the batch on the device, the optimizer's states and temporaries."""
 
 # ruff: noqa: B027  (what a layout may leave as it is)
 from __future__ import annotations
@@ -25,8 +25,10 @@ TOKEN_BYTES = 8  # int64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What a layout works on. passes: how often a step runs the model. host, nvme: bytes that the layout leaves there,
-    by what they are."""
+    """The model, plan and rank of a layout.
+
+    passes: how often a step runs the model.
+    host, nvme: bytes that the layout leaves there, by their kind."""
 
     profile: Profile
     plan: Plan
@@ -41,7 +43,8 @@ class Setting:
         return self.plan.device == "cuda"
 
     def place(self, what: str, size: int, where: OffloadDevice) -> None:
-        """Count bytes where the plan leaves them. A CPU's own memory is the host's: nothing is offloaded there."""
+        """Count bytes at the place that the plan gives them. A CPU's memory is the host's: nothing is offloaded
+        there."""
         if where is OffloadDevice.nvme:
             self.nvme[what] = self.nvme.get(what, 0) + size
         elif where is OffloadDevice.cpu and self.gpu:
@@ -59,7 +62,7 @@ class Setting:
 
     @property
     def gradients(self) -> bool:
-        """Whether they are kept until the whole backward is done; else each is applied as it comes."""
+        """Whether gradients are kept until the whole backward is done; otherwise each is applied as it comes."""
         return ask_update(self.optimizer).GRADIENTS
 
     def place_states(self, held: Sequence[Held]) -> None:
@@ -74,7 +77,7 @@ class Setting:
         return kept_bytes([one.piece for one in held], self.optimizer, self.plan.master_dtype)
 
     def averaged(self, held: Sequence[Held]) -> int:
-        """Bytes of those parameters that an average stands for while the model is validated."""
+        """Bytes of those parameters that an average replaces while the model is validated."""
         average, dtype = ask(self.optimizer).average(self.optimizer), self.plan.master_dtype
         if average is None:
             return 0
@@ -82,7 +85,7 @@ class Setting:
         return sum(piece.numel * BYTES[dtype] for piece, state in states if average.kind in state)
 
     def update(self, held: Sequence[Held]) -> None:
-        """What the update needs for a moment. held: the matrices that it updates at once, in its order."""
+        """Bytes that the update needs for a moment. held: the matrices that it updates at once, in its order."""
         plan = self.plan
         spread = Spread(ranks=plan.fsdp_size * plan.degree(TENSOR), copies=plan.degree(REPLICATE))
         for group in updated_apart(held, self.optimizer):
@@ -91,7 +94,8 @@ class Setting:
 
 
 class Layout(ABC):
-    """What an engine does around the model's own code, at the points at which its hooks fire; by default nothing.
+    """The work of an engine around the model's own code, at the points at which its hooks fire; by default nothing.
+
     Groups are those of `Anatomy`."""
 
     def __init__(self, setting: Setting) -> None:
@@ -106,7 +110,7 @@ class Layout(ABC):
         self.applying = False
 
     def start(self) -> None:
-        """Allocate what is there before step 1: here what all layouts have."""
+        """Allocate the memory that exists before step 1: here the part that all layouts have."""
         self.timeline.allocate("parameters", self.anatomy.buffers_bytes)
         self.setting.place_batch()
 
@@ -114,11 +118,11 @@ class Layout(ABC):
         self.last = last
 
     def begin_pass(self, *, applying: bool) -> None:
-        """One of several runs of a micro-batch. applying: whether its gradients are applied as they come."""
+        """Begin one of several runs of a micro-batch. applying: whether its gradients are applied as they come."""
         self.applying = applying
 
     def apply_at_once(self, key: str, held: Sequence[Held]) -> None:
-        """The updates of a few parameters inside the backward, one after the other."""
+        """Update a few parameters inside the backward, one after the other."""
         if not self.applying:
             return
         if key not in self.applied:
@@ -140,15 +144,15 @@ class Layout(ABC):
 
     @abstractmethod
     def gradient(self, group: str, parameter: str, handle: Handle | None) -> None:
-        """This micro-batch's gradient of a parameter is complete. The layout owns it from here on."""
+        """Take a parameter's complete gradient of this micro-batch. The layout owns it from here on."""
 
     def end_backward(self) -> None: ...
 
     def end_alone(self) -> None:
-        """A forward that has no backward is done."""
+        """End a forward that has no backward."""
 
     def update_each(self, held: Sequence[Held]) -> None:
-        """The update of a step without gradients, one parameter after the other."""
+        """Update the parameters one after the other in a step without gradients."""
         for one in held:
             self.setting.update([one])
 
@@ -162,8 +166,10 @@ class Layout(ABC):
 
 
 def step_inputs(plan: Plan, *, first: bool = False, last: bool = False) -> list[int]:
-    """Bytes of what the torch engine makes of a step's batches. A context-parallel rank: its slices of tokens, labels
-    and positions of each micro-batch. A pipeline's: those that its stages need, joined; first, last: which it holds."""
+    """Bytes of the tensors that the torch engine makes of a step's batches. A context-parallel rank: its slices of
+    tokens, labels and positions of each micro-batch. A pipeline: those that its stages need, joined.
+
+    first, last: the stages that the rank holds."""
     batch, cp = plan.batch, plan.degree(CONTEXT)
     count = batch.gradient_accumulation_steps
     rows = batch.micro_batch_size * batch.seq_len // cp * TOKEN_BYTES

@@ -1,4 +1,4 @@
-"""Which account stands for which of DeepSpeed's optimizers."""
+"""The choice of the account for each of DeepSpeed's optimizers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.estimate.layouts.zero3 import ZeroStage3
 
 
 def zero_layout(setting: Setting, settings: dict[str, Any]) -> Layout:
-    """As `deepspeed.initialize` chooses. settings: its configuration."""
+    """The account of the optimizer that `deepspeed.initialize` chooses. settings: its configuration."""
     plan = setting.plan
     if plan.zero_stage == 3:
         return ZeroStage3(setting, settings)

@@ -4,7 +4,7 @@ Under DDP gradients live in its buckets. DDP learns in its first backward, which
 (`parallel.ddp`), in which order gradients become ready, and builds its buckets again at the start of step 1, one after
 another; an old one is freed when its last gradient has moved.
 
-Gradients that are applied inside the backward have no buckets: of two replicas each is sent alone, and waits for the
+Gradients that are applied inside the backward have no buckets: with two replicas each is sent alone, and waits for the
 next one.
 """
 
@@ -119,7 +119,7 @@ class Replicated(Layout):
     def _make_buckets(
         self, keys: Iterable[Key], old: Iterable[tuple[set[Key], Handle | None]] = ()
     ) -> list[tuple[set[Key], Handle | None]]:
-        """As torch assigns them: parameters in order, a bucket is closed when it reaches its limit."""
+        """The buckets that torch assigns: parameters in order; a bucket is closed when it reaches its limit."""
         assigned, size, limit = [set[Key]()], 0, FIRST_BUCKET
         for key in keys:
             if size >= limit:
@@ -137,7 +137,7 @@ class Replicated(Layout):
         return buckets
 
     def _compress(self, key: Key) -> None:
-        """The bucket that this gradient completes travels as a copy in reduce_dtype."""
+        """Send the bucket that this gradient completes, as a copy in reduce_dtype."""
         if self.plan.reduce_dtype is self.plan.master_dtype:
             return
         ratio = self.reduce / self.master

@@ -1,4 +1,4 @@
-"""FSDP2, also with replicas and where it shards over one rank: what is gathered when, where gradients pass through.
+"""FSDP2, also with replicas and over one rank: when parameters are gathered, and where gradients pass through.
 
     gather    shard cast to param_dtype -> all-gather output -> a whole copy of each parameter; the output of the last
               gathering of a forward stays until the next one (their copies may overlap)
@@ -11,8 +11,8 @@
 
 Gathering and reducing run in streams of their own, whose memory the computation cannot reuse. A rank holds
 ceil(rows / W) rows of each parameter: the first ranks' share, which none exceeds. W is that of the parameter's view of
-the ranks: of what divided experts leave of themselves, fewer than of the rest of their layer. What is cut along another
-dimension (`trainer.axes.shard.shard_dim`) is copied once more when it is gathered and before it is reduced.
+the ranks: the rest of a divided expert is shared by fewer ranks than the rest of its layer. A tensor that is cut along
+another dimension (`trainer.axes.shard.shard_dim`) is copied once more when it is gathered and before it is reduced.
 Groups: `trainer.axes.fsdp.sharded_modules`; source: torch/distributed/fsdp/_fully_shard.
 """
 
@@ -92,8 +92,8 @@ class FullySharded(Layout):
         return tuple(shape)
 
     def _gathered(self, parameter: Parameter) -> int:
-        """Bytes that a rank gives to a gathering: its part in param_dtype or float8, or of what the values are packed
-        in."""
+        """Bytes that a rank gives to a gathering: its part in param_dtype or float8, or of the tensors that hold the
+        packed values."""
         shard = self._shard(parameter)
         if parameter.packed:
             return parameter.packed[0] * shard // parameter.numel
@@ -133,7 +133,7 @@ class FullySharded(Layout):
             self._gather(other)
 
     def _ahead(self, group: str, count: int | None, *, back: bool = False) -> list[str]:
-        """Groups that a group gathers ahead by its own list, the nearest first."""
+        """Groups that a group prefetches by its own list, the nearest first."""
         if count is None or group not in self.ends:
             return []
         place = self.ends.index(group)
@@ -189,7 +189,7 @@ class FullySharded(Layout):
     def end_backward(self) -> None:
         for group in ("root", "embedding"):
             self.after_backward(group)
-        # Gathered ahead for a backward that had no need of it: that of a frozen embedding.
+        # The group was prefetched for a backward that had no need of it: that of a frozen embedding.
         self.timeline.free_all(self.pending)
         if not self.delayed:
             self._finish()
@@ -204,7 +204,7 @@ class FullySharded(Layout):
             self.timeline.free_all(self.between.pop(group))
 
     def _add_up(self, group: str) -> None:
-        """Gradients that are not reduced yet: kept whole, in the dtype in which they will be."""
+        """Gradients that are not reduced yet: they are kept whole, in the dtype of the reduction."""
         self.timeline.free_all(self.late)
         added = self.added.setdefault(group, {})
         numel = {parameter.name: parameter.numel for parameter in self.groups[group]}
@@ -239,7 +239,8 @@ class FullySharded(Layout):
             self._apply(group)
 
     def _apply(self, group: str) -> None:
-        """Update a group's shards. FSDP2 keeps what replicas have all-reduced until the backward is done."""
+        """Update a group's shards. FSDP2 keeps the gradients that replicas have all-reduced until the backward is
+        done."""
         if not self.in_host_memory:
             self.apply_at_once(group, [self._held(p) for p in self.groups[group] if p.trainable])
         kept = self.sharded.pop(group, None)
@@ -250,11 +251,12 @@ class FullySharded(Layout):
 
     @property
     def in_host_memory(self) -> bool:
-        """Where the shards are updated."""
+        """The device on which the shards are updated."""
         return self.offloaded and self.setting.gpu
 
     def _finish(self) -> None:
-        """After the last group's reduction. Parts of gradients are joined and summed over the tensor-parallel ranks."""
+        """Finish after the last group's reduction. Parts of gradients are joined and summed over the tensor-parallel
+        ranks."""
         self.timeline.free_all([self.reducing, *self.held])
         self.reducing = None
         self.held.clear()
@@ -266,7 +268,7 @@ class FullySharded(Layout):
         update_together([self], step)
 
     def updated(self) -> list[Held]:
-        """This rank's pieces of what is trained."""
+        """This rank's pieces of the trained parameters."""
         members = [parameter for group in self.groups.values() for parameter in group]
         return [self._held(p) for p in members if p.trainable]
 
@@ -303,7 +305,7 @@ class FullySharded(Layout):
         self.whole[group] = copies
 
     def _drop_but_a_part(self, group: str) -> None:
-        """After the forward: what stays is sharded over `fewer` ranks, if that is given."""
+        """Drop parameters after the forward. fewer: the ranks over which the rest is sharded, if given."""
         if self.fewer is not None and self.fewer < self.ranks and group in self.whole:
             parts = (shard * ranks // self.fewer for shard, ranks, _ in self.shards[group])
             self.between[group] = [self.timeline.allocate("buffers", part, COMPUTE) for part in parts]
@@ -313,7 +315,7 @@ class FullySharded(Layout):
         self.timeline.free_all(self.whole.pop(group, []))
 
     def _keep(self, group: str, shard: int) -> None:
-        """This rank's part of the reduced gradient: kept, or added to what is kept."""
+        """Take this rank's part of the reduced gradient: keep it, or add it to the one that is kept."""
         reduced = self.timeline.allocate("gradients", shard * self.reduce, REDUCE)
         if self.replicated and not self.last:
             if group in self.partial:
@@ -336,7 +338,7 @@ class FullySharded(Layout):
 
 
 def update_together(layouts: Sequence[FullySharded], step: int) -> None:
-    """The update of all parameters of a rank, whichever of its modules they are in."""
+    """Update all parameters of a rank, whichever of its modules they are in."""
     setting = layouts[0].setting
     held = [one for layout in layouts for one in layout.updated()]
     if layouts[0].in_host_memory:

@@ -50,8 +50,9 @@ class Zero(Layout):
 
 
 class Bucketed(Zero):
-    """Gradients are copied into a bucket of a fixed size, but those that are larger. settings: DeepSpeed's, as the
-    engine gets them."""
+    """A bucket of fixed size into which gradients are copied, except those that are larger.
+
+    settings: DeepSpeed's, as the engine gets them."""
 
     def __init__(self, setting: Setting, settings: dict[str, Any]) -> None:
         super().__init__(setting)
@@ -71,7 +72,7 @@ class Bucketed(Zero):
             self.timeline.free(handle)
 
     def empty(self) -> None:
-        """Reduce what is in the bucket."""
+        """Reduce the contents of the bucket."""
         if self.filled:
             self.reduce_bucket()
             self.timeline.free_all(self.outside)
@@ -161,7 +162,7 @@ class ZeroStage12(Bucketed):
         self._release_bucket()
 
     def _accumulate(self, key: tuple[str, str], handle: Handle | None) -> None:
-        """Stage 1: nothing crosses the ranks before the last micro-batch."""
+        """Stage 1: no gradient crosses the ranks before the last micro-batch."""
         if not self.compact:
             if key in self.whole:
                 self.timeline.free(handle)
@@ -176,14 +177,14 @@ class ZeroStage12(Bucketed):
             self.whole[key] = wide
 
     def reduce_bucket(self) -> None:
-        """What is in the bucket: copied together, cast to reduce_dtype; this rank's share of it is kept."""
+        """Copy the contents of the bucket together and cast them to reduce_dtype; this rank's share is kept."""
         if self.compact and not self.partition:
-            # On the GPU also where the optimizer is not: from there it is copied to the host.
+            # It is on the GPU also where the optimizer is not: from there it is copied to the host.
             self.partition = [
                 self.timeline.allocate("gradients", elements // self.ranks * self.master) for elements in self.groups
             ]
         elements = min(self.filled, ALLREDUCE_ELEMENTS + self.groups[0] // self.ranks)
-        # An all-reduce of all of it is done in place, where it lies in one piece.
+        # An all-reduce of the whole bucket is done in place, where it is contiguous.
         copies = self.scatters or not self.contiguous
         copy = self.timeline.allocate("buffers", elements * self.whole_width if copies else 0)
         cast = None
@@ -209,7 +210,7 @@ class ZeroStage12(Bucketed):
 
 
 def trained(anatomy: Anatomy) -> Iterator[Parameter]:
-    """All parameters, or adapters alone: what is flattened, reduced and updated."""
+    """The parameters that are flattened, reduced and updated: all of them, or adapters alone."""
     return (parameter for parameter in anatomy.parameters() if parameter.trainable)
 
 

@@ -1,5 +1,6 @@
-"""ZeRO 1 in bfloat16 (DeepSpeed's BF16_Optimizer): gradients in 16 bit whole, and a flat float32 copy of them all that
-adds up micro-batches and stays between steps. Master weights and states are partitioned.
+"""ZeRO 1 in bfloat16 (DeepSpeed's BF16_Optimizer): whole gradients in 16 bit, and a flat float32 copy of all of them.
+
+The copy adds up micro-batches and stays between steps. Master weights and states are partitioned.
 
 Reads the flat groups of `zero`; source: deepspeed/runtime/bf16_optimizer.py.
 """

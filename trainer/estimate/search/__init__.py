@@ -1,4 +1,4 @@
-"""Which layout is fastest on a cluster, among those that fit: `memory-estimate estimate.search=true`.
+"""The fastest layout on a cluster among those that fit: `memory-estimate estimate.search=true`.
 
 Read in order: `network` (collectives), `cost` (a step), `candidates` (layouts), `search`, `render`.
 """

@@ -4,9 +4,9 @@
     copies (DDP), shards over all ranks (FSDP), over a node and copies of that (HSDP), or ZeRO 1, 2, 3 with and without
     offload   x   experts over the ranks of a node, or over as many as there are, where FSDP alone divides the rest
 
-times micro-batch sizes and activation checkpointing. What a preset is stands in `configs/parallel` alone: the search
-starts from the one whose axes are nearest. What does not go together is not known here: `make_plan` refuses it.
-Torch-free.
+times micro-batch sizes and activation checkpointing. A preset is defined in `configs/parallel` alone: the search
+starts from the preset with the nearest axes. This module knows no rules between options: `make_plan` refuses wrong
+combinations. Torch-free.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.plan.model_fields import config_fields, experts_of
 MICRO_BATCHES = (1, 2, 4, 8)
 PIPELINES = (1, 2, 4, 8, 16)
 LONG = 16384
-"""Tokens per sequence from which splitting sequences is tried: shorter ones are split for nothing."""
+"""Tokens per sequence from which splitting sequences is tried: shorter ones gain nothing."""
 SCHEDULES = ("1f1b", "interleaved_1f1b")
 SEARCHED = ("parallel.pipeline", "parallel.sequence_parallel", "parallel.reshard_after_forward")
 
@@ -52,7 +52,7 @@ class Candidate:
 
     def apply(self, config: Config) -> Config:
         """`config` with this layout instead of its own."""
-        # The groups that are written to; a deep copy of all, a thousand times, takes longer than the times themselves.
+        # Only the groups that are written to are copied; a thousand deep copies take longer than computing the times.
         groups = {"parallel": config.parallel, "train": config.train, "cluster": config.cluster}
         changed = replace(config, **{name: replace(group) for name, group in groups.items()})
         for name in _searched():

@@ -1,4 +1,4 @@
-"""How long one step of a plan takes: a model made of a few stated terms, not a measurement.
+"""The predicted time of one step of a plan: a model made of a few stated terms, not a measurement.
 
     matmuls                FLOPs / (peak * estimate.efficiency), at least the time to read the weights from memory
     around them            norms, residuals, rotations, activation functions: bytes read and written / bandwidth
@@ -11,8 +11,8 @@
     pipeline               waiting (`plan.bubble`) and handing on hidden states
     update                 optimizer states read and written where they live; the way there and back; matmuls
 
-It ranks layouts, for which the differences between terms count; the constants below are its assumptions, and how far
-it is from published runs is measured by tests/benchmarks/published.py. Torch-free.
+It ranks layouts, for which the differences between terms count; the constants below are its assumptions.
+tests/benchmarks/published.py measures its distance from published runs. Torch-free.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from trainer.update import ask as ask_update
 
 NOTHING = Work()
 MEMORY_ACHIEVED = 0.8
-"""Of the data sheet's memory bandwidth, by kernels that only read and write."""
+"""The part of the data sheet's memory bandwidth that kernels reach which only read and write."""
 WHOLE, DIVIDED = {False: 38.0, True: 10.0}, {False: 28.0, True: 14.0}
 """Hidden-state-sized tensors that one layer's forward reads and writes outside its matmuls, in eager torch and
 compiled: whole ones (two norms, which compute in float32, and two residuals), and those that tensor parallel divides
@@ -52,11 +52,11 @@ HIDDEN, EXPOSED = 0.8, 0.05
 """HIDDEN: fraction of the computation that can hide communication. EXPOSED: fraction of communication that always
 shows."""
 UPDATE_BYTES = 14.0
-"""Per parameter: master weight read and written, gradient read, copy written. Each state is read and written too."""
+"""Bytes per parameter: master weight read and written, gradient read, copy written; and each state read and written."""
 SELECTIVE = 0.5
-"""Of the forward's matmuls are computed again: every second one. All around them is."""
+"""The part of the forward's matmuls that is computed again: every second one; all work around them is."""
 HOST_MEMORY_GB_PER_SECOND = 20.0
-"""A GPU's share of its node's memory bandwidth, for updates on the CPU."""
+"""The share of its node's memory bandwidth that a GPU has for updates on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,36 +231,36 @@ class _Step:
         }
 
     def _products(self) -> float:
-        """Forward of the matmuls."""
+        """Time of the forward's matmuls."""
         attention = 4.0 * self.size.attention * self._keys()
         read = self.held + self.in_experts * self.width
         return max(self._multiplying(2.0 * self.size.matrices + attention), read / self.bandwidth)
 
     def _keys(self) -> float:
-        """Those that attention multiplies with a token, on average, in all layers together."""
+        """Keys that attention multiplies with a token, on average, in all layers together."""
         length, spans = self.plan.batch.seq_len, self.size.spans
         if self.config.model.attention is Attention.flash_attention_2:
             return sum(_mean_seen(length, span) for span in spans)
         if self.size.scores:
             return float(length * len(spans))
-        # torch's kernel skips the masked half if it knows no more than that. A window is a mask, which skips nothing.
+        # torch's kernel skips the masked half for a plain causal mask alone. A window is a mask, which skips nothing.
         return sum(length / 2 if span is None or span > length else float(length) for span in spans)
 
     def _left_out(self) -> float:
-        """Of the backward: the gradients of frozen matrices themselves."""
+        """Time of the backward's gradients of frozen matrices themselves."""
         return self._multiplying(2.0 * self.size.frozen_matrices)
 
     def _multiplying(self, flops_per_token: float) -> float:
         return flops_per_token * self.tokens / (self.tp * self.pp) / self.peak
 
     def _unpacking(self) -> float:
-        """In the forward, in the backward, and in what is computed again."""
+        """Time in the forward, in the backward, and in the recomputation."""
         again = {Checkpointing.none: 0.0, Checkpointing.selective: SELECTIVE, Checkpointing.full: 1.0}[self.recompute]
         moved = (self.size.packed_bytes + self.size.packed * self.width) / (self.tp * self.pp)
         return (self.passes.forwards + (1 + again) * self.passes.backwards) * moved / self.bandwidth
 
     def _around(self) -> float:
-        """Forward of everything else; a third of the loss, which is here for forward and backward."""
+        """Time of everything else in the forward, with a third of the loss, which is here for forward and backward."""
         compiled = self.config.train.compile
         whole = WHOLE[compiled] / (self.tp if self.config.parallel.sequence_parallel else 1)
         moved = (whole + DIVIDED[compiled] / self.tp) * self.size.hidden * self.width * self.layers
@@ -273,7 +273,7 @@ class _Step:
         return (products if self.recompute is Checkpointing.full else SELECTIVE * products) + around
 
     def _inside_layers(self, axis: str) -> float:
-        """What the ranks along an axis send in all layers; nothing hides it."""
+        """Time of the messages along an axis in all layers; nothing hides it."""
         size, again = self.size, self.recompute
         work = LayerWork(
             tokens=self.tokens,
@@ -291,7 +291,8 @@ class _Step:
         return both * sent.times * self.layers * collective(sent.size_bytes, group_of(self.plan, axis))
 
     def _step_sharding(self, busy: float) -> float:
-        """What the data-parallel ranks exchange in a step, as far as the computation does not hide it."""
+        """Time of the exchange between the data-parallel ranks in a step, without the part that the computation
+        hides."""
         plan, network, times = self.plan, self.network, self.micro_batches
         gradients = self.trained * BYTES[plan.reduce_dtype]
         if plan.engine is EngineName.deepspeed:
@@ -299,7 +300,7 @@ class _Step:
             scatter = network.gather(gradients, group)
             if plan.zero_stage == 3:
                 return times * _exposed(2 * network.gather(self.held, group) + scatter, busy)
-            # Stages 1 and 2 wait for their collectives: nothing runs beside them.
+            # Stages 1 and 2 wait for their collectives: nothing runs at the same time.
             return (times if plan.zero_stage == 2 else 1) * scatter + network.gather(self.trained * self.width, group)
         forwards, backwards = self.passes.forwards, self.passes.backwards
         copies = backwards * network.all_reduce(gradients / plan.fsdp_size, group_of(plan, REPLICATE))
@@ -318,7 +319,7 @@ class _Step:
         return times * _exposed(gathers * gather + scatter, busy) + _exposed(copies, busy)
 
     def _sends(self) -> float:
-        """Hidden states to the next stage and their gradients back, at each boundary that this rank has."""
+        """Time to send hidden states to the next stage and their gradients back, at each boundary of this rank."""
         boundaries = self.config.parallel.pipeline.stages_per_rank or 1
         size = self.tokens * self.size.hidden * self.width
         return (
@@ -328,7 +329,8 @@ class _Step:
         )
 
     def _step_multiplying(self) -> float:
-        """An update that multiplies whole matrices: each on one rank, which gathers it and sends the result back."""
+        """Time of an update that multiplies whole matrices: each on one rank, which gathers it and sends the result
+        back."""
         plan, work = self.plan, self.size.update
         if not work.flops:
             return 0.0
@@ -339,7 +341,7 @@ class _Step:
         return max(work.flops / plan.world_size, self.size.update_largest) / peak + sent
 
     def _step_update(self) -> float:
-        """Optimizer states of this rank's share, read and written where they are."""
+        """Time to read and write the optimizer states of this rank's share where they are."""
         plan, disk = self.plan, self.config.cluster.nvme_gb_per_second * GB_PER_SECOND
         shards = plan.degree(SHARD) if plan.engine is EngineName.deepspeed else plan.fsdp_size
         own = self.trained / shards + self.in_experts / plan.view(EXPERT).shards
@@ -349,7 +351,7 @@ class _Step:
             speed = disk if plan.offload_parameters is OffloadDevice.nvme else self.network.host
             fetched = 2 * self.micro_batches * self.held / shards / min(speed, self.network.host)
         if plan.offload_optimizer is OffloadDevice.none:
-            # As if the GPU were full: what is paged comes from the host for each update, and goes back.
+            # The GPU is assumed to be full: paged states come from the host for each update, and go back.
             paged = own * 2 * self.size.paged_bytes / max(1, self.size.trained) / self.network.host
             return touched / self.bandwidth + fetched + paged + self._step_multiplying()
         moved = own * (BYTES[plan.reduce_dtype] + self.width) / self.network.host
@@ -359,16 +361,16 @@ class _Step:
 
 
 def update_bytes(size: Dimensions) -> float:
-    """Per parameter that is updated: each byte of a state is read and written."""
+    """Bytes per updated parameter: each byte of a state is read and written."""
     return UPDATE_BYTES + 2 * size.kept_bytes / max(1, size.trained)
 
 
 def _mean_seen(length: int, span: int | None) -> float:
-    """Keys that a token sees on average: the first ones of a sequence have fewer before them than a window holds."""
+    """Keys that a token sees on average: the first tokens of a sequence have fewer predecessors than a window holds."""
     held = length if span is None else min(span, length)
     return held * (1 - held / (2 * length))
 
 
 def _exposed(communication: float, computation: float) -> float:
-    """What is seen of communication that runs beside computation."""
+    """The part of communication that shows although it runs during the computation."""
     return max(communication - HIDDEN * computation, EXPOSED * communication)

@@ -1,4 +1,4 @@
-"""All that a person may choose about a model on a cluster, each combination with its memory and its time.
+"""Every choice for a model on a cluster: each combination with its memory and its time.
 
     what is swept (sequence length, optimizer, precision ...)  x  the search's layouts, micro-batches and recompute
 
@@ -28,7 +28,7 @@ from trainer.plan.machine import Machine
 from trainer.plan.plan import Plan
 
 HOPELESS = 2.0
-"""A combination whose states alone take this many times the device is not estimated: the states say enough."""
+"""A combination whose states alone take this many times the device gets no estimate: its states are enough to know."""
 
 Progress = Callable[[int, int], None]
 """Called with the combinations that are done and with all of them."""
@@ -36,8 +36,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes of the busiest rank. parts: by component at its peak; they add up to what is allocated. highest: the most
-    that each component ever holds. reserved, device: lower and upper end. outside: CUDA context and NCCL."""
+    """Bytes of the busiest rank.
+
+    parts: by component at its peak; their sum is the allocated memory.
+    highest: the most that each component ever holds.
+    reserved, device: lower and upper end.
+    outside: CUDA context and NCCL."""
 
     parts: tuple[int, ...]
     highest: tuple[int, ...]
@@ -65,8 +69,11 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One combination. refused: the lines of the rules; None: it can run. memory: None where nothing but `states`, a
-    lower bound in bytes, is known. fits: the upper end does."""
+    """One combination.
+
+    refused: the lines of the rules; None: it can run.
+    memory: None where only `states`, a lower bound in bytes, is known.
+    fits: whether the upper end fits."""
 
     candidate: Candidate
     refused: str | None = None
@@ -87,7 +94,7 @@ class Explored:
 
 
 def explore(configs: Sequence[Config], machines: Sequence[Machine], progress: Progress) -> list[Explored]:
-    """Every combination of each configuration. Raises ConfigError where there is nothing to work on, or the
+    """Every combination of each configuration. Raises ConfigError where there is nothing to combine, or where the
     model cannot be traced at all."""
     spaces: list[tuple[Config, Machine, int, list[Candidate]]] = []
     for config, machine in zip(configs, machines, strict=True):
@@ -115,7 +122,7 @@ def explore(configs: Sequence[Config], machines: Sequence[Machine], progress: Pr
 
 
 def check_open(config: Config) -> None:
-    """Raises ConfigError where the command says what is to be tried, or asks for another answer."""
+    """Raises ConfigError where the command sets a swept value itself, or asks for another answer."""
     problems = [
         f"{key}: estimate.explore tries its values itself; leave it out, and give train.global_batch_size"
         for key in ("train.micro_batch_size", "train.gradient_accumulation_steps")
@@ -131,7 +138,7 @@ def check_open(config: Config) -> None:
 
 
 def _device(config: Config, machine: Machine, points: Sequence[Point]) -> TargetDevice | None:
-    """None where the rules refuse everything."""
+    """The layouts of one configuration; None where the rules refuse all of them."""
     for point in points:
         if point.refused is None:
             changed = point.candidate.apply(config)
@@ -142,7 +149,7 @@ def _device(config: Config, machine: Machine, points: Sequence[Point]) -> Target
 def _points(config: Config, machine: Machine, space: Sequence[Candidate]) -> Iterator[Point]:
     try:
         size = model_dimensions(config, machine)
-    except CookbookError as error:  # the same with every layout
+    except CookbookError as error:  # every other layout raises the same
         yield from (Point(candidate=candidate, refused="\n".join(error.problems)) for candidate in space)
         return
     for candidate in space:

@@ -38,7 +38,7 @@ NAMED = {"data.seq_len": "sequence length", "optimizer": "optimizer", "precision
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """Something that is swept. words: the override of each of its values."""
+    """One swept option. words: the override of each of its values."""
 
     key: str
     words: tuple[str, ...]
@@ -49,7 +49,7 @@ class Control:
 
 
 class _Numbered:
-    """Texts that rows name by their number."""
+    """Texts that rows refer to by number."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -59,7 +59,7 @@ class _Numbered:
 
 
 def check_file(config: Config) -> None:
-    """Before an hour of work: can the page be written? Raises ConfigError and EnvironmentProblem."""
+    """Check before an hour of work that the page can be written. Raises ConfigError and EnvironmentProblem."""
     path = _path(config)
     if path.suffix != ".html":
         raise ConfigError(f"estimate.explore={config.estimate.explore}: writes .html; name the file so")
@@ -68,7 +68,8 @@ def check_file(config: Config) -> None:
 
 
 def save_page(found: Sequence[Explored], controls: Sequence[Control], overrides: Sequence[str], config: Config) -> int:
-    """Write it. found: in the order of the controls' product. overrides: those that all share. Returns its bytes."""
+    """Write the page. found: in the order of the controls' product. overrides: those that all share. Returns its
+    bytes."""
     title = f"{config.model.preset} on {_machine(found[0])}"
     body = (files("trainer.estimate.search") / "explore.html").read_text()
     body = body.replace("TITLE", escape(title))

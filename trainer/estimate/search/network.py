@@ -1,4 +1,4 @@
-"""How long collectives take on a cluster of nodes: bytes over the slowest wire that they must cross, plus latency.
+"""The time of collectives on a cluster of nodes: bytes over the slowest wire that they must cross, plus latency.
 
     GPUs of a node     links among them (NVLink): `Gpu.link_bandwidth`
     nodes              each GPU has its share of the node's adapters: `cluster.network_gb_per_second`
@@ -19,7 +19,7 @@ from trainer.plan.devices import GB_PER_SECOND, NVLINK_BRIDGE, PCIE_4, Gpu
 from trainer.plan.plan import Plan
 
 ACHIEVED = 0.8
-"""Of a wire's data-sheet bandwidth that large messages get (NCCL's own tests reach 75 to 90 %)."""
+"""The part of a wire's data-sheet bandwidth that large messages get (NCCL's own tests reach 75 to 90 %)."""
 HOP_SECONDS, NETWORK_HOP_SECONDS = 1e-6, 5e-6
 ASSUMED_NETWORK_GB_PER_SECOND = 50.0
 
@@ -37,7 +37,8 @@ class RankGroup:
 
 
 def group_of(plan: Plan, *axes: str) -> RankGroup:
-    """The ranks that differ along `axes`, neighbours in the view that has these. Inner axes lie within a node first."""
+    """The ranks that differ along `axes`, neighbours in the view with these axes. Inner axes lie within a node
+    first."""
     sizes = next((view.degrees for view in plan.views if axes[0] in view.degrees), plan.mesh)
     names = list(sizes)
     size = prod(sizes[axis] for axis in axes)

@@ -1,4 +1,4 @@
-"""What the search found, as a table for people or as JSON for programs."""
+"""The result of the search, as a table for people or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.estimate.search.cost import (
 from trainer.estimate.search.network import ACHIEVED, ASSUMED_NETWORK_GB_PER_SECOND
 from trainer.estimate.search.search import Ranked, Search
 
-# Words that the search puts in itself; the rest of the command goes before them.
+# Overrides that the search sets itself; the rest of the command comes before them.
 REPLACED = ("parallel=", "parallel.", "estimate.", "train.micro_batch_size=", "train.gradient_accumulation_steps=")
 REPLACED += ("train.activation_checkpointing=", "train.chunked_loss=", "train.global_batch_size=")
 WIDTH = 150
@@ -30,13 +30,13 @@ SAME = 0.02
 
 
 def command(found: Ranked, search: Search, overrides: Sequence[str]) -> str:
-    """What to type to run it. overrides: those that the search was given."""
+    """The command that runs the layout. overrides: those that the search was given."""
     return " ".join(["python -m launch", *kept(overrides), *found.candidate.words, batch_word(search.config)])
 
 
 def kept(overrides: Sequence[str]) -> list[str]:
     """The overrides that stay in the command of a layout."""
-    # How sequences are split is not searched: it stays as the user has it.
+    # The search does not vary how sequences are split: the user's setting stays.
     own = "parallel.context_method="
     return [word for word in overrides if word.startswith(own) or not word.startswith(REPLACED)]
 
@@ -47,7 +47,7 @@ def batch_word(config: Config) -> str:
 
 
 def render_search(search: Search, overrides: Sequence[str]) -> str:
-    """The table, why the first is first, a command for each, and what the numbers assume."""
+    """The table, the reason for the first place, a command for each layout, and the assumptions."""
     text = io.StringIO()
     console = Console(file=text, width=WIDTH, highlight=False)
     batch, config = search.config.train.global_batch_size, search.config
@@ -133,7 +133,7 @@ def _shares(time: StepTime) -> str:
 
 
 def _why(search: Search) -> str:
-    """The first against the second: the terms in which it saves most, and what it pays."""
+    """Compare the first with the second: the terms in which it saves most, and those in which it loses."""
     words = ""
     if len(search.best) > 1:
         first, second = search.best[0].time, search.best[1].time

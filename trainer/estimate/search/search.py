@@ -1,8 +1,8 @@
 """The search: every candidate's time, then memory from the fastest down, until enough fit.
 
-Time and the bytes of states are arithmetic and asked of all. Memory needs a trace of the model's code at that shape: it
-is asked only of shapes that could be among the first, and of none that needs more than one that is known to be too
-large. Torch-free, as far as the traces are on disk.
+Time and the bytes of states are arithmetic, computed for all candidates. Memory needs a trace of the model's code at
+that shape: only shapes that could be among the first are traced, and none that needs more than one that is known to be
+too large. Torch-free, as far as the traces are on disk.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ALIKE = 0.8
 GROWING = ("activations", "loss", "workspace")
 RECOMPUTE = (Checkpointing.full, Checkpointing.selective, Checkpointing.none)
 TOKENS_PER_STEP = 2**22
-"""What a step takes where the command does not say it: 4 Mi tokens, usual for models of 8B to 70B."""
+"""Tokens of a step where the command does not set them: 4 Mi tokens, usual for models of 8B to 70B."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +50,16 @@ class Ranked:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
-    """best: the fastest that fit (if none does: that are tight), each layout once, with its best micro-batch and
-    recompute. too_large: the layout that would be faster than all of them and is tight or does not fit, at the shape
-    that needs least; None: there is none. timed: plans that the trainer can run and whose states fit. asked: how many
-    estimates were made. config: what was searched, with the global batch filled in. size: of the model."""
+    """The result of a search.
+
+    best: the fastest layouts that fit (or, if none does, that are tight), each once, with its best micro-batch and
+        recompute.
+    too_large: the layout that would be faster than all of them and is tight or does not fit, at the shape that needs
+        least; None: there is none.
+    timed: number of plans that the trainer can run and whose states fit.
+    asked: number of estimates made.
+    config: the configuration searched, with the global batch filled in.
+    size: parameters of the model."""
 
     config: Config
     best: Sequence[Ranked]
@@ -84,15 +90,15 @@ class _Timed:
 
     @property
     def pieces(self) -> tuple[object, ...]:
-        """What of the plan decides the activations that a rank holds. A pipeline's first rank holds a micro-batch of
-        each stage: as many layers as there are without it."""
+        """The part of the plan that decides a rank's activations. A pipeline's first rank holds a micro-batch of
+        each stage: as many layers as there are without a pipeline."""
         cast = self.plan.fully_sharded or self.plan.engine is EngineName.deepspeed
         return (self.plan.degree(TENSOR), self.plan.degree(CONTEXT), self.plan.degree(EXPERTS), cast, self.recompute)
 
 
 @waiting.on("searching")
 def search(config: Config, machine: Machine) -> Search:
-    """Rank the layouts of a cluster. Raises ConfigError where the search has nothing to work on, NotEstimated where the
+    """Rank the layouts of a cluster. Raises ConfigError where there is nothing to search, NotEstimated where the
     model cannot be traced."""
     if config.train.micro_batch_size is not None or config.train.gradient_accumulation_steps is not None:
         raise ConfigError(
@@ -143,15 +149,15 @@ def speed_of(config: Config, machine: Machine) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Beyond:
-    """Bytes of a rank beside its states. growing: with the micro-batch."""
+    """Bytes of a rank in addition to its states. growing: those that grow with the micro-batch."""
 
     fixed: float
     growing: float
 
 
 class _Questions:
-    """The estimates, and what they teach: beyond its states a rank needs much the same under every layout that computes
-    the same pieces, so one estimate answers for many shapes."""
+    """The estimates and their conclusions: in addition to its states a rank needs much the same memory under every
+    layout that computes the same pieces, so one estimate answers for many shapes."""
 
     def __init__(self, timed: Sequence[_Timed]) -> None:
         self.answers: dict[tuple[str, ...], Ranked | None] = {}
@@ -161,7 +167,7 @@ class _Questions:
             self.smallest[one.candidate.layout, one.recompute] = one
 
     def judged(self, one: _Timed, wanted: Verdict) -> Ranked | None:
-        """Its estimate, if that is the verdict. Not asked where something smaller of its kind is known to be too
+        """The estimate, if it has that verdict. It is not made where a smaller shape of its kind is known to be too
         large."""
         if one.pieces not in self.beyond:
             self.ask(self.smallest[one.candidate.layout, one.recompute])
@@ -176,7 +182,7 @@ class _Questions:
         return found if found is not None and found.estimate.verdict is wanted else None
 
     def ask(self, one: _Timed) -> Ranked | None:
-        """Its estimate, made once; None where memory cannot be estimated."""
+        """The estimate of a shape, made once; None where memory cannot be estimated."""
         if one.candidate.words not in self.answers:
             with waiting.on(f"searching: {len(self.answers)} estimates so far"):
                 self.answers[one.candidate.words] = self._estimate(one)
@@ -232,7 +238,7 @@ def _fastest_too_large(
 
 
 def with_global_batch(config: Config, world_size: int) -> Config:
-    """Layouts compare at the same batch alone."""
+    """The configuration with the batch fixed: layouts compare at the same batch alone."""
     if config.train.global_batch_size is not None:
         return config
     sequences = max(1, TOKENS_PER_STEP // config.data.seq_len)
