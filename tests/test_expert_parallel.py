@@ -59,10 +59,6 @@ def test_a_token_goes_to_each_rank_once() -> None:
             "parallel.ep=2: llama has no experts to divide; use parallel.ep=1, or another",
         ),
         (
-            [*MIXTURE, "parallel.ep=2", "tuning=lora"],
-            "tuning.method=lora: has no adapters for experts that parallel.ep",
-        ),
-        (
             [*MIXTURE, "parallel.ep=2", "train.compile=true"],
             "train.compile=true: with parallel.ep sizes depend on what",
         ),

@@ -32,7 +32,11 @@ LAYOUTS = {
     "fsdp": ["parallel=fsdp"],
     "tensor": ["parallel=tensor", "parallel.tp=2"],
     "tensor, sequence parallel": ["parallel=tensor", "parallel.tp=2", "parallel.sequence_parallel=true"],
+    "expert, sequence parallel": ["parallel=expert", "parallel.tp=2", "parallel.sequence_parallel=true"],
+    "tensor of four": ["parallel=tensor", "parallel.tp=4"],
 }
+RANKS = {"expert, sequence parallel": 4, "tensor of four": 4}
+"""Of those with more than two."""
 GROUPS = {"often": OFTEN, "rest": tuple(name for name in FAMILIES if name not in OFTEN)}
 
 
@@ -58,30 +62,38 @@ def alone(group: str) -> dict[str, Trained]:
     ("layout", "group"),
     rows(
         ((layout, group) for layout in LAYOUTS for group in GROUPS),
-        lambda layout, group: group == "often" and layout in ("expert", "tensor"),
+        lambda layout, group: group == "often" and layout in ("expert", "tensor", "expert, sequence parallel"),
     ),
 )
 def test_a_family_equals_one_process(layout: str, group: str) -> None:
     runs = {name: words_of(name, "single", *LAYOUTS[layout]) for name in GROUPS[group]}
-    found = run_ranks(2, train_all, runs, timeout=300)[0]
+    found = run_ranks(RANKS.get(layout, 2), train_all, runs, timeout=300)[0]
     apart = {name: distance(found[name], expected) for name, expected in alone(group).items()}
     assert all(one.largest <= 1e-10 for one in apart.values()), apart
 
 
-@pytest.mark.parametrize(
-    ("layout", "experts"), rows([("tensor", False), ("fsdp", True)], lambda layout, _: layout == "fsdp")
-)
-def test_adapters_of_a_family_equal_one_process(layout: str, experts: bool) -> None:
+@once
+def adapted_alone(stacks: bool) -> dict[str, Trained]:
+    return run_ranks(1, train_all, {name: words_of(name, "single", *adapters(stacks)) for name in ADAPTED})[0]
+
+
+def adapters(stacks: bool) -> list[str]:
     """Those of an empty list can be cut by tensor parallel; stacked experts get them where they are named."""
-    words = [
-        "tuning=lora",
-        "tuning.rank=2",
-        *(["tuning.target_modules=[experts.gate_up_proj,o_proj]"] if experts else []),
-    ]
-    expected = run_ranks(1, train_all, {name: words_of(name, "single", *words) for name in ADAPTED})[0]
-    found = run_ranks(2, train_all, {name: words_of(name, "single", *LAYOUTS[layout], *words) for name in ADAPTED})[0]
-    apart = {name: distance(found[name], one) for name, one in expected.items()}
+    named = "tuning.target_modules=[experts.gate_up_proj,experts.down_proj,o_proj]"
+    return ["tuning=lora", "tuning.rank=2", *([named] if stacks else [])]
+
+
+@pytest.mark.parametrize(
+    ("layout", "stacks"),
+    rows([("tensor", False), ("fsdp", True), ("expert", True)], lambda layout, _: layout == "expert"),
+)
+def test_adapters_of_a_family_equal_one_process(layout: str, stacks: bool) -> None:
+    runs = {name: words_of(name, "single", *LAYOUTS[layout], *adapters(stacks)) for name in ADAPTED}
+    found = run_ranks(2, train_all, runs)[0]
+    apart = {name: distance(found[name], one) for name, one in adapted_alone(stacks).items()}
     assert all(one.largest <= 1e-8 for one in apart.values()), apart
+    trained = adapted_alone(stacks)["gpt_oss"].parameters
+    assert any("experts." in name and value.any() for name, value in trained.items() if "lora_B" in name) is stacks
 
 
 def test_a_folder_with_the_hubs_names_begins_every_layout_alike(tmp_path: Path) -> None:
@@ -90,7 +102,9 @@ def test_a_folder_with_the_hubs_names_begins_every_layout_alike(tmp_path: Path) 
         their_model("mixtral").save_pretrained(tmp_path / "there")
     path = f"model.path={tmp_path}/there"
     expected = run_ranks(1, train_all, {"one": words_of("mixtral", "single", path)})[0]["one"]
-    runs = {layout: words_of("mixtral", "single", *words, path) for layout, words in LAYOUTS.items()}
+    runs = {
+        layout: words_of("mixtral", "single", *words, path) for layout, words in LAYOUTS.items() if layout not in RANKS
+    }
     for layout, found in run_ranks(2, train_all, runs)[0].items():
         assert distance(found, expected).largest <= 1e-10, layout
 

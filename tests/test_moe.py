@@ -21,9 +21,11 @@ from tests.support.parity import words as words_of
 from tests.support.resuming import resume_each, train_then_resume_each
 from tests.support.selection import rows
 from tests.test_parity import FLOAT64
+from trainer.axes.pipeline.table import SCHEDULES
 from trainer.make_plan import make_plan
 from trainer.model.miniature import shrink
 from trainer.moe.routers import find_routers, probabilities, read, to_logits
+from trainer.moe.seen import micro_batch
 from trainer.plan.machine import Machine
 
 COMMON = ["model=tiny", "data=synthetic", "data.seq_len=32", "data.ignore_fraction=0.6", "train.micro_batch_size=2"]
@@ -37,27 +39,38 @@ MICRO = ("moe=micro_batch", f"moe.coefficient={COEFFICIENT}")
 TWO, FOUR = "train.gradient_accumulation_steps=2", "train.gradient_accumulation_steps=4"
 FULL, SELECTIVE = "train.activation_checkpointing=full", "train.activation_checkpointing=selective"
 SCHEDULE = "parallel.pipeline.schedule"
+SHOWN = "zbv_zero_bubble"
+BY_SEQUENCE: dict[str, tuple[str, ...]] = {"interleaved_zero_bubble": SEQUENCE, "dualpipev": SEQUENCE}
+# Routers see a part of the tokens.
+PARTS = ("parallel.tp=2", "parallel.sequence_parallel=true")
 # What makes each of them a case of its own: replicas, shards and recompute, shared tokens, stages, parts of sequences,
 # experts of other ranks.
 LAYOUTS = [
     (GLOBAL, "ddp", 2, (TWO,)),
     (GLOBAL, "fsdp", 2, (TWO, FULL)),
     (GLOBAL, "tensor", 2, (TWO, "parallel.sequence_parallel=true", SELECTIVE)),
-    (GLOBAL, "pipeline", 2, (FOUR, f"{SCHEDULE}=zbv_zero_bubble")),
+    (GLOBAL, "pipeline", 2, (FOUR, f"{SCHEDULE}={SHOWN}")),
     (SEQUENCE, "context", 2, (TWO,)),
     (GLOBAL, "expert_fsdp", 4, (TWO, FULL)),
+    (SEQUENCE, "expert", 4, (TWO, *PARTS)),
 ]
 MORE = [
     (SEQUENCE, "3d", 8, (TWO, FULL)),
     (SEQUENCE, "expert", 4, (TWO, "parallel.tp=2")),
+    (GLOBAL, "expert", 4, (TWO, *PARTS, FULL)),
+    (SEQUENCE, "expert", 8, (TWO, *PARTS, "parallel.cp=2")),
+    ((*GLOBAL, "tuning=prompt", "tuning.virtual_tokens=4"), "expert", 4, (TWO, *PARTS)),
     (GLOBAL, "expert_fsdp", 4, (TWO, "parallel.pp=2", f"{SCHEDULE}=interleaved_1f1b")),
     (SEQUENCE, "expert_fsdp", 4, (TWO, "parallel.cp=2")),
     (GLOBAL, "hsdp", 4, (TWO,)),
     (GLOBAL, "3d", 8, (TWO,)),
     (GLOBAL, "context", 4, (TWO, "parallel.tp=2")),
     (SEQUENCE, "fsdp", 4, (TWO,)),
-    *((GLOBAL, "pipeline", 2, (FOUR, f"{SCHEDULE}={name}")) for name in ("gpipe", "1f1b", "interleaved_1f1b")),
-    *((SEQUENCE, "pipeline", 2, (FOUR, f"{SCHEDULE}={name}")) for name in ("interleaved_zero_bubble", "dualpipev")),
+    *(
+        (BY_SEQUENCE.get(name, GLOBAL), "pipeline", 2, (FOUR, f"{SCHEDULE}={name}"))
+        for name in SCHEDULES
+        if name != SHOWN
+    ),
 ]
 
 
@@ -75,7 +88,27 @@ def test_micro_batches_of_other_ranks_are_as_good_as_own() -> None:
     """Layouts that cut a step into the same micro-batches have the same term, whichever ranks they are on."""
     two_ranks, alone = found("fsdp", 2, "none", *MICRO, TWO, FULL), expected(*MICRO, FOUR)
     assert distance(two_ranks, alone).largest <= FLOAT64
+    parts = found("expert", 4, "none", *MICRO, TWO, *PARTS)
+    assert distance(parts, alone).largest <= FLOAT64
     assert two_ranks.losses[0] != expected(*MICRO, TWO).losses[0], "the term does not depend on the cut"
+
+
+def test_virtual_tokens_and_padding_are_no_load() -> None:
+    inputs = torch.zeros(2, 4, dtype=torch.long)
+    parts = [micro_batch(inputs, torch.tensor([4, 1]), before=2, part=(rank, 2)) for rank in range(2)]
+    counted = [part.counted for part in parts if part.counted is not None]
+    assert all(part.shape == (2, 3) for part in parts)
+    assert torch.cat(counted, dim=1).int().tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0]]
+    assert [part.lengths(inputs.device).tolist() for part in parts] == [[1, 1], [3, 0]]
+    plain = micro_batch(inputs, None, before=0, part=(0, 1))
+    assert plain.counted is None and plain.lengths(inputs.device).tolist() == [4, 4]
+
+
+def test_virtual_tokens_go_through_routers_too() -> None:
+    """With padding, whose mask has no place for them, and with a term."""
+    found = expected(*GLOBAL, "tuning=prompt", "tuning.virtual_tokens=4", TWO)
+    plain = expected("tuning=prompt", "tuning.virtual_tokens=4", TWO)
+    assert found.losses[0] > plain.losses[0] + 0.1
 
 
 def words(kind: str, *extra: str) -> list[str]:

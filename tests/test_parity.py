@@ -87,6 +87,7 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 MIXED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "tensor parallel": ("qwen3_moe", "expert_fsdp", ("parallel.tp=2", "parallel.sequence_parallel=true")),
     "tensor parallel inside the group": ("qwen3_moe", "expert", ("parallel.tp=2",)),
+    "parts of the tokens of each rank": ("qwen3_moe", "expert", ("parallel.tp=2", "parallel.sequence_parallel=true")),
     "tensor parallel, tokens that do not divide": (
         "mixtral",
         "expert_fsdp",
@@ -101,7 +102,7 @@ REPEATED = {
     *("ddp on 4", "fsdp on 4", "tensor_fsdp, sequence parallel", "pipeline, recompute", "3d_zero1, interleaved"),
     *("tensor, sequence parallel", "3d_zero1, sequence parallel, recompute", "fsdp, parameters kept gathered"),
 }
-REPEATED_MIXED = {"tensor parallel inside the group"}
+REPEATED_MIXED = {"tensor parallel inside the group", "parts of the tokens of each rank"}
 SCHEDULES = ["gpipe", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"]
 KEYS: dict[str, tuple[str, ...]] = {
     "no accumulation": (),

@@ -84,6 +84,15 @@ def test_divided_experts_send_tokens_and_are_not_gathered() -> None:
     assert divided["update"] == pytest.approx(gathered["update"])
 
 
+def test_divided_experts_are_not_gathered_beside_adapters_either() -> None:
+    fields = ["model.config.model_type=mixtral", "model.config.num_local_experts=8", "tuning=lora"]
+    size = replace(LORA, experts=8, chosen=2, frozen_experts=5_637_144_576)
+    gathered, divided = (timed(f"parallel={name}", *fields, size=size).seconds for name in ("fsdp", "expert"))
+    trained = timed("parallel=expert", *fields[:2], "parallel.reshard_after_forward=true", size=MIXTURE).seconds
+    assert divided["expert parallel"] == pytest.approx(trained["expert parallel"])
+    assert divided["sharding, gradients"] < 0.5 * gathered["sharding, gradients"]
+
+
 def test_the_search_proposes_experts_over_ranks_for_mixtures_alone() -> None:
     def degrees(*words: str) -> set[int]:
         config = load_config([*SMALL, *words])

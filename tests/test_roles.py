@@ -9,6 +9,7 @@ import pytest
 from configs.load import load_config
 from trainer.model.causal import build_causal
 from trainer.model.roles import Described, Matrices, Role, describe
+from trainer.passes import prepare_model
 
 PLAIN = Matrices()
 STACK = {"stacked": True, "dim": 1}
@@ -61,3 +62,19 @@ def test_experts_are_stacks_of_matrices_and_have_a_router(kind: str, gate_up: Ma
     assert (experts.role, experts.matrices) == (Role.experts, gate_up)
     assert found[router].role is Role.router and found["embed_tokens.weight"].role is Role.embedding
     assert {name for name, one in found.items() if one.role is Role.router} == {router}
+
+
+def test_adapters_of_experts_count_as_experts_and_their_router_stays_one() -> None:
+    """A pair has rows for each expert, of which a token meets as many as it goes to. With rank 1 A has a row for each
+    expert, as a router has."""
+    words = ["model=tiny", "model.config.model_type=mixtral", "model.config.num_local_experts=4", "tuning=lora"]
+    words += ["tuning.rank=1", "tuning.target_modules=[experts.gate_up_proj,q_proj]"]
+    found = describe(prepare_model(load_config(words)))
+    routed = {re.sub(r"^.*\.\d+\.", "", name) for name, one in found.items() if one.routed == (2, 4)}
+    assert routed == {
+        *(f"mlp.experts.lora_{side}.default.weight" for side in "AB"),
+        *(f"mlp.experts.base_layer.{leaf}_proj" for leaf in ("gate_up", "down")),
+    }
+    assert {re.sub(r"^.*\.\d+\.", "", name) for name, one in found.items() if one.role is Role.router} == {
+        "mlp.gate.weight"
+    }

@@ -60,6 +60,30 @@ def test_layout_trains_the_adapters_of_one_process(layout: str, model: str) -> N
     assert all(".lora_" in name for name in reference(model, "fp64", STEPS, *LORA).parameters)
 
 
+STACKED = "tuning.target_modules=[experts.gate_up_proj,experts.down_proj,q_proj]"
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys"),
+    rows(
+        [
+            ("expert parallel.tp=2", ()),
+            ("expert parallel.tp=2 parallel.sequence_parallel=true", (STACKED,)),
+            ("expert_fsdp parallel.dp_shard=1 parallel.tp=4", (STACKED,)),
+            ("expert_fsdp train.activation_checkpointing=full", (STACKED,)),
+            ("expert_fsdp parallel.pp=2", (STACKED,)),
+            ("expert_fsdp parallel.cp=2", (STACKED,)),
+        ],
+        lambda layout, _: layout.endswith(("full", "sequence_parallel=true")),
+    ),
+)
+def test_divided_experts_have_the_adapters_of_one_process(layout: str, keys: tuple[str, ...]) -> None:
+    found = measure(layout.split(), 4, model="mixtral", precision="fp64", steps=STEPS, extra=(*LORA, *keys))
+    assert found.largest <= FLOAT64, found
+    trained = reference("mixtral", "fp64", STEPS, *LORA, *keys).parameters
+    assert any(".experts." in name for name in trained) is bool(keys)
+
+
 # What changes an adapter's arithmetic, its first values, or what is trained with it.
 VARIANTS = {
     "pissa": ("tuning.init=pissa", "tuning.rslora=true", "tuning.modules_to_save=[lm_head,norm]"),

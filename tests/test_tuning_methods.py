@@ -56,8 +56,8 @@ def keys(method: str) -> tuple[str, ...]:
 
 
 @once
-def alone(method: str, precision: str) -> Trained:
-    found = run_ranks(1, train, words("llama", "single", precision, STEPS, *keys(method)))[0]
+def alone(method: str, precision: str, model: str = "llama") -> Trained:
+    found = run_ranks(1, train, words(model, "single", precision, STEPS, *keys(method)))[0]
     assert found.losses[0] != found.losses[-1] and max(found.grad_norms) > 0.002, "it did not train, or did not clip"
     return found
 
@@ -71,6 +71,14 @@ def test_layout_trains_what_one_process_trains(method: str, layout: str) -> None
     apart = distance(found, alone(method, precision))
     ROWS.append(Row(preset, " ".join([*more, *keys(method)]), count, "llama", precision, apart))
     assert apart.largest <= (FLOAT32 if precision == "fp32" else FLOAT64), apart
+
+
+@pytest.mark.parametrize("method", rows(zip(METHODS[1:]), lambda method: method == "prompt"))
+def test_a_mixture_with_divided_experts_trains_what_one_process_trains(method: str) -> None:
+    found = run_ranks(2, train, words("mixtral", "expert", "fp64", STEPS, *keys(method)))[0]
+    apart = distance(found, alone(method, "fp64", "mixtral"))
+    ROWS.append(Row("expert", " ".join(keys(method)), 2, "mixtral", "fp64", apart))
+    assert apart.largest <= FLOAT64, apart
 
 
 def test_parity_sees_bottlenecks_that_each_rank_draws() -> None:
@@ -204,3 +212,10 @@ def test_layers_without_a_module_for_the_mlp_are_one_line(tmp_path: Path) -> Non
 def test_an_architecture_that_peft_s_table_lacks_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^tuning=ia3: peft does not say which layers of a cohere are keys"):
         prepare_model(load_config(["model=tiny", "tuning=ia3", "model.config.model_type=cohere"]))
+
+
+def test_an_architecture_that_peft_knows_with_other_layers_is_one_line() -> None:
+    """Two of three vectors would be trained."""
+    words = ["model=tiny", "tuning=ia3", "model.config.model_type=mixtral", "model.config.num_local_experts=4"]
+    with pytest.raises(ConfigError, match=r"^tuning=ia3: peft .* MixtralForCausalLM has no w2; use tuning=lora"):
+        prepare_model(load_config(words))

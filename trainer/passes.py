@@ -24,6 +24,7 @@ from configs.schema import Config
 from trainer import linear
 from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR, cutting
 from trainer.axes.ddp import apply_ddp
+from trainer.axes.expert import on_parts
 from trainer.axes.expert.apply import apply_expert_parallel, check_stacks
 from trainer.axes.fsdp import apply_fsdp
 from trainer.axes.mesh import Meshes
@@ -171,7 +172,8 @@ def _check_stages(parts: Parts) -> list[str]:
 
 def _split_experts(parts: Parts) -> list[str]:
     assert parts.meshes is not None
-    tensor = parts.axis(TENSOR) if parts.plan.degree(TENSOR) > 1 else None
+    alike = parts.plan.degree(TENSOR) > 1 and not on_parts(parts.config, parts.plan)
+    tensor = parts.axis(TENSOR) if alike else None
     mesh = parts.meshes.of(parts.plan.view(EXPERT))[EXPERTS]
     divide = partial(apply_expert_parallel, mesh=mesh, tensor=tensor, imbalance=parts.config.estimate.imbalance)
     check_stacks(parts.model, mesh.size())
@@ -181,8 +183,15 @@ def _split_experts(parts: Parts) -> list[str]:
 
 def _split_matrices(parts: Parts) -> list[str]:
     parallel, mesh = parts.config.parallel, parts.axis(TENSOR)
-    table, sequence = tensor_plan(parts.model, mesh.size(), parallel.tensor_plan), parallel.sequence_parallel
-    divide = partial(apply_tensor_parallel, plan=table, tp_mesh=mesh, sequence_parallel=sequence)
+    apart, sequence = parts.plan.degree(EXPERTS) > 1, parallel.sequence_parallel
+    table = tensor_plan(parts.model, mesh.size(), parallel.tensor_plan, experts_apart=apart)
+    divide = partial(
+        apply_tensor_parallel,
+        plan=table,
+        tp_mesh=mesh,
+        sequence_parallel=sequence,
+        experts_on_parts=on_parts(parts.config, parts.plan),
+    )
     parts.tensor = [divide(module) for module in parts.modules]
     return [shares(module, tensor) for module, tensor in zip(parts.modules, parts.tensor, strict=True)]
 
@@ -227,7 +236,8 @@ def _check_matrices(parts: Parts) -> list[str]:
 
 def _watch_routers(parts: Parts) -> list[str]:
     group = parts.axis(CONTEXT).get_group() if parts.plan.degree(CONTEXT) > 1 else None
-    parts.balancing = build_balancing(parts.config, parts.plan, parts.model, parts.modules, group)
+    tensor = parts.axis(TENSOR) if on_parts(parts.config, parts.plan) else None
+    parts.balancing = build_balancing(parts.config, parts.plan, parts.model, parts.modules, group, tensor)
     return []
 
 

@@ -29,3 +29,8 @@ def problems(config: Config) -> Iterator[str]:
 def kind_of(peft: object) -> VirtualTokens:
     """Lookup by peft's name."""
     return next(kind for kind in KINDS if kind.peft == peft)
+
+
+def tokens_before(config: Config) -> int:
+    """How many tokens the layers are given before those of every sequence."""
+    return config.tuning.virtual_tokens if any(kind.chosen(config) and kind.AS_TEXT for kind in KINDS) else 0

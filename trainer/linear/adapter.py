@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,10 @@ def imitate(model: PreTrainedModel, config: Config) -> None:
     from trainer.linear.adapter_layers import insert_adapters
     from trainer.linear.adapter_targets import find_targets
 
-    insert_adapters(model, config.tuning, find_targets(model, config.tuning, strict=False), strict=False)
+    targets = find_targets(model, config.tuning, strict=False)
+    # Stacks that get one here are divided by an axis that the small model has not.
+    if targets.linears:
+        insert_adapters(model, config.tuning, replace(targets, stacks=()), strict=False)
 
 
 def owns(name: str) -> bool:

@@ -14,8 +14,8 @@ from trainer.model.peft import NAME, import_peft
 
 
 def add_vectors(model: PreTrainedModel, *, base: str | None) -> None:
-    """base: `model.path`. Raises ConfigError for an architecture that peft's table does not have, EnvironmentProblem
-    without peft."""
+    """base: `model.path`. Raises ConfigError for an architecture that peft's table does not have, or knows in another
+    form, EnvironmentProblem without peft."""
     peft = import_peft("ia3")
     from peft.utils.constants import (
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
@@ -27,6 +27,12 @@ def add_vectors(model: PreTrainedModel, *, base: str | None) -> None:
         raise ConfigError(
             f"tuning=ia3: peft does not say which layers of a {kind} are keys, values and the end of the MLP; use"
             " tuning=lora"
+        )
+    names = [f".{name}" for name, _ in model.named_modules()]
+    if missing := [target for target in TARGETS[kind] if not any(name.endswith(f".{target}") for name in names)]:
+        raise ConfigError(
+            f"tuning=ia3: peft multiplies {', '.join(TARGETS[kind])} of a {kind}, and {type(model).__name__} has no"
+            f" {', '.join(missing)}; use tuning=lora"
         )
     described: Any = peft.IA3Config(
         target_modules=list(TARGETS[kind]),

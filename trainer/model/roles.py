@@ -94,6 +94,8 @@ class Described:
         return replace(self, shape=shape, of=self.whole)
 
 
+INNER = "base_layer"
+"""What peft calls the module that it has put an adapter around."""
 HEADS = "heads"
 """Query, key and value in one weight, whose sizes are those of the heads."""
 PACKED: dict[str, dict[str, int | str]] = {
@@ -270,7 +272,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]
     layers = decoder_layers(model)
     for name, block in model.named_modules():
         experts = [child for child in block.children() if child is not layers and _expert_count(child, counts)]
-        if experts and not isinstance(block, nn.ModuleList):
+        if experts and not isinstance(block, nn.ModuleList) and INNER not in block._modules:
             yield name, block, experts
 
 
@@ -280,8 +282,13 @@ def _expert_count(module: nn.Module, counts: set[int]) -> int:
 
     if isinstance(module, nn.ModuleList):
         return len(module) if len(module) in counts else 0
-    shapes = [_whole(p) for p in module._parameters.values() if p is not None]
+    shapes = [_whole(p) for p in innermost(module)._parameters.values() if p is not None]
     return next((shape[0] for shape in shapes if len(shape) == 3 and shape[0] in counts), 0)
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module itself, or the one that peft has put adapters around, one around the other."""
+    return innermost(module.get_submodule(INNER)) if INNER in module._modules else module
 
 
 def _whole(parameter: torch.Tensor) -> tuple[int, ...]:

@@ -12,12 +12,12 @@ the same term, and one of them counts; pipeline stages have their own routers an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from configs.errors import ConfigError
@@ -25,48 +25,38 @@ from configs.schema import Config
 from trainer import moe
 from trainer.axes import CONTEXT, TENSOR
 from trainer.data import Batch
+from trainer.inputs import tokens_before
 from trainer.moe.attach import attach, recomputing
 from trainer.moe.bias import Biases
 from trainer.moe.routers import Router, find_routers, probabilities, read, to_logits, wide
-from trainer.moe.seen import Seen, Step
+from trainer.moe.seen import MicroBatch, Seen, Step, Term, micro_batch
 from trainer.plan.plan import Plan
 
 SAVED = "moe.load"
 """Name in a checkpoint: the load of the previous step."""
-Term = tuple[int, Callable[[], torch.Tensor], torch.Tensor]
-"""Per router and micro-batch: the layer, the weights of the experts, the sums of their probabilities."""
-
-
-@dataclass(slots=True)
-class MicroBatch:
-    """The micro-batch of a module's current forward. lengths: of its sequences without padding; None: full length."""
-
-    shape: tuple[int, int]
-    lengths: torch.Tensor | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
-    terms: list[Term] = field(default_factory=list)
-
-    def counted(self, device: torch.device) -> torch.Tensor | None:
-        """[sequences, seq_len], 1 for tokens and 0 for padding; None without padding."""
-        if self.lengths is None:
-            return None
-        return torch.arange(self.shape[1], device=device) < self.lengths[:, None]
 
 
 class Balancing:
     """State of all modules on this rank. A `Step` before the first one is for traces, which have none."""
 
     def __init__(
-        self, config: Config, plan: Plan, model: PreTrainedModel, modules: Sequence[PreTrainedModel], group: Any
+        self,
+        config: Config,
+        plan: Plan,
+        model: PreTrainedModel,
+        modules: Sequence[PreTrainedModel],
+        group: Any,
+        tensor: DeviceMesh | None,
     ) -> None:
-        """model: the whole model. modules: the model, or its pipeline stages. group: ranks that hold parts of the same
-        sequences, if any. Raises ConfigError for a model that lacks what the config needs."""
+        """model: the whole model. modules: the model, or its pipeline stages. group: ranks whose modules get parts of
+        the same sequences, if any. tensor: ranks whose routers each get an equal part of their module's tokens, if any.
+        Raises ConfigError for a model that lacks what the config needs."""
         routers = find_routers(model)
         _check(config, model, routers)
         self.kind, self.z_loss = moe.KINDS.get(config.moe.balance), config.moe.z_loss
         self.coefficient = moe.coefficient(config, model.config.get_text_config()) or 0.0
         self.rate = config.moe.bias_update_rate
-        self.plan, self.group = plan, group
+        self.plan, self.group, self.tensor, self.before = plan, group, tensor, tokens_before(config)
         numbers = {router.name: number for number, router in enumerate(routers)}
         self.shape = len(routers), max(router.experts for router in routers)
         self.load = torch.zeros(self.shape, dtype=torch.float64)
@@ -94,7 +84,9 @@ class Balancing:
         self.factor, self.lengths = factor, [batch.lengths for batch in micro_batches]
         self._clear(device)
         self.biases.keep_wide()
-        tokens = sum(_lengths(batch.lengths, batch.input_ids.shape, device).sum() for batch in micro_batches)
+        tokens = sum(
+            batch.input_ids.numel() if batch.lengths is None else batch.lengths.sum() for batch in micro_batches
+        )
         # Ranks that hold the same tokens have the same count.
         alike = self.plan.same_data // self.plan.degree(CONTEXT)
         total = torch.as_tensor(tokens, device=device).double() / alike
@@ -114,6 +106,9 @@ class Balancing:
         for place in self.places:
             place.flush()
         layers, experts = self.shape
+        if self.tensor is not None:
+            for tensor in (self.counts, self.values, self.squares):
+                dist.all_reduce(tensor, group=self.tensor.get_group())
         if self.plan.coordinates(rank)[TENSOR] == 0:
             share = self.coefficient * self.values.sum() + self.z_loss * self.squares.sum()
         else:
@@ -174,7 +169,7 @@ class Balancing:
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         sequences, length = micro_batch.shape
         experts, device = logits.shape[-1], logits.device
-        counted = micro_batch.counted(device)
+        counted = micro_batch.counted
         counts = count(chosen, counted, sequences=sequences, experts=experts)
         self.counts[layer, :experts] += counts.sum(dim=0)
         weights = None
@@ -185,7 +180,7 @@ class Balancing:
                 top_k=chosen.shape[-1],
                 counts=counts,
                 sums=_total(shares, counted),
-                lengths=_lengths(micro_batch.lengths, micro_batch.shape, device),
+                lengths=micro_batch.lengths(device),
                 micro_batch=micro_batch.shared,
             )
             weights = self.kind.weights(seen, self.step)
@@ -215,8 +210,9 @@ class Balancing:
             self.values[layer] += (weights() * sums).sum().double()
 
     def _whole_sequences(self, counts: torch.Tensor) -> torch.Tensor:
-        if self.group is not None:
-            dist.all_reduce(counts, group=self.group)
+        for group in (self.group, self.tensor and self.tensor.get_group()):
+            if group is not None:
+                dist.all_reduce(counts, group=group)
         return counts
 
     def _clear(self, device: torch.device) -> None:
@@ -243,7 +239,9 @@ class _Place:
         self.flush()
         lengths = self.balancing.lengths
         of_this = lengths[self.number] if self.number < len(lengths) else None
-        self.now = MicroBatch((inputs.shape[0], inputs.shape[1]), of_this)
+        tensor = self.balancing.tensor
+        part = (0, 1) if tensor is None else (tensor.get_local_rank(), tensor.size())
+        self.now = micro_batch(inputs, of_this, before=self.balancing.before, part=part)
         self.number += 1
 
     def at(self, layer: int, router: Router) -> Callable[..., Any]:
@@ -273,10 +271,6 @@ def _total(shares: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
     return (shares if counted is None else shares * counted[:, :, None]).sum(dim=1)
 
 
-def _lengths(lengths: torch.Tensor | None, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.full((shape[0],), shape[1], device=device) if lengths is None else lengths
-
-
 def _check(config: Config, model: PreTrainedModel, routers: list[Router]) -> None:
     """Raise ConfigError if the model lacks what the config needs."""
     name, asked = type(model).__name__, config.moe
@@ -295,11 +289,16 @@ def _check(config: Config, model: PreTrainedModel, routers: list[Router]) -> Non
 
 
 def build_balancing(
-    config: Config, plan: Plan, model: PreTrainedModel, modules: Sequence[PreTrainedModel], group: Any
+    config: Config,
+    plan: Plan,
+    model: PreTrainedModel,
+    modules: Sequence[PreTrainedModel],
+    group: Any,
+    tensor: DeviceMesh | None,
 ) -> Balancing | None:
     """Like `Balancing`; None for a model without routers. Raises ConfigError if the config balances them anyway."""
     if not find_routers(model):
         if moe.acts(config):
             raise ConfigError(f"{moe.asked(config)}: {type(model).__name__} has no routed experts; leave it out")
         return None
-    return None if config.train.compile else Balancing(config, plan, model, modules, group)
+    return None if config.train.compile else Balancing(config, plan, model, modules, group, tensor)

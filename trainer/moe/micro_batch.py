@@ -35,9 +35,13 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def weights(seen: Seen, step: Step) -> Callable[[], torch.Tensor]:
+    import torch
+
     shared = seen.micro_batch
-    shared["counts"] = shared.get("counts", 0) + seen.counts.sum(dim=0, keepdim=True)
-    shared["rows"] = shared.get("rows", 0) + seen.lengths.sum()
+    # Tensor-parallel ranks may see a part of each sequence.
+    whole = step.whole_sequences(torch.cat([seen.counts, seen.lengths[:, None]], dim=1).sum(dim=0, keepdim=True))
+    shared["counts"] = shared.get("counts", 0) + whole[:, :-1]
+    shared["rows"] = shared.get("rows", 0) + whole[:, -1].sum()
 
     def after_the_forward() -> torch.Tensor:
         rows = shared["rows"].clamp(min=1).to(seen.sums.dtype)

@@ -52,3 +52,38 @@ class Step:
     micro_batches: int
     load: torch.Tensor
     whole_sequences: Callable[[torch.Tensor], torch.Tensor] = field(default=_same)
+
+
+Term = tuple[int, Callable[[], torch.Tensor], torch.Tensor]
+"""Of one router and micro-batch: the layer, the weights of the experts, the sums of their probabilities."""
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """The micro-batch that a module's forward is at, as its routers see it. shape: sequences and tokens of each.
+    counted: [sequences, tokens], false for padding and for virtual tokens; None: all count."""
+
+    shape: tuple[int, int]
+    counted: torch.Tensor | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+    terms: list[Term] = field(default_factory=list)
+
+    def lengths(self, device: torch.device) -> torch.Tensor:
+        if self.counted is None:
+            return torch.full((self.shape[0],), self.shape[1], device=device)
+        return self.counted.sum(dim=1)
+
+
+def micro_batch(
+    inputs: torch.Tensor, lengths: torch.Tensor | None, *, before: int, part: tuple[int, int]
+) -> MicroBatch:
+    """inputs: [sequences, tokens, ...], as a module gets them. lengths: of its sequences without padding; None: all of
+    them. before: virtual tokens of each. part: which of how many equal parts of each sequence its routers see."""
+    sequences, tokens, counted = inputs.shape[0], before + inputs.shape[1], None
+    if before or lengths is not None:
+        places = torch.arange(-before, inputs.shape[1], device=inputs.device)
+        counted = places >= 0 if lengths is None else (places >= 0) & (places < lengths[:, None])
+        counted = counted.expand(sequences, -1)
+    rank, parts = part
+    tokens //= parts
+    return MicroBatch((sequences, tokens), None if counted is None else counted[:, rank * tokens : (rank + 1) * tokens])

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import comb, gcd
+from typing import TYPE_CHECKING
 
 from configs.choices import EngineName
 from configs.schema import Config
-from trainer import linear
 from trainer.plan.model_fields import config_fields, experts_of
 from trainer.plan.traffic import LayerWork, Sent
 from trainer.plan.views import EXPERT, Axis, View
+
+if TYPE_CHECKING:
+    from trainer.plan.plan import Plan
 
 AXIS = Axis(name="ep", words="experts over {}", views=(EXPERT,))
 SHARD = Axis(name="efsdp", words="each expert's parameters sharded over {}", views=(EXPERT,), shards=True)
@@ -42,6 +45,12 @@ def worst_imbalance(ranks: int, experts: int, chosen: int) -> float:
     return ranks * min(chosen, experts // ranks) / chosen
 
 
+def on_parts(config: Config, plan: Plan) -> bool:
+    """Whether each rank of tp routes its own part of every sequence, and sends those tokens alone. Where the ranks of
+    ep are those of tp they need the same tokens."""
+    return config.parallel.sequence_parallel and plan.degree(AXIS.name) not in (1, config.parallel.tp)
+
+
 def problems(config: Config) -> Iterator[str]:
     parallel, ep = config.parallel, config.parallel.ep
     if ep == 1:
@@ -56,8 +65,6 @@ def problems(config: Config) -> Iterator[str]:
         yield f"{said}: {fields.get('model_type', 'this model')} has no experts to divide; {REMEDY}, or another model"
     elif experts is not None and ep is not None and experts % ep:
         yield f"{said}: does not divide the {experts} experts of a layer; use {_divisors(experts, ep)}"
-    if not linear.keeps_model(config):
-        yield f"{linear.said(config)}: has no adapters for experts that parallel.ep divides; {REMEDY}, or tuning=full"
     if config.train.compile:
         yield (
             "train.compile=true: with parallel.ep sizes depend on what the router chooses, and cannot be compiled; set"

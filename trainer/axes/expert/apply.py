@@ -8,12 +8,16 @@ grouped matmuls where the device has them. Tokens reach them in one of two ways:
                                                the ranks, as after any matrix that tensor parallel cuts
 
 In the first case each tensor-parallel rank, which has the same tokens, exchanges a part of them; the results are
-joined.
+joined. Under sequence parallel the whole block runs on a part of each sequence (`on_parts`), and nothing is joined.
+
+Adapters of a stack are not divided by ep: they are thin, and FSDP shards them like every other matrix. Each rank adds
+the product of its own experts to its part of the stack. The sum of all ranks' gradients is the gradient of all experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +35,7 @@ from trainer.axes.expert.exchange import Experts, balanced_pairs, computed, exch
 from trainer.axes.tensor.collectives import Ranks
 from trainer.model.build import architecture
 from trainer.model.layers import of_type
+from trainer.model.peft import NAME
 from trainer.model.roles import stack_of
 
 Forward = Callable[..., torch.Tensor]
@@ -58,19 +63,19 @@ def apply_expert_parallel(
     """Divide the experts (on meta, or real and the same on all ranks) and wire their forwards. Returns a line for the
     log, empty if there are none.
 
-    model: the whole model, or one pipeline stage. mesh: of the axis ep. tensor: of tp, whose ranks have the same
+    model: the whole model, or one pipeline stage. mesh: of the axis ep. tensor: of tp, if its ranks have the same
     tokens.
     """
     ranks, same = Ranks(mesh.get_group()), None if tensor is None else Ranks(tensor.get_group())
     shared = same is not None and _members(same) == _members(ranks)
-    found = list(_stacks(model))
+    found, adapters = list(_stacks(model)), _adapters(model)
     for _, module, count in found:
         for leaf, parameter in module._parameters.items():
             if parameter is not None and parameter.shape[:1] == (count,):
                 module._parameters[leaf] = _cut(parameter, mesh)
-        module.num_experts = count // ranks.size  # pyright: ignore[reportArgumentType]
-        run = _on_local_parts(module)
         held = count // ranks.size
+        module.num_experts = held  # pyright: ignore[reportArgumentType]
+        run = _on_local_parts(module, adapters.get(id(module), ()), slice(ranks.rank * held, (ranks.rank + 1) * held))
         options: dict[str, Any] = {"experts": run, "ranks": ranks, "count": held, "imbalance": imbalance}
         module.forward = partial(_sharing, **options) if shared else partial(_exchanging, same=same, **options)
     if not found:
@@ -92,21 +97,43 @@ def _cut(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
-def _on_local_parts(module: nn.Module) -> Experts:
-    """The module's forward, during which its parameters are plain tensors. They are looked up at each call, because
-    sharding replaces them between calls."""
+def _adapters(model: nn.Module) -> dict[int, list[Any]]:
+    """By the identity of a stack: peft's modules around it, one for each parameter that has an adapter."""
+    found: dict[int, list[Any]] = defaultdict(list)
+    for module in model.modules():
+        if isinstance(getattr(module, "parameter_name", None), str):
+            wrapper: Any = module
+            found[id(wrapper.get_base_layer())].append(wrapper)
+    return found
+
+
+def _on_local_parts(module: nn.Module, adapters: Sequence[Any], held: slice) -> Experts:
+    """The module's forward, during which its parameters are plain tensors and include their adapters' products. They
+    are looked up at each call, because sharding replaces them between calls. held: the experts of this rank."""
     inner: Experts = module.forward
     table: dict[str, Any] = module._parameters
+    for adapter in adapters:
+        # peft's own forward would add the product for all experts.
+        adapter.forward = partial(_call_inner, adapter)
 
     def forward(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         kept = dict(table)
         try:
             table.update({leaf: p.to_local() for leaf, p in kept.items() if isinstance(p, DTensor)})
+            for adapter in adapters:
+                left, right, scale = adapter.get_delta_factors(NAME)
+                own: torch.Tensor = table[adapter.parameter_name]
+                with torch.autocast(own.device.type, enabled=False):
+                    table[adapter.parameter_name] = torch.baddbmm(own, left[held], right[held], alpha=scale)
             return inner(hidden, index, weights)
         finally:
             table.update(kept)
 
     return forward
+
+
+def _call_inner(adapter: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return adapter.base_layer(*args, **kwargs)
 
 
 def _sharing(

@@ -22,6 +22,8 @@ from torch import nn
 
 from trainer.axes.tensor.plans import match, split_style
 from trainer.model.layers import is_linear
+from trainer.model.peft import NAME
+from trainer.model.roles import INNER, innermost, stack_of
 from trainer.model.weights import plain_name
 
 BESIDE: dict[str, tuple[str, ...]] = {
@@ -35,17 +37,30 @@ BESIDE: dict[str, tuple[str, ...]] = {
 the layer go to every head, which must apply to the sum of layer and adapter."""
 
 
-def check_adapters(model: nn.Module) -> Iterator[str]:
+def check_adapters(model: nn.Module, *, experts_apart: bool) -> Iterator[str]:
     """One line if a target is a parameter outside linear layers, such as stacked experts: peft adds the adapter's
-    product to the whole parameter, of which a rank has only a part."""
+    product to the whole parameter, of which a rank has only a part. experts_apart: another axis divides the experts."""
     for name, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        if base is not None and not is_linear(base):
-            yield (
-                f"tuning.target_modules: {plain_name(name)} would get adapters and is no linear layer, and parallel.tp"
-                " cuts none but those of linear layers; name linear layers ([q_proj, v_proj]), or set parallel.tp=1"
-            )
-            return
+        base = getattr(module, INNER, None)
+        if base is None or is_linear(base) or (experts_apart and stack_of(innermost(base))):
+            continue
+        yield (
+            f"tuning.target_modules: {plain_name(name)} would get adapters and is no linear layer, and parallel.tp"
+            " cuts none but those of linear layers; name linear layers ([q_proj, v_proj]), divide experts with"
+            " parallel.ep, or set parallel.tp=1"
+        )
+        return
+
+
+def beside_divided(model: nn.Module, apart: Iterable[str]) -> dict[str, str]:
+    """Styles of the adapters of stacks that another axis has divided, by parameter. Each rank uses the rows of its own
+    experts, on the tokens of all ranks that divide them. apart: names of what is divided, adapters around it too."""
+    return {
+        f"{name}.lora_{matrix}.{NAME}.weight": "replicated_with_grad_allreduce"
+        for name in apart
+        for matrix in "AB"
+        if hasattr(model.get_submodule(name), f"lora_{matrix}")
+    }
 
 
 def styles_of(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from configs.errors import ConfigError, PlanError
 from trainer.axes.tensor import vocabulary
-from trainer.axes.tensor.adapters import check_adapters, styles_of
+from trainer.axes.tensor.adapters import beside_divided, check_adapters, styles_of
 from trainer.axes.tensor.collectives import Ranks
 from trainer.axes.tensor.derive import derive
 from trainer.axes.tensor.plans import (
@@ -51,6 +51,7 @@ from trainer.axes.tensor.regions import Wiring, run_on_local_parts, wire_layer, 
 from trainer.model.build import decoder_layers, held_layers
 from trainer.model.layers import is_packed, is_transposed, of_type
 from trainer.model.loss import Smoothed, cross_entropy_sum
+from trainer.model.roles import innermost
 from trainer.model.weights import plain_name
 
 KEY = "parallel.tensor_plan"
@@ -90,16 +91,18 @@ class TensorParallel:
             piece.copy_(whole.view_as(piece))
 
 
-def tensor_plan(model: PreTrainedModel, tp: int, user_plan: Mapping[str, str] | None = None) -> dict[str, str]:
+def tensor_plan(
+    model: PreTrainedModel, tp: int, user_plan: Mapping[str, str] | None = None, *, experts_apart: bool = False
+) -> dict[str, str]:
     """The plan of a whole model: transformers' or ours for its architecture or, if neither divides anything inside its
-    layers, a derived one; overridden by `user_plan`.
+    layers, a derived one; overridden by `user_plan`. experts_apart: another axis divides the experts.
 
     Raises ConfigError for an architecture that no plan can divide, for user entries that match nothing, and for
     adapters that cannot be divided.
     """
     names = [plain_name(name) for name in _names(model)]
     user_plan = dict(user_plan or {})
-    problems = [*check_adapters(model), *check_plan(user_plan, KEY)]
+    problems = [*check_adapters(model, experts_apart=experts_apart), *check_plan(user_plan, KEY)]
     problems += [
         f"{KEY}.{pattern}={style}: {type(model).__name__} has nothing of this name; its modules are printed by"
         " print(model), a layer's number is written *"
@@ -141,11 +144,18 @@ def _cuts_layers(plan: Mapping[str, str], names: list[str], layers: str) -> bool
 
 
 def apply_tensor_parallel(
-    model: PreTrainedModel, plan: Mapping[str, str], tp_mesh: DeviceMesh, *, sequence_parallel: bool
+    model: PreTrainedModel,
+    plan: Mapping[str, str],
+    tp_mesh: DeviceMesh,
+    *,
+    sequence_parallel: bool,
+    experts_on_parts: bool = False,
 ) -> TensorParallel:
     """Divide the parameters (on meta, or real and the same on all ranks) and wire the forwards.
 
-    The model may be one pipeline stage. Raises PlanError if sizes are not divisible.
+    The model may be one pipeline stage. experts_on_parts: another axis has divided the experts, which get each rank's
+    part of the tokens. Raises PlanError if sizes are not divisible, ConfigError for blocks of experts that cannot run
+    on parts of the sequence.
     """
     config, size = model.config.get_text_config(), tp_mesh.size()
     if problems := list(check_tensor(config.to_dict(), size, sequence_parallel and size > 1, size)):
@@ -153,8 +163,10 @@ def apply_tensor_parallel(
     apart = _divided_elsewhere(model)
     wiring = Wiring(
         ranks=Ranks(tp_mesh.get_group()),
-        styles=styles_of(plan, [name for name in _names(model) if not name.startswith(apart)]),
+        styles=styles_of(plan, [name for name in _names(model) if not name.startswith(apart)])
+        | beside_divided(model, apart),
         apart=apart,
+        experts_on_parts=experts_on_parts,
         sequence_parallel=sequence_parallel,
         rope_dim=getattr(config, "qk_rope_head_dim", None),
     )
@@ -201,11 +213,12 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _divided_elsewhere(model: nn.Module) -> tuple[str, ...]:
-    """Modules that another axis has divided: it runs them, and their inputs and outputs are complete."""
+    """Modules that another axis has divided, and adapters around them: it runs them, and their inputs and outputs are
+    complete."""
     return tuple(
         name
         for name, module in model.named_modules()
-        if any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+        if any(isinstance(parameter, DTensor) for parameter in innermost(module)._parameters.values())
     )
 
 
@@ -335,7 +348,7 @@ def _wire(model: nn.Module, wiring: Wiring) -> None:
             normed = dict(module.named_parameters()).keys() - dict(module.named_parameters(recurse=False)).keys()
             wiring.partial.update(f"{name}.{leaf}" for leaf in normed)
         else:
-            wire_module(module, name, wiring, entered=False, sequence=False)
+            wire_module(module, name, wiring, entered=False, cut=None)
         module.forward = run_on_local_parts(module, name, wiring, recurse=False)
 
 

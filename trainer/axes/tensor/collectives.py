@@ -46,11 +46,11 @@ class Ranks:
     def leave(self, x: torch.Tensor) -> torch.Tensor:
         return _Pair.apply(x, self._all_reduce, _identity)
 
-    def enter_sequence(self, x: torch.Tensor) -> torch.Tensor:
-        return _Pair.apply(x, partial(self._all_gather, dim=1), partial(self._reduce_scatter, dim=1))
+    def enter_sequence(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        return _Pair.apply(x, partial(self._all_gather, dim=dim), partial(self._reduce_scatter, dim=dim))
 
-    def leave_sequence(self, x: torch.Tensor) -> torch.Tensor:
-        return _Pair.apply(x, partial(self._reduce_scatter, dim=1), partial(self._all_gather, dim=1))
+    def leave_sequence(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        return _Pair.apply(x, partial(self._reduce_scatter, dim=dim), partial(self._all_gather, dim=dim))
 
     def split(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         return _Pair.apply(x, partial(self._part, dim=dim), partial(self._all_gather, dim=dim))

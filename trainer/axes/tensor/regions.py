@@ -14,12 +14,16 @@ final norm, head and the neighbouring stages see whole sequences.
 Not every region can be entered once for all its matrices: if a part of it is undivided on every rank (a router, a
 latent projection), the gradient of that part is complete already and must not be summed. Such a region is entered at
 each divided matrix; under sequence parallel it runs on joined sequences and splits its result.
+
+A block of experts that another axis has divided works on each token separately. Under sequence parallel it runs on this
+rank's part of the tokens: router and experts without the other ranks of tp, shared experts as a region inside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,21 +36,25 @@ from trainer.axes.tensor.plans import ADAPTERS, STYLES, split_style
 from trainer.model.layers import is_transposed
 
 Forward = Callable[..., Any]
-Kind = Literal["nothing", "norm", "divided", "whole"]
+Kind = Literal["nothing", "norm", "divided", "whole", "tokens"]
 DIVIDED = {"colwise", "packed_colwise", "rowwise", "replicated_with_grad_allreduce", "channels", "divide"} | ADAPTERS
 """Styles of a fully divided region."""
+WHOLE = {"replicate", "replicated_with_grad_allreduce"} | ADAPTERS
+"""Styles of modules that every rank has undivided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wiring:
     """Data for the edges. styles: by name of module or parameter. slices: rows of an undivided parameter that this rank
     uses.
-    partial: collects the names of parameters with a partial gradient. apart: modules that another axis has divided."""
+    partial: collects the names of parameters with a partial gradient. apart: modules that another axis has divided.
+    experts_on_parts: those get this rank's part of the tokens."""
 
     ranks: Ranks
     styles: Mapping[str, str]
     sequence_parallel: bool
     apart: tuple[str, ...] = ()
+    experts_on_parts: bool = False
     rope_dim: int | None = None
     slices: dict[str, slice] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
@@ -63,15 +71,16 @@ def wire_layer(layer: nn.Module, name: str, wiring: Wiring, *, first: bool, last
     for child_name, child in layer.named_children():
         full = f"{name}.{child_name}"
         kind = _kind(child, full, wiring)
-        divided = kind == "divided"
+        if kind == "tokens":
+            _on_own_tokens(child, full, wiring)
+            continue
         if kind == "norm" and sequence:
             wiring.partial.update(f"{full}.{leaf}" for leaf, _ in child.named_parameters())
+        divided = kind == "divided"
         for module_name, module in child.named_modules(prefix=full):
-            wire_module(module, module_name, wiring, entered=divided, sequence=sequence and divided)
-        if divided and any(
-            wiring.style(n) in ("colwise", "packed_colwise") for n, _ in child.named_modules(prefix=full)
-        ):
-            child.forward = _entered(child.forward, ranks.enter_sequence if sequence else ranks.enter)
+            wire_module(module, module_name, wiring, entered=divided, cut=1 if sequence and divided else None)
+        if divided:
+            _enter_once(child, full, wiring, cut=1 if sequence else None)
         elif kind == "whole" and sequence:
             child.forward = _edges(child.forward, ranks.join, ranks.split)
     forward = run_on_local_parts(layer, name, wiring)
@@ -80,9 +89,39 @@ def wire_layer(layer: nn.Module, name: str, wiring: Wiring, *, first: bool, last
     layer.forward = forward
 
 
-def wire_module(module: nn.Module, name: str, wiring: Wiring, *, entered: bool, sequence: bool) -> None:
-    """Give a planned module the edges of its style. entered: its input has passed `enter` already. sequence: its sum is
-    left divided along the sequence."""
+def _enter_once(region: nn.Module, name: str, wiring: Wiring, *, cut: int | None) -> None:
+    """Enter a fully divided region at its edge. cut: the dimension along which its input is divided; None: none."""
+    ranks = wiring.ranks
+    if any(wiring.style(n) in ("colwise", "packed_colwise") for n, _ in region.named_modules(prefix=name)):
+        enter = ranks.enter if cut is None else partial(ranks.enter_sequence, dim=cut)
+        region.forward = _entered(region.forward, enter)
+
+
+def _on_own_tokens(block: nn.Module, name: str, wiring: Wiring) -> None:
+    """Run a block of experts on this rank's tokens. Its shared experts, which are divided, are entered and left along
+    the first dimension of their input, [tokens, ...] or [batch, ...]: inside, the tokens have another order, which no
+    MLP depends on. Raises ConfigError for other divided matrices."""
+    entered: tuple[str, ...] = ()
+    for child_name, child in block.named_modules(prefix=name):
+        if f"{child_name}.".startswith(entered) or child_name.startswith(wiring.apart):
+            continue
+        if child is not block and _kind(child, child_name, wiring) == "divided":
+            entered += (f"{child_name}.",)
+            for module_name, module in child.named_modules(prefix=child_name):
+                wire_module(module, module_name, wiring, entered=True, cut=0)
+            _enter_once(child, child_name, wiring, cut=0)
+        elif (style := wiring.style(child_name)) in WHOLE:
+            wiring.partial.update(f"{child_name}.{leaf}" for leaf in _own(child))
+        else:
+            raise ConfigError(
+                f"parallel.sequence_parallel=true: {child_name} is {style} beside experts that parallel.ep divides, and"
+                " cannot run on parts of a sequence; use parallel.sequence_parallel=false"
+            )
+
+
+def wire_module(module: nn.Module, name: str, wiring: Wiring, *, entered: bool, cut: int | None) -> None:
+    """Give a planned module the edges of its style. entered: its input has passed `enter` already. cut: the dimension
+    along which its sum is left divided; None: its sum is left complete."""
     ranks, style = wiring.ranks, wiring.style(name)
     if style in ("colwise", "packed_colwise", "vocabulary"):
         if is_transposed(module):
@@ -93,8 +132,8 @@ def wire_module(module: nn.Module, name: str, wiring: Wiring, *, entered: bool, 
     elif style == "colwise_gather_output":
         module.forward = _edges(module.forward, ranks.enter, lambda y: ranks.join(y, dim=-1))
     elif style in ("rowwise", "rowwise_split_input"):
-        leave = ranks.leave_sequence if sequence else ranks.leave
-        if sequence and "bias" in _own(module):
+        leave = ranks.leave if cut is None else partial(ranks.leave_sequence, dim=cut)
+        if cut is not None and "bias" in _own(module):
             wiring.partial.add(f"{name}.bias")
         module.forward = _row_forward(module, leave)
         if style == "rowwise_split_input":
@@ -102,7 +141,7 @@ def wire_module(module: nn.Module, name: str, wiring: Wiring, *, entered: bool, 
     elif (
         style == "replicated_with_grad_allreduce"
         or (style == "adapter_before_columns" and entered)
-        or (style == "adapter_after_rows" and sequence)
+        or (style == "adapter_after_rows" and cut is not None)
     ):
         wiring.partial.update(f"{name}.{leaf}" for leaf in _own(module))
     elif style == "embedding_colwise":
@@ -147,8 +186,10 @@ def run_on_local_parts(module: nn.Module, name: str, wiring: Wiring, *, recurse:
 
 
 def _kind(child: nn.Module, name: str, wiring: Wiring) -> Kind:
-    """norm: works on each token separately. divided: every parameter belongs to a divided matrix or head. whole: at
-    least one parameter is undivided and may see other tokens."""
+    """norm: works on each token separately. tokens: a block of experts, which does so too. divided: every parameter
+    belongs to a divided matrix or head. whole: at least one parameter is undivided and may see other tokens."""
+    if wiring.experts_on_parts and any(other.startswith(f"{name}.") for other in wiring.apart):
+        return "tokens"
     owned = {
         full if (full := f"{owner_name}.{leaf}") in wiring.styles else owner_name
         for owner_name, owner in child.named_modules(prefix=name)

@@ -65,9 +65,10 @@ class Dimensions:
     matrices: parameters that take part in a matmul (all but a look-up table, and of routed experts those that a token
     goes to). frozen: parameters that are not trained; frozen_matrices: those of `matrices` whose own gradient is left
     out; packed: those that are held in `packed_bytes` of other tensors. experts: routed ones of a layer, of which a
-    token goes to `chosen`; in_experts: trained parameters of theirs. kept_bytes: the optimizer's states, in float32;
-    paged_bytes: those of them that a full GPU leaves to its host. update: its work on all parameters; update_largest:
-    FLOPs of the largest. float8: sides of the matrices that one process would multiply in float8."""
+    token goes to `chosen`; in_experts, frozen_experts: parameters of theirs that are trained, and that are not.
+    kept_bytes: the optimizer's states, in float32; paged_bytes: those of them that a full GPU leaves to its host.
+    update: its work on all parameters; update_largest: FLOPs of the largest. float8: sides of the matrices that one
+    process would multiply in float8."""
 
     parameters: int
     matrices: int
@@ -85,6 +86,7 @@ class Dimensions:
     experts: int = 0
     chosen: int = 0
     in_experts: int = 0
+    frozen_experts: int = 0
     kept_bytes: int = 0
     paged_bytes: int = 0
     update: Work = NOTHING
@@ -127,7 +129,9 @@ def dimensions(fields: Mapping[str, Any], outline: Outline, settings: Settings) 
     frozen = [parameter for parameter in anatomy.parameters() if not parameter.trainable]
     packed = [parameter for parameter in frozen if parameter.packed]
     trained = [parameter.whole for parameter in anatomy.parameters() if parameter.trainable]
-    chosen, experts = next((about.routed for about in trained if about.routed), (0, 0))
+    every = [parameter.whole for parameter in anatomy.parameters()]
+    chosen, experts = next((about.routed for about in every if about.routed), (0, 0))
+    in_experts = sum(about.numel for about in trained if about.view == EXPERT)
     works = [ask(settings).work(about, settings) for about in trained]
     return Dimensions(
         parameters=anatomy.numel,
@@ -145,7 +149,8 @@ def dimensions(fields: Mapping[str, Any], outline: Outline, settings: Settings) 
         packed_bytes=sum(sum(parameter.packed) for parameter in packed),
         experts=experts,
         chosen=chosen,
-        in_experts=sum(about.numel for about in trained if about.view == EXPERT),
+        in_experts=in_experts,
+        frozen_experts=sum(about.numel for about in every if about.view == EXPERT) - in_experts,
         kept_bytes=kept_bytes(trained, settings, "float32"),
         paged_bytes=paged_bytes(trained, settings, "float32"),
         update=Work(flops=sum(one.flops for one in works), exchanged=sum(one.exchanged for one in works)),
@@ -196,11 +201,13 @@ class _Step:
         self.ep = plan.degree(EXPERTS)
         # What data parallel shards or copies: bytes as they are gathered, and the parameters that are trained. Experts
         # that are divided have a view of their own.
-        apart = size.in_experts if self.ep > 1 else 0
-        self.held = ((size.trained - apart) * self.width + size.frozen_bytes(self.width)) / (self.tp * self.pp)
+        apart, frozen = (size.in_experts, size.frozen_experts) if self.ep > 1 else (0, 0)
+        whole = (size.trained - apart - frozen) * self.width + size.frozen_bytes(self.width)
+        self.held = whole / (self.tp * self.pp)
         self.gathered = self.held - not_gathered(size.float8, config, self.width) / (self.tp * self.pp)
         self.trained = (size.trained - apart) / (self.tp * self.pp)
         self.in_experts = apart / (self.ep * self.pp)
+        self.experts = (apart + frozen) / (self.ep * self.pp)
         self.bandwidth = gpu.memory_bandwidth * MEMORY_ACHIEVED
         self.micro_batches = plan.batch.gradient_accumulation_steps
         self.recompute = config.train.activation_checkpointing
@@ -233,7 +240,7 @@ class _Step:
     def _products(self) -> float:
         """Time of the forward's matmuls."""
         attention = 4.0 * self.size.attention * self._keys()
-        read = self.held + self.in_experts * self.width
+        read = self.held + self.experts * self.width
         return max(self._multiplying(2.0 * self.size.matrices + attention), read / self.bandwidth)
 
     def _keys(self) -> float:
@@ -308,9 +315,9 @@ class _Step:
             return _exposed(copies, 2 / 3 * busy)
         group = group_of(plan, SHARD, CONTEXT)
         gather, scatter = network.gather(self.gathered, group), backwards * network.gather(gradients, group)
-        if self.in_experts:
+        if self.experts:
             group = group_of(plan, *plan.view(EXPERT).sharding)
-            gather += network.gather(self.in_experts * self.width, group)
+            gather += network.gather(self.experts * self.width, group)
             scatter += backwards * network.gather(self.in_experts * BYTES[plan.reduce_dtype], group)
         if self.pp > 1:
             gathers = (forwards + backwards) * times if plan.reshard_after_forward else 1
