@@ -42,7 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
         "moe_layer_start_index": 1,
     },
-    "glm4_moe": ROUTED,
+    "glm4_moe": {**ROUTED, "use_qk_norm": True},
     "gpt_oss": {**LOCAL, "head_dim": 8, "intermediate_size": 32, "sliding_window": 8},
     "granitemoe": LOCAL,
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},

@@ -87,6 +87,10 @@ PLANS: dict[str, dict[str, str]] = {
     "gemma3n_text": dict.fromkeys(
         ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj", "model.layers.*.mlp.down_proj"), "replicate"
     ),
+    # transformers' own plan passes over the norms of heads that it has with use_qk_norm.
+    "glm4_moe": dict.fromkeys(
+        (f"model.layers.*.self_attn.{name}_norm" for name in "qk"), "replicated_with_grad_allreduce"
+    ),
     "gpt2": {
         "transformer.h.*.attn.c_attn": f"packed_colwise:{PACKED['gpt2']['transformer.h.*.attn.c_attn']}",
         **_plan(
