@@ -252,8 +252,11 @@ def check_predicted(table: str) -> None:
 
     lines = table.splitlines()
     assert lines[:2] == _predicted_head(), "another head"
-    assert {line.split("|")[1].strip() for line in lines[2:]} <= CASES.keys(), "a case that is no more"
-    assert len(lines) > 12
+    shown = {line.split("|")[1].strip() for line in lines[2:]}
+    assert shown <= CASES.keys(), "a case that is no more"
+    layouts = {name: words[0] for name, (_, _, words) in CASES.items()}
+    missing = set(layouts.values()) - {layouts[name] for name in shown}
+    assert not missing, f"no case of {', '.join(sorted(missing))}"
 
 
 def _predicted_head() -> list[str]:
