@@ -108,7 +108,7 @@ def _judge(made: Imported) -> tuple[int, str]:
     if not has_model(made):
         return EXIT_FINISHED, "memory     not estimated: no file names a model; give model.path=FOLDER or model=OPTION"
     # These imports take seconds, which --help and an unreadable file need not wait for.
-    from launch.estimate import answer
+    from launch.answers import answer
 
     try:
         found = answer([], config=as_config(made), compare=True).estimate

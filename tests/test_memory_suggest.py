@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import PlanError
 from configs.load import load_config
-from launch.estimate import answer
+from launch.answers import answer
 from tests.support.estimate_cases import answer_json
 from tests.support.selection import rows
 from trainer.estimate.estimate import estimate

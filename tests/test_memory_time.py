@@ -15,7 +15,7 @@ from configs.load import load_config
 from launch.estimate import main
 from tests.support.selection import rows
 from trainer.axes.pipeline.orders import rank_orders
-from trainer.estimate import pipelined, tracing
+from trainer.estimate import family, pipelined, tracing
 from trainer.estimate import suggest as suggesting
 from trainer.estimate.estimate import Estimate, estimate, planned_device, planned_machine
 from trainer.estimate.profile import Part
@@ -185,6 +185,32 @@ def test_other_shapes_of_a_traced_model_are_what_a_trace_says(
         parts(1, length, folder="second", alone=1)
         counts.append(len(traced) - before)
     assert counts[0] == 1 and counts[1] >= 3 and counts[2] == 0
+
+
+def test_a_trace_with_far_more_steps_than_the_shape_asked_for_is_broken_off(
+    cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int | None] = []
+    part = tracing.Tracer.part
+
+    def noted(*args: Any, most: int | None = None, **more: Any) -> Part:
+        given.append(most)
+        return part(*args, most=most, **more)
+
+    monkeypatch.setattr(tracing.Tracer, "part", noted)
+    words = ["model=tiny", "parallel=ddp", "precision=bf16", "cluster=8xh100", "train.micro_batch_size=1", cache]
+
+    def asked(length: int) -> Mapping[str, Part]:
+        config = load_config([*words, f"data.seq_len={length}"])
+        plan = make_plan(config, Machine(gpus=8))
+        return get_profile(config, plan, planned_device(config, plan).gpu, alone=0).parts
+
+    monkeypatch.setattr(family, "most_births", lambda part: 10)
+    assert asked(256)
+    # Two neighbours were tried, and nobody tries those of another length again.
+    assert given[0] is None and given[1:] and set(given[1:]) == {10}
+    tried = len(given)
+    assert asked(512) and given[tried:] == [None]
 
 
 def test_a_slow_answer_says_what_it_does_on_a_terminal(

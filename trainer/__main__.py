@@ -117,6 +117,9 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> int:
         if (note := accelerate_note()) is not None:
             logging.getLogger("trainer").info(note)
         announce("importing torch and transformers")
+        from trainer.model.importing import import_transformers
+
+        import_transformers()
         from trainer.run.loop import run
 
         return run(config, plan, callbacks)

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from configs.load import load_config
-from launch.estimate import answer
+from launch.answers import answer
 from tests.benchmarks import published as published_runs
 from tests.docs.comparison import check_comparison, check_profiled, comparison, profiled  # noqa: F401
 from tests.docs.tuning import check_methods, methods  # noqa: F401

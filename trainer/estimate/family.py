@@ -46,11 +46,21 @@ def limits(value: object, name: str = "") -> Iterator[int]:
         yield value
 
 
+class Unlike(Exception):
+    """A shape's trace has far more steps than that of the shape asked for: its code loops over the sequence."""
+
+
+def most_births(part: Part) -> int:
+    """Of storages in another shape's trace, before it is broken off. Code that copies what has several sequences makes
+    some more of them; a loop over the longest sequence would take minutes."""
+    return 2 * sum(step[0] == "+" for steps in part.trace.sections.values() for step in steps)
+
+
 def families(
     asked: Point, borders: Sequence[int], trace: Callable[[Point], Part], *, upwards: bool
 ) -> list[dict[str, Any]]:
-    """Families around a shape, as JSON; none where its neighbours are not alike. upwards: only larger shapes are alike,
-    because the loss's slices are as many as fit.
+    """Families around a shape, as JSON; none where its neighbours are not alike. trace: may raise Unlike. upwards: only
+    larger shapes are alike, because the loss's slices are as many as fit.
 
     Code often skips a copy of what has one sequence: where one family does not hold all, it and larger micro-batches
     have one each.
@@ -84,7 +94,10 @@ def families(
 
 def fit(places: Sequence[Point], trace: Callable[[Point], Part]) -> dict[str, Any] | None:
     """The family of these shapes; None: they are not alike."""
-    written = [part_to_json(trace(place)) for place in places]
+    try:
+        written = [part_to_json(trace(place)) for place in places]
+    except Unlike:
+        return None
     sections = [one["trace"].pop("sections") for one in written]
     if any(one != written[0] for one in written):
         return None

@@ -36,6 +36,7 @@ from trainer.estimate.profile import (
 )
 from trainer.estimate.sources import dependencies
 from trainer.estimate.tracing import Tracer
+from trainer.model.importing import import_transformers
 from trainer.plan.devices import Gpu
 from trainer.plan.documents import by_mask
 from trainer.plan.plan import Plan
@@ -110,7 +111,7 @@ def stage_layers(config: Config, plan: Plan, outline: Outline) -> list[range]:
 def _part(
     config: Config,
     fields: dict[str, Any],
-    trace: Callable[[dict[str, Any]], Part],
+    trace: Callable[..., Part],
     tracer: Tracer,
     *,
     alone: int | None,
@@ -134,8 +135,12 @@ def _part(
             borders = list(family.limits(tracer.model.config.to_dict()))
             upwards = config.train.chunked_loss or fields[TENSOR][0] > 1
 
+            most = family.most_births(made)
+
             def traced(place: family.Point) -> Part:
-                return made if place == asked else trace({**fields, "micro_batch_size": place[0], "seq_len": place[1]})
+                if place == asked:
+                    return made
+                return trace({**fields, "micro_batch_size": place[0], "seq_len": place[1]}, most=most)
 
             found = family.families(asked, borders, traced, upwards=upwards)
             if not any(family.covers(one, asked) for one in found):
@@ -158,6 +163,7 @@ def _cached(
         if (found := _read(config, key)) is not None:
             return read(found)
     with waiting.on(f"tracing {config.model.preset}"):
+        import_transformers()
         made = make()
     _save(_file(config, key), {"key": key, "value": write(made)})
     return made

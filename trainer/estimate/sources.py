@@ -37,12 +37,14 @@ def reached(module: str) -> tuple[list[str], list[str]]:
     Imports inside functions count. Those for type checkers alone do not: none of their code runs.
     """
     files: dict[str, str] = {}
-    libraries: set[str] = set()
+    libraries, seen = set[str](), set[str]()
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        file = _file(name)
-        if name in files or file is None:
+        if name in seen:
+            continue
+        seen.add(name)
+        if (file := _file(name)) is None:
             continue
         files[name] = str(file.relative_to(ROOT))
         for imported in _imports(file.read_text()):

@@ -9,7 +9,7 @@ number of nodes on which the layout fits unchanged comes last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -36,6 +36,7 @@ TRIED = 8  # combinations of one size that are estimated: those that should be e
 ALIKE = 0.9  # two changes leave at least this part of the memory that their separate effects predict
 MORE_NODES = 6  # doublings
 LARGEST = 4096
+LINES = 8  # sizes whose largest is looked for by lines
 ALONE = 1  # shape of a change that is traced by itself: a second request would bring others
 
 
@@ -227,12 +228,15 @@ class _Search:
         return True
 
 
-def largest_micro_batch(config: Config, plan: Plan, *, found_gpu: str | None = None) -> int | None:
-    """The largest micro-batch size that fits; None when the trace does not grow evenly with it.
+def largest_micro_batch(
+    config: Config, plan: Plan, *, first: Estimate | None = None, found_gpu: str | None = None
+) -> int | None:
+    """The largest micro-batch size that fits; None when the trace does not grow evenly with it. first: the plan's own
+    estimate, where it is known.
 
     Storages are traced for two sizes; where they are the same ones, each grows linearly between and beyond.
     """
-    first = estimate(config, plan, found_gpu=found_gpu)
+    first = first or estimate(config, plan, found_gpu=found_gpu)
     if not first.fits or first.device.capacity_bytes is None:
         return None
     here, gpu = plan.batch.micro_batch_size, first.device.gpu
@@ -245,27 +249,42 @@ def largest_micro_batch(config: Config, plan: Plan, *, found_gpu: str | None = N
     else:
         return None
 
-    def fits(size: int, places: Sequence[int] | None) -> bool:
+    def sized(size: int, places: Sequence[int] | None) -> Estimate:
         profile = _extrapolate(smaller, larger, size - traced)
         assert profile is not None
-        sized = with_micro_batch(plan, size)
-        return estimate(config, sized, found_gpu=found_gpu, profile=profile, places=places, heaviest=True).fits
+        grown = with_micro_batch(plan, size)
+        return estimate(config, grown, found_gpu=found_gpu, profile=profile, places=places, heaviest=True)
 
     def largest(places: Sequence[int] | None) -> int:
-        low = high = here
-        while high < LARGEST and fits(high * 2, places):
-            low = high = high * 2
-        high = min(high * 2, LARGEST)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle, places) else (low, middle)
-        return low
+        return _largest_that_fits(first, here, lambda size: sized(size, places))
 
     if plan.degree(PIPELINE) == 1:
         return largest(None)
     found = largest([first.busiest_place])
     # With another micro-batch another place of the pipeline may be the busiest.
-    return found if found == here or fits(found, None) else largest(None)
+    return found if found == here or sized(found, None).fits else largest(None)
+
+
+def _largest_that_fits(first: Estimate, here: int, sized: Callable[[int], Estimate]) -> int:
+    """first: of micro-batch size `here`, which fits. sized: the estimate of another.
+
+    What a rank holds grows nearly in a line, so the line through the two sizes nearest to the border says which to try.
+    Where it misleads, the range is halved.
+    """
+    capacity = first.device.capacity_bytes or inf
+    known = {here: first.busiest.device_most_bytes}
+    low, high = here, max(LARGEST, here) + 1
+    while high - low > 1:
+        guess = 2 * low if len(known) == 1 else (low + high) // 2
+        if 1 < len(known) < LINES:
+            one, two = sorted(sorted(known, key=lambda size: abs(known[size] - capacity))[:2])
+            slope = (known[two] - known[one]) / (two - one)
+            guess = one + int((capacity - known[one]) // slope) if slope > 0 else high
+        guess = min(max(guess, low + 1), high - 1)
+        found = sized(guess)
+        known[guess] = found.busiest.device_most_bytes
+        low, high = (guess, high) if found.fits else (low, guess)
+    return low
 
 
 def _extrapolate(first: ModelProfile, second: ModelProfile, steps: int) -> ModelProfile | None:

@@ -15,17 +15,18 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 from torch.utils._pytree import tree_iter
 
 from configs.errors import CookbookError, first_line
 from trainer.axes.fsdp import sharded_modules
 from trainer.axes.gradients import local
+from trainer.estimate.family import Unlike
 from trainer.estimate.kernels import as_on_device, quiet
 from trainer.estimate.profile import Step, Trace
 from trainer.estimate.tracker import CAST, Born, Died, Mark, StorageTracker
@@ -79,8 +80,9 @@ class Feed:
     received: torch.Tensor | None
 
 
-def trace_unit(unit: Unit, shape: Shape) -> Trace:
-    """Trace one micro-batch. unit: on the meta device; it is filled with fake tensors. Raises CannotTrace."""
+def trace_unit(unit: Unit, shape: Shape, *, most: int | None = None) -> Trace:
+    """Trace one micro-batch. unit: on the meta device; it is filled with fake tensors. most: storages that may be born.
+    Raises CannotTrace, and Unlike where there are more."""
     groups = groups_of(unit)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -90,9 +92,10 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
     if unit.stage is not None:
         unit.stage.border.dtype = shape.storage
     sections: dict[tuple[str, str], tuple[Step, ...]] = {}
+    run = _micro_batch if unit.stage is None else _stage_runner()
     # Schedules that split the backward of some micro-batches run it whole for others.
     for split in (False, True) if shape.split_backward and unit.stage and not unit.stage.is_first else (False,):
-        tracker = StorageTracker()
+        tracker = StorageTracker(on_birth=None if most is None else partial(_count, itertools.count(1), most))
         with (
             _collecting_what_is_new(),
             as_on_device(gpu=shape.gpu, exact_attention=shape.exact_attention, documents=shape.documents),
@@ -104,11 +107,8 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
             warnings.simplefilter("ignore")
             try:
                 handles = _set_marks(unit, tracker, groups)
-                if unit.stage is None:
-                    _micro_batch(unit, feed, shape, tracker)
-                else:
-                    _staged(unit, feed, shape, tracker, split=split)
-            except CookbookError:
+                run(unit, feed, shape, tracker, split=split)
+            except (CookbookError, Unlike):
                 raise
             except Exception as error:  # the model's own code: anything may fail in it without values
                 raise CannotTrace(first_line(error)) from None
@@ -121,6 +121,11 @@ def trace_unit(unit: Unit, shape: Shape) -> Trace:
             gc.collect()
         sections |= _sections(tracker, gradients, groups, len(unit.kinds))
     return Trace(templates=unit.kinds, sections=sections)
+
+
+def _count(births: Iterator[int], most: int) -> None:
+    if next(births) > most:
+        raise Unlike
 
 
 @contextmanager
@@ -151,9 +156,9 @@ def _feed(unit: Unit, shape: Shape) -> Feed:
     return Feed(inputs=inputs, labels=tokens, extras=extras, received=received)
 
 
-def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker) -> None:
+def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, split: bool) -> None:
     """Run a micro-batch as the engines do: forward under autocast or not, loss over the sum of valid tokens,
-    backward."""
+    backward. split: never true without a pipeline."""
 
     def run(**more: torch.Tensor) -> Any:
         with torch.autocast("cpu", shape.compute) if shape.compute else nullcontext():
@@ -174,37 +179,11 @@ def _micro_batch(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker) 
     loss.backward()
 
 
-def _staged(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, split: bool) -> None:
-    """Run a micro-batch as torch's pipeline engine does: it keeps the output until the stage's backward is done.
-    split: the gradient of the input first, that of the weights afterwards."""
-    assert unit.stage is not None
-    output = unit.module(feed.inputs, targets=feed.labels, **feed.extras)
-    tracker.mark("forward_exit root")
-    result = output
-    values = [feed.inputs, *feed.extras.values()]
-    if not split:
-        tracker.mark("backward")
-        tracker.mark("backward_enter root")
-        sent = stage_backward(result, feed.received, values)
-        del sent
-        return
-    tracker.mark("input")
-    tracker.mark("backward_enter root")
-    given = None if feed.received is None else [feed.received]
-    sent, groups = stage_backward_input([result], given, values, unit.module.parameters())
-    feed.inputs.grad = None
-    output.detach_()
-    del output, result, sent
-    tracker.mark("weights")
-    grouped, waiting = groups_of(unit), dict(unit.module.named_parameters())
-    names = {id(parameter): name for name, parameter in waiting.items()}
-    for group in groups:
-        group_name = next(grouped[names[id(node.variable)]][0] for node in group["params"])
-        tracker.mark(f"weights_of {group_name if group_name.isdigit() else 'end'}")
-        stage_backward_weight(unit.module.parameters(), [group])
-        for name in [name for name, parameter in waiting.items() if parameter.grad is not None]:
-            del waiting[name]
-            tracker.mark(f"gradient {name}")
+def _stage_runner() -> Callable[..., None]:
+    """The module is imported before the fake mode, which would see the tensors that the import makes."""
+    from trainer.estimate.trace_stage import run_stage
+
+    return run_stage
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype, *, frozen: torch.dtype) -> None:

@@ -93,7 +93,17 @@ class Tracer:
             scores=self.model.config._attn_implementation == Attention.eager,
         )
 
-    def part(self, fields: Mapping[str, Any], kinds: tuple[int, ...], owned: range, *, stages: int, index: int) -> Part:
+    def part(
+        self,
+        fields: Mapping[str, Any],
+        kinds: tuple[int, ...],
+        owned: range,
+        *,
+        stages: int,
+        index: int,
+        most: int | None = None,
+    ) -> Part:
+        """most: storages that may be born. Raises Unlike where there are more, and NotEstimated."""
         from trainer.estimate.trace import CannotTrace, Shape, trace_unit
         from trainer.estimate.units import build_unit, describe_unit
         from trainer.model.precision import torch_dtype
@@ -117,7 +127,7 @@ class Tracer:
         first, last = index == 0, index == stages - 1
         try:
             with build_unit(self.model, layers, self.config, self.plan, first=first, last=last) as unit:
-                anatomy, trace = describe_unit(unit, kinds), trace_unit(unit, shape)
+                anatomy, trace = describe_unit(unit, kinds), trace_unit(unit, shape, most=most)
         # The model with few of its layers may break a rule of its architecture; the whole model has passed it already.
         except (CannotTrace, ConfigError) as error:
             name, between = type(self.model).__name__, _between(self.config, self.plan, self.model)

@@ -12,7 +12,7 @@ the same: this is how a model of 405B parameters is traced on a laptop.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -53,10 +52,17 @@ FLATTEN = "__tensor_flatten__"
 
 
 class StorageTracker(TorchDispatchMode):
-    """Records storages that operators create inside the `with` block. `devices`: kinds that count."""
+    """Records storages that operators create inside the `with` block. `devices`: kinds that count. on_birth: called at
+    each birth; what it raises ends the block."""
 
-    def __init__(self, devices: tuple[str, ...] = ("cpu",), on_event: Callable[[Event], None] | None = None) -> None:
+    def __init__(
+        self,
+        devices: tuple[str, ...] = ("cpu",),
+        on_event: Callable[[Event], None] | None = None,
+        on_birth: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__()
+        self._on_birth = on_birth
         self.events: list[Event] = []
         self._on_event = on_event or self.events.append
         self._devices = devices
@@ -100,24 +106,25 @@ class StorageTracker(TorchDispatchMode):
         counts = active_fake_mode() is self._mode_on_entry
         if counts:
             # A storage from outside is older than the tracker: a view of it is no new memory.
-            for leaf in tree_iter((args, kwargs)):
-                if isinstance(leaf, torch.Tensor):
-                    self._known.setdefault(leaf.untyped_storage(), [0, 0])
+            for tensor in _tensors((args, kwargs)):
+                self._known.setdefault(tensor.untyped_storage(), [0, 0])
         result = func(*args, **(kwargs or {}))
         # DTensor works out shapes under a fake mode of its own: those tensors are no memory.
         if counts:
             operator = func.name()
             if operator in CASTS and self._known[args[0].untyped_storage()][0] == 0:
                 operator = CAST
-            for leaf in tree_iter(result):
-                if isinstance(leaf, torch.Tensor) and leaf.device.type in self._devices and not hasattr(leaf, FLATTEN):
-                    self._see(leaf, operator)
+            for tensor in _tensors(result):
+                if tensor.device.type in self._devices and not hasattr(tensor, FLATTEN):
+                    self._see(tensor, operator)
         return result
 
     def _see(self, tensor: torch.Tensor, operator: str) -> None:
         storage = tensor.untyped_storage()
         if storage not in self._known:
             self._born(storage, operator)
+            if self._on_birth is not None:
+                self._on_birth()
 
     def _born(self, storage: torch.UntypedStorage, operator: str) -> None:
         size = storage.nbytes()
@@ -146,6 +153,19 @@ class StorageTracker(TorchDispatchMode):
             self._count += 1
             box[0], box[1] = self._count, size
             self._on_event(Born(self._count, size, "resize_"))
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Those that an operator is given or returns. torch's own walk knows more containers, and takes as long as a fifth
+    of a trace."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
 
 
 class Alive:

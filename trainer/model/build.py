@@ -166,12 +166,15 @@ def _undeclared_fields(config: PretrainedConfig) -> set[str]:
 
 class _LargeOnMeta(TorchFunctionMode):
     """Create large uninitialised tensors directly on the meta device. accelerate first creates each parameter in
-    memory, and one layer's experts in DeepSeek V3 take 28 GiB in float32."""
+    memory, and one layer's experts in DeepSeek V3 take 28 GiB in float32. Normal values are not drawn there: torch
+    takes half a millisecond to find that there is nothing to write."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.normal_ and args[0].is_meta:
+            return args[0]
         if func is torch.empty and kwargs.get("device") is None:
             sizes = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
             if prod(sizes or kwargs.get("size", ())) >= LARGE:

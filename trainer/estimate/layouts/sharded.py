@@ -43,6 +43,8 @@ class FullySharded(Layout):
         self.ranks = plan.fsdp_size
         self.replicated = plan.degree(REPLICATE) > 1
         self.offloaded = plan.offload_parameters is not OffloadDevice.none
+        # Of each parameter by its `id`: layers of one kind share theirs.
+        self.pieces: dict[int, tuple[int, tuple[int, ...]]] = {}
         # Groups without parameters of their own gather nothing.
         self.groups = {name: parameters for name, parameters in anatomy.all_groups() if parameters}
         self.shards = {
@@ -75,21 +77,27 @@ class FullySharded(Layout):
         self.partial: dict[str, Handle | None] = {}
         self.held: list[Handle | None] = []
 
+    def _cut(self, parameter: Parameter) -> tuple[int, tuple[int, ...]]:
+        """The dimension along which it is cut, and the shape of a rank's part, padding included."""
+        if (found := self.pieces.get(id(parameter))) is None:
+            shape, ranks = list(parameter.shape or (1,)), self._ranks(parameter)
+            dim = shard_dim(parameter.shape, parameter.whole.shape, ranks)
+            shape[dim] = ceil(shape[dim] / ranks)
+            found = self.pieces[id(parameter)] = dim, tuple(shape)
+        return found
+
     def _ranks(self, parameter: Parameter) -> int:
         return self.setting.plan.view(parameter.whole.view).shards
 
     def _dim(self, parameter: Parameter) -> int:
-        return shard_dim(parameter.shape, parameter.whole.shape, self._ranks(parameter))
+        return self._cut(parameter)[0]
 
     def _shard(self, parameter: Parameter) -> int:
         """Elements of a rank's part, padding included."""
-        return prod(self._piece(parameter))
+        return prod(self._cut(parameter)[1])
 
     def _piece(self, parameter: Parameter) -> tuple[int, ...]:
-        shape = list(parameter.shape or (1,))
-        dim = self._dim(parameter)
-        shape[dim] = ceil(shape[dim] / self._ranks(parameter))
-        return tuple(shape)
+        return self._cut(parameter)[1]
 
     def _gathered(self, parameter: Parameter) -> int:
         """Bytes that a rank gives to a gathering: its part in param_dtype or float8, or of the tensors that hold the

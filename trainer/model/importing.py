@@ -1,0 +1,54 @@
+"""The import of transformers without what costs seconds and serves no language model.
+
+    the folder of its models    read at two imports, under two spellings of its path: 3,000 files    read once
+    scipy                       imported for the losses of models that detect objects                left out
+
+Whoever imports transformers afterwards, by any of its names, finds it imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+SCAN = "create_import_structure_from_path"
+"""Of transformers.utils.import_utils: reads which names a folder's modules export. Remembers what it was asked for."""
+
+
+def import_transformers() -> None:
+    """Import what the code of every language model needs."""
+    if "transformers.modeling_utils" in sys.modules:
+        return
+    with _hidden("scipy"):
+        from transformers.utils import import_utils
+
+        scan = getattr(import_utils, SCAN, None)
+        with patch.object(import_utils, SCAN, _once(scan)) if scan is not None else nullcontext():
+            import transformers.models
+        import transformers.modeling_utils  # noqa: F401
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """An optional library seems not to be installed, unless it has been imported already."""
+    modules: dict[str, Any] = sys.modules
+    if name in modules:
+        yield
+        return
+    modules[name] = None
+    try:
+        yield
+    finally:
+        del modules[name]
+
+
+def _once(scan: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The scan, asked for the folder of models as the first import has asked."""
+    import transformers
+
+    folder = Path(str(transformers.__file__)).parent / "models"
+    return lambda path: scan(folder if Path(path) == folder / "__init__.py" else path)
