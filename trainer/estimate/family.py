@@ -79,31 +79,38 @@ def families(
     ones = [(1, one) for one in lengths]
     several = [(small, lengths[0]), (large, lengths[1])]
     if upwards and batch > 1:
-        found = fit([asked, *several], known)
-        return [found] if found else []
+        larger = fit([asked, *several], known)
+        return [larger] if larger else []
     together = fit([asked, several[0] if batch == 1 else ones[0], several[1]], known)
     if together is not None:
         return [together]
     third = length if upwards else middle
-    apart = [
-        fit([asked if batch == 1 else (1, third), *ones], known),
-        fit([asked if batch > 1 else (3, third), *several], known),
-    ]
-    return [found for found in apart if found is not None]
+    one_sequence = [asked if batch == 1 else (1, third), *ones]
+    more = [asked if batch > 1 else (3, third), *several]
+    found: list[dict[str, Any]] = []
+    # Where even shapes of the same micro-batch differ from the one asked for, the others will from each other.
+    for places in (one_sequence, more) if batch == 1 else (more, one_sequence):
+        if (one := fit(places, known)) is not None:
+            found.append(one)
+        elif asked in places:
+            break
+    return found
 
 
 def fit(places: Sequence[Point], trace: Callable[[Point], Part]) -> dict[str, Any] | None:
-    """The family of these shapes; None: they are not alike."""
-    try:
-        written = [part_to_json(trace(place)) for place in places]
-    except Unlike:
-        return None
-    sections = [one["trace"].pop("sections") for one in written]
-    if any(one != written[0] for one in written):
-        return None
-    if len({tuple((phase, name, len(steps)) for phase, name, steps in one) for one in sections}) > 1:
-        return None
-    found = []
+    """The family of these shapes; None: they are not alike, which ends the traces."""
+    written: list[dict[str, Any]] = []
+    sections: list[Any] = []
+    for place in places:
+        try:
+            one = part_to_json(trace(place))
+        except Unlike:
+            return None
+        sections.append(one["trace"].pop("sections"))
+        written.append(one)
+        if one != written[0] or _outline(sections[-1]) != _outline(sections[0]):
+            return None
+    found: list[list[Any]] = []
     for same in zip(*sections, strict=True):
         together = [_step(places, steps) for steps in zip(*(one[2] for one in same), strict=True)]
         if None in together:
@@ -116,6 +123,10 @@ def fit(places: Sequence[Point], trace: Callable[[Point], Part]) -> dict[str, An
         "lengths": [min(lengths), max(lengths)],
         "part": written[0],
     }
+
+
+def _outline(sections: Sequence[Any]) -> list[tuple[str, str, int]]:
+    return [(phase, name, len(steps)) for phase, name, steps in sections]
 
 
 def covers(family: Mapping[str, Any], asked: Point) -> bool:
