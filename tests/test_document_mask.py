@@ -20,7 +20,8 @@ from tests.test_data_chat import numbered, write_chats
 from trainer.data import IGNORED
 from trainer.data.samples import make_batch
 from trainer.document_mask import NAME, check_document_mask, give_lengths
-from trainer.model.build import build_hf_config, build_model, materialize
+from trainer.model.build import build_hf_config, build_model
+from trainer.model.filling import materialize
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.weights import open_weights
 

@@ -19,7 +19,8 @@ from tests.support.selection import rows
 from tests.support.shared import once
 from trainer.checkpoint.hub import export_model
 from trainer.data.tokenizer import build_byte_tokenizer
-from trainer.model.build import build_hf_config, build_model, materialize
+from trainer.model.build import build_hf_config, build_model
+from trainer.model.filling import materialize
 from trainer.model.fitting import persistent_buffers, quiet
 from trainer.model.weights import open_weights
 

@@ -18,7 +18,8 @@ from tests.support.harness import run_ranks
 from tests.support.model_folders import FIELDS, save
 from trainer.checkpoint.hub import export_model
 from trainer.data.tokenizer import build_byte_tokenizer
-from trainer.model.build import build_hf_config, build_model, decoder_layers, materialize, tied_names, units
+from trainer.model.build import build_hf_config, build_model, decoder_layers, tied_names
+from trainer.model.filling import materialize, units
 from trainer.model.fitting import persistent_buffers
 from trainer.model.weights import open_weights
 

@@ -17,7 +17,8 @@ from tests.zoo.tiny import tiny
 from trainer.axes.pipeline.check import check_stages
 from trainer.axes.pipeline.probe import count_costs, examine
 from trainer.axes.pipeline.split import Stage, split_model
-from trainer.model.build import build_model, decoder_layers, held_layers, materialize, tied_names, units
+from trainer.model.build import build_model, decoder_layers, held_layers, tied_names
+from trainer.model.filling import materialize, units
 from trainer.model.weights import RandomWeights
 
 LAYERS = 5

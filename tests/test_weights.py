@@ -26,8 +26,9 @@ from tests.support.model_folders import (
 )
 from tests.test_data_tokenizer import save_bpe
 from trainer.checkpoint.__main__ import main as checkpoint_door
-from trainer.model.build import build_hf_config, build_model, materialize, units
+from trainer.model.build import build_hf_config, build_model
 from trainer.model.constructed import Constructors
+from trainer.model.filling import materialize, units
 from trainer.model.weights import RandomWeights, open_weights
 
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"

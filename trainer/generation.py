@@ -27,9 +27,9 @@ from configs.load import from_yaml
 from trainer.checkpoint.export import export
 from trainer.data.tokenizer import tokenizer_to_export
 from trainer.linear.bottleneck_layers import load_bottlenecks
-from trainer.model.build import materialize
 from trainer.model.causal import build_causal
 from trainer.model.custom import introduce_of_run
+from trainer.model.filling import materialize
 from trainer.model.weights import open_weights
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"

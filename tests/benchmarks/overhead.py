@@ -34,7 +34,8 @@ from trainer.data import Batch
 from trainer.data.build import build_data
 from trainer.engine import build_engine
 from trainer.make_plan import make_plan
-from trainer.model.build import build_hf_config, build_model, decoder_layers, materialize
+from trainer.model.build import build_hf_config, build_model, decoder_layers
+from trainer.model.filling import materialize
 from trainer.model.precision import autocast, torch_dtype
 from trainer.model.roles import describe
 from trainer.model.weights import open_weights

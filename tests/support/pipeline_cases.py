@@ -21,7 +21,8 @@ from trainer.axes.pipeline.timeline import receive_buffers
 from trainer.data import IGNORED, Batch
 from trainer.engine.torch import TorchEngine
 from trainer.make_plan import make_plan
-from trainer.model.build import build_hf_config, build_model, materialize
+from trainer.model.build import build_hf_config, build_model
+from trainer.model.filling import materialize
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.roles import describe
 from trainer.model.weights import RandomWeights

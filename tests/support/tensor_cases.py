@@ -28,7 +28,8 @@ from trainer.data import IGNORED
 from trainer.linear.adapter_layers import add_adapters, insert_adapters
 from trainer.linear.adapter_targets import find_targets
 from trainer.linear.values import TunedWeights
-from trainer.model.build import build_hf_config, build_model, held_layers, materialize, tied_names
+from trainer.model.build import build_hf_config, build_model, held_layers, tied_names
+from trainer.model.filling import materialize
 from trainer.model.loss import cross_entropy_sum
 from trainer.model.weights import RandomWeights
 from trainer.recompute import apply_checkpointing

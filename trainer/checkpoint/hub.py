@@ -23,8 +23,8 @@ from trainer.checkpoint.hub_layout import HubLayout
 from trainer.checkpoint.manifest import GENERATION
 from trainer.inputs import kind_of
 from trainer.inputs.layers import as_peft_saves
-from trainer.linear.adapter_layers import stored_name
 from trainer.model.fitting import persistent_buffers
+from trainer.model.peft import stored_name
 from trainer.model.stored import local_folder
 
 if TYPE_CHECKING:

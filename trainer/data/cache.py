@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError, first_line
-from trainer.data.documents import Piece, content_hash, read_pieces
+from trainer.data.documents import Piece, both_sides, content_hash, read_pieces
 from trainer.data.encoding import encode_documents
 from trainer.data.entries import META, cached, check_files, token_dtype
 from trainer.data.samples import TokenFile
@@ -150,11 +150,6 @@ def _build(corpus: Corpus, encoder: Encoder, folder: Path) -> None:
     if threshold and (better := both_sides(threshold, counts.lowest, counts.highest)) != threshold:
         counts = _tokenise(corpus, encoder, folder, better)
     (folder / META).write_text(json.dumps(asdict(counts)))
-
-
-def both_sides(threshold: int, lowest: int, highest: int) -> int:
-    """Text whose hash is below `threshold` is held out. Of two different pieces one is, and the other is not."""
-    return min(max(threshold, lowest + 1), highest)
 
 
 def _tokenise(corpus: Corpus, encoder: Encoder, folder: Path, threshold: int) -> Counts:

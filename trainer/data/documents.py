@@ -52,6 +52,11 @@ def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
+def both_sides(threshold: int, lowest: int, highest: int) -> int:
+    """Text whose hash is below `threshold` is held out. Of two different pieces one is, and the other is not."""
+    return min(max(threshold, lowest + 1), highest)
+
+
 def builtin_files() -> list[Path]:
     """The running Python's own library as source files, in the order of their names, up to 8 MiB."""
     root = Path(sysconfig.get_path("stdlib"))

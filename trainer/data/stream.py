@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from configs.errors import DataError, first_line
 from configs.schema import Data
-from trainer.data.cache import both_sides
-from trainer.data.documents import Piece, content_hash, text_of
+from trainer.data.documents import Piece, both_sides, content_hash, text_of
 from trainer.data.encoding import encode_documents
 from trainer.data.paths import files_inside, why_not_readable
 from trainer.data.positions import key_of, permute

@@ -10,7 +10,8 @@ from configs.schema import Config
 from trainer.axes.mesh import Meshes
 from trainer.linear.values import TunedWeights
 from trainer.model.causal import build_causal
-from trainer.model.weights import WeightSource, open_weights
+from trainer.model.filling import WeightSource
+from trainer.model.weights import open_weights
 from trainer.passes import Parts, parallelize
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime

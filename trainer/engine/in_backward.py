@@ -21,7 +21,7 @@ from configs.schema import Config
 from trainer.axes import REPLICATE
 from trainer.axes.gradients import GlobalNorm, clamp, scale
 from trainer.data import Batch
-from trainer.engine import StepReport
+from trainer.engine.protocol import StepReport
 from trainer.engine.torch import TorchEngine
 from trainer.model.precision import torch_dtype
 from trainer.optim.build import learning_rates, set_lr

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from configs.schema import Config
 from trainer.data import Batch
-from trainer.engine import Counters, StepReport
+from trainer.engine.protocol import Counters, StepReport
 from trainer.engine.saved import Saved
 from trainer.engine.torch import TorchEngine
 from trainer.optim.build import set_lr

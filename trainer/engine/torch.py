@@ -25,13 +25,13 @@ from trainer.axes.mesh import build_meshes
 from trainer.axes.pipeline.run import build_pipeline
 from trainer.axes.sequence import slice_of
 from trainer.data import Batch
-from trainer.engine import Counters, StepReport, torch_state
+from trainer.engine import torch_state
 from trainer.engine.assemble import assemble
+from trainer.engine.protocol import Counters, StepReport
 from trainer.engine.saved import Saved, read_buffer, write_buffers
-from trainer.model.build import materialize
+from trainer.model.filling import WeightSource, materialize
 from trainer.model.noise import numbered
 from trainer.model.precision import apply_tf32, autocast, build_loss_scale, torch_dtype
-from trainer.model.weights import WeightSource
 from trainer.optim.build import build_optimizer, learning_rates, set_lr
 from trainer.optim.placed import averaged
 from trainer.optim.table import ask

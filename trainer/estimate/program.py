@@ -15,7 +15,7 @@ from trainer.estimate.profile import Profile
 from trainer.estimate.timeline import Handle, Timeline
 
 if TYPE_CHECKING:
-    from trainer.estimate.compose import Layout
+    from trainer.estimate.layouts.common import Layout
 
 ALLOCATE, FREE, GRADIENT, HOOK, PHASE, SAMPLE = range(6)
 

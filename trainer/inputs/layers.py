@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from trainer.inputs.virtual import ENCODER, VirtualTokens
+from trainer.inputs.described import ENCODER, Described
 from trainer.model.peft import NAME, import_peft
 
 SAVED = "prompt_embeddings"  # the only tensor of peft's file
@@ -51,7 +51,7 @@ def _tokens(model: Any, like: torch.Tensor) -> torch.Tensor:
 
 
 def add_virtual_tokens(
-    model: PreTrainedModel, chosen: VirtualTokens, count: int, *, base: str | None, on_meta: bool = True
+    model: PreTrainedModel, chosen: Described, count: int, *, base: str | None, on_meta: bool = True
 ) -> None:
     """Add the parameters and the forward to the model, and freeze the rest. base: `model.path`. Raises
     EnvironmentProblem without peft."""
@@ -97,7 +97,7 @@ def begin(unit: nn.Module, prefix: str, keys: list[str], generator: Any) -> None
             nn.init.uniform_(parameter, -bound, bound, generator=drawn)
 
 
-def as_peft_saves(chosen: VirtualTokens, described: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_peft_saves(chosen: Described, described: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Content of the virtual tokens' file: their values. tensors: all parameters of the method, by name."""
     encoder = chosen.encoder(described).to(next(iter(tensors.values())).dtype)
     encoder.load_state_dict({name.removeprefix(f"{ENCODER}."): value for name, value in tensors.items()})

@@ -13,39 +13,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import TuningMethod
 from configs.schema import Config, Tuning
+from trainer.inputs.described import ENCODER, Described
 from trainer.plan.model_fields import config_fields, sizes
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-ENCODER = "prompt_encoder"
-"""peft's attribute for the virtual tokens in a model."""
 
-
-class VirtualTokens:
-    """Fulfils `trainer.linear.Kind`. peft: its name for this method in adapter_config.json."""
+class VirtualTokens(Described):
+    """Fulfils `trainer.linear.Kind`."""
 
     KEEPS_MODEL = False
-    AS_TEXT = True
-    """Whether they are embeddings before the text's, whose logits are cut off after the head; else keys and values."""
-
-    def __init__(self, method: TuningMethod, peft: str) -> None:
-        self.method, self.peft, self.__name__ = method, peft, f"trainer.inputs.{method}"
-
-    def described(self, common: dict[str, Any], text: Any) -> Any:
-        """peft's description, with the fields that all methods share. text: config of the language model."""
-        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
-
-        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft)](**common)
-
-    def encoder(self, described: Any, *others: Any) -> Any:
-        """peft's module with the parameters. others: further arguments of its class."""
-        from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
-
-        return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(self.peft)](described, *others)
 
     def chosen(self, config: Config) -> bool:
         return config.tuning.method is self.method

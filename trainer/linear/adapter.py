@@ -37,8 +37,6 @@ SAVED = ("rank", "alpha", "rslora", "dora", "init", "target_modules", "layers", 
 """Fields of `Tuning` that the saved tensors and their use depend on."""
 OWN = ("rank", "alpha", "dropout", "rslora", "dora", "init", "target_modules", "layers", "modules_to_save")
 """Fields that have no meaning for other methods."""
-RESIDUAL = (AdapterInit.pissa, AdapterInit.olora)
-"""Adapters that begin as a part of the frozen matrix, which keeps the rest."""
 
 
 def chosen(config: Config) -> bool:
@@ -103,7 +101,7 @@ def imitate(model: PreTrainedModel, config: Config) -> None:
 
 
 def owns(name: str) -> bool:
-    from trainer.model.weights import is_adapter
+    from trainer.model.peft import is_adapter
 
     return is_adapter(name)
 

@@ -13,12 +13,10 @@ from transformers import PreTrainedModel
 from configs.adapter_folder import read_adapter
 from configs.errors import ConfigError, DataError, first_line
 from configs.schema import Tuning
-from trainer.linear.adapter import RESIDUAL
-from trainer.linear.adapter_start import PEFT_INIT
+from trainer.linear.adapter_start import PEFT_INIT, RESIDUAL
 from trainer.linear.adapter_targets import Targets, find_targets, find_whole, kinds
 from trainer.model.build import decoder_layers
-from trainer.model.peft import NAME, import_peft, log_trained
-from trainer.model.weights import is_adapter, plain_name
+from trainer.model.peft import NAME, import_peft, is_adapter, log_trained, plain_name, stored_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -114,13 +112,6 @@ def log_adapters(model: PreTrainedModel) -> None:
     having = kinds(adapted)
     log.info("adapters: frozen without one are %s", ", ".join(name for name in alone if name not in having))
     log_trained(model, "adapters")
-
-
-def stored_name(name: str) -> str:
-    """A parameter's name in an adapter's file, which omits the adapter's own name: whoever loads it may give it
-    another."""
-    plain = name.replace(f"lora_magnitude_vector.{NAME}.weight", "lora_magnitude_vector").removesuffix(f".{NAME}")
-    return f"base_model.model.{plain.replace(f'.{NAME}.', '.')}"
 
 
 def check_stored(model: PreTrainedModel, tuning: Tuning) -> None:

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from configs.choices import AdapterInit
-from trainer.linear.adapter import RESIDUAL
 from trainer.model.layers import is_transposed
 from trainer.model.peft import NAME
 
@@ -30,6 +29,8 @@ PEFT_INIT: dict[AdapterInit, bool | str] = {
     AdapterInit.pissa: "pissa",
     AdapterInit.olora: "olora",
 }
+RESIDUAL = (AdapterInit.pissa, AdapterInit.olora)
+"""Adapters that begin as a part of the frozen matrix, which keeps the rest."""
 Generators = Callable[[str, torch.device], torch.Generator]
 
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEEPS_MODEL = False
-PLACE = "bottleneck_adapter"
-"""Attribute of a decoder layer that holds its adapters."""
 
 
 def chosen(config: Config) -> bool:
@@ -62,6 +60,8 @@ def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) 
 
 
 def owns(name: str) -> bool:
+    from trainer.linear.bottleneck_layers import PLACE
+
     return f".{PLACE}." in name
 
 

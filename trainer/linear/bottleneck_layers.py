@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from configs.adapter_folder import BOTTLENECK, CONFIG, OWN_KIND, TENSORS
 from configs.errors import ConfigError
 from configs.schema import Tuning
-from trainer.linear.adapter_layers import stored_name
-from trainer.linear.bottleneck import PLACE
 from trainer.model.build import decoder_layers
-from trainer.model.peft import NAME
+from trainer.model.peft import NAME, stored_name
 
+PLACE = "bottleneck_adapter"
+"""Attribute of a decoder layer that holds its adapters."""
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 """Names of these modules in decoder layers of transformers."""

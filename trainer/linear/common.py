@@ -41,6 +41,10 @@ def words(config: Config) -> str:
     return ""
 
 
+def divides(shape: Iterable[int], block: int) -> bool:
+    return all(side % block == 0 for side in shape)
+
+
 def base_of(config: Config) -> dict[str, Any]:
     """The part of an identity that names the frozen base model, which is not saved."""
     model = config.model

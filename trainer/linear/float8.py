@@ -28,7 +28,7 @@ from configs.choices import DType, EngineName, Recipe
 from configs.errors import EnvironmentProblem
 from configs.schema import Config, Float8
 from trainer.linear import plain
-from trainer.linear.common import fill, imitate, matmuls, owns, restore  # noqa: F401
+from trainer.linear.common import divides, fill, imitate, matmuls, owns, restore  # noqa: F401
 from trainer.plan.devices import GPUS, find_gpu
 
 if TYPE_CHECKING:
@@ -142,10 +142,6 @@ def block_of(float8: Float8) -> int:
 def step_of(config: Config) -> int:
     """Required divisor of every dimension of a matrix, so that each rank's part of it can be multiplied."""
     return block_of(config.precision.float8) * config.parallel.tp
-
-
-def divides(shape: Iterable[int], block: int) -> bool:
-    return all(side % block == 0 for side in shape)
 
 
 def convert(model: PreTrainedModel, config: Config, untrained: Collection[str]) -> None:

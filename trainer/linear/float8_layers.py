@@ -17,7 +17,7 @@ from configs.choices import Recipe
 from configs.errors import ConfigError, EnvironmentProblem
 from configs.schema import Float8
 from trainer.linear.adapter_targets import is_router, kinds
-from trainer.linear.float8 import divides
+from trainer.linear.common import divides
 from trainer.model.layers import EightBits, is_plain_linear
 from trainer.model.roles import routed_parts
 

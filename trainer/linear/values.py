@@ -15,12 +15,12 @@ from torch import nn
 from configs.adapter_folder import TENSORS
 from configs.schema import Tuning
 from trainer import linear
-from trainer.linear.adapter_layers import stored_name
-from trainer.model.weights import WeightSource
+from trainer.model.filling import WeightSource
+from trainer.model.peft import stored_name
 
 
 class TunedWeights:
-    """Fulfils `trainer.model.weights.WeightSource`, on top of the base model's source."""
+    """Fulfils `trainer.model.filling.WeightSource`, on top of the base model's source."""
 
     def __init__(self, base: WeightSource, tuning: Tuning, seed: int) -> None:
         self.base, self.tuning, self.seed = base, tuning, seed

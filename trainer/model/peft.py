@@ -13,6 +13,23 @@ log = logging.getLogger(__name__)
 NAME = "default"  # peft's name of the only adapter
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter (`trainer.linear.adapter`) and not to the model."""
+    return "lora_" in name
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name in the model without adapters: peft moves an adapted layer one level down."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def stored_name(name: str) -> str:
+    """A parameter's name in an adapter's file, which omits the adapter's own name: whoever loads it may give it
+    another."""
+    plain = name.replace(f"lora_magnitude_vector.{NAME}.weight", "lora_magnitude_vector").removesuffix(f".{NAME}")
+    return f"base_model.model.{plain.replace(f'.{NAME}.', '.')}"
+
+
 def log_trained(model: PreTrainedModel, what: str) -> None:
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
     log.info("%s: %s of %s parameters are trained (%.2f %%)", what, f"{trained:,}", f"{total:,}", 100 * trained / total)

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -26,26 +25,12 @@ from configs.schema import Model
 from trainer.model.build import build_model
 from trainer.model.constructed import Constructors
 from trainer.model.converted import Conversion, give_back
+from trainer.model.filling import WeightSource
 from trainer.model.fitting import Fit, fit, needed, persistent_buffers
+from trainer.model.peft import plain_name
 from trainer.model.stored import Stored, find_folder, read_config, read_tensors
 
 log = logging.getLogger(__name__)
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to an adapter (`trainer.linear.adapter`) and not to the model."""
-    return "lora_" in name
-
-
-def plain_name(name: str) -> str:
-    """A parameter's or module's name in the model without adapters: peft moves an adapted layer one level down."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
-
-
-class WeightSource(Protocol):
-    def fill(self, name: str, unit: nn.Module, keys: list[str]) -> None:
-        """Write the values of the parameters `keys` of `unit`; `name` is the unit's place in the model."""
-        ...
 
 
 class RandomWeights:

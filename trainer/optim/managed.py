@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from math import prod
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import EnvironmentProblem
-from trainer.optim.paged import KEY
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "optimizer.paged=true"
 
 
 def check() -> None:
@@ -35,6 +37,7 @@ def check() -> None:
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Raises EnvironmentProblem as `check` does."""
     check()
+    import torch
     from bitsandbytes.functional import get_paged
 
     size = prod(shape) * dtype.itemsize

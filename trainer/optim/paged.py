@@ -21,13 +21,13 @@ from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import by_role
 from trainer.optim.around import Around
+from trainer.optim.managed import KEY, check
 from trainer.optim.parts import named
 from trainer.optim.protocol import COUNTER, Group, Kept, Optimizer, State
 
 if TYPE_CHECKING:
     import torch
 
-KEY = "optimizer.paged=true"
 SMALLEST = 100_000  # minimum number of values of a parameter whose states are paged: pages are large
 
 
@@ -82,8 +82,6 @@ def start(
 
     Raises EnvironmentProblem if a GPU's parameters cannot have them.
     """
-    from trainer.optim.managed import check
-
     if any(parameter.is_cuda for parameter in described):
         check()
 

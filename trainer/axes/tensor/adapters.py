@@ -22,9 +22,8 @@ from torch import nn
 
 from trainer.axes.tensor.plans import match, split_style
 from trainer.model.layers import is_linear
-from trainer.model.peft import NAME
+from trainer.model.peft import NAME, plain_name
 from trainer.model.roles import INNER, innermost, stack_of
-from trainer.model.weights import plain_name
 
 BESIDE: dict[str, tuple[str, ...]] = {
     "colwise": ("adapter_before_columns", "{style}"),

@@ -51,8 +51,8 @@ from trainer.axes.tensor.regions import Wiring, run_on_local_parts, wire_layer, 
 from trainer.model.build import decoder_layers, held_layers
 from trainer.model.layers import is_packed, is_transposed, of_type
 from trainer.model.loss import Smoothed, cross_entropy_sum
+from trainer.model.peft import plain_name
 from trainer.model.roles import innermost
-from trainer.model.weights import plain_name
 
 KEY = "parallel.tensor_plan"
 

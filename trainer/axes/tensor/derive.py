@@ -31,7 +31,7 @@ from trainer.axes.tensor.plans import match, share_of
 from trainer.model.build import decoder_layers
 from trainer.model.layers import is_linear, is_transposed
 from trainer.model.miniature import first_that_runs
-from trainer.model.weights import plain_name
+from trainer.model.peft import is_adapter, plain_name
 
 SMALL = 0.02
 """Minimum size of a layer's matrix that is worth a gather, in parameters."""
@@ -120,7 +120,7 @@ def _agreed(
 
 def _divides(model: PreTrainedModel, styles: Styles, tp: int) -> bool:
     """Whether the model's own sizes can be divided so."""
-    modules = {plain_name(name): module for name, module in model.named_modules() if ".lora_" not in name}
+    modules = {plain_name(name): module for name, module in model.named_modules() if not is_adapter(name)}
     found = match(styles, (*modules, *(plain_name(name) for name, _ in model.named_parameters())))
     for name, module in modules.items():
         style = found.get(name, "")

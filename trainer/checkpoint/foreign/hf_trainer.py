@@ -25,8 +25,8 @@ from configs.schema import Config, Model
 from trainer import linear
 from trainer.checkpoint.foreign import pickles
 from trainer.checkpoint.foreign.source import MODEL, Read, Record, Tensors, alone, optimizer_of, settings_of
-from trainer.linear.adapter_layers import stored_name
 from trainer.model.build import build_hf_config, build_model
+from trainer.model.peft import stored_name
 from trainer.model.stored import CONFIG
 from trainer.model.weights import open_weights
 from trainer.optim.protocol import COUNTER

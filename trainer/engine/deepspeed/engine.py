@@ -36,7 +36,6 @@ from trainer import linear
 from trainer.axes import TENSOR
 from trainer.axes.mesh import build_meshes
 from trainer.data import Batch
-from trainer.engine import Counters, StepReport
 from trainer.engine.assemble import assemble
 from trainer.engine.deepspeed import state as deepspeed_state
 from trainer.engine.deepspeed.config import deepspeed_config, model_size
@@ -51,12 +50,12 @@ from trainer.engine.deepspeed.setup import (
 )
 from trainer.engine.deepspeed.swap import SwapFolder
 from trainer.engine.deepspeed.tensor import make_plain, model_parallel_unit
+from trainer.engine.protocol import Counters, StepReport
 from trainer.engine.saved import Saved, read_buffer, write_buffers
-from trainer.model.build import materialize
+from trainer.model.filling import WeightSource, materialize
 from trainer.model.noise import numbered
 from trainer.model.pieces import join
 from trainer.model.precision import apply_tf32, build_loss_scale, torch_dtype
-from trainer.model.weights import WeightSource
 from trainer.optim.build import build_optimizer, learning_rates, set_lr
 from trainer.passes import Parts
 from trainer.plan.plan import Plan

@@ -20,6 +20,7 @@ from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described, Role
 from trainer.optim import common
+from trainer.optim.adamw_8bit.blocks import AT_ONCE, BLOCK, SMALLEST
 from trainer.optim.common import IMPLEMENTATIONS, OPTIONS, ZEROED, average, fresh, groups, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Kept, Spread, State
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
-BLOCK = 256
-SMALLEST = 4096  # minimum number of values of a matrix whose moments are quantized
-AT_ONCE = 2**22  # number of values whose moments are decoded at a time
 
 
 def problems(config: Config, *, sharded: bool) -> Iterator[str]:

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from trainer.optim.adamw_8bit import BLOCK
+from trainer.optim.adamw_8bit.blocks import BLOCK
 
 
 @dataclass(frozen=True, slots=True)

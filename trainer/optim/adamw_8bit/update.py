@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from trainer.model.pieces import held
-from trainer.optim.adamw_8bit import AT_ONCE, BLOCK
+from trainer.optim.adamw_8bit.blocks import AT_ONCE, BLOCK
 from trainer.optim.adamw_8bit.codes import Map, Slab, positive_map, signed_map, slabs
 from trainer.optim.placed import cutting, local, local_gradient, reduce_together, zeros
 
