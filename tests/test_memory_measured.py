@@ -51,7 +51,6 @@ FP8 = ["precision=fp8"]
 MEZO = ["optimizer=mezo"]
 AVERAGED = ["optimizer=schedule_free", "scheduler=constant"]  # validated, whose weights wait for the end of it
 CUT = ["tuning=qlora", "tuning.double_quantization=false", "model.config.intermediate_size=512"]  # between blocks
-STACKED = "tuning.target_modules=[experts.gate_up_proj,experts.down_proj,q_proj]"
 FULL = ["train.activation_checkpointing=full"]
 SELECTIVE = ["train.activation_checkpointing=selective"]
 
@@ -141,12 +140,6 @@ CASES = {
     "ddp fp32, muon, routed experts": (2, TORCH, ["parallel=ddp", *MIXTRAL, *SHORT, *MUON]),
     "expert bf16": (4, TORCH, ["parallel=expert", *MIXTRAL, *SHORT, *BF16, *TWICE]),
     "expert_fsdp fp32, muon": (4, TORCH, ["parallel=expert_fsdp", *MIXTRAL, *SHORT, *MUON]),
-    "expert_fsdp bf16, adapters of experts": (
-        4,
-        TORCH,
-        ["parallel=expert_fsdp", *MIXTRAL, *SHORT, *BF16, "tuning=lora", "tuning.rank=4", STACKED],
-    ),
-    "expert fp32, tensor sequence": (4, TORCH, ["parallel=expert", *MIXTRAL, *SHORT, *SEQUENCE, "parallel.tp=2"]),
     "tensor_fsdp bf16, muon, tied": (4, TORCH, ["parallel=tensor_fsdp", *GPT2, *SHORT, *BF16, *MUON]),
     "single fp32, adafactor in the backward": (
         1,
@@ -307,8 +300,7 @@ NIGHTLY = {
     *("ddp fp32, adamw in the backward, tied", "fsdp fp32", "fsdp bf16, adapters, recompute", "fsdp fp32, lomo"),
     *("fsdp bf16, adapters over 4 bits", "fsdp bf16, averaged weights", "fsdp fp32, mezo, kept gathered"),
     *("fsdp bf16, uneven, recompute", "fsdp bf16, adamw in the backward, uneven", "hsdp bf16, accumulation"),
-    *("expert bf16", "expert_fsdp bf16, adapters of experts", "expert fp32, tensor sequence"),
-    *("tensor fp32", "tensor bf16, adapters", "tensor, key-value heads copied"),
+    *("expert bf16", "tensor fp32", "tensor bf16, adapters", "tensor, key-value heads copied"),
     *("tensor sequence, recompute", "tensor sequence fp32, adapters, copied"),
     *("tensor_fsdp", "tensor_fsdp bf16, mezo", "tensor_fsdp bf16, adapters, tied", "tensor_fsdp bf16, muon, tied"),
     *("tensor_fsdp fp32, 8-bit states", "tensor_fsdp bf16, adapters over 4 bits", "tensor_data"),
@@ -327,7 +319,7 @@ CROSSED = {
     *("parallel.pipeline.schedule=looped_bfs", "parallel.pipeline.schedule=zbv_zero_bubble"),
     *("parallel.tp=2", "parallel.tp=4", "parallel.pp=2", "parallel.context_method=gather"),
     *("tuning.double_quantization=false", "model.config.intermediate_size=512", "tuning.dropout=0.1"),
-    *("data.seq_len=256", STACKED),
+    "data.seq_len=256",
 }
 
 
