@@ -4,15 +4,10 @@ pipelines takes a tenth of a second, which a model in one piece has no use for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 
 from trainer.estimate.tracker import StorageTracker
-from trainer.estimate.units import Unit, groups_of
-
-if TYPE_CHECKING:
-    from trainer.estimate.trace import Feed, Shape
+from trainer.estimate.units import Feed, Shape, Unit, groups_of
 
 
 def run_stage(unit: Unit, feed: Feed, shape: Shape, tracker: StorageTracker, *, split: bool) -> None:

@@ -104,8 +104,8 @@ class Tracer:
         most: int | None = None,
     ) -> Part:
         """most: storages that may be born. Raises Unlike where there are more, and NotEstimated."""
-        from trainer.estimate.trace import CannotTrace, Shape, trace_unit
-        from trainer.estimate.units import build_unit, describe_unit
+        from trainer.estimate.trace import CannotTrace, trace_unit
+        from trainer.estimate.units import Shape, build_unit, describe_unit
         from trainer.model.precision import torch_dtype
 
         storage, compute, logits = (None if dtype is None else torch_dtype(dtype) for dtype in fields["dtypes"])

@@ -162,6 +162,42 @@ def _shortened(model: PreTrainedModel, chosen: Sequence[int]) -> PreTrainedModel
     return short
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """The settings of a trace in addition to the unit.
+
+    seq_len: tokens of a sequence that one rank has. positions: the model gets them; documents: of several.
+    storage, compute: dtypes of the parameters and of autocast (None: no autocast). logits_dtype: what the root casts
+    its output to (FSDP2's policy), None where the loss gets the logits as they are. gpu: follow the rules by which CUDA
+    chooses its attention and dropout kernels, instead of the CPU's. exact_attention: without the flash kernel, calls
+    that the memory-efficient one refuses fall back to a kernel that keeps all scores. split_backward: the schedule
+    computes gradients of inputs and of weights apart. backward: false: forwards alone, as in an evaluation.
+    """
+
+    micro_batch_size: int
+    seq_len: int
+    storage: torch.dtype
+    compute: torch.dtype | None
+    logits_dtype: torch.dtype | None
+    gpu: bool
+    exact_attention: bool = False
+    positions: bool = False
+    documents: bool = False
+    split_backward: bool = False
+    backward: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feed:
+    """inputs: tokens, or hidden states from the stage before. received: their gradient from the stage after. Both
+    belong to the engine and are older than the trace."""
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    extras: dict[str, torch.Tensor]
+    received: torch.Tensor | None
+
+
 def groups_of(unit: Unit) -> dict[str, tuple[str, str]]:
     """Each parameter's name -> (the group that FSDP2 puts it in, its name there)."""
     named = {id(module): name for name, module in unit.module.named_modules()}
