@@ -188,7 +188,7 @@ def test_other_shapes_of_a_traced_model_are_what_a_trace_says(
 
 
 def test_a_trace_with_far_more_steps_than_the_shape_asked_for_is_broken_off(
-    cache: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[int | None] = []
     part = tracing.Tracer.part
@@ -198,7 +198,8 @@ def test_a_trace_with_far_more_steps_than_the_shape_asked_for_is_broken_off(
         return part(*args, most=most, **more)
 
     monkeypatch.setattr(tracing.Tracer, "part", noted)
-    words = ["model=tiny", "parallel=ddp", "precision=bf16", "cluster=8xh100", "train.micro_batch_size=1", cache]
+    words = ["model=tiny", "parallel=ddp", "precision=bf16", "cluster=8xh100", "train.micro_batch_size=1"]
+    words.append(f"data.cache_dir={tmp_path}")
 
     def asked(length: int) -> Mapping[str, Part]:
         config = load_config([*words, f"data.seq_len={length}"])

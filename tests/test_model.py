@@ -18,7 +18,7 @@ from tests.support.harness import run_ranks
 from tests.support.model_folders import FIELDS, save
 from trainer.checkpoint.hub import export_model
 from trainer.data.tokenizer import build_byte_tokenizer
-from trainer.model.build import build_hf_config, build_model, decoder_layers, tied_names
+from trainer.model.build import _LargeOnMeta, build_hf_config, build_model, decoder_layers, tied_names
 from trainer.model.filling import materialize, units
 from trainer.model.fitting import persistent_buffers
 from trainer.model.weights import open_weights
@@ -187,3 +187,11 @@ def test_an_exported_model_names_its_architecture(tmp_path: Path) -> None:
     run_ranks(2, run_trainer, [*keys, f"train.run_dir={tmp_path}/run"])
     saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert saved["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_stacks_of_experts_that_begin_as_zeros_take_no_memory() -> None:
+    with _LargeOnMeta():
+        stack, table = torch.zeros(16, 2**13, 2**13), torch.zeros(2**6, 2**6)
+        drawn = torch.empty(2**10, 2**10).normal_()
+    assert stack.is_meta and drawn.is_meta and not table.is_meta
+    assert stack.shape == (16, 2**13, 2**13)

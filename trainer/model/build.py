@@ -34,7 +34,8 @@ from trainer.model.custom import introduce
 from trainer.model.stored import local_folder, not_on_the_hub, read_config
 from trainer.plan.model_fields import check_experts, check_sizes, merged, text_fields, text_part
 
-LARGE = 2**20  # values
+ON_META = {torch.empty: (2**20, 0), torch.zeros: (2**26, 3)}
+"""What creates tensors on the meta device, and from how many values and dimensions on."""
 
 
 def build_hf_config(model: Model) -> PretrainedConfig:
@@ -161,7 +162,10 @@ def _undeclared_fields(config: PretrainedConfig) -> set[str]:
 class _LargeOnMeta(TorchFunctionMode):
     """Create large uninitialised tensors directly on the meta device. accelerate first creates each parameter in
     memory, and one layer's experts in DeepSeek V3 take 28 GiB in float32. Normal values are not drawn there: torch
-    takes half a millisecond to find that there is nothing to write."""
+    takes half a millisecond to find that there is nothing to write.
+
+    Llama 4's experts begin as zeros, 5 GiB in each layer. Other zeros become a buffer that the model writes to, such as
+    a table of positions, but none of these has three dimensions and as many values."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -169,9 +173,11 @@ class _LargeOnMeta(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.normal_ and args[0].is_meta:
             return args[0]
-        if func is torch.empty and kwargs.get("device") is None:
+        if func in ON_META and kwargs.get("device") is None:
+            least, dimensions = ON_META[func]
             sizes = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
-            if prod(sizes or kwargs.get("size", ())) >= LARGE:
+            sizes = sizes or kwargs.get("size", ())
+            if len(sizes) >= dimensions and prod(sizes) >= least:
                 kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 
