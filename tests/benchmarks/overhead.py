@@ -30,6 +30,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from configs.load import load_config
 from configs.schema import Config
 from tests.support.measured import conditions, write
+from trainer.axes.fsdp import sharded_modules
 from trainer.data import Batch
 from trainer.data.build import build_data
 from trainer.engine import build_engine
@@ -95,7 +96,8 @@ def table(model: str, plan: Plan, seconds: dict[str, list[float]]) -> str:
 
 
 def by_hand(config: Config, plan: Plan, runtime: Runtime) -> Contender:
-    """The shortest loop that does the same arithmetic: forward, loss, backward, clip, update."""
+    """The shortest loop that does the same arithmetic: forward, loss, backward, clip, update. What is sharded together
+    and what DDP sends are the trainer's: these are settings of torch, and no part of a loop."""
     model = _model(config, plan, runtime)
     called = model
     if config.train.compile:
@@ -103,11 +105,10 @@ def by_hand(config: Config, plan: Plan, runtime: Runtime) -> Contender:
             layer.compile()
     if plan.fully_sharded:
         policy = MixedPrecisionPolicy(torch_dtype(plan.param_dtype), torch_dtype(plan.reduce_dtype))
-        for layer in decoder_layers(model):
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+        for group in (*sharded_modules(model).values(), model):
+            fully_shard(group, mp_policy=policy, reshard_after_forward=plan.reshard_after_forward)
     elif plan.world_size > 1:
-        called = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        called = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     optimizer = build_optimizer(model.named_parameters(), describe(model), config.optimizer)
     batches = _batches(config, plan, runtime)
 

@@ -141,10 +141,10 @@ def average_gradients(parameters: Mapping[str, torch.Tensor], plan: Plan, descri
     `set_gradient_divide_factor` would apply it at each reduction, but over one rank torch 2.13 divides twice in float16
     and float64, gloo has no sum with a factor, and NCCL's zeroes bfloat16 (pytorch issue 190747).
     """
-    views = {name: plan.view(described[name].view) for name in parameters}
     for view in plan.views:
-        held = [p.grad for name, p in parameters.items() if views[name] is view and p.grad is not None]
-        scale(held, view.holders / plan.averaged)
+        if (factor := view.holders / plan.averaged) != 1:
+            here = [p for name, p in parameters.items() if plan.view(described[name].view) is view]
+            scale([p.grad for p in here if p.grad is not None], factor)
 
 
 def sharded_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -50,7 +50,8 @@ def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, method: 
 
 def slice_of(batch: Batch, mesh: DeviceMesh) -> Batch:
     """This rank's part of every sequence, with its tokens' positions in the whole."""
-    size, rank = mesh[CONTEXT].size(), mesh[CONTEXT].get_local_rank()
+    ranks = mesh.get_group(CONTEXT)
+    size, rank = ranks.size(), ranks.rank()
     rows, length = batch.input_ids.shape[0], batch.input_ids.shape[1] // size
     begin = rank * length
     return replace(

@@ -53,6 +53,8 @@ class TorchEngine:
         self.loss_scale = build_loss_scale(config.precision)
         meshes = build_meshes(plan, runtime.device)
         self.mesh = meshes.dense
+        # Of the plan: a part of a mesh takes torch longer to make than a collective.
+        self.place = plan.coordinates(runtime.rank)
         self.whole = linear.keeps_model(config)
         self.parts = assemble(config, plan, runtime, meshes, fill=self._fill)
         self.model, self.modules, self.ddp = self.parts.model, self.parts.modules, self.parts.ddp
@@ -117,7 +119,7 @@ class TorchEngine:
         batch = self._own_slice(batch)
         if self.pipeline:
             loss = self.pipeline.evaluate(batch)
-            return loss if self._speaks() and self.mesh[PIPELINE].get_local_rank() == 0 else torch.zeros_like(loss)
+            return loss if self._speaks() and self.place[PIPELINE] == 0 else torch.zeros_like(loss)
         self.model.eval()
         loss = self._loss(self.model, batch)
         self.model.train()
@@ -143,7 +145,7 @@ class TorchEngine:
                     yield name, complete.cpu() if self.average is None else complete.to("cpu", copy=True)
 
     def state(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        stage = self.plan.coordinates(self.runtime.rank)[PIPELINE]
+        stage = self.place[PIPELINE]
         ranks = range(self.runtime.world_size)
         holders = [rank for rank in ranks if self.plan.coordinates(rank)[PIPELINE] == stage]
         yield from torch_state.save_state(self.named, self.states, holders=holders, device=self.runtime.device)
@@ -195,7 +197,7 @@ class TorchEngine:
 
     def _speaks(self) -> bool:
         """Tensor-parallel ranks all know the loss; one of them reports it."""
-        return self.mesh[TENSOR].get_local_rank() == 0
+        return self.place[TENSOR] == 0
 
     def _tied_copies(
         self, everything: list[tuple[str, torch.nn.Parameter]]

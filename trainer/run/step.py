@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 
 from configs.choices import NonFinite
 from configs.errors import TrainingFailed
@@ -38,15 +37,14 @@ def train_step(
     with timer.forward_backward():
         local_tokens = sum(batch.valid_tokens() for batch in batches)
         valid_tokens = torch.tensor(local_tokens / plan.same_data, dtype=torch.float64, device=runtime.device)
-        dist.all_reduce(valid_tokens)
+        runtime.add_up(valid_tokens)
         # Every rank of a pipeline or tensor-parallel group has counted the same sequences; their parts add up to one
         # count, except for the last bit if the group's size is not a power of two.
         valid_tokens.round_()
         # A step without a valid token has loss 0, not 0 / 0.
         valid_tokens.clamp_(min=1)
         loss = engine.forward_backward([batch.to(runtime.device) for batch in batches], valid_tokens).double()
-        dist.all_reduce(loss)
-        value = loss.item()
+        value = runtime.add_up(loss).item()
     report: StepReport | None = None
     with timer.optimizer():
         if math.isfinite(value):

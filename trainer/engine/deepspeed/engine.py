@@ -214,7 +214,7 @@ class DeepSpeedEngine:
 
     def _speaks(self) -> bool:
         """Tensor-parallel ranks all know the loss; one of them reports it."""
-        return self.mesh[TENSOR].get_local_rank() == 0
+        return self.plan.coordinates(self.runtime.rank)[TENSOR] == 0
 
     def _announce_scale(self) -> None:
         """From the next backward on DeepSpeed multiplies the loss by this number, and divides the gradient by it."""
