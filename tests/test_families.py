@@ -34,9 +34,8 @@ LAYOUTS = {
     "tensor": ["parallel=tensor", "parallel.tp=2"],
     "tensor, sequence parallel": ["parallel=tensor", "parallel.tp=2", "parallel.sequence_parallel=true"],
     "expert, sequence parallel": ["parallel=expert", "parallel.tp=2", "parallel.sequence_parallel=true"],
-    "tensor of four": ["parallel=tensor", "parallel.tp=4"],
 }
-RANKS = {"expert, sequence parallel": 4, "tensor of four": 4}
+RANKS = {"expert, sequence parallel": 4}
 """Of those with more than two."""
 GROUPS = {"often": OFTEN, "rest": tuple(name for name in FAMILIES if name not in OFTEN)}
 
@@ -71,6 +70,15 @@ def test_a_family_equals_one_process(layout: str, group: str) -> None:
     found = run_ranks(RANKS.get(layout, 2), train_all, runs, timeout=300)[0]
     apart = {name: distance(found[name], expected) for name, expected in alone(group).items()}
     assert all(one.largest <= 1e-10 for one in apart.values()), apart
+
+
+@pytest.mark.nightly
+def test_only_float32_parts_differ_between_four_ranks_and_one() -> None:
+    """Routers compute their softmax in float32 whatever the model's dtype: qwen3_moe's gradient norm under tp=4 is then
+    2e-7 from that of one process. Here that part is in float64 too."""
+    four = words_of("qwen3_moe", "single", "parallel=tensor", "parallel.tp=4")
+    expected = run_ranks(1, train_all, {"one": words_of("qwen3_moe", "single")})[0]["one"]
+    assert distance(run_ranks(4, train_all, {"four": four})[0]["four"], expected).largest <= 1e-10
 
 
 @once
