@@ -42,14 +42,14 @@ PR_SET_CHILD_SUBREAPER = 36
 class Outcome:
     """code: the exit code, 128 + N after signal N.
     killed: the signal that ended the launcher itself, if any.
-    told: whether the run was asked to end.
+    to_stop: whether the run was asked to end.
     relay: the copied stderr.
     lost: a node that is gone with its ranks.
     started: False if the ranks were still waiting to be started."""
 
     code: int
     killed: signal.Signals | None
-    told: bool
+    to_stop: bool
     relay: Relay
     lost: str | None = None
     started: bool = True
@@ -79,7 +79,9 @@ def run_command(command: Command, signals: Forwarding) -> Outcome:
         lines.close()
     signals.tell = None
     killed = signal.Signals(-code) if code < 0 else None
-    return Outcome(code=128 - code if killed else relay.rank_code(code), killed=killed, told=signals.told, relay=relay)
+    return Outcome(
+        code=128 - code if killed else relay.rank_code(code), killed=killed, to_stop=signals.told, relay=relay
+    )
 
 
 def check_port(port: int) -> None:

@@ -45,15 +45,15 @@ def keep_running(start: Callable[[bool, Forwarding], Outcome], run_dir: Path, *,
             before = stand(run_dir)
             outcome = start(again, signals)
             death = _death(outcome)
-            if outcome.told:
+            if outcome.to_stop:
                 _report_end(run_dir)
             elif death:
                 report_death(run_dir, death)
             after = stand(run_dir)
             verdict = judge(outcome.code, before=before, after=after, attempts=attempts, max_restarts=max_restarts)
-            if outcome.told or not verdict.restart:
-                reason = CUT_OFF if outcome.told and verdict.restart else verdict.reason
-                return _end(outcome, before, after, reason, run_dir), outcome.told
+            if outcome.to_stop or not verdict.restart:
+                reason = CUT_OFF if outcome.to_stop and verdict.restart else verdict.reason
+                return _end(outcome, before, after, reason, run_dir), outcome.to_stop
             _tell(f"restart: {verdict.reason}", outcome, run_dir)
             time.sleep(PAUSE_SECONDS)
             attempts, again = verdict.attempts, True
@@ -97,7 +97,7 @@ def _end(outcome: Outcome, before: Standing, after: Standing, reason: str, run_d
 def _tell(line: str, outcome: Outcome, run_dir: Path) -> None:
     why = str(read_status(run_dir).get("reason") or "")
     if why and outcome.relay.told(why):
-        line = line.replace(why, "as told above", 1)
+        line = line.replace(why, "as reported above", 1)
     kept = None
     with contextlib.suppress(OSError):  # for example a full disk, which the line reports
         kept = outcome.relay.keep(run_dir / "logs/errors.log")

@@ -21,9 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OVERRIDES = "data=synthetic data.seq_len=64 train.steps=2 train.eval_samples=0"
-# In the order of the page: the two commands at its head, blocks of bash, the first column of the doors.
+# In the order of the page: the two commands at its head, blocks of bash, the first column of the entry points.
 COMMAND = re.compile(
-    r"^    (?P<first>bash \S+)|^```bash\n(?P<block>.*?)^```$|^\| `(?P<door>[^`|]* OVERRIDES)` \|",
+    r"^    (?P<first>bash \S+)|^```bash\n(?P<block>.*?)^```$|^\| `(?P<row>[^`|]* OVERRIDES)` \|",
     re.MULTILINE | re.DOTALL,
 )
 TESTS = "bash tests/run.sh"
@@ -34,9 +34,9 @@ def commands(page: str, *, tests: bool) -> Iterator[str]:
     for found in COMMAND.finditer(page):
         if found["block"]:
             yield found["block"].strip()
-        elif found["door"]:
-            layout = "" if found["door"].startswith("python") else "parallel=ddp "
-            yield found["door"].replace("OVERRIDES", layout + OVERRIDES)
+        elif found["row"]:
+            layout = "" if found["row"].startswith("python") else "parallel=ddp "
+            yield found["row"].replace("OVERRIDES", layout + OVERRIDES)
         elif tests or found["first"] != TESTS:
             yield found["first"]
 

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.nightly", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--list", action="store_true", help="print what is left, and run nothing")
     parser.add_argument("--faults", action="store_true", help="the counted faults as well")
-    parser.add_argument("--lanes", type=int, default=3, help="tests beside each other (%(default)s)")
+    parser.add_argument("--lanes", type=int, default=3, help="tests at the same time (%(default)s)")
     parser.add_argument("words", nargs="*", metavar="-- WORDS", help="for pytest")
     arguments = parser.parse_args(argv)
     FOLDER.mkdir(parents=True, exist_ok=True)

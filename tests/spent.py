@@ -2,13 +2,13 @@
 
     python -m tests.spent FILE                                  the table of CONTRIBUTING.md, of a session's file
     python -m tests.spent FILE --write                          and put it there
-    python -m tests.spent FILE --files                          one line for each file of tests, dearest first
+    python -m tests.spent FILE --files                          one line for each file of tests, slowest first
 
 `--spent=FILE` writes one JSON line per test: nodeid, lane (the xdist worker), start, wall, cpu and outcome. (With the
 =: pytest would take a word of its own for a path.) With it, or with several lanes, the session ends with the budget: a
 line for each kind of test in KINDS.
 
-cpu: seconds of this process and of all below it, forked ranks and doors in processes of their own included. What a test
+cpu: seconds of this process and of all below it, with forked ranks and entry points in their own processes. What a test
 leaves to daemons is not in it: a Slurm job's ranks are children of slurmd.
 """
 

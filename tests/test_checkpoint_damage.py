@@ -306,7 +306,7 @@ class Payload:
 def test_nothing_in_a_checkpoint_is_executed(
     run: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever writes the files can write a fitting manifest too: a pickle in each file's place."""
+    """An attacker who writes the files can write a fitting manifest too: each file is replaced by a pickle."""
     monkeypatch.setenv("MARKER", str(tmp_path / "executed"))
     poison = pickle.dumps(Payload())
     for name in list(read_manifest(newest(run)).files):

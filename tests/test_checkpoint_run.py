@@ -1,4 +1,4 @@
-"""The same command goes on: after signals, a STOP file, SIGKILL, a full disk. Whole runs through the real door."""
+"""The same command goes on: after signals, a STOP file, SIGKILL, a full disk. Whole runs through the entry point."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def overrides(folder: Path, *more: str, layout: str = "ddp") -> list[str]:
 
 
 def start(words: list[str], rank: int = -1, signals: tuple[int, ...] = (), folder: str = "", after: int = 0) -> int:
-    """The door's exit code. On `rank` this process gets the signals when the checkpoint of step `after` is there."""
+    """The run's exit code. On `rank` this process gets the signals when the checkpoint of step `after` exists."""
 
     def send() -> None:
         while not (Path(folder) / CHECKPOINTS / step_name(after)).exists():
@@ -58,7 +58,7 @@ def start(words: list[str], rank: int = -1, signals: tuple[int, ...] = (), folde
 
 
 def start_and_listen(words: list[str], largest_file: int = resource.RLIM_INFINITY) -> tuple[int, list[str]]:
-    """The door's exit code and what it wrote to stderr. No file may grow beyond `largest_file` bytes."""
+    """The run's exit code and its stderr. No file may grow beyond `largest_file` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     heard = io.StringIO()
     with contextlib.redirect_stderr(heard):

@@ -24,7 +24,7 @@ CONFIGS = Path(configs.__file__).parent
 ROOT = CONFIGS.parent
 FILES = sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.glob("*/*.yaml"))
 
-# What an option asks for beside itself.
+# Keys that an option needs in addition.
 COMPANIONS = {
     "cluster/kubernetes.yaml": ["cluster.gpus_per_node=8"],
     "cluster/ray.yaml": ["cluster.gpus_per_node=8"],

@@ -30,7 +30,7 @@ NUMBERS = [
 
 
 def refused(capsys: pytest.CaptureFixture[str], door: str, *words: str) -> list[str]:
-    """The lines that a door answers with before it does anything."""
+    """The lines that an entry point answers with before it does anything."""
     assert DOORS[door](words) == 2
     said = capsys.readouterr()
     assert not said.out

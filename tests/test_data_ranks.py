@@ -156,7 +156,7 @@ def enter_little_shared_memory(size: str) -> bool:
 
 
 def train_in_little_shared_memory(run_dir: str) -> list[str] | None:
-    """What the door says at once; what a rank says whose memory fills up later, and when nothing at all is left."""
+    """The first answer of the entry point; the message of a rank whose memory fills up later, or has nothing left."""
     if not enter_little_shared_memory("64k"):
         return None
     said = io.StringIO()

@@ -67,7 +67,7 @@ def test_byte_tokenizer_is_loaded_again_from_an_exported_folder(tmp_path: Path) 
 
 
 def save_bpe(folder: Path, *, vocabulary: int = 300, **special: str) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE that puts <s> before each text unless told not to, as Llama's does."""
+    """A small byte-level BPE that puts <s> before each text unless disabled, as Llama's does."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

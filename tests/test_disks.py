@@ -39,7 +39,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(words: list[str], disk: str = "", place: str = "") -> tuple[int, list[str]]:
-    """The door's exit code, and its lines on stderr. Rank 0's disk is full from `place` on."""
+    """The run's exit code, and its lines on stderr. Rank 0's disk is full from `place` on."""
     if os.environ["RANK"] == "0" and place:
         PLACES[place](Path(disk))
     heard = io.StringIO()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOOR = re.compile(r"^(python -m [\w.]+|torchrun|memory-estimate|cookbook)\b", re.MULTILINE)
-# What these blocks start are interpreters, so that each door has been one; the others are forks of a process that has
+# These blocks start interpreters, so that each entry point has run in one; the others are forks of a process that has
 # imported torch already.
 INTERPRETERS = (
     "python -m launch parallel=ddp data=synthetic data.seq_len=32",
@@ -86,7 +86,7 @@ def test_every_layout_is_in_the_readme() -> None:
 
 
 def test_a_newcomer_finds_every_command_of_the_readme() -> None:
-    """What `python -m tests.newcomer` walks through: the two commands at the head, each block, each door, in order."""
+    """The path of `python -m tests.newcomer`: the two commands at the head, each block, each entry point, in order."""
     page = (ROOT / "README.md").read_text()
     found = list(newcomer.commands(page, tests=True))
     assert found[:2] == ["bash launch/demo.sh", newcomer.TESTS]

@@ -30,7 +30,7 @@ def test_a_process_without_memory_says_so(tmp_path: Path) -> None:
     assert (status["state"], status["exit_code"], status["retry"]) == ("failed", EXIT_FAILED, False)
     reason = str(status["reason"])
     assert reason.startswith("rank 0: out of memory after 0 updates: ")
-    assert "memory-estimate with the same words" in reason
+    assert "memory-estimate with the same overrides" in reason
     assert "\n" not in reason
 
 

@@ -1,4 +1,4 @@
-"""The contract of the doors under drawn configurations: exit code 0, 1, 2, 3 or 75, one line per problem, no
+"""The contract of the entry points under drawn configurations: exit code 0, 1, 2, 3 or 75, one line per problem, no
 traceback, nothing changed on disk. Overrides and YAML files are drawn from the schema: right, wrong and odd values."""
 
 from __future__ import annotations

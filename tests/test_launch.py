@@ -1,4 +1,4 @@
-"""The doors: the words of each launcher, instant answers, mistakes in a line, and the same run under all."""
+"""The entry points: each launcher's arguments, instant answers, mistakes in a line, and the same run under all."""
 
 from __future__ import annotations
 

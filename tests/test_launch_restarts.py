@@ -224,7 +224,7 @@ def test_what_a_rank_has_told_is_not_told_again(tmp_path: Path) -> None:
     _, told = job.communicate(timeout=60)
     assert told.splitlines() == [
         "no space for it",
-        "the run failed: as told above; it would end the same way again (exit code 1)",
+        "the run failed: as reported above; it would end the same way again (exit code 1)",
     ]
 
 

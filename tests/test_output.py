@@ -32,7 +32,7 @@ def overrides(run: Path, layout: str, *more: str, steps: int = 3) -> list[str]:
 
 
 def start_unheard(words: list[str], full: bool) -> int:
-    """The door's exit code, with nobody behind its output: a full disk, or a pipe whose reader is gone."""
+    """The run's exit code, with no reader of its output: a full disk, or a pipe whose reader is gone."""
     if full:
         target = os.open("/dev/full", os.O_WRONLY)
     else:

@@ -46,7 +46,7 @@ FOUR = Machine(gpus=4)
 SMALL = ["model=tiny", "cluster=8xh100", "precision=bf16", "data.seq_len=128", "train.global_batch_size=64"]
 
 
-# The same beside 42 million of adapters, and with its layers' matrices in 4 bits.
+# The same with 42 million adapter parameters, and with its layers' matrices in 4 bits.
 LORA = replace(
     SIZE,
     parameters=SIZE.parameters + 41_943_040,

@@ -28,7 +28,7 @@ MIB = 2**20
 
 
 def run(words: list[str]) -> tuple[int, str, bool]:
-    """The door's exit code, what it wrote, and whether anything still records."""
+    """The run's exit code and output, and whether anything still records."""
     heard = io.StringIO()
     with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
         code = main(words)

@@ -26,7 +26,7 @@ from trainer.report.prediction import MemoryCheck, predict
 
 
 def run(words: list[str]) -> tuple[int, str]:
-    """The door's exit code and what it wrote, on one rank."""
+    """The run's exit code and output, on one rank."""
     heard = io.StringIO()
     with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
         return main(words), heard.getvalue()

@@ -139,6 +139,6 @@ def test_all_validation_losses_that_are_not_finite_are_named(
 def test_a_run_that_is_told_to_stop_while_it_waits_was_stopped(tmp_path: Path) -> None:
     """Though status.json still says `running`, of an earlier start that was killed: the record is put right."""
     (tmp_path / STATUS).write_text(json.dumps({"state": "running", "step": 3}))
-    waiting = Outcome(code=EXIT_STOPPED, killed=None, told=True, relay=Relay(sys.stderr), started=False)
+    waiting = Outcome(code=EXIT_STOPPED, killed=None, to_stop=True, relay=Relay(sys.stderr), started=False)
     assert keep_running(lambda _again, _signals: waiting, tmp_path, max_restarts=3) == (EXIT_STOPPED, True)
     assert read_status(tmp_path)["state"] == "failed"

@@ -1,4 +1,4 @@
-"""The best checkpoint is kept and exported, and a run ends early: whole runs through the real door."""
+"""The best checkpoint is kept and exported, and a run ends early: whole runs through the entry point."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_best_checkpoint_stays_and_the_run_ends_early(tmp_path: Path) -> Non
 
 
 def start_each(same: list[str], more: list[str]) -> tuple[list[int], bytes]:
-    """The door's exit codes, and the metrics in between."""
+    """The runs' exit codes, and the metrics in between."""
     (run,) = (word.removeprefix("train.run_dir=") for word in same if word.startswith("train.run_dir="))
     first, lines = main(same), (Path(run) / "metrics.jsonl").read_bytes()
     return [first, main(more)], lines

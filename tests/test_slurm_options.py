@@ -180,7 +180,7 @@ def test_what_is_submitted(slurm: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_folder_that_a_job_starts_in_does_not_decide_what_is_imported(slurm: Path) -> None:
-    """The real batch script, on a run that is finished, beside modules of somebody who has a `slurm.py`."""
+    """The real batch script, on a finished run, next to somebody's modules with a `slurm.py`."""
     words = [*BASE, "train.steps=1", "train.run_dir=run", "cluster.slurm.setup=['export PYTHONPATH=$PWD/mine']"]
     assert launch_job(load_config(words), words, config_dir=None) == (0, False)
     (slurm / "run/status.json").write_text(json.dumps({"state": "finished", "step": 1}))

@@ -156,7 +156,7 @@ def test_loss_of_divided_logits(words: int, dtype: torch.dtype) -> None:
 def test_collectives_are_those_of_the_chapter() -> None:
     layers = LLAMA["num_hidden_layers"]
     forward, backward = run_ranks(2, tensor_cases.collectives_of_a_step, "llama", False)[0]
-    # Beside the layers: embedding and two for the loss; backward, where the head begins.
+    # In addition to the layers: embedding and two for the loss; backward, where the head begins.
     assert forward == {"all_reduce": 2 * layers + 3}
     assert backward == {"all_reduce": 2 * layers + 1}
     forward, backward = run_ranks(2, tensor_cases.collectives_of_a_step, "llama", True)[0]

@@ -146,7 +146,7 @@ def test_16_bit_trains_float32_adapters_beside_a_16_bit_model() -> None:
 # peft 0.21 asks transformers under the old name.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_run_resumes_and_its_adapter_is_peft_s(tmp_path: Path) -> None:
-    """Train a base, adapters beside it in two goes, and hold what peft makes of the files against the trainer's own."""
+    """Train a base, then adapters in two runs, and compare peft's reading of the files with the trainer's own."""
     common = [
         *MODELS["llama"],
         "data.seq_len=32",
@@ -218,7 +218,7 @@ SPARSE["deepseek_v3"] += [
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", rows(zip(SPARSE), lambda kind: kind == "mixtral"))
 def test_adapters_of_experts_are_peft_s(kind: str, tmp_path: Path) -> None:
-    """Experts are one parameter for all of them, beside which peft puts adapters of another kind."""
+    """All experts are one parameter, for which peft has adapters of another kind."""
     sparse = [f"model.config.model_type={kind}", *SPARSE[kind], "data.seq_len=32", "model.config.num_hidden_layers=2"]
     words = ["model=tiny", "tuning=lora", *sparse, "train.steps=2", f"train.run_dir={tmp_path / 'run'}"]
     assert run_ranks(1, run_trainer, [*words, "train.global_batch_size=2", "logging.progress=lines"]) == [0]

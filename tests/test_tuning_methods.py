@@ -108,7 +108,7 @@ def test_peft_computes_what_was_trained(kind: str, tmp_path: Path) -> None:
 
 
 def test_an_exported_bottleneck_computes_what_was_trained(tmp_path: Path) -> None:
-    """By whoever loads the folder, and in a run that goes on from it. It is never merged."""
+    """The adapter is read by any loader of the folder, and by a run that continues from it. It is never merged."""
     base, made = tmp_path / "base", tmp_path / "made"
     plain = AutoModelForCausalLM.from_config(prepare_model(load_config(words("llama", "single", "fp32", STEPS))).config)
     plain.save_pretrained(base)

@@ -76,7 +76,7 @@ class Starter:
             write_state(self.run_dir, "waiting", reason=f"for {self.cluster.wanted()}", starts=self.starts)
             if not self._ready(lambda: bool(told) or self._stop_file()):
                 print("ray: asked to stop before the ranks were started", flush=True)
-                return Outcome(code=EXIT_STOPPED, killed=None, told=True, relay=relay, started=False)
+                return Outcome(code=EXIT_STOPPED, killed=None, to_stop=True, relay=relay, started=False)
             lost = self._begin(running, again)
             lost = lost or self._follow(running, told, relay)
         finally:
@@ -84,7 +84,7 @@ class Starter:
             _end_actors(running)
         code = next((node.code for node in running if node.code), EXIT_FAILED if lost else EXIT_FINISHED)
         code = 128 - code if code < 0 else relay.rank_code(code)
-        return Outcome(code=code, killed=None, told=signals.told, relay=relay, lost=lost)
+        return Outcome(code=code, killed=None, to_stop=signals.told, relay=relay, lost=lost)
 
     def _ready(self, told: Callable[[], bool]) -> bool:
         """Wait until the ranks of an earlier start are gone and the nodes are free. Returns False if asked to stop.

@@ -1,4 +1,4 @@
-"""What docs/comparison.md and docs/profiling.md show of real runs: tables, and pictures beside the pages."""
+"""Writes the tables and pictures of real runs for docs/comparison.md and docs/profiling.md."""
 
 from __future__ import annotations
 

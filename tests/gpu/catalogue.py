@@ -307,7 +307,7 @@ def _small_speed() -> Iterator[Case]:
 
 
 def _pages(words: list[str]) -> Iterator[Case]:
-    """Runs through the trainer's door; folders of runs are named by `into`."""
+    """Runs through the trainer's entry point; folders of runs are named by `into`."""
     once = (
         "train.steps=6",
         "checkpoint.every=0",

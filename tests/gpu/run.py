@@ -243,7 +243,7 @@ def bandwidth(task: Task) -> Numbers:
 
 
 def run(task: Task) -> Numbers:
-    """The trainer's own door, as a user would start it."""
+    """Run the trainer's own entry point, as a user would start it."""
     from trainer.__main__ import main
 
     folder = Path(task["work"]) / "runs" / task["case"]["options"]["into"]

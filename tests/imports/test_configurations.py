@@ -174,7 +174,7 @@ def test_a_number_out_of_range_is_said_of_the_files_field(size: float, tmp_path:
 
 
 def test_the_optimizer_and_the_scheduler_of_deepspeeds_file_win(tmp_path: Path) -> None:
-    """The Trainer makes none of its own beside them; a curve of its own goes as a whole."""
+    """The Trainer adds no scheduler to those given; a curve of its own is replaced as a whole."""
     own = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "scheduler": {"type": "WarmupLR", "params": {}}}
     tree = {**ARGUMENTS, "optim": "adafactor", "lr_scheduler_type": "linear"}
     made = import_files(written(tmp_path, args_json=tree, ds_json={**ZERO2, **own}))

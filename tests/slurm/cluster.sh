@@ -73,7 +73,7 @@ SlurmctldPort=$PORT
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# cred_expire is also the pause before a requeued job may start again: 120 s unless told.
+# cred_expire is also the pause before a requeued job may start again: 120 s by default.
 AuthInfo=socket=$DIR/munge/socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$DIR/state

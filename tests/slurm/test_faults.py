@@ -23,7 +23,7 @@ def separate_nodes(cluster: Cluster) -> None:
 
 def test_four_faults_in_one_job(cluster: Cluster, run_dir: Path, alone: Run) -> None:
     """A rank is killed: the step is started again. The time limit comes near: saved, requeued, continued. Meanwhile
-    the controller dies, and is back later. A node dies, and is marked down by whoever watches it: requeued once more.
+    the controller dies, and is back later. A node dies, and is marked down by its watcher: requeued once more.
     """
     run = cluster.launch(run_dir)
     run.reach(60)
@@ -159,7 +159,7 @@ def test_a_real_time_limit(cluster: Cluster, run_dir: Path) -> None:
 
 @full
 def test_a_job_that_was_requeued_often_enough_ends(cluster: Cluster, run_dir: Path) -> None:
-    """Counted by Slurm itself, whoever asked for it: the supervisor, and then a person or a lost node."""
+    """Slurm counts each requeue: that of the supervisor, of a person and of a lost node."""
     run = cluster.launch(run_dir, "cluster.slurm.max_requeues=1", "train.steps=100000", "checkpoint.every=0")
     run.reach(1)
     run.warn()

@@ -8,7 +8,7 @@ from trainer.estimate.tracker import Alive, Event, Mark
 
 
 def balance(events: Iterable[Event]) -> Iterator[tuple[str, int]]:
-    """Bytes alive after each event, beside the name of a mark ("" for the others)."""
+    """Bytes alive after each event, with the name of a mark ("" for the others)."""
     alive = Alive()
     for event in events:
         alive.count(event)

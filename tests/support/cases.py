@@ -62,7 +62,7 @@ def train(overrides: Overrides) -> Trained:
 
 
 def run_trainer(overrides: list[str]) -> int:
-    """A whole run, as the door inside the job starts it. Returns the exit code."""
+    """A whole run, as the entry point inside the job starts it. Returns the exit code."""
     from trainer.__main__ import main
 
     return main(overrides)

@@ -1,4 +1,4 @@
-"""What a rank does in a test of whole runs: goes through the real door, and meets a fault there."""
+"""The work of a rank in a test of whole runs: it calls the real entry point, and meets a fault there."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from trainer.engine import Engine
 
 
 def door(words: list[str]) -> int:
-    """The exit code of the real door."""
+    """The exit code of the real entry point."""
     from trainer.__main__ import main
 
     return main(words)
 
 
 def start_and_exhaust(words: list[str], rank: int, more_bytes: int) -> int:
-    """The real door; one rank may take `more_bytes` of address space beyond what it has. Raises unless it ends well."""
+    """Call the real entry point; one rank may take `more_bytes` more address space. Raises unless it ends well."""
     if int(os.environ["RANK"]) == rank:
         has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (has + more_bytes, resource.RLIM_INFINITY))
@@ -54,7 +54,7 @@ def start_and_exhaust_in_training(words: list[str], rank: int, more_bytes: int) 
 
 
 def start_and_fail(words: list[str], rank: int, where: str) -> int:
-    """The real door; one rank meets an exception in its third step. Raises unless the run ends with exit code 0."""
+    """Call the real entry point; one rank raises in its third step. Raises unless the run ends with exit code 0."""
     import trainer.run.loop
 
     if int(os.environ["RANK"]) == rank:
@@ -80,7 +80,7 @@ def start_and_fail(words: list[str], rank: int, where: str) -> int:
 
 
 def start_with_slow_save(words: list[str], step: int, seconds: float, grace: float) -> int:
-    """The real door; the save of one step takes that long, gets SIGTERM as it begins, and SIGKILL after the grace."""
+    """Call the real entry point; the save of one step takes that long, gets SIGTERM at its begin, SIGKILL later."""
     fsync, files = os.fsync, itertools.count()
 
     def slow(descriptor: int) -> None:
@@ -97,7 +97,7 @@ def start_with_slow_save(words: list[str], step: int, seconds: float, grace: flo
 
 
 def start_with_jumping_clock(words: list[str], seed: float) -> int:
-    """The real door, in a process whose wall clock is somewhere else at every look."""
+    """Call the real entry point, in a process whose wall clock jumps at every reading."""
     draw, real = random.Random(seed), time.time
     time.time = lambda: real() + draw.uniform(-1e5, 1e5)
     return door(words)

@@ -45,7 +45,7 @@ _context.set_forkserver_preload(PRELOADED)
 def composes(function: F) -> F:
     """For a function that ranks run: the test composes its first argument, overrides, and each rank gets the `Config`.
 
-    Composing takes a quarter of a short run's time. A door composes on every rank, and is tested by itself.
+    Composing takes a quarter of a short run's time. An entry point composes on every rank, and has tests of its own.
     """
     vars(function)["composes"] = True
     return function

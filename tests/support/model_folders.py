@@ -1,4 +1,4 @@
-"""Small model folders, whole and damaged, and the door that is to refuse the latter."""
+"""Small model folders, whole and damaged, and the entry point that must refuse the latter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank does in a test of balancing: a short run on samples with padding, and one beside transformers."""
+"""The work of a rank in a test of balancing: a short run on samples with padding, and one against transformers."""
 
 from __future__ import annotations
 

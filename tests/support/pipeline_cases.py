@@ -52,7 +52,7 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Case:
-    """packed: several documents in a sequence, told by positions that begin again. spoil: a defect planted on purpose.
+    """packed: several documents in a sequence, each with positions from 0. spoil: a defect planted on purpose.
     The rest: the keys of the config of that name."""
 
     schedule: str

@@ -281,7 +281,7 @@ def checked(
 
 
 def checked_without_sums(model: str) -> str:
-    """What the start-up check says if the gradients of adapters beside matrices cut into columns are not summed."""
+    """The start-up check's message if the gradients of adapters on column-parallel matrices are not summed."""
     with patch.object(TensorParallel, "reduce_partial_gradients", BUGS["never summed"](None)):
         return checked(model, {}, sequence_parallel=False, tuning=ADAPTERS)[0]
 

@@ -30,13 +30,13 @@ class Change:
     """why: its effect, in a few words.
     keys: the overrides that it sets, without those that are set so already.
     touched: the components that it may make smaller.
-    dear: its place in the order of lost speed.
+    slowdown: its place in the order of lost speed.
     alters: the run then trains something else, or by another rule; it is suggested only where nothing else fits."""
 
     why: str
     keys: Mapping[str, Any]
     touched: frozenset[str]
-    dear: int
+    slowdown: int
     alters: bool = False
 
 
@@ -48,8 +48,8 @@ def changes(config: Config, plan: Plan) -> list[Change]:
         different = {key: value for key, value in keys.items() if value_at(config, key) != value}
         if different:
             alters = not ALTERING.isdisjoint(different)
-            found.append(Change(why=why, keys=different, touched=touched, dear=len(found), alters=alters))
-    return sorted(found, key=lambda one: (len(one.keys), one.dear))
+            found.append(Change(why=why, keys=different, touched=touched, slowdown=len(found), alters=alters))
+    return sorted(found, key=lambda one: (len(one.keys), one.slowdown))
 
 
 Known = tuple[str, dict[str, Any], frozenset[str]]

@@ -140,7 +140,7 @@ class Trace:
     """One forward and backward of a shortened part. templates: the kind of each traced layer.
 
     sections: ("f", "begin"), ("f", "0"), ..., ("f", "end"), ("b", "end"), ..., ("b", "0"), ("b", "begin"). For
-    pipeline schedules that split the backward also "i" (gradient of the input) and "w" (of the weights) beside "b".
+    pipeline schedules that split the backward also "i" (gradient of the input) and "w" (of the weights) besides "b".
     """
 
     templates: tuple[int, ...]

@@ -46,7 +46,7 @@ from trainer.update import ask as ask_update
 Made = TypeVar("Made")
 NOTHING: dict[str, Any] = {"batches": [0, 0], "lengths": [0, 0], "part": None}
 ALONE = {**NOTHING, "tried": False}
-"""The place of a family of which one shape was traced by itself."""
+"""The place of a family of which one shape was traced alone."""
 UNLIKE = {**NOTHING, "tried": True}
 """The place of a family whose neighbouring shapes could not be traced. They are not tried again."""
 

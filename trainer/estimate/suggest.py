@@ -102,12 +102,12 @@ class _Search:
         rank, known = self.before.busiest, all(self._part(change) for change in some)
         aside = rank.device_most_bytes - rank.peak_allocated_bytes  # more than these will have
         enough = known and self._left(some) + aside <= (self.before.device.capacity_bytes or inf)
-        return not enough, sum(len(one.keys) for one in some), sum(one.dear for one in some)
+        return not enough, sum(len(one.keys) for one in some), sum(one.slowdown for one in some)
 
     def all_that_help(self) -> list[Suggestion]:
         """Add changes from the fastest to the slowest until they are enough, then drop those that are not needed."""
         chosen: list[Change] = []
-        for change in sorted(self.changes, key=lambda one: one.dear):
+        for change in sorted(self.changes, key=lambda one: one.slowdown):
             # A stronger form of a change replaces it.
             stronger = [earlier for earlier in chosen if not earlier.keys.keys() <= change.keys.keys()] + [change]
             if not self._allowed(stronger):
@@ -119,7 +119,7 @@ class _Search:
 
     def _needed(self, chosen: Sequence[Change], found: Suggestion) -> Suggestion:
         """Drop each change, the slowest first, without which the plan still fits."""
-        for change in sorted(chosen, key=lambda one: -one.dear):
+        for change in sorted(chosen, key=lambda one: -one.slowdown):
             fewer = [one for one in chosen if one is not change]
             if fewer and (less := self.fitting(fewer)) is not None:
                 chosen, found = fewer, less
@@ -158,7 +158,8 @@ class _Search:
         return found
 
     def _on(self, nodes: int) -> Suggestion | None:
-        change = Change(why=f"this layout on {nodes} nodes", keys={"cluster.nodes": nodes}, touched=frozenset(), dear=0)
+        keys = {"cluster.nodes": nodes}
+        change = Change(why=f"this layout on {nodes} nodes", keys=keys, touched=frozenset(), slowdown=0)
         return self._try([change])
 
     def fitting(self, some: Sequence[Change]) -> Suggestion | None:

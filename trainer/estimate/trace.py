@@ -99,7 +99,7 @@ def _collecting_what_is_new() -> Iterator[None]:
     try:
         yield
     finally:
-        if not frozen:  # else all that whoever forked this process has frozen would be collected again and again
+        if not frozen:  # else all objects that the parent process has frozen would be collected again and again
             gc.unfreeze()
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 KEEPS_MODEL = False
 LIGHTER: tuple[str, dict[str, object]] = (
-    "train adapters beside the frozen model (LoRA)",
+    "train adapters next to the frozen model (LoRA)",
     {"tuning.method": TuningMethod.lora},
 )
 """The suggestion of this kind for a config that trains the whole model."""

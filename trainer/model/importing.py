@@ -3,7 +3,7 @@
     the folder of its models    read at two imports, under two spellings of its path: 3,000 files    read once
     scipy                       imported for the losses of models that detect objects                left out
 
-Whoever imports transformers afterwards, by any of its names, finds it imported.
+A later import of transformers, by any of its names, finds it imported.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def plain_name(name: str) -> str:
 
 
 def stored_name(name: str) -> str:
-    """A parameter's name in an adapter's file, which omits the adapter's own name: whoever loads it may give it
+    """A parameter's name in an adapter's file, which omits the adapter's own name: its loader may give it
     another."""
     plain = name.replace(f"lora_magnitude_vector.{NAME}.weight", "lora_magnitude_vector").removesuffix(f".{NAME}")
     return f"base_model.model.{plain.replace(f'.{NAME}.', '.')}"

@@ -38,7 +38,7 @@ def memory_told(rank: int, step: Callable[[], int]) -> Iterator[None]:
             raise
         raise OutOfMemory(
             f"rank {rank}: out of memory after {step()} updates: {first_line(error)}; memory-estimate with the"
-            " same words says what to change so that it fits (docs/when-it-fails.md)"
+            " same overrides suggests changes that make it fit (docs/when-it-fails.md)"
         ) from None
 
 

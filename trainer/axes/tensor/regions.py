@@ -114,8 +114,8 @@ def _on_own_tokens(block: nn.Module, name: str, wiring: Wiring) -> None:
             wiring.partial.update(f"{child_name}.{leaf}" for leaf in _own(child))
         else:
             raise ConfigError(
-                f"parallel.sequence_parallel=true: {child_name} is {style} beside experts that parallel.ep divides, and"
-                " cannot run on parts of a sequence; use parallel.sequence_parallel=false"
+                f"parallel.sequence_parallel=true: {child_name} is {style} next to experts that parallel.ep divides,"
+                " and cannot run on parts of a sequence; use parallel.sequence_parallel=false"
             )
 
 

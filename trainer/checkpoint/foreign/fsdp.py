@@ -222,7 +222,7 @@ def _check_parameters(folder: Path, found: Mapping[str, tuple[int, ...]], config
 
 
 def _said(folder: Path, parts: Parts, updates: int) -> tuple[int, int | None, dict[str, Any], tuple[str, ...]]:
-    """Step, samples, settings and notes, by whoever wrote the folder."""
+    """Step, samples, settings and notes, as the folder's writer left them."""
     if (folder / hf_trainer.TRAINER_STATE).is_file():
         state, arguments = hf_trainer.trainer_state(folder), hf_trainer.said_arguments(folder)
         samples, settings = hf_trainer.seen(folder, state, arguments)

@@ -106,7 +106,7 @@ class ZeroStage3(Bucketed):
         self.setting.place("gradients", elements * self.added, self._gradients())
         self.setting.place("optimizer", elements * self.master, self.optimizer)
         if self.optimizer is not OffloadDevice.none:
-            # The gradient that the update on the CPU reads, beside the one that adds up micro-batches.
+            # The gradient that the update on the CPU reads, in addition to the one that adds up micro-batches.
             self.setting.place("gradients of the update", elements * self.master, self.optimizer)
         if self.sharing > 1:
             for group, members in self.groups.items():

@@ -165,7 +165,7 @@ def _assumptions(search: Search) -> str:
         f"\nassumed: {gpu}; matmuls at {config.estimate.efficiency:.0%} of its peak (estimate.efficiency);"
         f" memory at {MEMORY_ACHIEVED:.0%}, links and network at {ACHIEVED:.0%} of their bandwidth; {between:g} GB/s"
         f" per GPU between nodes (cluster.network_gb_per_second); collectives hide behind {HIDDEN:.0%} of the"
-        f" computation beside them and show at least {EXPOSED:.0%}; {update_bytes(search.size):.0f} bytes moved"
+        f" simultaneous computation and show at least {EXPOSED:.0%}; {update_bytes(search.size):.0f} bytes moved"
         f" per updated parameter; {config.cluster.host_gb_per_second:g} GB/s to host memory"
         " (cluster.host_gb_per_second), updates there at"
         f" {HOST_MEMORY_GB_PER_SECOND:g} GB/s. Predictions rank layouts; measure the first two."
