@@ -23,10 +23,11 @@ from trainer.estimate.gate import EXIT_DOES_NOT_FIT
 from trainer.estimate.search.explore import check_open, explore
 from trainer.estimate.search.explore_page import Control, check_file, save_page
 from trainer.estimate.search.render import REPLACED
+from trainer.optim.table import usual
 from trainer.plan.machine import find_machine
 
 LONGER = 4
-USUAL = {"optimizer": ("adamw", "adamw_8bit"), "precision": ("bf16", "fp32")}
+USUAL = {"optimizer": usual(), "precision": ("bf16", "fp32")}
 """Groups that are swept without -m, each together with the option of the command itself."""
 QUIET_SECONDS, EVERY_SECONDS = 1.0, 5.0
 

@@ -16,6 +16,8 @@ import pytest
 from configs.choices import OptimizerName, TuningMethod
 from configs.load import composed_options
 from trainer.axes import AXES
+from trainer.linear import KINDS
+from trainer.optim.table import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = [
@@ -206,9 +208,8 @@ CHOICES = {
         ("trainer.linear", "trainer.inputs", "configs.schema", "configs.adapter_folder"),
     ),
 }
-"""Key -> what it chooses from, the class of these words, and the modules that may say them."""
-# One shows options for people to choose from. The update in trainer.update without a gradient is that optimizer's own.
-SHOWING = {"launch.explore": {"adamw", "adamw_8bit"}, "trainer.update.mezo": {"mezo"}}
+"""Key -> what it chooses from, the class of these words, and the modules that may say them. `configs.adapter_folder`
+turns a folder's words into a configuration, before the trainer can be asked."""
 
 
 def chosen_names(source: str, key: str) -> set[str]:
@@ -231,7 +232,7 @@ def test_choices_are_named_in_their_own_folders_alone(key: str) -> None:
     """Everyone else asks the one that is chosen: `trainer.optim.table`, `trainer.linear`."""
     own = (*CHOICES[key][2], "configs.choices", "configs.imports.")
     others = {name: file for name, file in MODULES.items() if not name.startswith(own)}
-    users = {name: chosen_names(file.read_text(), key) - SHOWING.get(name, set()) for name, file in others.items()}
+    users = {name: chosen_names(file.read_text(), key) for name, file in others.items()}
     assert len(others) > 200 and {name: found for name, found in users.items() if found} == {}
 
 
@@ -239,6 +240,29 @@ def test_the_rule_about_choices_can_fail() -> None:
     source = 'if config.tuning.method is TuningMethod.lora or x == "lora": y["tuning.method"]'
     assert chosen_names(source, "tuning.method") == {"lora", "tuning.method", "TuningMethod"}
     assert chosen_names("def f(optimizer): return optimizer.name", "optimizer.name") == {"optimizer.name"}
+
+
+# A step without gradients is a way to update and an engine, both of that optimizer alone.
+OF_ONE_CHOICE = {"trainer.update.mezo": "trainer.optim.mezo", "trainer.engine.mezo": "trainer.optim.mezo"}
+
+
+def modules_of_choices() -> set[str]:
+    """What an optimizer or a kind of layer consists of."""
+    ones = tuple(str(one.__name__) for one in (*OPTIMIZERS.values(), *KINDS))  # pyright: ignore[reportAttributeAccessIssue]
+    parts = tuple(f"{one}{sign}" for one in ones for sign in "._")
+    return {name for name in MODULES if name in ones or name.startswith((*parts, "trainer.inputs."))}
+
+
+def test_others_import_the_tables_of_choices_alone() -> None:
+    """A question about a choice goes to `trainer.optim.table` or `trainer.linear`, not to a module that answers it."""
+    own = modules_of_choices()
+    assert own >= {"trainer.optim.adamw", "trainer.optim.muon.owners", "trainer.linear.float8_layers"}
+    users: dict[str, set[str]] = {}
+    for name in MODULES:
+        if not name.startswith(("trainer.optim", "trainer.linear", "trainer.inputs")):
+            used = own & {*imports(name, at_import=False)}
+            users[name] = {one for one in used if not one.startswith(OF_ONE_CHOICE.get(name, "none"))}
+    assert {name: found for name, found in users.items() if found} == {}
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from configs.schema import Config
-from trainer.linear.float8 import backward_products
+from trainer import linear
 from trainer.plan.devices import Gpu, find_gpu
 from trainer.plan.model_fields import attention_spans, attention_width, keys_seen
 from trainer.update import ask as ask_update
@@ -62,7 +62,8 @@ class Flops:
     def peak(self, config: Config, plan: Plan, gpu: Gpu) -> float | None:
         """FLOP/s of one device, in the plan's compute dtype and in float8, each for its part of a step; None if the
         table of devices has no value."""
-        backward = backward_products(config) * self.float8
+        multiplied = linear.eight_bits(config)
+        backward = multiplied.backward * self.float8 if multiplied else 0.0
         eight = ask_update(config.optimizer).passes(config).useful(self.float8, backward)
         return gpu.peak_flops(plan.param_dtype, tf32=config.precision.tf32, float8=eight / self.step(config))
 

@@ -3,7 +3,7 @@
 a run             the model that it exported, or else its newest whole checkpoint
 a checkpoint      exported into a temporary folder first
 a model           as transformers reads it
-an adapter        with its base model, by peft or by `linear.bottleneck`
+an adapter        with its base model, by peft or by the kind of layer that peft does not have
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
-from configs.adapter_folder import OWN_KIND
 from configs.errors import ConfigError, CookbookError, EnvironmentProblem, first_line
 from configs.load import from_yaml
+from trainer import linear
 from trainer.checkpoint.export import export
 from trainer.data.tokenizer import tokenizer_to_export
-from trainer.linear.bottleneck_layers import load_bottlenecks
 from trainer.model.causal import build_causal
 from trainer.model.custom import introduce_of_run
 from trainer.model.filling import materialize
@@ -177,8 +176,8 @@ def _with_adapter(folder: Path, asked: Request) -> PreTrainedModel:
         raise ConfigError(
             f"{folder}: its model {base} cannot be loaded ({first_line(error)}); give --base FOLDER"
         ) from None
-    if said.get("peft_type") == OWN_KIND:
-        load_bottlenecks(model, folder)
+    if (kind := linear.ours(said)) is not None:
+        kind.load(model, folder)
         return model
     try:
         from peft import PeftModel

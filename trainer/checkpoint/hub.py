@@ -19,12 +19,10 @@ from transformers.utils.hub import cached_file
 
 from configs.errors import DataError
 from configs.schema import Model
+from trainer import linear
 from trainer.checkpoint.hub_layout import HubLayout
 from trainer.checkpoint.manifest import GENERATION
-from trainer.inputs import kind_of
-from trainer.inputs.layers import as_peft_saves
 from trainer.model.fitting import persistent_buffers
-from trainer.model.peft import stored_name
 from trainer.model.stored import local_folder
 
 if TYPE_CHECKING:
@@ -119,11 +117,8 @@ def _export_adapter(
             tensors[name] = tensor
     if not tensors:
         return
-    if adapters.is_prompt_learning:
-        tensors = as_peft_saves(kind_of(adapters.peft_type), adapters, tensors)
-    else:
-        tensors = {stored_name(name): tensor for name, tensor in tensors.items()}
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    stored = linear.exported(adapters, tensors)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in stored.items()}
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configs.adapter_folder import CONFIG, OWN_KIND, is_adapter_folder, read_adapter
+from configs.adapter_folder import CONFIG, is_adapter_folder, read_adapter
 from configs.errors import CheckpointMismatch, DataError, EnvironmentProblem, first_line
+from trainer import linear
 from trainer.checkpoint.export import export
 from trainer.model.fitting import quiet
 from trainer.process.disks import readable, refused
@@ -44,11 +45,8 @@ def merge(source: Path, target: Path, *, dtype: torch.dtype, base: str | None = 
         raise EnvironmentProblem(f"{target}: exists; choose another folder")
     with _adapter(source) as folder:
         found = read_adapter(str(folder), str(source))
-        if found.fields.get("peft_type") == OWN_KIND:
-            raise DataError(
-                f"{source}: holds a bottleneck adapter, which no matrix of its model can take up; use it as it is, or"
-                " train with tuning=lora"
-            )
+        if (kind := linear.ours(found.fields)) is not None:
+            raise DataError(f"{source}: holds {kind.UNMERGED}; use it as it is, or train with tuning=lora")
         base = base or found.base
         if base is None:
             raise DataError(f"{source}: its adapter does not name the model that it was trained upon; give --base BASE")

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from configs.schema import Config, Tuning
 from trainer.inputs import p_tuning, prefix, prompt
-from trainer.inputs.virtual import VirtualTokens
 
 KINDS = (prompt.KIND, p_tuning.KIND, prefix.KIND)
 
@@ -24,11 +23,6 @@ def problems(config: Config) -> Iterator[str]:
             f"tuning.virtual_tokens={count}: is for {', '.join(kind.method for kind in KINDS)}, this is tuning={asked};"
             " choose tuning=prompt, or leave it out"
         )
-
-
-def kind_of(peft: object) -> VirtualTokens:
-    """Lookup by peft's name."""
-    return next(kind for kind in KINDS if kind.peft == peft)
 
 
 def tokens_before(config: Config) -> int:

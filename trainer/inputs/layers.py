@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -97,7 +98,7 @@ def begin(unit: nn.Module, prefix: str, keys: list[str], generator: Any) -> None
             nn.init.uniform_(parameter, -bound, bound, generator=drawn)
 
 
-def as_peft_saves(chosen: Described, described: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_peft_saves(chosen: Described, described: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Content of the virtual tokens' file: their values. tensors: all parameters of the method, by name."""
     encoder = chosen.encoder(described).to(next(iter(tensors.values())).dtype)
     encoder.load_state_dict({name.removeprefix(f"{ENCODER}."): value for name, value in tensors.items()})

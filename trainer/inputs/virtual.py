@@ -18,6 +18,7 @@ from trainer.inputs.described import ENCODER, Described
 from trainer.plan.model_fields import config_fields, sizes
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -102,6 +103,11 @@ class VirtualTokens(Described):
 
         if identity.get("tuning.method") == self.method:
             add_virtual_tokens(model, self, identity["tuning.virtual_tokens"], base=identity["tuning.base"][1])
+
+    def exported(self, described: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        from trainer.inputs.layers import as_peft_saves
+
+        return as_peft_saves(self, described, tensors)
 
     def matmuls(self) -> set[object]:
         return set()

@@ -18,14 +18,18 @@ one module, an entry in KINDS and the config value that chooses it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from configs.adapter_folder import OWN_KIND
 from configs.choices import TuningMethod
 from configs.schema import Config, Tuning
 from trainer import inputs
 from trainer.linear import adapter, bottleneck, float8, four_bit, plain, scaled
+from trainer.linear.common import EightBits
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -85,6 +89,11 @@ class Kind(Protocol):
         ...
 
     @staticmethod
+    def exported(described: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """As peft writes what this kind has added."""
+        ...
+
+    @staticmethod
     def matmuls() -> set[object]:
         """Operations that are matmuls: selective recompute keeps the results of every second one."""
         ...
@@ -106,6 +115,7 @@ class Kind(Protocol):
 
 
 KEY = "tuning.method"
+BARE = adapter.BARE
 KINDS: tuple[Kind, ...] = (plain, four_bit, adapter, scaled, bottleneck, float8, *inputs.KINDS)
 
 
@@ -170,6 +180,22 @@ def kept_model(identity: Mapping[str, Any]) -> bool:
 def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
     for kind in KINDS:
         kind.restore(model, identity)
+
+
+def eight_bits(config: Config) -> EightBits | None:
+    """How the layers multiply in 8 bits; None where none does."""
+    return float8.eight_bits(config) if float8.chosen(config) else None
+
+
+def exported(described: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """What the file of an adapter holds. described: the model's `peft_config`. tensors: what is trained, by name."""
+    kind = next(kind for kind in map(owner_of, tensors) if kind is not None)
+    return kind.exported(described, tensors)
+
+
+def ours(said: Mapping[str, Any]) -> ModuleType | None:
+    """The kind that loads an adapter by itself, since peft does not know it. said: the adapter's description."""
+    return bottleneck if said.get("peft_type") == OWN_KIND else None
 
 
 def settle(modules: Iterable[nn.Module], config: Config) -> None:

@@ -13,18 +13,20 @@ model computes the same. Tensor parallel is refused: an adapter's input may be d
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.adapter_folder import BOTTLENECK
 from configs.choices import TuningMethod
 from configs.keys import as_text
 from configs.schema import Config, Tuning
-from trainer.linear.common import base_of, imitate, matmuls, settle, words  # noqa: F401
+from trainer.linear.common import base_of, exported, imitate, matmuls, settle, words  # noqa: F401
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEEPS_MODEL = False
+UNMERGED = "a bottleneck adapter, which no matrix of its model can take up"
 
 
 def chosen(config: Config) -> bool:
@@ -87,6 +89,13 @@ def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
     if identity.get("tuning.method") == TuningMethod.adapter:
         tuning = Tuning(method=TuningMethod.adapter, **{name: identity[f"tuning.{name}"] for name in BOTTLENECK})
         add_bottlenecks(model, tuning, base=identity["tuning.base"][1])
+
+
+def load(model: PreTrainedModel, folder: Path) -> None:
+    """Put the adapters of an exported folder into their model. Raises RuntimeError where they do not fit it."""
+    from trainer.linear.bottleneck_layers import load_bottlenecks
+
+    load_bottlenecks(model, folder)
 
 
 def traced(config: Config) -> Any:

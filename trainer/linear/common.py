@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import Config, Tuning
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -28,6 +30,12 @@ def restore(model: PreTrainedModel, identity: Mapping[str, Any]) -> None:
     """It adds nothing to a checkpoint."""
 
 
+def exported(described: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    from trainer.model.peft import stored_name
+
+    return {stored_name(name): tensor for name, tensor in tensors.items()}
+
+
 def matmuls() -> set[object]:
     """Its matmuls are those of plain layers."""
     return set()
@@ -39,6 +47,21 @@ def settle(modules: Iterable[nn.Module]) -> None:
 
 def words(config: Config) -> str:
     return ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EightBits:
+    """How layers multiply in 8 bits. step: what must divide each side of a matrix, so that each rank's part of it can
+    be multiplied. backward: of the two products of a layer's backward, those in 8 bits. gathered: whether FSDP2
+    gathers their weights so."""
+
+    step: int
+    backward: int
+    gathered: bool
+
+    def converted(self, shapes: Iterable[Sequence[int]]) -> list[Sequence[int]]:
+        """Of the matrices that one process would convert."""
+        return [shape for shape in shapes if divides(shape, self.step)]
 
 
 def divides(shape: Iterable[int], block: int) -> bool:

@@ -18,9 +18,8 @@ that 16 does not divide, and experts, which are not linear layers. `float8_layer
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from importlib.util import find_spec
-from math import prod
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from configs.choices import DType, EngineName, Recipe
 from configs.errors import EnvironmentProblem
 from configs.schema import Config, Float8
 from trainer.linear import plain
-from trainer.linear.common import divides, fill, imitate, matmuls, owns, restore  # noqa: F401
+from trainer.linear.common import EightBits, exported, fill, imitate, matmuls, owns, restore  # noqa: F401
 from trainer.plan.devices import GPUS, find_gpu
 
 if TYPE_CHECKING:
@@ -129,11 +128,6 @@ def layers() -> ModuleType:
     return float8_layers
 
 
-def backward_products(config: Config) -> int:
-    """Number of a converted layer's two backward matmuls that are in float8."""
-    return BACKWARD.get(config.precision.float8.recipe, 2)
-
-
 def block_of(float8: Float8) -> int:
     """Required divisor of every dimension of a matmul."""
     return MX_BLOCK if float8.recipe is Recipe.mxfp8 else BLOCK
@@ -182,12 +176,9 @@ def gathers(config: Config) -> bool:
     return possible if float8.all_gather is None else float8.all_gather
 
 
-def not_gathered(shapes: Iterable[Sequence[int]], config: Config, width: int) -> int:
-    """Bytes that the ranks save in gathering matrices of these sides, which one process would convert, compared with
-    `width` per value."""
-    if not gathers(config):
-        return 0
-    return sum(prod(shape) * (width - 1) for shape in shapes if divides(shape, step_of(config)))
+def eight_bits(config: Config) -> EightBits:
+    backward = BACKWARD.get(config.precision.float8.recipe, 2)
+    return EightBits(step=step_of(config), backward=backward, gathered=gathers(config))
 
 
 def _gathered(config: Config) -> bool:

@@ -67,6 +67,11 @@ def leaner(settings: Settings) -> tuple[str, dict[str, object]] | None:
     return None if found is None else ("the same update from smaller states", {NAME: found})
 
 
+def usual() -> tuple[str, str]:
+    """Two that make the same update, to compare: the default, and what keeps less."""
+    return str(Settings().name), str(LEANER[Settings().name])
+
+
 def identity(settings: Settings) -> dict[str, Any]:
     """The settings that the states in a checkpoint depend on."""
     average = ask(settings).average(settings)

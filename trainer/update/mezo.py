@@ -23,7 +23,7 @@ from trainer.optim.table import chosen_by
 from trainer.plan.batch import BatchPlan
 from trainer.update.passes import Passes
 
-NAME = "mezo"
+NAME = mezo.__name__.rpartition(".")[2]
 GRADIENTS = False
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import CheckpointMismatch
 from configs.schema import Model
+from trainer import linear
 from trainer.checkpoint.foreign import hf_trainer, universal
 from trainer.checkpoint.foreign.source import MODEL, Record, Tensors, optimizer_of, settings_of
 from trainer.checkpoint.foreign.universal import UniversalSave, is_universal
 from trainer.checkpoint.foreign.zero import ZeroSave
 from trainer.checkpoint.foreign.zero_files import complete, is_save, save_folder
-from trainer.linear import adapter
 from trainer.model.build import build_hf_config, build_model
 from trainer.model.fitting import persistent_buffers
 from trainer.model.peft import NAME
@@ -73,7 +73,7 @@ def open_source(folder: Path, config: PretrainedConfig | None) -> Tensors:
             config=own,
             tokenizer=home,
             notes=(*hf_trainer.notes(hf_trainer.said_arguments(home or folder)), *_notes(save, adapters)),
-            adapters=adapter.BARE if adapters else {},
+            adapters=linear.BARE if adapters else {},
             **_loss_scale(save.scaler),
         )
     shapes = {_ours(key, prefix): shape for key, shape in kept.items()}

@@ -25,11 +25,11 @@ from typing import Any
 from configs.choices import BYTES, Attention, Checkpointing, EngineName, OffloadDevice
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
+from trainer import linear
 from trainer.axes import CONTEXT, EXPERTS, PIPELINE, REPLICATE, SENDING, SHARD, TENSOR
 from trainer.estimate.profile import Outline
 from trainer.estimate.search.network import Network, build_network, group_of
 from trainer.flops import Flops, flops
-from trainer.linear.float8 import divides, not_gathered, step_of
 from trainer.optim.protocol import Work
 from trainer.optim.table import ask, kept_bytes, paged_bytes
 from trainer.plan.devices import GB_PER_SECOND, Gpu
@@ -174,13 +174,13 @@ def step_time(config: Config, plan: Plan, size: Dimensions, gpu: Gpu) -> StepTim
 
 def _flops(config: Config, plan: Plan, size: Dimensions) -> Flops:
     """In float8 are the matrices that tensor parallel leaves large enough."""
-    converted = (sides for sides in size.float8 if divides(sides, step_of(config)))
+    multiplied = linear.eight_bits(config)
     return flops(
         matrices=size.matrices,
         attention=size.attention,
         keys=keys_seen(size.spans, plan.batch.seq_len),
         frozen=size.frozen_matrices,
-        float8=sum(map(prod, converted)),
+        float8=sum(map(prod, multiplied.converted(size.float8))) if multiplied else 0,
     )
 
 
@@ -204,7 +204,9 @@ class _Step:
         apart, frozen = (size.in_experts, size.frozen_experts) if self.ep > 1 else (0, 0)
         whole = (size.trained - apart - frozen) * self.width + size.frozen_bytes(self.width)
         self.held = whole / (self.tp * self.pp)
-        self.gathered = self.held - not_gathered(size.float8, config, self.width) / (self.tp * self.pp)
+        multiplied = linear.eight_bits(config)
+        narrow = multiplied.converted(size.float8) if multiplied and multiplied.gathered else []
+        self.gathered = self.held - sum(map(prod, narrow)) * (self.width - 1) / (self.tp * self.pp)
         self.trained = (size.trained - apart) / (self.tp * self.pp)
         self.in_experts = apart / (self.ep * self.pp)
         self.experts = (apart + frozen) / (self.ep * self.pp)
