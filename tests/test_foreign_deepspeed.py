@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,6 +29,7 @@ from tests.support.deepspeed_sources import (
 )
 from tests.support.harness import run_ranks
 from tests.support.selection import rows
+from tests.support.spoilt_saves import SPOILT
 from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.foreign.table import open_foreign
 from trainer.model.build import build_hf_config
@@ -234,135 +234,7 @@ def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
         assert torch.equal(found[key], tensor), key
 
 
-class Planted:
-    """An object of a class that nobody knows."""
-
-
-def _remove(save: Path) -> None:
-    (save / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
-
-
-def _cut(save: Path) -> None:
-    file = save / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    file.write_bytes(file.read_bytes()[:5000])
-
-
-def _plant(save: Path) -> None:
-    file = save / "mp_rank_00_model_states.pt"
-    torch.save({**torch.load(file), "mine": Planted()}, file)
-
-
-def _forget_a_rank(save: Path) -> None:
-    (save / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-
-
-def _mix(save: Path) -> None:
-    other = save.parent.parent / "zero1" / save.name / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    shutil.copyfile(other, save / other.name)
-
-
-def _shorten(save: Path) -> None:
-    file = save / "mp_rank_00_model_states.pt"
-    content = torch.load(file)
-    content["param_shapes"][1]["model.norm.weight"] = torch.Size((33,))
-    torch.save(content, file)
-
-
-def _divide(save: Path) -> None:
-    shutil.copyfile(save / "mp_rank_00_model_states.pt", save / "mp_rank_01_model_states.pt")
-
-
-def _point_nowhere(save: Path) -> None:
-    (save.parent / "latest").write_text("global_step9")
-
-
-def _add_decay_to_the_gradient(save: Path) -> None:
-    file = save / "mp_rank_00_model_states.pt"
-    content = torch.load(file)
-    content["ds_config"] = {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}
-    torch.save(content, file)
-
-
-def _deal_in_turn(save: Path) -> None:
-    file = save / "mp_rank_00_model_states.pt"
-    content = torch.load(file)
-    content["ds_config"] = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
-    torch.save(content, file)
-
-
-def _wrap_by_peft(save: Path) -> None:
-    """One of its names is that of an adapter."""
-    old, new = "model.layers.0.self_attn.q_proj.weight", "base_model.model.layers.0.self_attn.q_proj.lora_A.x.weight"
-    for file in save.glob("*_states.pt"):
-        content = torch.load(file, weights_only=False)
-        named = content.get("param_shapes") or content["optimizer_state_dict"]["param_slice_mappings"]
-        for each in named:
-            if old in each:
-                each[new] = each.pop(old)
-        torch.save(content, file)
-
-
-def _leave_bias_in(save: Path) -> None:
-    _change_optimizer(
-        save, lambda states: states["base_optimizer_state"]["param_groups"][0].update(bias_correction=False)
-    )
-
-
-def _make_elastic(save: Path) -> None:
-    _change_optimizer(save, lambda states: states.update(base_optimizer_state=[]))
-
-
-def _change_optimizer(save: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    file = save / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    content = torch.load(file, weights_only=False)
-    change(content["optimizer_state_dict"])
-    torch.save(content, file)
-
-
-def _keep_on_nvme(save: Path) -> None:
-    (save / "offloaded_tensors").mkdir()
-
-
-def _divide_layers(save: Path) -> None:
-    (save / "layer_01-model_states.pt").touch()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "code", "line"),
-    [
-        (
-            _remove,
-            1,
-            "zero_pp_rank_0_mp_rank_00_optim_states.pt: expected a file of rank 0, found none; copy the whole",
-        ),
-        (_cut, 1, "zero_pp_rank_1_mp_rank_00_optim_states.pt: expected a whole file of torch.save, found"),
-        (_plant, 2, "mp_rank_00_model_states.pt: a pickle that names tests.test_foreign_deepspeed.Planted, which is"),
-        (_forget_a_rank, 1, "global_step3: was saved by 2 ranks, has files of 1; copy those of all ranks into it"),
-        (_mix, 2, "global_step3: has files of different stages of ZeRO, of two saves; delete those of the older one"),
-        (_shorten, 1, "global_step3: has 32 elements of model.norm.weight, whose shape [33] has 33; copy all files of"),
-        (
-            _divide,
-            2,
-            "mp_rank_01_model_states.pt is of a model divided by tensor or pipeline parallel; convert it first",
-        ),
-        (_add_decay_to_the_gradient, 2, "global_step3: adam_w_mode=false adds weight decay to the gradient (Adam)"),
-        (
-            _deal_in_turn,
-            2,
-            "global_step3: zero_optimization.round_robin_gradients=true, with which DeepSpeed records other",
-        ),
-        (
-            _wrap_by_peft,
-            2,
-            "of a model of peft; moments are taken of the matrices of LoRA alone, with one adapter",
-        ),
-        (_leave_bias_in, 2, "global_step3: bias_correction=false, which adamw here always has; begin from its weights"),
-        (_make_elastic, 2, "optim_states.pt: zero_optimization.elastic_checkpoint=true: its states are not read"),
-        (_keep_on_nvme, 2, "global_step3: has optimizer states of NVMe in files of their own (offloaded_tensors)"),
-        (_divide_layers, 2, "global_step3: has the layers of a pipeline, or experts of DeepSpeed-MoE; convert it"),
-        (_point_nowhere, 1, "global_step9: expected the save that latest names, found none; copy the whole folder"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "code", "line"), SPOILT)
 def test_bad_folder_is_one_line(
     folder: Path,
     trained: dict[str, Trained],
@@ -371,7 +243,7 @@ def test_bad_folder_is_one_line(
     code: int,
     line: str,
 ) -> None:
-    copy = folder / f"bad{spoil.__name__}"
+    copy = folder / f"bad_{spoil.__name__}"
     shutil.copytree(folder / "zero2", copy)
     spoil(copy / "global_step3")
     assert main(["import", str(copy), str(folder / "never")]) == code

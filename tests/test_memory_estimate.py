@@ -1,4 +1,4 @@
-"""The command `memory-estimate`: its answers, its exit codes, its formats; and the allocator's rules."""
+"""The command `memory-estimate`: its answers, its exit codes, its formats."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from launch.estimate import main
 from tests.support.estimate_cases import answer_json
 from tests.support.selection import rows
 from tests.test_memory_measured import CASES
-from trainer.estimate.allocator import CudaAllocator, ExpandableAllocator
 from trainer.estimate.estimate import GIB, estimate, planned_machine
 from trainer.estimate.gate import DoesNotFit, check_memory
 from trainer.estimate.trace import FROZEN_BY_PYTHON
@@ -33,7 +32,6 @@ from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 from trainer.plan.model_fields import config_fields
 
-MIB = 2**20
 ALONE = ["estimate.suggest=false"]  # what would fit, and the largest micro-batch: test_memory_suggest
 UNMEASURED = {
     "parallel=zero3_nvme": "follows DeepSpeed's code and settings",
@@ -293,51 +291,6 @@ def test_cached_answer_needs_no_torch(cache: str) -> None:
     assert main(words) == 0
     code = f"import sys; from launch.estimate import main; main({words!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
-
-
-def test_allocator_follows_the_documented_rules() -> None:
-    allocator = CudaAllocator()
-    small = allocator.malloc(1)
-    assert (allocator.allocated, allocator.reserved) == (512, 2 * MIB)
-    medium = allocator.malloc(3 * MIB)
-    assert allocator.reserved == 22 * MIB
-    large = allocator.malloc(30 * MIB + 1)
-    assert allocator.reserved == 54 * MIB
-    allocator.free(large)
-    # 31.5 MiB of the free 32: less than 1 MiB would remain, so the whole block is handed out.
-    again = allocator.malloc(31 * MIB + MIB // 2)
-    assert again.size == 32 * MIB and allocator.reserved == 54 * MIB
-    # Another stream cannot use what is free here.
-    allocator.free(again)
-    other = allocator.malloc(30 * MIB, stream=1)
-    assert allocator.reserved == 84 * MIB
-    for block in (small, medium, other):
-        allocator.free(block)
-    assert allocator.allocated == 0
-    # Freed neighbours have merged: the 20 MiB segment serves one request again.
-    whole = allocator.malloc(20 * MIB)
-    assert whole.size == 20 * MIB and allocator.reserved == 84 * MIB
-
-
-def test_expandable_segments_grow_and_leave_nothing_between_them() -> None:
-    allocator = ExpandableAllocator()
-    first, second, third = (allocator.malloc(size * MIB) for size in (30, 15, 12))
-    assert (allocator.allocated, allocator.reserved) == (57 * MIB, 60 * MIB)
-    # What is free in the middle goes before the end, and is cut to the byte.
-    allocator.free(second)
-    inner = allocator.malloc(14 * MIB)
-    assert inner.number < third.number and inner.size == 14 * MIB
-    # The free end of 3 MiB grows by one granule; the gap of 1 MiB is too small.
-    end = allocator.malloc(20 * MIB)
-    assert allocator.reserved == 80 * MIB and end.size == 20 * MIB
-    small, other = allocator.malloc(1), allocator.malloc(MIB, stream=1)
-    assert allocator.reserved == 84 * MIB
-    for block in (first, inner, third, end, small, other):
-        allocator.free(block)
-    assert allocator.allocated == 0
-    # All has merged: the whole segment serves one request, and grows for one that is larger.
-    assert allocator.malloc(80 * MIB).size == 80 * MIB and allocator.reserved == 84 * MIB
-    assert allocator.malloc(1 + 20 * MIB).size == 512 + 20 * MIB and allocator.reserved == 124 * MIB
 
 
 def test_the_estimate_follows_the_segments_of_the_run(cache: str) -> None:
