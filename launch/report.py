@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.door import Parser, turn_away
-from configs.errors import EXIT_FINISHED, ConfigError, CookbookError
-from configs.output import delivered, guard_output
+from configs.door import Parser
+from configs.errors import EXIT_FINISHED, ConfigError
+from configs.output import delivered
+from trainer.process.answering import answered
 from trainer.report.page import write_report
 from trainer.report.picture import loss_picture, readable_by
 from trainer.report.reading import read_run
@@ -19,17 +20,17 @@ from trainer.report.reading import read_run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page. Returns the exit code: 0, or 2 if there is no run or the page cannot be written."""
-    guard_output()
+    return answered(lambda: _report(argv))
+
+
+def _report(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="cookbook report", description="Write RUN_DIR/report.html, a run on one page.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run, whether it is through or not")
-    try:
-        folder: Path = parser.parse_args(argv).run_dir.expanduser()
-        run = read_run(folder.name, folder)
-        if run.config is None:
-            raise ConfigError(f"{folder}: holds no run ({run.problem}); give the folder of one")
-        file = write_report(folder)
-    except CookbookError as error:
-        return turn_away(error)
+    folder: Path = parser.parse_args(argv).run_dir.expanduser()
+    run = read_run(folder.name, folder)
+    if run.config is None:
+        raise ConfigError(f"{folder}: holds no run ({run.problem}); give the folder of one")
+    file = write_report(folder)
     if readable_by(sys.stdout.encoding) and (drawn := loss_picture(run.losses, run.validations)) is not None:
         print(drawn)
     if run.problem is not None:

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from configs.door import Door, parse_arguments, turn_away
-from configs.errors import ConfigError, CookbookError
+from configs.door import Door, parse_arguments
+from configs.errors import ConfigError
 from configs.load import load_config
-from configs.output import guard_output
 from launch.command import Command, Rendezvous, build_command
 from launch.kubernetes.manifest import INDEX
 from launch.supervise import run_job
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
+from trainer.process.answering import answered
 from trainer.process.world import for_children
 
 DOOR = Door(program="python -m launch.kubernetes.node", purpose="Start one node's ranks, in a pod.", examples=())
@@ -30,11 +30,7 @@ DOOR = Door(program="python -m launch.kubernetes.node", purpose="Start one node'
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run this node's ranks to their end. Returns their exit code."""
-    guard_output()
-    try:
-        return _run(sys.argv[1:] if argv is None else argv)
-    except CookbookError as error:
-        return turn_away(error)
+    return answered(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(words: Sequence[str]) -> int:
