@@ -18,6 +18,8 @@ from configs.load import composed_options
 from trainer.axes import AXES
 from trainer.linear import KINDS
 from trainer.optim.table import OPTIMIZERS
+from trainer.plan.model_fields import CHOSEN, EXPERTS, MLP, NAMES
+from trainer.plan.model_fields import KINDS as KINDS_OF_LAYERS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = [
@@ -263,6 +265,21 @@ def test_others_import_the_tables_of_choices_alone() -> None:
             used = own & {*imports(name, at_import=False)}
             users[name] = {one for one in used if not one.startswith(OF_ONE_CHOICE.get(name, "none"))}
     assert {name: found for name, found in users.items() if found} == {}
+
+
+# peft's own description of an adapter has one of these words.
+NOT_OF_A_MODEL = {"trainer.inputs.layers": {"num_layers"}}
+
+
+def test_other_names_for_a_field_of_a_model_stand_in_one_place() -> None:
+    """transformers answers to one name of a size. `trainer.plan.model_fields` knows what else it is called."""
+    others = {name for names in (*NAMES.values(), CHOSEN, EXPERTS, KINDS_OF_LAYERS, MLP) for name in names[1:]}
+    found: dict[str, set[str]] = {}
+    for module in MODULES.keys() - {"trainer.plan.model_fields"}:
+        tree = ast.walk(ast.parse(MODULES[module].read_text()))
+        words = {node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        found[module] = words & others - NOT_OF_A_MODEL.get(module, set())
+    assert len(others) > 15 and {module: words for module, words in found.items() if words} == {}
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -30,6 +30,7 @@ from trainer.model.causal import build_causal
 from trainer.model.custom import introduce_of_run
 from trainer.model.filling import materialize
 from trainer.model.weights import open_weights
+from trainer.plan.model_fields import sizes
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 
@@ -215,7 +216,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, asked: Request, device: torch.d
 
 def _room(model: PreTrainedModel, length: int, asked: Request) -> int:
     """Number of tokens that the model can take after a prompt of this length."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = sizes(model.config.to_dict()).positions
     if longest is None:
         return asked.tokens
     if length >= longest:

@@ -20,7 +20,7 @@ import logging
 import time
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -173,14 +173,7 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, reading: Reading
                 log.info("tokenised %d conversations", sum(conversations))
     if skipped and not forms:
         raise DataError(f"data.bad_rows=skip: all {len(skipped):,} row(s) were left out, the first: {skipped[0]}")
-    if unused:
-        log.info("fields of the rows that play no part: %s", ", ".join(unused))
-    if chat.spelled:
-        log.info(
-            "%d conversation(s) spell control tokens of the tokenizer, which stay text; data.control_tokens=true makes"
-            " tokens of them",
-            chat.spelled,
-        )
+    _tell(unused, chat.spelled)
     meta = _Meta(
         dtype=dtype,
         tokens=(tokens[0], tokens[1]),
@@ -191,6 +184,18 @@ def _build(corpus: Corpus, encoder: Encoder, chat: ChatEncoder, reading: Reading
         why=next(iter(skipped), ""),
     )
     (folder / META).write_text(json.dumps(asdict(meta)))
+
+
+def _tell(unused: Iterable[str], spelled: int) -> None:
+    """Log which fields are not read, and how many conversations spell control tokens."""
+    if unused:
+        log.info("fields of the rows that play no part: %s", ", ".join(unused))
+    if spelled:
+        log.info(
+            "%d conversation(s) spell control tokens of the tokenizer, which stay text; data.control_tokens=true makes"
+            " tokens of them",
+            spelled,
+        )
 
 
 def _all(corpus: Corpus, reading: Reading, skipped: list[str]) -> Iterator[tuple[Conversation, bool, Path | Split]]:

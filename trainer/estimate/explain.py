@@ -69,8 +69,12 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
             f"traced part: {name.split()[0]}, {len(part.trace.templates)} layers, {sum(forward) / GIB:.3f} GiB"
             " allocated by its forward"
         )
-    if plan.device != "cuda":
-        return
+    if plan.device == "cuda":
+        yield from _on_the_gpu(config, plan, found)
+
+
+def _on_the_gpu(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
+    """What is assumed of it besides what the step allocates."""
     rank = found.busiest
     waste = rank.peak_reserved_bytes - rank.peak_allocated_bytes
     segments = "segments that grow" if found.device.expandable_segments else "segments of 2 MiB, 20 MiB or the request"

@@ -24,6 +24,7 @@ from configs.errors import ConfigError
 from configs.schema import Tuning
 from trainer.model.build import decoder_layers
 from trainer.model.layers import computes_linearly, is_packed
+from trainer.plan.model_fields import EXPERTS
 
 ROUTERS = ("router", "gate")
 ALREADY_ADAPTED = "base_layer"
@@ -186,7 +187,7 @@ def _stacks(model: PreTrainedModel) -> list[str]:
 def is_router(model: PreTrainedModel, name: str) -> bool:
     """A linear layer with one output per expert, or with one for the shared expert: it chooses the experts."""
     text = model.config.get_text_config()
-    counts = {1} | {getattr(text, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")}
+    counts = {1} | {getattr(text, field, None) for field in EXPERTS}
     module = model.get_submodule(name)
     is_one = any(part in ROUTERS or part.endswith("_gate") for part in name.split("."))
     return is_one and isinstance(module, nn.Linear) and module.out_features in counts

@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.schema import Model
 from trainer.model.stored import Stored, some
+from trainer.plan.model_fields import NAMES
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,8 +43,7 @@ def describe_differences(
     yield from (text if text.startswith(key) else f"{key}: {text}" for text in found.broken)
     files = sorted({tensor.file for tensor in stored.values()})
     where = files[0] if len(files) == 1 else f"{files[0]} ... {files[-1]}"
-    overridden = "num_hidden_layers" in choice.config or "n_layer" in choice.config
-    layers = "; take model.config.num_hidden_layers away" if overridden else ""
+    layers = next((f"; take model.config.{name} away" for name in NAMES["layers"] if name in choice.config), "")
     if found.missing and not allowed:
         prefix = _wrapper(list(stored), found.missing)
         if prefix is not None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainer.model.build import body_first
-from trainer.plan.model_fields import MLP, text_part
+from trainer.plan.model_fields import CHOSEN, EXPERTS, MLP, text_part
 
 T = TypeVar("T")
 Convert = Callable[[PreTrainedModel], None]
@@ -46,9 +46,9 @@ def shrink(config: PretrainedConfig, tp: int, *, whole_depth: bool = False) -> P
         "shared_expert_intermediate_size": 16 * tp,
         "vocab_size_per_layer_input": 16 * tp,
         "hidden_size_per_layer_input": 16,
-        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+        **dict.fromkeys(EXPERTS, 4),
         **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
-        "num_experts_per_tok": 2,
+        **dict.fromkeys(CHOSEN, 2),
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
     }
     small = {names.get(name, name): value for name, value in sizes.items() if get(name) is not None}

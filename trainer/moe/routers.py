@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from trainer.plan.model_fields import EXPERTS
+
 BIASES = ("e_score_correction_bias", "expert_bias")
 """Buffers, of a router or its block, that are added to the scores before experts are chosen."""
 
@@ -34,8 +36,7 @@ class Router:
     @property
     def experts(self) -> int:
         # Other outputs, if a router has them, include experts that return their input unchanged.
-        names = ("num_experts", "n_routed_experts", "num_router_classes")
-        return max(int(getattr(self.module, name, 0)) for name in names)
+        return max(int(getattr(self.module, name, 0)) for name in (*EXPERTS, "num_router_classes"))
 
     @property
     def bias_name(self) -> str:
