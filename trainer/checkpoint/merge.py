@@ -46,7 +46,7 @@ def merge(source: Path, target: Path, *, dtype: torch.dtype, base: str | None = 
     with _adapter(source) as folder:
         found = read_adapter(str(folder), str(source))
         if (kind := linear.ours(found.fields)) is not None:
-            raise DataError(f"{source}: holds {kind.UNMERGED}; use it as it is, or train with tuning=lora")
+            raise DataError(f"{source}: {kind.UNMERGED}")
         base = base or found.base
         if base is None:
             raise DataError(f"{source}: its adapter does not name the model that it was trained upon; give --base BASE")

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEEPS_MODEL = False
-UNMERGED = "a bottleneck adapter, which no matrix of its model can take up"
+UNMERGED = (
+    "holds a bottleneck adapter, which no matrix of its model can take up; use it as it is, or train with tuning=lora"
+)
 
 
 def chosen(config: Config) -> bool:
