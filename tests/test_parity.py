@@ -301,15 +301,18 @@ def test_muon_in_bfloat16_stays_near_single_process() -> None:
 @pytest.mark.parametrize(
     ("layout", "recompute"),
     rows(
-        product(("single", "tensor", "tensor_fsdp"), ("none", "full")),
-        lambda *row: row in (("single", "none"), ("tensor", "full")),
+        (
+            *product(("single", "tensor", "tensor_fsdp"), ("none", "full")),
+            *product(("single", "context"), ("selective",)),
+        ),
+        lambda *row: row in (("single", "none"), ("tensor", "full"), ("single", "selective")),
     ),
 )
 def test_compiled_layers_equal_plain_ones(layout: str, recompute: str) -> None:
     """By torch's own ahead-of-time tracing without code generation, which would need minutes of a C++ compiler."""
     expected = reference("llama", "fp64", 3)
     keys = ("train.compile=true", f"train.activation_checkpointing={recompute}")
-    processes = {"single": 1, "tensor": 2, "tensor_fsdp": 4}[layout]
+    processes = {"single": 1, "tensor": 2, "context": 2, "tensor_fsdp": 4}[layout]
     ranks = run_ranks(processes, train_compiled, words("llama", layout, "fp64", 3, *keys))
     found, graphs = ranks[0]
     assert graphs > 0, "nothing was compiled"

@@ -248,7 +248,7 @@ def _compile(parts: Parts) -> list[str]:
 
 
 def _recompute(parts: Parts) -> list[str]:
-    mode = parts.config.train.activation_checkpointing
+    mode = _mode(parts.config)
     for module in parts.modules:
         apply_checkpointing(module, mode)
     return [f"activation checkpointing: {mode}"]
@@ -297,6 +297,10 @@ def _always(config: Config, plan: Plan) -> bool:
     return True
 
 
+def _mode(config: Config) -> Checkpointing:
+    return config.train.activation_checkpointing
+
+
 PASSES = (
     # Kinds of linear layers, and the choice of trained parameters: on the whole model, before anything is divided.
     Pass(wanted=_always, apply=_convert),
@@ -318,9 +322,11 @@ PASSES = (
     Pass(wanted=lambda config, plan: config.train.neftune_alpha > 0, apply=_disturb),
     # Inside recompute, which must find the routers' terms again.
     Pass(wanted=_always, apply=_watch_routers),
+    # It chooses single operations, which the compiler has to see.
+    Pass(wanted=lambda config, plan: _mode(config) is Checkpointing.selective, apply=_recompute),
     Pass(wanted=lambda config, plan: config.train.compile, apply=_compile),
     # Around the compiled layer, whose call it repeats.
-    Pass(wanted=lambda config, plan: config.train.activation_checkpointing is not Checkpointing.none, apply=_recompute),
+    Pass(wanted=lambda config, plan: _mode(config) is Checkpointing.full, apply=_recompute),
     # FSDP wraps the final layer and shards the weights that tensor parallel leaves.
     Pass(
         wanted=lambda config, plan: plan.fully_sharded and plan.engine is EngineName.torch, apply=_shard, traced=False

@@ -47,8 +47,17 @@ def apply_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
         layer.forward = partial(checkpoint, layer.forward, **options)
 
 
-def _selective_contexts() -> object:
-    return create_selective_checkpoint_contexts(_every_second_product())
+def recomputed(forward: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A layer's own forward, and what `checkpoint` is called with around it; nothing where it keeps everything."""
+    if isinstance(forward, partial) and forward.func is checkpoint:
+        return forward.args[0], forward.keywords
+    return forward, {}
+
+
+def _selective_contexts() -> Any:
+    forward, again = create_selective_checkpoint_contexts(_every_second_product())
+    forward.ac_graph_id = 1  # the partitioner compares it; torch.compile sets its own
+    return forward, again
 
 
 def _every_second_product() -> Callable[..., CheckpointPolicy]:

@@ -190,10 +190,11 @@ def _check_compile(config: Config) -> Iterator[str]:
         return
     if config.parallel.engine is EngineName.deepspeed:
         yield "train.compile=true: engine torch only; set it to false, or use parallel=fsdp"
-    elif config.train.activation_checkpointing is Checkpointing.selective:
+    elif config.train.activation_checkpointing is Checkpointing.selective and (tp := config.parallel.tp) > 1:
         yield (
-            "train.activation_checkpointing=selective: chooses single operations, which train.compile=true fuses;"
-            " use full or none"
+            f"train.activation_checkpointing=selective: with parallel.tp={tp} a layer puts parts of its parameters in"
+            " place while it runs, which train.compile=true does not trace inside a recompute; use full or none, or"
+            " train.compile=false"
         )
 
 

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.traceback import preserve_node_meta
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from trainer.model.build import held_layers
+from trainer.recompute import recomputed
 
 
 def imitate_compile(model: nn.Module) -> None:
@@ -33,7 +36,8 @@ class _Partitioned:
     """The forward of a layer. Its graphs are made at the first call, for the shapes of that call."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.layer, self.eager = layer, layer.forward
+        self.layer = layer
+        self.eager, self.options = recomputed(layer.forward)
         self.program: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,8 +53,13 @@ class _Partitioned:
                 with _reparametrize_module(self.layer, own):
                     return self.eager(*args, **kwargs)
 
+            def tagged(own: dict[str, torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
+                """As torch.compile traces a recompute: what the policy says of an operation is noted in the graph."""
+                with preserve_node_meta():
+                    return checkpoint(plain, own, tensors, preserve_rng_state=False, early_stop=False, **self.options)
+
             constants = [leaf if not isinstance(leaf, torch.Tensor) else torch.empty(0) for leaf in leaves]
-            self.program = _partitioned(plain)
+            self.program = _partitioned(tagged if self.options else plain)
             # The graphs are made by running the layer once. Neither the tracker nor a recompute that counts saved
             # tensors may see that run.
             with _disable_current_modes(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):

@@ -271,7 +271,7 @@ def _begin(plan: Plan, device: TargetDevice) -> Timeline:
 
 def _traced_as_it_runs(config: Config, plan: Plan) -> bool:
     """Whether compiled layers are traced as compiled; those around collectives are traced as eager and keep less."""
-    kept = config.train.activation_checkpointing is Checkpointing.none
+    kept = config.train.activation_checkpointing is not Checkpointing.full
     return not (config.train.compile and kept and not partitions(plan))
 
 

@@ -58,7 +58,7 @@ def _lines(config: Config, plan: Plan, found: Estimate) -> Iterator[str]:
             "compiled layers keep what the graph of their forward hands to that of their backward, cut by inductor's"
             " own partitioner; what one kernel joins is not known, so that one layer's intermediate results count"
         )
-    elif config.train.compile and config.train.activation_checkpointing is Checkpointing.none:
+    elif config.train.compile and config.train.activation_checkpointing is not Checkpointing.full:
         yield (
             "compiled layers around collectives are traced as eager ones; the lower end of the range counts"
             f" {COMPILED_KEEPS} of their activations"
