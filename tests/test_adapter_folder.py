@@ -1,4 +1,4 @@
-"""An adapter's folder: gone on from with the settings it says it has, merged into its base, read as peft reads it."""
+"""An adapter folder is resumed with its recorded settings, merged into its base model, and read as peft reads it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.passes import prepare_model
 COMMON = ["data.seq_len=32", "train.global_batch_size=4", "logging.progress=lines", "precision=fp32"]
 COMMON += ["data=synthetic", "train.eval_samples=2", "model.weights=pretrained", "data.tokenizer=bytes"]
 EXACT = 2e-6
-# peft 0.21 asks transformers under the old name.
+# peft 0.21 reads a transformers attribute by its deprecated name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
@@ -40,7 +40,7 @@ def run(*words: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model with large weights, so that no loss is that of a uniform guess."""
+    """A small model with large weights, so its loss differs from that of a uniform guess."""
     folder = tmp_path_factory.mktemp("base")
     config = load_config(["model=tiny", "model.config.hidden_size=64", "model.config.vocab_size=261"])
     torch.manual_seed(1)
@@ -66,7 +66,7 @@ def test_a_folder_goes_on_merges_and_is_peft_s(variant: str, base: Path, tmp_pat
     folder = tmp_path / "run" / "model"
     gone_on = run(f"model.path={folder}", "tuning=lora", "train.steps=1", f"train.run_dir={tmp_path / 'more'}")
     assert gone_on[0] == pytest.approx(after, rel=EXACT)
-    # peft does the merging: what it has loaded is what was trained.
+    # peft does the merging, so this shows that peft loads the trained weights.
     assert main(["merge", str(tmp_path / "run"), str(tmp_path / "whole")]) == 0
     whole = run(f"model.path={tmp_path / 'whole'}", "train.steps=1", f"train.run_dir={tmp_path / 'full'}")
     assert whole[0] == pytest.approx(after, rel=EXACT)
@@ -76,7 +76,7 @@ def test_a_folder_goes_on_merges_and_is_peft_s(variant: str, base: Path, tmp_pat
 
 
 def peft_s(base: Path, folder: Path, **settings: Any) -> PreTrainedModel:
-    """An adapter that peft has made, with every tensor away from its first value."""
+    """Writes a peft adapter whose tensors all differ from their initial values. Returns its base model."""
     torch.manual_seed(2)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
@@ -88,7 +88,7 @@ def peft_s(base: Path, folder: Path, **settings: Any) -> PreTrainedModel:
 
 
 def test_what_peft_has_written_is_gone_on_from_under_any_layout(base: Path, tmp_path: Path) -> None:
-    """A regular expression and a range of layers, as peft reads them; the loss is that of peft's own merge."""
+    """`target_modules` is a regular expression that also picks the layers. The loss equals that of peft's own merge."""
     kind = {"target_modules": r".*\.1\..*\.(q_proj|down_proj)", "r": 3, "lora_alpha": 12}
     plain = peft_s(base, tmp_path / "a", **kind, use_rslora=True, modules_to_save=["lm_head"], lora_dropout=0.1)
     merged = PeftModel.from_pretrained(plain, str(tmp_path / "a")).merge_and_unload()

@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was written is found out, named, and passed over for the newest good one."""
+"""A damaged checkpoint is detected and named, and the newest good one is used instead."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def newest(run: Path) -> Path:
 
 
 def resume_step(runtime: Runtime, run: Path, *more: str) -> int | None:
-    """The step that a single process would go on from."""
+    """Returns the step that a single process would resume from."""
     config = load_config([*SETTINGS, "parallel=single", "launcher=python", *more])
     plan = make_plan(config, Machine())
     hf_config = build_hf_config(config.model)
@@ -123,7 +123,7 @@ def test_damage_is_named_and_passed_over(
     said = [record.message for record in caplog.records]
     assert any("expected" in line and "found" in line and str(newest(run)) in line for line in said), said
     assert f"{newest(run)}: damaged, passed over" in said
-    # Set aside, so that it neither counts as one of those to keep nor stands in the way of its step's next save.
+    # It is set aside, so it does not count toward keep_last, and the next save of its step finds the name free.
     assert [path.name for path in committed(run / CHECKPOINTS)] == [step_name(OLD)]
     assert (run / CHECKPOINTS / f"{step_name(NEW)}.damaged").is_dir()
 
@@ -140,7 +140,7 @@ def test_a_flipped_bit_anywhere_is_found(pristine: Path, tmp_path: Path, runtime
             try:
                 found = resume_step(runtime, run)
             except CheckpointMismatch as error:
-                # The one field that is read before the hash: the version, made a newer one by the flipped bit.
+                # The version is the only field that is read before the hash, and the flipped bit made it a newer one.
                 assert name.name == MANIFEST and "format" in str(error)
                 continue
             whitespace = name.name == MANIFEST and place == 1.0  # the newline at the end of the manifest's JSON
@@ -152,7 +152,7 @@ def test_with_none_left_the_run_does_not_begin_again_in_silence(run: Path, runti
         flip(rank_file(run / CHECKPOINTS / step_name(step), 0), 5000)
     with pytest.raises(CheckpointDamaged):
         resume_step(runtime, run)
-    with pytest.raises(CheckpointDamaged) as caught:  # nor at the second try
+    with pytest.raises(CheckpointDamaged) as caught:  # the second try fails too
         resume_step(runtime, run)
     assert caught.value.exit_code == 1
     assert "holds no checkpoint that is whole" in caught.value.problems[-1]
@@ -179,7 +179,7 @@ def test_leftovers_of_a_kill_are_removed_and_a_replaced_one_comes_back(run: Path
 def test_what_cannot_be_read_is_no_damage(
     name: str, run: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is set aside, and no older checkpoint is taken in its place."""
+    """Nothing is set aside, and no older checkpoint is used instead."""
     before = sorted(path.name for path in (run / CHECKPOINTS).iterdir())
     with closed_to_all(newest(run) / name):
         with pytest.raises(EnvironmentProblem, match=r"cannot be (read|written) \(Permission denied\); ") as caught:
@@ -306,7 +306,7 @@ class Payload:
 def test_nothing_in_a_checkpoint_is_executed(
     run: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An attacker who writes the files can write a fitting manifest too: each file is replaced by a pickle."""
+    """Each file is replaced by a pickle. An attacker who can write the files can write a matching manifest too."""
     monkeypatch.setenv("MARKER", str(tmp_path / "executed"))
     poison = pickle.dumps(Payload())
     for name in list(read_manifest(newest(run)).files):

@@ -1,4 +1,4 @@
-"""Half-trained checkpoints of other trainers go on here: their next loss, their moments, and what is refused."""
+"""A run resumes from another trainer's checkpoint with its next losses and its moments, or the import is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 
 SAME = 2e-6
-"""Relative, of losses in float32."""
+"""Relative tolerance of float32 losses."""
 
 
 def losses(run: Path) -> list[float]:
@@ -46,14 +46,18 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def heard(ranks: int, words: list[str], expected: int = 0) -> str:
-    """What rank 0 of a run says on stderr."""
+    """Returns the stderr of a run's rank 0."""
     results = run_ranks(ranks, start_and_listen, words)
     assert [code for code, _ in results] == [expected] * ranks
     return "\n".join(results[0][1])
 
 
 class Trained:
-    """checkpoint: of step `SAVED`. losses: of its own trainer, by step."""
+    """A run of another trainer.
+
+    checkpoint: path of its checkpoint of step `SAVED`.
+    losses: loss of each step, reported by its own trainer.
+    """
 
     def __init__(self, folder: Path, checkpoint: Path, losses: list[float]) -> None:
         self.folder, self.checkpoint, self.losses = folder, checkpoint, losses
@@ -61,7 +65,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, list[int]]]]:
-    """A folder with `model`, and the samples."""
+    """Returns a folder that contains `model`, and the samples."""
     folder = tmp_path_factory.mktemp("trained")
     save_model(folder)
     return folder, run_ranks(1, samples, folder)[0]
@@ -171,7 +175,7 @@ def test_an_adapter_goes_on_with_its_moments(
 def test_a_refused_import_leaves_nothing_to_go_on_from(
     transformers: Trained, fsdp: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused before it is converted: by what it is; by the shapes of the weights. And when the engine loads it."""
+    """The import is refused before the conversion (settings, shapes of weights) or when the engine loads the states."""
     run, broken = tmp_path / "run", tmp_path / "broken"
     shutil.copytree(fsdp.folder / "whole", broken)
     states = torch.load(broken / "optimizer.bin", weights_only=True)
@@ -284,7 +288,7 @@ def test_a_hugging_face_folder_in_shards_with_all_that_makes_a_chat(
 
 
 class Planted:
-    """Unpickled, it makes a folder."""
+    """Unpickling this object makes a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -355,7 +359,7 @@ def test_damage_is_one_line_and_nothing_of_a_pickle_runs(
     changed(source, file, how, tmp_path / "planted")
     target = tmp_path / "target"
     assert main(["import", str(source), str(target), "--model", str(trained.folder / "model")]) == code
-    lines = [line for line in capsys.readouterr().err.splitlines() if str(source) in line]  # libraries speak too
+    lines = [line for line in capsys.readouterr().err.splitlines() if str(source) in line]  # libraries log too
     assert len(lines) == 1
     assert said in lines[0]
     assert not target.exists()

@@ -1,7 +1,7 @@
-"""SIGKILL at any file operation of a save loses no committed step, and the run goes on bit by bit.
+"""SIGKILL at any file operation of a save loses no committed step, and the run resumes bit for bit.
 
-The journal of a run that was killed and started again (loss and gradient norm of each step to the last bit, a hash of
-all parameters and optimizer states) equals the journal of a run that was left alone.
+A journal holds the loss and gradient norm of each step to the last bit, and a hash of all parameters and optimizer
+states. The journal of a run that was killed and restarted equals the journal of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.checkpoint.catalog import CHECKPOINTS, committed
 from trainer.checkpoint.manifest import check_contents, check_file_sizes, read_manifest
 
 STEPS = 4
-# Each save follows a step, and deletes the checkpoint before it: three saves, two deletions. Dropout is on.
+# Each step is saved, and each save deletes the checkpoint before it. Dropout is on.
 SETTINGS = ("checkpoint.every=1", "checkpoint.keep_last=1", "model.config.resid_pdrop=0.1", "model.config.n_layer=1")
 POINTS = 12
 
@@ -64,11 +64,11 @@ def test_killed_at_any_file_operation(part: int, left_alone: Journal, operations
     known = last_known_commit(tmp_path)
     assert max(whole(tmp_path), default=0) >= known
     journal = run_ranks(1, train_and_save, overrides("single"), str(tmp_path))[0]
-    # Killed among the last deletions, the run had its last checkpoint, and no step is left.
+    # A run that is killed during the last deletions already has its last checkpoint, so no step is left.
     assert sorted(journal.lines) == list(range(min(journal.lines, default=STEPS + 1), STEPS + 1))
     assert min(journal.lines, default=STEPS + 1) > known, "a committed step was trained again"
     assert journal.lines == {step: left_alone.lines[step] for step in journal.lines}
-    # The one that it was about to delete goes with the next save, and there is none where no step is left.
+    # The next save deletes the checkpoint that the killed run was about to delete. No step left means no next save.
     left = [STEPS] if journal.lines else [step for step in (STEPS - 1, STEPS) if step in whole(tmp_path)]
     assert whole(tmp_path) == left and left[-1] == STEPS
     assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == [f"step-{step:08d}" for step in left]
@@ -91,7 +91,7 @@ def test_one_of_two_ranks_killed_while_saving(rank: int, at: int, two_left_alone
 
 @pytest.mark.parametrize("layout", ["single", "zero3"])
 def test_saving_aside_commits_only_what_is_whole(layout: str, left_alone: Journal, tmp_path: Path) -> None:
-    """While training runs, whatever bears a checkpoint's name is complete to the last byte, at every moment."""
+    """While training runs, every folder with a checkpoint's name is complete to the last byte at any moment."""
     processes = {"single": 1, "zero3": 2}[layout]
     aside = overrides(layout, "checkpoint.async_save=true", "checkpoint.keep_last=10")
     ended, seen = threading.Event(), set[int]()

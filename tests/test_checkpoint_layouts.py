@@ -1,12 +1,12 @@
-"""A checkpoint saved under any layout goes on under any other: the resharding matrix.
+"""A checkpoint saved under any layout resumes under any other: the resharding matrix.
 
-Every layout trains two steps and saves. Every layout then goes on from such checkpoints, its own included, with a
-freshly built engine and on its own number of processes. With every change each kind of layout goes on from its own and
-from its neighbour's, so that each kind is written and read across a border; what crosses two kinds, and all pairs, are
-nightly.
+Every layout trains two steps and saves. Every layout then resumes from such checkpoints, its own included, with a
+freshly built engine and on its own number of processes. On every change, each kind of layout resumes from its own
+checkpoint and from its neighbour's, so each kind is written for and read by another kind. Layouts that combine two
+kinds, and all pairs, run nightly.
 
-Losses and gradient norms of the next steps are those of the single process that was never interrupted. A tied
-embedding, accumulation, clipping and a vocabulary that does not divide are in all of them.
+Losses and gradient norms of the next steps equal those of an uninterrupted single process. All runs have a tied
+embedding, accumulation, clipping and a vocabulary size that does not divide evenly.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from tests.support.resuming import Journal, resume_each, train_and_save
 from tests.support.selection import rows
 
 SAVED, STEPS = 2, 4
-# layout -> processes
+# layout -> number of processes
 TORCH = {"single": 1, "ddp": 2, "fsdp": 2, "hsdp": 4, "tensor": 2, "pipeline": 2, "tensor_fsdp": 4, "pipeline_fsdp": 4}
 ZERO = {"zero1": 2, "zero2": 2, "zero3": 2, "zero3_offload": 2, "zero2_tensor": 4}
-# One row each: on three ranks no matrix divides evenly.
-FORWARDS = {"hsdp": 1}  # per step; 12 sequences do not divide by 4 data-parallel ranks times 2
+# Forwards per step: 12 sequences do not divide by 4 data-parallel ranks times 2.
+FORWARDS = {"hsdp": 1}
+# row -> layout, number of processes. On three ranks no matrix divides evenly.
 ODD = {"fsdp on 3": ("fsdp", 3), "zero3 on 3": ("zero3", 3)}
-# With every change these kinds are read and written; of torch's, as many read a DeepSpeed kind's as there are of those.
+# These kinds are written and read on every change. As many torch kinds read a DeepSpeed kind's checkpoint as there are
+# DeepSpeed kinds.
 KINDS = ("single", "ddp", "fsdp", "tensor", "pipeline")
 KINDS_OF_ZERO = ("zero1", "zero2", "zero3")
 READS_ZERO = ("single", "ddp", "fsdp")
@@ -47,7 +49,7 @@ def overrides(layout: str, precision: str) -> list[str]:
 
 
 class Saved:
-    """Run folders with a checkpoint of step 2, made when first asked for, and a single process's uninterrupted run."""
+    """Run folders with a checkpoint of step 2, made on first use, and the uninterrupted run of a single process."""
 
     def __init__(self, precision: str, folder: Path, *extra: str) -> None:
         self.precision, self.folder, self.extra = precision, folder, extra
@@ -67,7 +69,7 @@ class Saved:
         return run_ranks(1, train_and_save, never_saved, f"{self.folder} uninterrupted")[0]
 
     def go_on(self, layout: str, processes: int, sources: Iterable[str]) -> dict[str, Journal]:
-        """Checkpoint's layout -> the journal of its next steps."""
+        """Returns the journal of the resumed steps for each layout of a checkpoint."""
         folders = {source: self.of(source) for source in sources}
         journals = run_ranks(
             processes, resume_each, self.words(layout), [*folders.values()], STEPS - SAVED, timeout=280
@@ -81,12 +83,18 @@ def train_until_saved(words: Overrides, folder: str) -> Journal:
 
 
 def some_or_all(layouts: Iterable[str], often: Sequence[str]) -> list[Any]:
-    """(layout, whether it goes on from all others) for each layout. All are nightly, and those that are not `often`."""
+    """Returns the rows (layout, whether it resumes from all others).
+
+    Rows that resume from all others are nightly, and so are layouts outside `often`.
+    """
     return rows(product(layouts, (False, True)), lambda layout, every: not every and layout in often)
 
 
 def neighbour(layout: str, layouts: Sequence[str], away: int = 1) -> str:
-    """The next of `layouts`, in their own order; of one that is not among them, by its place in its own."""
+    """Returns the entry of `layouts` that comes `away` places after `layout`.
+
+    A layout outside `layouts` has its place in its own list.
+    """
     own = next(each for each in (layouts, KINDS, KINDS_OF_ZERO, [*TORCH, *ZERO]) if layout in each)
     return layouts[(own.index(layout) + away) % len(layouts)]
 
@@ -99,7 +107,7 @@ def apart(found: Journal, expected: Journal) -> float:
 
 
 def furthest(journals: dict[str, Journal], whole: Journal) -> float:
-    """Largest relative difference of the next losses and gradient norms."""
+    """Returns the largest relative difference of the next losses and gradient norms."""
     return max(apart(journal, whole) for journal in journals.values())
 
 
@@ -162,7 +170,8 @@ OTHER_STATES = [
 ]
 
 
-# Codes in blocks, which a cut divides; states of several optimizers; adapters alone.
+# 8-bit states have codes in blocks, which sharding splits. `ROLES` has states of several optimizers. `ADAPTERS` has
+# adapters only.
 STATES_OFTEN = (EIGHT_BITS, ROLES, ADAPTERS)
 
 
@@ -173,9 +182,11 @@ STATES_OFTEN = (EIGHT_BITS, ROLES, ADAPTERS)
 def test_other_states_go_on_exactly(
     words: str, precision: str, limit: float, others: list[str], tmp_path: Path
 ) -> None:
-    """Adafactor's rows, columns and vectors, codes and scales of 8-bit AdamW, NAdam's numbers, Muon's momentum with
-    other optimizers of roles, adapters alone, on more processes and on fewer: each layout from its own and from the
-    next one's."""
+    """Each layout resumes from its own checkpoint and from the next layout's, on more processes and on fewer.
+
+    The states are Adafactor's rows, columns and vectors; codes and scales of 8-bit AdamW; NAdam's scalars; Muon's
+    momentum next to other optimizers by role; adapters only.
+    """
     saved = Saved(precision, tmp_path, *words.split())
     layouts = ["single", *others]
     for layout, after in zip(layouts, [*others, "single"], strict=True):

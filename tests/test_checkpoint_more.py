@@ -1,7 +1,7 @@
-"""Resuming where more is at stake: several axes at once, states on disk, a loss scale on its way, trackers.
+"""Resuming in harder cases: several mesh axes, optimizer states on disk, a changing loss scale, trackers.
 
-For each layout: a run that is left alone; the same run from its checkpoint, bit by bit; and from the checkpoint of a
-single process, whose steps it must repeat within rounding.
+For each layout, a run that resumes from its own checkpoint equals the uninterrupted run bit for bit. A run that resumes
+from a single process's checkpoint repeats that process's steps within rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.test_checkpoint_run import start
 
 SAVED, STEPS = 2, 3
 FLOAT32 = 1e-5
-# layout -> processes, further keys
+# layout -> number of processes, further overrides
 LAYOUTS = {
     "ddp": (4, ("train.gradient_accumulation_steps=1",)),
     "tensor_fsdp": (4, ("parallel.sequence_parallel=true",)),
@@ -42,7 +42,7 @@ LAYOUTS = {
     "3d": (8, ()),
     "3d_zero1": (8, ()),
 }
-# One whose sequences are split, and one of two axes; test_checkpoint_layouts has one axis each with every change.
+# One layout splits sequences, and one has two axes. test_checkpoint_layouts runs each single axis on every change.
 OFTEN = ("context", "tensor_fsdp")
 BATCH = ("train.gradient_accumulation_steps=2", "model.config.num_hidden_layers=2")
 
@@ -112,7 +112,7 @@ def test_states_on_nvme(tmp_path: Path) -> None:
     rows([("single", 1), ("fsdp", 2), ("zero1", 2), ("zero3", 2)], lambda layout, _: layout in ("fsdp", "zero3")),
 )
 def test_a_loss_scale_goes_on_in_the_middle_of_its_window(layout: str, processes: int, tmp_path: Path) -> None:
-    """It doubles after each second step: at the checkpoint it has changed, and one good step is counted."""
+    """The scale doubles after every second step. At the checkpoint it has changed, and one good step is counted."""
     more = (*BATCH, "precision.loss_scale_init=1024", "precision.loss_scale_window=2")
     run = words("llama", layout, "fp16", 5, *more)
     alone, own = run_ranks(processes, train_float16_then_resume, run, str(tmp_path), 3)[0]
@@ -121,12 +121,12 @@ def test_a_loss_scale_goes_on_in_the_middle_of_its_window(layout: str, processes
     assert same_bits(own, alone, [4, 5])
 
 
-# A kill, after which nothing of a tracker is closed.
+# A killed process closes none of its trackers.
 SIGNALS = [pytest.param(signal.SIGTERM, marks=pytest.mark.nightly), signal.SIGKILL]
 
 
 def interrupted(run: Path, *more: str, number: int, after: int) -> None:
-    """A run that gets a signal when the checkpoint of step `after` is there, and the start after it."""
+    """Starts a run that gets the signal once the checkpoint of step `after` exists, and then starts it again."""
     given = run_overrides(run, *more, layout="single")
     if number == signal.SIGKILL:
         with pytest.raises(RankFailed):
@@ -170,7 +170,7 @@ def test_an_offline_wandb_run_has_every_step_once(number: int, tmp_path: Path, m
 
 
 def steps_in(path: Path, key: str = "loss") -> list[int]:
-    """Steps with such a value in an offline run's file."""
+    """Returns the steps that have a value of `key` in the file of an offline run."""
     from wandb.proto import wandb_internal_pb2 as messages
 
     steps = []
@@ -185,8 +185,11 @@ def steps_in(path: Path, key: str = "loss") -> list[int]:
 
 
 def log_records(data: bytes) -> Iterator[bytes]:
-    """The file is a LevelDB log after a header of 7 bytes: blocks of 32 KiB; records of CRC (4), length (2), kind (1:
-    whole, 2: first part, 3: middle, 4: last), content."""
+    """Yields the records of a LevelDB log that follows a header of 7 bytes.
+
+    The log consists of blocks of 32 KiB. A record consists of a CRC (4 bytes), a length (2 bytes), a kind (1 byte;
+    1: whole, 2: first part, 3: middle, 4: last) and its content.
+    """
     at, parts = 7, b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768

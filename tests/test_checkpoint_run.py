@@ -1,4 +1,4 @@
-"""The same command goes on: after signals, a STOP file, SIGKILL, a full disk. Whole runs through the entry point."""
+"""The same command resumes a run after signals, a STOP file, SIGKILL or a full disk. Runs use the entry point."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def overrides(folder: Path, *more: str, layout: str = "ddp") -> list[str]:
 
 
 def start(words: list[str], rank: int = -1, signals: tuple[int, ...] = (), folder: str = "", after: int = 0) -> int:
-    """The run's exit code. On `rank` this process gets the signals when the checkpoint of step `after` exists."""
+    """Returns the run's exit code. Process `rank` gets the signals once the checkpoint of step `after` exists."""
 
     def send() -> None:
         while not (Path(folder) / CHECKPOINTS / step_name(after)).exists():
@@ -58,7 +58,7 @@ def start(words: list[str], rank: int = -1, signals: tuple[int, ...] = (), folde
 
 
 def start_and_listen(words: list[str], largest_file: int = resource.RLIM_INFINITY) -> tuple[int, list[str]]:
-    """The run's exit code and its stderr. No file may grow beyond `largest_file` bytes."""
+    """Returns the run's exit code and the lines of its stderr. No file may grow beyond `largest_file` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     heard = io.StringIO()
     with contextlib.redirect_stderr(heard):
@@ -70,7 +70,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def told(folder: Path) -> list[tuple[Any, ...]]:
-    """What must be the same whether a run was interrupted or not."""
+    """Returns the metrics that an interruption must not change."""
     keys = ("kind", "step", "loss", "grad_norm", "lr", "tokens", "valid_tokens", "validation_loss", "loss_first")
     return [tuple(line.get(key) for key in keys) for line in metrics(folder) if line["kind"] != "checkpoint"]
 
@@ -84,7 +84,7 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]
     return told(folder)
 
 
-# An interrupt with every change: the second one, below.
+# SIGINT is nightly here. The test of a second interrupt, below, runs on every change.
 @pytest.mark.parametrize(
     ("name", "rank", "times"),
     rows([("SIGTERM", 0, 1), ("SIGINT", 1, 1), ("SIGUSR1", 1, 10)], lambda name, *_: name != "SIGINT"),
@@ -104,7 +104,7 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(
     assert told(run) == left_alone
     assert read_status(run)["state"] == "finished"
     assert (run / "resumed" / "002" / "config.yaml").exists()
-    # A scheduler that starts it once more finds nothing to do, and touches nothing.
+    # If a scheduler starts the command once more, it finds nothing to do and changes nothing.
     before = (run / "metrics.jsonl").read_bytes()
     assert run_ranks(2, start, overrides(run)) == [EXIT_FINISHED] * 2
     assert (run / "metrics.jsonl").read_bytes() == before
@@ -129,7 +129,7 @@ def test_a_second_interrupt_ends_at_once_and_harms_nothing(left_alone: list[tupl
 
 
 def start_blocked(words: list[str]) -> int:
-    """Two interrupts while the main thread is inside one long call of the system, in the middle of a save."""
+    """Sends two interrupts while the main thread is inside one long system call, in the middle of a save."""
     rename = os.fsync
 
     def slow(descriptor: int) -> None:
@@ -175,7 +175,7 @@ def test_a_run_goes_on_from_another_runs_checkpoint_and_then_from_its_own(tmp_pa
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint, not for two."""
+    """A file system with room for one checkpoint but not for two."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     folder = tmp_path / "disk"
@@ -192,7 +192,7 @@ def test_a_full_disk_ends_the_run_in_one_line(small_disk: Path) -> None:
     ((code, (line,)),) = run_ranks(1, start_and_listen, overrides(run, layout="single"))
     assert code == EXIT_FAILED
     assert re.match(r"checkpoint of step 6: no space for it in .*: needs 2\.9 MiB, has [12]\.\d MiB \(No space", line)
-    # The one before is whole, and nothing half-written takes what space there is.
+    # The previous checkpoint is complete, and no partial one takes up the remaining space.
     assert [path.name for path in (run / CHECKPOINTS).iterdir()] == [step_name(3)]
     status = read_status(run)
     assert (status["state"], status["exit_code"], status["reason"]) == ("failed", EXIT_FAILED, line)

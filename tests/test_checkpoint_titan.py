@@ -1,4 +1,4 @@
-"""Checkpoints of torchtitan whose projections and experts are fused: divided and joined bit by bit."""
+"""Fused projections and experts of torchtitan's checkpoints are split and joined bit for bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = ["model.config.hidden_size=32", "model.config.vocab_size=61", "model.con
 
 
 def _fused_by_torchtitan(whole: dict[str, torch.Tensor], queries: int, *, turned: bool) -> dict[str, torch.Tensor]:
-    """One projection of queries, keys and values, ordered by key-value head; three stacks of experts."""
+    """Fuses queries, keys and values in one projection, ordered by key-value head. Experts become three stacks."""
     made: dict[str, torch.Tensor] = {}
     for name, tensor in whole.items():
         place, _, last = name.rpartition(".self_attn.")

@@ -43,7 +43,7 @@ def test_slices_equal_one_piece(layout: list[str], processes: int, model: str) -
 @pytest.mark.parametrize("model_type", HEADS)
 @pytest.mark.parametrize("matrix", [True, False])
 def test_every_kind_of_head(model_type: str, matrix: bool) -> None:
-    """matrix: whether the head may be treated as one; else autograd goes through its own forward."""
+    """matrix: whether the head may be treated as a plain matrix. If false, autograd goes through the head's forward."""
     base = AutoConfig.for_model(model_type)
     known = {*base.to_dict(), *base.attribute_map}
     fields = {name: value for name, value in SIZES.items() if name in known} | HEADS[model_type]

@@ -1,4 +1,4 @@
-"""`python -m launch compare`: real runs of three layouts, the page about them, and folders that are damaged."""
+"""`python -m launch compare` runs three layouts and writes a page about them. It also reads damaged folders."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FINISHED = ("single", "ddp", "tensor")
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layouts and one that is refused, as the command left them."""
+    """Returns the folder of a comparison of three layouts and one that is refused."""
     folder = tmp_path_factory.mktemp("comparison")
     done = subprocess.run(
         [programs().python, "-m", "launch", "compare", *POINTS],
@@ -60,7 +60,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(folder: Path) -> dict[str, list[str]]:
-    """The cells of the page's first table behind the name of each run."""
+    """Returns the cells of each row of the page's first table, by the run's name in the row's first cell."""
     table = (folder / MARKDOWN).read_text().partition("\n| ")[2].partition("\n\n")[0]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     return {row[0]: row[1:] for row in cells}
@@ -121,7 +121,7 @@ def test_what_is_finished_is_not_run_again(
 def test_damaged_and_failed_runs_are_told_and_another_seed_is_seen(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From folders alone, as a sweep leaves them."""
+    """The command reads only folders, as a sweep leaves them."""
     for name in FINISHED:
         shutil.copytree(compared / name, tmp_path / name)
     with open(tmp_path / "ddp/metrics.jsonl", "a") as file:
