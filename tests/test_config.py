@@ -1,4 +1,4 @@
-"""The configuration: every YAML composes and plans, and every mistake is answered in one line."""
+"""Every YAML of the configuration composes and plans, and every mistake is answered in one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIGS = Path(configs.__file__).parent
 ROOT = CONFIGS.parent
 FILES = sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.glob("*/*.yaml"))
 
-# Keys that an option needs in addition.
+# Further overrides that an option needs.
 COMPANIONS = {
     "cluster/kubernetes.yaml": ["cluster.gpus_per_node=8"],
     "cluster/ray.yaml": ["cluster.gpus_per_node=8"],
@@ -42,7 +42,7 @@ COMPANIONS = {
     "parallel/expert_fsdp.yaml": ["model=mixtral_8x7b"],
 }
 
-# Published totals, tied embeddings counted once.
+# Published parameter counts. Tied embeddings are counted once.
 PARAMETERS = {
     "deepseek_v3": 671_026_404_352,
     "gemma2_2b": 2_614_341_888,
@@ -63,9 +63,9 @@ PARAMETERS = {
     "qwen3_30b_a3b": 30_532_122_624,
     "qwen3_8b": 8_190_735_360,
 }
-# Billions, total and active, as their authors give them, and how many of the two ends of the model (embedding, head)
-# they leave out: gpt-oss the embedding of the active ones; GLM both, and its authors count the layer that predicts a
-# second token, which is not here.
+# Total and active parameters in billions, as the authors publish them, and how many of the two ends of the model
+# (embedding, head) each count leaves out. gpt-oss leaves the embedding out of the active count. GLM leaves both ends
+# out of both counts, and its authors count the layer that predicts a second token, which this model lacks.
 PUBLISHED = {
     "deepseek_v3": (671, 37, 0, 0),
     "glm_4_5_air": (106, 12, 2, 2),
@@ -79,7 +79,7 @@ PUBLISHED = {
 
 def words_for(file: str) -> list[str]:
     group, name = file.removesuffix(".yaml").split("/")
-    # A layout that fills any number of processes, where the option is not about the layout.
+    # Unless the option sets the layout, use one that fits any number of processes.
     layout = [] if group in ("parallel", "experiment") else ["parallel=ddp"]
     return [*layout, f"{group}={name}", *COMPANIONS.get(file, [])]
 
@@ -103,7 +103,7 @@ def test_every_yaml_composes_and_plans(file: str) -> None:
 def test_every_yaml_says_what_it_is_and_derives_nothing(file: str) -> None:
     text = (CONFIGS / file).read_text()
     assert text.startswith("#")
-    # An interpolation could read the time or the environment, and ranks would compose different things.
+    # An interpolation could read the time or the environment, so ranks would compose different configurations.
     assert "${" not in text
     body = yaml.safe_load(text)
     if "preset" in body:
@@ -311,7 +311,7 @@ def test_yaml_that_was_not_written_here_is_checked() -> None:
 
 
 def test_every_schema_attribute_has_a_type() -> None:
-    """Without an annotation it is no field, and could not be set."""
+    """An attribute without an annotation is not a dataclass field and could not be set."""
     nodes = [node for file in CONFIGS.glob("schema*.py") for node in ast.parse(file.read_text()).body]
     sections = [node for node in nodes if isinstance(node, ast.ClassDef) and node.decorator_list]
     assert len(sections) >= 11
@@ -319,9 +319,11 @@ def test_every_schema_attribute_has_a_type() -> None:
 
 
 def attributes_read(source: str) -> set[str]:
-    """`section.field` for every attribute of a section that the source reads, also under another name:
+    """Returns `section.field` for every attribute of a section that the source reads, also under another name.
+
     `schedule, peak = config.scheduler, config.optimizer.lr` makes `schedule.name` a use of scheduler.name, and
-    `settings: Optimizer` makes `settings.lr` one of optimizer.lr."""
+    `settings: Optimizer` makes `settings.lr` a use of optimizer.lr.
+    """
     nodes = list(ast.walk(ast.parse(source)))
     sections = {
         alias.asname or alias.name: alias.name.lower()
@@ -346,7 +348,7 @@ def attributes_read(source: str) -> set[str]:
 
 
 def test_every_key_is_read() -> None:
-    """A key that nothing outside configs/ reads would be an option without effect."""
+    """A key that only configs/ reads would be an option without effect."""
     files = [file for folder in ("trainer", "launch", "slurm") for file in (ROOT / folder).rglob("*.py")]
     assert len(files) >= 40
     read = set().union(*(attributes_read(file.read_text()) for file in files))
@@ -355,7 +357,7 @@ def test_every_key_is_read() -> None:
 
 
 def kind_of(key: str) -> str:
-    """The section's class and the key: sections of one class are read alike, under whatever name."""
+    """Returns the section's class and the key. The same code reads all sections of one class, whatever their names."""
     *path, leaf = key.split(".")
     kind: type = Config
     for name in path:

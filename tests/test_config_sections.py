@@ -1,4 +1,4 @@
-"""Configurations composed from sections that were made before: equal to Hydra's, and each caller's own."""
+"""Configurations composed from prebuilt sections equal Hydra's, and each caller gets its own copy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEYS = [
 
 @pytest.mark.parametrize("number", rows(((each,) for each in range(max(map(len, OPTIONS.values())))), lambda n: n == 1))
 def test_sections_are_what_hydra_composes(number: int) -> None:
-    """Row n has the n-th option of each group, so that together the rows have them all."""
+    """Row n takes the n-th option of each group, so the rows together cover all options."""
     words = [f"{group}={options[number % len(options)]}" for group, options in OPTIONS.items()] + KEYS
     found, expected = sections.composed(words), by_hydra(words, [])
     assert found is not None
@@ -37,7 +37,7 @@ def test_an_experiment_is_left_to_hydra() -> None:
 
 
 def test_no_experiment_takes_an_earlier_one_back(tmp_path: Path) -> None:
-    """With a file of the user as well, which Hydra composes."""
+    """The same holds with a user's file, which Hydra composes."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.yaml").write_text("seq_len: 64\n")
     assert load_config(["experiment=demo", "experiment=null"]) == load_config()

@@ -1,4 +1,4 @@
-"""What is typed is what is used: ranges, texts that look like numbers, the environment, the clock, YAML of users."""
+"""Values are used as typed: ranges, text that looks like numbers, the environment, the clock, YAML of users."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NUMBERS = [
 
 
 def refused(capsys: pytest.CaptureFixture[str], door: str, *words: str) -> list[str]:
-    """The lines that an entry point answers with before it does anything."""
+    """Returns the lines of an entry point that refuses the overrides before it does anything."""
     assert DOORS[door](words) == 2
     said = capsys.readouterr()
     assert not said.out
@@ -45,7 +45,7 @@ def test_every_number_of_the_schema_has_a_range_that_holds_its_default() -> None
 
 
 def test_no_number_is_infinite_or_none_at_all() -> None:
-    """For each key alone: NaN, infinity, a number of 30 digits, and -1."""
+    """Each key alone refuses NaN, infinity, a huge number, and -1."""
     for key in NUMBERS:
         for number in (float("nan"), float("inf"), 10**30 if plain_kind(key) is int else 1e39, -1):
             assert not RANGES[key].holds(number), (key, number)

@@ -1,5 +1,7 @@
-"""Optimizers on parameters that ranks hold in pieces: the same parameters and states as one process, bit by bit of
-codes, whatever cuts them; planted bugs show; and how many collectives an update takes."""
+"""Optimizers on sharded parameters give the parameters and states of one process, whatever shards them.
+
+Codes are equal bit for bit. Planted bugs are detected, and the collectives of an update are counted.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ COLLECTIVES = {
 Found = list[tuple[dict[tuple[str, str], float], dict[tuple[str, str], float], dict[tuple[str, str], int]]]
 
 
-# Of the others each element goes by itself, as `signs` does; replicas are whole copies of what these layouts cut.
+# The other optimizers update each element by itself, as `signs` does. Replicas are whole copies of these shards.
 OFTEN = ("adamw_8bit", "paged", "adafactor", "by role", "signs")
 LAYOUTS_OFTEN = ("fsdp", "tensor", "tensor_fsdp")
 

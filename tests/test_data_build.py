@@ -1,4 +1,4 @@
-"""The data of a run: the same under every layout, complete, resumable, and refused by all ranks alike."""
+"""The data of a run are the same under every layout, complete and resumable. All ranks refuse bad data alike."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_resume_goes_on_where_the_run_was(files: list[str], source: str) -> None
     data = data_of(*overrides)
     steps = step_rows(data, steps=300)
     assert step_rows(data, steps=10, first_step=290) == steps[290:]
-    # Under another layout too: positions are all that counts.
+    # The same holds under another layout, because only positions count.
     resumed = rows_of_all_ranks([*overrides, "train.micro_batch_size=1"], ranks=2, steps=10, first_step=290)
     assert resumed == [sorted(step) for step in steps[290:]]
 
@@ -172,12 +172,12 @@ def test_synthetic_labels_are_ignored_raggedly() -> None:
 
 
 def test_synthetic_samples_never_change() -> None:
-    """Recorded numbers: benchmarks and parity runs of different versions see the same tokens."""
+    """The numbers are recorded, so benchmarks and parity runs of different versions see the same tokens."""
     first = step_rows(data_of("data=synthetic", vocab_size=100), steps=1)[0][0]
     assert first[:16] == (73, 22, 29, 0, 57, 0, 19, 57, 0, 45, 23, 12, 57, 15, 48, 6)
 
 
-# Refused, by all ranks alike
+# Data that all ranks refuse alike
 
 
 def refused(*overrides: str) -> str:

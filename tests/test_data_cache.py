@@ -1,4 +1,4 @@
-"""Tokenised once: what is held out, what is reused, what is made again."""
+"""Files are tokenised once: which text is held out, and when tokens are reused or made again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def encoder() -> Encoder:
 def test_held_out_text_is_chosen_by_its_content(tmp_path: Path, encoder: Encoder) -> None:
     texts = [words(i) for i in range(400)]
     first = write_jsonl(tmp_path / "first.jsonl", texts)
-    # The same texts backwards, each twice, and others between them.
+    # The same texts in reverse order, each twice, with other texts between them.
     second = write_jsonl(
         tmp_path / "second.jsonl", [t for i, x in enumerate(texts[::-1]) for t in (x, words(1000 + i), x)]
     )
@@ -68,7 +68,7 @@ def test_one_big_file_is_divided_at_lines(tmp_path: Path, encoder: Encoder) -> N
     assert text.counts.documents == 1
     assert sorted("".join(training + validation).splitlines(keepends=True)) == sorted(lines)
     assert 0.05 < text.validation.count / text.training.count < 0.6
-    # EOS stands only where the text goes on on the other side: runs of pieces stay together.
+    # EOS comes only where the text continues on the other side of the split, so runs of pieces stay together.
     assert abs(len(training) - len(validation)) <= 1
     assert max(map(len, training)) > 2 * PIECE_BYTES
 
@@ -102,7 +102,7 @@ def test_tokens_are_reused_until_something_changes(tmp_path: Path, encoder: Enco
         lambda: corpus_of(file, validation=(file,)),
         lambda: corpus_of(file, file),
         lambda: corpus_of(write_jsonl(file, map(words, range(51)))),
-        # The same size, another time of modification.
+        # The size is the same, but the modification time differs.
         lambda: os.utime(file, ns=(1, 1)) or corpus_of(file),
         lambda: corpus_of(write_jsonl(file, map(words, range(51)), key="body"), key="body"),
     ]
@@ -128,7 +128,7 @@ def test_large_vocabularies_need_four_bytes(tmp_path: Path, encoder: Encoder) ->
 
 
 def build_and_count(folder: str) -> tuple[int, list[int]]:
-    """Tokenise in this process. Returns how often it had to, and the tokens."""
+    """Tokenises in this process if necessary. Returns the number of tokenisations and the tokens."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

@@ -1,4 +1,4 @@
-"""`data=chat`: what is trained on, what is refused, and that packing loses and divides nothing."""
+"""`data=chat` trains on the right turns and refuses bad rows. Packing neither loses nor splits a conversation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MARKED = (
     "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
     "</>{% endgeneration %}{% else %}{{ m['content'] }}</>{% endif %}{% endfor %}"
 )
-# As templates of reasoning models do: what was thought before the last turn is left out.
+# Like templates of reasoning models, it leaves out the thoughts before the last turn.
 FORGETFUL = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] if loop.last else 'x' }}</>{% endfor %}"
 
 
@@ -44,21 +44,21 @@ def write_chats(path: Path, chats: Sequence[list[dict[str, str]]], *, key: str =
 
 
 def numbered(number: int) -> list[dict[str, str]]:
-    """A conversation that no other number has, of a length that depends on it."""
+    """Returns a conversation that is unique to the number and whose length depends on it."""
     turns = talk("user", "assistant") * (1 + number % 3)
     return [{**turn, "content": f"{turn['content']} {number}" + "." * (number % 11)} for turn in turns]
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for 60 conversations, of which some are held out."""
+    """Overrides for 60 conversations, some of which are held out."""
     folder = tmp_path_factory.mktemp("chats")
     file = write_chats(folder / "chats.jsonl", [numbered(number) for number in range(60)])
     return ["data=chat", f"data.paths=[{file}]", f"data.cache_dir={folder}/cache", "data.seq_len=400"]
 
 
 def encoder_of(template: str | None) -> ChatEncoder:
-    """The bytes of the text under another template than its own."""
+    """Returns an encoder with the byte tokenizer, whose chat template is replaced by the given one."""
     tokenizer = build_byte_tokenizer()
     tokenizer.chat_template = template
     plain = PlainText(tokenizer, control_tokens=False, name="folder")
@@ -67,7 +67,7 @@ def encoder_of(template: str | None) -> ChatEncoder:
 
 
 def trained_text(chat: ChatEncoder, *roles: str) -> list[str]:
-    """The runs of text that are trained on."""
+    """Returns the spans of text that are trained on."""
     ids, trained = chat.encode(Conversation(talk(*roles), "chats.jsonl:1"))
     borders = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]]).astype(int)))
     return [bytes(ids[start:end].tolist()).decode() for start, end in borders.reshape(-1, 2)]
@@ -139,7 +139,7 @@ def test_a_bad_row_leaves_no_entry_in_the_cache(tmp_path: Path) -> None:
 
 
 def conversations_in(batches: list[Batch]) -> list[str]:
-    """Every conversation of the batches, decoded; the labels must be those of the assistant alone."""
+    """Returns every conversation of the batches, decoded. Only the assistant's tokens may be labels."""
     found = []
     for batch in batches:
         assert batch.position_ids is not None

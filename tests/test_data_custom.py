@@ -1,4 +1,4 @@
-"""`data.target`: a class of the user's own gives the samples, checked, divided and found again as any others."""
+"""`data.target`: a user's class provides the samples, which are checked, divided and resumed like any others."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def test_samples_become_rows_of_inputs_and_labels() -> None:
     data = data_of(*ROWS, "data.shuffle=false", "train.micro_batch_size=1")
     rows = [row for step in step_rows(data, steps=100) for row in step]
     everything = {*rows}
-    # Unshuffled, they come in their own order, from which some are held out.
+    # Without shuffling, samples keep their own order. Some of them are held out.
     first = [row[0] for row in rows[:48]]
     assert first == sorted({*first})
     held = {row for batch in data.validation() for row in rows_of(batch) if set(row[16:]) != {IGNORED}}
     assert len(everything) == 48 and len(held) == 2 and not everything & held
     whole = everything | held
     assert (*ids[:4], *[0] * 12, *labels[:3], *[IGNORED] * 13) in whole
-    # 17 tokens: the last is a label alone.
+    # The sample has 17 tokens, and the last one is only a label.
     assert (*range(13, 29), *range(14, 30)) in whole
     assert (data.describe(), data.length) == (
         "custom: tests.support.data_of_users.Rows, 48 samples (2.1 epochs in 100 steps); validation 2 samples",
         100,
     )
-    # Labels are those of transformers, not shifted; what is masked is not there; a validation of its own.
+    # Labels follow transformers and are not shifted. Masked tokens are left out. The class has its own validation.
     Tensors.asked = 0
     data = data_of(*custom("Tensors", "count=20"), "data.shuffle=false", "train.micro_batch_size=1")
     assert next(iter(step_rows(data, steps=1)))[0] == (0, 1, 2, 3, 4, *[0] * 11, -100, 2, -100, 4, *[-100] * 12)
@@ -51,7 +51,7 @@ def test_samples_become_rows_of_inputs_and_labels() -> None:
         range(100, 105)
     )
     assert Tensors.asked == 1
-    # What has a validation of its own is trained on whole, also where nothing is validated on.
+    # A class with its own validation is trained on whole, even if the run does not validate.
     assert "custom: tests.support.data_of_users.Tensors, 20 samples" in data.describe()
     assert "Tensors, 20 samples" in data_of(*custom("Tensors", "count=20"), NO_VALIDATION).describe()
 
@@ -70,7 +70,7 @@ def test_layouts_loaders_and_a_resume_change_nothing(overrides: list[str]) -> No
     Endless.made = 0
     resumed = islice(data_of(*overrides, "train.micro_batch_size=8").steps(15, marks[14]), 5)
     assert [sorted(row for batch in step for row in rows_of(batch)) for step in resumed] == reference[15:]
-    # One that knows its place reads nothing before it: 5 steps of 8, a step ahead, and the sample that is looked at.
+    # A class that knows its place reads nothing before it: only 5 steps of 8, one step ahead, and the checked sample.
     if overrides[:2] == PLACED[:2]:
         assert marks[14] == {"position": 112, "state": {"place": 12}} and Endless.made <= 5 * 8 + 8 + 1
 

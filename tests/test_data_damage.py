@@ -1,4 +1,4 @@
-"""Whatever stands in the files of a user: trained on, or refused in one line per problem, and never changed."""
+"""Any content of a user's files is trained on, or refused in one line per problem. The files are never changed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from trainer.plan.machine import Machine
 CASES = 200
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4 " * 40}], "id": 1}
 ROW = {"text": words(3), "id": 1}
-# Shapes that a field of a row may have, and that nothing asked for.
+# Unexpected values that a field of a row may have.
 SHAPES: list[object] = [None, "", "x", "é中" * 9, 0, -1, 2.5, 1e999, True, [], ["a"], [[]], [None], [{}], {}, {"a": 1}]
 SHAPES += [[{"role": "user"}], [{"role": "assistant", "content": "x"}], "\ud800", "\0", "</s>", {"role": "user"}]
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
-    """Truncated, overwritten, shifted, or replaced by something else."""
+    """Returns the content truncated, overwritten, shifted, or replaced by something else."""
     at, length = draw.randrange(len(content)), draw.choice([1, 8, 200])
     return draw.choice(
         [
@@ -52,7 +52,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 
 
 def misshapen(row: dict[str, object], draw: random.Random) -> object:
-    """The row with one value, somewhere in it, of another shape; or another shape as the row."""
+    """Returns the row with one value, at any depth, of another shape, or returns another shape as the row."""
     place: object = json.loads(json.dumps(row))
     changed = place
     while isinstance(place, dict | list) and place:
@@ -65,7 +65,7 @@ def misshapen(row: dict[str, object], draw: random.Random) -> object:
 
 
 def write_case(folder: Path, draw: random.Random) -> tuple[DataSource, Path]:
-    """Some file or other of a user, good at first. Returns what reads it, and the path to name."""
+    """Writes a user's file of a random kind, damaged or not. Returns the source that reads it and the path to name."""
     kind = draw.choice(["txt", "jsonl", "parquet", "chat"] * 4 + ["hub"])
     if kind == "parquet":
         file = folder / "a.parquet"
@@ -87,7 +87,7 @@ def write_case(folder: Path, draw: random.Random) -> tuple[DataSource, Path]:
 
 
 def build(source: DataSource, path: Path, cache: Path) -> DataSet:
-    """As `data_of`, without composing a configuration for each file."""
+    """Builds data like `data_of`, but does not compose a configuration for each file."""
     words = (
         "parallel=ddp",
         "cluster.device=cpu",
@@ -128,7 +128,7 @@ def test_damaged_files_are_trained_on_or_refused_in_a_line_each(
     assert "".join(capfd.readouterr()) == ""
 
 
-# What is no file
+# Paths that are not files
 
 
 def pipe(path: Path) -> None:
@@ -183,7 +183,7 @@ def test_folders_that_look_like_files_and_links_to_folders_are_searched(tmp_path
 
 @contextlib.contextmanager
 def without_privileges() -> Iterator[None]:
-    """To root, every file is open."""
+    """Drops root's privileges, because root can read every file."""
     if os.getuid() != 0:
         yield
         return
@@ -199,7 +199,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     closed.mkdir(parents=True)
     for path, mode in ((file, 0), (closed, 0), (closed.parent, 0o755), (tmp_path, 0o755)):
         path.chmod(mode)
-    # Names that begin here: the folders above may be closed, too.
+    # The names are relative to this folder, because the folders above it may be closed too.
     monkeypatch.chdir(tmp_path)
     with without_privileges(), pytest.raises(DataError) as caught:
         find_files(["a.jsonl", "folder"], key="data.paths")

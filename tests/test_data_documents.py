@@ -1,4 +1,4 @@
-"""A document's tokens are those that the tokenizer gives its whole text, with EOS behind them."""
+"""A document's tokens equal the tokenizer's output for its whole text, followed by EOS."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def random_text(draw: random.Random, parts: int) -> str:
 
 
 def test_pieces_and_windows_do_not_change_a_token(family: str, tmp_path: Path) -> None:
-    """Texts longer than a window, cut anywhere; and runs in which no border of tokens is like another."""
+    """Texts longer than a window are cut anywhere. Some are runs in which no token border is like another."""
     encoder = encoder_of(family, tmp_path)
     draw = random.Random(7)
     texts = [random_text(draw, parts).replace("</s>", "") for parts in (1, 9, 300, 2000)]
@@ -64,7 +64,7 @@ def test_pieces_and_windows_do_not_change_a_token(family: str, tmp_path: Path) -
 
 def test_a_text_file_a_jsonl_row_and_a_stream_hold_what_the_tokenizer_says(family: str, tmp_path: Path) -> None:
     encoder = encoder_of(family, tmp_path / "tokenizer")
-    # Larger than two pieces, and a line's end inside of what the tokenizer joins.
+    # The text is larger than two pieces, and some lines end within characters that the tokenizer joins.
     text = random_text(random.Random(3), 4 * PIECE_BYTES // 4).replace("</s>", "")
     assert len(text.encode()) > 2 * PIECE_BYTES
     (tmp_path / "a.txt").write_text(text)
@@ -84,7 +84,7 @@ def test_a_text_file_a_jsonl_row_and_a_stream_hold_what_the_tokenizer_says(famil
 
 
 def test_a_spelled_control_token_is_text(family: str, tmp_path: Path) -> None:
-    """Also where `split_special_tokens` alone would not do: Unigram and WordLevel models know the names themselves."""
+    """`split_special_tokens` alone is not enough for Unigram and WordLevel models, which know the names themselves."""
     encoder = encoder_of(family, tmp_path)
     tokenizer: Any = encoder.tokenizer
     numbers = set(tokenizer.convert_tokens_to_ids(CONTROL)) - {tokenizer.unk_token_id}
@@ -107,13 +107,13 @@ def test_how_documents_begin(tmp_path: Path) -> None:
     assert encoder_with(bpe, "data.bos=always").begin == (0,)
     assert encoder_with(bpe, "data.bos=never").begin == ()
     assert encoder_with(bpe, "data=chat", "data.paths=[a.jsonl]").begin == ()
-    # One that puts nothing before a text, and knows a BOS token nevertheless.
+    # This tokenizer puts nothing before a text, although it has a BOS token.
     tokenizer.backend_tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.bos_token = "<s>"
     tokenizer.save_pretrained(tmp_path / "silent")
     assert encoder_with(tmp_path / "silent").begin == ()
     assert encoder_with(tmp_path / "silent", "data.bos=always").begin == (0,)
-    # As OPT: the token that begins a document is the one that ends it.
+    # As in OPT, the token that begins a document also ends it.
     opt = save_bpe(tmp_path / "opt", eos_token="<s>")
     assert encoder_with(tmp_path / "opt").begin == (opt.eos_token_id,)
     with pytest.raises(

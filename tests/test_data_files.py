@@ -1,4 +1,4 @@
-"""Files to documents to cached tokens: what is read, what is refused, and what is not done twice."""
+"""Files become documents and cached tokens: which files are read or refused, and which work is not repeated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encoder() -> Encoder:
     return build_encoder(load_config(), vocab_size=None)
 
 
-# Which files
+# Which files are read
 
 
 def test_folders_patterns_and_files_each_once(tmp_path: Path) -> None:

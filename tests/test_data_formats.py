@@ -1,5 +1,7 @@
-"""Conversations in the forms and files that people have: their tokens are those of `apply_chat_template`, and what is
-trained on is the assistant's."""
+"""Conversations in common formats and files get the tokens of `apply_chat_template`.
+
+Only the assistant's tokens are trained on.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,17 @@ MARKED = (
     + "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     + PROMPT
 )
-# As DeepSeek's and Qwen's thinking models: the prompt opens the thoughts, and those of earlier turns are left out.
+# As in DeepSeek's and Qwen's thinking models, the prompt opens the thoughts. Thoughts of earlier turns are left out.
 THINKING = (
     EACH + "{% set said = m.content.split('</think>')[-1] if not loop.last else m.content %}"
     "{{ said }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
 )
-# As Qwen's models that think on request: an empty pair of tags in the last turn alone.
+# As in Qwen's models that think on request, only the last turn has an empty pair of tags.
 ON_REQUEST = (
     EACH + "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>{% endfor %}" + PROMPT
 )
-# As models of pictures and text: parts, or text.
+# As in models of images and text, the content is a list of parts or a string.
 PARTS = (
     EACH + "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}"
     "{% endif %}<|im_end|>{% endfor %}" + PROMPT
@@ -85,7 +87,7 @@ def theirs(chat: ChatEncoder, messages: list[dict[str, Any]], **options: Any) ->
     return found["input_ids"]
 
 
-# One row of each form: the form that is found, the messages and options it must mean, what is trained on.
+# One row of each format: the detected format, the expected messages and template options, the text trained on.
 ROWS: dict[str, tuple[Any, str, list[dict[str, Any]], dict[str, Any], list[str]]] = {
     "messages": ({"messages": TALK, "id": 7}, "messages", TALK, {}, ["4", "é 中."]),
     "messages under conversations": ({"conversations": TALK}, "messages", TALK, {}, ["4", "é 中."]),
@@ -196,7 +198,7 @@ def test_marks_are_those_of_the_tokenizer(tmp_path: Path) -> None:
     ],
 )
 def test_templates_of_models_that_think(tmp_path: Path, template: str, said: list[str], spoken: list[str]) -> None:
-    """An opening that the prompt writes is not trained on; what the template writes of an answer is."""
+    """An opening that the prompt writes is not trained on. The text that the template writes of an answer is."""
     chat = chat_of(template)
     messages = [QUESTION, {"role": "assistant", "content": said[0]}, TALK[2], {"role": "assistant", "content": said[1]}]
     conversation = read(tmp_path, {"messages": messages})

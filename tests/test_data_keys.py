@@ -1,4 +1,4 @@
-"""The keys of `data`: which of them go together, a data set by its name, and what is refused."""
+"""Keys of `data` are refused if they do not go together. A data set can be given by its name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.data.rules import EVERYWHERE, ON_CONDITION, READ_BY
 
 
 def test_a_data_set_by_its_name_gives_the_samples_of_its_file(tmp_path: Path) -> None:
-    """In a table each row has the fields of all others, and an object those of all objects."""
+    """In a table, each row has the fields of all rows, and each object has the fields of all objects."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
     rows: list[Any] = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": str(n)}]} for n in range(9)

@@ -1,4 +1,4 @@
-"""Fields of chat rows: what the chat template is given, what decides about training, what is refused."""
+"""Fields of chat rows decide which input the chat template gets and which tokens are trained on, or are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.data.messages import REFUSED_IN_MESSAGES, REFUSED_IN_ROWS, Conversa
 from trainer.data.plain_text import PlainText
 from trainer.data.tokenizer import Encoder, build_byte_tokenizer
 
-# As templates of models that call tools.
+# This template is like those of models that call tools.
 TOOLS = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
     "{% for d in documents or [] %}<{{ d.title }}>{% endfor %}"
@@ -108,7 +108,7 @@ def test_weights_that_marks_cannot_tell_apart_are_refused(tmp_path: Path) -> Non
 @TEMPLATES
 @pytest.mark.parametrize("family", ["byte_level", "whole_text", "unigram"])
 def test_a_spelled_control_token_is_text_in_a_message(tmp_path: Path, template: str, family: str) -> None:
-    """The template's own control tokens stay what they are; the message can end no turn."""
+    """The template's own control tokens keep their meaning, but a message cannot end a turn."""
     tokenizer = FAMILIES[family]()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     spelled = [{"role": "user", "content": "hello<|im_end|>world"}, {"role": "assistant", "content": "so</s>"}]

@@ -1,4 +1,4 @@
-"""Which sample stands where: the shuffle is a permutation, and every layout divides the same positions."""
+"""The order of samples: the shuffle is a permutation, and every layout divides the same positions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_shuffle_gives_any_place_alone() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 5, 16])
 def test_shuffle_is_fair(count: int) -> None:
-    """Over many keys every sample stands at every place equally often (chi-squared within 5 sigma)."""
+    """Over many keys, every sample comes at every position equally often (chi-squared within 5 sigma)."""
     trials, seen = 3000, np.zeros((count, count))
     for trial in range(trials):
         seen[np.arange(count), permute(np.arange(count), count=count, key=key_of(7, trial))] += 1
@@ -41,7 +41,7 @@ def test_neighbours_in_the_shuffle_are_unrelated() -> None:
 
 
 def test_shuffle_never_changes() -> None:
-    """Recorded numbers: with others, runs of earlier versions would resume on other samples."""
+    """The numbers are recorded. With other numbers, runs of earlier versions would resume on other samples."""
     assert key_of(0) == 0xE220A8397B1DCDAF
     assert permute(np.arange(8), count=8, key=key_of(0, 0)).tolist() == [4, 0, 7, 5, 1, 2, 3, 6]
     places = np.array([0, 999_999, 123_456_789])

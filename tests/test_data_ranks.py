@@ -1,4 +1,4 @@
-"""Ranks fail together, and loader processes outlive the signals that are meant for the trainer."""
+"""Ranks fail together, and loader processes survive the signals that are meant for the trainer."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def build_on_rank(overrides_by_rank: list[list[str]]) -> list[str]:
-    """Build the data in a real process group; what each rank reports."""
+    """Builds the data in a real process group. Returns the problems that this rank reports."""
     rank = int(os.environ["RANK"])
     config = load_config(["parallel=ddp", "cluster.device=cpu", "data.seq_len=16", *overrides_by_rank[rank]])
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1):
         try:
-            # Each rank as if it was the first of a node of its own.
+            # Each rank acts as the first rank of its own node.
             build_data(config, plan, data_rank=rank, vocab_size=512, local_rank=0)
         except DataError as error:
             return list(error.problems)
@@ -81,7 +81,7 @@ def test_loader_processes_leave_signals_to_the_trainer(files: list[str]) -> None
         send_from_elsewhere(worker.pid or 0, signal.SIGTERM)
     assert [rows_of(step[0]) for step in islice(steps, 39)] == expected[1:]
     assert all(worker.is_alive() for worker in workers)
-    # Sent by the process they belong to, it ends them: the interpreter's exit relies on that.
+    # SIGTERM from their parent process ends them. The interpreter's exit relies on that.
     started = time.monotonic()
     for worker in workers:
         worker.terminate()
@@ -144,7 +144,7 @@ def test_the_record_of_a_failure_is_not_cut_off_by_a_loader_s_death(tmp_path: Pa
 
 
 def enter_little_shared_memory(size: str) -> bool:
-    """Give this process a /dev/shm of its own. False where the machine does not permit it."""
+    """Gives this process its own /dev/shm. Returns false if the machine does not permit it."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
     if libc.unshare(0x10000000 | 0x00020000):  # CLONE_NEWUSER | CLONE_NEWNS
@@ -156,7 +156,7 @@ def enter_little_shared_memory(size: str) -> bool:
 
 
 def train_in_little_shared_memory(run_dir: str) -> list[str] | None:
-    """The first answer of the entry point; the message of a rank whose memory fills up later, or has nothing left."""
+    """Returns the entry point's refusal and the messages of a rank whose /dev/shm fills up later or is already full."""
     if not enter_little_shared_memory("64k"):
         return None
     said = io.StringIO()
@@ -203,7 +203,7 @@ def test_more_loader_processes_than_the_machine_carries() -> None:
 
 
 def train_without_a_tokenizer(folder: str) -> list[list[str]]:
-    """A model folder of a config alone, synthetic data: trained, saved, exported from the checkpoint."""
+    """Trains a model folder that has only a config on synthetic data, and exports its checkpoint."""
     words = [f"model.path={folder}", "data=synthetic", "data.seq_len=16", "train.steps=1", "cluster.device=cpu"]
     assert door([*words, f"train.run_dir={folder}/run", "checkpoint.every=1", "train.eval_samples=0"]) == EXIT_FINISHED
     assert checkpoint_main(["export", f"{folder}/run", f"{folder}/out"]) == EXIT_FINISHED
