@@ -2,8 +2,8 @@
 
 Every layout trains two steps and saves. Every layout then resumes from such checkpoints, its own included, with a
 freshly built engine and on its own number of processes. On every change, each kind of layout resumes from its own
-checkpoint and from its neighbour's, so each kind is written for and read by another kind. Layouts that combine two
-kinds, and all pairs, run nightly.
+checkpoint and from its neighbour's, so each kind's checkpoint is read by another kind and each kind reads another's.
+Layouts that combine two kinds, and all pairs, run nightly.
 
 Losses and gradient norms of the next steps equal those of an uninterrupted single process. All runs have a tied
 embedding, accumulation, clipping and a vocabulary size that does not divide evenly.

@@ -1,4 +1,4 @@
-"""Optimizers on sharded parameters give the parameters and states of one process, whatever shards them.
+"""Optimizers on sharded parameters give the same parameters and states as one process, under every sharding.
 
 Codes are equal bit for bit. Planted bugs are detected, and the collectives of an update are counted.
 """

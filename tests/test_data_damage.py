@@ -183,7 +183,7 @@ def test_folders_that_look_like_files_and_links_to_folders_are_searched(tmp_path
 
 @contextlib.contextmanager
 def without_privileges() -> Iterator[None]:
-    """Drops root's privileges, because root can read every file."""
+    """Drops root's privileges for a while, because root can read every file."""
     if os.getuid() != 0:
         yield
         return

@@ -1,4 +1,4 @@
-"""Conversations in files of every kind: their rows, and files and rows that are refused."""
+"""Conversations are read from the rows of files of every kind. Bad files and rows are refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_files_of_every_kind(tmp_path: Path, name: str, form: str) -> None:
 
 
 def test_a_call_of_a_table_has_the_arguments_of_its_row(tmp_path: Path) -> None:
-    """Columns are the same for all rows: the other tool's argument is there, and null."""
+    """All rows of a table have the same columns, so a call has the other tool's argument too, as null."""
     calls = [{"name": "add", "arguments": {"a": 2}}, {"name": "find", "arguments": {"text": "x"}}]
     rows = [
         {"messages": [QUESTION, {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}]}

@@ -1,4 +1,4 @@
-"""`data=hub`, tried on a local folder: the stream is the same under every layout, and nothing of it is lost."""
+"""The stream of `data=hub`, here from a local folder, is the same under every layout and loses nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXTS = [words(i) for i in range(60)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set with two splits, as `datasets` finds them by their names."""
+    """A data set with two splits, which `datasets` finds by their file names."""
     folder = tmp_path_factory.mktemp("data_set")
     write_jsonl(folder / "train.jsonl", TEXTS)
     write_jsonl(folder / "test.jsonl", [words(i) for i in range(1000, 1005)])
@@ -43,7 +43,7 @@ def hub(folder: Path, *overrides: str) -> list[str]:
 
 
 def first_tokens(rows: list[list[Row]], seq_len: int = 16) -> list[int]:
-    """The row of tokens that one rank's windows were cut from."""
+    """Returns the sequence of tokens that one rank's windows were cut from."""
     inputs = [row[:seq_len] for step in rows for row in step]
     return [token for row in inputs for token in row]
 
@@ -157,8 +157,11 @@ def test_texts_are_shuffled_in_blocks(tmp_path: Path) -> None:
 def test_resume_reads_only_what_is_to_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: bool, workers: int
 ) -> None:
-    """On another number of ranks too. What is read: the begun block, what is trained on, and texts that wait: for the
-    shuffle, and for the tokenizer, which gets 64 KiB at once."""
+    """A resumed stream skips earlier rows, also on another number of ranks.
+
+    It reads the current block, the texts to train on, and texts that wait for the shuffle or for the tokenizer, which
+    gets 64 KiB at once.
+    """
     for number in range(3):
         write_jsonl(tmp_path / f"train-{number}.jsonl", (words(1000 * number + i, 200) for i in range(100)))
     overrides = [*hub(tmp_path, f"data.shuffle={shuffle}"), "data.seq_len=128", f"data.num_workers={workers}"]
@@ -181,7 +184,7 @@ def test_resume_reads_only_what_is_to_come(
 
 
 def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every text that is taken out of a row from here on."""
+    """Returns a list that collects every text taken out of a row from now on."""
     read: list[str] = []
     original = trainer.data.stream.text_of
 
@@ -242,7 +245,7 @@ def test_data_sets_that_are_refused(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_that_breaks_off_says_where(tmp_path: Path, workers: int) -> None:
-    """In a loader process too, the error arrives as one line and not as that process's traceback."""
+    """The error is one line. If a loader process raised it, that process's traceback is left out."""
     write_jsonl(tmp_path / "train-0.jsonl", TEXTS)
     (tmp_path / "train-1.jsonl").write_text("{broken")
     overrides = hub(tmp_path, "data.shuffle=false", "train.eval_samples=0", f"data.num_workers={workers}")

@@ -1,4 +1,4 @@
-"""The byte tokenizer is a real one, and any other is checked before it is used."""
+"""The byte tokenizer is a real tokenizer, and any other tokenizer is checked before it is used."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_byte_tokenizer_is_loaded_again_from_an_exported_folder(tmp_path: Path) 
 
 
 def save_bpe(folder: Path, *, vocabulary: int = 300, **special: str) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE that puts <s> before each text unless disabled, as Llama's does."""
+    """Saves a small byte-level BPE. Like Llama's, it puts <s> before each text unless disabled."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -152,7 +152,7 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 
 def test_hub_that_cannot_be_reached() -> None:
-    """In a process of its own, because the libraries look at HF_HUB_OFFLINE when they are imported."""
+    """The test runs in its own process, because the libraries read HF_HUB_OFFLINE when they are imported."""
     code = """
 from configs.errors import DataError
 from tests.support.data_cases import data_of

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: what it says for known plans, and that nothing which matters is left to a default."""
+"""DeepSpeed's JSON has the expected settings for known plans and leaves no setting that matters to a default."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_settings_of_deepspeed_pass_through() -> None:
     disk += ["parallel.deepspeed.aio.block_size=4194304", "parallel.deepspeed.aio.intra_op_parallelism=3"]
     made, usual = settings("zero3_nvme", *disk, size=TINY), settings("zero3_nvme", *disk[:1], size=TINY)
     assert made["aio"] == usual["aio"] | {"queue_depth": 32, "block_size": 2**22, "intra_op_parallelism": 3}
-    # What is smaller than a block stays in memory: states are grouped to four of them.
+    # Whatever is smaller than a block stays in memory, so each group of states has the size of four blocks.
     assert made["zero_optimization"]["sub_group_size"] == 4 * usual["zero_optimization"]["sub_group_size"] == 2**22
     assert made["zero_optimization"]["offload_param"]["buffer_size"] * 4 % (3 * 1024) == 0
 

@@ -1,4 +1,4 @@
-"""Steps under DeepSpeed that must not harm, or that differ in 16 bit: refused, dropped, overflowed."""
+"""Refused, dropped and overflowed steps do no harm under DeepSpeed, and 16-bit steps stay near float32."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.test_checkpoint_run import start_and_listen
 
 ACCUMULATE = "train.gradient_accumulation_steps=2"
 FLOAT32 = ["zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload", "zero1_tensor", "zero2_tensor"]
-# Over tensor parallel: groups of two ranks, two of them, so that both kinds of collective are there.
+# With tensor parallelism there are two groups of two ranks, so both kinds of collective occur.
 PROCESSES = {"zero1_tensor": 4, "zero2_tensor": 4}
-# In 16 bit other buffers hold the gradient than in float32.
+# With 16-bit precision, the gradient is in other buffers than with float32.
 OFTEN_NARROW = {"bf16": ("zero1", "zero3"), "fp16": ("zero2_tensor",)}
 REFUSALS = [(layout, "fp32") for layout in FLOAT32] + [(layout, "bf16") for layout in FLOAT32 if layout != "zero2"]
 
 
-# Each stage, with offload and over tensor parallel; in 16 bits stage 1 to 3 have an optimizer of another class each.
+# Each stage, offload and tensor parallelism. With 16-bit precision, stages 1 to 3 each have their own optimizer class.
 OFTEN_REFUSED = {
     "fp32": ["zero2", "zero1_tensor"],
     "bf16": ["zero1", "zero3", "zero2_offload"],
@@ -71,7 +71,7 @@ def test_bad_gradient_is_refused_and_dropped_on_disk(tmp_path: Path) -> None:
 )
 def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str) -> None:
     expected = reference("llama", "fp32", 6, ACCUMULATE)
-    # A scale that float16 gradients of this model never overflow: a skipped step would set the runs apart.
+    # This model's float16 gradients never overflow at this scale. A skipped step would make the runs diverge.
     keys = (ACCUMULATE, "precision.loss_scale_init=1024")
     found = run_ranks(PROCESSES.get(layout, 2), train_float16, words("llama", layout, precision, 6, *keys))[0]
     assert all(found.updated)
@@ -110,7 +110,7 @@ def test_fp16_overflow_halves_the_scale_and_skips(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", rows(zip(("zero1", "zero3")), lambda layout: layout == "zero1"))
 def test_growing_scale_leaves_the_gradient_alone(layout: str) -> None:
-    """DeepSpeed's own dynamic scale divides the gradient of the step after which it grows by the doubled number."""
+    """If DeepSpeed's own dynamic scale doubles after a step, it divides that step's gradient by the doubled scale."""
     run = words("llama", layout, "fp16", 6, ACCUMULATE, "precision.loss_scale_init=1024")
     growing = run_ranks(2, train_float16, [*run, "precision.loss_scale_window=2"])[0]
     constant = run_ranks(2, train_float16, [*run, "precision.loss_scale=1024"])[0]
@@ -121,7 +121,7 @@ def test_growing_scale_leaves_the_gradient_alone(layout: str) -> None:
 
 
 def test_reduction_in_16_bit_is_coarser() -> None:
-    """precision.reduce_dtype reaches DeepSpeed: the same run with gradients rounded on their way."""
+    """`precision.reduce_dtype` reaches DeepSpeed: the same run rounds its gradients in the reduction."""
     wide = run_ranks(2, train, words("llama", "zero2", "fp32", 3, ACCUMULATE))[0]
     narrow = run_ranks(2, train, words("llama", "zero2", "fp32", 3, ACCUMULATE, "precision.reduce_dtype=bfloat16"))[0]
     assert wide.losses[0] == narrow.losses[0]

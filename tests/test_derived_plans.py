@@ -1,4 +1,4 @@
-"""Tensor-parallel plans that are derived from a small copy of the model: what they cut, and what the check finds."""
+"""Tensor-parallel plans derived from a small copy of the model shard the right layers, and the check finds mistakes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.model.build import build_model
 
 ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise")
 EXPECTED: dict[str, dict[str, str]] = {
-    # Code that counts its heads in an attribute.
+    # The code of this model counts its heads in an attribute.
     "opt": {
         "model.decoder.layers.*.self_attn": "divide:num_heads",
         **{f"model.decoder.layers.*.self_attn.{name}": style for name, style in ATTENTION.items()},
@@ -21,19 +21,19 @@ EXPECTED: dict[str, dict[str, str]] = {
         "model.decoder.layers.*.fc1": "colwise",
         "model.decoder.layers.*.fc2": "rowwise",
     },
-    # Attention whose bias counts all heads stays whole; its matrices do not.
+    # The attention stays whole, because its bias counts all heads. Its matrices are sharded.
     "bloom": {
         "transformer.h.*.self_attention.query_key_value": "colwise_gather_output",
         "transformer.h.*.self_attention.dense": "colwise_gather_output",
         "transformer.h.*.mlp.dense_h_to_4h": "colwise",
         "transformer.h.*.mlp.dense_4h_to_h": "rowwise",
     },
-    # A recurrence over channels that a matrix in the middle mixes.
+    # The recurrence runs over channels, which a matrix in the middle mixes.
     "mamba": {
         "backbone.layers.*.mixer.in_proj": "colwise_gather_output",
         "backbone.layers.*.mixer.out_proj": "rowwise_split_input",
     },
-    # Numbers that are places in a sequence, not layers.
+    # The numbers in these names are positions in an `nn.Sequential`, not layers.
     "ctrl": {"transformer.h.*.ffn.0": "colwise", "transformer.h.*.ffn.2": "rowwise"},
 }
 
@@ -47,7 +47,7 @@ def test_what_is_cut(model_type: str) -> None:
 
 
 def test_derived_plans_pass_the_check() -> None:
-    """A norm of each head between the matrices, a short convolution, a tied bias of the head."""
+    """The models have per-head norms between the matrices, a short convolution, or a tied bias of the LM head."""
     types = ["lfm2", "persimmon", "bert", "falcon"]
     assert run_ranks(2, tensor_cases.checked_types, types) == [dict.fromkeys(types, "")] * 2
 

@@ -1,4 +1,4 @@
-"""The table of known GPUs: found by torch's names, never mistaken for a relative."""
+"""The table of known GPUs is searched by torch's names and never answers with a similar GPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ GIB = 2**30
         ("Tesla T4", "T4"),
         ("AMD Instinct MI300X VF", "MI300X"),
         ("h100-sxm", "H100-SXM"),
-        # As people write them.
+        # Names as people write them.
         ("h100", "H100-SXM"),
         ("H100_SXM5 80GB", "H100-SXM"),
         ("h100-pcie", "H100-PCIe"),
@@ -107,7 +107,7 @@ def test_peaks_are_dense_and_memory_is_what_cuda_can_allocate() -> None:
     assert v100.peak_flops(DType.bfloat16) is None
     assert v100.peak_flops(DType.float32, tf32=True) is None
     for gpu in GPUS:
-        # The advertised size (in GiB for all but the HBM3e cards), less error correction and what the driver keeps.
+        # Memory is the advertised size (in GiB except for HBM3e cards) minus error correction and the driver's share.
         size = re.search(r"(\d+)gb", f"{gpu.name} {_ALIASES.get(gpu.name, '')}".lower())
         if size:
             assert 0.9 * int(size[1]) < gpu.memory_bytes / GIB < int(size[1]), gpu.name

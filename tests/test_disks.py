@@ -1,4 +1,4 @@
-"""A disk that is full or cannot be read, in each thing that a run writes or reads: one line, an end on record."""
+"""A full or unreadable disk ends a run with one line and a recorded status, whichever file it affects."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(words: list[str], disk: str = "", place: str = "") -> tuple[int, list[str]]:
-    """The run's exit code, and its lines on stderr. Rank 0's disk is full from `place` on."""
+    """Returns the run's exit code and the lines of its stderr. Rank 0's disk is full from `place` on."""
     if os.environ["RANK"] == "0" and place:
         PLACES[place](Path(disk))
     heard = io.StringIO()
@@ -48,7 +48,7 @@ def start(words: list[str], disk: str = "", place: str = "") -> tuple[int, list[
 
 
 def start_closed(words: list[str], path: str) -> tuple[int, list[str]]:
-    """As `start`, where permissions keep everybody out of a file or folder."""
+    """Like `start`, but permissions close the file or folder to everybody."""
     with closed_to_all(Path(path)):
         return start(words)
 
@@ -105,7 +105,7 @@ PLACES = {
 
 
 def failed(run: Path) -> str:
-    """The reason of a run that has failed for good."""
+    """Returns the reason of a run that has failed for good."""
     status = read_status(run)
     assert (status["state"], status["exit_code"], status["retry"]) == ("failed", EXIT_FAILED, False), status
     return str(status["reason"])
@@ -194,7 +194,7 @@ def test_a_lock_that_a_launcher_cannot_read_is_one_line(tmp_path: Path, capsys: 
 
 
 def test_a_finished_run_goes_on_with_more_steps_under_a_constant_schedule(tmp_path: Path) -> None:
-    """Among its metrics are lines that are none, which the start that goes on leaves out."""
+    """The metrics contain invalid lines, which the resumed run leaves out."""
     run, constant = tmp_path / "run", "scheduler=constant"
     ((code, _),) = run_ranks(1, start, overrides(run, constant, "train.steps=8"))
     assert code == EXIT_FINISHED

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOOR = re.compile(r"^(python -m [\w.]+|torchrun|memory-estimate|cookbook)\b", re.MULTILINE)
-# These blocks start interpreters, so that each entry point has run in one; the others are forks of a process that has
-# imported torch already.
+# These blocks start interpreters, so each entry point has run in one. The other blocks run in forks of a process that
+# has already imported torch.
 INTERPRETERS = (
     "python -m launch parallel=ddp data=synthetic data.seq_len=32",
     "torchrun ",
@@ -31,10 +31,10 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, one bash block) for all pages. The lines of a block run in one shell, one after another."""
+    """Returns (page, bash block) for all blocks. The lines of a block run in one shell, one after another."""
     found = []
     for page in PAGES:
-        if is_chinese(page):  # whose commands are those of its English page
+        if is_chinese(page):  # its commands are those of the English page
             continue
         for block in BLOCK.findall(page.read_text()):
             found.append((page.name, block))
@@ -48,7 +48,7 @@ def test_the_pages_show_commands() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("page", "block"), commands(), ids=lambda value: shlex.quote(value)[:60])
 def test_commands_run_as_printed(page: str, block: str, tmp_path: Path) -> None:
-    """In a folder with the README and docs as in a checkout, whose runs/ goes away with the test."""
+    """The commands run in a folder with the README and docs as in a checkout. Its runs/ is deleted with the test."""
     for name in ("README.md", "docs", "configs", "launch", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     own = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} if block.startswith(INTERPRETERS) else {}
@@ -86,7 +86,7 @@ def test_every_layout_is_in_the_readme() -> None:
 
 
 def test_a_newcomer_finds_every_command_of_the_readme() -> None:
-    """The path of `python -m tests.newcomer`: the two commands at the head, each block, each entry point, in order."""
+    """`python -m tests.newcomer` runs the two commands at the head, each block and each entry point, in order."""
     page = (ROOT / "README.md").read_text()
     found = list(newcomer.commands(page, tests=True))
     assert found[:2] == ["bash launch/demo.sh", newcomer.TESTS]

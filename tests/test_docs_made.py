@@ -1,7 +1,7 @@
-"""The made parts of the pages are what the code makes today; the Chinese contents page keeps step with the README.
+"""The generated parts of the pages match the code, and the Chinese contents page matches the README.
 
-Quick parts are made again and compared. Tables that take runs or traces are checked in form, and so that their numbers
-add up; `python -m tests.docs.write` makes them again.
+Quick parts are generated again and compared. Tables that need runs or traces are checked for their form and for numbers
+that add up; `python -m tests.docs.write` generates them again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _name(part: Part) -> str:
 
 
 def test_parts_were_found() -> None:
-    """Every marker that begins is a part, and every function that makes one is used."""
+    """Every begin marker starts a part, and every function that generates a part is used."""
     begun = sum(page.read_text().count("<!-- made:") for page in pages())
     assert begun == len(PARTS) >= 90
     assert {part.name for part in PARTS} == {*QUICK, *COSTLY}
@@ -103,13 +103,13 @@ def test_each_technique_has_all_that_the_readme_promises(name: str) -> None:
     made = {part.name for part in PARTS if part.page == page}
     assert made >= {"difference", "memory", "refusal"}
     assert made & {"ranks", "drawing"}
-    assert name == "nvme-offload" or "measured" in made  # whose disk and host are predicted only
+    assert name == "nvme-offload" or "measured" in made  # its disk and host are only predicted
     assert "parity" in made or "tests/test_parity.py" in text
 
 
 @pytest.mark.parametrize("page", sorted(chinese.FOLDER.glob("*.md")), ids=lambda page: page.stem)
 def test_a_chinese_chapter_keeps_step_with_its_english_one(page: Path) -> None:
-    """Commands, messages, tables, numbers and links, section by section."""
+    """Commands, messages, tables, numbers and links agree, section by section."""
     assert not list(chinese.differences(page)), "\n".join(chinese.differences(page))
 
 
@@ -149,7 +149,7 @@ def test_each_chapter_leads_to_the_next() -> None:
 
 
 def test_the_parity_page_is_as_it_is_written() -> None:
-    """All but the numbers and the versions."""
+    """Everything but the numbers and the versions is rendered again and compared."""
     page = (ROOT / "docs" / "parity.md").read_text()
     rows = read_rows(page)
     assert len(rows) > 150
@@ -160,7 +160,7 @@ def test_the_parity_page_is_as_it_is_written() -> None:
 
 
 def test_what_stage_2_and_stage_3_partition() -> None:
-    """The sentences of docs/zero-and-fsdp.md about its table, held against its numbers."""
+    """The sentences of docs/zero-and-fsdp.md about its table agree with the table's numbers."""
     table = next(part.text for part in PARTS if part.name == "holding")
     rows = {line.split("`")[1]: [float(cell) for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:]}
     before = {name: row[:2] for name, row in rows.items()}
@@ -213,6 +213,6 @@ def test_anchors_lead_to_headings() -> None:
 
 
 def _slug(heading: str) -> str:
-    """As GitHub makes it."""
+    """Returns the anchor that GitHub gives the heading."""
     kept = re.sub(r"[^\w\- ]", "", heading.lstrip("# ").strip().lower())
     return kept.replace(" ", "-")

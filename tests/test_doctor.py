@@ -1,4 +1,4 @@
-"""`cookbook doctor` examines this very machine; `cookbook completion` answers in the shells that are here."""
+"""`cookbook doctor` examines this machine, and `cookbook completion` works in the installed shells."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "
 
 
 def doctor(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, str]]:
-    """The exit code, and the first line about each thing, by its name; `!`: it is wrong."""
+    """Returns the exit code and the first line about each item, by its name. A line with `!` reports a problem."""
     code = cookbook(["doctor", *words])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.endswith(":")]
     said: dict[str, str] = {}
@@ -41,12 +41,12 @@ def test_every_layout_is_examined(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     code, said = doctor(capsys, "cluster.device=cpu", f"train.run_dir={tmp_path}/a/b")
-    assert code == 0  # nobody asked for the layouts that cannot run
+    assert code == 0  # the layouts that cannot run were not requested
     assert group_options()["parallel"] == [name for name in said if name in group_options()["parallel"]]
     assert said["tensor"] == " can run: 2 process(es) on cpu, tp 2"
     assert said["expert"].startswith("!parallel.ep=null: llama has no experts")
     assert said["zero3_nvme"].startswith("!parallel.offload.nvme_path=null: ")
-    # The disk of the nearest folder that exists, and nothing is left in it.
+    # The disk is that of the nearest existing folder, and no file is left in it.
     assert re.fullmatch(rf" {tmp_path} has [\d.]+ GiB free, writes [\d.]+ GB/s", said["disk"])
     assert list(tmp_path.iterdir()) == []
     assert said["python"].endswith(sys.executable)
@@ -76,7 +76,7 @@ def test_a_layout_that_is_named_decides_the_exit_code(tmp_path: Path, capsys: py
 
 
 def test_what_is_missing_is_said_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # The driver shows GPUs, and the torch that is installed here cannot use them.
+    # The driver shows GPUs, but the installed torch cannot use them.
     monkeypatch.setattr(examined, "find_machine", lambda: Machine(gpus=2))
     monkeypatch.setattr(examined.torch.version, "cuda", None)
     monkeypatch.setattr(examined.torch.cuda, "device_count", lambda: 0)
@@ -145,13 +145,13 @@ def test_completion_in_a_shell(shell: str, script: str) -> None:
         pytest.skip(f"{shell} is not installed")
     done = subprocess.run([shell, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     first, second = done.stdout.split()
-    # Bash replaces what stands behind the "=", fish the whole word.
+    # Bash replaces the text after the "=", and fish replaces the whole word.
     assert (first.removeprefix("parallel="), second) == ("fsdp_offload", "doctor"), done
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
 def test_completion_in_zsh() -> None:
-    """Zsh completes in an interactive shell alone: one on a terminal of its own."""
+    """Zsh completes only in an interactive shell, so it gets its own terminal."""
     child, terminal = pty.fork()
     if child == 0:
         os.execvpe("zsh", ["zsh", "-f"], ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""`data.document_mask`: a packed sample is its documents, under every layout."""
+"""With `data.document_mask`, a packed sample computes the same as its separate documents, under every layout."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_packed_sample_is_its_documents(name: str, attention: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_lengths_are_the_mask(name: str) -> None:
-    """Two rows at once, forwards and backwards: a kernel that is given lengths computes what a mask does."""
+    """A kernel that gets lengths computes the same forward and backward as a mask, for two rows at once."""
     config = load_config([*MODELS[name], "model.attention=sdpa"])
     model = build_model(config.model, build_hf_config(config.model))
     weights = open_weights(config.model, model, seed=0)(model)
@@ -102,7 +102,7 @@ def test_lengths_are_the_mask(name: str) -> None:
             check_document_mask(model.config, lengths=True)
             model.set_attn_implementation(NAME)
             give_lengths(model)
-            model = copy.deepcopy(model)  # as stages of a pipeline are made
+            model = copy.deepcopy(model)  # pipeline stages are made this way
         logits = model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False).logits
         loss = cross_entropy_sum(logits, packed.labels)
         found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
@@ -134,7 +134,7 @@ def test_an_architecture_that_cannot_is_refused() -> None:
 
 
 def test_lengths_take_no_memory_of_a_mask(capsys: pytest.CaptureFixture[str]) -> None:
-    """seq_len x seq_len values of a mask are in the estimate where a mask is built, and nowhere else."""
+    """The estimate counts the seq_len x seq_len values of a mask only where a mask is built."""
     long = ["model=tiny", "data.seq_len=2048", "model.config.max_position_embeddings=2048", "precision=bf16"]
     keys = [*long, "train.micro_batch_size=2", "cluster=8xh100", "cluster.gpus_per_node=1", "estimate.format=json"]
     peaks = []

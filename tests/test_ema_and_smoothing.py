@@ -1,6 +1,6 @@
-"""`optimizer.ema` and `train.label_smoothing`: what they compute, where they lie, what refuses them.
+"""`optimizer.ema` and `train.label_smoothing`: their values, their storage, and their refusals.
 
-Under every layout: `test_parity.test_smoothed_labels_noise_and_averaged_weights_equal_single_process`.
+`test_parity.test_smoothed_labels_noise_and_averaged_weights_equal_single_process` tests them under every layout.
 """
 
 from __future__ import annotations
@@ -93,8 +93,10 @@ def go_on(folder: str, layout: str, steps: int, *more: str) -> int:
 
 
 def finish(folder: str) -> list[int]:
-    """From another layout's checkpoint; a run without a break; an export; and a refused start, which changes no file
-    of the run that has ended."""
+    """Resumes from another layout's checkpoint, trains without a break, exports, and makes a start that is refused.
+
+    The refused start changes no file of the finished run.
+    """
     return [
         go_on(folder, "single", 4),
         go_on(f"{folder}/alone", "single", 4),

@@ -1,4 +1,4 @@
-"""One rank runs out of memory: its own line, its name, exit code 1, and nobody waits for it for ever."""
+"""A rank that runs out of memory ends with one line that names it and exit code 1. No other rank waits forever."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 2**20
 
 
 def test_a_process_without_memory_says_so(tmp_path: Path) -> None:
-    """Embedding, head and logits of 400,000 words, their gradients and moments: more than the process may have."""
+    """Embedding, head and logits of 400,000 vocabulary entries, with gradients and moments, exceed the memory limit."""
     run = tmp_path / "run"
     large = ("model.config.vocab_size=400000", "train.eval_samples=0", "train.export=false", f"train.run_dir={run}")
     with pytest.raises(RankFailed, match=f"exit code {EXIT_FAILED}"):
@@ -60,7 +60,7 @@ def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
 
 @pytest.mark.parametrize("limit", [300 * MIB, 700 * MIB])
 def test_a_process_that_cannot_load_its_libraries_says_so(limit: int, tmp_path: Path) -> None:
-    """The first limit is met by the linker, the second by Python, somewhere among the imports."""
+    """The linker hits the first limit, and Python hits the second one during the imports."""
     words = ["data=synthetic", "parallel=single", "train.steps=2", f"train.run_dir={tmp_path / 'run'}"]
     ended = subprocess.run(
         [sys.executable, "-m", "trainer", *words],
