@@ -1,6 +1,6 @@
-"""Experts over ranks: the exchange of tokens, what is refused, and checkpoints from and to any number of ranks.
+"""Expert parallelism: token exchange, refused combinations, and checkpoints saved and loaded with any number of ranks.
 
-Parity of the layouts: test_parity. Memory against measurement: test_memory_measured.
+test_parity checks the parity of the layouts; test_memory_measured compares the predicted memory with measurements.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 
 MIXTURE = ["model=tiny", "model.config.model_type=mixtral", "model.config.num_local_experts=4"]
-# One rank of two gets nothing; one token goes nowhere twice; each token to both ranks.
+# Two ranks hold two experts each. One rank gets no token; the ranks get different numbers; each gets every token.
 ROUTES = {
     "all to one rank": [[0, 1]] * 4,
     "uneven": [[0, 1], [0, 3], [1, 0], [2, 0], [1, 0]],
@@ -42,7 +42,7 @@ def test_a_token_goes_to_each_rank_once() -> None:
     assert expected_rows(1, 8, 2) == 1
     assert expected_rows(2, 2, 2) == 2
     assert expected_rows(4, 8, 1) == pytest.approx(1)
-    # Of 28 pairs of 8 experts, 4 are on one rank of 4.
+    # 8 experts form 28 pairs. With 4 ranks, 4 of these pairs lie on one rank.
     assert expected_rows(4, 8, 2) == pytest.approx((4 * 1 + 24 * 2) / 28)
 
 
@@ -86,7 +86,7 @@ def test_a_skewed_router_takes_more_memory(tmp_path: Path, capsys: pytest.Captur
         assert memory_estimate([*asked, f"estimate.imbalance={imbalance}", "estimate.format=json"]) == 0
         peaks.append(json.loads(capsys.readouterr().out)["ranks"][0]["peak_allocated_bytes"])
     assert peaks[1] > 1.02 * peaks[0]
-    # A token's two experts are both on one of two ranks: more than all tokens does not come.
+    # At 2, one of the two ranks already receives all tokens, so 3 changes nothing.
     assert peaks[2] == peaks[1]
     assert memory_estimate(asked) == 0
     assert "at worst 2, where all go to experts of one rank" in capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_more_ranks_than_experts_hold_equal_shares(tmp_path: Path, capsys: pytes
 
 
 def test_checkpoints_go_on_under_any_number_of_expert_ranks(tmp_path: Path) -> None:
-    """Written by divided experts and by one process; read under other divisions, cut matrices and shards."""
+    """Expert-parallel ranks and a single process write checkpoints; other ep sizes, TP and FSDP read them."""
 
     def asked(layout: str, *keys: str) -> list[str]:
         saving = (f"checkpoint.every={SAVED}", "checkpoint.final=false", "model.config.num_hidden_layers=2")
@@ -124,5 +124,5 @@ def test_checkpoints_go_on_under_any_number_of_expert_ranks(tmp_path: Path) -> N
     ):
         folders = [str(tmp_path / source) for source in sources]
         for journal in run_ranks(processes, resume_each, asked(layout, *keys), folders, STEPS - SAVED)[0]:
-            # Routers compute in float32: a sum in another order may round to the neighbouring number.
+            # Routers compute in float32, where a different summation order may change the last bit.
             assert apart(journal, whole) <= 1e-8, layout

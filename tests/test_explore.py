@@ -1,4 +1,4 @@
-"""The page of `estimate.explore`: its numbers are those of memory-estimate, and a browser shows it as people need."""
+"""The page of `estimate.explore` shows the numbers of memory-estimate, and it is usable in a browser."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from trainer.estimate.render import LABELS
 
 WORDS = ["model=tiny", "cluster=8xl4", "cluster.gpus_per_node=1", "precision=bf16", "data.seq_len=128"]
 WORDS += ["train.global_batch_size=64", "cluster.gpu_memory_gib=0.055"]
-# So that of so small a model some do not fit.
+# Leaves so little memory that some combinations do not fit, although the model is small.
 ASSUMED = ["estimate.context_gib=0"]
 TOTALS = ("peak allocated", "peak reserved by torch", "CUDA context, NCCL (assumed)", "on the device (nvidia-smi)")
-# preset, micro-batch, recompute, optimizer: places of the options.
+# Options to choose on the page: preset, micro-batch size, recompute, optimizer.
 CHOICES = [("single", "8", "none", "adamw"), ("zero1", "1", "full", "sgd"), ("zero3_offload", "2", "full", "adamw")]
 REFUSED = ("zero3", "1", "selective", "sgd")
 
@@ -54,7 +54,7 @@ def choose(page: Page, preset: str, size: str, recompute: str, optimizer: str) -
 
 
 def shown(page: Page) -> dict[str, str]:
-    """The table's rows."""
+    """Returns the rows of the table as label -> value."""
     cells = page.run(
         '[...document.querySelectorAll("#parts tr")].map((row) => [...row.cells].map((c) => c.textContent))'
     )
@@ -91,7 +91,7 @@ def test_the_page_shows_what_memory_estimate_prints(
 
 
 def _busiest(printed: str) -> int:
-    """The column of the rank that needs most."""
+    """Returns the column of the rank that needs the most memory."""
     titles = next(line for line in printed.splitlines() if line.startswith("GiB per GPU"))
     kinds = re.split(r"\s{2,}", titles)[1:]
     return next((place for place, kind in enumerate(kinds) if "(busiest)" in kind), 0)

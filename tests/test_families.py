@@ -1,4 +1,4 @@
-"""Families of mixtures of experts: each trains alike under every layout, and goes to the hub and back by its names."""
+"""Each MoE family trains equally under every layout, and loads and exports the parameter names of the hub."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from trainer.model.fitting import persistent_buffers, quiet
 from trainer.model.weights import open_weights
 
 OFTEN = ("deepseek_v3", "gpt_oss", "qwen2_moe")
-"""With every change: latent attention, dense layers before the others, a shared expert; biases, sinks and windows; a
-gated shared expert. The rest has their parts in other orders."""
+"""Families tested with every change. They cover latent attention, dense first layers and a shared expert (deepseek_v3);
+biases, sinks and windows (gpt_oss); and a gated shared expert (qwen2_moe). The other families recombine these parts."""
 ADAPTED = ("deepseek_v3", "gpt_oss")
 LAYOUTS = {
     "expert": ["parallel=expert"],
@@ -36,7 +36,7 @@ LAYOUTS = {
     "expert, sequence parallel": ["parallel=expert", "parallel.tp=2", "parallel.sequence_parallel=true"],
 }
 RANKS = {"expert, sequence parallel": 4}
-"""Of those with more than two."""
+"""Number of ranks, for the layouts that need more than two."""
 GROUPS = {"often": OFTEN, "rest": tuple(name for name in FAMILIES if name not in OFTEN)}
 
 
@@ -74,8 +74,8 @@ def test_a_family_equals_one_process(layout: str, group: str) -> None:
 
 @pytest.mark.nightly
 def test_only_float32_parts_differ_between_four_ranks_and_one() -> None:
-    """Routers compute their softmax in float32 whatever the model's dtype: qwen3_moe's gradient norm under tp=4 is then
-    2e-7 from that of one process. Here that part is in float64 too."""
+    """Routers compute their softmax in float32 for every model dtype, so the gradient norm of qwen3_moe under tp=4
+    differs by 2e-7 from a single process. This test runs the softmax in float64 too."""
     four = words_of("qwen3_moe", "single", "parallel=tensor", "parallel.tp=4")
     expected = run_ranks(1, train_all, {"one": words_of("qwen3_moe", "single")})[0]["one"]
     assert distance(run_ranks(4, train_all, {"four": four})[0]["four"], expected).largest <= 1e-10
@@ -87,7 +87,8 @@ def adapted_alone(stacks: bool) -> dict[str, Trained]:
 
 
 def adapters(stacks: bool) -> list[str]:
-    """Those of an empty list can be cut by tensor parallel; stacked experts get them where they are named."""
+    """Returns the LoRA overrides. Stacked experts only get adapters when they are named as target modules; the default
+    targets can be sharded by tensor parallel."""
     named = "tuning.target_modules=[experts.gate_up_proj,experts.down_proj,o_proj]"
     return ["tuning=lora", "tuning.rank=2", *([named] if stacks else [])]
 
@@ -106,7 +107,7 @@ def test_adapters_of_a_family_equal_one_process(layout: str, stacks: bool) -> No
 
 
 def test_a_folder_with_the_hubs_names_begins_every_layout_alike(tmp_path: Path) -> None:
-    """Its experts lie one by one, and the model holds them stacked."""
+    """The folder stores each expert separately, while the model holds them stacked."""
     with quiet():
         their_model("mixtral").save_pretrained(tmp_path / "there")
     path = f"model.path={tmp_path}/there"

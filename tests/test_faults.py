@@ -1,4 +1,4 @@
-"""The script that counts faults: one kind for real, a fault that is not survived, and the table on its page."""
+"""The fault-counting script injects one kind of fault, reports a fault that is not survived, and writes its table."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`precision=fp8`: the same products under every layout that cuts no matrix, near ones where one is cut, and near
-bfloat16 over a longer run."""
+"""`precision=fp8` gives equal results under every layout that shards no matrix and close results where one is sharded.
+It stays close to bfloat16 over a longer run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from trainer.plan.machine import Machine
 STEPS, EXACT = 4, 2
 FLOAT32, NEAR, LONG = 1e-5, 5e-3, 50
 WIDE = "precision.param_dtype=float32"
-"""What is not float8 in float32: a difference is then one of scales."""
+"""Runs everything outside float8 in float32, so a difference can only come from the scales."""
 ONE_AT_A_TIME = "train.micro_batch_size=2"
-"""A tensor's scale is that of one micro-batch, so one process must compute with the same micro-batches."""
+"""Each micro-batch has its own tensorwise scales, so the single process must use the same micro-batches."""
 EQUAL: dict[str, int] = {
     **{"ddp": 2, "fsdp": 2, "fsdp precision.float8.all_gather=false": 2, "hsdp": 4, "fsdp_offload": 2},
     **{"fsdp parallel.reshard_after_forward=false": 2, "fsdp train.activation_checkpointing=selective": 2},
@@ -42,8 +42,9 @@ def keys(recipe: str = "tensorwise") -> tuple[str, ...]:
 
 
 def assert_equal(found: Trained, expected: Trained, exact: int = EXACT) -> None:
-    """Equal in the first steps, near in all. The last bit of a gradient depends on the order of a sum, so on the layout
-    and on the processor; in a later step it may flip a code, which moves a norm by percents."""
+    """The runs are equal in the first steps and close in all steps. The last bit of a gradient depends on the summation
+    order, which depends on the layout and the processor. In a later step that bit may flip a float8 code, which changes
+    the gradient norm by some percent."""
     pairs = [*zip(found.losses[:exact], expected.losses[:exact], strict=True)]
     pairs += zip(found.grad_norms[:exact], expected.grad_norms[:exact], strict=True)
     assert all(abs(a / b - 1) <= FLOAT32 for a, b in pairs), pairs
@@ -62,7 +63,7 @@ def test_layout_equals_single_process(layout: str) -> None:
 
 
 def test_compiled_layers_multiply_in_float8_too() -> None:
-    """By torch's tracing without code generation; traced layers cast and scale as eager ones do."""
+    """torch traces the layers without code generation. Traced layers cast and scale like eager ones."""
     expected = reference("llama", "fp8", STEPS, *keys())
     found, graphs = run_ranks(1, train_compiled, words("llama", "single", "fp8", STEPS, *keys(), "train.compile=true"))[
         0
@@ -73,16 +74,16 @@ def test_compiled_layers_multiply_in_float8_too() -> None:
 
 
 def test_blocks_are_the_same_wherever_a_matrix_is_cut() -> None:
-    """Two ranks' halves, cut at a multiple of 32: the products that are put together hold the bits of one process, and
-    those that are added up differ by the order of a sum."""
+    """Two ranks hold halves, split at a multiple of 32. Concatenated products are bit-identical to a single process;
+    summed products differ only by the summation order."""
     joined, added, rounded = run_ranks(1, cut_products)[0]
     assert joined == 0 and 0 < added < 1e-6 and rounded > 1e-2, (joined, added, rounded)
 
 
 @pytest.mark.parametrize("layout", rows(zip(("fsdp", "ddp", "tensor")), lambda layout: layout == "fsdp"))
 def test_scales_of_blocks_are_those_of_one_process(layout: str) -> None:
-    """Emulated. Where a matrix is cut the first step is that of one process too, to the order of sums, which then flips
-    codes."""
+    """The test emulates mxfp8. Where a matrix is sharded, the first step still equals a single process up to the
+    summation order. In later steps that rounding flips float8 codes."""
     extra = (*keys("mxfp8"), "model.config.hidden_size=128", "model.config.intermediate_size=128")
     found = run_ranks(2, train, words("llama", layout, "fp8", STEPS, *extra))[0]
     assert_equal(found, reference("llama", "fp8", STEPS, *extra), exact=1 if layout == "tensor" else EXACT)
@@ -97,7 +98,7 @@ def test_scales_of_rows_are_those_of_one_process(recipe: str) -> None:
 
 
 def test_rows_alone_do_not_depend_on_the_micro_batch() -> None:
-    """With gradients of weights in param_dtype every scale is that of one token, or of the weight."""
+    """If weight gradients are computed in param_dtype, every scale belongs to one token or to the weight."""
     recipe = ("precision.float8.recipe=rowwise_with_gw_hp", WIDE)
     found = run_ranks(2, train, words("llama", "ddp", "fp8", STEPS, *recipe, ONE_AT_A_TIME))[0]
     expected = reference("llama", "fp8", STEPS, *recipe)
@@ -106,7 +107,7 @@ def test_rows_alone_do_not_depend_on_the_micro_batch() -> None:
 
 @pytest.mark.parametrize("layout", rows(zip(CUT), lambda layout: layout == "tensor"))
 def test_a_cut_matrix_stays_near_single_process(layout: str) -> None:
-    """Each rank scales its part of a matrix, or of a sequence, by itself."""
+    """Each rank computes the scale of its own shard of a matrix or of a sequence."""
     expected, (preset, *more) = reference("llama", "fp8", STEPS, *keys()), layout.split()
     ranks = run_ranks(CUT[layout], train, words("llama", preset, "fp8", STEPS, *keys(), *more))
     assert all(rank.losses == ranks[0].losses for rank in ranks)
@@ -128,13 +129,13 @@ def test_fifty_steps_stay_near_bfloat16(recipe: str) -> None:
 
 def test_selective_recompute_keeps_every_second_scaled_product() -> None:
     none, full, selective = (run_ranks(1, count_products, mode)[0] for mode in ("none", "full", "selective"))
-    # Of the seven of a layer the first, third, fifth and last are kept.
+    # A layer has seven scaled matmuls; the first, third, fifth and last are kept.
     forward = none // 3
     assert (none, full, selective) == (3 * forward, 4 * forward, 3 * forward + 3 * forward // 7)
 
 
 def test_a_run_goes_on_under_another_layout_and_in_another_precision(tmp_path: Path) -> None:
-    """Saved are plain parameters, and scales are those of what was loaded."""
+    """Checkpoints hold plain parameters, and the scales are computed from the loaded values."""
     common = [*MODELS["llama"], "data.seq_len=32", "train.global_batch_size=8", ONE_AT_A_TIME, WIDE]
     common += ["logging.progress=lines", "checkpoint.every=2", "scheduler=constant", "train.eval_samples=0"]
     common += ["train.steps=4", "precision=fp8"]
@@ -146,7 +147,7 @@ def test_a_run_goes_on_under_another_layout_and_in_another_precision(tmp_path: P
     assert run_ranks(2, run_trainer, second) == [0, 0]
     expected, found = tensors_of(whole / "model"), tensors_of(rest / "model")
     assert expected.keys() == found.keys()
-    # An update that gets its gradient in another order may round a value to its neighbour in 8 bits.
+    # A gradient that is summed in another order may round a value to the adjacent 8-bit code.
     apart = [(expected[name] - found[name]).abs().max() / expected[name].abs().max() for name in expected]
     assert max(apart) <= 1e-3
     plain = [*common, "precision=bf16", "train.steps=3", f"train.run_dir={tmp_path / 'bf16'}", f"train.resume={half}"]
@@ -167,7 +168,7 @@ def test_what_is_converted_and_what_is_left_out() -> None:
     assert converted("precision.float8.exclude=[down_proj]") == attention | mlp - {"down_proj"}
     assert converted("precision.float8.head=true", "model.config.vocab_size=288") == attention | mlp | {"lm_head"}
     assert converted("precision.float8.head=true", "model.config.vocab_size=261") == attention | mlp
-    # Routers and experts.
+    # Routers and experts are left out.
     mixture = ("model.config.model_type=qwen3_moe", "model.config.num_experts=16", "model.config.num_experts_per_tok=2")
     assert converted(*mixture, "model.config.moe_intermediate_size=32") == attention
 

@@ -1,4 +1,4 @@
-"""DeepSpeed trains here, this trainer goes on from its checkpoint, and DeepSpeed from what this trainer makes of it."""
+"""This trainer resumes from DeepSpeed's checkpoints, and DeepSpeed resumes from the checkpoints exported here."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SOURCES = {
         Source(name="zero1", stage=1, groups=True),
         Source(name="zero2", stage=2, groups=True, tied=True),
         Source(name="zero3", stage=3, groups=True, sub_group=3000),
-        # In bfloat16 stage 1 has another optimizer, and files of another name.
+        # With bfloat16, stage 1 uses another optimizer and other file names.
         Source(name="zero1-bf16", stage=1, groups=True, precision="bf16", data_types=True),
         Source(name="zero3-frozen", stage=3, frozen=("model.embed_tokens",)),
     )
@@ -86,17 +86,18 @@ def test_next_losses_are_those_of_deepspeed(
 ) -> None:
     words = [f"parallel={layout}", "train.steps=5", f"train.run_dir={tmp_path}", f"train.resume={folder / name}"]
     words += [f"model.config.tie_word_embeddings={str(SOURCES[name].tied).lower()}"]
-    # This warm-up of DeepSpeed's begins at zero, and the ones here do not: the rate of the next update is given.
+    # This DeepSpeed warmup starts at zero, unlike the schedules here. The test passes the lr of the next update.
     words += [f"optimizer.lr={open_foreign(folder / name)[1].record.next_lr}"]
     assert set(run_ranks(ranks, run_trainer, [*RUN, *words])) == {0}
-    # The first comes from the weights, the second from moments, step and learning rate too.
+    # The first loss depends on the weights; the second also depends on the moments, the step and the learning rate.
     assert _losses(tmp_path) == pytest.approx(trained[name].losses[3:], rel=1e-6)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("stage", [2, 3])
 def test_checkpoint_of_transformers_trainer_with_deepspeed(tmp_path: Path, stage: int) -> None:
-    """Its names, config and schedule; one process, because on a CPU it does not divide the batch."""
+    """The checkpoint has the names, config and schedule of transformers' Trainer. The test uses one process because the
+    Trainer does not split the batch on a CPU."""
     theirs = run_ranks(1, train_by_transformers, [*RUN, "parallel=single"], str(tmp_path / "out"), stage)[0]
     place, source = open_foreign(tmp_path / "out" / "checkpoint-3")
     assert sorted(source.names()) == sorted(theirs.state)
@@ -109,7 +110,8 @@ def test_checkpoint_of_transformers_trainer_with_deepspeed(tmp_path: Path, stage
 
 @pytest.mark.nightly
 def test_three_ranks_float16_and_deepspeeds_own_converter(tmp_path: Path) -> None:
-    """Rows that do not divide by the ranks; the loss scale; universal checkpoints of `ds_to_universal`."""
+    """Covers rows that the ranks do not divide evenly, the loss scale, and the universal checkpoints of
+    `ds_to_universal`."""
     sources = [
         Source(name="zero1", stage=1),
         Source(name="zero2-half", stage=2, groups=True, precision="fp16"),
@@ -158,7 +160,7 @@ def test_tensor_parallel_comes_through_the_universal_form(tmp_path: Path) -> Non
 
 @pytest.mark.nightly
 def test_deepspeed_goes_on_from_a_run_that_began_here(tmp_path: Path) -> None:
-    """Under another engine and number of ranks; the learning rate of its first update is that of the run."""
+    """DeepSpeed resumes with another engine and number of ranks. Its first update uses the run's learning rate."""
     words = [
         *RUN,
         "train.global_batch_size=6",
@@ -176,7 +178,8 @@ def test_deepspeed_goes_on_from_a_run_that_began_here(tmp_path: Path) -> None:
 
 
 def test_deepspeed_goes_on_bit_by_bit(folder: Path, trained: dict[str, Trained], tmp_path: Path) -> None:
-    """deepspeed -> here -> deepspeed: weights, moments, warm-up and weight decay by group; then under another stage."""
+    """The round trip DeepSpeed -> here -> DeepSpeed keeps weights, moments, warmup and the weight decay of each group.
+    A run of another ZeRO stage resumes from it too."""
     for name in ("zero2", "zero3"):
         assert main(["import", str(folder / name), str(tmp_path / name)]) == 0
         assert main(["export", str(tmp_path / name), str(tmp_path / f"{name}-out"), "--format", "deepspeed"]) == 0
@@ -261,7 +264,7 @@ def test_frozen_parameters_are_refused(
 
 
 def test_names_are_those_of_the_model(folder: Path, trained: dict[str, Trained]) -> None:
-    """A module around the model begins all names; another model is one line."""
+    """A wrapper module's prefix on all names is accepted. A checkpoint of another model is refused in one line."""
     copy = folder / "wrapped"
     shutil.copytree(folder / "zero3", copy)
     for file in copy.glob("*/*model_states.pt"):
@@ -284,7 +287,7 @@ def test_names_are_those_of_the_model(folder: Path, trained: dict[str, Trained])
 
 
 def test_known_objects_are_stand_ins(folder: Path, trained: dict[str, Trained]) -> None:
-    """What scripts hand over with client_state does not stop the import, and nothing of it is executed."""
+    """The import accepts the objects that scripts pass as client_state, and executes none of them."""
     import argparse
 
     import numpy

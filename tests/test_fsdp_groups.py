@@ -1,4 +1,4 @@
-"""`parallel.fsdp.reshard_size`: its process groups, of which NCCL has a communicator each, and what it refuses."""
+"""`parallel.fsdp.reshard_size`: the number of its process groups (NCCL communicators), and its refusal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def no_network() -> Iterator[None]:
 
 
 def groups(*words: str) -> int:
-    """How many a sharded model has made."""
+    """Returns the number of process groups that sharding a model creates."""
     config = load_config(["model=tiny", "parallel=fsdp", f"cluster.gpus_per_node={RANKS}", *words])
     plan, model = make_plan(config, Machine()), build_model(config.model, build_hf_config(config.model))
     before = len(dist.distributed_c10d._world.pg_map)  # pyright: ignore[reportPrivateUsage]

@@ -1,5 +1,5 @@
-"""The contract of the entry points under drawn configurations: exit code 0, 1, 2, 3 or 75, one line per problem, no
-traceback, nothing changed on disk. Overrides and YAML files are drawn from the schema: right, wrong and odd values."""
+"""The entry points keep their contract under random configurations: exit code 0, 1, 2, 3 or 75, one line per problem,
+no traceback, no changes on disk. The schema yields overrides and YAML files with valid, wrong and odd values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-# No network is asked, nothing started, and where memory is estimated, it is that of a small model.
+# The tests use no network, start nothing, and estimate the memory of a small model only.
 LAST = ["dry_run=true", "estimate.gate=off"]
 SMALL = ["model=tiny", "estimate.search=false", "estimate.suggest=false", "estimate.plot=null", "estimate.explore=null"]
 
@@ -61,7 +61,7 @@ ODD = [
 
 
 def right(kind: Any) -> st.SearchStrategy[str]:
-    """A value of the type, as typed."""
+    """Draws a valid value of the type, as a user types it."""
     if get_origin(kind) in (list, dict):
         inner = right(get_args(kind)[-1])
         lists = st.lists(inner, max_size=3).map(lambda values: f"[{','.join(values)}]")
@@ -97,7 +97,7 @@ def folder_contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def environment() -> dict[str, str]:
-    """Without what torch's compiler leaves there when it is imported."""
+    """Returns the environment variables without the one that torch's compiler sets at import."""
     return {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
 
 
@@ -133,7 +133,7 @@ def test_overrides_of_an_estimate(tmp_path: Path, words: list[str]) -> None:
 
 
 def tree(group: str) -> st.SearchStrategy[str]:
-    """A file of a group as text: keys with right and odd values, written as YAML writes them or as they are."""
+    """Draws the text of a file of the group. Its keys have valid and odd values, dumped as YAML or written verbatim."""
     keys = [key for key in schema_keys() if key.startswith(f"{group}.")]
     pairs = st.sampled_from(keys).flatmap(lambda key: values(key).map(lambda value: (key, value)))
 

@@ -1,4 +1,4 @@
-"""`cookbook generate`: what a run, its checkpoint, its adapter and its first weights write."""
+"""`cookbook generate` writes text with a run, its checkpoint, its adapter and its initial weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRAIN += [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `whole`, `lora`, `adapter` and `prompt`, of a model and of three adapters to it."""
+    """Creates the run folders `whole` (a model) and `lora`, `adapter` and `prompt` (three adapters of that model)."""
     folder = tmp_path_factory.mktemp("runs")
     run_ranks(1, door, [*TRAIN, f"train.run_dir={folder / 'whole'}"])
     words = [word for word in TRAIN if not word.startswith("model")]
@@ -44,7 +44,7 @@ def written(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def greedy(folder: Path, prompt: str, tokens: int) -> str:
-    """transformers' own answer."""
+    """Returns the text that transformers generates."""
     tokenizer = build_byte_tokenizer()
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
@@ -117,7 +117,7 @@ def test_a_template_that_fails_is_one_line(tmp_path: Path, capsys: pytest.Captur
     tokenizer = build_byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     tokenizer.save_pretrained(tmp_path)
-    capsys.readouterr()  # transformers' bar of what it has saved
+    capsys.readouterr()  # discards the progress bar of save_pretrained
     assert cookbook(["generate", str(tmp_path), "hello", "--chat"]) == 2
     assert capsys.readouterr().err == (
         f"--chat: the chat template of {tmp_path} fails on a user's message (no users here); mend it, or leave --chat"

@@ -1,4 +1,4 @@
-"""What measures on a GPU, tried on the CPU with tiny shapes: its cases, clock and tables, and the pages they go to."""
+"""Tries the GPU measurements on the CPU with tiny shapes: their cases, time limit and tables, and the updated pages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GIB = 2**30
 
 
 def start(folder: Path, *words: str) -> str:
-    """The script as a user starts it. Returns what it printed."""
+    """Starts the script as a user does and returns its output."""
     command = [sys.executable, "-m", "tests.gpu.all", "--device", "cpu", "--out", str(folder), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -48,7 +48,7 @@ def test_every_case_runs_and_its_tables_go_into_the_pages(tmp_path: Path, capsys
     docs.mkdir()
     for page in set(PAGES.values()):
         shutil.copy(ROOT / "docs" / page, docs)
-    assert main([str(file), "--docs", str(docs)]) == 2  # of a CPU
+    assert main([str(file), "--docs", str(docs)]) == 2  # the results are of a CPU
     assert "the pages speak of GPUs" in capsys.readouterr().err
     assert main([str(file), "--docs", str(docs), "--force"]) == 0
     for part, page in PAGES.items():
@@ -71,7 +71,7 @@ def test_every_case_runs_and_its_tables_go_into_the_pages(tmp_path: Path, capsys
 def test_it_stops_in_time_and_says_what_was_not_reached(tmp_path: Path) -> None:
     start(tmp_path, "--minutes", "0.2")
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["minutes"] < 2  # the fork server answers when it has imported its libraries; all cases take longer
+    assert found["minutes"] < 2  # the fork server first imports its libraries; all cases would take longer
     assert len(found["results"]) == len(cases("cpu"))
     assert found["results"][-1]["status"] in ("not reached", "out of time")
     assert (tmp_path / "results.md").read_text() == markdown(found)
@@ -81,7 +81,7 @@ def test_gpu_cases_are_plans() -> None:
     found = cases("cuda")
     assert len({case.key for case in found}) == len(found) > 80
     assert sum(case.part == "memory" for case in found) >= 40
-    for case in found[::6]:  # passes through every part; all of them would take half a minute
+    for case in found[::6]:  # a sample of every part; all cases would take half a minute
         world = case.options.get("world", 1)
         words = ["data=synthetic", "model=tiny", "cluster.device=cuda", f"cluster.gpus_per_node={world}", *case.words]
         plan = make_plan(load_config(words), Machine(gpus=world, world_size=world, local_world_size=world))

@@ -1,4 +1,4 @@
-"""docs/hydra.md: the tree as an ordinary application of Hydra, with its sweepers, folders, `+`, `++` and the clock."""
+"""docs/hydra.md: the config tree works in an ordinary Hydra app with sweepers, folders, `+`, `++` and `now`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def composed(*overrides: str) -> DictConfig:
 
 def test_what_hydra_composes_is_what_our_loader_composes() -> None:
     words = ["experiment=demo", "parallel=zero2", "++train.steps=7", "++model.config.num_hidden_layers=2"]
-    # A key of the application, which one of ours refers to.
+    # `note` is a key of the application, and one of our keys refers to it.
     own = ["+note=first", "logging.run_name=${note}"]
     theirs = from_hydra(composed(*words, "+model.config.num_attention_heads=2", *own))
     ours = load_config([*words, "+model.config.num_attention_heads=2", "logging.run_name=first"])
@@ -98,7 +98,7 @@ def test_the_page_shows_the_script() -> None:
 
 
 def test_a_trial_that_is_stopped_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C asks the run to stop, and it has no last validation loss then."""
+    """Ctrl-C asks the run to stop, so the run has no final validation loss."""
     monkeypatch.chdir(tmp_path)
     script = ROOT / "launch/examples/sweep.py"
     words = ["--config-dir", str(ROOT / "launch/examples/conf"), "experiment=short", "++logging.progress=off"]
@@ -110,7 +110,7 @@ def test_a_trial_that_is_stopped_ends_the_sweep(tmp_path: Path, monkeypatch: pyt
     assert ended.value.code == EXIT_STOPPED
 
 
-@pytest.mark.nightly  # three interpreters
+@pytest.mark.nightly  # starts three interpreters
 @pytest.mark.skipif(find_spec("hydra_plugins") is None, reason="no hydra-optuna-sweeper")
 def test_the_sweeps_of_the_page(tmp_path: Path) -> None:
     (tmp_path / "launch").symlink_to(ROOT / "launch")
@@ -126,5 +126,5 @@ def test_the_sweeps_of_the_page(tmp_path: Path) -> None:
         [sys.executable, "-c", objective], env=environment, capture_output=True, text=True, timeout=280
     )
     assert "layout" in done.stdout, done.stderr[-3000:]
-    # One folder for each trial, since each reads the clock.
+    # Each trial has its own folder because each trial reads the clock.
     assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -1,4 +1,4 @@
-"""transformers is imported without what no language model uses, and is whole afterwards."""
+"""The import of transformers skips libraries that no language model uses. Those libraries are available afterwards."""
 
 from __future__ import annotations
 
