@@ -1,4 +1,4 @@
-"""The rules of the architecture, read from the imports: arrows never turn back, and answers need no torch."""
+"""The imports follow the rules of the architecture: no layer imports a higher one, and quick answers need no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODULES = {
     .removeprefix("launch.python."): file
     for package in PACKAGES
     for file in sorted((ROOT / package).rglob("*.py"))
-    if "examples" not in file.parts  # programs of a user, which import what is for users
+    if "examples" not in file.parts  # user programs, which import the public API
 }
 
 # configs <- trainer <- launch; configs, trainer <- slurm; slurm <- launch.
@@ -40,9 +40,9 @@ MAY_IMPORT = {
     "trainer": {"configs", "trainer"},
     "slurm": {"configs", "trainer", "slurm"},
     "launch": {"configs", "trainer", "slurm", "launch"},
-    "cookbook": {"configs", "trainer", "launch", "cookbook"},  # of launch/python: what people import
+    "cookbook": {"configs", "trainer", "launch", "cookbook"},  # in launch/python: the public package
 }
-# Importing one of these costs a second or more.
+# Importing one of these libraries takes a second or more.
 HEAVY = {
     "torch",
     "transformers",
@@ -55,15 +55,18 @@ HEAVY = {
     "safetensors",
     "ray",
 }
-# `--help`, `--cfg job`, config and plan errors are answered from these alone.
-# What the doctor examines with torch, it imports when the first lines are printed.
+# The LIGHT modules alone answer `--help`, `--cfg job`, and config and plan errors.
+# The doctor imports its torch-based checks after it has printed the first lines.
 EXAMINES = ("launch.doctor.machine", "launch.doctor.layouts")
 LIGHT = [name for name in MODULES if name.startswith(("configs", "launch", "cookbook")) and name not in EXAMINES]
 LIGHT += ["trainer.make_plan", "trainer.__main__"]
 
 
 def imports(module: str, *, at_import: bool) -> Iterator[str]:
-    """The modules that `module` imports. at_import: only those that are imported when it is, not inside functions."""
+    """Yields the modules that `module` imports.
+
+    at_import: only module-level imports, no imports inside functions or for type checkers.
+    """
     tree = ast.parse(MODULES[module].read_text())
     for node in _outside_functions(tree) if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -86,7 +89,7 @@ def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def reached(module: str) -> dict[str, str]:
-    """Every module that importing `module` imports, with the one that asks for it."""
+    """Returns every module that importing `module` loads, each with the module that imports it."""
     found: dict[str, str] = {}
     waiting = [(module, "")]
     while waiting:
@@ -113,7 +116,10 @@ def test_arrows_never_turn_back(module: str) -> None:
 
 
 def circles(below: dict[str, set[str]]) -> set[str]:
-    """What lies in a circle or above one. below: what each uses."""
+    """Returns the names that are part of an import cycle or depend on one.
+
+    below: name -> the names that it uses.
+    """
     below = dict(below)
     while ground := [name for name, needs in below.items() if not needs & below.keys()]:
         for name in ground:
@@ -122,14 +128,14 @@ def circles(below: dict[str, set[str]]) -> set[str]:
 
 
 def test_files_form_no_circle() -> None:
-    """Imports inside functions and those for type checkers count too."""
+    """Imports inside functions and imports for type checkers count too."""
     below = {name: {*imports(name, at_import=False)} - {name} for name in MODULES}
     assert below["trainer.run.loop"] >= {"trainer.engine", "trainer.run.step"}
     assert not circles(below)
 
 
 def test_rooms_of_the_trainer_form_no_circle() -> None:
-    """A folder, or a module that stands in none, imports only what is below it."""
+    """Folders and top-level modules of the trainer only import from lower ones."""
 
     def room(name: str) -> str:
         return ".".join(name.split(".")[:2])
@@ -148,7 +154,7 @@ def test_the_rule_about_circles_can_fail() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == {"a", "b", "c"}
 
 
-# Where a name may stand: the schema, whose fields are the degrees' keys, and each axis' own module.
+# Modules that may spell an axis name: the schema, whose fields are the keys of the degrees, and each axis' own module.
 NAMED = {"configs.schema", *(name for name in MODULES if name.startswith("trainer.axes"))}
 
 
@@ -170,7 +176,7 @@ PRESETS = composed_options("parallel")
 
 
 def presets_in_quotes(source: str) -> Iterator[str]:
-    """Names of layouts that decide something. A message may suggest one, `parallel=NAME`, if there is such a file."""
+    """Yields layout names that the code depends on. Messages may suggest an existing layout as `parallel=NAME`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield from {node.value} & PRESETS.keys()
@@ -178,7 +184,7 @@ def presets_in_quotes(source: str) -> Iterator[str]:
             yield from (f"parallel={name}" for name in suggested if name not in PRESETS)
 
 
-# Files of other trainers have fields of the same names.
+# The config files of other trainers have fields with the same names.
 FOREIGN = [name for name in MODULES if name.startswith("configs.imports.")]
 
 
@@ -196,26 +202,27 @@ def test_hydra_is_imported_by_the_loader_and_its_readers_alone() -> None:
     users = [
         name for name in MODULES if any(used.partition(".")[0] == "hydra" for used in imports(name, at_import=False))
     ]
-    # Scripts of a user's are not of the package.
+    # User scripts are not part of the package.
     users = [name for name in users if not name.startswith("launch.examples.")]
     assert users == ["configs.files", "configs.load", "configs.overrides", "configs.sections"]
 
 
 CHOICES = {
     "optimizer.name": ({*OptimizerName} - {OptimizerName.custom}, "OptimizerName", ("trainer.optim", "configs.schema")),
-    # Those that are no usual words as well.
+    # Only the methods whose names are no ordinary words.
     "tuning.method": (
         {TuningMethod.lora, TuningMethod.qlora, TuningMethod.ia3, TuningMethod.p_tuning},
         "TuningMethod",
         ("trainer.linear", "trainer.inputs", "configs.schema", "configs.adapter_folder"),
     ),
 }
-"""Key -> what it chooses from, the class of these words, and the modules that may say them. `configs.adapter_folder`
-turns a folder's words into a configuration, before the trainer can be asked."""
+"""Key -> its values, the class of these values, and the modules that may spell them. `configs.adapter_folder` may
+because it turns an adapter folder's values into a configuration before the trainer is imported."""
 
 
 def chosen_names(source: str, key: str) -> set[str]:
-    """What a module spells of a choice: the field, its key, or a word that decides. A message may suggest one."""
+    """Returns the parts of a choice that a module spells: its field, its key, its class or one of its values. Messages
+    may contain a value within a longer text."""
     words, kind, _ = CHOICES[key]
     section, field = key.split(".")
     found: set[str] = set()
@@ -231,7 +238,7 @@ def chosen_names(source: str, key: str) -> set[str]:
 
 @pytest.mark.parametrize("key", CHOICES)
 def test_choices_are_named_in_their_own_folders_alone(key: str) -> None:
-    """Everyone else asks the one that is chosen: `trainer.optim.table`, `trainer.linear`."""
+    """Other modules query the chosen implementation through `trainer.optim.table` or `trainer.linear`."""
     own = (*CHOICES[key][2], "configs.choices", "configs.imports.")
     others = {name: file for name, file in MODULES.items() if not name.startswith(own)}
     users = {name: chosen_names(file.read_text(), key) for name, file in others.items()}
@@ -244,19 +251,19 @@ def test_the_rule_about_choices_can_fail() -> None:
     assert chosen_names("def f(optimizer): return optimizer.name", "optimizer.name") == {"optimizer.name"}
 
 
-# A step without gradients is a way to update and an engine, both of that optimizer alone.
+# MeZO steps without gradients, so it has its own update and its own engine. Only they may import the optimizer.
 OF_ONE_CHOICE = {"trainer.update.mezo": "trainer.optim.mezo", "trainer.engine.mezo": "trainer.optim.mezo"}
 
 
 def modules_of_choices() -> set[str]:
-    """What an optimizer or a kind of layer consists of."""
+    """Returns the modules that implement an optimizer or a kind of layer."""
     ones = tuple(str(one.__name__) for one in (*OPTIMIZERS.values(), *KINDS))  # pyright: ignore[reportAttributeAccessIssue]
     parts = tuple(f"{one}{sign}" for one in ones for sign in "._")
     return {name for name in MODULES if name in ones or name.startswith((*parts, "trainer.inputs."))}
 
 
 def test_others_import_the_tables_of_choices_alone() -> None:
-    """A question about a choice goes to `trainer.optim.table` or `trainer.linear`, not to a module that answers it."""
+    """Other modules import `trainer.optim.table` or `trainer.linear`, not the module of a single choice."""
     own = modules_of_choices()
     assert own >= {"trainer.optim.adamw", "trainer.optim.muon.owners", "trainer.linear.float8_layers"}
     users: dict[str, set[str]] = {}
@@ -267,12 +274,12 @@ def test_others_import_the_tables_of_choices_alone() -> None:
     assert {name: found for name, found in users.items() if found} == {}
 
 
-# peft's own description of an adapter has one of these words.
+# peft's adapter config has a field with one of these names.
 NOT_OF_A_MODEL = {"trainer.inputs.layers": {"num_layers"}}
 
 
 def test_other_names_for_a_field_of_a_model_stand_in_one_place() -> None:
-    """transformers answers to one name of a size. `trainer.plan.model_fields` knows what else it is called."""
+    """transformers has one standard name per size. Only `trainer.plan.model_fields` knows the other names."""
     others = {name for names in (*NAMES.values(), CHOSEN, EXPERTS, KINDS_OF_LAYERS, MLP) for name in names[1:]}
     found: dict[str, set[str]] = {}
     for module in MODULES.keys() - {"trainer.plan.model_fields"}:
@@ -293,15 +300,15 @@ def test_the_rule_about_torch_can_fail() -> None:
 
 
 def test_libraries_and_dependencies_are_the_same_set() -> None:
-    """An undeclared library is missing from a fresh install; a dependency that nothing imports is there for nothing.
-    What only one key needs is an extra of its own."""
+    """An undeclared library is missing from a fresh install, and a dependency that nothing imports is useless. A
+    library that only one key needs is an extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = _names(project["dependencies"])
     extras = {name: _names(lines) for name, lines in project["optional-dependencies"].items()}
     optional = set[str]().union(*(names for extra, names in extras.items() if extra != "dev"))
     assert not optional & declared and optional <= extras["dev"]
     used = {name.partition(".")[0] for module in MODULES for name in imports(module, at_import=False)}
-    used |= {"matplotlib"}  # by `import_module`, when a picture is drawn
+    used |= {"matplotlib"}  # imported by `import_module` to draw a plot
     libraries = used - set(MAY_IMPORT) - set(sys.stdlib_module_names)
     assert len(libraries) >= 8
     distributions = packages_distributions()

@@ -1,4 +1,4 @@
-"""Updates inside the backward: the numbers of the usual update under each layout that has them; what they refuse."""
+"""Updates inside the backward equal the usual update under each supported layout; other combinations are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SGD = ("optimizer=sgd", "optimizer.lr=0.2")
 FULL = ("train.activation_checkpointing=full",)
 DROPOUT = ("model.config.resid_pdrop=0.1",)
 
-# layout, processes, model, keys of both runs, keys of the layout alone
+# name -> (layout, processes, model, keys of both runs, keys of the in-backward run alone)
 CASES: dict[str, tuple[str, int, str, tuple[str, ...], tuple[str, ...]]] = {
     "single, clipped by norm, dropout, tied": ("single", 1, "gpt2", DROPOUT, ()),
     "single, sgd, not clipped": ("single", 1, "llama", (*SGD, *NO_CLIPPING), ()),
@@ -52,11 +52,11 @@ OFTEN |= {"fsdp, not clipped, tied"}
 def test_it_equals_the_usual_update_of_one_process(name: str) -> None:
     layout, processes, model, keys, own = CASES[name]
     found = measure([layout, IN_BACKWARD, *own], processes, model=model, precision="fp64", steps=4, extra=keys)
-    # The gradients of young adapters are small, and Adam magnifies their rounding.
+    # Adapters have small gradients early in training, and Adam magnifies the rounding errors of these gradients.
     assert found.largest <= (100 * FLOAT64 if "tuning=lora" in keys else FLOAT64), found
 
 
-# bug -> one of the cases
+# bug -> the case that reveals it
 PLANTED = {
     "other_random_numbers": "single, clipped by norm, dropout, tied",
     "replicas_not_averaged": "ddp, clipped by value",
@@ -89,7 +89,8 @@ def test_it_goes_on_under_another_layout_and_from_the_usual_update(tmp_path: Pat
 
 @pytest.mark.parametrize(("keys", "changes"), [((), False), (NO_CLIPPING, True)])
 def test_a_gradient_that_is_not_finite(keys: tuple[str, ...], changes: bool) -> None:
-    """With the global norm nothing has changed when it shows; without, the run ends and says what to do."""
+    """With global norm clipping, the bad gradient is found before any parameter changes. Without it, the run ends and
+    says what to do."""
     message, changed = run_ranks(1, one_infinite_gradient, words("llama", "single", "fp32", 2, IN_BACKWARD, *keys))[0]
     assert changed is changes
     assert ("has made part of this update; resume from the newest" in message) is changes

@@ -1,7 +1,7 @@
-"""`cluster=kubernetes`: the manifest against published models of the API, what is refused, and pods that die.
+"""`cluster=kubernetes`: the manifest fits the published API models, bad settings are refused, and pods may die.
 
-There is no Kubernetes on a machine that only tests. A program that answers as kubectl does is put in its place; the
-processes of the pods are real ones, and what the controller would do with their exit codes is read from the manifest.
+The test machine has no Kubernetes. A fake kubectl gives prepared answers. The pods' processes are real; the tests read
+from the manifest how the controller would react to their exit codes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ print(out)
 print(err, file=sys.stderr)
 sys.exit(code)
 """
-# As kubectl 1.32 writes it.
+# The error output of kubectl 1.32.
 UNREACHED = """E1129 01:48:25.910731 1 memcache.go:265] "Unhandled Error" err="couldn't get current server API"
 Warning: the server doesn't have a resource type 'jobsets' in group 'jobset.x-k8s.io'
 
@@ -85,7 +85,7 @@ def test_the_api_knows_every_field(words: list[str], capsys: pytest.CaptureFixtu
     made = manifest(capsys, *words)
     read = JobsetV1alpha2JobSet.from_dict(made)
     assert read is not None
-    # A field that the models do not know is lost on the way.
+    # Fields that the models do not know are lost in this round trip.
     assert json.loads(json.dumps(read.to_dict(), default=lambda value: value.to_dict())) == made
 
 
@@ -242,7 +242,7 @@ def test_without_kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_points_of_a_sweep_are_jobsets_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", *WORDS, "dry_run=true", "train.seed=1,2"]) == 0
     shown = capsys.readouterr().out
-    # All of it is one file for kubectl.
+    # The whole output is one file for kubectl.
     assert len({made["metadata"]["name"] for made in yaml.safe_load_all(shown)}) == 2
     assert shown.endswith("# == 2 of 2 runs planned, none started\n")
     folders = "train.run_dir=/runs/a/x,/runs/b/x"
@@ -252,7 +252,7 @@ def test_points_of_a_sweep_are_jobsets_of_their_own(capsys: pytest.CaptureFixtur
 
 
 def test_the_folder_is_settled_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each pod has a clock and an environment of its own."""
+    """Each pod has its own clock and environment, so the run folder is resolved before submission."""
     monkeypatch.setenv("MY_RUNS", "/runs/mine")
     args = pod(manifest(capsys, "train.run_dir=${oc.env:MY_RUNS}/${now:%Y}"))["containers"][0]["args"]
     assert re.fullmatch(r"train\.run_dir=/runs/mine/\d{4}", args[-1])
@@ -265,7 +265,10 @@ def test_what_kubernetes_would_expand_arrives_as_typed(capsys: pytest.CaptureFix
 
 
 def expanded(word: str) -> str:
-    """As Kubernetes does, where no variable is set (k8s.io/kubernetes/third_party/forked/golang/expansion)."""
+    """Expands an argument like Kubernetes does if no variable is set.
+
+    Reference: k8s.io/kubernetes/third_party/forked/golang/expansion.
+    """
     return re.sub(r"\$(\$|\((.*?)\))", lambda match: "$" if match[1] == "$" else f"<{match[2]}>", word)
 
 
@@ -280,7 +283,7 @@ def test_a_pod_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().err.startswith("JOB_COMPLETION_INDEX, MASTER_ADDR, MASTER_PORT: not set; a pod of a")
 
 
-# Two pods on this machine.
+# The following tests run two pods on this machine.
 STEPS = 8
 RUN = (
     *("cluster=kubernetes", "cluster.device=cpu", "cluster.nodes=2", "cluster.gpus_per_node=1", "parallel=ddp"),
@@ -305,8 +308,11 @@ def pods(words: list[str]) -> list[subprocess.Popen[bytes]]:
 
 
 def controlled(made: dict[str, Any], words: list[str], disturb: Any) -> tuple[str, list[list[int]]]:
-    """What the controllers of Job and JobSet do by this manifest: the end of the run, and the exit codes of each start.
-    disturb: called with the first start's processes."""
+    """Acts like the Job and JobSet controllers with this manifest.
+
+    disturb: callback that gets the processes of the first start.
+    Returns the end of the run and the exit codes of each start.
+    """
     job, policy = made["spec"]["replicatedJobs"][0]["template"]["spec"], made["spec"]["failurePolicy"]
     hopeless = job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]
     assert policy["rules"][0]["action"] == "FailJobSet" and job["backoffLimit"] == 0
@@ -316,7 +322,7 @@ def controlled(made: dict[str, Any], words: list[str], disturb: Any) -> tuple[st
         if not starts:
             disturb(running)
         codes: list[int] = []
-        for process in running:  # the job fails with its first pod, and the others are asked to end
+        for process in running:  # the first failed pod fails the job; the others get SIGTERM
             codes.append(process.wait(timeout=300))
             if codes[-1]:
                 for other in running:

@@ -1,4 +1,4 @@
-"""The entry points: each launcher's arguments, instant answers, mistakes in a line, and the same run under all."""
+"""The entry points: launcher arguments, instant answers, one-line errors, and the same run under each launcher."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PYTHON = sys.executable
 
 
 def command(words: list[str], machine: Machine | None = None, **rest: object) -> Command:
-    """The command for these words. The launchers' folder is put first on PATH, so that they go by their names."""
+    """Returns the command for these overrides. The launchers' folder comes first on PATH, so their names suffice."""
     config = load_config(words)
     given: dict[str, object] = {
         "run_dir": Path("runs/x"),
@@ -134,7 +134,10 @@ def test_an_environment_that_needs_quotes_survives_the_shell() -> None:
 def door(
     *words: str, cwd: Path, module: str = "launch", python: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """python: an interpreter, whose launchers start others; None: a fork of a process that has imported torch."""
+    """Runs an entry point as a program.
+
+    python: interpreter to use, also by its launchers; None: fork a process that has imported torch.
+    """
     own = {"PATH": os.environ["PATH"]} if python else {}
     return subprocess.run(
         [python or programs().python, "-m", module, *words],
@@ -149,7 +152,7 @@ def door(
 @pytest.mark.parametrize("module", ["launch", "trainer"])
 @pytest.mark.parametrize("flag", [["--help"], ["--cfg", "job"], ["--info"]])
 def test_answers_are_instant(module: str, flag: list[str], tmp_path: Path) -> None:
-    """They load neither a library of the training nor the estimator, which are what takes time."""
+    """These answers load neither training libraries nor the estimator, which are slow to import."""
     done = door(*flag, cwd=tmp_path, module=module, python=PYTHON, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
     assert "parallel" in done.stdout
@@ -273,7 +276,7 @@ def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
 
 def test_a_sweep_ends_with_a_table(tmp_path: Path) -> None:
     words = [word for word in SHORT if not word.startswith("train.run_dir")]
-    lr = "optimizer.lr=-1,1e-3,1e30"  # the first is refused, and the others run
+    lr = "optimizer.lr=-1,1e-3,1e30"  # the first point is refused, and the others run
     done = door("-m", lr, "launcher=python", "parallel=single", *words, cwd=tmp_path)
     assert done.returncode == 2
     begin = done.stdout.rindex("\nrun  ")
@@ -322,7 +325,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "accelerate"])
 def test_the_same_run_under_every_launcher(launcher: str, reference: list[float], tmp_path: Path) -> None:
-    # Interpreters under torchrun and deepspeed: test_lifetimes.
+    # test_lifetimes starts real interpreters under torchrun and deepspeed.
     python = PYTHON if launcher == "accelerate" else None
     done = door(f"launcher={launcher}", "parallel=zero2", *SHORT, cwd=tmp_path, python=python)
     assert done.returncode == 0, done.stderr
@@ -332,7 +335,7 @@ def test_the_same_run_under_every_launcher(launcher: str, reference: list[float]
 
 
 def _check_announced(done: subprocess.CompletedProcess[str], *started: str) -> None:
-    """The plan stands first, and once; each part of the preparation is announced once, by one rank."""
+    """Checks that the plan is printed first and only once, and that one rank announces each preparation step once."""
     lines = done.stdout.splitlines()
     assert lines[0].startswith("world      ") and done.stdout.count("world      ") == 1
     said = [line for line in lines if line.startswith("preparing")]

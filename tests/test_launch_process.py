@@ -1,4 +1,4 @@
-"""A job's signals and exit code, what is left of it, and its errors: shown once, kept whole."""
+"""A job gets signals, returns its exit code and leaves no process behind. Its errors are shown once and saved whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PYTHON = sys.executable
 
 @contextmanager
 def started(child: str) -> Generator[subprocess.Popen[str], None, None]:
-    """`run_command` over a child process given as Python source, in a process of its own."""
+    """Starts a process that calls `run_command` for a child process, which is given as Python source."""
     driver = f"""
         import signal, sys
         from launch.command import Command
@@ -48,7 +48,7 @@ def started(child: str) -> Generator[subprocess.Popen[str], None, None]:
 
 
 def lines(running: subprocess.Popen[str], count: int) -> list[str]:
-    """The next lines the job prints, as they come."""
+    """Reads the next lines as the job prints them."""
     assert running.stdout is not None
     return [running.stdout.readline() for _ in range(count)]
 
@@ -188,7 +188,7 @@ def test_a_failure_is_told_once_and_kept_whole(written: str, shown: str, tmp_pat
 
 
 def test_a_rank_that_is_through_does_not_look_for_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which takes seconds with torch, after the run's last line."""
+    """With torch, garbage collection at exit takes seconds after the run's last line."""
     frozen: list[bool] = []
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
     monkeypatch.setattr(sys, "argv", ["trainer", "--help"])

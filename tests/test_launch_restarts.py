@@ -1,4 +1,4 @@
-"""A worker is killed, and the job comes back: the same losses to the last bit, and no step twice."""
+"""A worker is killed and the job restarts: the losses are bit-identical, and no step is trained twice."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def launch(cwd: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def kill_a_rank(job: subprocess.Popen[str], run: Path, *, rank: int | None, after: int) -> None:
-    """SIGKILL, as soon as the checkpoint of step `after` is there. rank: None: their launcher."""
+    """Sends SIGKILL as soon as the checkpoint of step `after` exists.
+
+    rank: rank to kill; None: kill the launcher of the ranks.
+    """
     wait_for(job, run / CHECKPOINTS / step_name(after))
     ranks = {int(process.environ()["RANK"]): process for process in rank_processes(psutil.Process(job.pid))}
     (ranks[rank] if rank is not None else psutil.Process(ranks[0].ppid())).kill()
@@ -75,8 +78,8 @@ def wait_for(job: subprocess.Popen[str], path: Path) -> None:
 
 
 def journal(run: Path) -> tuple[list[tuple[Any, ...]], dict[str, str]]:
-    """Of every step what it computed, to the last bit; and the hash of all that the last checkpoint holds of each rank:
-    parameters, optimizer states, random generators."""
+    """Returns the exact numbers of every step and the hashes of each rank's files in the last checkpoint. These files
+    hold parameters, optimizer states and random generators."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines if line["kind"] == "step"]
     files = read_manifest(committed(run / CHECKPOINTS)[-1]).files
@@ -92,8 +95,8 @@ def left_alone(layout: str, ranks: int = 2) -> tuple[list[tuple[Any, ...]], dict
     return found
 
 
-# Each start costs every process of the job its imports: with every change one kill of each launcher's jobs, and of
-# torchrun's own restart a job of one rank.
+# Each start repeats the imports in every process of the job. So every change only tests one kill per launcher, and a
+# job of one rank for torchrun's own restart.
 KILLS = [
     ("torchrun", "fsdp", 2, [LAUNCHER]),
     ("torchrun", "fsdp", 2, [RANK, LAUNCHER]),
@@ -129,7 +132,7 @@ def test_the_job_comes_back_after_each_kill(
 def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(
     layout: str, ranks: int, tmp_path: Path
 ) -> None:
-    """No run folder is named, and one that is taken is to be refused: after a restart that means the other runs'."""
+    """The test names no run folder and forbids folders of earlier runs. A restart must still accept its own folder."""
     torchrun = ("torchrun", "--rdzv-backend=loopback", f"--nproc-per-node={ranks}", "--max-restarts=2", "-m", "trainer")
     job = start(tmp_path, *torchrun, *overrides(layout, "train.resume=never"))
     deadline = time.monotonic() + 120
@@ -146,7 +149,7 @@ def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(
 
 
 DYING = "import sys; print('started', flush=True); sys.exit(1)"
-# Says that it runs, as rank 0 does, and ends at the second interrupt.
+# Reports the state "running", like rank 0, and ends at the second interrupt.
 INTERRUPTED = """
 import json, pathlib, signal, sys, time
 note = pathlib.Path("interrupted")
@@ -165,7 +168,7 @@ time.sleep(60)
 
 
 def driver(folder: Path, *, pause: float, cap: int, child: str = DYING) -> str:
-    """A program that runs a job; by default one which always dies before its first checkpoint."""
+    """Returns a program that runs a job. The default job always dies before its first checkpoint."""
     return f"""
 import sys
 from pathlib import Path
@@ -229,7 +232,7 @@ def test_what_a_rank_has_told_is_not_told_again(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_cannot_keep_the_errors_ends_as_the_ranks_did(tmp_path: Path) -> None:
-    (tmp_path / "logs").touch()  # no folder can be made
+    (tmp_path / "logs").touch()  # prevents the creation of the folder
     child = "import sys\nfor rank in (0, 1): print(f'[rank{rank}]: lost', file=sys.stderr)\nsys.exit(1)"
     job = start(tmp_path, sys.executable, "-c", driver(tmp_path, pause=0.01, cap=0, child=child))
     _, told = job.communicate(timeout=60)
@@ -239,7 +242,7 @@ def test_a_launcher_that_cannot_keep_the_errors_ends_as_the_ranks_did(tmp_path: 
 
 
 def test_a_second_launch_in_the_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    """In a moment, and it must not take the first one's status for its own."""
+    """The refusal is quick, and the second launch must not mistake the first one's status for its own."""
     run = tmp_path / "run"
     run.mkdir()
     holder = start(tmp_path, sys.executable, "-c", HOLDING)

@@ -1,4 +1,4 @@
-"""Whole runs on one node, which then lose their launcher: where they listen, what they import, and how they end."""
+"""Whole runs on one node lose their launcher: they listen locally, import no user files, and save before they end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ ENDLESS = (
 
 @dataclass(frozen=True)
 class Lost:
-    """A run that has lost a process. listening: (address, command line) of each socket while it was running."""
+    """A run that has lost a process.
+
+    victim: process id of the lost process.
+    listening: (address, command line) of each listening socket during the run.
+    left: child processes that outlived the run and were killed by the test.
+    """
 
     run: Path
     victim: int
@@ -62,7 +67,7 @@ def started(folder: Path, *argv: str | Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def lose(folder: Path, number: signal.Signals, *argv: str | Path) -> Lost:
-    """Start a run, wait for its first checkpoint, send the signal to the process that was started."""
+    """Starts a run, waits for its first checkpoint, and sends the signal to the started process."""
     run = folder / "run"
     with started(folder, *argv) as job:
         deadline = time.monotonic() + 200
@@ -86,7 +91,7 @@ def lose(folder: Path, number: signal.Signals, *argv: str | Path) -> Lost:
         return Lost(run=run, victim=job.pid, listening=listening, left=left)
 
 
-# From a folder of somebody who has a `configs`, a `trainer.py` and a `launch.py` of their own.
+# The working directory is a user's folder with its own `configs`, `trainer.py` and `launch.py`.
 @pytest.fixture(
     scope="module",
     params=[("torchrun", "ddp"), ("deepspeed", "pipeline"), pytest.param(("accelerate", "fsdp"), marks=NIGHTLY)],
@@ -107,18 +112,18 @@ def test_ranks_end_with_launch_and_have_saved(launched: Lost) -> None:
     assert not launched.left
     status = read_status(launched.run)
     assert status["state"] == "stopped"
-    assert str(status["reason"]).endswith(f": its launcher (pid {launched.victim}) is gone")  # of the first to notice
+    assert str(status["reason"]).endswith(f": its launcher (pid {launched.victim}) is gone")  # the first to notice
     assert step_of(committed(launched.run / CHECKPOINTS)[-1]) == status["step"]
     check_idle(launched.run)
 
 
 def test_a_run_on_one_node_is_reached_from_this_machine_only(launched: Lost) -> None:
-    assert len(launched.listening) >= 3  # the store, and each rank
+    assert len(launched.listening) >= 3  # the store and each rank
     assert {address for address, _ in launched.listening} <= LOCAL, launched.listening
 
 
 def test_ranks_of_torchrun_notice_that_it_is_gone(tmp_path: Path) -> None:
-    """USR1 asks a run to stop. torchrun does not know it, and ends."""
+    """SIGUSR1 asks a run to stop, but torchrun does not handle it and dies."""
     door = ("torchrun", f"--master-port={free_port()}", "--nproc-per-node=2", "-m", "trainer")
     lost = lose(tmp_path, signal.SIGUSR1, *door, *words("gpt2", "ddp", "fp32", 100_000, *ENDLESS))
     assert not lost.left

@@ -1,4 +1,4 @@
-"""A kind of linear layer is one module: what a layer is, no pass overrules, and no consumer asks for a kind by name."""
+"""Each kind of linear layer is one module. No pass changes the type of a layer, and no consumer names a kind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_replaced_layer_computes_everywhere_with_the_type_of_its_weight(layout
 
 
 def test_kinds_are_named_in_their_room_alone() -> None:
-    """Others ask `trainer.linear`. Messages and config files may name what a user can choose."""
+    """Other modules query `trainer.linear`. Messages and config files may name the choices of a user."""
     method = "[\"']q?lora[\"']"
     asked = re.compile(rf"TuningMethod|Linear4bit|four_bit|[!=]= *{method}|{method} *[!=]=|in [\[({{]{method}")
     outside = {

@@ -1,4 +1,4 @@
-"""The rules of CUDA's allocator, as the estimate repeats them."""
+"""The estimate's allocators follow the rules of CUDA's caching allocator."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def test_allocator_follows_the_documented_rules() -> None:
     large = allocator.malloc(30 * MIB + 1)
     assert allocator.reserved == 54 * MIB
     allocator.free(large)
-    # 31.5 MiB of the free 32: less than 1 MiB would remain, so the whole block is handed out.
+    # The free block has 32 MiB. After 31.5 MiB, less than 1 MiB would remain, so the whole block is returned.
     again = allocator.malloc(31 * MIB + MIB // 2)
     assert again.size == 32 * MIB and allocator.reserved == 54 * MIB
-    # Another stream cannot use what is free here.
+    # Another stream cannot use the free blocks of this stream.
     allocator.free(again)
     other = allocator.malloc(30 * MIB, stream=1)
     assert allocator.reserved == 84 * MIB
     for block in (small, medium, other):
         allocator.free(block)
     assert allocator.allocated == 0
-    # Freed neighbours have merged: the 20 MiB segment serves one request again.
+    # Adjacent free blocks have merged, so the 20 MiB segment serves one request again.
     whole = allocator.malloc(20 * MIB)
     assert whole.size == 20 * MIB and allocator.reserved == 84 * MIB
 
@@ -35,7 +35,7 @@ def test_expandable_segments_grow_and_leave_nothing_between_them() -> None:
     allocator = ExpandableAllocator()
     first, second, third = (allocator.malloc(size * MIB) for size in (30, 15, 12))
     assert (allocator.allocated, allocator.reserved) == (57 * MIB, 60 * MIB)
-    # What is free in the middle goes before the end, and is cut to the byte.
+    # A free gap in the middle is used before the end, and it is split to the byte.
     allocator.free(second)
     inner = allocator.malloc(14 * MIB)
     assert inner.number < third.number and inner.size == 14 * MIB
@@ -47,6 +47,6 @@ def test_expandable_segments_grow_and_leave_nothing_between_them() -> None:
     for block in (first, inner, third, end, small, other):
         allocator.free(block)
     assert allocator.allocated == 0
-    # All has merged: the whole segment serves one request, and grows for one that is larger.
+    # All blocks have merged. The whole segment serves one request and grows for a larger one.
     assert allocator.malloc(80 * MIB).size == 80 * MIB and allocator.reserved == 84 * MIB
     assert allocator.malloc(1 + 20 * MIB).size == 512 + 20 * MIB and allocator.reserved == 124 * MIB

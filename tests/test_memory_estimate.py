@@ -1,4 +1,4 @@
-"""The command `memory-estimate`: its answers, its exit codes, its formats."""
+"""The command `memory-estimate`: its answers, exit codes and formats."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from trainer.plan.machine import Machine
 from trainer.plan.model_fields import config_fields
 from trainer.recompute import apply_checkpointing
 
-ALONE = ["estimate.suggest=false"]  # what would fit, and the largest micro-batch: test_memory_suggest
+ALONE = ["estimate.suggest=false"]  # test_memory_suggest covers suggestions and the largest micro-batch
 UNMEASURED = {
     "parallel=zero3_nvme": "follows DeepSpeed's code and settings",
     "parallel=fsdp_offload": "tensors of host and device are distinguished on GPUs only",
@@ -60,7 +60,7 @@ def test_json_totals_agree(cache: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_component_shows_its_own_maximum(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """When the loss is at its peak FSDP holds no gradient; a learner must not read that there is none."""
+    """At the peak, in the loss, FSDP holds no gradients. The output must still show that they take memory elsewhere."""
     words = ["model=gpt2", "parallel=fsdp", "cluster=8xh100", "precision=bf16", "train.chunked_loss=false", cache]
     words += ALONE
     _, found = answer_json(words, capsys)
@@ -95,7 +95,7 @@ def test_405b_on_16384_gpus_from_the_cache_takes_seconds(cache: str) -> None:
     assert estimate(config, plan).ranks[0].count == 16384
     started = time.perf_counter()
     estimate(config, plan)
-    # A second on a quiet machine; the bound allows for other tests on the same cores.
+    # It takes a second on an idle machine; the bound allows for other tests on the same cores.
     assert time.perf_counter() - started < 10
 
 
@@ -105,7 +105,7 @@ def test_static_bytes_follow_from_shapes(cache: str) -> None:
     found = estimate(config, plan)
     numel = found.profile.anatomy.numel
     assert found.verdict is Verdict.unknown
-    # float32 AdamW: the parameter, two moments and a 4-byte step counter per tensor, and the rotary tables.
+    # float32 AdamW keeps the parameter, two moments and a 4-byte step counter per tensor; the model adds rotary tables.
     tensors = len(list(found.profile.anatomy.parameters()))
     assert found.busiest.between_steps_bytes == numel * 12 + tensors * 4 + found.profile.anatomy.buffers_bytes
 
@@ -140,7 +140,7 @@ def test_explained_and_drawn(cache: str, capsys: pytest.CaptureFixture[str], tmp
     assert all(f">{text}" in drawn for text in ("reserved by torch: ", "with context and NCCL: ", "L4: 22.0 GiB"))
 
 
-# The command in the head of the model's file, what is active of its parameters, and where.
+# Model -> its active and total parameters, and its routing. The command is read from the head of the model's file.
 MIXTURES = {
     "deepseek_v3": ("37,552,282,624 of 671,026,404,352", "8 of 256 experts in each of 58 layers"),
     "glm_4_5_air": ("13,424,123,904 of 106,852,245,504", "8 of 128 experts in each of 45 layers"),
@@ -170,7 +170,7 @@ def test_a_published_mixture_of_experts_fits_where_its_file_says(
 
 
 def _nodes(words: str) -> list[str]:
-    """The cluster's file sets them too."""
+    """Returns the override of the number of nodes. The cluster's file sets it too, so it must be repeated."""
     return [word for word in words.split() if word.startswith("cluster.nodes=")]
 
 
@@ -224,24 +224,25 @@ def test_code_that_needs_values_is_refused_not_guessed(tmp_path: Path, monkeypat
         estimate(config, make_plan(config, Machine(gpus=1)))
     assert gc.get_freeze_count() <= FROZEN_BY_PYTHON, "a trace that fails leaves the collector as it was"
     (line,) = refused.value.problems
-    # 16 bytes for each of 804,992 parameters; above, 8 more and at most what 8 sequences of 256 tokens take.
+    # The lower bound is 16 bytes for each of 804,992 parameters. The upper bound adds 8 bytes for each parameter and
+    # the maximum activations of 8 sequences of 256 tokens.
     assert "more than 0.01 GiB, for the states of its 804,992 parameters, and less than 0.42 GiB" in line
     config = load_config(["model=llama3_2_1b", "precision=bf16", "tuning=lora", f"data.cache_dir={tmp_path}"])
     with pytest.raises(NotEstimated, match=r"of its 11,272,192 parameters that are trained, and 2\.30 GiB") as refused:
         estimate(config, make_plan(config, Machine(gpus=1)))
-    # 2 bytes for each of 1,235,814,400 parameters, and 16 for each of those.
+    # The frozen model takes 2 bytes for each of 1,235,814,400 parameters; each trained parameter takes 16 bytes.
     assert "more than 2.47 GiB" in str(refused.value)
 
 
 def test_what_goes_to_disk_and_what_waits_in_host_memory(cache: str) -> None:
-    """Two ranks, one sub-group (a quarter of 2**20 elements is the least) of matrices and one of vectors."""
+    """Two ranks have one sub-group of matrices and one of vectors. A sub-group has at least 2**20 / 4 elements."""
     words = ["model=tiny", "parallel=zero3_nvme", "precision=bf16", "parallel.offload.nvme_path=/nvme", "cluster=8xl4"]
     config = load_config([*words, "cluster.gpus_per_node=2", "data.seq_len=32", cache])
     found = estimate(config, make_plan(config, Machine(gpus=2)))
     parameters = list(found.profile.anatomy.parameters())
     share = sum(-(-p.numel // 2) for p in parameters)
     matrices = sum(p.numel for p in parameters if len(p.shape) > 1)
-    # bfloat16 parameters; float32 master weights, two moments and the gradient of the update.
+    # The terms are bfloat16 parameters and, in float32, master weights, two moments and the gradient of the update.
     assert found.busiest.nvme_bytes == share * (2 + 4 + 2 * 4 + 4)
     largest = max(p.numel for p in parameters) // 2
     buffers = 6 * -(-largest // 2**19) * 2**19 * 2
@@ -271,7 +272,7 @@ def test_gate_refuses_warns_or_looks_away(cache: str, tmp_path: Path) -> None:
 
 
 def test_a_gate_that_could_not_estimate_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that lacks what the estimator reads: the run may start, and its reader knows that nobody looked."""
+    """A library lacks a function that the estimator uses. The run may start and reports that nothing was checked."""
     monkeypatch.delattr("transformers.integrations.moe._can_use_grouped_mm")
     words = ["model=tiny", "parallel=single", "cluster.device=cuda", f"data.cache_dir={tmp_path}"]
     config = load_config(words)
@@ -282,7 +283,7 @@ def test_a_gate_that_could_not_estimate_says_so(tmp_path: Path, monkeypatch: pyt
 def test_a_folder_that_holds_a_config_alone_is_estimated(
     cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither weights nor a tokenizer decide about the memory of random weights on made-up data."""
+    """Random weights on synthetic data need no weight files and no tokenizer for the estimate."""
     (tmp_path / "config.json").write_text(json.dumps(dict(load_config(["model=tiny"]).model.architecture)))
     words = [f"model.path={tmp_path}", "data=synthetic", "parallel=ddp", "cluster=8xh100", "estimate.suggest=false"]
     assert main([*words, cache]) == 0
@@ -323,7 +324,7 @@ def test_ranks_of_a_pipeline_are_named(cache: str, capsys: pytest.CaptureFixture
     ranks = found["ranks"]
     assert isinstance(ranks, list)
     assert [(rank["kind"], rank["count"]) for rank in ranks] == [("pp0", 2), ("pp1", 2), ("pp2", 2), ("pp3", 2)]
-    # The last stage holds the logits of one micro-batch, the first the hidden states of four.
+    # The last stage holds the logits of one micro-batch; the first stage holds the hidden states of four.
     assert found["busiest"] == max(ranks, key=lambda rank: rank["device_bytes"])["kind"]
     assert len({rank["peak_allocated_bytes"] for rank in ranks}) == 4
     assert main(words) == 0
@@ -348,10 +349,11 @@ def test_places_left_out_are_not_the_busiest(schedule: str, cache: str) -> None:
     assert some.busiest == every.busiest
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, as it compiles
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # raised by torch.compile
 @pytest.mark.parametrize(("recompute", "share"), [("none", 0.8), ("selective", 1.0)])
 def test_a_compiled_layer_keeps_what_its_graph_hands_to_the_backward(recompute: str, share: float, cache: str) -> None:
-    """One layer more in the estimate against what a really compiled one saves, code generation left out."""
+    """Compares one additional layer in the estimate with the tensors that a compiled layer saves for the backward. The
+    layer is compiled without code generation."""
     words = [
         "model=tiny",
         "parallel=single",

@@ -1,4 +1,5 @@
-"""Predicted against measured: the real engine of each layout on the CPU, its tensors counted, on several models."""
+"""Compares predicted with measured memory: the real engine of each layout runs several models on the CPU, and the test
+counts its tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 
 TORCH, DEEPSPEED = 0.05, 0.10
-SCALARS = 4096  # bytes of counters, losses and norms that no account lists
+SCALARS = 4096  # bytes of counters, losses and norms, which the estimate leaves out
 
 LLAMA = ["model=tiny", "model.config.vocab_size=307"]
 MANY_WORDS = ["model=tiny", "model.config.vocab_size=49157"]  # logits beyond `vocabulary.WIDE_ELEMENTS`
@@ -38,7 +39,7 @@ MIXTRAL = [
 SHORT = ["data.seq_len=32", "train.micro_batch_size=1"]
 LONG = ["data.seq_len=128", "train.micro_batch_size=3"]
 BF16 = ["precision=bf16"]
-FP16 = ["precision=fp16", "precision.loss_scale_init=1024"]  # low enough that no update is left out
+FP16 = ["precision=fp16", "precision.loss_scale_init=1024"]  # low enough that no update is skipped
 SEQUENCE = ["parallel.sequence_parallel=true"]
 TWICE = ["train.gradient_accumulation_steps=2"]
 FOUR = ["train.gradient_accumulation_steps=4"]
@@ -49,8 +50,8 @@ MUON = ["optimizer=muon", "optimizer.options.dtype=float32"]
 LOMO = ["optimizer=lomo"]
 FP8 = ["precision=fp8"]
 MEZO = ["optimizer=mezo"]
-AVERAGED = ["optimizer=schedule_free", "scheduler=constant"]  # validated, whose weights wait for the end of it
-CUT = ["tuning=qlora", "tuning.double_quantization=false", "model.config.intermediate_size=512"]  # between blocks
+AVERAGED = ["optimizer=schedule_free", "scheduler=constant"]  # the validation keeps training weights
+CUT = ["tuning=qlora", "tuning.double_quantization=false", "model.config.intermediate_size=512"]  # cuts between blocks
 FULL = ["train.activation_checkpointing=full"]
 SELECTIVE = ["train.activation_checkpointing=selective"]
 
@@ -264,7 +265,7 @@ CASES = {
     "zero3 fp32": (2, DEEPSPEED, ["parallel=zero3", *GPT2, *SHORT]),
     "zero3 bf16, offload": (2, DEEPSPEED, ["parallel=zero3_offload", *LLAMA, *SHORT, *BF16]),
 }
-# What `parallel.deepspeed` and `parallel.fsdp` change: ranks, tolerance, layout, settings.
+# Settings of `parallel.deepspeed` and `parallel.fsdp` that change the memory: ranks, tolerance, layout, settings.
 MOVING: dict[str, tuple[int, float, str, tuple[str, ...]]] = {
     "fsdp, gathered ahead": (2, TORCH, "fsdp", ("forward_prefetch=2", "backward_prefetch=3")),
     "fsdp, gathered from fewer": (4, TORCH, "fsdp", ("reshard_size=2",)),
@@ -291,8 +292,8 @@ MOVING: dict[str, tuple[int, float, str, tuple[str, ...]]] = {
     "zero3, gradients in bfloat16": (2, DEEPSPEED, "zero3", ("grad_accum_dtype=bfloat16",)),
 }
 MOVING_OFTEN = {"fsdp, gathered from fewer", "zero2, overlapped"}
-# Of these each key meets its kind of layout, and each layout is, in another case too; or they cross kinds of layouts,
-# each of which another case has without the other.
+# Each of these cases is covered by cases that run with every change. Other cases combine its keys with its kind of
+# layout and have its layout; if it crosses kinds of layouts, other cases have each kind alone.
 NIGHTLY = {
     *("single autocast, recompute", "single fp32, routed experts", "single bf16, loss in slices", "single fp8"),
     *("ddp fp32, tied", "ddp autocast, accumulation", "ddp bf16, adapters", "ddp autocast, 8-bit states, tied"),
@@ -311,8 +312,8 @@ NIGHTLY = {
     *("zero3 bf16", "zero3 bf16, adapters, recompute"),
     *("zero2_tensor bf16, adapters", "zero2_tensor fp32, tied, recompute"),
 }
-# What is nightly alone. Of the schedules: zero bubbles, a V, several stages on a rank and forwards before backwards are
-# each in another one.
+# Overrides that only nightly cases have. Other schedules cover zero bubbles, V placement, several stages on a rank, and
+# forwards before backwards.
 CROSSED = {
     *("parallel=3d", "parallel=3d_zero1", "parallel=expert", "parallel=zero2_tensor", "parallel=pipeline_data"),
     *("parallel=tensor_data", "parallel=tensor_fsdp", "parallel=pipeline_fsdp"),
@@ -324,11 +325,13 @@ CROSSED = {
 
 
 def measure_at_rest(overrides: list[str], limits: list[float]) -> list[Measured]:
-    """The least that each rank measures; once more, up to four times, while one is above its limit in bytes.
+    """Returns each rank's minimum over one to four measurements. It measures again while a rank is above its limit.
 
-    A thread of gloo lets go of the buffers of a collective when it next gets a core. That can be after the step's
-    peak, which then holds a few buffers too many, on one rank and by chance: never too few. So a rank's least is
-    its measurement, and a prediction that is too low fails every time.
+    limits: upper limit of the peak in bytes, one per rank.
+
+    A gloo thread frees the buffers of a collective when it next gets a core, which may be after the step's peak. The
+    peak of a rank then randomly includes a few extra buffers, but never too few. So the minimum is the measurement, and
+    a prediction that is too low always fails.
     """
     least: list[Measured] = []
     for _ in range(4):
@@ -378,7 +381,7 @@ def compare(ranks: int, tolerance: float, words: list[str], tmp_path: Path) -> N
     for kind in predicted.ranks:
         found = [measured[rank] for rank in range(ranks) if kinds[rank] is kind]
         assert kind.peak_allocated_bytes == pytest.approx(max(rank.peak for rank in found), rel=tolerance), kind.kind
-        # What stays between steps is parameters, gradient buckets and states: exact, paddings included.
+        # Parameters, gradient buckets and states remain between steps. Their prediction is exact, including padding.
         assert abs(kind.between_steps_bytes - max(rank.after for rank in found)) < SCALARS, kind.kind
         assert sum(kind.components.values()) == kind.peak_allocated_bytes
     assert sum(kind.count for kind in predicted.ranks) == ranks

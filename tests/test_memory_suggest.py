@@ -1,4 +1,4 @@
-"""What fits: the largest micro-batch, and the changes that are named where a layout does not."""
+"""The estimate suggests the largest micro-batch that fits, and changes if a layout does not fit."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_what_does_not_fit_comes_with_changes_that_do(cache: str, capsys: pytest
     assert changed["peak_reserved_bytes"] == suggestions[0]["peak_reserved_bytes"]
 
 
-# A behaviour of its own, for a minute of a processor.
+# This behaviour has no other test, but the test takes a CPU minute.
 @pytest.mark.nightly
 def test_of_a_weaker_and_a_stronger_change_the_stronger_is_named(cache: str) -> None:
     words = ["model=tiny", "parallel=ddp", "cluster=8xh100", "data.seq_len=1024", "train.micro_batch_size=16", cache]
     room = ["cluster.gpu_memory_gib=0.1", "estimate.context_gib=0", "estimate.nccl_gib=0"]
-    room += ["cluster.expandable_segments=false"]  # which grow by 20 MiB, much for so small a model
+    room += ["cluster.expandable_segments=false"]  # they grow by 20 MiB, too coarse for this small model
     suggestions = answer([*words, *room]).suggestions
     assert suggestions
     found = suggestions[0]
@@ -58,7 +58,7 @@ ROOM = ["estimate.context_gib=0", "estimate.nccl_gib=0", "cluster.expandable_seg
 
 
 def test_one_change_is_named_where_one_is_enough(cache: str) -> None:
-    """The fastest change with one key comes before those with two."""
+    """Changes of one key come before changes of two keys."""
     found = answer([*LARGE, *ROOM, "cluster.gpu_memory_gib=1", cache])
     assert found.estimate.too_large and found.suggestions
     sizes = [len(one.overrides) for one in found.suggestions]
@@ -67,14 +67,14 @@ def test_one_change_is_named_where_one_is_enough(cache: str) -> None:
 
 
 def test_no_more_is_changed_than_is_needed(cache: str) -> None:
-    """Where two changes do, two are named: without either of them it does not fit."""
+    """If two changes are needed, exactly two are suggested. The layout does not fit without either of them."""
     words = [*LARGE, *ROOM, "cluster.gpu_memory_gib=0.25", cache]
     suggestions = answer(words).suggestions
     assert suggestions
     found = suggestions[0]
     assert found.why.count(" + ") == 1 and found.estimate.fits
     for word in found.overrides:
-        if not word.startswith(("parallel.dp_replicate", "train.gradient_accumulation")):  # half of one change
+        if not word.startswith(("parallel.dp_replicate", "train.gradient_accumulation")):  # half of a change
             try:
                 left = answer([*words, *(other for other in found.overrides if other != word)])
             except PlanError:
@@ -94,14 +94,14 @@ def test_the_fewest_nodes_are_named(cache: str) -> None:
 
 
 def test_adapters_are_named_where_one_gpu_cannot_train_all(cache: str) -> None:
-    """8B in float32 with AdamW: 16 bytes per parameter, and no other GPU to share them with."""
+    """8B in float32 with AdamW takes 16 bytes per parameter, and a single GPU cannot shard them."""
     words = ["model=llama3_1_8b", "parallel=single", "cluster.gpu=H100-SXM", "cluster.gpus_per_node=1", cache]
     suggestions = answer([*words, "data.seq_len=256", "train.micro_batch_size=1"]).suggestions
     assert suggestions and [one.overrides for one in suggestions] == [("tuning.method=lora",)]
 
 
 def test_a_change_that_is_refused_does_not_keep_later_ones_away(cache: str) -> None:
-    """Of matrices in 4 bits none can be divided; offload, which comes after, needs the sharding that came before."""
+    """Tensor parallel is refused for 4-bit matrices. Offload is tried later and needs the sharding tried earlier."""
     words = ["model=llama3_2_1b", "tuning=qlora", "tuning.rank=1024", "parallel=ddp", "precision=bf16", cache]
     words += ["cluster=8xl4", "cluster.gpus_per_node=2", "data.seq_len=512", "train.micro_batch_size=1"]
     suggestions = answer([*words, "cluster.gpu_memory_gib=5"]).suggestions

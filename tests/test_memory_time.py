@@ -1,4 +1,4 @@
-"""What an estimate leaves out to answer in seconds: repetitions, ranks that do the same, changes that cannot help."""
+"""An estimate answers in seconds because it skips repetitions, equivalent ranks, and changes that cannot help."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def test_a_step_without_its_repetitions_needs_the_same(
     plan = make_plan(config, Machine(gpus=8))
     short = [rank.peak_allocated_bytes for rank in estimate(config, plan).ranks]
     played = pipelined.shortest_orders(schedule, pp=4, micro_batches=24, stages_per_rank=None)
-    # Three times the actions cost three times the seconds.
+    # The run time is proportional to the number of actions.
     assert sum(map(len, played)) <= 0.7 * sum(map(len, rank_orders(schedule, pp=4, micro_batches=24)))
     monkeypatch.setattr(pipelined, "shortest_orders", rank_orders)
-    # The last rank of interleaved_zero_bubble peaks in another action: 0.33 % below.
+    # The last rank of interleaved_zero_bubble peaks in another action, 0.33 % lower.
     assert short == pytest.approx([rank.peak_allocated_bytes for rank in estimate(config, plan).ranks], rel=4e-3)
 
 
@@ -107,7 +107,7 @@ def test_changes_that_cannot_help_are_not_traced(cache: str, monkeypatch: pytest
     asked = []
     monkeypatch.setattr(suggesting, "estimate", lambda *args, **given: asked.append(args) or before)
     assert not before.fits and suggesting.suggest(config, plan, machine, before) == []
-    # Half of the model's gradients and copies alone are more than 3 GiB: what does not touch them is not asked for.
+    # Half of the model's gradients and copies alone exceed 3 GiB, so changes that do not reduce them are not estimated.
     assert asked and not any(replace(args[0], train=config.train) == config != args[0] for args in asked)
 
 
@@ -176,9 +176,9 @@ def test_other_shapes_of_a_traced_model_are_what_a_trace_says(
     evaluated = [parts(*shape, folder="family", alone=0) for shape in held_out]
     assert len(traced) == first
     assert evaluated == [parts(*shape, folder="alone") for shape in held_out]
-    # Half a step of a family's lengths is traced.
+    # The lengths of a family are multiples of 64. The length 288 is none, so it is traced.
     assert parts(1, 288, folder="family") and len(traced) == first + len(held_out) + 1
-    # Of shapes that are traced by themselves the second brings its family, where one is all that may stand alone.
+    # With alone=1, only one shape may be traced without its family, so the second shape traces its family.
     counts = []
     for length in (256, 384, 512):
         before = len(traced)
@@ -208,7 +208,7 @@ def test_a_trace_with_far_more_steps_than_the_shape_asked_for_is_broken_off(
 
     monkeypatch.setattr(family, "most_births", lambda part: 10)
     assert asked(256)
-    # Two neighbours were tried, and nobody tries those of another length again.
+    # The traces of neighbouring shapes were broken off. They are not tried again for another length.
     assert given[0] is None and given[1:] and set(given[1:]) == {10}
     tried = len(given)
     assert asked(512) and given[tried:] == [None]

@@ -1,4 +1,4 @@
-"""MeZO: the update of its paper, the same under every layout that it has; memory, resume, and what it refuses."""
+"""MeZO: its update is that of the paper and equal under every supported layout; resume works, the rest is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEZO = ("optimizer=mezo", "optimizer.lr=1e-4", "optimizer.weight_decay=0.1", "tr
 LORA = ("tuning=lora", "optimizer.lr=1e-2")
 ACCUMULATE = ("train.gradient_accumulation_steps=2",)
 
-# layout, processes, model, keys of both runs, keys of the layout alone
+# name -> (layout, processes, model, keys of both runs, keys of the tested layout alone)
 CASES: dict[str, tuple[str, int, str, tuple[str, ...], tuple[str, ...]]] = {
     "ddp, tied": ("ddp", 2, "gpt2", ACCUMULATE, ()),
     "fsdp, kept gathered": ("fsdp", 2, "llama", (), ("parallel.reshard_after_forward=false",)),
@@ -52,7 +52,7 @@ def measured(name: str, bug: str = "none") -> Distance:
 
 @pytest.mark.parametrize("name", rows(zip(CASES), lambda name: name in OFTEN))
 def test_every_layout_is_one_process(name: str) -> None:
-    """The slope divides a difference of two losses by 2 epsilon, and so their rounding by as much."""
+    """The slope is a difference of two losses divided by 2 epsilon. The division magnifies their rounding too."""
     layout, processes, model, keys, own = CASES[name]
     found = measured(name)
     ROWS.append(Row(layout, " ".join([*own, *MEZO, *keys]), processes, model, "fp64", found))
@@ -73,7 +73,7 @@ def test_parity_sees_copies_that_were_gathered_before_the_weights_moved() -> Non
 
 
 def test_it_is_that_of_its_paper() -> None:
-    """Algorithm 1: the update lies along the direction, as long as the learning rate times the slope."""
+    """Algorithm 1: the update is the random direction times the learning rate times the slope."""
     moved = {}
     for lr in ("1e-4", "2e-4"):
         keys = ("optimizer.weight_decay=0", f"optimizer.lr={lr}", "scheduler=constant", "scheduler.warmup_steps=0")

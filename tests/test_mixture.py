@@ -1,5 +1,5 @@
-"""`data.mixture`: weights hold exactly, every source keeps its own order, and no layout and no resume changes that.
-How long a run is: `train.epochs`, `data.exhausted`, `scheduler.warmup_ratio`."""
+"""`data.mixture`: the weights hold exactly and every source keeps its order, under every layout and after a resume.
+The length of a run: `train.epochs`, `data.exhausted`, `scheduler.warmup_ratio`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trainer.process.status import is_through, read_status
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three sources: text in the cache, a stream, conversations."""
+    """Creates three sources: text in the cache, a stream, and conversations."""
     folder = tmp_path_factory.mktemp("sources")
     write_jsonl(folder / "code.jsonl", map(words, range(60)))
     (folder / "web").mkdir()
@@ -50,7 +50,7 @@ def sources(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def alone(folder: Path, name: str) -> list[str]:
-    """A source as the only one."""
+    """Returns overrides that make this source the only one."""
     return [*common(folder), *(f"data.{key}={value}" for key, value in sources(folder)[name].items())]
 
 
@@ -59,14 +59,17 @@ def common(folder: Path) -> list[str]:
 
 
 def mixture(folder: Path, **weights: float | None) -> list[str]:
-    """weights: None: the source has none."""
+    """Returns the overrides of a mixture.
+
+    weights: weight of each source; None: the source has no weight.
+    """
     given = {name: {} if weight is None else {"weight": weight} for name, weight in weights.items()}
     entries = [f"data.mixture.{name}={json.dumps({**sources(folder)[name], **given[name]})}" for name in weights]
     return [*common(folder), *(entry.replace('"', "") for entry in entries)]
 
 
 def test_weights_hold_at_every_position() -> None:
-    """No source is ever a whole sample ahead, and after each round all have exactly their part."""
+    """No source is ever a whole sample ahead. After each round, every source has exactly its share."""
     for weights in ([3, 7], [0.7, 0.2, 0.1], [1, 1, 1], [1 / 3, 0.5], [0.61803, 0.2, 0.10197, 0.05, 0.03], [1e-4, 5]):
         turns = Turns(shares=tuple(shares(weights)))
         assert sum(turns.shares) <= SLOTS
@@ -137,7 +140,7 @@ def test_validation_has_the_weights_too(folder: Path) -> None:
     rows = [row for batch in data.validation() for row in rows_of(batch)]
     spoken = [row for row in rows if any(label != IGNORED for label in row[96:])]
     assert len(spoken) >= 10
-    # A conversation's prompt is not trained on.
+    # The prompts of conversations have no labels.
     assert abs(sum(row[96] == IGNORED for row in spoken) - len(spoken) / 2) <= 1
 
 
@@ -181,7 +184,7 @@ def test_what_is_refused_before_anything_is_read(folder: Path, override: str, sa
 
 
 def test_validation_sets_are_read_as_data_says_whatever_the_sources_are(folder: Path, tmp_path: Path) -> None:
-    """Here a text, which is no file for a source of conversations, nor for a stream."""
+    """The validation set is a text file, which neither a chat source nor a stream could read."""
     (tmp_path / "own.txt").write_text("Text to validate on. " * 40)
     mix = [*mixture(folder, web=1, chat=1), "data=files", f"data.validation_sets={{own: [{tmp_path}/own.txt]}}"]
     ids = next(data_of(*mix).validation("own")).input_ids[0].tolist()
@@ -237,7 +240,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def start(folder: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]:
-    """A run through the trainer's entry point; its lines of metrics."""
+    """Runs the trainer's entry point and returns the lines of its metrics."""
     usual = ["model=tiny", "cluster=cpu", "data.tokenizer=bytes", "logging.progress=off", "train.export=false"]
     usual += [
         "train.micro_batch_size=null",
@@ -249,7 +252,7 @@ def start(folder: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]
 
 
 def test_a_run_goes_on_with_more_ranks(folder: Path, tmp_path: Path) -> None:
-    """Losses, and tokens of each source, which the checkpoint carries on."""
+    """The losses and the token counts of each source continue from the checkpoint."""
     mix = [*mixture(folder, code=5, web=3, chat=2), "train.eval_samples=0", "train.steps=10", "checkpoint.every=6"]
     whole = start(tmp_path / "whole", *mix)
     assert whole[9]["tokens_of"] == whole[10]["tokens_of"] == {"code": 20 * 96, "web": 12 * 96, "chat": 8 * 96}
@@ -271,7 +274,7 @@ def test_a_run_of_epochs(folder: Path, tmp_path: Path) -> None:
 def test_a_finished_run_of_epochs_is_through_until_more_are_asked_for(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its length is not known before the data is read, so the status says what it was to take."""
+    """The length of the run is unknown before the data is read, so its status records the requested epochs."""
     run = tmp_path / "run"
     words = [*alone(folder, "code"), "model=tiny", "model.config.num_hidden_layers=1", "parallel=single", "cluster=cpu"]
     words += ["data.tokenizer=bytes", "train.eval_samples=0", "logging.progress=off", f"train.run_dir={run}"]
@@ -295,6 +298,6 @@ def test_a_finished_run_of_epochs_is_through_until_more_are_asked_for(
     code, said = started(elsewhere, 0.1)
     assert code == EXIT_FINISHED
     assert f"and this run has {steps} steps, all in all: nothing is left to train; give more train.steps, or" in said
-    # The supervisor of a job asks the same, of what was submitted.
+    # The supervisor of a job makes the same check with the submitted settings.
     asked = {epochs: is_through(read_status(run), steps=0, epochs=epochs) for epochs in (0.1, 0.2, 0.3)}
     assert asked == {0.1: True, 0.2: True, 0.3: False}

@@ -131,7 +131,7 @@ def test_an_exported_folder_loads_with_the_same_loss(name: str, shard_bytes: int
 
 
 def test_names_without_the_base_prefix_are_found(tmp_path: Path) -> None:
-    """GPT-2 on the hub was saved from the bare model: `wte.weight`, not `transformer.wte.weight`."""
+    """GPT-2 on the hub was saved from the bare model: it has `wte.weight` instead of `transformer.wte.weight`."""
     model = build("model=tiny_gpt2")
     base = model.base_model
     assert isinstance(base, PreTrainedModel)
@@ -146,7 +146,7 @@ def test_names_without_the_base_prefix_are_found(tmp_path: Path) -> None:
 def test_what_transformers_renames_is_read_through_it(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Experts lie in the file one by one, and DeepSeek's routing bias is no parameter."""
+    """The file stores each expert separately, and DeepSeek's routing bias is a buffer."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**FIELDS, **EXPERTS[kind]}))
     for _, buffer in persistent_buffers(model):
         buffer.uniform_()
@@ -182,7 +182,7 @@ def test_a_config_no_model_can_have(overrides: list[str], text: str) -> None:
 
 
 def test_an_exported_model_names_its_architecture(tmp_path: Path) -> None:
-    """Under FSDP2 too, whose model has a class of its own."""
+    """This also holds under FSDP2, which changes the class of the model."""
     keys = ["parallel=fsdp", "data=synthetic", "data.seq_len=32", "train.steps=1", "train.eval_samples=0"]
     run_ranks(2, run_trainer, [*keys, f"train.run_dir={tmp_path}/run"])
     saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())

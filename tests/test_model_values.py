@@ -1,5 +1,5 @@
-"""Values of `model.config.*` and of a model folder's config.json that no model can have: one line each, exit code 2, at
-every entry point."""
+"""Impossible values in `model.config.*` or a model folder's config.json cost one line each and exit code 2 at every
+entry point."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIZES = {
 
 @pytest.mark.parametrize("door", DOORS)
 def test_impossible_sizes_are_one_line_each(door: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Found by the plan, which needs no torch: all three entry points give one answer, with both problems at once."""
+    """The plan finds them without torch, so all three entry points give the same answer, with both problems at once."""
     main, words = DOORS[door]
     for value, line in SIZES.items():
         assert main(["model=tiny", "data=synthetic", "data.seq_len=16", *words, f"model.config.{value}"]) == 2

@@ -1,5 +1,5 @@
-"""`moe`: balancing of routed experts equals one process under every layout, and transformers' own term where it is that
-one; what it refuses."""
+"""`moe`: balancing of routed experts equals one process under every layout, and `micro_batch` equals the aux loss of
+transformers. Combinations without effect are refused."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ FULL, SELECTIVE = "train.activation_checkpointing=full", "train.activation_check
 SCHEDULE = "parallel.pipeline.schedule"
 SHOWN = "zbv_zero_bubble"
 BY_SEQUENCE: dict[str, tuple[str, ...]] = {"interleaved_zero_bubble": SEQUENCE, "dualpipev": SEQUENCE}
-# Routers see a part of the tokens.
+# Each rank's routers see only part of the tokens.
 PARTS = ("parallel.tp=2", "parallel.sequence_parallel=true")
-# What makes each of them a case of its own: replicas, shards and recompute, shared tokens, stages, parts of sequences,
-# experts of other ranks.
+# The cases cover replicas, shards with recompute, shared tokens, pipeline stages, parts of sequences, and experts on
+# other ranks.
 LAYOUTS = [
     (GLOBAL, "ddp", 2, (TWO,)),
     (GLOBAL, "fsdp", 2, (TWO, FULL)),
@@ -85,7 +85,7 @@ def test_layout_equals_single_process(
 
 
 def test_micro_batches_of_other_ranks_are_as_good_as_own() -> None:
-    """Layouts that cut a step into the same micro-batches have the same term, whichever ranks they are on."""
+    """Layouts with the same micro-batches have the same term, whichever ranks the micro-batches are on."""
     two_ranks, alone = found("fsdp", 2, "none", *MICRO, TWO, FULL), expected(*MICRO, FOUR)
     assert distance(two_ranks, alone).largest <= FLOAT64
     parts = found("expert", 4, "none", *MICRO, TWO, *PARTS)
@@ -105,7 +105,7 @@ def test_virtual_tokens_and_padding_are_no_load() -> None:
 
 
 def test_virtual_tokens_go_through_routers_too() -> None:
-    """With padding, whose mask has no place for them, and with a term."""
+    """The test has padding, whose mask does not cover the virtual tokens, and a balancing term."""
     found = expected(*GLOBAL, "tuning=prompt", "tuning.virtual_tokens=4", TWO)
     plain = expected("tuning=prompt", "tuning.virtual_tokens=4", TWO)
     assert found.losses[0] > plain.losses[0] + 0.1
@@ -123,7 +123,7 @@ def test_micro_batch_is_transformers_own(kind: str, accumulation: int) -> None:
 
 
 def test_float64_trains_with_experts_one_by_one() -> None:
-    """torch's grouped product of experts has no float64."""
+    """torch's grouped matmul for experts does not support float64."""
     losses = run_ranks(1, train, words("mixtral", "precision=fp64"))[0].losses
     assert losses[1] < losses[0] < 6
 
@@ -171,7 +171,7 @@ def test_memory_is_estimated_with_it(capsys: pytest.CaptureFixture[str]) -> None
     assert '"verdict": "fits"' in capsys.readouterr().out
 
 
-SCORES = {  # family -> whether experts are scored one by one, and where it keeps a bias that corrects itself
+SCORES = {  # family -> (whether each expert has its own sigmoid score, module of the self-correcting bias)
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "gpt_oss", "granitemoe"), (False, "")),
     **dict.fromkeys(("ernie4_5_moe", "minimax", "jamba", "flex_olmo"), (False, "")),
     **dict.fromkeys(("llama4_text", "afmoe"), (True, "")),
@@ -184,7 +184,7 @@ SCORES = {  # family -> whether experts are scored one by one, and where it keep
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", SCORES)
 def test_routers_are_found_and_read(family: str) -> None:
-    """The probabilities that are balanced are those that weigh the experts: of each token they differ by one factor."""
+    """The balanced probabilities are the weights of the experts, up to one factor for each token."""
     config = shrink(AutoConfig.for_model(family), 1, whole_depth=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     routers, outputs = find_routers(model), []
@@ -203,7 +203,7 @@ def test_routers_are_found_and_read(family: str) -> None:
 
 
 def test_a_router_that_sorts_tokens_by_expert_is_read() -> None:
-    """JetMoE's returns no row of experts for each token."""
+    """JetMoE's router does not return one row of experts for each token."""
     model = AutoModelForCausalLM.from_config(shrink(AutoConfig.for_model("jetmoe"), 1), dtype=torch.float32)
     (router, *_), outputs = find_routers(model), []
     router.module.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -221,7 +221,8 @@ def test_gradients_of_probabilities_reach_the_logits(sigmoid: bool) -> None:
 
 
 def test_load_and_biases_resume_under_another_layout(tmp_path: Path) -> None:
-    """Bit for bit under the same one. The load of all ranks and the biases that it moves are in it."""
+    """The resume is bit-identical under the same layout. The checkpoint holds the load of all ranks and the biases that
+    the load changes."""
     balance = ["moe=global_batch", "moe.coefficient=0.5", "moe.bias_update_rate=0.05", *DEEPSEEK]
     balance.append("model.config.num_hidden_layers=2")
 
@@ -233,7 +234,7 @@ def test_load_and_biases_resume_under_another_layout(tmp_path: Path) -> None:
     other = run_ranks(
         2, resume_each, [*overrides("pipeline")[:-1], "train.gradient_accumulation_steps=8"], [str(tmp_path / "run")], 2
     )[0][0]
-    # Micro-batches of one shape: their router multiplies in float32, which rounds a larger matrix otherwise.
+    # The micro-batches have the same shape because the router's float32 matmul rounds differently for larger matrices.
     for step in (4, 5):
         assert (other.losses[step], other.grad_norms[step]) == pytest.approx(
             (alone.losses[step], alone.grad_norms[step]), rel=FLOAT64
@@ -245,5 +246,5 @@ def test_load_and_biases_resume_under_another_layout(tmp_path: Path) -> None:
     steps = gate / 0.05
     assert gate.any() and torch.equal(steps, steps.round()) and steps.abs().max() <= 3
     load = saved["buffer/moe.load"]
-    # Two layers, and the two experts of each of the step's 8 x 32 tokens.
+    # There are two layers, and each of the step's 8 x 32 tokens goes to two experts.
     assert load.shape == (2, 4) and (load.sum(dim=1) == 2 * 8 * 32).all()

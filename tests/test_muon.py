@@ -1,4 +1,5 @@
-"""Muon: the update written out, the same under every cut, and what its collectives and memory are."""
+"""Muon: its update equals a written-out reference and a single process under every sharding. Collectives and memory are
+as predicted."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ CHOICES = [
 
 
 def written_out(gradients: list[torch.Tensor], start: torch.Tensor, *, transposed: bool, lr: float, **options):
-    """Jordan 2024 for one matrix in float64, with the decay and the scale of Liu et al. 2025."""
+    """Computes the update of Jordan 2024 for one float64 matrix, with the decay and scale of Liu et al. 2025."""
     a, b, c = options.get("coefficients", JORDAN)
     weight, momentum = start.clone(), torch.zeros_like(start)
     rows, columns = weight.T.shape if transposed else weight.shape
@@ -125,7 +126,8 @@ def test_every_cut_is_one_process_and_bugs_show() -> None:
 
 
 def test_collectives_and_memory() -> None:
-    """Two collectives in all, AdamW's parameters included, and one more for replicas. Memory as it is predicted."""
+    """A step has two collectives in total, including AdamW's parameters, and one more for replicas. The memory is as
+    predicted."""
     ranks = run_ranks(4, costs)
     assert ranks[0][0] == {
         "fsdp": {"alltoall_base_": 2},

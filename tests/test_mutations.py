@@ -1,4 +1,4 @@
-"""The parity tests can fail: a planted bug sets a layout apart from one process by far more than their tolerance."""
+"""The parity tests can fail: with a planted bug, a layout differs from one process by far more than their tolerance."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = 4
 EXTRA = ("train.gradient_accumulation_steps=2",)
 
 
-# bug -> (layout, processes, keys); all on samples with padding.
+# bug -> (layout, processes, keys); all runs have samples with padding.
 BALANCE = ("moe=global_batch", "moe.coefficient=0.5", "train.gradient_accumulation_steps=2")
 OF_EXPERTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "load_of_each_rank": ("ddp", 2, ()),
@@ -79,7 +79,7 @@ def test_parity_sees_the_bug_of_balancing(bug: str) -> None:
 
 @pytest.mark.parametrize("bug", OF_KEYS)
 def test_parity_sees_the_bug_of_a_key(bug: str) -> None:
-    """The layout without the bug has a row of its own."""
+    """Another test has a row for this layout without the bug."""
     layout, processes, precision, keys = OF_KEYS[bug]
     found = run_ranks(processes, train_with, bug, words("llama", layout, precision, STEPS, *keys))[0]
     limit = {"fp64": 1e4 * FLOAT64, "fp32": 10 * FLOAT32}[precision]

@@ -1,6 +1,6 @@
-"""Several nodes without SLURM: the lines that `python -m launch` prints, run on two hosts.
+"""Several nodes without SLURM: the lines that `python -m launch` prints run on two hosts.
 
-A host is a network namespace: an address of its own, ports of its own, a cable to the other and to nobody else.
+A host is a network namespace with its own address and ports. A cable connects it to the other host only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def remove_hosts() -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[str]]:
-    """Two hosts with a cable between them: their names."""
+    """Creates two hosts with a cable between them and yields their names."""
     remove_hosts()
     try:
         names = list(HOSTS)
@@ -70,7 +70,7 @@ def test_the_printed_lines_train_on_two_hosts(
     assert len(lines) == len(hosts)
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{address} slots=2\n" for address in HOSTS.values()))
-    # What a real host's name in its own DNS does: ranks must not give each other the loopback's address.
+    # GLOO_SOCKET_IFNAME replaces a real host's DNS name. Otherwise ranks would announce the loopback address.
     environment = programs().environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="cable")
     running = []
     for host, line in zip(hosts, lines, strict=True):
