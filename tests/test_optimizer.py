@@ -50,7 +50,7 @@ def test_warmup_stable_decay() -> None:
 
 
 def test_linear_decay_has_the_slope_of_transformers() -> None:
-    """transformers decays to 0 one step after the last; with its number of steps one less the two agree."""
+    """transformers reaches 0 one step after the last. The schedules agree if its number of steps is one less."""
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=9)
@@ -87,7 +87,7 @@ OF_ROLES = "optimizer.groups.matrix.name=lion optimizer.groups.vector.name=sgd o
 
 
 def test_each_role_is_updated_by_its_own_optimizer() -> None:
-    """As by the three optimizers on their own, and the states of each."""
+    """The updates and states equal those of each of the three optimizers alone."""
     found: list[dict[str, torch.Tensor]] = []
     kinds: list[set[str]] = []
     for words in (OF_ROLES, "optimizer.name=lion", "optimizer.name=sgd optimizer.lr=0.01", ""):
@@ -194,7 +194,8 @@ TABLES += [("adafactor optimizer.groups.embedding.name=adamw optimizer.groups.ve
 
 @pytest.mark.parametrize(("name", "how"), [pair for pair in TABLES if pair[1] != "deepspeed_cpu"])
 def test_tables_say_what_an_update_allocates(name: str, how: str) -> None:
-    """Kept after two updates, and for a moment in the second: of matrices of several sizes, a table and a vector."""
+    """The tables give the memory kept after an update and the temporary memory of the second update. The model has
+    matrices of several sizes, an embedding and a vector."""
     config = load_config([*f"optimizer={name}".split(), f"optimizer.implementation={how}"]).optimizer
     model = nn.ModuleList([nn.Linear(256, 512, bias=False), nn.Linear(256, 128, bias=False)])
     model += [nn.Linear(256, 256, bias=False), nn.Embedding(64, 256), nn.LayerNorm(300)]
@@ -209,7 +210,7 @@ def test_tables_say_what_an_update_allocates(name: str, how: str) -> None:
     held = list(balance(tracker.events))
     second = next(index for index, (event, _) in enumerate(held) if event == "second")
     states = [tensor for about in described.values() for tensor in kept(about, config, "float32")]
-    # Counters and other numbers: in host memory, which the CPU's tensors lie in too.
+    # Counters and other scalars are in host memory, which also holds the tensors on the CPU.
     tables = [ask(config).state(about, config, "float32") for about in described.values()]
     counters = sum(max(tensor.nbytes, 4) for table in tables for tensor in table.values() if not tensor.shape)
     assert 0 <= held[second][1] - sum(tensor.nbytes for tensor in states) <= max(counters, 4 * len(described))
@@ -239,7 +240,7 @@ USERS = "tests.support.optimizers_of_users"
 
 
 def test_what_a_custom_optimizer_keeps() -> None:
-    """Of shapes that the probe has not seen; blocks of 8-bit states by the number of elements."""
+    """The prediction holds for shapes that the probe has not seen. 8-bit states have blocks by number of elements."""
     matrix, vector = Described(name="w", shape=(100, 900), role=Role.matrix), Described(name="b", shape=(50,))
     for target, of_matrix, of_vector in [
         ("torch.optim.NAdam", 8 * 90000 + 4, 8 * 50 + 4),
@@ -268,7 +269,7 @@ def test_lion_is_that_of_its_paper() -> None:
 
 
 def test_schedule_free_is_that_of_its_paper() -> None:
-    """Defazio et al. 2024, algorithm 1, with X and Z kept and Y made of them."""
+    """Defazio et al. 2024, algorithm 1; x and z are stored, and y is computed from them."""
     words = ["optimizer=schedule_free", "optimizer.lr=0.1", "optimizer.weight_decay=0.1"]
     settings = load_config(words).optimizer
     found = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
@@ -296,7 +297,7 @@ def test_schedule_free_is_that_of_its_paper() -> None:
 
 
 def train_and_export(folder: str, *words: str) -> tuple[dict[str, torch.Tensor], ...]:
-    """What a run exports, what is exported from its checkpoint, and the weights in that."""
+    """Returns the weights that a run exports, those exported from its checkpoint, and those in the checkpoint."""
     tiny = ["model=tiny", "model.config.num_hidden_layers=1", "data=synthetic", "data.seq_len=16", "cluster.device=cpu"]
     steps = ["train.steps=3", "train.global_batch_size=4", f"train.run_dir={folder}/run", "train.eval_samples=2"]
     assert door([*tiny, *steps, *words]) == EXIT_FINISHED

@@ -1,4 +1,4 @@
-"""What an optimizer cannot be combined with: one line each."""
+"""Each unsupported combination with an optimizer is refused in one line."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_custom_optimizers_are_accepted(words: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw_8bit"])
 def test_one_rank_shards_nothing(name: str) -> None:
-    """What needs whole matrices is accepted under a layout that would cut them if there were more ranks."""
+    """With one rank, optimizers that need whole matrices are accepted under layouts that shard matrices."""
     make_plan(load_config(["parallel=fsdp", f"optimizer={name}", "cluster.gpus_per_node=1"]), Machine())
 
 

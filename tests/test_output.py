@@ -1,5 +1,5 @@
-"""Nobody reads, the terminal is closed, the disk behind the log is full: the run goes on, and its own end is its exit
-code."""
+"""If nobody reads the output, the terminal is closed or the log's disk is full, the run continues. Its own end decides
+the exit code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def overrides(run: Path, layout: str, *more: str, steps: int = 3) -> list[str]:
 
 
 def start_unheard(words: list[str], full: bool) -> int:
-    """The run's exit code, with no reader of its output: a full disk, or a pipe whose reader is gone."""
+    """Runs the trainer without a reader of its output and returns the exit code.
+
+    full: whether the output goes to a full disk; otherwise it goes to a pipe without a reader.
+    """
     if full:
         target = os.open("/dev/full", os.O_WRONLY)
     else:
@@ -55,7 +58,7 @@ def test_a_run_that_nobody_hears_is_finished(full: bool, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("command", "code", "told"),
     [
-        # As `head` does it, but surely before the first write.
+        # Closes the pipe like `head`, but always before the first write.
         ("--cfg job | true", EXIT_FINISHED, ""),
         ("--cfg job > /dev/full", EXIT_FAILED, "standard output: cannot be written (No space left on device); what"),
         ("--cfg job >&-", EXIT_FINISHED, ""),
@@ -124,7 +127,7 @@ print(f"{threading.active_count()} thread", flush=True)
 
 
 def test_a_terminal_shows_how_long_it_has_been_waited(tmp_path: Path) -> None:
-    """Once a second, until there is an answer, or another process writes. A file gets the lines alone."""
+    """The time is updated every second until there is an answer or another process writes. A file only gets lines."""
     command = [sys.executable, "-c", WAITS]
     master, terminal = pty.openpty()
     subprocess.run(command, cwd=ROOT, stdout=terminal, stderr=terminal, check=True)

@@ -1,4 +1,4 @@
-"""Model, data and tracker of the user's own, by their paths, together: trained, estimated, exported, asked to write."""
+"""A user's own model, data and tracker, given by their paths, work together: train, estimate, export, generate."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_run_of_own_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert generate([str(run), "ab", "--tokens=2"]) == 0
     assert checkpoint(["export", str(run), str(tmp_path / "exported")]) == 0
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["gate"] == 0.25
-    # A model need not lie in the folder of a run, and others have a config.yaml too.
+    # The model may lie outside a run folder, and other programs may have a config.yaml there too.
     (tmp_path / "config.yaml").write_text("name: of another program\n")
     assert generate([str(tmp_path / "exported"), "ab", "--tokens=2"]) == 0
 
@@ -47,7 +47,7 @@ def test_a_run_of_own_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_model_of_the_users_own_is_estimated_and_divided(tmp_path: Path) -> None:
     small = (*MODEL, *DATA, "cluster.device=cpu", f"data.cache_dir={tmp_path}", "train.eval_samples=0")
     config = compose(*small)
-    # 2 layers of (4 + 1) * 32 * 32 + 3 * 32 * 64 + 2 * 32, an embedding and a head, a norm.
+    # The model has 2 layers of (4 + 1) * 32 * 32 + 3 * 32 * 64 + 2 * 32, an embedding, a head and a norm.
     parameters = 2 * (5 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 2 * 260 * 32 + 32
     states = estimate(config).busiest.components
     assert 0 <= states["parameters"] - 4 * parameters <= 64
@@ -57,7 +57,7 @@ def test_a_model_of_the_users_own_is_estimated_and_divided(tmp_path: Path) -> No
 
 
 def test_classes_with_one_config_class_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one process, and after a cell of a notebook that defines them was run again."""
+    """The classes alternate in one process. They also work after a notebook cell has defined them again."""
     for name in ("Gated", "Wider", "Gated"):
         config = compose(*MODEL, f"model.target={USERS}.models_of_users.{name}")
         assert type(build_causal(config)).__name__ == name

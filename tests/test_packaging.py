@@ -1,4 +1,4 @@
-"""What is installed: the wheel holds every YAML and works from any folder; pins and ranges agree; set-up runs once."""
+"""The wheel holds every YAML and works from any folder. Pins and ranges agree. Setup runs only once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of what git tracks or would track: the build leaves nothing in the checkout."""
+    """Builds the wheel from a copy of the tracked and untracked files, so the build leaves nothing in the checkout."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
     for file in files:
@@ -77,7 +77,7 @@ def test_the_installed_package_works_from_any_folder(wheel: Path, tmp_path: Path
     made = run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     python = tmp_path / "env/bin/python"
-    # The libraries of the environment that runs the tests, without its editable install of the project.
+    # This makes the test environment's libraries available, without its editable install of the project.
     libraries = next((tmp_path / "env").glob("lib/python*/site-packages")) / "libraries.pth"
     libraries.write_text(sysconfig.get_path("purelib") + "\n")
     install = ("-m", "pip", "--python", python, "install", "-q", "--no-deps", "--force-reinstall", wheel)
@@ -106,7 +106,7 @@ def test_every_library_has_a_lowest_version() -> None:
 
 
 def source_setup(command: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a function of setup.sh, sourced from a copy of the project's files that decide the installation."""
+    """Runs a function of setup.sh, next to a copy of the project's files that decide the installation."""
     (tmp_path / "launch").mkdir()
     for file in ("launch/setup.sh", "pyproject.toml", "constraints.txt"):
         (tmp_path / file).write_text((ROOT / file).read_text())
@@ -114,7 +114,7 @@ def source_setup(command: str, tmp_path: Path, **environment: str) -> subprocess
 
 
 def fake_python(folder: Path, body: str) -> str:
-    """A PATH with the usual tools whose only Python is the given shell script."""
+    """Returns a PATH with the usual tools, whose only Python is the given shell script."""
     folder.mkdir()
     for name in ("python3", "python"):
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")

@@ -1,7 +1,7 @@
-"""`optimizer.paged`: the same updates and checkpoints as without, bytes in host memory, and what refuses it.
+"""`optimizer.paged`: updates and checkpoints equal those without it, states are in host memory, and refused cases.
 
-Memory that a GPU and its host share needs a GPU: here the CPU's stands for it, wherever the trainer asks for some. The
-memory itself: tests/gpu. On pieces of parameters: `test_cut_states`, under the name `paged`.
+Memory shared by a GPU and its host needs a GPU, so these tests replace it with CPU memory wherever the trainer
+allocates it. tests/gpu tests the real memory. `test_cut_states` tests sharded parameters, under the name `paged`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def pages() -> Iterator[Pages]:
 
 
 class Run:
-    """A model and its optimizer, from the same weights and by the same gradients whatever the words."""
+    """A model and its optimizer. The weights and gradients are the same for all overrides."""
 
     def __init__(self, words: str) -> None:
         torch.manual_seed(0)
@@ -59,7 +59,7 @@ class Run:
             self.optimizer.step()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds."""
+        """Returns the tensors that a checkpoint holds."""
         named = dict(self.model.named_parameters())
         kept = {f"{kind}/{name}": t for name, p in named.items() for kind, t in self.states.of(name, p).items()}
         return {name: tensor.detach().clone() for name, tensor in {**named, **kept}.items()}

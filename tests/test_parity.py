@@ -1,11 +1,11 @@
 """Every layout equals one process: loss and gradient norm at each step, validation loss and parameters at the end.
 
-In float64, where each real bug shows (a skipped all-reduce, a mean of means, a lost micro-batch) and rounding does
-not; and once more in float32. Ragged valid tokens, active clipping and a vocabulary that does not divide are in all
-of them. The layouts are the files of configs/parallel: a new one fails here until it has a row.
+The tests run in float64, where real bugs show (a skipped all-reduce, a mean of means, a lost micro-batch) and rounding
+does not, and again in float32. All of them have ragged valid tokens, active clipping and a vocabulary that the ranks do
+not divide evenly. The layouts are the files of configs/parallel: a new file fails here until it has a row.
 
-With every change each layout, and each pair of axes that a plan allows, is trained with the models that it may treat
-differently. What only repeats that for another model, size or precision is nightly.
+Every change trains each layout, and each pair of axes that a plan allows, with the models that it may treat
+differently. Tests that only repeat this for another model, size or precision are nightly.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ STEPS = 4
 nightly = pytest.mark.nightly
 ACCUMULATE = ("train.gradient_accumulation_steps=2",)
 
-# preset -> (processes, models of every change; the others are nightly). DeepSpeed's rows: test_parity_deepspeed. Each
-# axis meets llama, here or in a variant, and a tied embedding (gpt2, qwen3); cut matrices also norms on heads (qwen3)
-# and Conv1D (gpt2); divided sequences also learned positions (gpt2).
+# preset -> (processes, models tested with every change); the other models are nightly. test_parity_deepspeed has the
+# rows of DeepSpeed. Each axis is combined with llama, here or in a variant, and with a tied embedding (gpt2, qwen3).
+# Sharded matrices also have head norms (qwen3) and Conv1D (gpt2); split sequences also have learned positions (gpt2).
 TORCH: dict[str, tuple[int, tuple[str, ...]]] = {
     "ddp": (2, ("llama",)),
     "fsdp": (2, ("llama",)),
@@ -82,8 +82,8 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "context on 4, with a pipeline": ("context", 4, ("parallel.pp=2",)),
     "context on 4, sharded over data as well": ("context", 4, ("parallel.dp_shard=2",)),
 }
-# Of mixtures: tokens are exchanged by ranks that share them, summed where all of the group do, among replicas, stages
-# and ranks that split sequences.
+# Variants for MoE models: ranks that share tokens exchange them, or sum the results if the whole expert group shares
+# them. Other variants exchange tokens with replicas, pipeline stages or split sequences.
 MIXED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "tensor parallel": ("qwen3_moe", "expert_fsdp", ("parallel.tp=2", "parallel.sequence_parallel=true")),
     "tensor parallel inside the group": ("qwen3_moe", "expert", ("parallel.tp=2",)),
@@ -97,7 +97,7 @@ MIXED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "divided sequences": ("qwen3_moe", "expert_fsdp", ("parallel.cp=2",)),
     "replicas": ("mixtral", "expert_fsdp", ("parallel.dp_replicate=2", "parallel.reshard_after_forward=false")),
 }
-# Other sizes of an axis, and what a later variant has in it as well.
+# Nightly variants: other sizes of an axis, and combinations that a later variant contains too.
 REPEATED = {
     *("ddp on 4", "fsdp on 4", "tensor_fsdp, sequence parallel", "pipeline, recompute", "3d_zero1, interleaved"),
     *("tensor, sequence parallel", "3d_zero1, sequence parallel, recompute", "fsdp, parameters kept gathered"),
@@ -113,8 +113,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "no clipping": ("train.clip_grad_norm=0",),
     "loss in slices": ("train.chunked_loss=true",),
 }
-# Where a key meets code of the layout's own: the ends of accumulation, hooks of recompute, divided heads and logits,
-# norms of shards. Every key has a row.
+# (layout, key) pairs where the key runs the layout's own code: the end of accumulation, recompute hooks, sharded heads
+# and logits, norms of shards. Every key has a row.
 MEETS = {
     *(("ddp", "no accumulation"), ("ddp", "selective recompute"), ("fsdp", "full recompute"), ("fsdp", "sgd")),
     *(("fsdp", "no clipping"), ("tensor", "eager attention"), ("tensor", "loss in slices")),
@@ -137,7 +137,7 @@ MUON = [
 SMOOTHED = ("train.label_smoothing=0.2", "train.neftune_alpha=1", "optimizer.ema=0.6", *ACCUMULATE)
 
 
-# Optimizer -> its keys, and the layouts of every change; the others are nightly.
+# Optimizer -> (its keys, layouts tested with every change); the other layouts are nightly.
 OPTIMIZERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "adamw_8bit": (("optimizer=adamw_8bit", "optimizer.lr=0.01"), ("tensor_fsdp",)),
     "adafactor": (("optimizer=adafactor", "optimizer.lr=0.02"), ("ddp",)),
@@ -177,7 +177,7 @@ def test_every_layout_has_a_row() -> None:
 
 
 def test_every_pair_of_axes_has_a_row() -> None:
-    """With every change, each two axes that a plan can have together."""
+    """Every change tests each pair of axes that a plan can combine."""
     axes = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")
     degrees = tuple(f"parallel.{axis}=" for axis in axes)
     often = [(layout, processes, ()) for layout, (processes, _) in TORCH.items()]
@@ -191,7 +191,7 @@ def test_every_pair_of_axes_has_a_row() -> None:
         )
         plan = make_plan(load_config(overrides), Machine(world_size=processes, local_world_size=processes))
         found |= set(combinations([axis for axis in axes if plan.degree(axis) > 1], 2))
-    # Copies of a model whose sequences are divided: cp counts as sharding, so that hsdp with cp is the same code.
+    # No row combines replicas with context parallel: cp counts as sharding, so this is the same code as hsdp.
     assert found == set(combinations(axes, 2)) - {("dp_replicate", "cp")}
 
 
@@ -223,13 +223,15 @@ def test_divided_experts_with_another_axis_equal_single_process(variant: str) ->
 
 @pytest.mark.parametrize(("layout", "processes"), rows([("fsdp", 2), ("tensor_fsdp", 4)], lambda _, ranks: ranks == 2))
 def test_experts_that_the_ranks_do_not_divide_equal_single_process(layout: str, processes: int) -> None:
-    """FSDP cuts their features: by rows, the last ranks would hold fewer experts or none. Whole matrices for Muon."""
+    """FSDP shards the experts along their features. Sharded by expert, the last ranks would hold fewer experts or none.
+    Muon still gets whole matrices."""
     extra = (*MUON_KEYS, *ACCUMULATE, *EXPERTS, "model.config.num_experts=3")
     found = measure([layout], processes, model="llama", precision="fp64", steps=4, extra=extra)
     assert found.largest <= FLOAT64, found
 
 
-# Every schedule with every change, tied embeddings too: test_pipeline_parallel. Here with the trainer's data and loss.
+# test_pipeline_parallel tests every schedule with every change, including tied embeddings. This test adds the trainer's
+# data and loss.
 @pytest.mark.parametrize(
     ("schedule", "model"),
     rows(
@@ -260,9 +262,9 @@ def test_option_equals_single_process(layout: str, keys: str) -> None:
     ("optimizer", "layout"), rows(product(OPTIMIZERS, CUT), lambda name, layout: layout in OPTIMIZERS[name][1])
 )
 def test_optimizer_equals_single_process(optimizer: str, layout: str) -> None:
-    """See test_cut_states for each kind of cut."""
+    """test_cut_states covers each kind of sharding."""
     extra = (*OPTIMIZERS[optimizer][0], *ACCUMULATE)
-    # GPT-2's biases of keys have no gradient but rounding, whose sign Lion would follow.
+    # The gradient of GPT-2's key biases is only rounding error, and Lion would follow its sign.
     model = CUT[layout] if optimizer != "lion" else CUT[layout].replace("gpt2", "llama")
     found = measure([layout], TORCH[layout][0], model=model, precision="fp64", steps=4, extra=extra)
     assert found.largest <= FLOAT64, found
@@ -276,7 +278,7 @@ def test_optimizer_equals_single_process(optimizer: str, layout: str) -> None:
     ),
 )
 def test_smoothed_labels_noise_and_averaged_weights_equal_single_process(layout: str, keys: tuple[str, ...]) -> None:
-    """Parameters and validation are those of the average, and validation is plain, without noise."""
+    """Parameters and validation use the averaged weights. Validation has no smoothing and no noise."""
     extra = (*SMOOTHED, *keys)
     found = measure([layout], TORCH[layout][0], model="llama", precision="fp64", steps=STEPS, extra=extra)
     assert found.largest <= FLOAT64, found
@@ -284,7 +286,8 @@ def test_smoothed_labels_noise_and_averaged_weights_equal_single_process(layout:
 
 @pytest.mark.parametrize(("layout", "processes", "model"), MUON)
 def test_muon_equals_single_process(layout: str, processes: int, model: str) -> None:
-    """Whole matrices, whatever cuts them: packed and transposed ones and a tied embedding (gpt2), stacked experts."""
+    """Muon gets whole matrices under any sharding: packed and transposed matrices and a tied embedding (gpt2), and
+    stacked experts."""
     extra = (*MUON_KEYS, *ACCUMULATE, *(EXPERTS if model == "experts" else ()))
     model = "llama" if model == "experts" else model
     found = measure([layout], processes, model=model, precision="fp64", steps=4, extra=extra)
@@ -292,7 +295,7 @@ def test_muon_equals_single_process(layout: str, processes: int, model: str) -> 
 
 
 def test_muon_in_bfloat16_stays_near_single_process() -> None:
-    """A gradient that was summed in another order may round to the neighbouring bfloat16 before the iteration."""
+    """A gradient summed in another order may round to the adjacent bfloat16 value before the iteration."""
     extra = ("optimizer=muon", "optimizer.lr=0.01", *ACCUMULATE)
     found = measure(["fsdp"], 2, model="gpt2", precision="fp32", steps=4, extra=extra)
     assert max(found.loss, found.grad_norm) <= 1e-4, found
@@ -309,7 +312,7 @@ def test_muon_in_bfloat16_stays_near_single_process() -> None:
     ),
 )
 def test_compiled_layers_equal_plain_ones(layout: str, recompute: str) -> None:
-    """By torch's own ahead-of-time tracing without code generation, which would need minutes of a C++ compiler."""
+    """torch traces the layers ahead of time but generates no code, because the C++ compiler would take minutes."""
     expected = reference("llama", "fp64", 3)
     keys = ("train.compile=true", f"train.activation_checkpointing={recompute}")
     processes = {"single": 1, "tensor": 2, "context": 2, "tensor_fsdp": 4}[layout]
@@ -327,11 +330,11 @@ def test_recompute_changes_nothing(mode: str) -> None:
     assert again.grad_norms == plain.grad_norms
 
 
-# Each axis by itself and all of them at once: dtypes meet at the edges of stages, regions and shards.
+# Each axis is tested alone and all of them together. dtypes change at the edges of stages, regions and shards.
 NARROW = {"single": 1, "ddp": 2, "fsdp": 2, "tensor": 2, "pipeline": 2, "context": 2, "3d": 8, "3d_zero1": 8}
 
 
-# 3d, nightly, has in it what these have in pairs.
+# The nightly 3d layouts combine the axes of these layouts.
 NARROW_OFTEN = {"bf16": ("fsdp", "context", "pipeline"), "fp16": ("tensor",)}
 
 
@@ -344,14 +347,14 @@ NARROW_OFTEN = {"bf16": ("fsdp", "context", "pipeline"), "fp16": ("tensor",)}
 )
 def test_16_bit_stays_near_float32(precision: str, tolerance: float, layout: str) -> None:
     expected = reference("llama", "fp32", STEPS)
-    # A scale that float16 gradients of this model never overflow: a skipped step would set the runs apart.
+    # With this scale, the float16 gradients of this model never overflow. A skipped step would change the run.
     keys = ("precision.loss_scale_init=1024",)
     found = run_ranks(NARROW[layout], train, words("llama", layout, precision, STEPS, *keys))[0]
     assert all(found.updated)
     assert found.losses != expected.losses, "nothing was computed in 16 bit"
     assert max(abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)) <= tolerance
     norms = zip(found.grad_norms, expected.grad_norms, strict=True)
-    # Rounding moves the norm by some 5 %; an axis counted twice or not at all by 40 %.
+    # Rounding changes the norm by about 5 %; an axis counted twice or not at all changes it by 40 %.
     assert max(abs(a - b) / b for a, b in norms) <= 0.1
 
 

@@ -1,8 +1,9 @@
 """Every ZeRO layout equals one process: loss and gradient norm at each step, validation loss, parameters at the end.
 
-DeepSpeed has no float64, so float32 within 1e-5. That needs a model and an optimizer that do not blow rounding up:
-Adam divides by the root of a tiny second moment, hence the larger eps. Ragged valid tokens, gradient accumulation,
-active clipping and a vocabulary that does not divide are in all rows, a tied embedding in gpt2 and qwen3.
+DeepSpeed has no float64, so the tests use float32 with a tolerance of 1e-5. Model and optimizer must not magnify
+rounding: Adam divides by the root of a tiny second moment, so eps is larger. All rows have ragged valid tokens,
+gradient accumulation, active clipping and a vocabulary that the ranks do not divide evenly. gpt2 and qwen3 have a tied
+embedding.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FLOAT32 = 1e-5
 STEPS = 4
 STABLE = ("train.gradient_accumulation_steps=2", "optimizer.lr=1e-3", "optimizer.eps=1e-5")
 
-# preset -> (processes, further keys, models of every change); the other models are nightly.
+# preset -> (processes, further keys, models tested with every change); the other models are nightly.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "zero1": (2, (), ("gpt2",)),
     "zero2": (2, (), ("llama",)),
@@ -75,9 +76,11 @@ SETTINGS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "zero3, bounded": ("zero3", 2, ("stage3_max_live_parameters=0", "stage3_model_persistence_threshold=100")),
     "zero3, hpZ": ("zero3", 4, ("zero_hpz_partition_size=2", "stage3_max_reuse_distance=0")),
 }
-"""DeepSpeed's own settings: each trains as without it. Every one has a row, but sizes that all rows have."""
+"""DeepSpeed's own settings: training is equal with and without each of them. Every setting has a row, except the sizes
+in SIZES_TRIED, which all rows have."""
 SIZES_TRIED = {"sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"}
-# Partitioned gradients meet accumulation, partitioned and offloaded parameters the rest. Every key has a row.
+# (layout, key) pairs tested with every change: zero2 partitions gradients, which affects accumulation; zero3_offload
+# also partitions and offloads parameters. Every key has a row.
 MEETS = {
     *(("zero2", "four micro-batches"), ("zero2", "full recompute"), ("zero2", "chunked loss")),
     *(("zero3_offload", "balanced experts"), ("zero2", "any optimizer"), ("zero2", "no clipping")),
@@ -146,7 +149,7 @@ def test_deepspeeds_own_adam_equals_torchs() -> None:
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("what", rows(zip(ON_DISK), lambda what: what == "optimizer and parameters"))
 def test_nvme_equals_single_process(what: str, tmp_path: Path) -> None:
-    """With validation passes in between, which disturb the order in which DeepSpeed expects its parameters."""
+    """The run has validation passes in between. They disturb the order in which DeepSpeed expects the parameters."""
     keys = (*ON_DISK[what], f"parallel.offload.nvme_path={tmp_path}")
     run = words("llama", "zero3_nvme", "fp32", 5, *WIDE, *keys)
     build_or_skip(run)
@@ -154,7 +157,7 @@ def test_nvme_equals_single_process(what: str, tmp_path: Path) -> None:
     expected = reference("llama", "fp32", 5, *WIDE, *adapters)
     results: list[tuple[Trained, dict[str, int], list[str]]] = run_ranks(2, train_validating, run)
     found = distance(results[0][0], expected)
-    # The limit of test_tuning: while B is small, Adam divides small gradients by small moments.
+    # test_tuning has the same limit: while B is small, Adam divides small gradients by small moments.
     assert found.largest <= (1e-4 if adapters else FLOAT32), found
     ROWS.append(Row("zero3_nvme", " ".join([*ON_DISK[what], *WIDE]), 2, "llama", "fp32", found))
     files = results[0][1]

@@ -1,4 +1,4 @@
-"""A whole parameter, cut over the mesh and joined again, is what it was, for every way of cutting."""
+"""For every way of sharding, a parameter that is split over the mesh and joined again is unchanged."""
 
 from __future__ import annotations
 
