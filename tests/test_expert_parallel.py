@@ -23,7 +23,7 @@ from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 
 MIXTURE = ["model=tiny", "model.config.model_type=mixtral", "model.config.num_local_experts=4"]
-# Two ranks hold two experts each. One rank gets no token; the ranks get different numbers; each gets every token.
+# Two ranks hold two experts each. One rank gets no token; the ranks get different numbers; both get every token.
 ROUTES = {
     "all to one rank": [[0, 1]] * 4,
     "uneven": [[0, 1], [0, 3], [1, 0], [2, 0], [1, 0]],

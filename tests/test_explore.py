@@ -18,7 +18,7 @@ from trainer.estimate.render import LABELS
 
 WORDS = ["model=tiny", "cluster=8xl4", "cluster.gpus_per_node=1", "precision=bf16", "data.seq_len=128"]
 WORDS += ["train.global_batch_size=64", "cluster.gpu_memory_gib=0.055"]
-# Leaves so little memory that some combinations do not fit, although the model is small.
+# Without the CUDA context, the size of this small model decides which combinations fit. Some do not.
 ASSUMED = ["estimate.context_gib=0"]
 TOTALS = ("peak allocated", "peak reserved by torch", "CUDA context, NCCL (assumed)", "on the device (nvidia-smi)")
 # Options to choose on the page: preset, micro-batch size, recompute, optimizer.

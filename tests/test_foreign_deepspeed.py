@@ -110,8 +110,8 @@ def test_checkpoint_of_transformers_trainer_with_deepspeed(tmp_path: Path, stage
 
 @pytest.mark.nightly
 def test_three_ranks_float16_and_deepspeeds_own_converter(tmp_path: Path) -> None:
-    """Covers rows that the ranks do not divide evenly, the loss scale, and the universal checkpoints of
-    `ds_to_universal`."""
+    """The ranks do not divide the rows evenly. The loss scale and the universal checkpoints of `ds_to_universal` are
+    read too."""
     sources = [
         Source(name="zero1", stage=1),
         Source(name="zero2-half", stage=2, groups=True, precision="fp16"),

@@ -1,4 +1,5 @@
-"""`parallel.fsdp.reshard_size`: the number of its process groups (NCCL communicators), and its refusal."""
+"""All layers share the process groups of `parallel.fsdp.reshard_size`, each of which has an NCCL communicator. The
+setting is refused for experts that are sharded along their features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tries the GPU measurements on the CPU with tiny shapes: their cases, time limit and tables, and the updated pages."""
+"""The GPU measurements run on the CPU with tiny shapes: their cases, time limit and tables, and the updated pages."""
 
 from __future__ import annotations
 

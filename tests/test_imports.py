@@ -209,7 +209,7 @@ def test_hydra_is_imported_by_the_loader_and_its_readers_alone() -> None:
 
 CHOICES = {
     "optimizer.name": ({*OptimizerName} - {OptimizerName.custom}, "OptimizerName", ("trainer.optim", "configs.schema")),
-    # Only the methods whose names are no ordinary words.
+    # Only the methods whose names are not ordinary words are listed.
     "tuning.method": (
         {TuningMethod.lora, TuningMethod.qlora, TuningMethod.ia3, TuningMethod.p_tuning},
         "TuningMethod",

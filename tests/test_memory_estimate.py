@@ -60,7 +60,7 @@ def test_json_totals_agree(cache: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_component_shows_its_own_maximum(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """At the peak, in the loss, FSDP holds no gradients. The output must still show that they take memory elsewhere."""
+    """At the peak, in the loss, FSDP holds no gradients. The output must show that they take memory at other times."""
     words = ["model=gpt2", "parallel=fsdp", "cluster=8xh100", "precision=bf16", "train.chunked_loss=false", cache]
     words += ALONE
     _, found = answer_json(words, capsys)

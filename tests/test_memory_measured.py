@@ -1,5 +1,5 @@
-"""Compares predicted with measured memory: the real engine of each layout runs several models on the CPU, and the test
-counts its tensors."""
+"""Predicted memory equals measured memory. The real engine of each layout runs several models on the CPU, and the tests
+count its tensors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MUON = ["optimizer=muon", "optimizer.options.dtype=float32"]
 LOMO = ["optimizer=lomo"]
 FP8 = ["precision=fp8"]
 MEZO = ["optimizer=mezo"]
-AVERAGED = ["optimizer=schedule_free", "scheduler=constant"]  # the validation keeps training weights
+AVERAGED = ["optimizer=schedule_free", "scheduler=constant"]  # validation puts the training weights aside
 CUT = ["tuning=qlora", "tuning.double_quantization=false", "model.config.intermediate_size=512"]  # cuts between blocks
 FULL = ["train.activation_checkpointing=full"]
 SELECTIVE = ["train.activation_checkpointing=selective"]

@@ -58,7 +58,7 @@ ROOM = ["estimate.context_gib=0", "estimate.nccl_gib=0", "cluster.expandable_seg
 
 
 def test_one_change_is_named_where_one_is_enough(cache: str) -> None:
-    """Changes of one key come before changes of two keys."""
+    """The fastest change of one key comes before changes of two keys."""
     found = answer([*LARGE, *ROOM, "cluster.gpu_memory_gib=1", cache])
     assert found.estimate.too_large and found.suggestions
     sizes = [len(one.overrides) for one in found.suggestions]

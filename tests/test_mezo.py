@@ -1,4 +1,4 @@
-"""MeZO: its update is that of the paper and equal under every supported layout; resume works, the rest is refused."""
+"""MeZO: its update is that of the paper and equal under every supported layout; it resumes; other uses are refused."""
 
 from __future__ import annotations
 

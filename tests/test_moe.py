@@ -1,5 +1,5 @@
 """`moe`: balancing of routed experts equals one process under every layout, and `micro_batch` equals the aux loss of
-transformers. Combinations without effect are refused."""
+transformers. Unsupported combinations are refused."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_every_library_has_a_lowest_version() -> None:
 
 
 def source_setup(command: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a function of setup.sh, next to a copy of the project's files that decide the installation."""
+    """Runs a function of setup.sh in a copy of the project's files that decide the installation."""
     (tmp_path / "launch").mkdir()
     for file in ("launch/setup.sh", "pyproject.toml", "constraints.txt"):
         (tmp_path / file).write_text((ROOT / file).read_text())

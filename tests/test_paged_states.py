@@ -1,4 +1,4 @@
-"""`optimizer.paged`: updates and checkpoints equal those without it, states are in host memory, and refused cases.
+"""`optimizer.paged` keeps states in host memory. Updates and checkpoints are unchanged; unsupported uses are refused.
 
 Memory shared by a GPU and its host needs a GPU, so these tests replace it with CPU memory wherever the trainer
 allocates it. tests/gpu tests the real memory. `test_cut_states` tests sharded parameters, under the name `paged`.

@@ -83,7 +83,7 @@ VARIANTS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "context on 4, sharded over data as well": ("context", 4, ("parallel.dp_shard=2",)),
 }
 # Variants for MoE models: ranks that share tokens exchange them, or sum the results if the whole expert group shares
-# them. Other variants exchange tokens with replicas, pipeline stages or split sequences.
+# them. Other variants have replicas, pipeline stages or split sequences.
 MIXED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "tensor parallel": ("qwen3_moe", "expert_fsdp", ("parallel.tp=2", "parallel.sequence_parallel=true")),
     "tensor parallel inside the group": ("qwen3_moe", "expert", ("parallel.tp=2",)),
