@@ -1,7 +1,7 @@
-"""Pipelines equal one process: loss, gradient norm, validation loss and parameters, in float64, and planted bugs show.
+"""A pipeline has the loss, gradient norm, validation loss and parameters of one process in float64; planted bugs show.
 
-In all of them: micro-batches with different numbers of valid labels (one with none), active clipping, AdamW. Every
-training also compares what torch's engine ran with the order that `pipeline_orders` names.
+Every case has micro-batches with different numbers of valid labels (one with none), active clipping and AdamW. Every
+training run also compares the order that torch's engine executed with that of `pipeline_orders`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tests.support.selection import rows
 from trainer.axes.pipeline.table import SCHEDULES
 
 TOLERANCE = 1e-10
-MODELS = ["llama", "gpt2"]  # gpt2 ties its embeddings, and so does gemma2
-OTHERS = ["qwen3", "gemma2"]  # nightly, but with recompute and on four ranks
+MODELS = ["llama", "gpt2"]  # gpt2 and gemma2 tie their embeddings
+OTHERS = ["qwen3", "gemma2"]  # nightly, except with recompute and on four ranks
 
 GROUPS: dict[str, list[Case]] = {
     **{schedule: [Case(schedule, model=model) for model in MODELS] for schedule in SCHEDULES},
@@ -61,7 +61,7 @@ GROUPS: dict[str, list[Case]] = {
         Case("interleaved_1f1b", pp=4, micro_batches=8, model="qwen3", layers=9),
         Case("dualpipev", pp=4, micro_batches=8, model="gpt2", layers=8),
     ],
-    # Without gemma2: its attention rounds to float32, which half a batch does differently.
+    # gemma2 is left out: its attention computes in float32, and half a batch rounds differently.
     "sharded over 2": [
         Case("1f1b", dp_shard=2, model="gpt2", checkpointing="full"),
         Case("zbv_zero_bubble", dp_shard=2, model="gpt2", checkpointing="full"),
@@ -112,7 +112,7 @@ def test_16_bit_stays_near_float32(schedule: str) -> None:
 
 
 def distance(case: Case, outcomes: list[Outcome]) -> float:
-    """Largest relative difference of any number from the single process's."""
+    """Return the largest relative difference of any number from the single process."""
     expected = reference(case.model, case.layers, case.micro_batches, case.packed)
     for outcome in outcomes[1:]:
         assert outcome.losses == outcomes[0].losses

@@ -1,4 +1,4 @@
-"""Stages of a model, run one after the other in one process, are the model: for architectures of every kind."""
+"""A model's stages, run one after another in one process, compute the whole model, for all kinds of architectures."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ FIELDS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# What is odd about each: why a cut that knows only Llama would go wrong there.
+# The comments name the peculiarity of each one that would break a split written for Llama alone.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},
-    "gemma2": {},  # scales embeddings, caps logits, a layer's number chooses its attention; tied
+    "gemma2": {},  # scales embeddings, caps logits, selects the attention by layer index; tied
     "gemma3_text": {},  # two rotary tables
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
     "cohere2": {},  # layer types, scaled logits; tied
@@ -202,8 +202,8 @@ def test_models_that_are_no_chain_are_refused(defect: str, reason: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["gemma4_text", "camembert", "deepseek_v4"])
 def test_stages_train_the_whole_model(model_type: str) -> None:
-    """Embeddings for each layer, made again on every stage; a head before the body, with parts; streams of hidden
-    states that are not as wide as an embedding."""
+    """gemma4_text has embeddings per layer, which every stage computes again; camembert registers its head of several
+    modules before the body; deepseek_v4 passes several streams of hidden states between stages."""
     model = build_model(Model(path=model_type), tiny(model_type))
     stages = every_stage(model, "1f1b", 2)
     assert stages[0].repeated == (model_type == "gemma4_text")

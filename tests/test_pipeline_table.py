@@ -1,4 +1,4 @@
-"""Stages, balance, rules, timelines: against brute force, the formulas of the papers and torch's own schedules."""
+"""Stages, balance, rules and timelines agree with brute force, the papers' formulas and torch's own schedules."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def fake_group(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_rules_and_orders_are_those_of_torch(schedule: str, fake_group: int) -> None:
-    """A number of micro-batches is refused exactly where torch refuses it, and elsewhere the orders agree."""
+    """A number of micro-batches is refused exactly if torch refuses it; otherwise the orders agree."""
     pp, accepted = fake_group, 0
     arrangement = SCHEDULES[schedule].arrangement
     for v, micro_batches in itertools.product([1] if arrangement == "one" else [2, 3], range(1, 4 * pp + 1)):
@@ -108,14 +108,14 @@ def test_rules_and_orders_are_those_of_torch(schedule: str, fake_group: int) -> 
         problems = list(check_pipeline(pp=pp, schedule=schedule, micro_batches=micro_batches, stages_per_rank=v))
         if problems:
             if arrangement == "v" and v != 2:
-                continue  # torch would need three stages of a V, which no rank has
+                continue  # torch would need three stages of a V, and no rank has three
             with pytest.raises(ValueError):
                 RUNNERS[schedule](stages if v > 1 else stages[0], micro_batches)
             continue
         runner = RUNNERS[schedule](stages if v > 1 else stages[0], micro_batches)
         orders = rank_orders(schedule, pp=pp, micro_batches=micro_batches, stages_per_rank=v)
         accepted += 1
-        if schedule != "1f1b":  # torch's list for drawing starts at micro-batch 1 there; the parity tests see what runs
+        if schedule != "1f1b":  # there torch's list for drawing starts at micro-batch 1; the parity tests check it
             assert orders == [list(_actions(runner.pipeline_order[rank])) for rank in range(pp)]
         if v > 1:
             posted = with_receives(schedule, pp=pp, micro_batches=micro_batches, stages_per_rank=v)
@@ -143,7 +143,7 @@ def test_bubble_is_the_papers_formula(pp: int, rounds: int) -> None:
     for schedule, v in itertools.product(("interleaved_1f1b", "looped_bfs"), (2, 4)):
         found = bubble_fraction(schedule, pp=pp, micro_batches=m, stages_per_rank=v)
         assert found == pytest.approx((pp - 1) / (v * m + pp - 1))
-    # Three units of work per micro-batch and stage, of which the weights' gradient fills two of the three waits.
+    # A micro-batch has three units of work per stage; weight gradients fill two of the three waits.
     for v in (2, 4):
         found = bubble_fraction("interleaved_zero_bubble", pp=pp, micro_batches=m, stages_per_rank=v)
         assert found == pytest.approx((pp - 1) / (3 * v * m + pp - 1))
@@ -164,13 +164,13 @@ def test_micro_batches_in_flight() -> None:
     assert in_flight("1f1b", pp=3, micro_batches=3) == [{0: 3}, {1: 2}, {2: 1}]
     for held in in_flight("zbv_zero_bubble", pp=4, micro_batches=16):
         assert sum(held.values()) == 8, "every rank of a V holds the same"
-    # The moment that counts is that of most bytes, not of most micro-batches.
+    # The peak is the moment with the most bytes, not with the most micro-batches.
     assert in_flight("interleaved_1f1b", pp=2, micro_batches=8)[0] == {0: 3, 2: 2}
     assert in_flight("interleaved_1f1b", pp=2, micro_batches=8, stage_weights=[50, 1, 1, 1])[0] == {0: 4, 2: 1}
 
 
 def test_receive_buffers() -> None:
-    # Independent of the number of micro-batches, once the pipeline is full.
+    # The counts are independent of the number of micro-batches once the pipeline is full.
     full = {
         "1f1b": [1, 3, 1],
         "interleaved_1f1b": [4, 8, 8],
@@ -180,7 +180,7 @@ def test_receive_buffers() -> None:
     }
     for schedule, count in itertools.product(full, (12, 18, 510)):
         assert receive_buffers(schedule, pp=3, micro_batches=count) == full[schedule], schedule
-    # These hold every micro-batch of a step.
+    # These schedules hold every micro-batch of a step.
     assert receive_buffers("gpipe", pp=3, micro_batches=8) == [1, 9, 8]
     assert receive_buffers("looped_bfs", pp=3, micro_batches=8) == [9, 17, 24]
 

@@ -1,4 +1,4 @@
-"""The planner: its times move the right way, its words are the layouts that it means, and what it shows fits."""
+"""The planner's times move the right way, its overrides describe its layouts, and the layouts it shows fit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FOUR = Machine(gpus=4)
 SMALL = ["model=tiny", "cluster=8xh100", "precision=bf16", "data.seq_len=128", "train.global_batch_size=64"]
 
 
-# The same with 42 million adapter parameters, and with its layers' matrices in 4 bits.
+# The same model with 42 million adapter parameters, its layers' matrices in 4 bits.
 LORA = replace(
     SIZE,
     parameters=SIZE.parameters + 41_943_040,
@@ -64,7 +64,7 @@ def timed(*words: str, size: Dimensions = SIZE) -> StepTime:
 
 
 MIXTURE = replace(SIZE, experts=8, chosen=2, in_experts=5_637_144_576)
-"""The same with its MLPs divided into experts, of which a token meets all it met before."""
+"""The same model with its MLPs divided into experts; a token uses the same number of parameters as before."""
 
 
 def test_divided_experts_send_tokens_and_are_not_gathered() -> None:
@@ -75,7 +75,7 @@ def test_divided_experts_send_tokens_and_are_not_gathered() -> None:
     ]
     gathered = timed("parallel=fsdp", *fields, size=MIXTURE).seconds
     divided = timed("parallel=expert", *fields, size=MIXTURE).seconds
-    # A token goes to 8 * (1 - C(7, 2) / C(8, 2)) = 2 ranks; there and back, forward and backward, in 32 layers.
+    # A token goes to 8 * (1 - C(7, 2) / C(8, 2)) = 2 ranks and back, in forward and backward, in 32 layers.
     network, group = build_network(load_config(BASE), H100, 8), RankGroup(size=8, per_node=8)
     sent = 4 * 32 * network.all_to_all(4096 * 2 * 4096 * 2, group)
     assert divided["expert parallel"] == pytest.approx(16 * 8 * sent)
@@ -140,7 +140,7 @@ def test_time_moves_the_right_way(faster: list[str], slower: list[str]) -> None:
 
 
 def test_an_update_that_multiplies_is_shared_by_all_ranks_and_no_matrix_is() -> None:
-    """1e15 FLOPs in matrices of 1e13 each; and all of them in one."""
+    """The update has 1e15 FLOPs, first in matrices of 1e13 each and then in a single one."""
     even = replace(SIZE, update=Work(flops=1e15), update_largest=1e13)
     plain, shared, one = (
         timed("parallel=ddp", size=size).seconds["update"] for size in (SIZE, even, replace(even, update_largest=1e15))
@@ -166,7 +166,7 @@ def test_time_is_the_sum_of_its_terms_and_mfu_its_share_of_the_peak() -> None:
 
 
 def test_products_in_float8_run_at_its_peak_where_every_rank_s_part_divides() -> None:
-    """Half of the matrices in float8, of which tensor parallel leaves every second one in bfloat16."""
+    """Half of the matrices are in float8; tensor parallel leaves every second one of these in bfloat16."""
     quarter = SIZE.matrices // 4 // 128
     eight = replace(SIZE, float8=((128, quarter // 32 * 32), (48, SIZE.matrices // 4 // 48 // 32 * 32)))
     share = 2 * sum(a * b for a, b in eight.float8) / (2 * SIZE.matrices + 4 * SIZE.layers * SIZE.attention * 4096)
@@ -177,7 +177,7 @@ def test_products_in_float8_run_at_its_peak_where_every_rank_s_part_divides() ->
 
 
 def test_a_matrix_that_is_cut_too_small_for_blocks_of_32_stays_as_it_is() -> None:
-    """Half of its 96 rows are whole blocks of 16, which are enough for other recipes."""
+    """Half of its 96 rows are a multiple of 16, as other recipes require, but not of 32."""
     eight = replace(SIZE, float8=((96, SIZE.matrices // 96 // 64 * 64),))
     words = ("parallel=tensor_fsdp", "parallel.tp=2", "cluster.gpu=B200")
     plain = timed(*words)
@@ -189,7 +189,7 @@ def test_a_matrix_that_is_cut_too_small_for_blocks_of_32_stays_as_it_is() -> Non
 
 
 def test_what_is_gathered_in_float8_takes_a_byte() -> None:
-    """A quarter of the bytes less where half of the values are gathered in one byte instead of two; twice a step."""
+    """Half of the values are gathered in one byte instead of two, twice a step: a quarter of the bytes is saved."""
     matrix = (4096, SIZE.matrices // 2 // 4096 // 16 * 16)
     words = ("parallel=fsdp", "precision=fp8", "parallel.reshard_after_forward=true")
     wide, narrow = (
@@ -212,7 +212,7 @@ def test_frozen_parameters_cost_no_gradient_of_their_own() -> None:
     assert lora.seconds["update"] / full.seconds["update"] == pytest.approx(LORA.trained / SIZE.parameters)
     flops = 4 * SIZE.matrices + 6 * LORA.trained + 12 * SIZE.layers * SIZE.attention * 4096
     assert lora.mfu == pytest.approx(lora.tokens_per_second_per_gpu * flops / 989.4e12)
-    # What is reduced shrinks to the adapters; what is gathered does not.
+    # Only the adapters' gradients are reduced, but all parameters are gathered.
     exchanged = {size.frozen: timed("parallel=ddp", size=size).seconds["sharding, gradients"] for size in (SIZE, LORA)}
     assert exchanged[LORA.frozen] / exchanged[0] < 0.01
     whole, sharded = timed("parallel=zero3", size=LORA), timed("parallel=zero1", size=LORA)
@@ -364,10 +364,11 @@ def test_a_sweep_of_searches_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     assert "estimate.search=true: ranks the layouts of one configuration" in capsys.readouterr().err
 
 
-# A behaviour of its own, for more than a minute of a processor.
+# This checks a behaviour of its own and takes more than a minute of CPU time.
 @pytest.mark.nightly
 def test_what_stays_gathered_in_one_layout_is_not_held_against_another(small: tuple[list[str], Search]) -> None:
-    """Of 4-bit weights FSDP holds an eighth; kept gathered it holds all, which must not speak for the first."""
+    """FSDP holds an eighth of the 4-bit weights. With resharding off it holds all of them: that measurement must not
+    decide about the sharded layout."""
     words = [*small[0], "tuning=qlora", "model.config.num_hidden_layers=16", "model.config.hidden_size=4096"]
     words += ["model.config.intermediate_size=8192", "cluster.gpu_memory_gib=2", "train.global_batch_size=8"]
     found = search(load_config([*words, "cluster.gpus_per_node=8"]), Machine(gpus=8))
@@ -392,10 +393,10 @@ def test_only_a_kernel_that_knows_of_windows_gains_by_them() -> None:
     masked, whole = timed(*long, size=half), timed(*long)
     flash = timed(*long, "model.attention=flash_attention_2", size=half)
     assert flash.seconds["matmuls"] < whole.seconds["matmuls"] < masked.seconds["matmuls"]
-    # A mask of its own keeps torch's kernel from leaving out the half of each windowed layer that nobody sees.
+    # With an explicit mask, torch's kernel also computes the masked half of each windowed layer.
     lost, gained = (abs(each.seconds["matmuls"] - whole.seconds["matmuls"]) for each in (masked, flash))
     assert lost / gained == pytest.approx(16384 / (16384 - (1024 - 16)))
-    # Short of its window a layer is like any.
+    # On a sequence shorter than its window, a layer costs the same as one without a window.
     assert timed("parallel=fsdp", "data.seq_len=512", size=half) == timed("parallel=fsdp", "data.seq_len=512")
 
 

@@ -1,4 +1,4 @@
-"""Each thing that the machine lacks is reported in one line, before anything is built."""
+"""Everything that the machine lacks is reported before anything is built, in one line each."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_missing_libaio_is_named(tmp_path: Path) -> None:
 
 
 def test_ninja_is_found_beside_the_interpreter() -> None:
-    """An environment need not be activated: its ninja lies where its python does."""
+    """The environment need not be activated: ninja is in the folder of its Python interpreter."""
     bare = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if not (Path(part) / "ninja").exists())
     found = problems("parallel=zero1_offload", "optimizer.implementation=deepspeed_cpu", environment={"PATH": bare})
     assert not [line for line in found if "ninja" in line]

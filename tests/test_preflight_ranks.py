@@ -1,4 +1,4 @@
-"""What all ranks find out together, before anything is built."""
+"""Checks that all ranks make together before anything is built."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANK = Rank(host="n1", local_rank=0, versions={"torch": "2.13"}, gpu="H100", sec
 
 
 def ask(words: list[str], folders: list[str]) -> list[str]:
-    """On each rank, with its own idea of where the run folder is."""
+    """Return the problems that this rank reports, given its own path of the run folder."""
     config = load_config(words)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1) as runtime:
@@ -45,7 +45,7 @@ def test_ranks_that_agree(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
-    """Two processes that stand for two nodes: each sees a folder of its own under the same name."""
+    """Two processes act as two nodes; each sees its own folder under the same name."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     words = ["cluster=cpu", "parallel=ddp", "cluster.gpus_per_node=1", "cluster.nodes=2"]
@@ -62,7 +62,7 @@ def ask_as_first_of_a_node(words: list[str], folders: list[str]) -> list[str]:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    """The room is asked for last, so the answer is about the folder."""
+    """Free space is checked last, so the missing folder is reported."""
     (line,) = run_ranks(2, ask, WORDS, [str(tmp_path), str(tmp_path / "gone")])[0][:1]
     assert line.startswith(f"train.run_dir={tmp_path / 'gone'}: ")
 
@@ -77,13 +77,13 @@ def test_no_room_for_checkpoints(tmp_path: Path) -> None:
 
 
 def test_the_room_is_that_of_what_is_saved(tmp_path: Path) -> None:
-    """float32 copies: of the parameters and of what the optimizer keeps, in each checkpoint; and the exported model."""
+    """Each checkpoint has float32 parameters and optimizer state; the exported model is added once."""
     parameters, kept = 804_992, 1 + load_config([]).checkpoint.keep_last
     needed = {words: _room(load_config(["model=tiny", *words.split()]), tmp_path)[0] for words in ROOM}
     assert needed["optimizer=adamw"] == 4 * parameters * (3 * kept + 1)
     assert needed["optimizer=sgd"] == 4 * parameters * (2 * kept + 1)
     assert 1 < needed["optimizer=adafactor"] / (4 * parameters * (kept + 1)) < 1.02, "rows and columns"
-    # The embedding keeps 32 bits; of 13 norms and the matrices below 4,096 values nothing is quantized either.
+    # The embedding's states stay in 32 bits, and so do those of 13 norms and of matrices below 4,096 values.
     assert needed["optimizer=adamw_8bit"] < needed["optimizer=adamw"] * 0.6
     assert needed["tuning=lora tuning.rank=1"] < needed["optimizer=adamw"] / 50
 

@@ -1,5 +1,5 @@
-"""What of a model can be trained as it is called is known before step 1: models that see later tokens are refused,
-parameters without a gradient are frozen alike in every layout, composite models train on text."""
+"""The trainable part of a model is known before step 1: models that see later tokens are refused, parameters without a
+gradient are frozen in every layout, and composite models train on text."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_remedy_for_bert_trains_and_saves(tmp_path: Path) -> None:
     [("deepseek_v4", 32), ("deepseek_v4", 256), ("mllama", 32), ("dots3_note", 32), ("reformer", 32)],
 )
 def test_what_gets_no_gradient_in_a_run_is_what_is_frozen(kind: str, tokens: int, tmp_path: Path) -> None:
-    """Layers of other kinds than in the narrow copy's places, and blocks of tokens longer than its sequence."""
+    """The models have layer kinds that the narrow copy lacks, and sequences longer than the probe's."""
     tiny(kind).save_pretrained(tmp_path)
     config = load_config([f"model.path={tmp_path}", "data.tokenizer=bytes", f"data.seq_len={tokens}"])
     frozen = {name for name, parameter in prepare_model(config).named_parameters() if not parameter.requires_grad}
@@ -88,7 +88,7 @@ def test_what_gets_no_gradient_in_a_run_is_what_is_frozen(kind: str, tokens: int
 
 
 def test_parameters_without_gradient_are_frozen_in_every_layout(tmp_path: Path) -> None:
-    """Two steps under DDP, which waits for gradients, then on under ZeRO and FSDP; the export is whole."""
+    """Two steps run under DDP, which waits for gradients, then one each under ZeRO and FSDP; the export is complete."""
     first, then = tmp_path / "first", tmp_path / "fsdp"
     assert run_ranks(2, run_trainer, [*AFMOE, *RUN, "parallel=ddp", "train.steps=2", f"train.run_dir={first}"]) == [
         0,
@@ -101,7 +101,7 @@ def test_parameters_without_gradient_are_frozen_in_every_layout(tmp_path: Path) 
         earlier = tmp_path / layout
     model = prepare_model(load_config(AFMOE))
     before, after = (load_file(run / "model" / "model.safetensors") for run in (first, then))
-    # The hub has a name for each expert, and so has the export.
+    # The hub names each expert separately, and so does the export.
     assert before.keys() == after.keys()
     assert sum(value.numel() for value in before.values()) == sum(
         value.numel() for value in model.state_dict().values()
@@ -132,7 +132,7 @@ def small_deepseek() -> list[str]:
 
 
 def test_a_composite_model_trains_on_text_alone(tmp_path: Path) -> None:
-    """Its tower, of more layers than the language model, gets no gradient and stays as it is."""
+    """Its vision tower has more layers than the language model; it gets no gradient and stays unchanged."""
     words = [*GEMMA3, *COMMON, "train.steps=2"]
     ddp, fsdp = (run_ranks(2, train, [*words, f"parallel={layout}"])[0] for layout in ("ddp", "fsdp"))
     assert ddp.losses == pytest.approx(fsdp.losses, rel=1e-5)
@@ -157,7 +157,7 @@ def test_a_composite_model_is_not_cut(capsys: pytest.CaptureFixture[str], tmp_pa
 
 @pytest.mark.parametrize("kind", rows(zip(("gemma3", "got_ocr2")), lambda kind: kind == "gemma3"))
 def test_the_text_of_a_composite_model_alone_is_cut_as_any_language_model(kind: str, tmp_path: Path) -> None:
-    """From the folder of the whole model, whose other parts are passed over."""
+    """The text model is loaded from the folder of the whole model; the other parts are skipped."""
     AutoModelForCausalLM.from_config(tiny(kind), dtype=torch.float32).save_pretrained(tmp_path)
     path = [f"model.path={tmp_path}", "model.weights=pretrained", "data.tokenizer=bytes"]
     words = [*path, *COMMON, "train.steps=2", "train.global_batch_size=4"]

@@ -1,4 +1,4 @@
-"""`profile=true`: the files that it leaves, that it changes no number, and that it never outlives a failure."""
+"""`profile=true` writes its files, changes no number, and stops recording if the run fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIB = 2**20
 
 
 def run(words: list[str]) -> tuple[int, str, bool]:
-    """The run's exit code and output, and whether anything still records."""
+    """Return the run's exit code and output, and whether a profiler still records."""
     heard = io.StringIO()
     with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
         code = main(words)
@@ -117,7 +117,7 @@ def test_steps_apart_have_a_trace_each(tmp_path: Path) -> None:
 
 
 def test_a_start_without_a_chosen_step_says_so(tmp_path: Path) -> None:
-    """It went on from a checkpoint behind them."""
+    """The run resumed from a checkpoint after all chosen steps."""
     config, plan = profiled_config(tmp_path, "profile_steps=[1]")
     with lone_runtime(plan) as runtime, Profiler(config, plan, runtime, tmp_path, Prediction()) as profiler:
         with profiler.step(3):

@@ -1,4 +1,4 @@
-"""`from cookbook import ...`: what the command line does, as functions; callbacks; several runs in one process."""
+"""`from cookbook import ...`: the functions of the command line, callbacks, and several runs in one process."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Stops(Callback):
 
 
 class StopsLate(Callback):
-    """When nothing is left to stop."""
+    """Asks the run to stop when it has already ended."""
 
     def on_end(self, line: Summary) -> None:
         self.run.stop("late")
@@ -99,10 +99,10 @@ def test_a_run_its_callbacks_and_a_second_run(config: Config) -> None:
     assert first.finished and first.model is not None and (first.model / "config.json").exists()
     begun = [("begin", 0), ("validation", 0), ("step", 1), ("step", 2), ("validation", 2), ("checkpoint", 2)]
     assert heard.lines == [*begun, ("step", 3), ("step", 4), ("validation", 4), ("checkpoint", 4), ("end", 4)]
-    # In metrics.jsonl there are the very lines that the callbacks got.
+    # metrics.jsonl holds the same lines that the callbacks received.
     assert [(line["kind"], line.get("step")) for line in first.metrics][:-1] == heard.lines[1:-1]
     assert first.summary["loss_last"] < first.summary["loss_first"]
-    # The configuration is the caller's: nothing was written into it, and the same one gives another run.
+    # The caller's configuration is unchanged, and a second call with it makes a second run.
     assert config.train.run_dir is None and config == compose(*SMALL)
     second = train(config)
     assert second.folder != first.folder
@@ -115,10 +115,10 @@ def test_a_callback_stops_and_the_same_call_goes_on(config: Config, tmp_path: Pa
     assert (stopped.code, stopped.stopped, stopped.summary) == (EXIT_STOPPED, True, {})
     assert json.loads((tmp_path / "run" / "status.json").read_text())["reason"] == "rank 0: enough"
     assert train(config, [StopsLate()]).summary["steps"] == 4
-    assert not (tmp_path / "run" / "STOP").exists()  # it would stop a start with more steps
+    assert not (tmp_path / "run" / "STOP").exists()  # it would stop a later start with more steps
     steps = [line["step"] for line in train_lines(tmp_path / "run") if line["kind"] == "step"]
     assert steps == [1, 2, 3, 4]
-    # With more steps it is not through until it ends again.
+    # With more steps the run is unfinished until it ends again.
     config.train.steps = 6
     stopped = train(config, [Stops(5)])
     assert (stopped.code, stopped.model, stopped.summary) == (EXIT_STOPPED, None, {})
@@ -210,7 +210,7 @@ def test_a_folder_may_be_a_path(config: Config, tmp_path: Path) -> None:
 
 
 def test_launch_waits_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a thread of a program that has started other processes, which are not the run's to end."""
+    """It runs in a thread of a program with other child processes, which the run must not end."""
     monkeypatch.chdir(tmp_path)
     with subprocess.Popen(["sleep", "600"]) as other, ThreadPoolExecutor(1) as threads:
         try:
@@ -233,7 +233,7 @@ def test_the_chapter_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     exec(compile(first, "docs/python.md", "exec"), {})
     said = capsys.readouterr().out
     assert "MiB predicted" in said and re.search(r"^6 5\.\d+$", said, re.MULTILINE)
-    # The keys of its table, with the parts that it shows.
+    # The keys of the page's table work with the parts that the page shows.
     (tmp_path / "my_parts.py").write_text(parts)
     np.arange(20 * 33, dtype=np.uint16).clip(max=259).tofile("rows.bin")
     keys = [key for row in re.findall(r"`(\w+=custom [^`]*)`", text) for key in row.split()]
@@ -246,7 +246,7 @@ def test_the_chapter_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cell by cell in one namespace, as a kernel does it; kept without outputs."""
+    """It runs cell by cell in one namespace, as in a kernel, and is stored without outputs."""
     monkeypatch.chdir(tmp_path)
     cells = json.loads((Path(__file__).parent.parent / "docs" / "first-steps.ipynb").read_text())["cells"]
     space: dict[str, Any] = {}

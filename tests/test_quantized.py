@@ -1,4 +1,4 @@
-"""`tuning=qlora`: a base in four bits that is the same on every rank and at every start, and counted to the byte."""
+"""`tuning=qlora`: the 4-bit base is the same on every rank and at every start, and its bytes are counted exactly."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ LAYOUTS = {
     **{"ddp": 2, "fsdp": 2, "fsdp train.activation_checkpointing=full": 2, "hsdp": 4, "fsdp_offload": 2},
     **{"fsdp parallel.reshard_after_forward=false": 2, "pipeline": 2, "pipeline_fsdp": 4, "context": 2},
 }
-# Their parts are in the other rows, and offload in a row of test_parity.
+# Other rows cover the parts of these layouts, and a row of test_parity covers offload.
 REPEATED = ("fsdp", "hsdp", "fsdp_offload", "pipeline_fsdp", "fsdp parallel.reshard_after_forward=false")
-# Rows that two and four ranks cut between blocks of 64 values; scales that are not packed themselves.
+# Two and four ranks cut the rows at boundaries of 64-value blocks; the scales are not quantized.
 CUT = (*QLORA, "tuning.double_quantization=false", "model.config.hidden_size=256", "model.config.intermediate_size=512")
 DIVIDED = {
     **{"tensor": 2, "tensor parallel.sequence_parallel=true train.activation_checkpointing=full": 2, "tensor_fsdp": 4},
@@ -41,7 +41,7 @@ FLOAT32 = 1e-5
 
 @pytest.mark.parametrize("layout", rows(zip(LAYOUTS), lambda layout: layout not in REPEATED))
 def test_layout_trains_the_adapters_of_one_process(layout: str) -> None:
-    # Adam divides the small gradients of a young adapter by small moments, and their rounding with them.
+    # A new adapter's gradients are small; Adam divides them by small moments, which amplifies rounding.
     sgd = (*QLORA, "optimizer=sgd", "optimizer.lr=0.3")
     found = measure(layout.split(), LAYOUTS[layout], model="llama", precision="fp32", steps=STEPS, extra=sgd)
     assert found.largest <= FLOAT32
@@ -56,7 +56,7 @@ def test_matrices_cut_between_blocks_train_the_adapters_of_one_process(layout: s
 
 
 def test_four_bits_are_near_the_model_and_are_not_it() -> None:
-    """Before the first update the adapters add nothing: what is apart is the quantization."""
+    """Before the first update the adapters add nothing, so the difference is due to quantization."""
     packed = reference("llama", "fp32", STEPS, *QLORA).losses[0]
     whole = reference("llama", "fp32", STEPS, *(word.replace("qlora", "lora") for word in QLORA)).losses[0]
     assert 1e-6 < abs(packed - whole) / whole < 2e-2
@@ -85,7 +85,7 @@ def test_what_is_stored_is_what_was_counted(double: bool) -> None:
 
 
 def test_a_run_goes_on_to_the_bit_whatever_was_validated(tmp_path: Path) -> None:
-    """The base is not in the checkpoint: it is quantized again from the same values, and validation leaves it alone."""
+    """The checkpoint lacks the base: it is quantized again from the same values, and validation does not change it."""
     common = [*MODELS["llama"], *QLORA, "data.seq_len=32", "train.global_batch_size=8", "logging.progress=lines"]
     common += ["precision=fp32", "checkpoint.every=2", "scheduler=constant", "train.steps=4"]
     whole, half, rest = tmp_path / "whole", tmp_path / "half", tmp_path / "rest"
@@ -105,7 +105,7 @@ def test_a_run_goes_on_to_the_bit_whatever_was_validated(tmp_path: Path) -> None
 PAIRS = (("single", "fsdp"), ("fsdp", "tensor"), ("tensor", "pipeline"), ("pipeline", "single"))
 
 
-# Between shards and cut matrices; the others have matrices that are whole on one side.
+# The fast row goes from FSDP shards to TP-sharded matrices; in the others one side has whole matrices.
 @pytest.mark.parametrize("pairs", rows([(PAIRS[1:2],), (PAIRS,)], lambda pairs: len(pairs) == 1))
 def test_a_run_goes_on_under_another_layout(pairs: Sequence[tuple[str, str]], tmp_path: Path) -> None:
     common = [*MODELS["llama"], *QLORA, "data.seq_len=32", "train.global_batch_size=8", "logging.progress=lines"]

@@ -1,4 +1,4 @@
-"""`cluster=ray` on a real Ray of several nodes in this machine: runs, stops, a node that dies, and what is refused."""
+"""`cluster=ray` on a real Ray cluster of several nodes on this machine: runs, stops, a dead node and refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RUN = (
     *("train.export=false", "checkpoint.every=2", "launcher.preflight=false", "logging.progress=off"),
 )
 SMALL: dict[str, Any] = {"object_store_memory": 80 * 2**20}
-# Else each node starts a worker per CPU before it has work.
+# Otherwise each node starts a worker per CPU before it has work.
 LAZY = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
 
 
@@ -56,7 +56,7 @@ def cluster() -> Iterator[Any]:
 
 
 def when(run_dir: Path, step: int, do: Callable[[], None]) -> threading.Thread:
-    """Do something, in a thread, when the checkpoint of a step is there. Nothing where the run fails before."""
+    """Call `do` in a thread once the checkpoint of the step exists. It is not called if the run fails earlier."""
     checkpoint = run_dir / CHECKPOINTS / step_name(step)
 
     def watch() -> None:
@@ -93,7 +93,7 @@ def test_what_the_cluster_refuses(
     shown = capsys.readouterr()
     assert "ray: waiting for 3 nodes with 1 CPU\n" in shown.out
     assert shown.err.startswith("cluster.ray.start_minutes=0.01: Ray has not had 3 nodes with 1 CPU free in that time;")
-    # A module that only this process has, as where the project is not installed on the nodes.
+    # Only this process has the module, as if the project were not installed on the nodes.
     monkeypatch.setitem(sys.modules, "not_there", ModuleType("not_there"))
     missing = type("Node", (node.Node,), {"__module__": "not_there"})
     monkeypatch.setattr(sys.modules["not_there"], "Node", missing, raising=False)
@@ -131,7 +131,7 @@ def raylet(made: Any) -> psutil.Process:
 
 @pytest.mark.nightly
 def test_a_node_dies(cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """With all that runs on it, as a machine does. Another one takes its place."""
+    """All processes of the node die with it, as when a machine fails. Another node replaces it."""
     cluster.add_node(num_cpus=1, **SMALL)
     words = [*RUN, f"cluster.ray.address={cluster.address}"]
     assert main([*words, f"train.run_dir={tmp_path}/alone"]) == EXIT_FINISHED
@@ -155,7 +155,7 @@ def test_a_node_dies(cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[
 
 @pytest.mark.nightly
 def test_a_launcher_is_killed(cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its ranks save and stop, though nobody wanted the run to end: it starts again."""
+    """Its ranks save and stop. Nobody asked for a stop, so the run starts again."""
     run_dir = tmp_path / "run"
 
     def kill() -> None:
@@ -178,7 +178,7 @@ def test_a_launcher_is_killed(cluster: Any, tmp_path: Path, capfd: pytest.Captur
 def test_a_run_is_cancelled_and_goes_on(cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     words = [*RUN, f"cluster.ray.address={cluster.address}", f"train.run_dir={run_dir}"]
-    # In a process of its own, as a person would: this one would lose its lock by looking at it.
+    # A separate process asks for the stop, as a user would; this one would lose its lock on closing the file.
     telling = when(run_dir, 2, lambda: assert_told(run_dir))
     assert main(words) == EXIT_STOPPED
     telling.join()
@@ -192,7 +192,7 @@ def assert_told(run_dir: Path) -> None:
 
 
 def test_a_cluster_of_this_machine(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """It is started, has one node, and ends with the run."""
+    """The cluster is started with the run, has one node, and ends with the run."""
     words = ["cluster.ray.address=local", "cluster.nodes=2", f"train.run_dir={tmp_path}/run"]
     assert main([*RAY, *words]) == EXIT_BAD_CONFIG
     (line,) = capfd.readouterr().err.splitlines()

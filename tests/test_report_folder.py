@@ -1,4 +1,4 @@
-"""The run folder: names, the record of what ran, refusals."""
+"""The run folder: names, the record of the run, refusals."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_two_launches_in_one_second_get_two_folders(tmp_path: Path, monkeypatch:
 
 
 def open_twice(folder: str) -> tuple[str, tuple[str, ...]]:
-    """On each rank: a folder with the default name, then one that is taken."""
+    """Open a folder with the default name on this rank, then a folder that is already taken."""
     os.chdir(folder)
     config, plan = config_and_plan(None, "parallel=ddp")
     with join_world(plan, timeout_minutes=1) as runtime:

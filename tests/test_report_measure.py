@@ -1,4 +1,4 @@
-"""The step's clock, peak memory, FLOPs per token against a count of the real ones, MFU."""
+"""Step timer, peak memory, MFU, and FLOPs per token compared with counted FLOPs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Does not move until it is asked to go on."""
+    """A clock that moves only when a test changes `now`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -53,12 +53,12 @@ def test_the_timer_splits_a_step_and_begins_anew(clock: Clock) -> None:
         assert timer.finish() == StepSeconds(
             step=11 * scale + 0.5, data=scale, forward_backward=8 * scale, optimizer=2 * scale
         )
-        clock.now += 100.0  # a validation belongs to no step
+        clock.now += 100.0  # time between steps, as in a validation, is not counted
 
 
 def touch_and_release() -> list[int]:
-    """Peaks of a fresh process before a block of 128 MiB, while it holds it, and after."""
-    torch.ones(2**16)  # brings in the code of torch that fills a block
+    """Return the peak memory of a fresh process before, during and after it holds a block of 128 MiB."""
+    torch.ones(2**16)  # loads torch's code for filling a block
     peaks = [peak_memory(CPU).host_bytes or 0]
     block = torch.ones(2**25)
     peaks.append(peak_memory(CPU).host_bytes or 0)
@@ -71,7 +71,7 @@ def test_peak_memory_of_the_host_is_a_high_water_mark() -> None:
     assert peak_memory(CPU).reserved_bytes is None
     ((before, holding, after),) = run_ranks(1, touch_and_release)
     assert before > 2**25
-    # The kernel counts in batches per CPU: it may be off by some pages.
+    # The kernel counts pages in batches per CPU, so its numbers may be off by a few pages.
     assert holding - before == pytest.approx(2**27, abs=2**23)
     assert after == pytest.approx(holding, abs=2**22)
 
@@ -95,7 +95,7 @@ LATENT += ["model.config.q_lora_rank=64", "model.config.kv_lora_rank=64"]
         ["model=tiny"],
         ["model=tiny_gpt2", "model.config.n_positions=64"],
         ["model=tiny_qwen3"],
-        # Routed experts count as far as a token meets them; a shared one, and a dense first layer, once.
+        # Routed experts count in proportion to a token's top k; a shared expert and a dense first layer count once.
         ["model=qwen3_30b_a3b", *SMALL, "model.config.num_experts=8", "model.config.num_experts_per_tok=2"],
         ["model=gpt_oss_20b", *SMALL, "model.config.num_local_experts=8", "model.config.intermediate_size=256"],
         ["model=deepseek_v3", *SMALL, *LATENT, "model.config.n_routed_experts=8", "model.config.n_group=1"],
@@ -112,13 +112,13 @@ def test_flops_per_token_agree_with_a_count_of_matrix_products(overrides: list[s
         model(input_ids=tokens, use_cache=False).logits.sum().backward()
     counted = counter.get_total_flops() / tokens.numel()
     formula = counted_flops(model.config, parameters=count_parameters(model, active=True), seq_len=64).both
-    # Norms, biases and learned positions are in N and in no product; the first layer's input needs no gradient.
+    # N includes norms, biases and learned positions, which no matmul uses; the first layer's input needs no gradient.
     assert formula == pytest.approx(counted, rel=0.06)
 
 
 def test_flops_per_token_of_a_published_model() -> None:
     llama = build_hf_config(load_config(["model=llama3_1_8b"]).model)
-    # 8.03e9 parameters, of which 128,256 x 4,096 are the input embedding; 32 layers, 32 heads of 128.
+    # The model has 8.03e9 parameters (128,256 x 4,096 in the input embedding) and 32 layers with 32 heads of 128.
     assert counted_flops(llama, parameters=8_030_261_248, seq_len=8192).both == pytest.approx(
         6 * (8_030_261_248 - 128_256 * 4096) + 12 * 32 * 4096 * 8192
     )
@@ -147,7 +147,7 @@ def test_a_window_is_as_long_as_what_the_last_token_attends_to(overrides: list[s
 
 def test_a_layer_with_a_window_counts_the_window() -> None:
     gpt_oss = build_hf_config(load_config(["model=gpt_oss_20b"]).model)
-    # 12 of 24 layers see 128 tokens; 64 heads of 64.
+    # 12 of 24 layers have a window of 128 tokens; each layer has 64 heads of 64.
     numbers = {length: counted_flops(gpt_oss, parameters=10**9, seq_len=length).forward for length in (64, 32_768)}
     assert numbers[32_768] - numbers[64] == 4 * 64 * 64 * (12 * (32_768 - 64) + 12 * (128 - 64))
 
@@ -159,7 +159,7 @@ def test_parameters_are_counted_whole_where_a_rank_holds_a_part() -> None:
     size = parameter.numel()
     parameter.data = torch.empty(0)
     assert count_parameters(model) == whole - size
-    vars(parameter)["ds_numel"] = size  # as DeepSpeed leaves it behind
+    vars(parameter)["ds_numel"] = size  # the attribute that DeepSpeed sets on a partitioned parameter
     assert count_parameters(model) == whole
 
 
@@ -176,7 +176,7 @@ def test_a_step_counts_what_runs_in_float8_and_what_its_update_runs() -> None:
     assert found.float8 == 2 * text.num_hidden_layers * (attention + 3 * width * inner)
     assert found.step(config) == found.both == 3 * found.forward
     assert found.step(load_config(["optimizer=mezo"])) == 2 * found.forward
-    # A frozen model's two forwards are as long as any.
+    # MeZO's two forwards cost the same if the base model is frozen.
     assert Flops(forward=4.0, spared=4.0).step(load_config(["optimizer=mezo", "tuning=lora"])) == 8
 
 
@@ -187,7 +187,7 @@ def test_the_peak_is_that_of_the_card_and_the_dtype() -> None:
 
     assert peak("NVIDIA H200", "precision=bf16") == 989.4e12
     assert peak("NVIDIA H200", "precision=fp32") == 67e12
-    # Three quarters of all products in float8; with the other recipe half of the backward's are not.
+    # Three quarters of the FLOPs are in float8; with the other recipe, half of the backward is not.
     both = ("precision=fp8", "precision.float8.recipe=rowwise_with_gw_hp")
     assert peak("NVIDIA H200", "precision=fp8") == pytest.approx(1 / (0.75 / 1978.9e12 + 0.25 / 989.4e12))
     assert peak("NVIDIA H200", *both) == pytest.approx(1 / (0.5 / 1978.9e12 + 0.5 / 989.4e12))

@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl and of the terminal: their keys and their form."""
+"""Keys and format of the lines in metrics.jsonl and on the terminal."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ON_GPU = replace(
     STEP, mfu=0.4123, peak_allocated_bytes=3 * 2**30, peak_reserved_bytes=4 * 2**30, loss_scale=65536.0, skipped_steps=2
 )
 VALIDATION = ValidationMetrics(step=12, validation_loss=4.0, validation_perplexity=math.exp(4), tokens=4096)
-# What a script may rely on. `name value` or `value unit`, parted by two spaces.
+# Scripts may rely on this format: `name value` or `value unit`, separated by two spaces.
 LINE = re.compile(
     r"step (?P<step>\d+)/(?P<steps>\d+)  loss (?P<loss>\S+)(  grad_norm (?P<grad_norm>\S+))?  lr (?P<lr>\S+)"
     r"  (?P<tokens>[\d,]+) tokens/s  (?P<ms>\d+) ms/step(  mfu (?P<mfu>[\d.]+)%)?(  memory (?P<memory>[\d.]+ [GM]iB))?"
@@ -97,7 +97,7 @@ def test_the_file_holds_json_even_where_a_number_is_not_finite(tmp_path: Path) -
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path)
     file.write(replace(STEP, loss=math.nan, grad_norm=math.inf))
-    # Readable before it is closed: each line leaves the process when it is written.
+    # The file is readable before it is closed, since each line is flushed when it is written.
     (line,) = path.read_text().splitlines()
     assert "NaN" not in line
     assert json.loads(line) == {**to_dict(STEP), "loss": None, "grad_norm": None}
@@ -122,7 +122,7 @@ def test_totals_keep_the_first_and_the_last_loss() -> None:
 
 
 def written(progress: ProgressDisplay, *, terminal: bool) -> str:
-    """What a run of two lines shows."""
+    """Return the terminal output of a run that shows two lines."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
     shown = open_terminal(progress, 200, console=console)
     shown.say("[plan]")

@@ -22,7 +22,7 @@ ALWAYS = [
     ("minimax", "memory"),
     ("starcoder2", "fsdp's memory"),
 ]
-"""Each was wrong once, in a way of its own."""
+"""Each of these had its own bug once."""
 ROWS = read(PAGE.read_text())
 
 
