@@ -1,7 +1,7 @@
-"""`pytest --write-docs` writes docs/parity.md from what this session's tests measured, and what is quoted from it.
+"""`pytest --write-docs` writes docs/parity.md from this session's measurements, and updates quotations of the page.
 
-Rows that were not measured in this session stay. To be rid of those of tests that are no more, delete the page and run
-all tests with --nightly.
+Rows that this session did not measure stay. To remove rows of deleted tests, delete the page and run all tests with
+--nightly.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An override: a folder of the module's own, in which what one test has traced is there for the next."""
+    """Return an override: a cache folder for each test module, in which its tests share traces."""
     return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """What a lane's test has measured goes to the session that started the lane."""
+    """Send the measurements of a lane's test to the session that started the lane."""
     report = yield
     if call.when == "call" and hasattr(item.config, "workerinput"):
-        from tests.support.parity import ROWS  # and torch, which the session that starts the lanes does without
+        from tests.support.parity import ROWS  # also imports torch, which the lanes' parent session does without
 
         report.user_properties += [("row", [*row.cells, *row.distance.numbers]) for row in ROWS]
         ROWS.clear()
@@ -63,7 +63,7 @@ class RowsOfLanes:
 
 
 class Failures:
-    """Names a failed test at once: an output that ends early has it too."""
+    """Prints a failed test at once, so that truncated output names it too."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config

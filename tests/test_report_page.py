@@ -1,4 +1,4 @@
-"""RUN_DIR/report.html and the loss curve on the terminal: of runs that finish, fail, are resumed or are damaged."""
+"""RUN_DIR/report.html and the terminal's loss curve, for runs that finish, fail, are resumed or are damaged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = ("tensors, predicted", "tensors, measured in the first two updates", "lar
 
 
 def several(runs: list[list[str]]) -> list[tuple[int, str]]:
-    """Exit codes and what was printed."""
+    """Return each run's exit code and output."""
     found: list[tuple[int, str]] = []
     for words in runs:
         heard = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
@@ -39,7 +39,7 @@ def several(runs: list[list[str]]) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
-    """Folders `whole`, which was resumed, and `failed`."""
+    """Return the folder with the runs `whole` (resumed once) and `failed`, and their exit codes and outputs."""
     folder = tmp_path_factory.mktemp("runs")
     whole = [*TRAIN, f"train.run_dir={folder / 'whole'}", "estimate.measure=true"]
     failed = [*TRAIN, f"train.run_dir={folder / 'failed'}", "train.steps=9", "optimizer.lr=1e30"]
@@ -58,7 +58,7 @@ def test_a_run_leaves_a_page_however_it_ends(runs: tuple[Path, list[tuple[int, s
     assert page.count("<svg") == 4 and all(f"<td>{row}</td>" in page for row in ROWS)
     for name, size in json.loads((folder / "whole/prediction.json").read_text())["components"].items():
         assert f"{name} {size / 2**20:.0f} MiB" in page
-    # The device counts a sum alone, which stands below on the same scale.
+    # The device reports only a total; its bar is below the predicted one, on the same scale.
     sums = json.loads((folder / "whole/summary.json").read_text())["memory"]
     share = sums["measured_allocated_bytes"] / sums["predicted_allocated_bytes"]
     assert f"which is {share:.1%} of it:" in page and 'title="measured: ' in page
@@ -71,7 +71,7 @@ def test_a_run_leaves_a_page_however_it_ends(runs: tuple[Path, list[tuple[int, s
 
 
 def test_the_curve_is_drawn_where_it_is_wished_for(runs: tuple[Path, list[tuple[int, str]]]) -> None:
-    """A pipe is no terminal: unasked, nothing is drawn there."""
+    """A pipe is not a terminal, so the curve is drawn there only on request."""
     (_, asked), (_, unasked), _ = runs[1]
     assert asked.count("o validation") == 1 and "(loss)" in asked and "⠀" in asked
     assert "(loss)" not in unasked and "⠀" not in unasked
@@ -85,7 +85,7 @@ def test_the_page_in_a_browser(runs: tuple[Path, list[tuple[int, str]]], tmp_pat
             page.show(width=width, height=1000, dark=dark)
             assert page.run("document.documentElement.scrollWidth") <= width
             assert page.run("Math.min(...[...document.querySelectorAll('svg')].map(s => s.clientWidth))") > 300
-        assert page.run("document.querySelectorAll('circle').length") >= 3  # a validation before, and after each end
+        assert page.run("document.querySelectorAll('circle').length") >= 3  # a validation at the start and at each end
         assert page.wrong == [] and page.asked == [file.as_uri()]
 
 
@@ -99,7 +99,7 @@ def test_it_is_made_of_what_a_folder_holds(
     assert "o validation\n" in shown and shown.endswith(f"report     {run / 'report.html'}\n")
     (run / "resumed/002/argv.json").write_text(json.dumps(["/here/trainer/__main__.py", "train.steps=4", "a=b c"]))
     assert "<pre>python -m launch train.steps=4 'a=b c'</pre>" in unescape(report(run))
-    # A rank that was killed leaves a status that its launcher corrects, and no page of that end.
+    # A killed rank writes no page of its end, and its launcher corrects status.json.
     status = json.loads((run / "status.json").read_text()) | {
         "state": "failed",
         "reason": "rank 0 was killed by SIGKILL",
@@ -128,7 +128,7 @@ def test_curves_of_any_length() -> None:
 
 
 def test_the_busiest_rank_is_held_against_itself(runs: tuple[Path, list[tuple[int, str]]], tmp_path: Path) -> None:
-    """Of stages that hold different parts, the numbers of the summary may be another rank's."""
+    """Pipeline stages hold different parts, so the summary's numbers may belong to another rank."""
     folder = tmp_path / "run"
     shutil.copytree(runs[0] / "whole", folder)
     total = json.loads((folder / "prediction.json").read_text())["peak_allocated_bytes"]

@@ -1,4 +1,4 @@
-"""Every run compares the memory estimate with what it took, and no estimate ever costs a run."""
+"""Every run compares its memory estimate with the measured peak, and a failed estimate never ends a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.report.prediction import MemoryCheck, predict
 
 
 def run(words: list[str]) -> tuple[int, str]:
-    """The run's exit code and output, on one rank."""
+    """Return the exit code and output of a run on one rank."""
     heard = io.StringIO()
     with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
         return main(words), heard.getvalue()
@@ -65,7 +65,7 @@ def test_a_run_that_counts_its_tensors_tells_how_far_off_the_prediction_was(
     assert found["memory_ratio"] == found["measured_allocated_bytes"] / found["predicted_allocated_bytes"]
     assert found["memory_rank"] in (0, 1) and found["memory_note"] is None
     assert f": ratio {found['memory_ratio']:.3f}\n" in shown
-    # metrics.jsonl and the tracker tell the same.
+    # metrics.jsonl and the tracker report the same numbers.
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["memory"] == found
     assert tracked(tmp_path / "run/tensorboard/mine", "memory_ratio") == [(3, pytest.approx(found["memory_ratio"]))]
@@ -73,7 +73,7 @@ def test_a_run_that_counts_its_tensors_tells_how_far_off_the_prediction_was(
 
 @pytest.mark.parametrize(("steps", "measured"), [(3, False), (9, True)])
 def test_updates_are_counted_not_steps(steps: int, measured: bool, tmp_path: Path) -> None:
-    """A loss scale of 2**20 overflows, and comes down by half each time: the states appear late, or never."""
+    """A loss scale of 2**20 overflows and is halved each time, so optimizer states appear late or never."""
     scale = ["precision=fp16", "precision.loss_scale_init=1048576", "estimate.measure=true", f"train.steps={steps}"]
     ((code, shown),) = run_ranks(1, run, words(tmp_path, "parallel=single", *scale))
     assert code == EXIT_FINISHED, shown
@@ -148,7 +148,7 @@ def test_the_furthest_rank_is_named_whichever_way_it_is_off(tmp_path: Path) -> N
 
 
 def compare(folder: str) -> Comparison:
-    """Rank 1 took a half more than predicted, rank 2 half as much: twice too little is further off."""
+    """Rank 1 used 1.5 times its prediction, rank 2 half of it. Rank 2 is further off: a ratio of 2 is above 1.5."""
     config, plan = config_and_plan(Path(folder), "parallel=ddp", f"data.cache_dir={folder}")
     predicted = predict(config, plan)
     with join_world(plan, timeout_minutes=1) as runtime, MemoryCheck(config, plan, runtime, predicted) as memory:

@@ -1,4 +1,4 @@
-"""The reporter as the loop calls it: which lines come, what they say, what is left when a run breaks off."""
+"""The reporter as the loop calls it: the lines it writes, their content, and the files of an interrupted run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_exported_model_is_in_the_summary(tmp_path: Path, capsys: pytest.Cap
 
 
 class Unreachable:
-    """A tracker whose server goes away after the first line."""
+    """A tracker whose server is unreachable after the first line."""
 
     def __init__(self) -> None:
         self.logged: list[int] = []
@@ -127,7 +127,7 @@ def test_a_tracker_that_goes_away_does_not_end_the_run(
 
 
 def two_ranks(folder: str) -> tuple[int, int]:
-    """Rank 1 is the slower one, and the larger one."""
+    """Report a step in which rank 1 is slower and uses more memory."""
     config, plan = config_and_plan(Path(folder), "parallel=ddp", "train.steps=2")
     block = b"\1" * (2**27)
     with join_world(plan, timeout_minutes=1) as runtime:
@@ -146,12 +146,12 @@ def test_the_slowest_and_the_fullest_rank_are_reported(tmp_path: Path) -> None:
     assert step["data_seconds"] == pytest.approx(0.2)
     assert step["forward_backward_seconds"] == pytest.approx(0.5)
     assert step["tokens_per_second"] == 2 * 2 * 8 / 2.0
-    # Rank 0 holds 128 MiB less.
+    # The peak is that of rank 1, which holds 128 MiB more.
     assert step["peak_host_bytes"] > 2**28
 
 
 def refused(folder: str) -> tuple[str, ...]:
-    """The tracker's client refuses on rank 0, which alone starts it."""
+    """Return the problems on this rank; only rank 0 starts the tracker, whose client refuses the option."""
     config, plan = config_and_plan(Path(folder), "parallel=ddp", "logging=tensorboard", "logging.options.nonsense=1")
     with join_world(plan, timeout_minutes=1) as runtime:
         try:

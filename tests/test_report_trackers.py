@@ -1,4 +1,4 @@
-"""Trackers, for real: Weights & Biases offline, TensorBoard read back; and no key anywhere."""
+"""Real trackers: Weights & Biases offline, TensorBoard read back; no API key is written anywhere."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_run_name_stays_in_the_run_folder(name: str, refused: bool, capsys: py
 
 
 def wandb_environment(tmp_path: Path, **variables: str) -> dict[str, str]:
-    """This environment without any login, and with `variables`."""
+    """Return this environment without any wandb login, plus `variables`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     return {
         **kept,
@@ -116,7 +116,7 @@ def bytes_of(folder: Path) -> Iterator[tuple[Path, bytes]]:
 
 
 def test_wandb_offline_keeps_the_run_and_no_key(tmp_path: Path) -> None:
-    """The whole trainer, with a key in the environment."""
+    """The whole trainer runs with an API key in the environment."""
     folder = tmp_path / "run"
     words = ["train.steps=2", "train.micro_batch_size=1", "train.eval_samples=2", "data=synthetic", "data.seq_len=16"]
     done = subprocess.run(
@@ -136,8 +136,8 @@ def test_wandb_offline_keeps_the_run_and_no_key(tmp_path: Path) -> None:
 
 
 def test_wandb_is_asked_to_stay_offline_without_a_login(tmp_path: Path) -> None:
-    """In a process of its own, since the client keeps its settings. Only `init`, which would call its server, is
-    replaced, by one that shows what it was asked."""
+    """It runs in a separate process, since the client keeps its settings. Only `init`, which would call the server, is
+    replaced: it prints its arguments."""
     netrc = tmp_path / "netrc"
     code = f"""
 import wandb
@@ -193,7 +193,7 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
 
 
 def beside_accelerate(folder: str) -> dict[str, object]:
-    """A tracker in a rank as the deepspeed launcher starts it on the CPU: without OMP_NUM_THREADS."""
+    """Return the state after a tracker ran in a rank of DeepSpeed's CPU launcher, without OMP_NUM_THREADS."""
     import deepspeed.comm
 
     os.environ.pop("OMP_NUM_THREADS", None)

@@ -1,4 +1,4 @@
-"""The progress guard: restarts while they get a job further, and no others."""
+"""The progress guard restarts a job only while restarts make progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from trainer.run.step import check_validation
 
 
 def verdicts(*ends: tuple[int, int], cap: int = 3) -> list[Decision]:
-    """What is decided after each start, until there is no further one. ends: exit code and newest checkpoint's step."""
+    """Return the decision after each start, up to the first one that does not restart.
+
+    ends: exit code and step of the newest checkpoint, after each start.
+    """
     decided, attempts, step = [], Attempts(), 0
     for code, reached in ends:
         before, after = Standing(step=step, status={}), Standing(step=reached, status={})
@@ -52,7 +55,7 @@ def test_a_job_that_always_dies_at_the_same_place_is_given_up(cap: int) -> None:
 def test_a_restart_that_got_further_begins_the_count_anew() -> None:
     steps = [10, 10, 10, 20, 20, 20, 30, 40, 50, 50, 50, 50, 50, 50]
     decided = verdicts(*((137, step) for step in steps), cap=3)
-    # Three more from step 50, whose first death had just saved it.
+    # The first death at step 50 had just saved that checkpoint; three more restarts follow.
     assert len(decided) == steps.index(50) + 4
     assert [verdict.restart for verdict in decided] == [True] * (len(decided) - 1) + [False]
     assert "starting again from step 20 (restart 1 of 3 from there)" in decided[3].reason
@@ -84,7 +87,7 @@ def test_the_ranks_word_counts_more_than_the_launchers_exit_code() -> None:
     hung = decide(exit_code=EXIT_FAILED, retry=True, reason="stuck for 10 min: rank 1 does not answer at all")
     assert hung.restart
     assert hung.reason.startswith("stuck for 10 min: rank 1 does not answer at all; starting again from the beginning")
-    # The word of an earlier start says nothing about this one.
+    # The status of an earlier start does not apply to this one.
     old = Standing(step=0, status={"state": "failed", "exit_code": EXIT_BAD_CONFIG, "reason": "mended since"})
     verdict = judge(137, before=old, after=old, attempts=Attempts(), max_restarts=3)
     assert verdict.restart
@@ -103,7 +106,7 @@ def test_a_run_folder_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_run_says_whether_starting_again_can_help(tmp_path: Path) -> None:
-    """A loss that is not finite comes again from the same checkpoint."""
+    """A restart from the same checkpoint would give the same non-finite loss."""
     diverging = words("gpt2", "single", "fp32", 6, "optimizer.lr=1e35", "cluster=cpu", f"train.run_dir={tmp_path}")
     assert run_ranks(1, main, diverging) == [EXIT_FAILED]
     status = read_status(tmp_path)
@@ -111,7 +114,7 @@ def test_a_run_says_whether_starting_again_can_help(tmp_path: Path) -> None:
 
 
 def test_an_update_that_breaks_the_parameters_is_no_success(tmp_path: Path) -> None:
-    """Loss and gradient of the only step are finite; what it leaves is not, and no later loss would show it."""
+    """Loss and gradient of the only step are finite, but the updated parameters are not, and no later loss shows it."""
     given = ("optimizer.lr=1e38", "scheduler.warmup_steps=0", "train.eval_samples=2", f"train.run_dir={tmp_path}")
     assert run_ranks(1, main, words("gpt2", "single", "fp32", 1, *given)) == [EXIT_FAILED]
     status = read_status(tmp_path)
@@ -137,7 +140,7 @@ def test_all_validation_losses_that_are_not_finite_are_named(
 
 
 def test_a_run_that_is_told_to_stop_while_it_waits_was_stopped(tmp_path: Path) -> None:
-    """Though status.json still says `running`, of an earlier start that was killed: the record is put right."""
+    """status.json still says `running` from an earlier, killed start; the state is corrected."""
     (tmp_path / STATUS).write_text(json.dumps({"state": "running", "step": 3}))
     waiting = Outcome(code=EXIT_STOPPED, killed=None, to_stop=True, relay=Relay(sys.stderr), started=False)
     assert keep_running(lambda _again, _signals: waiting, tmp_path, max_restarts=3) == (EXIT_STOPPED, True)

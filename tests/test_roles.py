@@ -1,4 +1,4 @@
-"""What each parameter is in its model, and which matrices it holds."""
+"""Each parameter's role in its model, and the matrices that it holds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STACK = {"stacked": True, "dim": 1}
 
 
 def described(*words: str) -> dict[str, Described]:
-    """By name, layers' numbers left out; those that are no vectors."""
+    """Return the parameters that are not vectors, by name without the layer index."""
     found = describe(build_causal(load_config(["model=tiny", *words]))).values()
     return {re.sub(r"^.*\.\d+\.|^model\.", "", one.name): one for one in found if one.role is not Role.vector}
 
@@ -38,7 +38,7 @@ def test_parts_of_a_packed_weight_may_differ() -> None:
 
 
 def test_a_users_plan_can_say_that_a_weight_is_packed() -> None:
-    """Tensor parallel divides its parts one by one, and so does Muon."""
+    """Tensor parallelism shards each part separately, and Muon updates each separately."""
     model = build_causal(load_config(["model=tiny"]))
     plan = {"model.layers.*.mlp.up_proj": "packed_colwise:2", "model.layers.*.mlp.gate_proj": "replicate"}
     found = describe(model, plan)
@@ -56,7 +56,7 @@ def test_a_users_plan_can_say_that_a_weight_is_packed() -> None:
     ],
 )
 def test_experts_are_stacks_of_matrices_and_have_a_router(kind: str, gate_up: Matrices, router: str) -> None:
-    """gpt_oss alternates gate and up feature by feature: no block of it is one of the two."""
+    """gpt_oss interleaves gate and up features, so neither is a contiguous block."""
     found = described(f"model.config.model_type={kind}", "model.config.num_local_experts=4")
     (experts,) = (one for name, one in found.items() if name.endswith("experts.gate_up_proj"))
     assert (experts.role, experts.matrices) == (Role.experts, gate_up)
@@ -65,8 +65,8 @@ def test_experts_are_stacks_of_matrices_and_have_a_router(kind: str, gate_up: Ma
 
 
 def test_adapters_of_experts_count_as_experts_and_their_router_stays_one() -> None:
-    """A pair has rows for each expert, of which a token meets as many as it goes to. With rank 1 A has a row for each
-    expert, as a router has."""
+    """An adapter pair has rows for each expert, and a token uses those of its selected experts. With rank 1, A has one
+    row per expert, like a router."""
     words = ["model=tiny", "model.config.model_type=mixtral", "model.config.num_local_experts=4", "tuning=lora"]
     words += ["tuning.rank=1", "tuning.target_modules=[experts.gate_up_proj,q_proj]"]
     found = describe(prepare_model(load_config(words)))

@@ -1,4 +1,4 @@
-"""`train.samples`: what the model writes after a validation, the same under every layout, and without a trace in the
+"""`train.samples`: the text generated after a validation is the same under every layout, and sampling does not affect
 training."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def alone(folder: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `silent`, `single` and `drawn`, of one process."""
+    """Return the folder with the runs `silent`, `single` and `drawn` of one process."""
     folder = tmp_path_factory.mktemp("samples")
     assert run_ranks(1, alone, str(folder)) == [[0, 0, 0]]
     return folder
@@ -81,7 +81,7 @@ def test_the_training_is_the_same_to_the_bit_with_samples_and_without(runs: Path
 
 
 def test_a_greedy_sample_is_what_transformers_writes(runs: Path) -> None:
-    """The last ones, of the model that the run exports."""
+    """The last samples are compared, since the run exports their model."""
     found = lines(runs / "single", "sample")
     assert [(line["step"], line["number"]) for line in found] == [(step, n) for step in (0, 2) for n in (1, 2, 3, 4)]
     tokenizer: Any = build_byte_tokenizer()
@@ -94,7 +94,7 @@ def test_a_greedy_sample_is_what_transformers_writes(runs: Path) -> None:
 
 
 def test_a_text_ends_as_the_file_of_the_models_generation_says(runs: Path, tmp_path: Path) -> None:
-    """Which a chat model's end of a turn may stand in alone."""
+    """A chat model's end-of-turn token may be only in generation_config.json."""
     model = shutil.copytree(runs / "single" / "model", tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(512))}))
     small = [word for word in TINY if not word.startswith("model")]
@@ -184,7 +184,7 @@ def test_a_template_that_fails_on_a_prompt_is_one_line(tmp_path: Path, capsys: p
 
 
 def test_a_prompt_begins_as_the_texts_of_all_sources_do(tmp_path: Path) -> None:
-    """Whose `bos` may be the sources' own."""
+    """Each source of a mixture may set its own `bos`."""
     tokenizer = build_byte_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token
     source = {"weight": 1, "source": "builtin"}

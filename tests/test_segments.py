@@ -1,4 +1,4 @@
-"""The CUDA allocator's environment: what the configuration asks for is added, and a contradiction is refused."""
+"""The CUDA allocator's environment variable: settings of the configuration are added, contradictions are refused."""
 
 from __future__ import annotations
 

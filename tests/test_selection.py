@@ -1,4 +1,4 @@
-"""The suite's own machinery: what runs when, in which lane, what is computed once, and how the time is reported."""
+"""The suite's own machinery: selection of tests, their lanes, results computed once, and the report of times."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def counted(name: str, folder: str) -> int:
 
 def test_what_one_lane_has_computed_the_others_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "_folder", tmp_path)
-    lanes = [once(counted), once(counted)]  # each with a memory of its own, as processes have
+    lanes = [once(counted), once(counted)]  # each has its own in-memory cache, like a process
     assert [lane("a", str(tmp_path)) for lane in (*lanes, *lanes)] == [7] * 4
     assert lanes[0]("b", str(tmp_path)) == 7
     assert [(tmp_path / name).read_text() for name in "ab"] == ["called\n"] * 2
 
 
 def test_the_budget_names_every_kind_and_lane() -> None:
-    """And the last kind takes what no other does."""
+    """The last kind takes the tests that no other kind matches."""
     assert kind_of("tests/slurm/test_faults.py::test_a") == "slurm"
     assert kind_of("tests/test_faults.py::test_a") == "checkpoints"
     assert kind_of("tests/test_new.py::test_a[x]") == list(KINDS)[-1]

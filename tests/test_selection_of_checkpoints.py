@@ -1,4 +1,4 @@
-"""The best checkpoint is kept and exported, and a run ends early: whole runs through the entry point."""
+"""Whole runs through the entry point keep and export the best checkpoint, and end early."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 from trainer.process.status import read_status
 
-# The learning rate grows until the model gets worse: the validation after step 2 is the best one.
+# The learning rate grows until the model gets worse, so the validation after step 2 is the best.
 SETTINGS = (
     "optimizer.lr=1",
     "scheduler=constant",
@@ -66,7 +66,7 @@ def test_the_best_checkpoint_stays_and_the_run_ends_early(tmp_path: Path) -> Non
     assert checkpoint_door(["export", str(run), str(tmp_path / "last")]) == 0
     assert weights(run / "model") == weights(tmp_path / "best") != weights(tmp_path / "last")
 
-    # A stop in between changes neither the count nor the best; what is over stays over, until patience is given.
+    # A stop in between changes neither the count nor the best. A run that ended early resumes only with new patience.
     assert run_ranks(2, start, overrides(stopped), 1, (signal.SIGTERM,), str(stopped), 3) == [EXIT_STOPPED] * 2
     assert read_status(stopped)["best"] == {**best, "checkpoint": str(stopped / CHECKPOINTS / step_name(2))}
     assert run_ranks(2, start, overrides(stopped)) == [EXIT_FINISHED] * 2
@@ -80,7 +80,7 @@ def test_the_best_checkpoint_stays_and_the_run_ends_early(tmp_path: Path) -> Non
 
 
 def start_each(same: list[str], more: list[str]) -> tuple[list[int], bytes]:
-    """The runs' exit codes, and the metrics in between."""
+    """Return the exit codes of both runs, and metrics.jsonl as it was between them."""
     (run,) = (word.removeprefix("train.run_dir=") for word in same if word.startswith("train.run_dir="))
     first, lines = main(same), (Path(run) / "metrics.jsonl").read_bytes()
     return [first, main(more)], lines
@@ -100,7 +100,7 @@ def test_what_counts_as_better() -> None:
     assert creeping.ended is not None
     assert judged(Selection(config), 3.0, 2.95, 2.89).waited == 0, "better than 3.0 by more than 0.1 in two steps"
     assert judged(Selection(config), math.nan, math.nan).ended is not None
-    # A checkpoint that could not be written is not the best one, and those that are gone are not gone on from.
+    # A checkpoint that could not be written is not the best, and no run continues from a deleted one.
     selection = judged(Selection(config), 3.0)
     selection.saved(selection.state())
     selection.judge(2, {METRIC: 2.0})
@@ -151,7 +151,7 @@ def test_a_run_without_a_best_checkpoint_says_so(tmp_path: Path, capsys: pytest.
 
 
 def test_sets_with_names_are_validated_and_one_decides(tmp_path: Path) -> None:
-    """What is trained on gets better; what is far from it gets worse, so it decides otherwise."""
+    """The loss on the training text falls, that on the distant set rises; the distant set decides and ends the run."""
     for name, text in {"train": "abcdefgh " * 3000, "near": "abcdefgh " * 60, "far": "zyxw VUTS " * 60}.items():
         (tmp_path / f"{name}.txt").write_text(text)
     sets = f"{{near: [{tmp_path}/near.txt], far: [{tmp_path}/far.txt]}}"

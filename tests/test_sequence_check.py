@@ -1,4 +1,4 @@
-"""Context parallel begins with a check that attention alone carries anything along the sequence."""
+"""Context parallelism starts with a check that only attention mixes positions of the sequence."""
 
 from __future__ import annotations
 

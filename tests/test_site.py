@@ -1,4 +1,4 @@
-"""The chapters as a site: every page is in it, in the README's order, and a broken link ends the build."""
+"""The chapters as a site: every page is included in the README's order, and a broken link fails the build."""
 
 from __future__ import annotations
 

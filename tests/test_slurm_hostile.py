@@ -1,4 +1,4 @@
-"""Texts that a shell, Slurm or a terminal would act on get nowhere but where they were meant to go."""
+"""Texts that a shell, Slurm or a terminal would interpret reach only their destination, as data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_hostile_options_are_refused_or_stay_one_word(key: str) -> None:
 
 
 def test_hostile_texts_reach_the_ranks_word_for_word(tmp_path: Path) -> None:
-    """They are data in job.json: the script, its arguments and sbatch's options do not hold them."""
+    """They are data in job.json; the script, its arguments and sbatch's options do not contain them."""
     for number, text in enumerate(HOSTILE):
         run_dir = tmp_path / f"run{number}"
         words = [*BASE, "data=files", "data.paths=[corpus]", f"train.run_dir={run_dir}"]
@@ -55,7 +55,7 @@ def test_hostile_texts_reach_the_ranks_word_for_word(tmp_path: Path) -> None:
 
 
 def test_the_batch_script_is_fixed_and_keeps_words_whole(tmp_path: Path) -> None:
-    """A run folder with everything in its name, through the real script."""
+    """The real script runs with every kind of special character in the run folder's name."""
     run_dir = tmp_path / 'it\'s $(touch PWNED); `x` "y" *'
     (run_dir / "slurm").mkdir(parents=True)
     (run_dir / "slurm/setup.sh").write_text("export FROM_SETUP=1\n: $NEVER_SET\n")

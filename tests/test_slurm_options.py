@@ -1,5 +1,5 @@
-"""From the configuration to the words of sbatch: what is asked for, and what is refused. Needs no Slurm: programs in
-its place note what they are given."""
+"""From the configuration to sbatch's arguments: requested resources and refusals. Slurm is not needed: stub programs
+record their arguments."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def problems(*words: str, sweep: bool = False) -> list[str]:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with an sbatch and a squeue that note their arguments and agree to everything."""
+    """Return a folder with stubs of sbatch and squeue that record their arguments and always succeed."""
     for name in ("sbatch", "squeue"):
         (tmp_path / name).write_text(PROGRAM.format(python=sys.executable))
         (tmp_path / name).chmod(0o755)
@@ -180,7 +180,7 @@ def test_what_is_submitted(slurm: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_folder_that_a_job_starts_in_does_not_decide_what_is_imported(slurm: Path) -> None:
-    """The real batch script, on a finished run, next to somebody's modules with a `slurm.py`."""
+    """The real batch script runs on a finished run, in a folder with a user's `slurm.py` and other modules."""
     words = [*BASE, "train.steps=1", "train.run_dir=run", "cluster.slurm.setup=['export PYTHONPATH=$PWD/mine']"]
     assert launch_job(load_config(words), words, config_dir=None) == (0, False)
     (slurm / "run/status.json").write_text(json.dumps({"state": "finished", "step": 1}))

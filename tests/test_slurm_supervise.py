@@ -1,4 +1,4 @@
-"""The supervisor's decisions, with programs instead of srun and scontrol that follow a script."""
+"""The supervisor's decisions, with stubs of srun and scontrol that follow a script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.checkpoint.catalog import CHECKPOINTS, step_name
 from trainer.process.status import STATUS
 
 ROOT = Path(__file__).parent.parent
-# What a start does: "CODE STATE STEP", or "hang". The word STOP waits for the file, as ranks do.
+# Plan of a start: "CODE STATE STEP". The state `stopped` waits for the file STOP, as ranks do.
 SRUN = """#!{python}
 import json, os, pathlib, sys, time
 run = pathlib.Path(sys.argv[-4])
@@ -92,7 +92,11 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def start(run_dir: Path, *plan: str, restarts: int = 0, **changed: object) -> subprocess.Popen[str]:
-    """plan: what each start of the ranks does, see SRUN. restarts: how often Slurm has requeued the job."""
+    """Start the supervisor.
+
+    plan: one line for each start of the ranks, see SRUN.
+    restarts: number of times that Slurm has requeued the job.
+    """
     (run_dir / "plan.txt").write_text("\n".join(plan))
     write_job(run_dir, job(**changed))
     environment = {
@@ -220,7 +224,7 @@ def test_the_time_limit_where_there_is_no_way_back(
 
 
 def test_jobs_that_are_always_stopped_before_a_checkpoint_end(run_dir: Path) -> None:
-    """As under a time limit that is shorter than a start."""
+    """This happens under a time limit that is shorter than a start."""
     requeues = run_dir.parent / "bin/requeued.txt"
     number, said = 0, ""
     for number in range(1, 9):
@@ -237,12 +241,13 @@ def test_jobs_that_are_always_stopped_before_a_checkpoint_end(run_dir: Path) -> 
 
 
 def test_told_to_end_by_slurm(run_dir: Path) -> None:
-    """scancel, or a lost node, after which Slurm requeues the job: no start, and what is said is true of both."""
+    """SIGTERM means scancel, or a lost node, after which Slurm requeues the job. Nothing is started again, and the
+    message is correct in both cases."""
     running = start(run_dir, "75 stopped 10")
     with running:
         wait_for_start(run_dir)
         running.send_signal(signal.SIGTERM)
-        # Known before the ranks have ended, who may take longer than Slurm lets this program live.
+        # The state is written before the ranks end, which may take longer than Slurm lets the supervisor live.
         wait_for(lambda: read_job_status(run_dir)["state"] == "stopping")
         (run_dir / "STOP").touch()
         said, _ = running.communicate(timeout=60)
@@ -285,7 +290,7 @@ def test_a_folder_that_cannot_be_seen(run_dir: Path) -> None:
 
 
 def test_the_run_folder_of_a_lost_incarnation_is_waited_for(run_dir: Path) -> None:
-    """A node that was cut off lives on, and its ranks hold the folder until their collectives time out."""
+    """A disconnected node keeps running, and its ranks hold the folder until their collectives time out."""
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys, time, pathlib; from trainer.process.status import lock;"
          "lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(3)", str(run_dir)],

@@ -1,4 +1,4 @@
-"""The page and the drawing of ZeRO's stages: their numbers are the layouts', and a browser plays a step."""
+"""The page and the drawing of ZeRO's stages show the layouts' numbers, and a browser plays a step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def test_pictures_of_stages_are_what_the_layouts_give() -> None:
 
 
 def test_stages_hold_and_send_what_the_chapter_says() -> None:
-    """The table of docs/zero-and-fsdp.md: 8.03 x 10^9 parameters on 8 ranks, and traffic in bytes per parameter."""
+    """The values are those of docs/zero-and-fsdp.md for 8.03 x 10^9 parameters on 8 ranks, traffic in bytes per
+    parameter."""
     parameters, head = 8_030_261_248, 128_256 * 4096
     laws = {"0": (29.92, 59.83, 4.0), "1": (14.96, 11.22, 6.0), "2": (14.96, 11.22, 6.0), "FSDP": (3.74, 7.48, 8.0)}
     # DeepSpeed keeps the head gathered between its forward and its backward.
@@ -42,7 +43,7 @@ def test_stages_hold_and_send_what_the_chapter_says() -> None:
             own = [work for work in works if work.computes is lane and work.kind != "D"]
             assert all(one.end <= other.begin + 1e-12 for one, other in pairwise(own))
     waits = {stage: waiting(step(stage, 8, 32, 4096)) for stage in laws}
-    assert max(waits["0"], waits["3"], waits["FSDP"]) < min(waits["1"], waits["2"])  # those that nothing hides
+    assert max(waits["0"], waits["3"], waits["FSDP"]) < min(waits["1"], waits["2"])  # nothing hides the latter
 
 
 def text(page: Page, name: str) -> str:

@@ -1,5 +1,5 @@
-"""What is trained on is what was stored: a folder that does not hold what the model needs is refused, in one line for
-each problem, before anything is built."""
+"""Training starts from the stored weights: a folder that lacks something the model needs is refused before anything is
+built, with one line for each problem."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def quantized(method: str) -> Damage:
 
 
 REFUSED: dict[str, tuple[Damage | None, list[str], list[str]]] = {
-    # name: damage, further overrides, what is said in each line
+    # name: damage, further overrides, part of each line
     "no head": (tensors(lambda t: t.pop(HEAD)), [], [f"{SINGLE} lacks {HEAD}; ", "model.missing_weights=random"]),
     "no head, adapters": (tensors(lambda t: t.pop(HEAD)), ["tuning=lora", "optimizer=adamw"], [f"lacks {HEAD}; "]),
     "a layer too few": (
@@ -144,7 +144,7 @@ TAKEN: dict[str, tuple[Damage | None, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
-    """Exit code and lines of every folder above, all in one process."""
+    """Return exit code and lines for every folder above; all runs share one process."""
     place = tmp_path_factory.mktemp("models")
     names, runs = [], []
     for name, (damage, words, *_) in {**REFUSED, **TAKEN}.items():
@@ -175,7 +175,7 @@ def test_names_that_mean_the_same_are_read(answers: dict[str, tuple[int, list[st
 
 
 def damage_by_chance(folder: Path, seed: int) -> None:
-    """One to three damages of weights and index; names and bytes by chance."""
+    """Damage weights and index in one to three ways, with random names and bytes."""
     draw = random.Random(seed)
     if draw.random() < 0.5:
         shards(folder, draw.choice([2, 3]))
@@ -226,7 +226,7 @@ def test_damage_by_chance_ends_in_one_line(tmp_path: Path) -> None:
     refused = 0
     for folder, (code, said) in zip(folders, run_ranks(1, run_all, runs, timeout=300)[0], strict=True):
         seed = f"seed {folder.name}: {said}"
-        # Exit code 0: bytes of a value were hit; 1: they made a loss that is not finite.
+        # Exit code 0: only bytes of a value changed; 1: they made the loss non-finite.
         assert code in (0, 1, 2), seed
         assert "Traceback" not in said, seed
         lines = said.splitlines()

@@ -1,4 +1,4 @@
-"""Swap files of a run that was killed go away with the next start; those of a living one stay."""
+"""The next start removes the swap files of a killed run; those of a live run stay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.process.runtime import join_world
 
 
 def swap(nvme: str, end: str) -> str:
-    """Swap a file as DeepSpeed does, and close, be killed, or look what another start leaves of it."""
+    """Write a swap file like DeepSpeed, then die by SIGKILL, or check that another start keeps the file, and close."""
     _, plan = config_and_plan(None, "parallel=ddp", "cluster.gpus_per_node=2")
     with join_world(plan, timeout_minutes=1) as runtime:
         folder = SwapFolder(nvme, runtime)

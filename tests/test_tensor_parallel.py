@@ -1,6 +1,6 @@
-"""Tensor and sequence parallel against one process, in float64: architectures, uneven sizes, planted bugs, plans.
+"""Tensor and sequence parallelism against one process, in float64: architectures, uneven sizes, planted bugs, plans.
 
-Whole presets, with the engine around them, are the business of test_parity; here it is the breadth of architectures.
+test_parity covers whole presets with their engine; this module covers many architectures.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from trainer.process.runtime import dropout_stream
 
 EXACT = 1e-10
 ON_FOUR = ["llama", "llama_tied_odd_vocabulary", "llama_one_kv_head", "llama_two_kv_heads", "qwen3", "gpt2"]
-# What four ranks do to a model that two do not: copy heads, cut what is packed. The others are nightly.
+# Only four ranks copy heads of these models or cut their packed matrices. The other models are nightly.
 OFTEN_ON_FOUR = {"llama_two_kv_heads", "gpt2"}
 OFTEN_ADAPTED = {"gpt2", "opt"}
-# Llamas of other names, and heads that two ranks need not copy.
+# These are Llamas under other names, or have heads that two ranks need not copy.
 LIKE_OTHERS = {"mistral", "qwen2", "llama_two_kv_heads", "llama", "phi3", "gptj"}
 FOLDS_SEQUENCES = {"opt"}
 
@@ -46,8 +46,11 @@ def reference(model: str, *, adapters: bool = False) -> Trained:
 
 
 def distance(found: Trained, expected: Trained) -> float:
-    """Largest relative difference of losses, norms and parameters. A parameter's is relative to its tensor's largest
-    element, at least to one step's length: Adam turns the rounding of a gradient that is zero into steps."""
+    """Return the largest relative difference of losses, norms and parameters.
+
+    A parameter's difference is relative to its tensor's largest element, or to the learning rate if that is larger:
+    Adam turns rounding errors of a zero gradient into whole steps.
+    """
     assert found.parameters.keys() == expected.parameters.keys()
     numbers = zip(found.losses + found.grad_norms, expected.losses + expected.grad_norms, strict=True)
     tensors = ((found.parameters[name], value) for name, value in expected.parameters.items())
@@ -104,7 +107,7 @@ def test_recompute_changes_nothing(model: str) -> None:
     ("model", "sequence", "adapters"), [("qwen3", False, False), ("gpt2", True, False), ("llama", False, True)]
 )
 def test_each_planted_bug_shows(model: str, sequence: bool, adapters: bool) -> None:
-    """One after another on the same ranks."""
+    """The same ranks run all bugs, one after another."""
     bugs = sorted(tensor_cases.BUGS.keys() - {"none"})
     cases = [Case(model, sequence_parallel=sequence, bug=bug, adapters=adapters) for bug in bugs]
     found = run_ranks(2, tensor_cases.train, cases)[0]
@@ -120,7 +123,7 @@ def test_each_planted_bug_shows(model: str, sequence: bool, adapters: bool) -> N
 def test_dropout_of_one_seed_keeps_the_ranks_alike(
     adapters: bool, name: str, seeds: tuple[int, ...], alike: bool
 ) -> None:
-    """With the second pair the ranks drop differently, and what each holds whole moves apart."""
+    """With different seeds the ranks use different dropout masks, and replicated parameters diverge."""
     first, second = run_ranks(2, tensor_cases.train, [Case("gpt2_dropout", seeds=seeds, adapters=adapters)])
     assert torch.equal(first[0].parameters[name], second[0].parameters[name]) is alike
 
@@ -156,7 +159,7 @@ def test_loss_of_divided_logits(words: int, dtype: torch.dtype) -> None:
 def test_collectives_are_those_of_the_chapter() -> None:
     layers = LLAMA["num_hidden_layers"]
     forward, backward = run_ranks(2, tensor_cases.collectives_of_a_step, "llama", False)[0]
-    # In addition to the layers: embedding and two for the loss; backward, where the head begins.
+    # Forward adds one for the embedding and two for the loss; backward adds one at the input of the head.
     assert forward == {"all_reduce": 2 * layers + 3}
     assert backward == {"all_reduce": 2 * layers + 1}
     forward, backward = run_ranks(2, tensor_cases.collectives_of_a_step, "llama", True)[0]
@@ -170,7 +173,7 @@ def test_layers_compile_whole() -> None:
     assert abs(compiled / plain - 1) <= EXACT
 
 
-# user plan -> what the start-up check must name
+# name: model, user plan, text that the start-up check must report
 WRONG: dict[str, tuple[str, dict[str, str], str]] = {
     "both sides of the MLP by columns": ("llama", {"model.layers.*.mlp.down_proj": "colwise"}, "does not run"),
     "a norm on heads taken for a whole one": ("qwen3", {"model.layers.*.self_attn.q_norm": "replicate"}, "q_norm"),

@@ -1,4 +1,4 @@
-"""`tuning=lora`: the same adapters under every layout, the model left as it was, and files that peft reads."""
+"""`tuning=lora`: adapters are the same under every layout, the model is unchanged, and peft reads the files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trainer.plan.machine import Machine
 
 STEPS = 5
 LORA = ("tuning=lora", "tuning.rank=4", "optimizer.lr=0.03", "train.gradient_accumulation_steps=2")
-# At 0.03 rounding to 32 bits or fewer leads one layout elsewhere than the next.
+# At 0.03, rounding to 32 bits or fewer makes the layouts diverge.
 SLOWER = tuple(word if "lr" not in word else "optimizer.lr=0.003" for word in LORA)
 DESCENT = (*(word for word in LORA if "lr" not in word), "optimizer=sgd", "optimizer.lr=0.3")
 ZERO = ("zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload")
@@ -37,13 +37,13 @@ LAYOUTS = {
     **{"tensor": 2, "tensor parallel.sequence_parallel=true": 2, "tensor_fsdp": 4, "tensor_data": 4},
     **{"pipeline_data": 4, "3d": 8, "3d_zero1": 8},
 }
-# Tied embeddings, learned positions and Conv1D matter where they are divided.
+# Tied embeddings, learned positions and Conv1D matter in layouts that shard or split them.
 TIED = ("fsdp", "pipeline", "tensor", "tensor_fsdp")
 OFTEN_TIED = ("pipeline",)
-# Nightly: two and three axes at once that others in the table meet as well, and what a tied model shows here.
+# Nightly: combinations of axes that other rows cover, and layouts that the tied model covers.
 REPEATED = ("hsdp", "tensor_data", "pipeline_data", "pipeline_fsdp", "3d", "3d_zero1", "fsdp_offload", "pipeline")
 REPEATED += ("tensor_fsdp", "tensor", "ddp")
-# While B is small, Adam divides small gradients by small moments: rounding grows more than in full training.
+# While B is small, Adam divides small gradients by small moments, so rounding grows more than in full training.
 FLOAT64, FLOAT32 = 1e-8, 1e-4
 
 
@@ -84,7 +84,7 @@ def test_divided_experts_have_the_adapters_of_one_process(layout: str, keys: tup
     assert any(".experts." in name for name in trained) is bool(keys)
 
 
-# What changes an adapter's arithmetic, its first values, or what is trained with it.
+# Options that change an adapter's arithmetic, its initial values, or the parameters trained with it.
 VARIANTS = {
     "pissa": ("tuning.init=pissa", "tuning.rslora=true", "tuning.modules_to_save=[lm_head,norm]"),
     "dora": ("tuning.dora=true", "tuning.init=olora"),
@@ -123,13 +123,13 @@ def test_zero_trains_the_adapters_of_one_process(layout: str) -> None:
     [pytest.param("zero1_tensor", marks=pytest.mark.nightly), "zero2_tensor parallel.sequence_parallel=true"],
 )
 def test_zero_trains_divided_adapters_of_one_process(layout: str) -> None:
-    """With plain gradient descent: four sums in another order, and Adam makes 1e-4 of them here."""
+    """SGD is used: four sums in another order differ by rounding, which Adam amplifies to 1e-4."""
     found = measure(layout.split(), 4, model="llama", precision="fp32", steps=STEPS, extra=DESCENT)
     assert found.largest <= FLOAT32 / 10, found
 
 
 def test_adapters_begin_as_the_model_itself() -> None:
-    """Seen before the first update, B being zero: the loss is that of the model without adapters."""
+    """Before the first update B is zero, so the loss is that of the model without adapters."""
     adapted = reference("llama", "fp64", STEPS, *LORA)
     full = run_ranks(1, train, words("llama", "single", "fp64", 2, "train.gradient_accumulation_steps=2"))[0]
     assert adapted.losses[0] == pytest.approx(full.losses[0], rel=1e-12)
@@ -187,7 +187,7 @@ def test_a_run_resumes_and_its_adapter_is_peft_s(tmp_path: Path) -> None:
 
 
 def _check_loss_with_peft(base: Path, run: Path) -> None:
-    """The adapter, loaded by peft, moves the model; and every one of its tensors has arrived."""
+    """The adapter that peft loads changes the model's output, and peft loads all of its tensors."""
     plain = AutoModelForCausalLM.from_pretrained(base)
     ids = torch.randint(0, 250, (1, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -202,7 +202,7 @@ def _check_loss_with_peft(base: Path, run: Path) -> None:
     )
 
 
-# Routed experts as transformers stores them, and linear layers that peft takes for those of transformers 4.
+# Routed experts as transformers stores them, and linear layers that peft mistakes for those of transformers 4.
 SPARSE = {
     "mixtral": ["model.config.num_local_experts=4", "tuning.target_modules=[q_proj,gate_up_proj,down_proj]"],
     "deepseek_v3": ["model.config.n_routed_experts=4", "model.config.num_experts_per_tok=2", "model.config.n_group=1"],
@@ -218,7 +218,7 @@ SPARSE["deepseek_v3"] += [
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", rows(zip(SPARSE), lambda kind: kind == "mixtral"))
 def test_adapters_of_experts_are_peft_s(kind: str, tmp_path: Path) -> None:
-    """All experts are one parameter, for which peft has adapters of another kind."""
+    """All experts are one parameter, for which peft has a separate kind of adapter."""
     sparse = [f"model.config.model_type={kind}", *SPARSE[kind], "data.seq_len=32", "model.config.num_hidden_layers=2"]
     words = ["model=tiny", "tuning=lora", *sparse, "train.steps=2", f"train.run_dir={tmp_path / 'run'}"]
     assert run_ranks(1, run_trainer, [*words, "train.global_batch_size=2", "logging.progress=lines"]) == [0]
@@ -248,8 +248,8 @@ def adapted(*words: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_empty_targets_mean_the_same_in_every_family(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Every linear layer of the decoder layers at the asked rank; no router, no gate, no stacked experts; the log says
-    which is which."""
+    """Every linear layer of the decoder layers gets an adapter of the requested rank. Routers, gates and stacked
+    experts get none. The log names both groups."""
     model = adapted(
         f"model.config.model_type={kind}",
         f"model.config.{FAMILIES[kind]}=4",

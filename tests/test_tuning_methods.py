@@ -1,5 +1,5 @@
-"""`tuning=ia3|adapter|prompt|p_tuning|prefix`: every layout agrees with one process, and who reads the exported folder
-computes the same."""
+"""`tuning=ia3|adapter|prompt|p_tuning|prefix`: every layout agrees with one process, and the exported folder computes
+the same outputs when loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OF_PEFT = ("ia3", "prompt", "p_tuning", "prefix")
 METHODS = (*OF_PEFT, "adapter")
 COUNT = 6
 STEPS = 3
-# Gradients of a random model are small: without a small bound nothing would be clipped.
+# Gradients of a random model are small, so only a small bound clips them.
 COMMON = ("train.gradient_accumulation_steps=2", "train.clip_grad_norm=0.002", "optimizer=sgd", "optimizer.lr=10")
 ALL = {"ddp": 2, "fsdp": 2, "hsdp": 4, "zero1": 2, "zero2": 2, "zero3": 2}
 LAYOUTS = {(method, layout): count for method in METHODS for layout, count in ALL.items()}
@@ -108,7 +108,7 @@ def test_peft_computes_what_was_trained(kind: str, tmp_path: Path) -> None:
 
 
 def test_an_exported_bottleneck_computes_what_was_trained(tmp_path: Path) -> None:
-    """The adapter is read by any loader of the folder, and by a run that continues from it. It is never merged."""
+    """Any loader of the folder can read the adapter, and so can a run that continues from it. It is never merged."""
     base, made = tmp_path / "base", tmp_path / "made"
     plain = AutoModelForCausalLM.from_config(prepare_model(load_config(words("llama", "single", "fp32", STEPS))).config)
     plain.save_pretrained(base)
@@ -215,7 +215,7 @@ def test_an_architecture_that_peft_s_table_lacks_is_one_line() -> None:
 
 
 def test_an_architecture_that_peft_knows_with_other_layers_is_one_line() -> None:
-    """Two of three vectors would be trained."""
+    """peft would train only two of three vectors."""
     words = ["model=tiny", "tuning=ia3", "model.config.model_type=mixtral", "model.config.num_local_experts=4"]
     with pytest.raises(ConfigError, match=r"^tuning=ia3: peft .* MixtralForCausalLM has no w2; use tuning=lora"):
         prepare_model(load_config(words))

@@ -1,4 +1,4 @@
-"""A rank that hangs ends the job: named, with what it was doing, and the stacks of all ranks on record."""
+"""A hanging rank ends the job: the message names the rank and its activity, and the stacks of all ranks are saved."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def overrides(folder: Path, layout: str) -> list[str]:
 
 
 def start_and_get_stuck(words: list[str], rank: int, way: str) -> int:
-    """One rank stops moving in step STUCK_AT: asleep in its own code, or stopped by the system."""
+    """Run the trainer; one rank hangs in step STUCK_AT, asleep in its own code or stopped by SIGSTOP."""
     if int(os.environ["RANK"]) == rank:
         lr_at = trainer.run.loop.lr_at
 

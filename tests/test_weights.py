@@ -1,4 +1,4 @@
-"""The values that a model begins with are those of the folder or of its class, and the same under every layout."""
+"""A model's initial values come from its folder or its class, and are the same under every layout."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NOTHING_LEARNED = ["optimizer=sgd", "optimizer.lr=1e-30", "optimizer.weight_deca
 
 @pytest.fixture(scope="module")
 def pieced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A folder of float8 projections without the last norm and with too few tokens; and the values it stands for."""
+    """Return a folder and its expected values: float8 projections, no final norm, and too few vocabulary entries."""
     folder = tmp_path_factory.mktemp("pieced")
     save_llama(folder)
     stored = tensors_of(folder)
@@ -82,8 +82,10 @@ def test_float8_is_multiplied_exactly(pieced: tuple[Path, dict[str, torch.Tensor
 
 
 def fill_and_let_go(folder: Path) -> tuple[int, int]:
-    """Bytes of a model whose experts are stored one by one; and what its process needed more than before, at most,
-    while each part was filled and then let go, as a sharding engine does."""
+    """Return the bytes of a model whose experts are stored one by one, and the peak of additional bytes while it loads.
+
+    Each unit is filled and then released, as a sharding engine does.
+    """
     choice = load_config([f"model.path={folder}", "model.weights=pretrained"]).model
     model = build_model(choice, build_hf_config(choice))
     whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -100,7 +102,7 @@ def fill_and_let_go(folder: Path) -> tuple[int, int]:
 
 
 def anonymous() -> int:
-    """Bytes that are this process' own; what it has mapped of files is the system's to take back."""
+    """Return the bytes of anonymous memory; the system can reclaim pages mapped from files."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
@@ -114,7 +116,7 @@ def test_a_process_holds_a_part_of_a_folder_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
-    """The message leads to the key, and the key to a run whose model has a row for each token."""
+    """The message names the key, and with the key the run's model has a row for each token."""
     save_llama(tmp_path / "model", vocab_size=280, tie_word_embeddings=True)
     save_bpe(tmp_path / "model", vocabulary=290, eos_token="</s>")
     tokens = len(json.loads((tmp_path / "model" / "tokenizer.json").read_text())["model"]["vocab"])
@@ -153,7 +155,7 @@ def without_memory(kind: str) -> PreTrainedModel:
 
 
 def drawn(kind: str, *, backwards: bool = False) -> dict[str, torch.Tensor]:
-    """Every parameter by `model.weights=random`, the units in either order."""
+    """Return all parameters under `model.weights=random`. backwards: fill the units in reverse order."""
     model = without_memory(kind)
     weights = RandomWeights(model, seed=3)
     if backwards:
@@ -169,7 +171,7 @@ def drawn(kind: str, *, backwards: bool = False) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_values_of_constructors_are_in_random_weights(kind: str) -> None:
-    """Memory is filled with NaN, so whatever neither initialisation nor constructor writes would show."""
+    """Memory is filled with NaN, so a value that neither initialisation nor the constructor writes is visible."""
     torch.manual_seed(0)
     theirs = dict(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL[kind])).named_parameters())
     ours = drawn(kind)

@@ -1,6 +1,6 @@
-"""House words that the text of this project no longer has, each with the word of the field that stands for it.
+"""House words that this project no longer uses, each with the standard term that replaces it.
 
-The list grows folder by folder: a word is added here when it has left the folders that it is forbidden in.
+The list grows folder by folder: a word is added once it no longer occurs in the folders in which it is banned.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _files(patterns: tuple[str, ...]) -> list[Path]:
 
 
 def prose(file: Path, text: str) -> str:
-    """A module's comments, and its strings of several words, each in its line; other files: the text."""
+    """Return a module's comments and its strings of several words, on their lines; other files are returned whole."""
     if file.suffix != ".py":
         return text
     lines = [""] * (text.count("\n") + 1)
@@ -63,9 +63,11 @@ def prose(file: Path, text: str) -> str:
 
 
 def uses(words: dict[str, str], files: list[Path], *, prose_only: bool = False) -> list[str]:
-    """Each use of a banned word: its place, and the word for it. It may be broken over two lines.
+    """Return a message for each use of a banned word, with its place and its replacement.
 
-    prose_only: names in Python code do not count.
+    A use may be broken over two lines.
+
+    prose_only: ignore names in Python code.
     """
     found: list[str] = []
     texts = {file: file.read_text() for file in files}

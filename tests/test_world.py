@@ -1,4 +1,4 @@
-"""What a launcher announces is checked before any rank waits; a second run in a process; whose modules are imported."""
+"""Launcher variables are checked before any rank waits; a process can run twice; the right modules are imported."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_port_that_is_taken_is_told_by_rank_0(tmp_path: Path) -> None:
 
 
 def _several(folder: str) -> list[dict[str, object]]:
-    """Several runs in one process that no launcher started, and what each left behind."""
+    """Run several times in one process without a launcher, and return the state that each run left."""
     for name in VARIABLES:
         os.environ.pop(name, None)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -107,7 +107,7 @@ def _several(folder: str) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for number, layout in enumerate(("single", "zero1", "zero3", "single", "single")):
         run = Path(folder, str(number))
-        if number == 4:  # asked to stop before its first step: it stops after it
+        if number == 4:  # a stop requested before the first step takes effect after it
             run.mkdir()
             (run / "STOP").touch()
         before = [signal.getsignal(one) for one in numbers]
@@ -157,7 +157,7 @@ fsdp_config: {fsdp_version: 2}
 
 
 def note_under_accelerate(file: str) -> list[str | None]:
-    """What a rank would say: accelerate's launcher to the point where it starts them."""
+    """Run accelerate's launcher up to the start of the ranks, and return the note that a rank would show."""
     import torch.distributed.run
     from accelerate.commands.launch import launch_command, launch_command_parser
 
@@ -178,7 +178,7 @@ def test_what_a_file_of_accelerate_asks_for_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def own_project(tmp_path: Path) -> Path:
-    """A folder of somebody whose names are ours."""
+    """Return a user's folder with modules of the same names as ours."""
     (tmp_path / "configs").mkdir()
     for name in ("configs/__init__.py", "torch.py", "hydra.py"):
         (tmp_path / name).write_text("raise SystemExit('the working directory was imported')\n")
@@ -232,7 +232,7 @@ def traced_then_trained(overrides: list[str]) -> list[float]:
 
 
 def test_a_rank_trains_on_its_own_mesh_after_a_trace_on_a_fake_one(tmp_path: Path) -> None:
-    """DTensor takes the two for one: the norm of the gradients would be asked of groups that are gone."""
+    """DTensor treats equal meshes as one, so the gradient norm would use process groups that no longer exist."""
     words = ["parallel=3d", "data=synthetic", "data.seq_len=16", "train.steps=1", "train.micro_batch_size=1"]
     losses = run_ranks(4, traced_then_trained, [*words, f"data.cache_dir={tmp_path}"])
     assert losses == [losses[0]] * 4 and losses[0][0] > 0

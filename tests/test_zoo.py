@@ -1,4 +1,5 @@
-"""Types of transformers under layouts are as docs/models.md says: a seeded sample with every change, all nightly."""
+"""Model types of transformers behave under layouts as docs/models.md says. Each change tests a seeded sample; nightly
+runs test all types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""accelerate's files by kind of run: what each becomes here, and what is lost."""
+"""accelerate's files by kind of run: the resulting settings, and the fields that are lost."""
 
 from __future__ import annotations
 

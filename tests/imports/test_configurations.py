@@ -1,4 +1,4 @@
-"""Files of other trainers, rewritten small: what each becomes here, and what is said of every field that does not."""
+"""Small versions of other trainers' files: the resulting settings, and the report on fields without a setting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULTS = {"optimizer.weight_decay": 0.0, "optimizer.beta2": 0.999, "train.seed
 
 
 def test_deepspeed_with_the_trainers_arguments(tmp_path: Path) -> None:
-    """The DeepSpeed file is found through the field that names it."""
+    """The DeepSpeed file is found through the field that refers to it."""
     _, args = written(tmp_path, ds_json=ZERO2, args_json=ARGUMENTS)
     made = import_files([args])
     assert experiment_of(made, tmp_path) == {
@@ -148,7 +148,7 @@ def test_an_older_trainers_fsdp_and_scripts_arguments(tmp_path: Path) -> None:
     assert import_files(written(tmp_path, args_yaml={**tree, "fsdp": "full_shard"})).settings["optimizer.paged"]
     assert names(made, Fate.unknown) == {"frobnicate.deep", "fsdp_config.frob"}
     assert names(made, Fate.lost) == {"evaluation_strategy"}
-    assert "train.epochs" not in made.settings  # their default, but the size of a stream is not known
+    assert "train.epochs" not in made.settings  # the Trainer's default is dropped: a stream's size is unknown
     assert "hf_secret" not in report(made)
 
 
@@ -174,7 +174,7 @@ def test_a_number_out_of_range_is_said_of_the_files_field(size: float, tmp_path:
 
 
 def test_the_optimizer_and_the_scheduler_of_deepspeeds_file_win(tmp_path: Path) -> None:
-    """The Trainer adds no scheduler to those given; a curve of its own is replaced as a whole."""
+    """DeepSpeed's scheduler replaces the Trainer's curve as a whole; the Trainer adds nothing to it."""
     own = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "scheduler": {"type": "WarmupLR", "params": {}}}
     tree = {**ARGUMENTS, "optim": "adafactor", "lr_scheduler_type": "linear"}
     made = import_files(written(tmp_path, args_json=tree, ds_json={**ZERO2, **own}))
@@ -196,7 +196,7 @@ def test_a_size_may_be_a_text(tmp_path: Path) -> None:
 
 
 def test_the_launchers_16_bits_count_where_the_trainer_says_none(tmp_path: Path) -> None:
-    """As in `TrainingArguments.__post_init__`: the environment says it, true bf16 and fp16 win."""
+    """As in `TrainingArguments.__post_init__`, the environment sets the dtype unless bf16 or fp16 is true."""
     plain = {"per_device_train_batch_size": 1, "max_steps": 3}
     for more, dtype in (({}, "bfloat16"), ({"bf16": False}, "bfloat16"), ({"fp16": True}, "float16")):
         made = import_files(written(tmp_path, args_json={**plain, **more}, acc_yaml=FSDP))

@@ -1,4 +1,4 @@
-"""`cookbook import` and `memory-estimate --from`: bad files, overrides, and the experiment file that is written."""
+"""`cookbook import` and `memory-estimate --from`: bad files, overrides, and the written experiment file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Evil:
 
 
 def arguments_bin(path: Path, tree: Any) -> str:
-    """As torch.save writes it: a zip archive with one pickle."""
+    """Write a file like torch.save, a zip archive with one pickle, and return its path."""
     stream = io.BytesIO()
     pickle.dump(tree, stream, protocol=2)
     with zipfile.ZipFile(path, "w") as archive:
@@ -37,7 +37,7 @@ def arguments_bin(path: Path, tree: Any) -> str:
 
 def test_a_pickle_of_arguments_is_read_and_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # What transformers pickles, without transformers: an object of its class, and an enum made of its value.
+    # This is the pickle of transformers, made without it: an object of its class, and an enum made from its value.
     content = (
         b"\x80\x02ctransformers.training_args\nTrainingArguments\n)\x81}("
         b"S'learning_rate'\nF0.0001\n"
@@ -112,7 +112,8 @@ def test_the_door_writes_an_experiment_and_replaces_none(
 
 
 def test_the_layout_is_called_by_its_stage_and_takes_no_more_along(tmp_path: Path) -> None:
-    """Stage 3 with the optimizer alone on the host: our preset that comes closest offloads the parameters too."""
+    """Stage 3 offloads only the optimizer here; the closest preset offloads the parameters too, which must not carry
+    over."""
     zero3 = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}},

@@ -1,4 +1,4 @@
-"""What was imported trains, and its memory is estimated."""
+"""Imported configurations train, and their memory is estimated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SMALL = ["model=tiny", "data=synthetic", "data.seq_len=32", "train.steps=2", "cl
 def test_what_the_door_imported_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """DeepSpeed's file with the Trainer's arguments: the experiment, the memory it takes, two steps on two ranks."""
+    """The files of DeepSpeed and the Trainer become an experiment; its memory is predicted, and two ranks train it."""
     monkeypatch.chdir(tmp_path)
     written(tmp_path, ds_json=ZERO2, args_json=ARGUMENTS)
     assert launch(["import", "ds.json", "args.json", *SMALL, "train.run_dir=run"]) == 0
@@ -76,7 +76,7 @@ HIDDEN = ("stage3_param_persistence_threshold",)
 def test_an_estimate_from_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same answer as for our own overrides, with what it had to assume."""
+    """The estimate equals that of our own overrides, and lists its assumptions."""
     monkeypatch.chdir(tmp_path)
     written(tmp_path, ds_json=ZERO2, args_json=ARGUMENTS)
     named = ["--from", "ds.json", "--from", "args.json"]
@@ -98,7 +98,7 @@ def test_an_estimate_from_their_files(
         "assumed    float32 master weights and optimizer states: the Trainer keeps both in the dtype that the model was"
         " loaded in, which may be 16 bits"
     ]
-    assert "parallel.deepspeed" not in theirs.err  # the file gives what stage 2 reads
+    assert "parallel.deepspeed" not in theirs.err  # the file sets every size that stage 2 reads
     assert any(line.startswith("not followed   zero_optimization.round_robin_gradients=true: ") for line in lines)
     assert memory_estimate([*named, "-m"]) == 2
     assert "--from: the files describe one configuration; leave out -m" in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_an_estimate_from_their_files(
     theirs = capsys.readouterr()
     assert "assumed    parallel.deepspeed.stage3_max_reuse_distance=1e+09, which is DeepSpeed's default" in theirs.err
     assert _sizes(theirs.out) == SIZES
-    # DeepSpeed adds gradients up in the dtype of the parameters unless the file says another.
+    # DeepSpeed accumulates gradients in the dtype of the parameters unless the file sets another.
     for given, gradients in (({}, "bfloat16"), ({"data_types": {"grad_accum_dtype": "fp32"}}, "float32")):
         written(tmp_path, ds_json={"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, **given})
         assert memory_estimate(["--from", "ds.json", *more]) == 0

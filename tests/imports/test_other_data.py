@@ -1,4 +1,4 @@
-"""The data of axolotl's and LLaMA-Factory's files: conversations in their forms, several sets as a mixture."""
+"""Data settings of axolotl's and LLaMA-Factory's files: formats of conversations, several data sets as a mixture."""
 
 from __future__ import annotations
 

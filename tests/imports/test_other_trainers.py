@@ -1,4 +1,4 @@
-"""torchtitan's, axolotl's and LLaMA-Factory's files, rewritten small."""
+"""Small versions of torchtitan's, axolotl's and LLaMA-Factory's files."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_the_texts_that_axolotl_writes(tmp_path: Path) -> None:
     ],
 )
 def test_epochs_and_a_part_of_the_warmup(tmp_path: Path, overrides: list[str], expected: dict[str, Any]) -> None:
-    """transformers takes a `warmup_steps` below 1 for a part of all steps."""
+    """transformers reads a `warmup_steps` below 1 as a fraction of all steps."""
     arguments = {"output_dir": "out", "num_train_epochs": 2.5, "warmup_steps": 0.2}
     made = import_files(written(tmp_path, args_json=arguments), overrides)
     keys = ("train.steps", "train.epochs", "scheduler.warmup_steps", "scheduler.warmup_ratio")

@@ -1,4 +1,4 @@
-"""Settings of an engine that has no key of its own: what passes through, and what is left out and said."""
+"""Engine settings without a key of their own: some pass through, and the others are left out and reported."""
 
 from __future__ import annotations
 
@@ -126,15 +126,15 @@ def test_settings_of_an_engine_pass_through(tmp_path: Path, name: str) -> None:
     assert {key: value for key, value in made.settings.items() if key.startswith(own)} == settings
     assert harmless <= names(made, Fate.harmless) and lost <= names(made, Fate.lost)
     assert not names(made, Fate.unknown)
-    experiment_of(made, tmp_path)  # a configuration that the schema takes
+    experiment_of(made, tmp_path)  # the schema accepts this configuration
     follow(made.settings, made.compute)
-    assert not [*problems(as_config(made))]  # and the plan, with DeepSpeed's own sizes too
+    assert not [*problems(as_config(made))]  # and so does the plan, also with DeepSpeed's own sizes
 
 
 def test_stage_1_in_bfloat16_has_no_bucket_whoever_says_the_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The plan refuses a bucket there: neither a file's, nor the Trainer's "auto", nor DeepSpeed's default comes in."""
+    """The plan refuses a bucket size there, so one from a file, from "auto" or from DeepSpeed's default is dropped."""
     monkeypatch.chdir(tmp_path)
     zero = {"stage": 1, "overlap_comm": True, "reduce_bucket_size": "auto"}
     written(tmp_path, ds_json={"zero_optimization": zero}, args_json={"bf16": True, "deepspeed": "ds.json"})

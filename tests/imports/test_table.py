@@ -1,4 +1,4 @@
-"""The table of foreign fields (configs/foreign.yaml) against the classes of the installed libraries."""
+"""The table of foreign fields (configs/foreign.yaml) agrees with the classes of the installed libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from configs.imports.deepspeed import SIZES
 
 
 def fields_of(module: str, cls: str) -> dict[str, str | None]:
-    """Annotated fields of a class in a library's source, with their defaults, without importing it."""
+    """Return the annotated fields of a class and their defaults, read from the source without importing it."""
     package, _, rest = module.partition(".")
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations
@@ -60,7 +60,7 @@ def _default(value: ast.expr | None) -> str | None:
 def test_the_table_knows_every_field_of_the_installed_libraries(
     section: str, module: str, cls: str, prefix: str
 ) -> None:
-    """And its defaults are theirs."""
+    """The table's defaults also equal those of the libraries."""
     found = fields_of(module, cls)
     sections = {name.rpartition(".")[0] for name in table()[section]}
     missing = [

@@ -1,4 +1,4 @@
-"""One Slurm for all tests of this folder. Where it cannot be brought up they skip themselves and say why."""
+"""All tests of this folder share one Slurm cluster. If it cannot be started, they are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.slurm.running import SCRIPT, Cluster, Run, start_cluster
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four nodes, n1 to n4, with eight fake GPUs each."""
+    """The cluster has four nodes, n1 to n4, with eight fake GPUs each."""
     started = start_cluster(tmp_path_factory.mktemp("slurm"))
     if isinstance(started, str):
         pytest.skip(started)
@@ -23,7 +23,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def alone(cluster: Cluster) -> Run:
-    """The run that all interrupted ones are compared with: nothing disturbs it."""
+    """This run is never disturbed; all interrupted runs are compared with it."""
     run = cluster.launch(cluster.tmp / "alone")
     assert run.end() == "COMPLETED", run.log()
     return run
@@ -31,12 +31,12 @@ def alone(cluster: Cluster) -> Run:
 
 @pytest.fixture(autouse=True)
 def no_job_is_left(cluster: Cluster) -> Iterator[None]:
-    """A job that a failed test leaves would hold the nodes that the next one counts on."""
+    """End the jobs that a failed test left, since they would hold nodes that the next test needs."""
     yield
     cluster.clear()
 
 
 @pytest.fixture
 def run_dir(cluster: Cluster, request: pytest.FixtureRequest) -> Path:
-    """Of a run that no other test meets."""
+    """Return a run folder that no other test uses."""
     return cluster.tmp / request.node.name.partition("[")[0]

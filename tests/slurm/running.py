@@ -1,4 +1,4 @@
-"""A Slurm cluster for the tests, the runs that are launched on it, and what is read back from their folders."""
+"""A Slurm cluster for the tests, the runs launched on it, and the results read back from their folders."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from launch.__main__ import main
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).with_name("cluster.sh")
 SETTINGS = Path(os.environ.get("COOKBOOK_SLURM_DIR", "/tmp/cookbook-slurm"))
-# Seconds until a test gives up: many times what anything here takes on a quiet machine, which CI has not.
+# Seconds until a test gives up. On an idle machine everything is many times faster, but CI machines are busy.
 PATIENCE = 240.0
-# Dropout is on, so that a random stream that is not continued shows.
+# Dropout is on, so a random stream that is not restored changes the losses.
 TINY = (
     "cluster=slurm",
     "cluster.device=cpu",
@@ -50,7 +50,10 @@ TINY = (
 
 @dataclass(frozen=True)
 class Cluster:
-    """tmp: a folder that all nodes see."""
+    """A running Slurm cluster.
+
+    tmp: a folder that all nodes see.
+    """
 
     tmp: Path
 
@@ -72,7 +75,7 @@ class Cluster:
         return done.stdout.strip()
 
     def door(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """`python -m launch`, as it is."""
+        """Run `python -m launch` as a subprocess."""
         return subprocess.run(
             [sys.executable, "-m", "launch", *words],
             cwd=self.tmp,
@@ -83,7 +86,7 @@ class Cluster:
         )
 
     def within(self, *words: str) -> tuple[int, str, str]:
-        """The same in this process, which has Python's libraries loaded: exit code, what it printed, and its errors."""
+        """Launch in this process, which has loaded the libraries already; return exit code, stdout and stderr."""
         out, errors = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
             patch.chdir(self.tmp)
@@ -107,11 +110,11 @@ class Cluster:
         ).stdout.strip()
 
     def jobs(self) -> str:
-        """What waits or runs."""
+        """Return the ids of the waiting and running jobs."""
         return self.look("squeue", "--noheader", "--format=%i")
 
     def look(self, *words: str) -> str:
-        """`ask` for what changes nothing: again where the controller has closed the connection, as when it is busy."""
+        """Call `ask` for a read-only command; retry if the controller closes the connection, as it does when busy."""
         for _ in range(5):
             with suppress(subprocess.CalledProcessError):
                 return self.ask(*words)
@@ -135,15 +138,18 @@ class Run:
     job: str
 
     def field(self, name: str) -> str:
-        """Of `scontrol show job`: JobState, BatchHost, ..."""
+        """Return a field of `scontrol show job`: JobState, BatchHost, ..."""
         shown = self.cluster.look("scontrol", "show", "job", "-o", self.job)
         found = re.search(rf"\b{name}=(\S+)", shown)
         assert found, shown
         return found[1]
 
     def end(self, *, within: float = 2 * PATIENCE) -> str:
-        """The job's last state. On its way back to the queue a job passes through states that look like an end: what
-        counts is the supervisor's word, or a state that stays."""
+        """Wait for the job's end and return its last state.
+
+        On its way back to the queue a job passes through states that look final. A final state counts if the
+        supervisor's status agrees, or if it lasts for two seconds.
+        """
         running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "PREEMPTED")
         seen: list[tuple[float, str]] = []
 
@@ -166,11 +172,11 @@ class Run:
             time.sleep(0.1)
 
     def reach(self, step: int, *, within: float = PATIENCE) -> None:
-        """Until the ranks have made so many steps."""
+        """Wait until the ranks have done this step."""
         self.wait(lambda: max(self.losses(), default=0) >= step, f"step {step}", within=within)
 
     def warn(self) -> None:
-        """What Slurm sends to the batch process near the time limit."""
+        """Send the signal that Slurm sends to the batch process near the time limit."""
         found = subprocess.run(["pgrep", "-f", f"slurm.supervise {self.folder}$"], capture_output=True, text=True)
         os.kill(int(found.stdout.split()[0]), signal.SIGUSR1)
 
@@ -178,40 +184,40 @@ class Run:
         return "".join(path.read_text() for path in sorted(self.folder.glob("logs/slurm-*.out")))
 
     def status(self) -> dict[str, object]:
-        """The supervisor's; no start before there is one."""
+        """Return the supervisor's status; before the supervisor writes one, it has no starts."""
         path = self.folder / "slurm/status.json"
         return json.loads(path.read_text()) if path.exists() else {"starts": 0, "requeues": 0, "state": None}
 
     def nodes(self) -> list[str]:
-        """Of the newest start."""
+        """Return the nodes of the newest start."""
         found = self.status()["nodes"]
         assert isinstance(found, list)
         return found
 
     def trained(self) -> dict[str, object]:
-        """The trainer's."""
+        """Return the trainer's status."""
         return json.loads((self.folder / "status.json").read_text())
 
     def losses(self) -> dict[int, set[tuple[float, float]]]:
-        """Every loss and gradient norm that was noted for a step: several where a step was made again."""
+        """Return the logged pairs of loss and gradient norm of each step; a repeated step may have several."""
         found: dict[int, set[tuple[float, float]]] = {}
         for line in self.steps():
             found.setdefault(line["step"], set()).add((line["loss"], line["grad_norm"]))
         return found
 
     def steps(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are steps, without one that is being written."""
+        """Return the step lines of metrics.jsonl, except one that is still being written."""
         path = self.folder / "metrics.jsonl"
         texts = path.read_text().splitlines(keepends=True) if path.exists() else []
         lines = [json.loads(text) for text in texts if text.endswith("\n")]
         return [line for line in lines if line["kind"] == "step"]
 
     def model(self) -> str:
-        """Hash of the finished model's weights."""
+        """Return the hash of the exported model's weights."""
         return sha256((self.folder / "model/model.safetensors").read_bytes()).hexdigest()
 
     def ranks(self, node: str) -> list[int]:
-        """Process numbers of the ranks on a node, as this machine sees them."""
+        """Return the process ids of the ranks on a node, as this machine sees them."""
         found = []
         for folder in Path("/proc").iterdir():
             try:
@@ -227,15 +233,15 @@ class Run:
 
 
 def same_run(run: Run, alone: Run) -> None:
-    """An interrupted run and one that was left alone: every step's loss and gradient norm, and the weights, to the
-    last bit."""
+    """Check that an interrupted run equals an undisturbed one bit for bit: the weights, and each step's loss and
+    gradient norm."""
     assert run.losses() == alone.losses()
     assert all(len(values) == 1 for values in run.losses().values())
     assert run.model() == alone.model()
 
 
 def start_cluster(tmp: Path) -> Cluster | str:
-    """The cluster, or why there can be none. Where namespaces are refused half-way, its nodes share this machine's."""
+    """Return the cluster, or the reason that it cannot start. If namespaces fail, all nodes share this machine's."""
     if os.geteuid() != 0:
         return "a Slurm cluster of several nodes needs root"
     missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not which(name)]

@@ -1,4 +1,4 @@
-"""What happens to jobs on a real cluster, made to happen: each run goes on to the last bit, or ends and says why."""
+"""Faults injected into jobs on a real cluster: each run continues bit for bit, or ends and reports the reason."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def separate_nodes(cluster: Cluster) -> None:
 
 
 def test_four_faults_in_one_job(cluster: Cluster, run_dir: Path, alone: Run) -> None:
-    """A rank is killed: the step is started again. The time limit comes near: saved, requeued, continued. Meanwhile
-    the controller dies, and is back later. A node dies, and is marked down by its watcher: requeued once more.
+    """A rank is killed, and the job step is started again. The time limit comes near, and the job is saved, requeued
+    and continued; meanwhile the controller dies and comes back. A node dies and is marked down, and the job is requeued
+    again.
     """
     run = cluster.launch(run_dir)
     run.reach(60)
@@ -61,7 +62,7 @@ def test_four_faults_in_one_job(cluster: Cluster, run_dir: Path, alone: Run) -> 
 @full
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_node_is_lost(place: int, cluster: Cluster, alone: Run, separate_nodes: None) -> None:
-    """Slurm itself finds out, requeues the job, and it goes on elsewhere; also where the supervisor was on it."""
+    """Slurm detects the loss and requeues the job, which continues on other nodes, even if the supervisor was on it."""
     run = cluster.launch(cluster.tmp / f"lost-{place}")
     run.reach(60)
     node = run.nodes()[place]
@@ -89,7 +90,7 @@ def test_what_starts_the_ranks_is_killed(victim: str, cluster: Cluster, alone: R
 @full
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_node_is_cut_off_and_comes_back(place: int, cluster: Cluster, alone: Run, separate_nodes: None) -> None:
-    """Its ranks live on for a while: the new start waits until they have let the run folder go."""
+    """Its ranks keep running for a while, and the new start waits until they release the run folder."""
     run = cluster.launch(cluster.tmp / f"cut-{place}")
     run.reach(60)
     node = run.nodes()[place]
@@ -102,7 +103,7 @@ def test_a_node_is_cut_off_and_comes_back(place: int, cluster: Cluster, alone: R
 
 @full
 def test_ddp_goes_on_to_the_last_bit_too(cluster: Cluster, run_dir: Path) -> None:
-    """Its buckets are laid out again at every start, and decide in which order gradients are added."""
+    """Its buckets are built again at every start, and determine the order in which gradients are added."""
     alone = cluster.launch(run_dir / "alone", "parallel=ddp")
     assert alone.end() == "COMPLETED", alone.log()
     run = cluster.launch(run_dir / "killed", "parallel=ddp")
@@ -141,7 +142,8 @@ def test_a_job_that_counts_for_more_takes_the_nodes(cluster: Cluster, run_dir: P
 
 @full
 def test_a_real_time_limit(cluster: Cluster, run_dir: Path) -> None:
-    """Saved and requeued before it, and nothing is lost; then asked to stop by a person, and ended with one line."""
+    """The job is saved and requeued before the limit and loses no step. Then a user asks it to stop, and it ends with
+    one line."""
     words = ("cluster.slurm.time=2", "cluster.slurm.signal_seconds=30", "train.steps=100000", "checkpoint.every=0")
     run = cluster.launch(run_dir, *words)
     run.wait(lambda: run.status()["state"] == "requeued", "the time limit")
@@ -159,7 +161,7 @@ def test_a_real_time_limit(cluster: Cluster, run_dir: Path) -> None:
 
 @full
 def test_a_job_that_was_requeued_often_enough_ends(cluster: Cluster, run_dir: Path) -> None:
-    """Slurm counts each requeue: that of the supervisor, of a person and of a lost node."""
+    """Slurm counts every requeue, whether the supervisor, a user or a lost node caused it."""
     run = cluster.launch(run_dir, "cluster.slurm.max_requeues=1", "train.steps=100000", "checkpoint.every=0")
     run.reach(1)
     run.warn()
@@ -177,7 +179,7 @@ def test_a_job_that_was_requeued_often_enough_ends(cluster: Cluster, run_dir: Pa
 
 @full
 def test_a_job_that_always_dies_ends(cluster: Cluster, run_dir: Path) -> None:
-    """Killed at each start before any checkpoint: given up after launcher.max_restarts."""
+    """The job is killed at each start before any checkpoint, and is given up after launcher.max_restarts."""
     run = cluster.launch(run_dir, "checkpoint.every=0", "train.steps=100000", "launcher.max_restarts=1")
     for start in (1, 2):
         run.wait(lambda start=start: run.status()["starts"] == start, f"start {start}")

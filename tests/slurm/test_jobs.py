@@ -1,4 +1,4 @@
-"""Runs on a real Slurm of several nodes, from `python -m launch` to the exported model."""
+"""Runs on a real Slurm cluster of several nodes, from `python -m launch` to the exported model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.slurm.running import Cluster, Run
 
 pytestmark = pytest.mark.timeout(900)
-# Not written here: a run keeps the difference of its working tree, which may be to this very file.
+# It is random, since a run stores the diff of its working tree, which may include this file.
 CANARY = f"canary-{token_hex(8)}"
 
 
@@ -37,7 +37,7 @@ def test_two_nodes_under_other_launchers(launcher: str, cluster: Cluster, alone:
 
 
 def test_status_and_cancel(cluster: Cluster, run_dir: Path) -> None:
-    """scancel tells every rank: they save, the job ends, and nothing comes back to the queue."""
+    """scancel reaches every rank: the ranks save, the job ends, and it is not requeued."""
     run = cluster.launch(run_dir, "train.steps=100000", "checkpoint.every=0")
     run.reach(3)
     shown = cluster.door("status", str(run_dir)).stdout.splitlines()
@@ -59,7 +59,7 @@ def test_status_and_cancel(cluster: Cluster, run_dir: Path) -> None:
 
 
 def test_gpus_are_asked_for_and_given(cluster: Cluster, run_dir: Path) -> None:
-    """With a script of the user's own instead of ours; it gets the run folder and the interpreter."""
+    """The job runs a user's batch script, which gets the run folder and the interpreter as arguments."""
     script = cluster.tmp / "own.sbatch"
     script.write_text('#!/bin/bash\nsrun bash -c \'echo "$SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"\' >"$1/seen"\n')
     for request, kind in (("gpus_per_node", "fake"), ("gres", "null")):
@@ -100,7 +100,7 @@ def test_setup_lines_run_and_secrets_stay_in_the_environment(cluster: Cluster, r
 
 @pytest.mark.nightly
 def test_jobs_of_an_array_follow_each_other(cluster: Cluster, run_dir: Path, alone: Run) -> None:
-    """The first is asked to stop near its limit, the second finishes, the third finds nothing to do."""
+    """The first job is asked to stop near its limit, the second finishes the run, and the third has nothing to do."""
     run = cluster.launch(run_dir, "cluster.slurm.array=1-3%1")
     run.reach(1)
     run.warn()

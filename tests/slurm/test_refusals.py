@@ -1,5 +1,5 @@
-"""What a real Slurm would refuse, or let wait for ever, is refused in one line, and nothing is left behind; and what
-people do without the launcher."""
+"""Requests that a real Slurm would refuse or never start are refused in one line and leave no files; jobs also run
+without the launcher."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_folder_that_a_node_does_not_see(cluster: Cluster, run_dir: Path) -> N
 
 
 def test_the_page_s_commands(cluster: Cluster) -> None:
-    """Those that need Slurm; tests/test_docs.py runs the others."""
+    """This runs the commands that need Slurm; tests/test_docs.py runs the others."""
     blocks = BLOCK.findall((ROOT / "docs/slurm.md").read_text())
     assert len(blocks) == 2
     said = ""
@@ -73,7 +73,7 @@ def test_the_page_s_commands(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_the_example_without_the_launcher(nodes: int, cluster: Cluster, run_dir: Path) -> None:
-    """It stops near the time limit without a word of failure, goes back to the queue, and finishes."""
+    """It stops near the time limit without reporting a failure, is requeued, and finishes."""
     ours = ("cluster=slurm", "cluster.nodes=", "cluster.slurm")
     words = [word for word in TINY if not word.startswith(ours)]
     run_dir = run_dir / str(nodes)
