@@ -1,4 +1,4 @@
-"""What a StorageTracker has seen, as a curve."""
+"""The events of a StorageTracker as a curve of live bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainer.estimate.tracker import Alive, Event, Mark
 
 
 def balance(events: Iterable[Event]) -> Iterator[tuple[str, int]]:
-    """Bytes alive after each event, with the name of a mark ("" for the others)."""
+    """Yield for each event the name of its mark ("" if it is no mark) and the bytes alive after it."""
     alive = Alive()
     for event in events:
         alive.count(event)

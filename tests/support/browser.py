@@ -1,4 +1,4 @@
-"""A real browser without a window, for the pages that this project writes: Chromium, spoken to over a pipe."""
+"""A headless Chromium, driven over a pipe, for tests of the pages that this project writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage
 
 
 class Page:
-    """A page that is open. wrong: errors and warnings of its console. asked: addresses that it has asked for."""
+    """An open page.
+
+    wrong: errors and warnings of its console.
+    asked: addresses that it has requested.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], to: int, back: int) -> None:
         self.wrong: list[str] = []
@@ -39,7 +43,7 @@ class Page:
         self.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
 
     def run(self, script: str) -> Any:
-        """The value of an expression of JavaScript."""
+        """Evaluate a JavaScript expression and returns its value."""
         found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
@@ -101,7 +105,10 @@ class Page:
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """folder: an empty one, for the browser's own files. Skips the test where there is no browser."""
+    """Start a browser; skips the test if none is installed.
+
+    folder: an empty folder for the browser's own files.
+    """
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip(f"needs a browser: one of {', '.join(PROGRAMS)}")

@@ -1,4 +1,4 @@
-"""What a rank does in a parity test: a short training run through the real plan, data, engine and step."""
+"""The work of a rank in a parity test: a short training run through the real plan, data, engine and step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ from trainer.run.step import train_step, validate
 
 @dataclass
 class Trained:
-    """Per step: loss, grad_norm (before clipping), whether the update was made, loss_scale. At the end: the
-    validation loss, and on rank 0 the parameters by name."""
+    """Results of a training run. The lists have one entry per step.
+
+    grad_norms: norms before clipping.
+    updated: whether the step made an update.
+    validation: validation loss at the end.
+    parameters: final parameters by name, on rank 0 only.
+    """
 
     losses: list[float]
     grad_norms: list[float]
@@ -62,7 +67,7 @@ def train(overrides: Overrides) -> Trained:
 
 
 def run_trainer(overrides: list[str]) -> int:
-    """A whole run, as the entry point inside the job starts it. Returns the exit code."""
+    """Do a whole run through the entry point inside the job. Returns the exit code."""
     from trainer.__main__ import main
 
     return main(overrides)
@@ -70,7 +75,10 @@ def run_trainer(overrides: list[str]) -> int:
 
 @composes
 def train_compiled(overrides: Overrides) -> tuple[Trained, int]:
-    """As `train`, with torch.compile's tracing but without its code generation; and how many graphs there are."""
+    """Like `train`, with torch.compile's tracing but without its code generation.
+
+    Also returns the number of graphs.
+    """
     from torch._dynamo.utils import counters
 
     compile_ = partial(torch.compile, backend="aot_eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""What a rank does in tests/test_cut_states.py: an optimizer on sharded parameters and on whole ones."""
+"""The work of a rank in tests/test_cut_states.py: an optimizer updates sharded parameters and whole ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TENSOR: dict[str, Placement] = {
     "experts": Shard(2),
     "embedding": Shard(0),
 }
-"""How tensor parallel cuts them; the others are whole on each rank. Columns end within blocks of 256."""
+"""Placements under tensor parallel; the others are replicated. Column shards end inside blocks of 256."""
 STEPS = 3
 PAGED = "optimizer.paged=true"
 Values = dict[str, torch.Tensor]
@@ -68,7 +68,7 @@ def described() -> dict[str, Described]:
 
 
 def values(seed: int) -> Values:
-    """Rows of very different sizes, as gradients have."""
+    """Random tensors whose rows differ widely in size, like those of gradients."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, (shape, _) in SHAPES.items():
@@ -92,7 +92,7 @@ def update(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 
 
 def whole_state(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Values:
-    """Parameters and states by NAME or NAME KIND, whole."""
+    """Full tensors of the parameters (key NAME) and of the optimizer states (key NAME KIND)."""
     found = {}
     for name, parameter in parameters.items():
         state = {kind: t for kind, t in optimizer.state[parameter].items() if isinstance(t, torch.Tensor)}
@@ -125,8 +125,11 @@ def cut_parameters(mesh: DeviceMesh) -> dict[str, nn.Parameter]:
 
 
 def apart(found: Values, expected: Values) -> float:
-    """Largest difference of a parameter, in units of its change, or of a state, in units of its largest element. Codes
-    count by how many differ."""
+    """Largest relative difference.
+
+    A parameter's difference is relative to its largest change, a state's to its largest element. Quantized codes
+    contribute the fraction that differs.
+    """
     start, worst = values(0), 0.0
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -142,8 +145,13 @@ def apart(found: Values, expected: Values) -> float:
 def cuts_and_bugs(
     optimizers: dict[str, list[str]], layouts: Sequence[str], bugs: dict[str, list[str]]
 ) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float], dict[tuple[str, str], int]]:
-    """Of each optimizer under each layout: how far it is from one process, (bug, optimizer) -> the same with a bug,
-    and the collectives of one update."""
+    """Compare each optimizer under each layout with one process.
+
+    Returns three dictionaries:
+    (optimizer, layout) -> difference from one process.
+    (bug, optimizer) -> the same difference with the bug planted.
+    (optimizer, layout) -> number of collectives in one update.
+    """
     dist.init_process_group("gloo")
     meshes = {name: _mesh(LAYOUTS[name]) for name in layouts}
     expected = {name: one_process([word for word in words if word != PAGED]) for name, words in optimizers.items()}
@@ -175,7 +183,7 @@ def cuts_and_bugs(
 
 @dataclass
 class Pages:
-    """What `managed.zeros` made."""
+    """Records the tensors that `managed.zeros` made."""
 
     patch: pytest.MonkeyPatch
     made: list[torch.Tensor] = field(default_factory=list)
@@ -189,7 +197,10 @@ class Pages:
 
 
 def pages_on_cpu(smallest: int = 1000) -> Pages:
-    """Memory of the CPU for that which a GPU shares with it, of parameters from so many values on."""
+    """Replace memory that the GPU shares with the CPU by plain CPU memory.
+
+    smallest: minimum number of values of a parameter whose states are paged.
+    """
     pages = Pages(pytest.MonkeyPatch())
     pages.patch.setattr(managed, "zeros", pages.zeros)
     pages.patch.setattr(paged, "SMALLEST", smallest)
@@ -197,7 +208,7 @@ def pages_on_cpu(smallest: int = 1000) -> Pages:
 
 
 def _check_pieces(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, words: list[str]) -> None:
-    """A rank's states are what the table says of its piece, and what a checkpoint is read into."""
+    """Check that a rank's states have the table's bytes and the placements that a checkpoint is read into."""
     settings = settings_of(tuple(words))
     for name, parameter in parameters.items():
         about = described()[name]
@@ -223,12 +234,12 @@ def _mesh(sizes: dict[str, int]) -> DeviceMesh:
 
 
 def _alone(patch: pytest.MonkeyPatch) -> None:
-    """Each rank goes by its own part."""
+    """Each rank uses the statistics of its own shard only."""
     patch.setattr(placed.dist, "all_reduce", lambda *args, **options: None)
 
 
 def _one_axis(patch: pytest.MonkeyPatch) -> None:
-    """The ranks of one axis agree, and not those of the other."""
+    """Only the ranks of the first mesh axis reduce with each other."""
     cutting = placed.cutting
     patch.setattr(placed, "cutting", lambda parameter, dims: cutting(parameter, dims)[:1])
 

@@ -1,4 +1,4 @@
-"""What the tests of `trainer.data` share: small corpora, and the data of one rank of a plan."""
+"""Helpers of the tests of `trainer.data`: small corpora, and the data of one rank of a plan."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def data_of(*overrides: str, ranks: int = 1, data_rank: int = 0, vocab_size: int
 
 @lru_cache
 def loaded(overrides: tuple[str, ...]) -> Config:
-    """Nothing changes a config, so the ranks of one layout can share it."""
+    """Load a config once. It is immutable, so the ranks of one layout can share it."""
     return load_config(overrides)
 
 
 def step_rows(data: DataSet, *, steps: int, first_step: int = 0) -> list[list[Row]]:
-    """Per step the rows of all micro-batches: input ids followed by labels."""
+    """For each step, the rows of all micro-batches. A row is its input ids followed by its labels."""
     batches = islice(data.steps(first_step), steps)
     return [[row for batch in step for row in rows_of(batch)] for step in batches]
 
@@ -45,7 +45,7 @@ def rows_of(batch: Batch) -> list[Row]:
 
 
 def rows_of_all_ranks(overrides: Sequence[str], *, ranks: int, steps: int, first_step: int = 0) -> list[list[Row]]:
-    """Per step the sorted rows of all ranks together."""
+    """For each step, the sorted rows of all ranks together."""
     per_rank = [
         step_rows(data_of(*overrides, ranks=ranks, data_rank=rank), steps=steps, first_step=first_step)
         for rank in range(ranks)
@@ -54,7 +54,7 @@ def rows_of_all_ranks(overrides: Sequence[str], *, ranks: int, steps: int, first
 
 
 def words(seed: int, count: int = 12) -> str:
-    """A document of a few words that no other seed has."""
+    """A short document. Each seed gives a different one."""
     return " ".join(f"w{(seed * 7919 + i * 104729) % 9973}" for i in range(count)) + f" number {seed}"
 
 
@@ -70,7 +70,7 @@ def decode_bytes(tokens: list[int]) -> str:
 def documents_in(
     tokens: list[int], *, end: int = 256, decode: Callable[[list[int]], object] = decode_bytes
 ) -> Iterator[Any]:
-    """The documents of a row of tokens, each of which EOS must end."""
+    """The documents in a row of tokens. Each must end with EOS."""
     start = 0
     for place, token in enumerate(tokens):
         if token == end:
@@ -89,7 +89,7 @@ def documents_of(text: TokenisedText) -> tuple[list[str], list[str]]:
 
 
 def write_corpus(folder: Path) -> list[str]:
-    """Overrides for a corpus of 100 documents, all of them for training, and ten others for validation."""
+    """Write a corpus of 100 training documents and ten validation documents. Returns the overrides for it."""
     write_jsonl(folder / "a.jsonl", map(words, range(100)))
     write_jsonl(folder / "b.jsonl", map(words, range(1000, 1010)))
     return [

@@ -1,4 +1,4 @@
-"""Data as users may bring it, for tests of `data.target`."""
+"""User-defined data sets for tests of `data.target`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 
 
 class Rows:
-    """Numbered: sample n is n, n + 1, ... of 4 to 17 tokens."""
+    """Map-style data. Sample n holds the 4 to 17 tokens n, n + 1, ..."""
 
     def __init__(self, count: int, vocab_size: int, first: int = 0) -> None:
         self.count, self.vocab_size, self.first = count, vocab_size, first
@@ -24,7 +24,7 @@ class Rows:
 
 
 class Tensors(Rows):
-    """As a tokenizer and a collator of transformers leave them."""
+    """Samples of tensors, as a tokenizer and a collator of transformers return them."""
 
     fingerprint = "mine"
     asked = 0
@@ -40,7 +40,7 @@ class Tensors(Rows):
 
 
 class Endless:
-    """A stream of `count` samples, which counts how many it has made."""
+    """A stream of `count` samples. The class counts all samples made."""
 
     made = 0
 
@@ -54,7 +54,7 @@ class Endless:
 
 
 class Measured(IterableDataset[Any]):
-    """A stream of torch that says how long it is, as progress bars like it."""
+    """An IterableDataset of torch with a length, as progress bars want it."""
 
     def __len__(self) -> int:
         return 3
@@ -64,7 +64,7 @@ class Measured(IterableDataset[Any]):
 
 
 class Placed(Endless):
-    """The same stream, which knows where it stands."""
+    """The same stream with a position that can be saved and restored."""
 
     place = 0
 
@@ -88,7 +88,7 @@ class Half(Endless):
 
 
 class Wrong(Rows):
-    """One sample for each rule."""
+    """Each sample breaks another rule."""
 
     def __getitem__(self, number: int) -> Any:
         return [
@@ -106,7 +106,7 @@ class Wrong(Rows):
 
 
 class Late(Rows):
-    """Right where it is looked at before a run, and wrong elsewhere."""
+    """Sample 1 raises. The samples checked before a run are valid."""
 
     def __getitem__(self, number: int) -> Any:
         return {}[number] if number == 1 else super().__getitem__(number)

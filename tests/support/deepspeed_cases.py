@@ -1,4 +1,4 @@
-"""What a rank does in the tests of the DeepSpeed engine."""
+"""The work of a rank in the tests of the DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime, join_world
 from trainer.run.step import StepResult, train_step
 
-# Wide enough that a rank's half of a matrix has the 1 MiB from which DeepSpeed swaps.
+# Half of a matrix has at least 1 MiB, the size from which DeepSpeed swaps.
 WIDE = (
     "train.gradient_accumulation_steps=2",
     "optimizer.lr=1e-3",
@@ -48,8 +48,10 @@ WIDE = (
 
 @composes
 def train_validating(overrides: Overrides) -> tuple[Trained, dict[str, int], list[str]]:
-    """Train, with a validation pass of two batches before every step. Returns also {swap file below its run's folder:
-    bytes} as they were before the engine was closed, and what was left below nvme_path afterwards."""
+    """Train with a validation pass of two batches before every step.
+
+    Also returns {swap file: bytes} just before the engine is closed, and the paths left below nvme_path afterwards.
+    """
     cases.train_step = _validate_and_step
     root = Path(composed(overrides).parallel.offload.nvme_path or "/nonexistent")
     files: dict[str, int] = {}
@@ -79,7 +81,7 @@ def train_float16(overrides: Overrides) -> Trained:
 
 
 def allow_float16(allowed: bool = True) -> None:
-    """DeepSpeed asks the CPU whether it multiplies float16 fast, and refuses if not; slow is enough for a test."""
+    """DeepSpeed refuses float16 on CPUs without fast float16 matmuls. A test can use slow ones."""
     import_deepspeed("cpu")
     from deepspeed.accelerator import get_accelerator
 
@@ -89,8 +91,12 @@ def allow_float16(allowed: bool = True) -> None:
 
 @dataclass
 class Spoilt:
-    """refused: whether the step with the bad gradient made no update. grad_norm: what it reported. same: whether all
-    other losses, norms and the parameters have the bits of a run in which the two bad steps did not take place."""
+    """Results of a run with a non-finite gradient in one step and another step discarded.
+
+    refused: whether the step with the bad gradient skipped its update.
+    grad_norm: gradient norm that this step reported.
+    same: whether the other losses, norms and the parameters equal those of a run without these two steps, bit by bit.
+    """
 
     refused: bool
     grad_norm: float
@@ -99,8 +105,11 @@ class Spoilt:
 
 @composes
 def spoil_and_drop(overrides: Overrides, spoilt: int, dropped: int) -> Spoilt:
-    """Train with a gradient in step `spoilt` that is not finite, on the last rank alone, and with step `dropped`
-    discarded; then train once more without these steps."""
+    """Train twice: with two bad steps, then without them.
+
+    spoilt: step with a non-finite gradient on the last rank.
+    dropped: step that is discarded.
+    """
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1) as runtime:
@@ -128,14 +137,14 @@ def spoil_and_drop(overrides: Overrides, spoilt: int, dropped: int) -> Spoilt:
 
 
 def _spoil(engine: Engine, runtime: Runtime, forward_backward: Callable[[], float]) -> StepReport:
-    """A step in which an infinite gradient flows into the embedding of the last rank."""
+    """Do a step with an infinite gradient in the embedding of the last rank."""
     handles: list[Any] = []
     if runtime.rank == runtime.world_size - 1:
         handles.append(engine.model.get_input_embeddings().register_forward_hook(_make_gradient_infinite))
     forward_backward()
     for handle in handles:
         handle.remove()
-    # A learning rate at which an update with it would show.
+    # At this learning rate an update with the bad gradient would be visible.
     return engine.step(1.0)
 
 
@@ -146,7 +155,7 @@ def _make_gradient_infinite(module: torch.nn.Module, inputs: Any, output: torch.
 def _train(
     config: Config, plan: Plan, runtime: Runtime, act: Callable[[Engine, int, Callable[[], float]], list[float]]
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and norms that `act` gives for each step, and the parameters at the end (on rank 0)."""
+    """Losses and norms that `act` returns for each step, and the final parameters (on rank 0)."""
     vocab_size = build_hf_config(config.model).vocab_size
     data = build_data(config, plan, data_rank=plan.data_rank(runtime.rank), vocab_size=vocab_size)
     engine, steps = build_engine(config, plan, runtime), data.steps()
@@ -161,7 +170,7 @@ def _train(
 
 
 def problems_of_machine(overrides: list[str], environment: dict[str, str]) -> list[str]:
-    """What `preflight` finds wrong under this environment."""
+    """The problems that `preflight` reports under this environment."""
     os.environ.update(environment)
     config = load_config(overrides)
     try:
@@ -177,7 +186,7 @@ def problems_without_float16(overrides: list[str]) -> list[str]:
 
 
 def build_kernels(overrides: list[str]) -> None:
-    """Compile what the run will need, without the haste of a test's time limit."""
+    """Compile the kernels of the run ahead of it, outside of its time limit."""
     config = load_config(overrides)
     plan = make_plan(config, find_machine())
     import_deepspeed("cpu")
@@ -187,8 +196,10 @@ def build_kernels(overrides: list[str]) -> None:
 
 
 def build_or_skip(run: list[str]) -> None:
-    """In the test itself: compile the kernels the run needs (minutes, once for a set of versions), or skip where there
-    is no compiler."""
+    """Compile the kernels of the run, or skips the test if there is no compiler. Call it in the test process.
+
+    Compiling takes minutes, once for each set of versions.
+    """
     found = run_ranks(1, problems_of_machine, run, {})[0]
     lacking = [problem for problem in found if "compiled at first use" in problem]
     if lacking:

@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed's own engine with a model of transformers, as scripts make them."""
+"""Checkpoints of DeepSpeed's own engine with a transformers model, made as user scripts make them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MODEL = [
     "model.config.num_hidden_layers=2",
     "model.config.eos_token_id=null",
 ]
-"""Numbers of elements that do not divide by the ranks."""
+"""Overrides for a model whose numbers of elements do not divide evenly among the ranks."""
 RUN = [
     *MODEL,
     "data=synthetic",
@@ -57,11 +57,21 @@ RUN = [
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One training by DeepSpeed. stage: ZeRO. precision: `bf16`, `fp16` or none; with `data_types` stage 1 in
-    bfloat16 has another optimizer. groups: weight decay for matrices alone. frozen: the beginnings of names that are
-    not trained. sub_group: `sub_group_size`, in elements. warmup: updates of DeepSpeed's WarmupLR. tied: the head is
-    the embedding. offload: states in host memory. tensor: ranks that divide the matrices. steps: updates before the
-    save. adapters: of peft; the model itself is saved to the folder of that name."""
+    """One training by DeepSpeed.
+
+    stage: ZeRO stage.
+    precision: `bf16`, `fp16` or "" for none.
+    data_types: whether to set `data_types`; stage 1 in bfloat16 then uses another optimizer.
+    groups: whether weight decay applies to matrices only.
+    frozen: name prefixes of frozen parameters.
+    sub_group: `sub_group_size`, in elements.
+    warmup: number of updates of DeepSpeed's WarmupLR.
+    tied: whether the head shares the embedding's weight.
+    offload: whether the optimizer states are in host memory.
+    tensor: tensor-parallel ranks.
+    steps: updates before the save.
+    adapters: folder to which the base model of peft's adapters is saved.
+    """
 
     name: str
     stage: int
@@ -80,8 +90,12 @@ class Source:
 
 @dataclass
 class Trained:
-    """losses, scales: one for each step, the saved one's successors too. state, end: {kind/name: whole tensor} at the
-    save, and after the last step."""
+    """Results of a training by DeepSpeed.
+
+    losses, scales: loss and loss scale of each step, including the steps after the save.
+    state: {kind/name: full tensor} at the save.
+    end: the same after the last step.
+    """
 
     losses: list[float] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
@@ -91,7 +105,10 @@ class Trained:
 
 @composes
 def train_with_deepspeed(overrides: Overrides, folder: str, sources: Sequence[Source], further: int) -> list[Trained]:
-    """Train each source, save it to `folder`/NAME, and train `further` steps. The config says model, data, batch."""
+    """Train each source, saves it to `folder`/NAME, and trains `further` steps.
+
+    The config gives the model, the data and the batch size.
+    """
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1):
@@ -119,7 +136,7 @@ def _train(deepspeed: Any, config: Config, plan: Plan, folder: Path, source: Sou
 
 @composes
 def train_divided(overrides: Overrides, folder: str, sources: Sequence[Source]) -> list[dict[str, torch.Tensor] | None]:
-    """Two steps by tensor parallel, whose ranks share a batch: the whole weights of each source, on rank 0."""
+    """Train two steps with tensor parallel. Returns the full weights of each source on rank 0."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1):
@@ -138,7 +155,7 @@ def train_divided(overrides: Overrides, folder: str, sources: Sequence[Source]) 
 
 
 def to_universal(save: Path, target: Path) -> None:
-    """By DeepSpeed's own converter."""
+    """Convert a save with DeepSpeed's own converter."""
     from deepspeed.checkpoint.ds_to_universal import main
 
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
@@ -151,7 +168,7 @@ def to_universal(save: Path, target: Path) -> None:
 def go_on_with_deepspeed(
     overrides: Overrides, folders: Sequence[str], sources: Sequence[Source], further: int
 ) -> list[Trained]:
-    """For each source: load the universal checkpoint in the folder, and train `further` steps."""
+    """For each source, loads the universal checkpoint in its folder and trains `further` steps."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1):
@@ -167,7 +184,7 @@ def _go_on(deepspeed: Any, config: Config, plan: Plan, folder: str, source: Sour
     engine = start(deepspeed, config, plan, source, seed=8, more={"checkpoint": {"load_universal": True}})
     path, _ = engine.load_checkpoint(folder)
     assert path is not None, "nothing was loaded"
-    # Stage 3 gives one counter of updates to all rows, which each of them then counts up (docs/checkpoints.md).
+    # In stage 3 all rows share one update counter, and each row increments it (docs/checkpoints.md).
     for state in engine.optimizer.optimizer.state.values():
         state["step"] = state["step"].clone()
     assert (engine.global_steps, engine.global_samples) == (source.steps, source.steps * plan.batch.global_batch_size)
@@ -194,7 +211,7 @@ def start(
         model = _adapted(model, Path(source.adapters))
     for name, parameter in model.named_parameters() if source.frozen else ():
         parameter.requires_grad_(not name.startswith(source.frozen))
-    # HF's Trainer too puts the norms' weights and the biases into a group without weight decay.
+    # HF's Trainer also puts norm weights and biases into a group without weight decay.
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": trained}]
@@ -206,7 +223,7 @@ def start(
 
 
 def _adapted(model: Any, folder: Path) -> Any:
-    """As scripts make it: the model, which is saved, with adapters on its attention."""
+    """Save the base model and adds adapters to its attention, as user scripts do."""
     from peft import LoraConfig, get_peft_model
 
     if dist.get_rank() == 0:
@@ -273,7 +290,7 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
 
 @composes
 def train_by_transformers(overrides: Overrides, folder: str, stage: int) -> Trained:
-    """transformers' Trainer with DeepSpeed: `checkpoint-3` of 5 steps over the samples of the config."""
+    """Train 5 steps on the samples of the config with transformers' Trainer and DeepSpeed; saves `checkpoint-3`."""
     from transformers import Trainer, TrainingArguments
 
     config = composed(overrides)
@@ -281,7 +298,7 @@ def train_by_transformers(overrides: Overrides, folder: str, stage: int) -> Trai
     with join_world(plan, timeout_minutes=1):
         import_deepspeed("cpu").init_distributed(dist_backend="gloo", verbose=False)
         batches = [batch for _, (batch,) in zip(range(5), _steps(config, plan), strict=False)]
-        # It shifts the labels itself: one more token, which counts nothing.
+        # The Trainer shifts the labels itself, so each row gets one more token with an ignored label.
         pairs = [pair for b in batches for pair in zip(b.input_ids.tolist(), b.labels.tolist(), strict=True)]
         rows = [{"input_ids": [*ids, 0], "labels": [-100, *labels]} for ids, labels in pairs]
 

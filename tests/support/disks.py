@@ -1,4 +1,4 @@
-"""Disks and permissions for tests: a small file system of its own, and a root that obeys permissions like anybody."""
+"""Disks and permissions for tests: a small file system, and a root user that obeys permissions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
-# From linux/capability.h: the version of the structures, and the two bits that let root pass over permissions.
+# From linux/capability.h: the version of the structures, and the two bits that let root ignore permissions.
 _VERSION, _PASS_OVER = 0x20080522, (1 << 1) | (1 << 2)
 
 
 @contextmanager
 def small_disk(folder: Path, *, size: str, inodes: int = 1000) -> Iterator[Path]:
-    """A file system in memory with that much room, mounted on `folder`; skips the test where that is not allowed."""
+    """Mount a tmpfs of this size on `folder`; skips the test if mounting is not allowed.
+
+    size: size option of tmpfs, such as 4m.
+    """
     folder.mkdir()
     options = f"size={size},nr_inodes={inodes},mode=700"
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
@@ -31,7 +34,7 @@ def small_disk(folder: Path, *, size: str, inodes: int = 1000) -> Iterator[Path]
 
 @contextmanager
 def permissions_obeyed() -> Iterator[None]:
-    """Let this thread be refused what a file's permissions refuse its owner, also if it is root's."""
+    """Make this thread obey file permissions even if it runs as root."""
     libc = ctypes.CDLL(None, use_errno=True)
     head = (ctypes.c_uint32 * 2)(_VERSION, 0)
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable of the first 32 capabilities; of the others
@@ -49,7 +52,7 @@ def permissions_obeyed() -> Iterator[None]:
 
 @contextmanager
 def closed_to_all(path: Path) -> Iterator[None]:
-    """Nobody may read, write or enter it, not even root in `permissions_obeyed`."""
+    """Deny everyone access to a path, including root (by `permissions_obeyed`)."""
     mode = path.stat().st_mode
     path.chmod(0)
     try:
@@ -60,7 +63,7 @@ def closed_to_all(path: Path) -> Iterator[None]:
 
 
 def fill(folder: Path) -> Path:
-    """Take all space of the disk that `folder` is on. Returns the file to delete."""
+    """Fill the disk of `folder`. Returns the file to delete."""
     file = folder / "filler"
     with open(file, "wb", buffering=0) as filler:
         for block in (2**16, 2**12, 1):
@@ -73,7 +76,7 @@ def fill(folder: Path) -> Path:
 
 
 def take_inodes(folder: Path) -> Path:
-    """Take all inodes of the disk that `folder` is on. Returns the folder to delete."""
+    """Use up the inodes of the disk of `folder`. Returns the folder to delete."""
     many = folder / "many"
     many.mkdir()
     try:

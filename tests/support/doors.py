@@ -1,4 +1,4 @@
-"""The work of a rank in a test of whole runs: it calls the real entry point, and meets a fault there."""
+"""The work of a rank in a test of whole runs: it calls the real entry point and injects a fault."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from trainer.engine import Engine
 
 
 def door(words: list[str]) -> int:
-    """The exit code of the real entry point."""
+    """Call the real entry point. Returns its exit code."""
     from trainer.__main__ import main
 
     return main(words)
 
 
 def start_and_exhaust(words: list[str], rank: int, more_bytes: int) -> int:
-    """Call the real entry point; one rank may take `more_bytes` more address space. Raises unless it ends well."""
+    """Call the real entry point; one rank may take `more_bytes` more address space. Raises unless the run succeeds."""
     if int(os.environ["RANK"]) == rank:
         has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (has + more_bytes, resource.RLIM_INFINITY))
@@ -36,7 +36,7 @@ def start_and_exhaust(words: list[str], rank: int, more_bytes: int) -> int:
 
 
 def start_and_exhaust_in_training(words: list[str], rank: int, more_bytes: int) -> int:
-    """As `start_and_exhaust`, from the first step on: one rank of several, when they have met."""
+    """Like `start_and_exhaust`, but the limit applies from the first step on, after the ranks have met."""
     import trainer.run.loop
 
     train_step = trainer.run.loop.train_step
@@ -80,7 +80,12 @@ def start_and_fail(words: list[str], rank: int, where: str) -> int:
 
 
 def start_with_slow_save(words: list[str], step: int, seconds: float, grace: float) -> int:
-    """Call the real entry point; the save of one step takes that long, gets SIGTERM at its begin, SIGKILL later."""
+    """Call the real entry point with one slow save. The process gets SIGTERM as the save begins, SIGKILL later.
+
+    step: step whose save is slow.
+    seconds: duration of the save, in seconds.
+    grace: seconds from SIGTERM to SIGKILL.
+    """
     fsync, files = os.fsync, itertools.count()
 
     def slow(descriptor: int) -> None:
@@ -97,7 +102,7 @@ def start_with_slow_save(words: list[str], step: int, seconds: float, grace: flo
 
 
 def start_with_jumping_clock(words: list[str], seed: float) -> int:
-    """Call the real entry point, in a process whose wall clock jumps at every reading."""
+    """Call the real entry point in a process whose wall clock jumps at every reading."""
     draw, real = random.Random(seed), time.time
     time.time = lambda: real() + draw.uniform(-1e5, 1e5)
     return door(words)

@@ -1,4 +1,4 @@
-"""Asking `memory-estimate` as its users do, for tests."""
+"""Runs `memory-estimate` as its users do, for tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from launch.estimate import main
 
 
 def answer_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, object]]:
-    """Its exit code and its JSON."""
+    """Run it with JSON output. Returns its exit code and its JSON."""
     code = main([*words, "estimate.format=json"])
     return code, json.loads(capsys.readouterr().out)

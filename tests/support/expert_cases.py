@@ -1,4 +1,4 @@
-"""What a rank does in a test of exchanged tokens: one experts module, divided over all ranks, against the whole one."""
+"""The work of a rank in a test of token exchange: an experts module divided over all ranks against the whole one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ TOKENS, WIDTH, EXPERTS, CHOSEN = 6, 8, 4, 2
 
 @dataclass
 class Apart:
-    """Largest differences from the whole module: of the result, and of the gradients of hidden states, of the router's
-    weights and of this rank's experts."""
+    """Largest differences from the whole module.
+
+    result: output.
+    hidden: gradients of the hidden states.
+    weights: gradients of the router's weights.
+    experts: gradients of this rank's experts.
+    views: names of the parameters with the expert view.
+    """
 
     result: float
     hidden: float
@@ -30,7 +36,10 @@ class Apart:
 
 
 def exchange_beside_whole(routes: list[list[int]]) -> Apart:
-    """routes: the experts of each token, alike on every rank; the tokens themselves are other ones on each."""
+    """Compare the module divided over the ranks with the whole one.
+
+    routes: [tokens, CHOSEN] expert indices, the same on every rank. The tokens differ between ranks.
+    """
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
