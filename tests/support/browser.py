@@ -43,7 +43,7 @@ class Page:
         self.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
 
     def run(self, script: str) -> Any:
-        """Evaluate a JavaScript expression and returns its value."""
+        """Evaluate a JavaScript expression and return its value."""
         found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
@@ -105,7 +105,7 @@ class Page:
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """Start a browser; skips the test if none is installed.
+    """Start a browser; skip the test if none is installed.
 
     folder: an empty folder for the browser's own files.
     """

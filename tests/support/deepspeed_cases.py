@@ -196,7 +196,7 @@ def build_kernels(overrides: list[str]) -> None:
 
 
 def build_or_skip(run: list[str]) -> None:
-    """Compile the kernels of the run, or skips the test if there is no compiler. Call it in the test process.
+    """Compile the kernels of the run, or skip the test if there is no compiler. Call it in the test process.
 
     Compiling takes minutes, once for each set of versions.
     """

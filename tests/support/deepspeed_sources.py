@@ -105,7 +105,7 @@ class Trained:
 
 @composes
 def train_with_deepspeed(overrides: Overrides, folder: str, sources: Sequence[Source], further: int) -> list[Trained]:
-    """Train each source, saves it to `folder`/NAME, and trains `further` steps.
+    """Train each source, save it to `folder`/NAME, and train `further` steps.
 
     The config gives the model, the data and the batch size.
     """
@@ -168,7 +168,7 @@ def to_universal(save: Path, target: Path) -> None:
 def go_on_with_deepspeed(
     overrides: Overrides, folders: Sequence[str], sources: Sequence[Source], further: int
 ) -> list[Trained]:
-    """For each source, loads the universal checkpoint in its folder and trains `further` steps."""
+    """For each source, load the universal checkpoint in its folder and train `further` steps."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1):
@@ -223,7 +223,7 @@ def start(
 
 
 def _adapted(model: Any, folder: Path) -> Any:
-    """Save the base model and adds adapters to its attention, as user scripts do."""
+    """Save the base model and add adapters to its attention, as user scripts do."""
     from peft import LoraConfig, get_peft_model
 
     if dist.get_rank() == 0:
@@ -290,7 +290,7 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
 
 @composes
 def train_by_transformers(overrides: Overrides, folder: str, stage: int) -> Trained:
-    """Train 5 steps on the samples of the config with transformers' Trainer and DeepSpeed; saves `checkpoint-3`."""
+    """Train 5 steps on the samples of the config with transformers' Trainer and DeepSpeed; save `checkpoint-3`."""
     from transformers import Trainer, TrainingArguments
 
     config = composed(overrides)

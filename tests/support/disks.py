@@ -17,7 +17,7 @@ _VERSION, _PASS_OVER = 0x20080522, (1 << 1) | (1 << 2)
 
 @contextmanager
 def small_disk(folder: Path, *, size: str, inodes: int = 1000) -> Iterator[Path]:
-    """Mount a tmpfs of this size on `folder`; skips the test if mounting is not allowed.
+    """Mount a tmpfs of this size on `folder`; skip the test if mounting is not allowed.
 
     size: size option of tmpfs, such as 4m.
     """

@@ -1,4 +1,4 @@
-"""Mixtures of experts, one tiny model for each family, and what a rank does to train all of them."""
+"""One tiny mixture-of-experts model for each family, and the work of a rank that trains all of them."""
 
 from __future__ import annotations
 
@@ -70,8 +70,10 @@ def fields_of(family: str) -> dict[str, Any]:
 
 
 def words_of(family: str, layout: str, *more: str) -> list[str]:
-    """A run of two steps in float64, with ragged numbers of valid tokens, accumulation and clipping. more: model.path,
-    to begin from a folder."""
+    """Overrides for two steps in float64, with ragged numbers of valid tokens, accumulation and clipping.
+
+    more: further overrides; with model.path the run starts from that folder.
+    """
     fields = [f"model.config.{name}={_said(value)}" for name, value in fields_of(family).items()]
     model = ["model=tiny", f"model.config.model_type={family}", *fields]
     if any(word.startswith("model.path=") for word in more):
@@ -89,14 +91,16 @@ def _said(value: Any) -> str:
 
 
 class InFloat64(TorchFunctionMode):
-    """Where a model's code computes in float32 whatever its dtype, routers and norms mostly, it computes in float64:
-    a rounding there would hide what is below it."""
+    """Makes code compute in float64 that upcasts to float32 whatever the model's dtype (mostly routers and norms).
+
+    Its float32 rounding would hide smaller errors.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.Tensor.view:
-            # Bytes of a file, read as numbers of the type that it says.
+            # Raw file bytes are viewed as the dtype that the file gives, so keep that dtype.
             return func(*args, **(kwargs or {}))
         func = torch.Tensor.double if func is torch.Tensor.float else func
         args = tuple(_wide(value) for value in args)
@@ -108,11 +112,11 @@ def _wide(value: Any) -> Any:
 
 
 def train_all(runs: dict[str, list[str]]) -> dict[str, Trained]:
-    """Each run in turn on this rank."""
+    """Train each run in turn on this rank."""
     found: dict[str, Trained] = {}
     port = int(os.environ["MASTER_PORT"])
     for number, (name, words) in enumerate(runs.items()):
-        # A rank may come to the next meeting while another has not left the last one.
+        # A rank may join the next rendezvous before another has left the last one.
         os.environ["MASTER_PORT"] = str(port + number)
         with InFloat64():
             found[name] = train(load_config(words))

@@ -1,7 +1,7 @@
-"""One fault of a run at a time: injected, then survived, or the case raises AssertionError saying what was lost.
+"""Faults of a run, one per case. A case injects its fault and raises AssertionError if the run does not survive it.
 
-The judge is the journal: of every step the bits of loss and gradient norm and a hash of all parameters and optimizer
-states. What a killed run and the start after it computed must be, line by line, what a run computes that is left alone.
+The journal decides. It holds for every step the bits of loss and gradient norm, and a hash of all parameters and
+optimizer states. A killed run and its restart must write the same lines as an undisturbed run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STEPS = 6
 SETTINGS = ("checkpoint.every=1", "checkpoint.keep_last=2", "model.config.resid_pdrop=0.1", "model.config.n_layer=1")
 FIRST_SAVE, DELETIONS = rf"{step_name(1)}\.partial", r"\.deleted|^os\.rename .*/step-"
 FLOAT32, BFLOAT16 = 1e-5, 2e-2
-# C13: layout, processes, what else changes -> how far the next loss may be off, or the line that refuses it.
+# C13: layout, processes, other changes, and either the tolerance of the next loss or the refusal.
 OTHERWISE: list[tuple[str, int, tuple[str, ...], float | str]] = [
     ("single", 1, (), FLOAT32),
     ("fsdp", 4, (), FLOAT32),
@@ -55,7 +55,11 @@ PROCESSES = {"single": 1, "fsdp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
 
 @dataclass(frozen=True)
 class Alone:
-    """A run that is left alone. operations: of each rank, on files."""
+    """An undisturbed run.
+
+    seconds: duration of the run, in seconds.
+    operations: file operations of each rank.
+    """
 
     journal: Journal
     seconds: float
@@ -65,7 +69,7 @@ class Alone:
 
 @dataclass
 class Bench:
-    """What the cases of one run of the script share. seed: of every choice that a case makes."""
+    """State shared by the cases of one run of the script. The cases draw all their choices from `random`."""
 
     folder: Path
     random: random.Random
@@ -73,7 +77,7 @@ class Bench:
     _count: int = 0
 
     def place(self) -> Path:
-        """A new empty folder."""
+        """Make a new empty folder."""
         self._count += 1
         folder = self.folder / f"{self._count:04d}"
         folder.mkdir()
@@ -94,7 +98,7 @@ def plain(layout: str, *more: str) -> list[str]:
 
 
 def survive(bench: Bench, run: Path, layout: str, *more: str) -> int:
-    """Start again in `run`, to the end. Returns the first step that was trained; no committed one may be among them."""
+    """Restart the run in `run` and train to the end. Returns the first step trained, which must be uncommitted."""
     told = run / "committed.txt"
     known = max(map(int, told.read_text().split())) if told.exists() else 0
     newest = max((whole(path) for path in committed(run / CHECKPOINTS)), default=0)
@@ -109,7 +113,7 @@ def survive(bench: Bench, run: Path, layout: str, *more: str) -> int:
 
 
 def whole(checkpoint: Path) -> int:
-    """The step of a checkpoint that is complete to the last byte. Raises CheckpointDamaged."""
+    """Return the step of a checkpoint that is complete and undamaged. Otherwise raises CheckpointDamaged."""
     manifest = read_manifest(checkpoint)
     check_file_sizes(checkpoint, manifest)
     check_contents(checkpoint, manifest, manifest.files)
@@ -117,7 +121,10 @@ def whole(checkpoint: Path) -> int:
 
 
 def killed_at_a_file_operation(bench: Bench, layout: str, *more: str, among: str = "") -> None:
-    """C1 (one rank), C2 (one of two), C5. among: a pattern of operations, for C11 (deletions) and C12 (first save)."""
+    """C1 (one rank), C2 (one of two ranks), C5: a rank is killed at a random file operation.
+
+    among: pattern of the operations to choose from, for C11 (deletions) and C12 (first save).
+    """
     run, rank = bench.place(), bench.random.randrange(PROCESSES[layout])
     operations = bench.alone(layout, *more).operations[rank]
     at = bench.random.choice([number for number, line in enumerate(operations) if re.search(among, line)])
@@ -128,7 +135,10 @@ def killed_at_a_file_operation(bench: Bench, layout: str, *more: str, among: str
 
 
 def killed_at_any_time(bench: Bench, layout: str, *more: str) -> None:
-    """C3, C4: also before the first checkpoint (C12). A run that was faster than its killer has survived nothing."""
+    """C3, C4: a rank is killed at a random time, possibly before the first checkpoint (C12).
+
+    A run that ends before its kill does not count.
+    """
     longest = bench.alone(layout, *more).seconds
     for _ in range(20):
         run, rank = bench.place(), bench.random.randrange(PROCESSES[layout])
@@ -138,13 +148,13 @@ def killed_at_any_time(bench: Bench, layout: str, *more: str) -> None:
         except RankFailed:
             survive(bench, run, layout, *more)
             return
-        # The machine had other work when the run that was left alone was timed.
+        # The machine was busier when the undisturbed run was timed.
         longest = delay
     raise AssertionError("no kill hit a run in 20 attempts")
 
 
 def flipped(bench: Bench) -> None:
-    """C6: one bit of one file of a checkpoint."""
+    """C6: one bit of one file of a checkpoint is flipped."""
     checkpoint = saved(bench)
     path = bench.random.choice(sorted(path for path in checkpoint.rglob("*") if path.is_file()))
     offset, bit = bench.random.randrange(path.stat().st_size), 1 << bench.random.randrange(8)
@@ -158,7 +168,7 @@ def flipped(bench: Bench) -> None:
 
 
 def damaged(bench: Bench) -> None:
-    """C7: one file truncated, emptied, deleted, renamed, one too many, two swapped."""
+    """C7: a file is truncated, emptied, deleted, renamed or added, or two files are swapped."""
     checkpoint = bench.place() / step_name(STEPS)
     shutil.copytree(saved(bench), checkpoint)
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
@@ -176,7 +186,7 @@ def damaged(bench: Bench) -> None:
 
 
 def passed_over(bench: Bench) -> None:
-    """C6, C7 to the end: the newest is damaged, the one before it is used, the run ends as if nothing had been."""
+    """C6, C7 in a whole run: the newest checkpoint is damaged, and the run resumes from the one before it."""
     run = bench.place()
     run_ranks(1, resuming.train_and_save, plain("single"), str(run))
     path = run / CHECKPOINTS / step_name(STEPS) / "rank-00000-000.safetensors"
@@ -188,7 +198,7 @@ def passed_over(bench: Bench) -> None:
 
 
 def replaced(bench: Bench) -> None:
-    """C8: a checkpoint of a step that has one already; killed at a rename or a deletion in between."""
+    """C8: a checkpoint replaces an existing one of the same step; the process is killed at a rename or a deletion."""
     checkpoint = bench.place() / CHECKPOINTS / step_name(STEPS)
     shutil.copytree(saved(bench), checkpoint)
     partial = catalog.partial_folder(checkpoint.parent, STEPS)
@@ -202,7 +212,10 @@ def replaced(bench: Bench) -> None:
 
 
 def full(bench: Bench) -> None:
-    """C9: no room for a save. One line with the numbers; nothing half-written stays; the run goes on when there is."""
+    """C9: there is no space for a save.
+
+    The error is one line with the sizes. No partial file remains, and the run resumes once there is space.
+    """
     run = bench.place()
     size = max(path.stat().st_size for path in saved(bench).iterdir())
     limit = bench.random.randrange(4096, size)
@@ -213,7 +226,10 @@ def full(bench: Bench) -> None:
 
 
 def unflushed(bench: Bench) -> None:
-    """C10: the disk refuses to flush a file or a folder. Not committed; one line; the run goes on afterwards."""
+    """C10: the disk fails to flush a file or a folder.
+
+    The checkpoint is not committed, the error is one line, and the run can resume afterwards.
+    """
     run = bench.place()
     (operations,) = bench.alone("single").operations
     at = bench.random.randrange(sum(operation.startswith("fsync") for operation in operations))
@@ -221,12 +237,12 @@ def unflushed(bench: Bench) -> None:
         run_ranks(1, resuming.train_with_failing_fsync, plain("single"), str(run), at)
     except RankFailed as failure:
         assert os.strerror(errno.EIO) in str(failure)
-    # Where it struck a deletion, the save before it stands, and the run has gone on.
+    # If the fault hit a deletion, the save before it is complete and the run has continued.
     survive(bench, run, "single")
 
 
 def ordered(bench: Bench) -> None:
-    """C14, against a power cut: each file is flushed before the rename that commits it, its folder after."""
+    """C14, for power cuts: each file is flushed before the rename that commits it, and its folder after the rename."""
     operations = bench.alone("single").operations[0]
     commits = [number for number, line in enumerate(operations) if re.match(r"os\.rename .*\.partial$", line)]
     assert len(commits) == STEPS
@@ -241,7 +257,7 @@ def ordered(bench: Bench) -> None:
 
 
 def again_and_again(bench: Bench, starts: int) -> None:
-    """C17: a run that is started for every single step."""
+    """C17: a run is restarted for every single step."""
     starts = max(starts, 3)
     few = ("checkpoint.every=1", f"train.steps={starts}", "scheduler=constant")
     ((lines, descriptors),) = run_ranks(
@@ -253,8 +269,11 @@ def again_and_again(bench: Bench, starts: int) -> None:
 
 
 def resumed_otherwise(bench: Bench) -> None:
-    """C13: under another layout, number of ranks, micro-batch or dtype: the same losses, to rounding. With another
-    model, seed, data or batch: one line with both values, and nothing in the folder is touched."""
+    """C13: a run resumes with changed settings.
+
+    With another layout, number of ranks, micro-batch or dtype, the losses are the same up to rounding. Another model,
+    seed, data set or batch is refused in one line with both values, and the folder remains untouched.
+    """
     still = ("model.config.resid_pdrop=0.0",)  # another layout draws other masks
     run, alone = bench.place() / "run", bench.alone("fsdp", *still)
     shutil.copytree(alone.folder, run)
@@ -275,7 +294,7 @@ def resumed_otherwise(bench: Bench) -> None:
 
 
 def saved(bench: Bench) -> Path:
-    """Of a run on two ranks that went to its end."""
+    """The last checkpoint of a complete run on two ranks."""
     return bench.alone("fsdp").folder / CHECKPOINTS / step_name(STEPS)
 
 

@@ -1,6 +1,6 @@
-"""Faults of whole runs, started by their real entry points: processes that die, hang, are asked to stop, or meet.
+"""Faults of whole runs, started by their real entry points: processes that die, hang, are asked to stop, or collide.
 
-As in `fault_cases`, each case injects one fault and raises AssertionError saying what was lost.
+As in `fault_cases`, each case injects one fault and raises AssertionError if the run does not survive it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ MIB = 2**20
 
 
 def second_writer(bench: Bench) -> None:
-    """C15: a second start in the folder is refused and names the first; one whose owner was killed is taken over."""
+    """C15: a second start in the same folder is refused, and the refusal names the first run.
+
+    A folder whose owner was killed is taken over.
+    """
     run = bench.place() / "run"
     long = runs.overrides(run, "train.steps=5000", "checkpoint.every=2", layout="single")
     with ThreadPoolExecutor(1) as pool:
@@ -57,8 +60,10 @@ def second_writer(bench: Bench) -> None:
 
 
 def hostile(bench: Bench) -> None:
-    """C16: a pickle in the place of any file, with a manifest that fits it; or a manifest that points elsewhere.
-    Neither a resume nor an export runs it, or reads a file outside of the checkpoint."""
+    """C16: a pickle replaces any file and the manifest matches it, or the manifest points outside of the checkpoint.
+
+    Neither a resume nor an export executes the pickle or reads a file outside of the checkpoint.
+    """
     run, marker = bench.place() / "run", bench.place() / "executed"
     checkpoint = run / CHECKPOINTS / step_name(STEPS)
     shutil.copytree(saved(bench), checkpoint)
@@ -69,10 +74,10 @@ def hostile(bench: Bench) -> None:
         (checkpoint / MANIFEST).unlink()
         entry = entry_of(checkpoint / name)
         write_manifest(checkpoint, replace(manifest, files={**manifest.files, name: entry}))
-    # A resume has no use for the tokenizer's files: it takes the run's own.
+    # A resume does not read the tokenizer's files: it uses those of the run.
     with nullcontext() if name.startswith(TOKENIZER) else pytest.raises(RankFailed):
         run_ranks(1, resuming.train_and_save, plain("single", f"train.steps={STEPS + 1}"), str(run))
-    # What transformers makes of a tokenizer's files is the only part an export could get past; it must not run either.
+    # An export fails unless transformers accepts the tokenizer's files; the pickle must not run then either.
     run_ranks(1, doors.export_if_it_can, str(checkpoint), str(run / "exported"))
     assert not marker.exists(), f"{name} was executed"
 
@@ -86,8 +91,11 @@ class Payload:
 
 
 def killed_process(bench: Bench) -> None:
-    """P1: a rank, the launcher or a loader process is killed, and nobody restarts: exit code 1, and who; the others are
-    gone; the same command goes on to what a run computes that is left alone."""
+    """P1: a rank, the launcher or a loader process is killed, without restarts.
+
+    The exit code is 1, the message names the process, and the other processes end. The same command then resumes, and
+    its results equal those of an undisturbed run.
+    """
     place, rank = bench.place(), bench.random.randrange(2)
     whom = bench.random.choice(["rank", "launcher", "loader"])
     words = (*jobs.overrides("ddp", "data.num_workers=1"), "cluster.gpus_per_node=2", "launcher.max_restarts=0")
@@ -114,7 +122,7 @@ def killed_process(bench: Bench) -> None:
 
 
 def hung(bench: Bench) -> None:
-    """P3: a rank is stopped by the system, or sleeps, while the other waits for it."""
+    """P3: a rank is stopped by a signal, or sleeps, while the other waits for it."""
     way = bench.random.choice(["stopped", "asleep"])
     stuck.test_a_stuck_rank_is_named_by_the_one_that_waits(
         rank := bench.random.randrange(2),
@@ -125,7 +133,7 @@ def hung(bench: Bench) -> None:
 
 
 def told_while_saving(bench: Bench) -> None:
-    """P5: SIGTERM as a slow save begins, and SIGKILL when the grace is over: after the save, or in the middle of it."""
+    """P5: SIGTERM arrives as a slow save begins, SIGKILL after the grace time, during or after the save."""
     run, enough = bench.place() / "run", bench.random.random() < 0.5
     step, words = bench.random.choice([3, 6, 9]), runs.overrides(run, layout="single")
     save, grace = 3.0, 60.0 if enough else 1.5
@@ -143,7 +151,7 @@ def told_while_saving(bench: Bench) -> None:
 
 
 def without_memory(bench: Bench) -> None:
-    """P6: one of two ranks may take less memory than it needs (RLIMIT_AS)."""
+    """P6: RLIMIT_AS gives one of two ranks less memory than it needs."""
     run, rank = bench.place() / "run", bench.random.randrange(2)
     large = ("model.config.vocab_size=400000", "train.global_batch_size=2", "train.eval_samples=0")
     limit = bench.random.randrange(20, 80) * MIB
@@ -155,7 +163,10 @@ def without_memory(bench: Bench) -> None:
 
 
 def started_at_once(bench: Bench, starts: int) -> None:
-    """P7: so many runs of two ranks each, under torchrun and deepspeed, started at once on one host."""
+    """P7: runs of two ranks each start at once on one host, under torchrun and deepspeed.
+
+    starts: number of runs.
+    """
     place, launchers = bench.place(), ("torchrun", "deepspeed")
     started = []
     for number in range(starts):
@@ -166,19 +177,19 @@ def started_at_once(bench: Bench, starts: int) -> None:
         started.append(jobs.launch(folder, f"launcher={launcher}", *words, "train.steps=20", "launcher.max_restarts=0"))
     told = [job.communicate(timeout=120 + 60 * starts)[1] for job in started]
     assert [job.returncode for job in started] == [EXIT_FINISHED] * starts, told
-    # A rank that joined a stranger's run would have another seed's losses.
+    # A rank that joined another run would have the losses of that run's seed.
     first = [jobs.journal(place / str(number) / "run")[0] for number in range(starts)]
     assert all([step for step, *_ in steps] == list(range(1, 21)) for steps in first)
     assert len({steps[0][1] for steps in first}) == starts, "two runs with the same losses"
 
 
 def port_taken(bench: Bench) -> None:
-    """P7: something else listens where the ranks are to meet. One line names the port; nothing is started."""
+    """P7: another process listens on the rendezvous port. One line names the port, and nothing is started."""
     jobs.test_a_port_that_is_taken_is_named_before_anything_starts(bench.place())
 
 
 def clock_jumps(bench: Bench) -> None:
-    """P8: the wall clock jumps by hours to and fro, in the ranks and in the one that supervises them."""
+    """P8: the wall clock jumps back and forth by hours, in the ranks and in the process that supervises them."""
     run = bench.place() / "run"
     words = runs.overrides(run, "train.timeout_minutes=0.5", layout="single")
     assert run_ranks(1, doors.start_with_jumping_clock, words, bench.random.random()) == [EXIT_FINISHED]
@@ -192,7 +203,7 @@ def clock_jumps(bench: Bench) -> None:
 
 
 def told_to_stop(bench: Bench) -> None:
-    """P4: a signal, once or several times, to one rank. Exit code 75 on all, and the same command goes on."""
+    """P4: one rank gets a signal, once or several times. All ranks exit with code 75, and the same command resumes."""
     place, rank = bench.place(), bench.random.randrange(2)
     sent = signal.Signals[bench.random.choice(["SIGTERM", "SIGINT", "SIGUSR1"])]
     times = 1 if sent == signal.SIGINT else bench.random.choice([1, 2, 10])
@@ -204,7 +215,7 @@ def told_to_stop(bench: Bench) -> None:
 
 
 def failing(bench: Bench) -> None:
-    """P2: an exception on one rank. The status file names the rank and the error."""
+    """P2: one rank raises an exception. The status file names the rank and the error."""
     run, rank = bench.place() / "run", bench.random.randrange(2)
     where = bench.random.choice(["the loop", "the backward"])
     with pytest.raises(RankFailed):
@@ -215,7 +226,7 @@ def failing(bench: Bench) -> None:
 
 
 def not_finite(bench: Bench) -> None:
-    """P9: all ranks stop alike, and none starts again by itself; or all leave the updates out and go on."""
+    """P9: the loss is not finite. Either all ranks stop without a restart, or all skip the updates and continue."""
     run, way = bench.place() / "run", bench.random.choice(["stop", "skip"])
     more = ("optimizer.lr=1e35", "train.steps=12", f"train.non_finite={way}", "train.export=false")
     codes = run_ranks(2, doors.door, _door("fsdp", run, *more))

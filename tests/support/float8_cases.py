@@ -1,4 +1,4 @@
-"""What a rank does in tests of float8."""
+"""The work of a rank in tests of float8."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ STEPS = 2
 
 
 def count_products(mode: str) -> int:
-    """Scaled products of a run without validation. mode: of recompute."""
+    """Count the scaled matmuls of a run without validation.
+
+    mode: recompute mode (`train.activation_checkpointing`).
+    """
     scaled_mm, calls = torch._scaled_mm, []  # pyright: ignore[reportPrivateImportUsage]
 
     def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -29,8 +32,13 @@ def count_products(mode: str) -> int:
 
 
 def cut_products() -> tuple[float, float, float]:
-    """Of a layer in blocks, and of its halves as ranks hold them: how far the products that are put together are from
-    the whole one's, those that are added up, and the whole one's from plain ones."""
+    """Compare a block-scaled layer with its two halves, as tensor-parallel ranks hold them.
+
+    Returns three differences:
+    concatenated results of the halves from those of the whole layer,
+    summed results of the halves from those of the whole layer,
+    output of the whole layer from that of an unquantized matmul.
+    """
     torch.manual_seed(0)
     weight, given, gradient = torch.randn(192, 128), torch.randn(2, 32, 128), torch.randn(2, 32, 192)
     output, of_input, of_weight = _products(weight, given, gradient)
@@ -47,7 +55,7 @@ def cut_products() -> tuple[float, float, float]:
 
 
 def _products(weight: torch.Tensor, given: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and the gradients of the input and of the weight."""
+    """Output, gradient of the input, and gradient of the weight."""
     from trainer.linear.float8_layers import LinearMX  # torchao, which only ranks import
 
     layer, given = nn.Linear(weight.shape[1], weight.shape[0], bias=False), given.clone().requires_grad_()

@@ -1,6 +1,8 @@
-"""Checkpoints that other trainers really write: each trains the model of `FOLDER/model` on the very samples that this
-trainer reads, in its order, and says its losses. A rank runs them (`harness.run_ranks`), for they keep their state in
-the process."""
+"""Checkpoints written by other trainers themselves.
+
+Each trains the model of `FOLDER/model` on the samples that this trainer reads, in the same order, and returns its
+losses. Ranks run them (`harness.run_ranks`) because they keep global state in the process.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
 
 BATCH, SAVED, STEPS = 8, 2, 4
-"""Sequences of a step, the step of the checkpoint, the last step."""
+"""Sequences per step, step of the checkpoint, last step."""
 LR, DECAY, CLIP = 3e-3, 0.05, 0.25
 
 
 def overrides(folder: Path, layout: str, *more: str) -> list[str]:
-    """Of a run that goes on: the same model, samples and settings."""
+    """Overrides for the run that resumes: the same model, samples and settings."""
     settings = (f"optimizer.lr={LR}", f"optimizer.weight_decay={DECAY}", "optimizer.beta2=0.95", "scheduler=constant")
     model = (f"model.path={folder / 'model'}", "model.weights=random", "train.eval_samples=0", "train.export=false")
     quiet = ("logging.progress=off", "cluster=cpu", f"train.clip_grad_norm={CLIP}", "scheduler.warmup_steps=0")
@@ -31,7 +33,10 @@ def overrides(folder: Path, layout: str, *more: str) -> list[str]:
 
 
 def samples(folder: Path) -> list[dict[str, list[int]]]:
-    """Of all steps, as transformers wants them: it shifts the labels by itself, so that the first counts nothing."""
+    """Samples of all steps in the format of transformers.
+
+    transformers shifts the labels itself, so the first label is ignored.
+    """
     from configs.load import load_config
 
     config = load_config(overrides(folder, "single", "train.micro_batch_size=8"))
@@ -54,8 +59,12 @@ def save_model(folder: Path) -> None:
 
 
 def train_by_transformers(folder: Path, rows: list[Any], more: dict[str, Any], *, rank: int = 0) -> list[float]:
-    """Train to the end with a checkpoint of step `SAVED`; the loss of each step. rows: of `samples`. rank: of peft's
-    adapters, where the model is frozen."""
+    """Train to the end with a checkpoint of step `SAVED`. Returns the loss of each step.
+
+    rows: samples of `samples`.
+    more: further training arguments.
+    rank: rank of peft's adapters on the frozen model (0: train the model itself).
+    """
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     losses: list[float] = []
@@ -96,9 +105,13 @@ def train_by_transformers(folder: Path, rows: list[Any], more: dict[str, Any], *
 
 
 def train_by_fsdp(folder: Path, rows: list[Any], begin: Path | None = None) -> list[float]:
-    """Train with torch's FSDP2 to the end, from the start or from `begin`, which accelerate's functions read. From the
-    start, write a checkpoint of step `SAVED` as torchtitan does, one in torchtitan's own names for Llama, and one with
-    accelerate's functions, as its `save_state` and transformers' Trainer do."""
+    """Train with torch's FSDP2 to the end, from the start or from `begin`.
+
+    A run from the start writes three checkpoints of step `SAVED`: one as torchtitan does, one in torchtitan's own names
+    for Llama, and one with accelerate's functions, as its `save_state` and transformers' Trainer do.
+
+    begin: checkpoint to resume from, read by accelerate's functions.
+    """
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM
@@ -111,7 +124,7 @@ def train_by_fsdp(folder: Path, rows: list[Any], begin: Path | None = None) -> l
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}]
-    # What is read from a checkpoint is not what stands here.
+    # With a checkpoint, deliberately wrong settings show that the right ones are read from it.
     settings: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.95)} if begin is None else {"lr": 1.0, "betas": (0.0, 0.0)}
     optimizer = torch.optim.AdamW(groups, **settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -192,7 +205,7 @@ def titan_key(key: str) -> str:
 
 
 def to_titan(key: str, value: Any) -> Any:
-    """torchtitan's Llama turns pairs of neighbours, transformers' a number and the one half a head further."""
+    """torchtitan's Llama rotates adjacent pairs; transformers' rotates elements half a head apart. Reorder the rows."""
     heads = 4 if "q_proj" in key else 2 if "k_proj" in key else 0
     if not heads or not isinstance(value, torch.Tensor) or value.ndim < 2:
         return value

@@ -1,4 +1,4 @@
-"""Several ranks in one test: forked from a server that has torch and transformers imported already.
+"""Runs several ranks in one test, forked from a server that has already imported torch and transformers.
 
 `run_ranks(2, function, *args)` calls `function(*args)` in two processes that see the environment torchrun would
 give them, and returns their results by rank. A rank that raises fails the test with its own traceback; ranks that
@@ -43,9 +43,9 @@ _context.set_forkserver_preload(PRELOADED)
 
 
 def composes(function: F) -> F:
-    """For a function that ranks run: the test composes its first argument, overrides, and each rank gets the `Config`.
+    """Decorate a rank function: the test composes its first argument, overrides, and each rank gets the `Config`.
 
-    Composing takes a quarter of a short run's time. An entry point composes on every rank, and has tests of its own.
+    Composing on each rank takes a quarter of a short run's time. Entry points do so, and have tests of their own.
     """
     vars(function)["composes"] = True
     return function
@@ -60,7 +60,11 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
-    """Results of `function(*args)` on each rank. function: defined at the top level of a module."""
+    """Run `function(*args)` on each rank. Returns the results by rank.
+
+    function: must be defined at the top level of a module.
+    timeout: seconds.
+    """
     if vars(function).get("composes"):
         overrides, *rest = args
         args = (composed(overrides), *rest)
@@ -77,7 +81,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
 
 def fork(function: Callable[..., Any], *args: Any) -> BaseProcess:
-    """A process of the server that runs `function(*args)`."""
+    """Start a process of the server that runs `function(*args)`."""
     process = _context.Process(target=function, args=args)
     process.start()
     return process
@@ -120,7 +124,7 @@ def _rank(
 
 
 def _wait(ranks: Sequence[BaseProcess], timeout: float) -> None:
-    """Until all have ended, one has failed (the others get a moment to fail too), or the time is up."""
+    """Wait until all have ended, one has failed (the others get 5 seconds to fail too), or the time is up."""
     deadline = time.monotonic() + timeout
     while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
         if any(rank.exitcode for rank in ranks):

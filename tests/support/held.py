@@ -1,11 +1,11 @@
-"""What a rank really holds, in bytes per parameter of the whole model, at three moments of a run on the CPU.
+"""Bytes that a rank holds, per parameter of the whole model, at three moments of a run on the CPU.
 
-Nothing here knows a layout: every storage is counted from its birth to its death, and the moments are those at which no
+The measurement is independent of the layout. It counts every storage from allocation to release, at moments when no
 activation is alive. The table in docs/zero-and-fsdp.md is written from it.
 
-    at rest          before the first step: parameters, master weights, and buffers that are set aside
-    accumulating     step 2, between two micro-batches: and the gradients so far, and the optimizer states
-    between steps    after an update: and the optimizer states
+    at rest          before the first step: parameters, master weights, and preallocated buffers
+    accumulating     step 2, between two micro-batches: also the gradients so far, and the optimizer states
+    between steps    after an update: also the optimizer states
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ class Held:
 
 
 def held(words: list[str], ranks: int) -> Held:
-    """Run two steps under a layout. words: the preset and further keys."""
+    """Run two steps under a layout and measure each rank.
+
+    words: the layout's preset and further overrides.
+    """
     found = run_ranks(ranks, _hold, [*COMMON, *words])
     return Held(
         at_rest=max(rank.at_rest for rank in found),

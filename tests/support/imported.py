@@ -1,4 +1,4 @@
-"""Files of other trainers for a test, and the experiments that come of them."""
+"""Config files of other trainers for tests, and the experiments imported from them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FSDP = {"distributed_type": "FSDP", "num_processes": 2, "mixed_precision": "bf16
 
 
 def written(folder: Path, **files: Any) -> list[str]:
-    """Files with their values, as JSON (YAML reads it too) or as the text that they are."""
+    """Write the files and return their paths. Values become JSON (which is also YAML); text is written as it is."""
     for name, tree in files.items():
         path = folder / name.replace("_json", ".json").replace("_yaml", ".yaml").replace("_toml", ".toml")
         path.write_text(tree if isinstance(tree, str) else json.dumps(tree))

@@ -1,7 +1,7 @@
-"""DeepSpeed's compiled kernels: once for a set of versions, wherever the checkout and its environment are.
+"""A cache of DeepSpeed's compiled kernels, shared by all checkouts and environments with the same versions.
 
-torch compiles them again for every environment, because the headers' folder is part of the command: eight minutes of
-a processor. Here they are kept by what they depend on, and one that was finished is loaded as it is.
+torch recompiles them for every environment because the path of the headers is part of the command. This takes eight
+minutes of CPU time. The cache is keyed by the dependencies, and a complete kernel is loaded as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COMPLETE = "complete"
 
 
 def folder() -> Path:
-    """Of these versions, on this kind of processor: the kernels are compiled for the one at hand."""
+    """The cache folder for these versions and this CPU; the kernels are compiled for its instruction set."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         flags = next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
@@ -30,7 +30,7 @@ def folder() -> Path:
 
 
 def load_complete_ones() -> None:
-    """From now on this process, and all that are forked from it, take a finished kernel without asking ninja."""
+    """Make this process, and all forks of it, load complete kernels without running ninja."""
     from deepspeed.ops.op_builder.builder import OpBuilder
     from torch.utils import cpp_extension
 
@@ -49,7 +49,7 @@ def load_complete_ones() -> None:
 
 
 def mark_complete() -> None:
-    """What is compiled by now. Call while nothing else compiles there."""
+    """Mark the kernels compiled so far as complete. No other process may be compiling there."""
     for built in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/*.so"):
         if built.stem == built.parent.name:
             (built.parent / COMPLETE).touch()

@@ -1,11 +1,11 @@
-"""Pytest plugin: `-n 4` (pytest-xdist) keeps two cores at work, with no test in another's way.
+"""Pytest plugin: `-n 4` (pytest-xdist) keeps two cores busy, and tests do not disturb each other.
 
-The first lane begins with what waits most of its time: Slurm jobs, kills, restarts, hung ranks. The others compute
-meanwhile. A lane that has nothing left takes from what is left for the others.
+The first lane begins with tests that mostly wait: Slurm jobs, kills, restarts, hung ranks. The other lanes compute
+meanwhile. An idle lane takes work from the other queue.
 
-A unit is what one lane runs in one go: a file, whose tests share fixtures and caches. Files in DIVIDED are long, and
-each of their tests is a unit: what these share is on disk (`tests.support.shared`). Long units come first, so that no
-lane ends long after the others.
+A lane runs one unit at a time. A unit is a file, whose tests share fixtures and caches. Files in DIVIDED are long, so
+each of their tests is a unit, and these tests share results on disk (`tests.support.shared`). Long units come first, so
+all lanes end at about the same time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def unit_of(nodeid: str) -> str:
 
 
 def in_order(nodeids: list[str]) -> list[str]:
-    """As they are to be begun: the files that wait, long ones, the others by number of tests, the divided ones."""
+    """Sort tests by start: waiting files, long files, the other files by number of tests, divided files."""
     tests = Counter(map(unit_of, nodeids))
 
     def place(nodeid: str) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def in_order(nodeids: list[str]) -> list[str]:
 
 
 class Lanes(LoadScopeScheduling):
-    """Hands out units in the order of the collection. Those that wait go to the first lane while it has any."""
+    """Hands out units in the order of the collection. The first lane gets the waiting units while there are any."""
 
     def _split_scope(self, nodeid: str) -> str:
         return unit_of(nodeid)
@@ -83,7 +83,7 @@ class Lanes(LoadScopeScheduling):
 
 
 class Planned:
-    """What a session with several lanes adds to pytest."""
+    """Pytest hooks of a session with several lanes."""
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -92,7 +92,7 @@ class Planned:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Lanes:
-        # Else the base class would sort the units by their number of tests.
+        # By default the base class sorts the units by their number of tests.
         config.option.loadscopereorder = False
         return Lanes(config, log)
 

@@ -1,5 +1,7 @@
-"""A kind of linear layer that no config chooses: layers that compute with twice their weight, in tensors of a type of
-their own. What passes over such a layer, or exchanges its parameter for a plain one, shows."""
+"""A test-only kind of linear layer: it computes with twice its weight, and its weight is a tensor subclass.
+
+Its losses show code that skips such a layer, or that replaces its parameter by a plain tensor.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ CALLED: set[str] = set()
 
 
 class Typed(torch.Tensor):
-    """Around a plain tensor. What moves or cuts values gives one of these again, as with float8 weights of torchao."""
+    """Wraps a plain tensor. Ops that move or slice values return this type again, as for torchao's float8 weights."""
 
     held: torch.Tensor
 
@@ -84,7 +86,7 @@ class DoubledConv1D(Conv1D):
 
 
 class Doubling:
-    """Fulfils `trainer.linear.Kind`."""
+    """Implements `trainer.linear.Kind`."""
 
     __name__ = "doubling"
     KEEPS_MODEL = True
@@ -147,7 +149,10 @@ class Doubling:
 
 
 def train_doubled(overrides: list[str], doubled: bool) -> tuple[list[float], list[str], set[str]]:
-    """Losses of the run; which layers were called, with a weight of which type; the types of their weights at rest."""
+    """Train a run. Returns its losses, the layers called with the types of their weights, and the types at rest.
+
+    doubled: whether to add the kind `Doubling`.
+    """
     config = load_config(overrides)
     plan = make_plan(config, find_machine())
     kinds = (*linear.KINDS, Doubling) if doubled else linear.KINDS

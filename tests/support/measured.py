@@ -1,4 +1,4 @@
-"""Measured parts of a page: what stands between `<!-- measured: COMMAND -->` and `<!-- end of measured -->`."""
+"""Measured parts of a page: the text between `<!-- measured: COMMAND -->` and `<!-- end of measured -->`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def write(page: Path, command: str, text: str) -> None:
-    """Put what the command has measured between its markers. Raises SystemExit where the page has none."""
+    """Write the measurements of a command between its markers. Raises SystemExit if the page has no such markers."""
     begin, end = f"<!-- measured: {command} -->", "<!-- end of measured -->"
     pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
     after, found = pattern.subn(lambda match: f"{match[1]}{text}{match[2]}", page.read_text())
@@ -21,7 +21,7 @@ def write(page: Path, command: str, text: str) -> None:
 
 
 def conditions(*packages: str) -> str:
-    """When, with what and on what: the begin of a sentence."""
+    """The beginning of a sentence that gives the date, the versions and the machine of a measurement."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return (
         f"Measured {datetime.datetime.now(datetime.UTC):%Y-%m-%d} with {versions}, Python {platform.python_version()},"

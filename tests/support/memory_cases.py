@@ -1,4 +1,4 @@
-"""What a rank does in a memory test: the real engine over two steps, every storage counted."""
+"""The work of a rank in a memory test: the real engine runs two steps, and every storage is counted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ STEPS = 2
 
 @dataclass
 class Measured:
-    """Bytes of tensors on this rank. peak: at any moment of the steps; after: when the last update is done."""
+    """Bytes of tensors on this rank.
+
+    peak: maximum during the steps.
+    after: bytes after the last update.
+    """
 
     peak: int
     after: int
@@ -39,7 +43,7 @@ def measure(overrides: Overrides) -> Measured:
     shape = (plan.batch.micro_batch_size, plan.batch.seq_len)
     with join_world(plan, timeout_minutes=1) as runtime:
         tokens = [torch.randint(0, 100, shape) for _ in range(plan.batch.gradient_accumulation_steps)]
-        # Two documents in each row, where they are to be kept apart.
+        # With a document mask, each row holds two documents.
         positions = (
             (torch.arange(shape[1]) % (shape[1] // 2)).repeat(shape[0], 1) if config.data.document_mask else None
         )
@@ -47,14 +51,14 @@ def measure(overrides: Overrides) -> Measured:
         valid_tokens = torch.tensor(float(plan.batch.tokens), dtype=torch.float64)
         with StorageTracker() as tracker:
             engine = build_engine(config, plan, runtime)
-            # The start-up check of a tensor plan leaves cycles behind, small ones, which go whenever Python collects.
+            # The start-up check of a tensor plan leaves small cycles. Free them now, not at a random collection.
             gc.collect()
             built = len(tracker.events)
             for _ in range(STEPS):
                 engine.forward_backward(batches, valid_tokens)
                 engine.step(1e-3)
             if config.train.eval_samples and ask(config.optimizer).average(config.optimizer) is not None:
-                # Weights that wait for the end of a validation take more than any other one does.
+                # A validation with averaged weights also keeps the training weights, so its peak is the highest.
                 with engine.averaged():
                     engine.evaluate(batches[0])
         engine.close()

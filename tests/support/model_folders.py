@@ -1,4 +1,4 @@
-"""Small model folders, whole and damaged, and the entry point that must refuse the latter."""
+"""Small model folders, intact and damaged, and the entry point that must refuse damaged ones."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def set_fields(folder: Path, **fields: object) -> None:
 
 
 def shards(folder: Path, count: int = 2) -> dict[str, str]:
-    """Divide the only file into several, with an index. Returns its map from names to files."""
+    """Split the only weight file into several with an index. Returns the index's map from tensor names to files."""
     tensors = tensors_of(folder)
     names = sorted(tensors)
     weight_map = {}
@@ -77,7 +77,7 @@ def shards(folder: Path, count: int = 2) -> dict[str, str]:
 
 
 def float8(tensor: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, and the scale of each square block."""
+    """Quantize to float8 codes with one scale for each square block."""
     rows, columns = tensor.shape
     blocks = tensor.reshape(rows // block, block, columns // block, block)
     scale = blocks.abs().amax(dim=(1, 3)) / 448
@@ -91,7 +91,10 @@ def unpacked(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def run_all(runs: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
-    """Exit code and stderr of one run after another, in this process: none of them gets as far as a step, or all do."""
+    """Do the runs one after another in this process. Returns exit code and stderr of each.
+
+    Either all of them reach a step, or none does.
+    """
     from trainer.__main__ import main
 
     results = []

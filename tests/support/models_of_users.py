@@ -1,4 +1,4 @@
-"""Models as users may bring them, for tests of `model.target`."""
+"""User-defined models for tests of `model.target`."""
 
 from __future__ import annotations
 
@@ -41,4 +41,4 @@ class Wider(Gated):
 
 
 class Borrowed(LlamaForCausalLM):
-    """Shares the config class of another."""
+    """Uses the config class of another model."""

@@ -1,4 +1,4 @@
-"""The work of a rank in a test of balancing: a short run on samples with padding, and one against transformers."""
+"""The work of a rank in a test of balancing: a short run on padded samples, and a comparison with transformers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ COEFFICIENT = 0.5
 
 @contextmanager
 def padded_samples() -> Iterator[None]:
-    """Synthetic samples of ragged lengths, as those of conversations are."""
+    """Give synthetic samples ragged lengths, like those of conversations."""
     read = SyntheticSamples.read
 
     def padded(self: SyntheticSamples, numbers: Any) -> Batch:
@@ -62,7 +62,7 @@ def train_padded(overrides: Overrides, bug: str = "none") -> Trained:
 
 @once
 def expected(*extra: str) -> Trained:
-    """One process on the same global batch."""
+    """Train one process on the same global batch."""
     return run_ranks(1, train_padded, words("llama", "single", "fp64", STEPS, *EXPERTS, *extra))[0]
 
 
@@ -74,7 +74,11 @@ def found(layout: str, processes: int, bug: str, *extra: str) -> Trained:
 
 
 def apart(layout: str, processes: int, keys: tuple[str, ...], balance: tuple[str, ...], bug: str = "none") -> Distance:
-    """How far a layout is from one process. keys: of the layout, which one process does without."""
+    """Distance of a layout from one process.
+
+    keys: overrides of the layout. One process gets all but `parallel.*` and `train.activation*`.
+    balance: overrides of the balancing, for both.
+    """
     shared = tuple(key for key in keys if not key.startswith(("parallel.", "train.activation")))
     far = distance(found(layout, processes, bug, *balance, *keys), expected(*balance, *shared))
     if bug == "none":
@@ -84,7 +88,7 @@ def apart(layout: str, processes: int, keys: tuple[str, ...], balance: tuple[str
 
 @composes
 def beside_transformers(overrides: Overrides) -> list[tuple[float, float]]:
-    """Loss and gradient norm of step 1: the trainer's, and those of transformers' model called with labels."""
+    """Loss and gradient norm of step 1, from the trainer and from transformers' model called with labels."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     with padded_samples(), join_world(plan, timeout_minutes=1) as runtime:
@@ -103,7 +107,7 @@ def beside_transformers(overrides: Overrides) -> list[tuple[float, float]]:
                 input_ids=batch.input_ids, use_cache=False, output_router_logits=True, labels=batch.labels, **labels
             )
             logits = out.router_logits
-            # The model adds the term of all positions; what it wants of a mask is that padding stands at the end.
+            # The model's balancing term covers all positions. Replace it by the term of the real tokens.
             surplus = engine.model.router_aux_loss_coef * out.aux_loss
             term = load_balancing_loss_func(logits, experts, top_k, real.long())
             loss = out.loss - surplus + COEFFICIENT * term / len(batches)

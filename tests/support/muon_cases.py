@@ -1,4 +1,4 @@
-"""What a rank does in tests/test_muon.py."""
+"""The work of a rank in tests/test_muon.py."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TENSOR: dict[str, Placement] = {
     "experts_gate_up": _StridedShard(1, split_factor=2),
     "embedding": Shard(0),
 }
-"""How tensor parallel cuts them; the others are whole on each rank."""
+"""Placements under tensor parallel; the others are replicated."""
 LAYOUTS: dict[str, dict[str, int]] = {
     "fsdp": {"dp_shard": 4},
     "hsdp": {"dp_replicate": 2, "dp_shard": 2},
@@ -61,14 +61,14 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "tensor_data": {"dp_replicate": 2, "dp_shard": 1, "tp": 2},
 }
 CELLS = {"fsdp": (4, 1), "hsdp": (2, 2), "ddp": (1, 4)}
-"""Ranks that share a matrix, and copies of these."""
+"""Number of ranks that shard a matrix, and number of replicas."""
 WIDE = [(64, 128)] * 6 + [(128, 128)] * 3 + [(256, 64)] * 5
 BUCKETS = (2**28, 37_500)
 RATES = {"lr": 0.02, "weight_decay": 0.1}
 
 
 def values(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """A tensor for each parameter."""
+    """Random tensors, one for each parameter."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {**{name: shape for name, (shape, _) in MATRICES.items()}, **VECTORS}
     return {
@@ -108,9 +108,11 @@ def one_process(options: dict[str, Any], steps: int = 3) -> dict[str, torch.Tens
 
 
 def cuts_and_bugs(options: list[dict[str, Any]]) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """Layout -> the largest difference to one process; (bug, layout) -> the same with a bug in it.
+    """Compare every layout with one process, without and with planted bugs.
 
-    In any parameter, in units of the parameter's largest change.
+    Returns two dictionaries:
+    layout -> largest difference of any parameter, relative to the parameter's largest change.
+    (bug, layout) -> the same difference with the bug planted.
     """
     dist.init_process_group("gloo")
     expected = [one_process(chosen) for chosen in options]
@@ -131,7 +133,12 @@ def cuts_and_bugs(options: list[dict[str, Any]]) -> tuple[dict[str, float], dict
 
 
 def costs() -> tuple[dict[str, dict[str, int]], dict[tuple[str, int], int]]:
-    """Of one update, the second: layout -> how often each collective runs; (layout, bucket_bytes) -> peak bytes."""
+    """Measure the second update.
+
+    Returns two dictionaries:
+    layout -> number of calls of each collective.
+    (layout, bucket_bytes) -> peak bytes.
+    """
     dist.init_process_group("gloo")
     calls, peaks = {}, {}
     for name, sizes in {**LAYOUTS, "ddp": {}}.items():
@@ -148,7 +155,11 @@ def costs() -> tuple[dict[str, dict[str, int]], dict[tuple[str, int], int]]:
 
 
 def peak_bytes(mesh: DeviceMesh | None, limit: int) -> int:
-    """The least of several updates of matrices of shapes WIDE, iterated in bfloat16. mesh: None for plain tensors."""
+    """Minimum peak bytes over several updates of matrices with shapes WIDE, iterated in bfloat16.
+
+    mesh: None for plain tensors.
+    limit: `bucket_bytes`.
+    """
     module = nn.Module()
     for number, shape in enumerate(WIDE):
         module.register_parameter(str(number), nn.Parameter(torch.ones(shape)))
@@ -160,7 +171,7 @@ def peak_bytes(mesh: DeviceMesh | None, limit: int) -> int:
     for parameter in held:
         parameter.grad = parameter.detach().clone()
     optimizer.step()
-    # gloo's thread lets go of a collective's buffers when it next gets a core: lateness only ever adds.
+    # gloo's thread may release a collective's buffers late, which can only raise a peak. Take the minimum.
     return min(_peak_of(optimizer) for _ in range(4))
 
 
@@ -232,7 +243,7 @@ def _share(whole: torch.Tensor, like: DTensor) -> DTensor:
 
 
 def _owner_swaps(patch: pytest.MonkeyPatch) -> None:
-    """The owner puts the updates of two matrices of one shape in each other's places."""
+    """The owner swaps the updates of two matrices of the same shape."""
     by_job = exchange._by_job
 
     def swapped(layout: exchange.Layout) -> dict[int, list[exchange.Entry]]:
@@ -249,7 +260,7 @@ def _owner_swaps(patch: pytest.MonkeyPatch) -> None:
 
 
 def _local_pieces(patch: pytest.MonkeyPatch) -> None:
-    """Each rank orthogonalises what it holds, as if it were a matrix."""
+    """Each rank orthogonalises its local piece as if it were a whole matrix."""
 
     def run(self: exchange.Fleet, fill: Any, iterate: Any, dtypes: Any, apply: Any) -> None:
         for number, job in enumerate(self.jobs):

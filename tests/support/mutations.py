@@ -1,4 +1,4 @@
-"""Bugs that have been made in real trainers, planted into ours on request: each must be seen by the parity tests."""
+"""Bugs of real trainers, planted into ours on request. The parity tests must detect each of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.optim import ema
 
 
 def train_with(bug: str, overrides: list[str]) -> Trained:
-    """As `train`, with one bug in place."""
+    """Like `train`, with one bug planted."""
     with BUGS[bug]():
         return train(overrides)
 
@@ -56,7 +56,7 @@ def mean_of_means() -> Iterator[None]:
 
 
 def _step_tokens(valid: int) -> float:
-    """What every micro-batch would hold if the step's valid tokens were spread evenly."""
+    """Valid tokens of each micro-batch if the step's tokens were spread evenly."""
     count = torch.tensor(float(valid))
     dist.all_reduce(count)
     return count.item() / dist.get_world_size()
@@ -78,8 +78,10 @@ def last_micro_batch_only() -> Iterator[None]:
 
 @contextmanager
 def partial_gradients_not_summed() -> Iterator[None]:
-    """Norms on queries and keys see the heads of one tensor-parallel rank only. The start-up check, which sees it
-    too, is turned off."""
+    """Query and key norms get gradients from the heads of one tensor-parallel rank only.
+
+    The start-up check, which detects this too, is turned off.
+    """
     with (
         patch.object(TensorParallel, "reduce_partial_gradients", lambda self, model: None),
         patch("trainer.passes.self_check", lambda *args, **kwargs: None),
@@ -89,7 +91,7 @@ def partial_gradients_not_summed() -> Iterator[None]:
 
 @contextmanager
 def scales_of_the_first_rank() -> Iterator[None]:
-    """Each rank reads its 4-bit codes by the scales that belong to the first one's."""
+    """Each rank dequantizes its 4-bit codes with the first rank's scales."""
 
     def first(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
         (placement,) = like.placements
@@ -102,14 +104,14 @@ def scales_of_the_first_rank() -> Iterator[None]:
 
 @contextmanager
 def tied_gradients_not_summed() -> Iterator[None]:
-    """The embedding on the first stage and the head on the last drift apart."""
+    """The tied embedding on the first stage and the head on the last stage diverge."""
     with patch.object(PipelineRun, "sum_tied_gradients", lambda self: None):
         yield
 
 
 @contextmanager
 def local_norm() -> Iterator[None]:
-    """Each rank clips by the norm of what it holds."""
+    """Each rank clips by the norm of its local shards."""
 
     def norm(gradients: Any, *, mesh: Any, device: Any) -> float:
         from trainer.axes.gradients import local
@@ -122,7 +124,7 @@ def local_norm() -> Iterator[None]:
 
 @contextmanager
 def load_of_each_rank() -> Iterator[None]:
-    """Every rank balances by what it has counted itself."""
+    """Each rank balances by its own token counts only."""
 
     def finish(self: Balancing, rank: int) -> torch.Tensor:
         own = self.counts.double()
@@ -143,21 +145,21 @@ def padding_counted_as_load() -> Iterator[None]:
 
 @contextmanager
 def recompute_counted_twice() -> Iterator[None]:
-    """A layer that runs again in the backward counts its tokens again."""
+    """A layer recomputed in the backward counts its tokens twice."""
     with patch("trainer.moe.balancing.recomputing", lambda: False):
         yield
 
 
 @contextmanager
 def expert_gradients_not_averaged() -> Iterator[None]:
-    """Those of experts count once for every rank that sends them tokens: ep times too much."""
+    """Gradients of experts are summed over the ranks that send them tokens: they are ep times too large."""
     with patch("trainer.engine.torch.average_gradients", lambda *args, **kwargs: None):
         yield
 
 
 @contextmanager
 def expert_shards_swapped() -> Iterator[None]:
-    """Each rank holds its experts in another order than the router counts them in."""
+    """Each rank holds its experts in another order than the router numbers them."""
     from trainer.model import layers
 
     def swapped(whole: torch.Tensor, like: Any) -> torch.Tensor:
@@ -171,7 +173,7 @@ def expert_shards_swapped() -> Iterator[None]:
 
 @contextmanager
 def adapters_drawn_by_each_rank() -> Iterator[None]:
-    """The first values of an adapter depend on the rank that draws them."""
+    """Initial adapter values depend on the rank that draws them."""
 
     def generator(self: TunedWeights, name: str, device: torch.device) -> torch.Generator:
         return torch.Generator(device).manual_seed(dist.get_rank())
@@ -190,7 +192,7 @@ def smoothed_over_own_words() -> Iterator[None]:
 
 @contextmanager
 def averaged_on_the_first_rank() -> Iterator[None]:
-    """The others have the weights as they are, as where one rank alone is to save."""
+    """The other ranks use the unaveraged weights, as if only one rank had to save."""
     follow = ema.follow
     with patch.object(ema, "follow", lambda built, decay: follow(built, 0.0 if dist.get_rank() else decay)):
         yield

@@ -1,4 +1,4 @@
-"""Optimizers as users may bring them, for tests of `optimizer.target`."""
+"""User-defined optimizers for tests of `optimizer.target`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 
 
 class Signs(torch.optim.Optimizer):
-    """Element by element; counts its updates as a Python number, as older ones do. slow: part of the way."""
+    """Updates each element by its own gradients. Counts its updates in a Python number, as older optimizers do.
+
+    slow: decay factor of the mean.
+    """
 
     def __init__(self, params, lr=1e-3, slow=0.9):
         super().__init__(params, {"lr": lr, "slow": slow})
@@ -22,7 +25,7 @@ class Signs(torch.optim.Optimizer):
 
 
 class Columns(Signs):
-    """Each row by its own size."""
+    """Divides each row of a gradient by its norm."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -32,7 +35,7 @@ class Columns(Signs):
 
 
 class Together(Signs):
-    """All parameters by the size of all gradients."""
+    """Scales the updates of all parameters by the sum of the gradients' maxima."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -43,7 +46,7 @@ class Together(Signs):
 
 
 class Forgets(Signs):
-    """Its learning rate falls with a number that it keeps in its groups."""
+    """Decays its learning rate by a counter in its param groups."""
 
     @torch.no_grad()
     def step(self, closure=None):

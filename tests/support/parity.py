@@ -1,4 +1,4 @@
-"""How far a layout is from the single process, and the table of what was reached."""
+"""Differences between a layout and a single process, and the table of the measured differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.cases import Trained, train
 from tests.support.harness import run_ranks
 from tests.support.shared import once
 
-# Small, and awkward on purpose: ragged valid tokens, accumulation, active clipping, a vocabulary that does not divide.
+# Small and deliberately awkward: ragged valid tokens, accumulation, active clipping, indivisible vocabulary.
 COMMON = [
     "data=synthetic",
     "data.seq_len=32",
@@ -44,13 +44,17 @@ MIXTURES = {
     "qwen3_moe": [*LLAMA, "model.config.model_type=qwen3_moe", "model.config.num_experts=8", *EXPERTS],
     "mixtral": [*LLAMA, "model.config.model_type=mixtral", "model.config.num_local_experts=8", EXPERTS[0]],
 }
-"""Each token to 2 of 8 experts, by routers in float32."""
+"""Models that route each token to 2 of 8 experts, with float32 routers."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Largest relative difference of loss and grad norm over the steps, and of each parameter tensor at the end,
-    relative to its largest element."""
+    """Largest differences from the single process.
+
+    loss: relative difference over all steps.
+    grad_norm: relative difference over all steps.
+    parameters: difference of the final parameters, relative to the largest element of each tensor.
+    """
 
     loss: float
     grad_norm: float
@@ -67,7 +71,7 @@ class Distance:
 
 @dataclass(frozen=True, order=True)
 class Row:
-    """One measured distance, as the table in the docs shows it."""
+    """One measured distance: a row of the table in the docs."""
 
     layout: str
     keys: str
@@ -90,7 +94,7 @@ ROWS: list[Row] = []
 
 @once
 def reference(model: str, precision: str, steps: int, *extra: str) -> Trained:
-    """The single process on the same global batch. Fails if it did not train: equal numbers would then mean little."""
+    """Train a single process on the same global batch. Fails if the loss did not fall: equality would mean little."""
     trained = run_ranks(1, train, words(model, "single", precision, steps, *extra))[0]
     assert all(math.isfinite(loss) for loss in trained.losses)
     assert trained.losses[-1] < trained.losses[0] - 0.05, f"the reference did not train: {trained.losses}"
@@ -122,7 +126,11 @@ def distance(found: Trained, expected: Trained) -> Distance:
 def measure(
     layout: list[str], world_size: int, *, model: str, precision: str, steps: int, extra: tuple[str, ...] = ()
 ) -> Distance:
-    """Train under a layout and compare with the single process. layout: the preset, then single keys."""
+    """Train under a layout and compare with the single process.
+
+    layout: the preset, followed by overrides.
+    extra: overrides for both runs.
+    """
     preset, *keys = layout
     expected = reference(model, precision, steps, *extra)
     ranks = run_ranks(world_size, train, words(model, preset, precision, steps, *extra, *keys))
@@ -135,7 +143,7 @@ def measure(
 
 
 def render_table(rows: Iterable[Row]) -> str:
-    """docs/parity.md. Of rows that differ in the distance alone, the first counts."""
+    """The text of docs/parity.md. If rows differ only in their distance, the first is used."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))
     unique = sorted({row: row for row in reversed(list(rows))}.values())
     lines = [
@@ -166,7 +174,7 @@ def render_table(rows: Iterable[Row]) -> str:
 
 
 def read_rows(page: str) -> list[Row]:
-    """The rows of docs/parity.md, with the distances as they are printed there."""
+    """The rows of docs/parity.md, with the printed (rounded) distances."""
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
     return [
         Row(layout, keys, int(processes), model, precision, Distance(*(float(number) for number in numbers)))

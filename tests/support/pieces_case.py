@@ -1,4 +1,4 @@
-"""What a rank does in tests/test_pieces.py."""
+"""The work of a rank in tests/test_pieces.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.process.runtime import join_world as join_group
 
 @composes
 def wrong_pieces(overrides: Overrides) -> tuple[int, list[str]]:
-    """How many parameters are cut over more than one rank, and the names of those that do not come back whole."""
+    """The number of parameters sharded over several ranks, and the names of those not restored correctly by a join."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     wrong, divided = [], 0

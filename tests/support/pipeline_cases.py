@@ -1,4 +1,4 @@
-"""What a rank does in a pipeline test, and the same training in one process to compare with."""
+"""The work of a rank in a pipeline test, and the reference training in one process."""
 
 from __future__ import annotations
 
@@ -52,8 +52,11 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Case:
-    """packed: several documents in a sequence, each with positions from 0. spoil: a defect planted on purpose.
-    The rest: the keys of the config of that name."""
+    """A training under a pipeline. Fields without a note are config keys of the same name.
+
+    packed: whether a sequence holds several documents, each with positions from 0.
+    spoil: planted defect.
+    """
 
     schedule: str
     pp: int = 2
@@ -96,8 +99,15 @@ class Case:
 
 @dataclass
 class Outcome:
-    """Per step: loss and gradient norm before clipping. validation: loss before and after training. parameters: whole,
-    on rank 0. copies: this rank's second copies of tied ones. layers: those of each of its stages."""
+    """Results of a training.
+
+    losses: loss of each step.
+    grad_norms: gradient norm of each step, before clipping.
+    validation: validation losses before and after training.
+    parameters: full final parameters, on rank 0.
+    copies: this rank's second copies of tied parameters.
+    layers: range of layers of each of this rank's stages.
+    """
 
     losses: list[float]
     grad_norms: list[float]
@@ -116,8 +126,10 @@ def small_config(model: str, layers: int, *further: str) -> Config:
 
 
 def micro_batches(count: int, *, packed: bool = False) -> list[Batch]:
-    """Random tokens, always the same: a step that repeats them must learn. Every micro-batch has another number of
-    valid labels, the second none at all."""
+    """Random tokens, the same in every step, so that the model can learn them.
+
+    The number of valid labels differs between micro-batches; the second has none.
+    """
     random = torch.Generator().manual_seed(3)
     batches = []
     for number in range(count):
@@ -135,14 +147,14 @@ def micro_batches(count: int, *, packed: bool = False) -> list[Batch]:
 
 
 def validation_batch() -> Batch:
-    """Of another shape than the micro-batches."""
+    """A batch whose shape differs from that of the micro-batches."""
     tokens = torch.randint(0, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(4))
     return Batch(tokens[:, :-1].clone(), tokens[:, 1:].clone())
 
 
 @functools.cache
 def reference(model: str, layers: int, count: int, packed: bool = False) -> Outcome:
-    """Training in one process with plain torch, in float64."""
+    """Train in one process with plain torch, in float64."""
     config = small_config(model, layers)
     plain = build_model(config.model, build_hf_config(config.model))
     materialize(plain, RandomWeights(plain, seed=0), device=torch.device("cpu"), dtype=torch.float64)
@@ -172,7 +184,7 @@ def reference(model: str, layers: int, count: int, packed: bool = False) -> Outc
 
 
 def train_pipelines(cases: list[Case]) -> list[Outcome]:
-    """The same trainings on this rank, each through the plan, the engine and the step."""
+    """Train each case on this rank through the plan, the engine and the step."""
     with join_world(make_plan(cases[0].config, find_machine()), timeout_minutes=1) as runtime:
         return [_train(case, make_plan(case.config, find_machine()), runtime) for case in cases]
 
@@ -194,7 +206,7 @@ def _train(case: Case, plan: Plan, runtime: Runtime) -> Outcome:
     shape = {"pp": case.pp, "micro_batches": case.micro_batches, "stages_per_rank": case.stages_per_rank}
     rank = plan.coordinates(runtime.rank)["pp"]
     assert actions == STEPS * rank_orders(case.schedule, **shape)[rank], "torch ran another order than the table says"
-    # torch 2.15 makes its buffers when it posts a receive, and lets go of them itself.
+    # torch 2.15 allocates a buffer when it posts a receive, and frees it itself.
     kept = 0 if Version(torch.__version__) >= Version("2.15") else receive_buffers(case.schedule, **shape)[rank]
     assert _buffers(engine.pipeline) == kept, "other buffers than the table says"
     return Outcome(
@@ -214,7 +226,7 @@ def _validate(engine: TorchEngine, case: Case) -> float:
 
 
 def _recorded(pipeline: PipelineRun) -> list[Action]:
-    """A list that grows with every computation that torch's engine starts."""
+    """A list to which every computation of torch's engine is appended when it starts."""
     actions: list[Action] = []
     for stage in _engine_stages(pipeline):
         for method, kind in (
@@ -231,7 +243,7 @@ def _engine_stages(pipeline: PipelineRun) -> list[Any]:
 
 
 def _buffers(pipeline: PipelineRun) -> int:
-    """Tensors that torch's engine has set aside for what neighbours send."""
+    """Number of tensors that torch's engine has allocated for receives."""
     stages = _engine_stages(pipeline)
     rows = [row for stage in stages for row in (stage.args_recv_info, stage.grad_recv_info)]
     buffers = [getattr(info, "buffer", None) for row in rows for infos in row.values() for info in infos]

@@ -1,4 +1,4 @@
-"""Imported once by the harness's fork server: DeepSpeed, and what it imports late, would cost every rank seconds."""
+"""Imported once by the harness's fork server. Otherwise DeepSpeed and its lazy imports cost each rank seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imported last by the harness's fork server: what each rank else imports to read a configuration or build a model."""
+"""Imported last by the harness's fork server: the imports that reading a config and building a model need."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ for module in ("peft.tuners.lora.bnb", "bitsandbytes", "torch.profiler._cupti_mo
         import_module(module)
 with contextlib.suppress(EnvironmentProblem):
     float8.layers()
-# Hydra looks for its plugins once per process, and its parser learns with what it reads.
+# Hydra searches for plugins once per process, and its parser fills its caches as it parses.
 load_config(["model=tiny", "parallel.pipeline.split=[1,3]", "optimizer.lr=3e-3", "data.ignore_fraction=0.6"])
-# A collection in a rank would go through all of this, and copy each page that it writes to: a quarter of a rank's time.
+# A collection in a rank would visit all these objects and copy each page it writes: a quarter of a rank's time.
 gc.collect()
 gc.freeze()

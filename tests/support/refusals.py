@@ -1,4 +1,4 @@
-"""A configuration that no plan can be made of."""
+"""Configurations for which no plan exists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.plan.machine import Machine
 
 
 def assert_refused(words: Sequence[str], line: str) -> None:
-    """Two processes are planned. One problem, and no other, begins with `line`."""
+    """Plan two processes and check that exactly one problem begins with `line`."""
     with pytest.raises(PlanError) as caught:
         make_plan(load_config(words), Machine(world_size=2, local_world_size=2))
     assert sum(problem.startswith(line) for problem in caught.value.problems) == 1, caught.value

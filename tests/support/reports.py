@@ -1,4 +1,4 @@
-"""What the tests of trainer/report share: one process as a rank, a tiny run without training."""
+"""Helpers of the tests of trainer/report: one process as a rank, and a tiny run without training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 @contextmanager
 def lone_runtime(plan: Plan) -> Iterator[Runtime]:
-    """This process as the only rank; the environment is as before afterwards."""
+    """Make this process the only rank. The environment is restored afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         for name in RANK_VARIABLES:
             patch.setenv(name, "")
@@ -39,7 +39,7 @@ def lone_runtime(plan: Plan) -> Iterator[Runtime]:
 
 
 def config_and_plan(folder: Path | None, *overrides: str) -> tuple[Config, Plan]:
-    """CPU, four steps of 2 x 8 tokens per rank, no validation, in `folder`."""
+    """Config and plan on the CPU: four steps of 2 x 8 tokens per rank, without validation, in `folder`."""
     words = ["train.steps=4", "train.micro_batch_size=2", "data.seq_len=8", "cluster=cpu", *overrides]
     config = load_config([*words, f"train.run_dir={folder}"] if folder else words)
     return config, make_plan(config, find_machine())
@@ -50,7 +50,7 @@ def lone_plan(*overrides: str) -> Plan:
 
 
 def tiny_model(config: Config) -> PreTrainedModel:
-    """Shapes and names only."""
+    """A model with names and shapes but no values."""
     return build_model(config.model, build_hf_config(config.model))
 
 
@@ -61,7 +61,7 @@ def result(loss: float = 2.0, *, valid_tokens: int = 15, **report: Any) -> StepR
 
 
 def report_run(config: Config, plan: Plan, runtime: Runtime, steps: Sequence[StepResult], seconds: StepSeconds) -> Path:
-    """Report these steps as the loop does, a validation before and after them. Returns the run folder."""
+    """Report these steps as the loop does, with a validation before and after them. Returns the run folder."""
     folder = open_run_folder(config, plan, runtime)
     with Reporter(config, plan, runtime, folder, model=tiny_model(config), data="made up") as reporter:
         reporter.validation(0, 5.0)

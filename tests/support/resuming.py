@@ -1,4 +1,4 @@
-"""What a rank does in a test of checkpoints: train, save, resume, and keep a journal of every bit that matters."""
+"""The work of a rank in a test of checkpoints: it trains, saves, resumes, and keeps a journal of the exact bits."""
 
 from __future__ import annotations
 
@@ -36,8 +36,12 @@ DROPOUT = ["model=tiny_gpt2", "model.config.n_embd=64", "model.config.vocab_size
 
 @dataclass
 class Journal:
-    """Per step: loss and gradient norm, their bits, the loss scale, and a hash of parameters and optimizer states after
-    it."""
+    """Results of each step, by step number.
+
+    losses: loss.
+    grad_norms: gradient norm.
+    lines: bits of loss and gradient norm, the loss scale, and a hash of parameters and optimizer states after the step.
+    """
 
     losses: dict[int, float]
     grad_norms: dict[int, float]
@@ -50,7 +54,7 @@ def saving(config: Config, every: int) -> Config:
 
 @composes
 def train_and_save(overrides: Overrides, folder: str, *, upto: int | None = None) -> Journal:
-    """Train in `folder`, from its newest checkpoint if there is one, to step `upto` (the end, if None)."""
+    """Train in `folder` to step `upto` (default: the end), from its newest checkpoint if there is one."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1) as runtime:
@@ -59,7 +63,7 @@ def train_and_save(overrides: Overrides, folder: str, *, upto: int | None = None
 
 @composes
 def resume_each(overrides: Overrides, folders: list[str], steps: int) -> list[Journal]:
-    """For each run folder: build the engine again, resume, train `steps` more. Saves nothing."""
+    """For each run folder, build a new engine, resume, and train `steps` more. Saves nothing."""
     config = saving(composed(overrides), every=0)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1) as runtime:
@@ -68,8 +72,12 @@ def resume_each(overrides: Overrides, folders: list[str], steps: int) -> list[Jo
 
 @composes
 def train_then_resume_each(overrides: Overrides, folder: str, others: list[str], saved: int) -> list[Journal]:
-    """Train to the end, with a checkpoint of step `saved` alone; then, with engines built again, go on to the end from
-    that checkpoint and from those of other run folders. Journals in this order."""
+    """Train to the end with one checkpoint, at step `saved`; then resume from it with a new engine.
+
+    others: run folders to resume as well, each with a new engine.
+
+    Returns the journals in this order.
+    """
     whole = saving(composed(overrides), every=saved)
     assert saved < whole.train.steps < 2 * saved
     config = saving(composed(overrides), every=0)
@@ -90,7 +98,7 @@ def train_float16_then_resume(overrides: Overrides, folder: str, saved: int) -> 
 
 @composes
 def train_and_die(overrides: Overrides, folder: str, rank: int, at: int) -> Journal:
-    """As `train_and_save`, but SIGKILL this process at its `at`-th operation on a file below `folder`, on this rank."""
+    """Like `train_and_save`, but SIGKILL this rank at its `at`-th operation on a file below `folder`."""
     if int(os.environ["RANK"]) == rank:
         kill_at(folder, at)
     return train_and_save(overrides, folder)
@@ -98,7 +106,7 @@ def train_and_die(overrides: Overrides, folder: str, rank: int, at: int) -> Jour
 
 @composes
 def count_file_operations(overrides: Overrides, folder: str) -> int:
-    """How many places there are for `train_and_die` on this rank."""
+    """The number of file operations at which `train_and_die` can kill this rank."""
     operations = kill_at(folder, None)
     train_and_save(overrides, folder)
     return len(operations)
@@ -106,21 +114,21 @@ def count_file_operations(overrides: Overrides, folder: str) -> int:
 
 @composes
 def list_file_operations(overrides: Overrides, folder: str) -> tuple[list[str], Journal]:
-    """The places for `train_and_die` on this rank, and the journal of the run that is left alone."""
+    """The file operations at which `train_and_die` can kill this rank, and the journal of the undisturbed run."""
     operations = kill_at(folder, None)
     return operations, train_and_save(overrides, folder)
 
 
 @composes
 def train_and_die_after(overrides: Overrides, folder: str, rank: int, seconds: float) -> Journal:
-    """As `train_and_save`, but SIGKILL this process after so many seconds, on this rank."""
+    """Like `train_and_save`, but SIGKILL this rank after `seconds`."""
     if int(os.environ["RANK"]) == rank:
         threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
     return train_and_save(overrides, folder)
 
 
 def commit_and_die(partial: str, at: int) -> None:
-    """Commit a folder that is complete; SIGKILL at the `at`-th operation, or at the end."""
+    """Commit a complete folder; SIGKILL at the `at`-th operation or at the end."""
     from trainer.checkpoint.catalog import commit
 
     kill_at(str(Path(partial).parent), at)
@@ -139,7 +147,7 @@ def train_with_small_files(overrides: Overrides, folder: str, largest_file: int)
 
 @composes
 def train_with_failing_fsync(overrides: Overrides, folder: str, at: int) -> Journal:
-    """The `at`-th fsync in `folder` fails."""
+    """Like `train_and_save`, but the `at`-th fsync in `folder` fails."""
     fsync, calls = os.fsync, itertools.count()
 
     def failing(descriptor: int) -> None:
@@ -153,8 +161,10 @@ def train_with_failing_fsync(overrides: Overrides, folder: str, at: int) -> Jour
 
 @composes
 def resume_often(overrides: Overrides, folder: str, starts: int) -> tuple[dict[int, str], int]:
-    """Start, train one step, save, end: so many times in this process. Returns the journal's lines, and how many more
-    files are open at the end than after the second start."""
+    """Start, train one step and save, `starts` times in this process.
+
+    Returns the journal's lines, and the number of open files at the end minus that after the second start.
+    """
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     lines: dict[int, str] = {}
@@ -167,8 +177,11 @@ def resume_often(overrides: Overrides, folder: str, starts: int) -> tuple[dict[i
 
 
 def kill_at(folder: str, at: int | None) -> list[str]:
-    """Python reports every open, mkdir, rename, remove and rmdir before it happens; fsync is reported here. Returns the
-    list in which they are noted."""
+    """Record file operations below `folder`, and SIGKILL this process at number `at` (None: never).
+
+    Python's audit hook reports every open, mkdir, rename, remove and rmdir in advance; fsync is patched to be reported.
+    Returns the list of operations, which grows with each of them.
+    """
     seen: list[str] = []
 
     def note(event: str, path: object, below: object = -1) -> None:
@@ -214,7 +227,7 @@ def _train(config, plan: Plan, runtime: Runtime, folder: Path, upto: int, *, fur
     found = manager.find()
     engine = build_engine(config, plan, runtime)
     manager.restore(engine)
-    # What a killed process leaves: each checkpoint of whose commit it knew.
+    # Lists each checkpoint whose commit was reported to the process, for the case that it is killed.
     manager.report_to(lambda saved: _append(folder / "committed.txt", str(saved.step)) if runtime.is_main else None)
     first = found.step if found else 0
     size = plan.batch.global_batch_size
@@ -241,7 +254,7 @@ def bits(value: float) -> str:
 
 
 def state_hash(engine: Engine, runtime: Runtime) -> str:
-    """Of all parameters and optimizer states, wherever they are. The same on every rank. A collective."""
+    """Hash all parameters and optimizer states of all ranks. Returns the same hash on every rank. A collective."""
     mine = {
         key: hashlib.sha256(t.cpu().contiguous().numpy().tobytes()).hexdigest()
         for key, t in engine.state()

@@ -1,8 +1,7 @@
-"""What 16 bit costs, counted: gradients that change or become zero, parameters that do not move, the loss after some
-steps.
+"""The cost of 16-bit formats: changed or zero gradients, parameters that do not move, the loss after some steps.
 
-A small model with a vocabulary large enough that the gradients of its logits are small, in one process on the CPU. The
-table in docs/precision.md is written from it.
+The model is small and runs in one process on the CPU. Its vocabulary is large, so the gradients of its logits are
+small. The table in docs/precision.md is written from it.
 """
 
 from __future__ import annotations
@@ -35,8 +34,13 @@ COMMON = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rounded:
-    """gradient: of the first step, of all parameters. zero_gradients: part of the head's that is exactly zero. unmoved:
-    part of all parameters that are what they were before the first step. loss: of the last step."""
+    """Results of a training under one precision.
+
+    gradient: gradient of all parameters in the first step, flattened.
+    zero_gradients: fraction of the head's gradient that is exactly zero.
+    unmoved: fraction of all parameter values that never changed.
+    loss: loss of the last step.
+    """
 
     gradient: torch.Tensor
     zero_gradients: float
@@ -45,7 +49,10 @@ class Rounded:
 
 
 def rounded(words: list[str]) -> Rounded:
-    """Train under a precision. words: the preset and further keys."""
+    """Train under a precision.
+
+    words: the precision's preset and further overrides.
+    """
     return run_ranks(1, _train, [*COMMON, *words])[0]
 
 

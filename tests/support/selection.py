@@ -1,7 +1,7 @@
-"""Pytest plugin: which tests run. By default all but those marked nightly; `--nightly` all; `--quick` the inner loop's.
+"""Pytest plugin that selects tests: by default all but the nightly ones, all with `--nightly`, few with `--quick`.
 
-A nightly test proves once more what another one proves with every change, for another model, size or pair of layouts.
-`python -m tests.nightly` runs everything, and goes on where it was interrupted.
+A nightly test repeats a default test with another model, size or pair of layouts. `--quick` is for the edit-test loop.
+`python -m tests.nightly` runs everything, and continues where it was interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-# Configuration, plans, refusals, estimates: whole files that start no ranks, or few.
+# Whole files that start few ranks or none: configuration, plans, refusals, estimates.
 QUICK_FILES = (
     *("test_config", "test_config_values", "test_imports", "test_devices", "test_restarts"),
     *("test_model", "test_optimizer", "test_optimizer_refusals", "test_selection"),
@@ -20,7 +20,7 @@ QUICK_FILES = (
     *("test_data_positions", "test_data_files", "test_data_build"),
     *("test_report_metrics", "test_report_folder", "test_report_measure", "test_report_reporter"),
 )
-# One row per axis against one process, one planted bug, and estimates of each form.
+# One parity row per axis, one planted bug, and estimates of each form.
 QUICK_TESTS = (
     "tests/test_parity.py::test_every_layout_has_a_row",
     *(f"tests/test_parity.py::test_layout_equals_single_process[[]{layout}-llama]" for layout in ("ddp", "fsdp")),
@@ -33,7 +33,10 @@ QUICK_TESTS = (
 
 
 def rows(cases: Iterable[tuple[Any, ...]], often: Callable[..., bool]) -> list[Any]:
-    """Cases of a parametrized test. often: whether a case runs with every change; the others are nightly."""
+    """Cases of a parametrized test.
+
+    often: predicate; cases for which it is false are nightly.
+    """
     return [pytest.param(*case, marks=() if often(*case) else pytest.mark.nightly) for case in cases]
 
 

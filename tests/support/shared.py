@@ -1,6 +1,6 @@
-"""What a session computes once, though several lanes need it: results on disk, under a lock.
+"""Results that several lanes need but a session computes once. They are on disk, under a lock.
 
-Pytest plugin as well: the session that starts the lanes makes the folder, and hands it to them.
+This is also a pytest plugin: the session that starts the lanes makes the folder and passes it to them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _folder: Path | None = None
 
 
 def once(function: Callable[P, R]) -> Callable[P, R]:
-    """As functools.cache, and shared with the other lanes of the session. Arguments and results: small, picklable."""
+    """Like functools.cache, but shared by all lanes. Arguments and results must be small and picklable."""
 
     @functools.cache
     def remembered(*args: Any, **given: Any) -> R:
@@ -41,7 +41,7 @@ def once(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class Folder:
-    """Made by the session, gone with it; its lanes get its name."""
+    """A temporary folder of the session, whose name its lanes get."""
 
     def __init__(self) -> None:
         self.made = TemporaryDirectory(prefix="cookbook-tests-")

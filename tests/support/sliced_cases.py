@@ -13,6 +13,6 @@ TOKENS = 7
 
 @composes
 def train_in_slices(overrides: Overrides) -> Trained:
-    """As `train`, in slices of a few tokens of a vocabulary of 261."""
+    """Like `train`, with the loss in slices of a few tokens of a vocabulary of 261."""
     with patch.object(head, "SLICE_ELEMENTS", TOKENS * 261):
         return train(overrides)

@@ -1,4 +1,4 @@
-"""A hub of Hugging Face on this machine: as much of it as an upload needs."""
+"""A local stand-in for the Hugging Face Hub, with the endpoints that an upload needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from typing import Any
 
 @dataclass
 class Hub:
-    """address: of it. created: what repositories were asked for. files: of the commits, by path."""
+    """State of the hub.
+
+    address: URL of the hub.
+    created: requests to create a repository.
+    files: committed files by path.
+    """
 
     address: str = ""
     created: list[dict[str, Any]] = field(default_factory=list)

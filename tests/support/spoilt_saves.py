@@ -1,4 +1,4 @@
-"""Ways in which a save of DeepSpeed can be damaged, or be one that is not imported. Each takes the folder of a step."""
+"""Functions that damage a DeepSpeed save or make it unsupported. Each takes the folder of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Planted:
-    """An object of a class that nobody knows."""
+    """An object of an unknown class."""
 
 
 def remove(save: Path) -> None:
@@ -67,7 +67,7 @@ def deal_in_turn(save: Path) -> None:
 
 
 def wrap_by_peft(save: Path) -> None:
-    """One of its names is that of an adapter."""
+    """Rename one parameter to the name of an adapter."""
     old, new = "model.layers.0.self_attn.q_proj.weight", "base_model.model.layers.0.self_attn.q_proj.lora_A.x.weight"
     for file in save.glob("*_states.pt"):
         content = torch.load(file, weights_only=False)
@@ -136,4 +136,4 @@ SPOILT: list[tuple[Callable[[Path], None], int, str]] = [
     (divide_layers, 2, "global_step3: has the layers of a pipeline, or experts of DeepSpeed-MoE; convert it"),
     (point_nowhere, 1, "global_step9: expected the save that latest names, found none; copy the whole folder"),
 ]
-"""What is done to a save, the exit code of its import, and what its one line says."""
+"""Damage to a save, exit code of its import, text of the one-line message."""

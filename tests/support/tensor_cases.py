@@ -1,4 +1,4 @@
-"""What a rank does in a tensor-parallel test: a few AdamW steps, with the engine's rules and nothing else of it."""
+"""The work of a rank in a tensor-parallel test: a few AdamW steps by the engine's rules, without the engine."""
 
 from __future__ import annotations
 
@@ -82,8 +82,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """bug: one planted on purpose, a name of BUGS. seeds: what each rank's dropout starts from, repeated over them.
-    adapters: they alone are trained."""
+    """One tensor-parallel training.
+
+    adapters: whether to train adapters only.
+    bug: planted bug, a name in BUGS.
+    seeds: dropout seeds of the ranks; rank r uses number r modulo their count.
+    """
 
     model: str
     sequence_parallel: bool = False
@@ -95,7 +99,13 @@ class Case:
 
 @dataclass
 class Trained:
-    """Per step: loss, gradient norm before clipping. parameters: whole, by name. stored: elements on this rank."""
+    """Results of a training.
+
+    losses: loss of each step.
+    grad_norms: gradient norm of each step, before clipping.
+    parameters: full parameters by name.
+    stored: number of parameter elements on this rank.
+    """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -104,14 +114,14 @@ class Trained:
 
 
 def train(cases: list[Case]) -> list[Trained]:
-    """Each case on all ranks of the world, tensor parallel if there are more than one."""
+    """Train each case on all ranks, with tensor parallelism if there are several."""
     mesh = world()
     return [_train(case, mesh) for case in cases]
 
 
 def world() -> DeviceMesh:
     dist.init_process_group("gloo")
-    # Some norms and routers are computed in `x.float()`, whose rounding would cover small errors: float64 stays.
+    # Some norms and routers compute in `x.float()`, whose rounding would hide small errors, so keep float64.
     narrow = torch.Tensor.float
     torch.Tensor.float = lambda x: x if x.dtype is torch.float64 else narrow(x)  # type: ignore[method-assign]
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -121,7 +131,7 @@ def world() -> DeviceMesh:
 def build(model: str) -> PreTrainedModel:
     choice = Model(architecture=MODELS[model])
     config = build_hf_config(choice)
-    # Packed kernels for experts have no float64.
+    # The packed expert kernels do not support float64.
     config._experts_implementation = "eager"
     return build_model(choice, config)
 
@@ -141,7 +151,7 @@ def _train(case: Case, mesh: DeviceMesh) -> Trained:
     trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     torch.manual_seed(case.seeds[dist.get_rank() % len(case.seeds)])
     parameters = dict.fromkeys(trained.values())
-    # Adam would divide the small gradients of a young adapter by small moments, and their rounding with them.
+    # Adam would amplify rounding errors: it divides the small gradients of a new adapter by small moments.
     sgd = torch.optim.SGD(parameters, ADAPTERS_LR)
     optimizer = sgd if case.adapters else torch.optim.AdamW(parameters, LR, foreach=True)
     result = Trained(stored=sum(gradients.local(p).numel() for p in model.parameters()))
@@ -186,7 +196,7 @@ BUGS: dict[str, Any] = {
 
 
 def _batches(vocabulary: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Micro-batches of one step with ragged numbers of valid labels, and padding tokens among the ids."""
+    """Micro-batches of one step, with ragged numbers of valid labels and with padding tokens."""
     generator = torch.Generator().manual_seed(1)
     for number in range(ACCUMULATION):
         ids = torch.randint(vocabulary, (ROWS, SEQ_LEN), generator=generator)
@@ -203,7 +213,7 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def losses_of_divided_logits(vocabulary_size: int, dtype: torch.dtype, slice_elements: int) -> tuple[float, ...]:
-    """How far loss and gradient of the divided logits are from those of the whole ones, relative to the largest."""
+    """Relative differences of loss and gradient between vocabulary-parallel and full logits."""
     ranks = Ranks(world().get_group("tp"))
     generator = torch.Generator().manual_seed(0)
     whole = (torch.randn(3, 7, vocabulary_size, generator=generator, dtype=torch.float64) * 20).to(dtype)
@@ -225,7 +235,7 @@ def losses_of_divided_logits(vocabulary_size: int, dtype: torch.dtype, slice_ele
 
 
 def collectives_of_a_step(model_name: str, sequence_parallel: bool) -> tuple[Counter[str], Counter[str]]:
-    """Names and numbers of collectives in one forward with loss, and in its backward."""
+    """Calls of each collective in a forward with loss, and in its backward."""
     mesh = world()
     model = build(model_name)
     tensor = apply_tensor_parallel(model, tensor_plan(model, 2), mesh["tp"], sequence_parallel=sequence_parallel)
@@ -260,7 +270,7 @@ def _counted() -> Iterator[Counter[str]]:
 def checked(
     model: str, user_plan: dict[str, str], sequence_parallel: bool, tuning: Tuning | None = None
 ) -> tuple[str, list[str]]:
-    """What the start-up check says of the plan, and its warnings."""
+    """The message of the start-up check about a plan ("" if it passes), and its warnings."""
     mesh = world()
     warnings: list[str] = []
     handler = logging.Handler()
@@ -281,7 +291,7 @@ def checked(
 
 
 def checked_without_sums(model: str) -> str:
-    """The start-up check's message if the gradients of adapters on column-parallel matrices are not summed."""
+    """The message of the start-up check if gradients of adapters on column-parallel matrices are not summed."""
     with patch.object(TensorParallel, "reduce_partial_gradients", BUGS["never summed"](None)):
         return checked(model, {}, sequence_parallel=False, tuning=ADAPTERS)[0]
 
@@ -294,7 +304,7 @@ def ties(model_name: str) -> dict[str, str]:
 
 
 def refused(fields: dict[str, Any]) -> str:
-    """What `apply_tensor_parallel` says of a model with these fields of its config."""
+    """The error of `apply_tensor_parallel` for a model with these config fields ("" if there is none)."""
     mesh = world()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
@@ -306,7 +316,7 @@ def refused(fields: dict[str, Any]) -> str:
 
 
 def compiled_losses(model_name: str) -> tuple[list[float], int]:
-    """Losses of one batch, plain and with each layer compiled whole, and the number of graph breaks."""
+    """Losses of one batch, uncompiled and with each layer compiled, and the number of graph breaks."""
     mesh = world()
     losses = []
     for compiled in (False, True):
@@ -324,7 +334,7 @@ def compiled_losses(model_name: str) -> tuple[list[float], int]:
 
 
 def checked_types(types: list[str]) -> dict[str, str]:
-    """What the start-up check says of each type's plan, and of a module that it divides."""
+    """The message of the start-up check for the plan of each model type, and a module that the plan shards."""
     from tests.zoo.tiny import tiny
 
     mesh, found = world()["tp"], {}
@@ -341,6 +351,6 @@ def checked_types(types: list[str]) -> dict[str, str]:
 
 
 def checked_without_ours(model_type: str) -> str:
-    """What the check says of transformers' own plan."""
+    """The message of the check for transformers' own plan."""
     with patch.dict("trainer.axes.tensor.apply.PLANS", {model_type: {}}):
         return checked_types([model_type])[model_type]

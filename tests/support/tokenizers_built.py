@@ -1,4 +1,4 @@
-"""Small tokenizers of every family, made on the spot: each puts <s> before a text and has control tokens."""
+"""Small tokenizers of every family, trained on the fly. Each prepends <s> to a text and has control tokens."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def _finished(core: Tokenizer) -> PreTrainedTokenizerFast:
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=begin)
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **named, additional_special_tokens=["<|im_end|>"])
-    # An entry of the vocabulary for people, not a control token.
+    # An ordinary vocabulary entry, not a control token.
     tokenizer.add_tokens(["<think>"])
     return tokenizer
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """As GPT-2, Llama 3 and Qwen."""
+    """A byte-level BPE tokenizer, like those of GPT-2, Llama 3 and Qwen."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -41,7 +41,10 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def whole_text() -> PreTrainedTokenizerFast:
-    """As Llama 2: a blank is put before the text, which is one word, and unknown characters are bytes."""
+    """A tokenizer like that of Llama 2.
+
+    It prepends a space to the text, treats the whole text as one word, and encodes unknown characters as bytes.
+    """
     core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     names = [*CONTROL, *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -52,7 +55,7 @@ def whole_text() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """As T5 and XLNet: the names of control tokens are entries of the model itself."""
+    """A unigram tokenizer, like those of T5 and XLNet. The model itself contains the control tokens."""
     core = Tokenizer(models.Unigram())
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     core.train_from_iterator(
@@ -63,7 +66,7 @@ def unigram() -> PreTrainedTokenizerFast:
 
 
 def word_piece() -> PreTrainedTokenizerFast:
-    """As BERT."""
+    """A WordPiece tokenizer, like that of BERT."""
     core = Tokenizer(models.WordPiece(unk_token="<unk>"))
     core.normalizer = normalizers.BertNormalizer()
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,4 +1,4 @@
-"""A tracker as users may bring it, for tests of `logging.target`."""
+"""A user-defined tracker for tests of `logging.target`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank does in a test of tuning methods: trains, says what the model then computes, and exports."""
+"""The work of a rank in a test of tuning methods: it trains, returns logits of the tuned model, and exports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IDS = torch.arange(24).reshape(2, 12) * 7 % 250
 
 @composes
 def train_and_export(overrides: Overrides, folder: Path) -> torch.Tensor:
-    """The logits of IDS after `train.steps` steps; the adapter is in the folder then."""
+    """Train `train.steps` steps and export the adapter to `folder`. Returns the logits of IDS."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1) as runtime:

@@ -1,4 +1,4 @@
-"""What a rank does in a test of updates inside the backward: bugs on request, and a gradient that is not finite."""
+"""The work of a rank in a test of updates inside the backward: planted bugs, and a non-finite gradient."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def train_with(overrides: Overrides, bug: str) -> Trained:
 
 @composes
 def one_infinite_gradient(overrides: Overrides) -> tuple[str, bool]:
-    """What a step says of it, and whether it has changed a parameter."""
+    """The error of a step with an infinite gradient, and whether the step changed a parameter."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1) as runtime:

@@ -1,13 +1,14 @@
-"""Commands without their start-up: python and the launchers as forks of a process that has imported torch already.
+"""Runs commands without start-up time: python and the launchers are forks of a process that has imported torch.
 
     subprocess.run(["bash", "-c", "python -m launch parallel=fsdp"], env=programs().environment())
 
-`programs()` is a folder for the head of PATH, with python, torchrun, deepspeed and others in it. Each asks this process
-for a fork of the harness's server, gives it its words, environment, folder, network and files, hands on signals, and
-ends as the fork ends. A fork finds itself to be that python, so that a launcher starts its ranks in the same way.
+`programs()` is a folder for the head of PATH, with python, torchrun, deepspeed and other programs. Each program asks
+this process for a fork of the harness's server. It passes on its arguments, environment, folder, network, files and
+signals, and exits with the fork's exit code. A fork has this python as `sys.executable`, so a launcher starts its ranks
+in the same way.
 
-What differs from an interpreter: the parent of a fork is the server, so a rank does not watch its launcher, and a
-launcher does not find its ranks. Tests of signals, kills and imports start interpreters.
+One thing differs from an interpreter: the parent of a fork is the server. A rank therefore does not watch its launcher,
+and a launcher does not find its ranks. Tests of signals, kills and imports start interpreters.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from trainer.process.lifeline import LAUNCHER
 BIN = Path(sys.executable).parent
 CLONE_NEWNET = 0x40000000
 SCRIPTS = ("torchrun", "deepspeed", "accelerate", "memory-estimate", "cookbook")
-# -I -S: it starts in a hundredth of a second. A signal that ended the fork ends it too.
+# With -I -S the program starts in 10 ms. A signal that ended the fork ends the program too.
 PROGRAM = """\
 #!{python} -IS
 import json, os, signal, socket, sys
@@ -62,7 +63,7 @@ os._exit(code)
 
 
 class Programs:
-    """A folder of programs, for as long as this object is there."""
+    """A folder of programs, which exists as long as this object."""
 
     def __init__(self) -> None:
         self._made = TemporaryDirectory(prefix="warm-")
@@ -80,7 +81,7 @@ class Programs:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def environment(self, **more: str) -> dict[str, str]:
-        """This process's, with the programs first on PATH."""
+        """The environment of this process, with the programs first on PATH."""
         return {**os.environ, "PATH": f"{self.folder}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}", **more}
 
     def _accept(self) -> None:
@@ -103,7 +104,7 @@ class Programs:
 
 @functools.cache
 def programs() -> Programs:
-    """Those of this process."""
+    """The programs of this process."""
     return Programs()
 
 
@@ -115,7 +116,7 @@ def _exactly(client: socket.socket, size: int) -> bytes:
 
 
 def _hand_on(client: socket.socket, forked: BaseProcess) -> None:
-    """Signals to the fork; SIGKILL when the program is gone."""
+    """Forward signals to the fork; send SIGKILL if the program has ended."""
     while True:
         try:
             numbers = client.recv(16) or bytes([signal.SIGKILL])
@@ -128,7 +129,7 @@ def _hand_on(client: socket.socket, forked: BaseProcess) -> None:
 
 
 class Files:
-    """Open files, for a fork."""
+    """Open files that are passed to a fork."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self.numbers = numbers
@@ -142,7 +143,7 @@ def _received(*files: Any) -> Files:
 
 
 def _run(words: list[str], environment: dict[str, str], folder: str, python: str, files: Files) -> NoReturn:
-    """In the fork: be that program, to its end."""
+    """Run the program in the fork until it exits."""
     *standard, network = files.numbers
     own = os.open("/proc/self/ns/net", os.O_RDONLY)
     if not os.path.sameopenfile(network, own) and ctypes.CDLL(None).setns(network, CLONE_NEWNET):
@@ -155,7 +156,7 @@ def _run(words: list[str], environment: dict[str, str], folder: str, python: str
     sys.stdin = os.fdopen(0, closefd=False)
     os.chdir(folder)
     os.environ.clear()
-    # Its parents are not what the variable says, which would read as a launcher that is gone.
+    # The variable names a parent that a fork does not have, so the launcher would seem to have ended.
     os.environ.update({name: value for name, value in environment.items() if name != LAUNCHER})
     sys.executable = python
     import torch
@@ -174,7 +175,7 @@ def _run(words: list[str], environment: dict[str, str], folder: str, python: str
 
 
 def _ended(words: list[str]) -> int:
-    """Run it. Returns its exit code."""
+    """Run the program. Returns its exit code."""
     name, *rest = words
     try:
         if Path(name).name in SCRIPTS:
