@@ -1,10 +1,10 @@
-"""The loss in slices against that of whole logits: bytes and CPU seconds of head, loss and gradients, in one run.
+"""Compares the sliced loss with the loss of whole logits: bytes and CPU seconds of head, loss and gradients.
 
     python tests/benchmarks/chunked_loss.py                   one thread; the last line is JSON
     python tests/benchmarks/chunked_loss.py --tokens 8192     the time at full size too: 9 GB in float32
 
-Both compute the cross-entropy of 16-bit or 32-bit logits without a float32 copy of all of them. Bytes are counted on
-fake tensors, for 8,192 tokens and 131,072 words: the most that is alive at once, less the gradients that stay.
+Both compute the cross-entropy of 16-bit or 32-bit logits without a float32 copy of all of them. Bytes are the peak of
+live fake tensors minus the gradients that remain, for 8,192 tokens and a vocabulary of 131,072.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from trainer.model.head import Sliced, slice_head
 
 TOKENS, WORDS = 8192, 131072
 MEMORY, TIME = 1 / 8, 1.1
-"""What the ratios may be."""
+"""Upper bounds on the ratios of bytes and seconds."""
 
 
 class Model(nn.Module):
-    """A head alone."""
+    """A model that consists of a head only."""
 
     def __init__(self, features: int, words: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ Way = Callable[[Model, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def peak(way: Way, features: int, dtype: torch.dtype) -> int:
-    """Bytes, at full size."""
+    """Peak bytes at full size, without the gradients that remain."""
     alive, most = Alive(), 0
 
     def count(event: Event) -> None:
@@ -76,7 +76,10 @@ def inputs(tokens: int, features: int, dtype: torch.dtype) -> tuple[torch.Tensor
 
 
 def seconds(features: int, tokens: int, rounds: int) -> dict[str, float]:
-    """Medians, the ways in turns. float32: a CPU's products in bfloat16 may be anything."""
+    """Median CPU seconds of each way. The ways alternate.
+
+    They compute in float32 because the speed of bfloat16 matmuls varies widely between CPUs.
+    """
     model, (hidden, labels) = Model(features, WORDS, torch.float32), inputs(tokens, features, torch.float32)
     slice_head(model)
     found: dict[str, list[float]] = {name: [] for name in WAYS}

@@ -1,12 +1,12 @@
-"""How fast the estimate answers: CPU seconds of this checkout over those of another one, in the same run.
+"""Speed of the estimate: CPU seconds of this checkout relative to another one, in the same run.
 
     git worktree add /tmp/before 9ecda3c
     python -m tests.benchmarks.estimate before=/tmp/before
     python -m tests.benchmarks.estimate before=/tmp/before rounds=3 only=shape,search
 
-Each question is asked by a process of its own, `python -m launch.estimate`, of one checkout and then of the other, with
-an empty cache for each; the ratio is that of the least CPU seconds over the rounds. The first answer is also compared
-with the bare imports of torch and of the model's code.
+Each question runs `python -m launch.estimate` in a new process, in one checkout and then in the other, each with an
+empty cache. The ratio is that of the minimum CPU seconds over the rounds. The first answer is also compared with the
+bare imports of torch and of the model's code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ QUESTIONS: dict[str, tuple[Sequence[str], str]] = {
     "1f1b": ([PIPELINE + "1f1b"], PIPELINE + "1f1b"),
     "search": ([], SEARCH),
 }
-"""Asked before, without being counted; asked."""
+"""Name -> (overrides of earlier questions, which are not timed; overrides of the timed question)."""
 
 
 def main(words: list[str]) -> None:
@@ -68,7 +68,7 @@ def _estimate(folder: Path, words: str, cache: str) -> float:
 
 
 def cpu_seconds(arguments: Sequence[str], folder: Path) -> float:
-    """Of a Python process. One that does not fit (3) has answered too."""
+    """CPU seconds of a Python process. Exit code 3 (the run does not fit) counts as an answer."""
     begun = _children()
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     surroundings.pop("PYTHONDONTWRITEBYTECODE", None)  # the libraries' bytecode is kept, and so is that of a checkout

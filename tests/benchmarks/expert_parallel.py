@@ -1,9 +1,9 @@
-"""Time of a step on 4 gloo ranks: divided experts, against FSDP2 alone and against transformers' exchange of tokens.
+"""Step time on 4 gloo ranks: expert parallel against FSDP2 alone and against transformers' token exchange.
 
     python -m tests.benchmarks.expert_parallel
 
 All three train the same tiny qwen3_moe on the same tokens. transformers' exchange (`AllToAllEP`) runs under this
-trainer's FSDP2, on the same mesh and the same experts' code. The least of several steps counts.
+trainer's FSDP2, with the same mesh and the same expert code. The minimum of several steps counts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def timed(overrides: Overrides, theirs: bool) -> float:
 def with_their_exchange(
     model: PreTrainedModel, mesh: DeviceMesh, *, tensor: DeviceMesh | None, imbalance: float = 1.0
 ) -> str:
-    """Divided by this trainer, exchanged by transformers."""
+    """Shard the experts with this trainer, and exchange the tokens with transformers."""
     from transformers.distributed.expert_parallel import AllToAllEP
 
     line = apply_expert_parallel(model, mesh, tensor=tensor, imbalance=imbalance)

@@ -1,12 +1,12 @@
-"""How many of so many faults a run survives: injects them, counts, and writes the table of the docs.
+"""Injects faults into runs, counts how many the runs survive, and writes the table of the docs.
 
     python -m tests.benchmarks.faults                              a few of each kind, some minutes
     python -m tests.benchmarks.faults --counts nightly             the numbers of a release, hours
     python -m tests.benchmarks.faults --only C1 C6 --seed 7        some kinds, with other choices
     python -m tests.benchmarks.faults --write docs/checkpoints.md  and put the table between that page's markers
 
-Each case chooses where it strikes from the seed. The first that is not survived does not stop the others; the exit code
-is 1 then, and its message stands below the table.
+The seed determines where each case strikes. If a run does not survive a fault, the other cases still run. The exit code
+is 1 then, and the message is printed below the table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ COMMAND = "python -m tests.benchmarks.faults"
 
 @dataclass(frozen=True)
 class Fault:
-    """few, nightly: how often. together: the repetitions are one call, which is given their number."""
+    """One kind of fault.
+
+    few, nightly: number of repetitions.
+    together: whether one call does all repetitions; it gets their number.
+    """
 
     name: str
     what: str
@@ -98,7 +102,7 @@ def count(fault: Fault, repetitions: int, bench: Bench) -> Count:
     for _ in range(1 if fault.together else repetitions):
         try:
             fault.strike(bench, repetitions) if fault.together else fault.strike(bench)
-        # A case that pytest.raises finds wrong derives from BaseException.
+        # pytest.raises fails with an exception that derives from BaseException.
         except (Exception, BaseException) as error:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
@@ -107,9 +111,9 @@ def count(fault: Fault, repetitions: int, bench: Bench) -> Count:
 
 
 def table(counts: Sequence[Count], *, seed: int, kept: Mapping[tuple[str, str], str] | None = None) -> str:
-    """Markdown: with what, on what, and of each kind how many were survived, and when that was tried.
+    """Markdown: versions and machine, and for each kind the number of survived faults, the seed and the date.
 
-    kept: rows of an earlier run, by name and what, for the kinds that this one did not try.
+    kept: rows of an earlier run, by name and description, for the kinds that this run left out.
     """
     rows = dict(kept or {})
     for row in counts:
@@ -130,7 +134,7 @@ def table(counts: Sequence[Count], *, seed: int, kept: Mapping[tuple[str, str], 
 
 
 def rows_of(page: Path) -> dict[tuple[str, str], str]:
-    """The page's rows of kinds that there are, by name and what."""
+    """The page's rows for existing kinds, by name and description."""
     known = {(fault.name, fault.what) for fault in FAULTS}
     cells = {tuple(line.split(" | ")[:2]): line for line in page.read_text().splitlines() if line.startswith("| ")}
     return {key: line for (name, *what), line in cells.items() if (key := (name[2:], "".join(what))) in known}

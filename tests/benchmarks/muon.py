@@ -1,12 +1,12 @@
-"""The update of Muon against torch.optim.Muon's on the same DTensors, in one run: time and collectives.
+"""Compares the updates of Muon and torch.optim.Muon on the same DTensors, in one run: time and collectives.
 
     torchrun --nproc-per-node 4 -m tests.benchmarks.muon                          the matrices of a small Llama
     torchrun --nproc-per-node 4 -m tests.benchmarks.muon hidden=1024 layers=2     other sizes
     torchrun --nproc-per-node 4 -m tests.benchmarks.muon page=docs/optimizers.md  writes the table there
 
-Both iterate in bfloat16: torch.optim.Muon knows no other dtype. Updates of the contenders alternate, so that a machine
-that slows down slows both. Times are medians over the rounds, each of the slowest rank. The error is that of the change
-of all parameters after all updates, against a third contender that iterates in float64.
+Both iterate in bfloat16, the only dtype of torch.optim.Muon. Their updates alternate, so a slowdown of the machine
+affects both. Times are medians over the rounds; the time of a round is that of the slowest rank. The error is that of
+the change of all parameters after all updates, relative to a third contender that iterates in float64.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(words: list[str]) -> None:
 
 
 def compare(layout: str, mesh: DeviceMesh, sizes: dict[str, int]) -> list[str]:
-    """The rows of one layout."""
+    """The table rows of one layout."""
     theirs, ours, exact = (build(mesh, sizes) for _ in range(3))
     start = [parameter.detach().clone() for parameter in exact]
     steps = {"torch.optim.Muon": by_torch(theirs), "this trainer": by_us(ours, torch.bfloat16)}
@@ -84,7 +84,7 @@ def compare(layout: str, mesh: DeviceMesh, sizes: dict[str, int]) -> list[str]:
 
 
 def build(mesh: DeviceMesh, sizes: dict[str, int]) -> Parameters:
-    """The matrices of a Llama's layers, cut as the trainer cuts them, with a gradient."""
+    """The matrices of a Llama's layers with a gradient, sharded as in the trainer."""
     torch.manual_seed(0)
     module, hidden = nn.Module(), sizes["hidden"]
     tensor = "tp" in (mesh.mesh_dim_names or ())
@@ -109,7 +109,10 @@ def build(mesh: DeviceMesh, sizes: dict[str, int]) -> Parameters:
 
 
 def shapes(hidden: int) -> list[tuple[str, tuple[int, int], int | None]]:
-    """Name, [out, in] and the dimension that tensor parallel cuts; a quarter as many key and value heads."""
+    """Name, shape [out, in] and tensor-parallel dimension of each matrix of a layer.
+
+    There are a quarter as many key and value heads as query heads.
+    """
     wide = 8 * hidden // 3 // 16 * 16
     return [
         ("q", (hidden, hidden), 0),
@@ -132,7 +135,7 @@ def by_us(parameters: Parameters, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def count(step: Callable[[], None]) -> int:
-    """Collectives of one update, the second: the first makes the states."""
+    """Number of collectives in the second update; the first creates the states."""
     step()
     with CommDebugMode() as counted:
         step()
@@ -152,7 +155,7 @@ def timed(step: Callable[[], None]) -> float:
 
 
 def error(found: Parameters, exact: Parameters, start: list[torch.Tensor]) -> float:
-    """Norm of the difference of all parameters over the norm of their change."""
+    """Norm of the difference of all parameters, divided by the norm of their change."""
     apart = torch.zeros(2, dtype=torch.float64)
     for one, other, begin in zip(found, exact, start, strict=True):
         for place, difference in enumerate((one.detach() - other.detach(), other.detach() - begin)):

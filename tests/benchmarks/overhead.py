@@ -1,14 +1,14 @@
-"""What the trainer costs over a loop written by hand, and over transformers' Trainer, in one run on the same model.
+"""Compares the trainer's step time with a hand-written loop and transformers' Trainer, in one run on the same model.
 
     python -m tests.benchmarks.overhead                                       one process
     torchrun --nproc-per-node 2 -m tests.benchmarks.overhead                  data parallel
     torchrun --nproc-per-node 2 -m tests.benchmarks.overhead parallel=fsdp    fully sharded
     python -m tests.benchmarks.overhead model=llama3_2_1b precision=bf16      on a GPU
 
-Rounds of the contenders alternate, so that a machine that slows down slows all of them; the ratio is that of the median
-step times. Words are overrides, as for the trainer; `rounds=` and `steps=` set the length, `page=docs/one-process.md`
-writes the table there. transformers' Trainer shards on GPUs only, so on a CPU it is left out of the fully sharded
-comparison.
+Rounds of the contenders alternate, so a slowdown of the machine affects all of them. The ratio is that of the median
+step times. Arguments are overrides, as for the trainer. `rounds=` and `steps=` set the length, and
+`page=docs/one-process.md` writes the table there. transformers' Trainer shards on GPUs only, so the fully sharded
+comparison leaves it out on a CPU.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from trainer.process.runtime import Runtime, join_world
 from trainer.run.step import train_step
 
 Contender = Callable[[int], float]
-"""Takes so many steps and returns the seconds that they took, without what comes before the first."""
+"""Runs the given number of steps and returns their seconds, without the setup before the first step."""
 
 DEFAULTS = ["data=synthetic", "train.steps=1000000", "scheduler=constant", "train.micro_batch_size=8"]
 
@@ -96,8 +96,10 @@ def table(model: str, plan: Plan, seconds: dict[str, list[float]]) -> str:
 
 
 def by_hand(config: Config, plan: Plan, runtime: Runtime) -> Contender:
-    """The shortest loop that does the same arithmetic: forward, loss, backward, clip, update. What is sharded together
-    and what DDP sends are the trainer's: these are settings of torch, and no part of a loop."""
+    """The shortest loop with the same arithmetic: forward, loss, backward, clip, update.
+
+    FSDP groups and DDP communication are those of the trainer: they are settings of torch, not part of a loop.
+    """
     model = _model(config, plan, runtime)
     called = model
     if config.train.compile:
@@ -151,11 +153,11 @@ def by_transformers(config: Config, plan: Plan, runtime: Runtime) -> Contender:
             while True:
                 batch: Batch = next(batches)[0]
                 for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
-                    # The Trainer shifts labels itself.
+                    # The Trainer shifts the labels itself.
                     yield {"input_ids": ids, "labels": torch.cat([ids[:1], labels[:-1]])}
 
     class Clock(TrainerCallback):
-        """Leaves out that each round builds a Trainer again."""
+        """Measures the training only, since each round builds a new Trainer."""
 
         def on_train_begin(self, *_, **__) -> None:
             self.begin = time.perf_counter()

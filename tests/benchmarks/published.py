@@ -1,10 +1,10 @@
-"""The planner's predicted speed against speeds that others have published: how far a stated model can be trusted.
+"""Compares the planner's predicted speeds with published speeds: how far its cost model can be trusted.
 
     python -m tests.benchmarks.published            prints the table, in seconds, without a GPU
     python -m tests.docs.write docs/planner.md      puts it into the page
 
-The published programs are not ours: kernels, compilers and overlap differ. What is compared is whether a few constants
-place the layouts of one cluster in the right order, and near the right speed.
+The published speeds are those of other programs, with other kernels, compilers and overlap. The comparison shows
+whether a few constants put the layouts of one cluster into the right order, and near the right speed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from trainer.rules import config_fields
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """tokens: per second and GPU. flops: per second and GPU, where the source gives these instead."""
+    """One published run.
+
+    words: overrides for the same run in this trainer.
+    tokens: tokens per second and GPU.
+    flops: FLOP/s per GPU, for sources that give these instead.
+    """
 
     name: str
     source: str
@@ -47,7 +52,7 @@ META = (
 
 
 def gpt(layers: int, hidden: int, heads: int) -> str:
-    """A GPT of Megatron-LM's tables: 51,200 words, sequences of 2,048, matrices over the eight GPUs of a node."""
+    """A GPT of Megatron-LM's tables: vocabulary 51,200, sequences of 2,048, tensor parallel on the 8 GPUs of a node."""
     sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "vocab_size": 51200, "n_positions": 2048}
     words = " ".join(f"model.config.{key}={value}" for key, value in sizes.items())
     return f"model=gpt2 {words} {A100} data.seq_len=2048 parallel.tp=8 parallel.sequence_parallel=true"
@@ -126,7 +131,7 @@ RUNS = (
 
 
 def predict(run: Published) -> tuple[StepTime, float]:
-    """Predicted step, and predicted over published speed."""
+    """The predicted step, and the ratio of predicted to published speed."""
     config, alone = load_config(run.words.split()), load_config(_alone(run))
     plan = make_plan(config, Machine(gpus=8))
     gpu = planned_device(config, plan).gpu
@@ -143,13 +148,13 @@ def predict(run: Published) -> tuple[StepTime, float]:
 
 
 def _alone(run: Published) -> list[str]:
-    """The same model in one process, where its parameters are counted."""
+    """Overrides for the same model in one process, which is used to count its parameters."""
     kept = [word for word in run.words.split() if word.startswith(("model", "data.", "precision", "cluster="))]
     return [*kept, "parallel=single", "cluster.gpus_per_node=1", "train.micro_batch_size=1"]
 
 
 def table() -> str:
-    """Every run, predicted and published, and the spread of the ratios."""
+    """The predicted and published speed of every run, and the spread of the ratios."""
     lines = [*HEAD]
     ratios = []
     for run in RUNS:

@@ -1,4 +1,4 @@
-"""What a save costs the training around it, in one go and aside: measured on one process of this machine.
+"""Measures how much a synchronous and an asynchronous save delay training, in one process on this machine.
 
 python -m tests.benchmarks.save_cost
 python -m tests.benchmarks.save_cost --write docs/checkpoints.md
@@ -40,13 +40,13 @@ WORDS = [
 
 
 def measure(folder: Path, *, aside: bool) -> dict[str, float]:
-    """Of one run: means over its saves in seconds, the bytes of one, and the median step."""
+    """Measure one run: mean seconds over its saves, bytes of a save, and median seconds of a step."""
     run = folder / f"aside-{aside}"
     words = [*WORDS, f"checkpoint.async_save={str(aside).lower()}", f"train.run_dir={run}"]
     codes = run_ranks(1, door, words, timeout=900)
     assert codes == [0]
     lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    # The last save waits for its own commit: there is no training left to go on with.
+    # Leave out the last save: no training is left to overlap with it, so it waits for its own commit.
     saves = [line for line in lines if line["kind"] == "checkpoint" and line["step"] < STEPS]
     return {
         "bytes": saves[0]["checkpoint_bytes"],

@@ -1,13 +1,13 @@
-"""Everything that only a GPU can show, on one GPU, in a given number of minutes.
+"""Runs all checks that need a GPU, on one GPU, within a given number of minutes.
 
     python -m tests.gpu.all --minutes 8                 a machine with one GPU; nothing has to be installed or fetched
     python -m tests.gpu.all --minutes 1 --device cpu    the same script with tiny shapes
     python -m tests.gpu.write gpu-results/results.json  puts the tables into the docs
 
-This process imports no torch. A fork server has the libraries imported and no CUDA context, and every case is a child
-of its own: what crashes, hangs or runs out of memory is a result. Small cases share the GPU, the others have it alone,
-and predictions are computed on the CPU meanwhile. Cases start in the order of their worth (`catalogue`). Whatever is
-known is written after each, as DIR/results.json and DIR/results.md; the logs of the cases stand in DIR/logs.
+This process does not import torch. A fork server has imported the libraries but has no CUDA context. Every case is a
+separate child, so a crash, a hang or a lack of memory is a result. Small cases share the GPU and the others have it
+alone, while predictions are computed on the CPU. Cases start in order of importance (`catalogue`). After each case all
+results so far are written to DIR/results.json and DIR/results.md. The logs of the cases are in DIR/logs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Result = dict[str, Any]
 
 @dataclass(kw_only=True)
 class Job:
-    """A case, or its prediction, in a process of its own."""
+    """A process that runs a case or its prediction."""
 
     case: Case
     predicts: bool
@@ -52,7 +52,7 @@ class Job:
 
 
 class Runner:
-    """Starts what may start, ends what takes too long, and writes what is known."""
+    """Starts jobs when they may start, kills jobs that take too long, and writes the results so far."""
 
     def __init__(self, chosen: Sequence[Case], *, device: str, folder: Path, deadline: float) -> None:
         self.device, self.folder, self.deadline = device, folder, deadline
@@ -63,13 +63,13 @@ class Runner:
         self.running: list[Job] = []
         self.results: dict[str, Result] = {case.key: _result(case, "not reached") for case in chosen}
         self.machine: dict[str, Any] = {}
-        # Traces take one core each; a case that is timed wants the others to itself.
+        # Traces take one core each; leave the other cores to the timed case.
         self.predictors = max(1, (os.cpu_count() or 2) * 3 // 4)
         self.work = tempfile.TemporaryDirectory(prefix="gpu-all-", ignore_cleanup_errors=True)
         (folder / "logs").mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
-        """All cases, or as many as there is time for."""
+        """Run all cases, or as many as there is time for."""
         try:
             if self._probe():
                 while self._left() > 0 and (self.waiting or self.to_predict or self.running):
@@ -85,7 +85,10 @@ class Runner:
             self.work.cleanup()
 
     def _probe(self) -> bool:
-        """What machine this is. The fork server must not have touched CUDA: with fewer libraries in it, if need be."""
+        """Identify the machine. Returns whether a probe case passed.
+
+        The fork server must not have initialized CUDA, so after a failure it is restarted with fewer libraries.
+        """
         os.environ["TESTS_GPU_DEVICE"] = self.device
         for level in LEVELS:
             os.environ[LEVEL] = level
@@ -157,14 +160,18 @@ class Runner:
         return time.monotonic() - job.started > job.case.limit * (2 if job.predicts else 1)
 
     def _kill(self, job: Job) -> None:
-        """The child and what it started (compilers)."""
+        """Kill the child and the processes that it started (compilers)."""
         with suppress(ProcessLookupError, PermissionError):
             if job.process.pid is not None and job.process.is_alive():
                 os.killpg(job.process.pid, signal.SIGKILL)
         job.process.join(timeout=10)
 
     def _record(self, job: Job, found: Result, otherwise: str) -> None:
-        """found: what the child wrote, empty if it did not get that far."""
+        """Record the result of a job.
+
+        found: result that the child wrote; empty if it wrote none.
+        otherwise: status if the child wrote none; for a prediction, the note.
+        """
         result = self.results[job.case.key]
         if job.predicts:
             result["predicted"] = found.get("numbers") or {"note": found.get("note") or otherwise}
@@ -175,7 +182,7 @@ class Runner:
         self.write()
 
     def write(self) -> None:
-        """results.json and results.md, each whole at any moment."""
+        """Write results.json and results.md atomically."""
         found = {
             "machine": self.machine,
             "device": self.device,
@@ -209,7 +216,7 @@ def _in_words(machine: dict[str, Any]) -> str:
 
 
 def unpacked(wheels: Path, folder: Path) -> Iterator[str]:
-    """Folders to put on the path: the wheels' contents, in one. A wheel is an archive of what would be installed."""
+    """Unpack all wheels into one folder and yield it for sys.path. A wheel is an archive of the installed files."""
     found = sorted(wheels.glob("*.whl"))
     for wheel in found:
         with zipfile.ZipFile(wheel) as archive:
@@ -236,11 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join([*added, *([path] if path else [])])
         sys.path[:0] = added[1:]
-        # Counting devices through the driver's library makes no context, which would not survive a fork.
+        # Counting devices through NVML creates no CUDA context, which would not survive a fork.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0" if arguments.device == "cuda" else "")
         os.environ["HF_HUB_OFFLINE"] = os.environ["TOKENIZERS_PARALLELISM"] = "1"
-        # Ending children and writing takes a moment too.
+        # Leave time to kill children and to write the results.
         deadline = begun + 60 * arguments.minutes - 1.5
         runner = Runner(chosen, device=arguments.device, folder=arguments.out.absolute(), deadline=deadline)
         runner.run()

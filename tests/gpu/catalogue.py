@@ -1,9 +1,9 @@
-"""The cases of `tests.gpu.all`, in the order of their worth. Imports nothing that is not at hand everywhere.
+"""The cases of `tests.gpu.all`, in order of importance. Imports only the standard library.
 
 parity   one process on the GPU against one on the CPU in float64, from the same weights
-memory   predicted against measured: runs of one process, and ranks of worlds that are not there
-speed    tokens per second, against a bare loop and transformers' Trainer; bandwidths
-pages    what a user would start: a trace, a memory snapshot, a resumed run, a page that compares layouts
+memory   predicted against measured: runs of one process, and single ranks of simulated worlds
+speed    tokens per second against a bare loop and transformers' Trainer; bandwidths
+pages    commands of a user: a trace, a memory snapshot, a resumed run, a page that compares layouts
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """call: which function of `run.CALLS`, with further options. words: overrides. limit: seconds. shared: small enough
-    to have company on the GPU. predicted: the memory of these words is estimated as well. needs: a distribution without
-    which the case is skipped."""
+    """One case.
+
+    call: name of a function in `run.CALLS`.
+    words: overrides.
+    options: further options of that function.
+    limit: time limit in seconds.
+    shared: whether the case is small enough to share the GPU.
+    predicted: whether the memory of these overrides is estimated too.
+    needs: distribution without which the case is skipped.
+    """
 
     name: str
     part: str
@@ -38,15 +45,18 @@ PAGED = "optimizer.paged=true"
 RECOMPUTE, CHUNKED = "train.activation_checkpointing=full", "train.chunked_loss=true"
 PROBE = Case(name="machine", part="machine", call="probe", limit=90)
 EXACT, SINGLE, NEAR = 1e-8, 1e-4, 2e-2
-"""Largest relative distance in float64 and in float32, and how far the loss may be from it in fewer bits."""
+"""Limits: relative distance in float64, relative distance in float32, absolute loss difference in fewer bits."""
 
 
 def cases(device: str) -> list[Case]:
-    """device: cuda, or cpu with tiny shapes. Keys are unique."""
+    """All cases, with unique keys.
+
+    device: cuda, or cpu for tiny shapes.
+    """
     if device == "cpu":
         return [*_small_parity(), *_small_memory(), *_small_speed(), *_pages(["model=tiny", "data.seq_len=64"])]
     memory, speed, pages = list(_memory()), list(_speed()), list(_pages(["model=gpt2", "precision=bf16"]))
-    # The best of each kind first: whatever the time is worth, each table has its most important rows.
+    # The most important cases of each kind come first, so each table has its main rows however little time there is.
     return [*_parity(), *memory[:14], *speed[:5], *pages, *memory[14:33], *speed[5:8], *memory[33:], *speed[8:]]
 
 
@@ -59,20 +69,26 @@ def parity(
     needs: str = "",
     **options: Any,
 ) -> Case:
-    """by: what is held to the limit, see `run.parity`. against: words of the reference on the CPU in float64."""
+    """A case of parity.
+
+    limit: largest distance allowed.
+    by: quantity that the limit applies to, see `run.parity`.
+    seconds: time limit.
+    against (option): overrides of the reference on the CPU in float64.
+    """
     options = {"limit": limit, "by": by, "model": "llama", "against": (), **options}
     about: dict[str, Any] = {"options": options, "limit": seconds, "needs": needs}
     return Case(name=name, part="parity", call="parity", words=words, shared=True, **about)
 
 
 def _parity() -> Iterator[Case]:
-    # What compiles first: it takes longest, and the others share the GPU with it.
+    # The compiled case comes first: it takes longest, and the others can share the GPU with it.
     yield parity("compiled layers, fp32", "precision=fp32", "train.compile=true", seconds=120)
     for model in ("llama", "gpt2", "qwen3"):
         yield parity(f"single, {model}, fp64", "precision=fp64", limit=EXACT, by="all", model=model)
     yield parity("fsdp, fp64", "parallel=fsdp", limit=EXACT, by="all")
-    # The reference balances as well, and its router computes in float32. In float64 experts run one by one, in 16 bits
-    # through the grouped kernels.
+    # The reference also balances, and its router computes in float32. Experts run one by one in float64, and through
+    # grouped kernels in 16 bits.
     balance = ("moe=global_batch", "moe.coefficient=0.1", "moe.z_loss=0.01")
     experts: dict[str, Any] = {"model": "qwen3_moe", "against": balance}
     yield parity("qwen3_moe, balanced, fp64", *balance, "precision=fp64", limit=SINGLE, **experts)
@@ -95,7 +111,7 @@ def _parity() -> Iterator[Case]:
     yield parity("cuDNN kernel, bf16", "precision=bf16", limit=NEAR, by="near", kernel="CUDNN_ATTENTION")
     yield parity("efficient kernel, fp32", "precision=fp32", model="gpt2", kernel="EFFICIENT_ATTENTION")
     yield parity("chunked loss, fp64", CHUNKED, limit=EXACT, by="all")
-    # Its softmax is float32 whatever the precision, here and in the reference.
+    # Its softmax computes in float32 at any precision, here and in the reference.
     yield parity("eager attention", "model.attention=eager", against=("model.attention=eager",))
     recompute = "train.activation_checkpointing"
     yield parity(
@@ -105,7 +121,7 @@ def _parity() -> Iterator[Case]:
     for name in ("adamw_8bit", "adafactor"):
         words = (f"optimizer={name}", "precision=fp64")
         yield parity(f"{name}, fp64", *words, limit=EXACT, by="all", against=words)
-    # Against the same states without pages.
+    # The reference has the same states, but not paged.
     pages: dict[str, Any] = {"limit": EXACT, "by": "all", "model": "tall", "needs": "bitsandbytes"}
     for name, layout in (("adamw", "single"), ("adamw_8bit", "single"), ("adamw_8bit", "fsdp")):
         words = (f"optimizer={name}", "precision=fp64")
@@ -132,7 +148,7 @@ def _small_parity() -> Iterator[Case]:
 
 
 EIGHT_B = ("model=llama3_1_8b", "model.config.num_hidden_layers=8")
-"""Matrices of the 8B model, a quarter of its layers: with AdamW in float32 it fits one GPU."""
+"""The 8B model with a quarter of its layers. It fits on one GPU with AdamW in float32."""
 
 
 def memory(name: str, *words: str, limit: float = 40, needs: str = "") -> Case:
@@ -157,12 +173,12 @@ def _memory() -> Iterator[Case]:
     yield memory("1B, zero3, bf16", one, "parallel=zero3", "precision=bf16", f"{b}=4")
     yield memory("1B, zero2_offload, bf16", one, "parallel=zero2_offload", "precision=bf16", f"{b}=4")
     yield memory("8B, qlora, bf16", "model=llama3_1_8b", "tuning=qlora", "precision=bf16", long, f"{b}=1", RECOMPUTE)
-    # Beyond what a card has, by less and by more: 80 GB, and 141 GB.
+    # These need more memory than a card has, by various amounts, for cards with 80 GB and with 141 GB.
     yield memory("8B, fp32, recompute", "model=llama3_1_8b", "precision=fp32", long, f"{b}=1", RECOMPUTE)
     yield memory("gpt2, bf16, batch 80", "model=gpt2", "precision=bf16", f"{b}=80")
     yield memory("gpt2, bf16, batch 144", "model=gpt2", "precision=bf16", f"{b}=144")
     yield memory("1B, bf16, chunked loss", one, "precision=bf16", f"{b}=8", CHUNKED)
-    # Through combinations, each with another of what changes memory.
+    # Combinations, each with another setting that changes memory.
     yield memory("1B, fp16", one, "precision=fp16", f"{b}=2", "precision.loss_scale_init=128")
     yield memory("1B, tf32", one, "precision=tf32", f"{b}=2", RECOMPUTE)
     yield memory("1B, sgd, bf16", one, "optimizer=sgd", "precision=bf16", f"{b}=2")
@@ -220,7 +236,7 @@ SHARDED_PIPELINE = (
 
 
 def _ranks(*, first: bool) -> Iterator[Case]:
-    """Single ranks of worlds that are not there."""
+    """Single ranks of simulated worlds."""
     eight, seventy, steps = "model=llama3_1_8b", "model=llama3_1_70b", "train.gradient_accumulation_steps=8"
     if first:
         yield fake("8B, fsdp on 8, rank 0", 0, 8, eight, "parallel=fsdp", *LARGE)
@@ -307,7 +323,7 @@ def _small_speed() -> Iterator[Case]:
 
 
 def _pages(words: list[str]) -> Iterator[Case]:
-    """Runs through the trainer's entry point; folders of runs are named by `into`."""
+    """Runs through the trainer's entry point. The option `into` names the run's folder."""
     once = (
         "train.steps=6",
         "checkpoint.every=0",

@@ -1,6 +1,6 @@
-"""One case in a process of its own: its output goes to a log, its result to a file, whatever happens.
+"""Runs one case in its own process. Its output goes to a log and its result to a file, whatever happens.
 
-Imports no torch, for `tests.gpu.all` names `begin`, and does not want it either.
+It does not import torch, because `tests.gpu.all` imports `begin` and must not load torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ LEVELS = ("all", "without deepspeed", "nothing")
 
 
 class Skipped(Exception):
-    """The case cannot run here."""
+    """The case cannot run on this machine."""
 
 
 def begin(text: str, file: str, log: str) -> None:
-    """text: the task, as JSON. Writes {status, numbers, note}: a failed comparison, an error and a lack of memory are
-    results."""
+    """Run a task and write {status, numbers, note}. A failed comparison, an error and a lack of memory are results too.
+
+    text: task, as JSON.
+    file: path of the result.
+    log: path of the log.
+    """
     os.setsid()  # so that what this child starts can be ended with it
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(out, 1)
@@ -52,7 +56,7 @@ def begin(text: str, file: str, log: str) -> None:
     part.replace(file)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Libraries' own clean-up at the end of a process (communicators, compilers) can take seconds, and hang.
+    # Clean-up by libraries at exit (communicators, compilers) can take seconds, or hang.
     os._exit(0)
 
 

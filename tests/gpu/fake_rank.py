@@ -1,7 +1,7 @@
-"""One rank of a layout whose other ranks do not exist: the real engine on one device, with a fake process group.
+"""Runs one rank of a layout without the other ranks: the real engine on one device, with a fake process group.
 
-Collectives of the fake group return at once and leave their tensors as they are, so that values mean nothing; what is
-allocated when, and freed when, is what the rank of a real group does. On a GPU torch's allocator counts, on the CPU
+Collectives of the fake group return immediately and leave their tensors unchanged, so values are meaningless.
+Allocations and frees are the same as on a rank of a real group. On a GPU torch's allocator counts the bytes; on the CPU
 the tensors are counted one by one.
 """
 
@@ -31,7 +31,7 @@ from trainer.process.runtime import Runtime
 
 
 def measure(rank: int, world_size: int, overrides: Sequence[str]) -> dict[str, int | None]:
-    """Bytes: measured_allocated_bytes and, on a GPU, measured_reserved_bytes."""
+    """Peaks of two steps: measured_allocated_bytes and, on a GPU, measured_reserved_bytes (else None)."""
     config = load_config(overrides)
     plan = make_plan(config, Machine(gpus=world_size, world_size=world_size, local_world_size=world_size))
     device = torch.device("cuda:0" if plan.device == "cuda" else "cpu")
@@ -60,8 +60,11 @@ def measure(rank: int, world_size: int, overrides: Sequence[str]) -> dict[str, i
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Leave out what needs other ranks' values: the check that a tensor plan computes the same (`tensor_check`), and
-    the test whether gradients are finite, without which no update is made; their norm is computed all the same."""
+    """Disable the checks that need other ranks' values.
+
+    These are the check of a tensor plan (`tensor_check`) and the check that gradients are finite, which would prevent
+    the update. The gradient norm is still computed.
+    """
     norm = gradients.global_norm
 
     def finite_norm(*arguments: Any, **named: Any) -> float:

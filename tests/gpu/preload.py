@@ -1,7 +1,7 @@
-"""Imported once by the fork server of `tests.gpu.all`: what every case would import, without touching CUDA.
+"""Imported once by the fork server of `tests.gpu.all`: the imports of every case, without initializing CUDA.
 
-A process that has a CUDA context, or has so much as asked the runtime for its devices, cannot be forked. Should a
-library begin to do so, `tests.gpu.all` notices it in its first case and takes a lower level.
+A process cannot be forked after it has created a CUDA context, or has asked the CUDA runtime for its devices. If a
+library starts to do so, the first case of `tests.gpu.all` fails, and a lower preload level is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LIBRARIES += ("tests.gpu.run", "tests.gpu.fake_rank", "torch.testing._internal.d
 
 
 def preload(level: str) -> None:
-    """As far as it goes: a case that needs what is missing says so itself."""
+    """Import as many libraries as possible. A case that needs a missing one reports this itself."""
     if level == "nothing":
         return
     for name in LIBRARIES:

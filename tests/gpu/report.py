@@ -1,4 +1,4 @@
-"""results.json as Markdown: one table for each part, from numbers alone."""
+"""Formats results.json as Markdown: one table for each part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = dict[str, Any]
 
 
 def markdown(found: Found) -> str:
-    """Everything, under headings."""
+    """The whole report, with a heading for each part."""
     done = [result["status"] for result in found["results"]]
     counts = ", ".join(f"{done.count(status)} {status}" for status in dict.fromkeys(done))
     lines = [f"# {found['machine'].get('gpu') or 'CPU'}", "", conditions(found), "", f"{counts}."]
@@ -24,7 +24,7 @@ def markdown(found: Found) -> str:
 
 
 def conditions(found: Found) -> str:
-    """Card, driver, versions and date, in one line."""
+    """One line with card, driver, versions and date."""
     machine = found["machine"]
     card = machine.get("gpu") or f"CPU with {machine.get('cores')} cores"
     driver = f", driver {machine['driver']}, CUDA {machine['cuda']}" if machine.get("driver") else ""
@@ -50,7 +50,7 @@ def parity(found: Found) -> str:
 
 
 def memory(found: Found) -> str:
-    """The distribution of the errors, what was foreseen, and every case."""
+    """The distribution of the prediction errors, the wrong predictions of whether a case fits, and every case."""
     rows = _of(found, "memory")
     lines: list[str] = []
     for name in ("allocated", "reserved", "device"):
@@ -146,7 +146,7 @@ def _bandwidths(numbers: Found) -> tuple[str, float]:
 
 
 def _of(found: Found, part: str) -> list[Result]:
-    """What was reached."""
+    """The results of the cases that were reached."""
     return [row for row in found["results"] if row["part"] == part and row["status"] != "not reached"]
 
 
@@ -165,7 +165,7 @@ def _error(row: Result, name: str) -> float | None:
 
 
 def _inside(row: Result, name: str) -> bool | None:
-    """Whether what was measured lies in the range that was predicted."""
+    """Whether the measurement lies within the predicted range. None if either is missing."""
     predicted, measured = row.get("predicted", {}), row["numbers"].get(name)
     if not measured or not predicted.get(f"{name}_most"):
         return None

@@ -1,6 +1,6 @@
-"""What a child of `tests.gpu.all` does: one function for each kind of case, which takes the task and returns numbers.
+"""The work of a child of `tests.gpu.all`: for each kind of case, a function from the task to numbers.
 
-A number under the name "failed" is a sentence: what was compared is too far apart.
+The entry "failed" is a sentence: it says that the compared values differ too much.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from trainer.process.runtime import Runtime, join_world
 from trainer.run.step import train_step
 
 SHAPES = {**MODELS, **MIXTURES, "tall": [*MODELS["llama"], "model.config.vocab_size=2048"]}
-"""tall: a table of more than 100,000 values, whose states are paged where that is asked for."""
+"""tall: its embedding has more than 100,000 values, so its states can be paged."""
 Task = dict[str, Any]
 Numbers = dict[str, Any]
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "torchao", "triton", "numpy")
@@ -58,14 +58,17 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # what `joi
 
 
 def set_segments(task: Task) -> None:
-    """As `cluster.expandable_segments` says. The fork server has read the environment before any case was known."""
+    """Apply `cluster.expandable_segments`.
+
+    The environment variable is too late: the fork server read it before the case was known.
+    """
     if task["device"] == "cuda":
         wanted = "cluster.expandable_segments=false" not in task["case"]["words"]
         torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{wanted}")
 
 
 def probe(task: Task) -> Numbers:
-    """What machine this is; fails where CUDA does not work in a forked process."""
+    """Describe the machine. Fails if CUDA does not work in a forked process."""
     numbers: Numbers = {"python": platform.python_version(), "cores": os.cpu_count()}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -87,7 +90,7 @@ def probe(task: Task) -> Numbers:
 
 
 def predict(task: Task) -> Numbers:
-    """The estimate of a case's words, on the CPU."""
+    """The memory estimate for a case's overrides, computed on the CPU."""
     torch.set_num_threads(1)
     config, world = load_config(_words(task)), task["case"]["options"].get("world", 1)
     plan = make_plan(config, _machine(world))
@@ -104,10 +107,15 @@ def predict(task: Task) -> Numbers:
 
 
 def parity(task: Task) -> Numbers:
-    """Five steps on the device against the reference on the CPU, from the same weights.
+    """Compare five steps on the device with the reference on the CPU, from the same weights.
 
-    by: all (losses, gradient norms, parameters), loss (losses and gradient norms), near (no loss further away than the
-    limit, and learned), first (the first loss alone: adapters begin as the device's own generator draws them).
+    The option `by` names the compared quantities:
+    all: losses, gradient norms and parameters.
+    loss: losses and gradient norms.
+    near: absolute differences of the losses.
+    first: the first loss only, because each device's generator draws other adapters.
+
+    Except with `first`, the loss must also fall.
     """
     torch.set_num_threads(4)
     options = task["case"]["options"]
@@ -143,7 +151,7 @@ def parity(task: Task) -> Numbers:
 
 
 def memory(task: Task) -> Numbers:
-    """The peaks of two steps of the real engine, in bytes."""
+    """Peak bytes of two steps of the real engine."""
     config, plan = _config_and_plan(task)
     tracker = StorageTracker() if task["device"] == "cpu" else nullcontext()
     with join_world(plan, timeout_minutes=5) as runtime, tracker:
@@ -155,14 +163,14 @@ def memory(task: Task) -> Numbers:
 
 
 def fake(task: Task) -> Numbers:
-    """The same of one rank of a world that is not there."""
+    """Peak bytes of one rank of a simulated world."""
     options = task["case"]["options"]
     found = measure_rank(options["rank"], options["world"], _words(task))
     return {"allocated": found["measured_allocated_bytes"], "reserved": found["measured_reserved_bytes"]}
 
 
 def speed(task: Task) -> Numbers:
-    """Steps of this trainer's engine: `seconds` of them, after some that warm up."""
+    """Measure steps of this trainer's engine for `seconds` (an option), after warm-up steps."""
     config, plan = _config_and_plan(task)
     with join_world(plan, timeout_minutes=5) as runtime:
         begun = time.perf_counter()
@@ -184,7 +192,7 @@ def speed(task: Task) -> Numbers:
 
 
 def versus(task: Task) -> Numbers:
-    """One after another, each with a model of its own: transformers' Trainer, a loop written by hand, this trainer."""
+    """Time transformers' Trainer, a hand-written loop and this trainer, one after another, each with its own model."""
     config, plan = _config_and_plan(task)
     device = torch.device("cuda", 0) if task["device"] == "cuda" else torch.device("cpu")
     budget = task["case"]["options"].get("seconds", 6.0)
@@ -206,7 +214,7 @@ def versus(task: Task) -> Numbers:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    # Without a process group: with one, the Trainer would wrap its model for data parallel.
+    # There is no process group here: with one, the Trainer would wrap its model for data parallel.
     alone = Runtime(rank=0, local_rank=0, world_size=1, device=device)
     if not plan.fully_sharded:
         contend("transformers Trainer", lambda: by_transformers(config, plan, alone))
@@ -217,7 +225,7 @@ def versus(task: Task) -> Numbers:
 
 
 def bandwidth(task: Task) -> Numbers:
-    """1e9 bytes/s of copies of 1 GiB, and TFLOP/s of a bf16 product."""
+    """GB/s of copies of 1 GiB, and TFLOP/s of a bf16 matmul."""
     size = 2**30 if task["device"] == "cuda" else 2**20
     host = torch.empty(size, dtype=torch.uint8).pin_memory()
     here, there = torch.empty_like(host, device="cuda"), torch.empty_like(host, device="cuda")
@@ -262,7 +270,7 @@ def run(task: Task) -> Numbers:
 
 
 def trace(task: Task) -> Numbers:
-    """A run with `profile=true`: what its trace says, and its files."""
+    """Do a run with `profile=true`. Returns numbers from its trace, and its files."""
     numbers = run(task)
     folder = Path(task["work"]) / "runs" / task["case"]["options"]["into"] / "profile"
     numbers["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
@@ -283,7 +291,7 @@ def trace(task: Task) -> Numbers:
 
 
 def compare(task: Task) -> Numbers:
-    """`python -m launch compare` over the runs that are there."""
+    """Run `python -m launch compare` on the runs done so far."""
     from launch.__main__ import main
 
     folder = Path(task["work"]) / "runs" / task["case"]["options"]["into"]
@@ -321,7 +329,7 @@ def _config_and_plan(task: Task) -> tuple[Config, Plan]:
 
 
 def _stepper(config: Config, plan: Plan, runtime: Runtime, engine: Any = None) -> Callable[[], float]:
-    """A function that makes one step and returns its loss."""
+    """A function that does one step and returns its loss."""
     vocabulary = build_hf_config(config.model).vocab_size
     batches = build_data(config, plan, data_rank=0, vocab_size=vocabulary).steps()
     engine = engine or build_engine(config, plan, runtime)
@@ -329,7 +337,7 @@ def _stepper(config: Config, plan: Plan, runtime: Runtime, engine: Any = None) -
 
 
 def _timed(step: Callable[[], float], budget: float) -> list[float]:
-    """Seconds of each step; a step ends with a look at its loss, which waits for the GPU."""
+    """Seconds of each step. A step ends by reading its loss, which waits for the GPU."""
     seconds: list[float] = []
     while sum(seconds) < budget and len(seconds) < 200:
         begin = time.perf_counter()
@@ -348,7 +356,7 @@ def _speed(config: Config, plan: Plan, seconds: Sequence[float], flops: Flops, g
 
 
 def _peaks() -> Numbers:
-    """Bytes: torch's allocator, and what the card as a whole has given away, by nvidia-smi where it answers."""
+    """Bytes of torch's allocator, and bytes in use on the whole card (from nvidia-smi if available)."""
     free, total = torch.cuda.mem_get_info()
     used = _smi("memory.used")
     return {
@@ -373,7 +381,7 @@ def _keep(file: Path, task: Task, folder: str) -> None:
 
 
 def _weights(task: Task, model: str) -> list[str]:
-    """Overrides that begin from a folder's weights: each device's generator would draw others."""
+    """Overrides that load weights from a folder, because each device's generator draws others."""
     folder = Path(task["work"]) / "weights" / model
     with _alone(folder):
         if not (folder / "config.json").exists():
@@ -384,7 +392,7 @@ def _weights(task: Task, model: str) -> list[str]:
 
 
 def _reference(task: Task, words: list[str]) -> Trained:
-    """One training on the CPU for all cases with the same reference."""
+    """Train the reference on the CPU, once for all cases that share it."""
     words = [*words, "cluster.device=cpu", "cluster.gpus_per_node=1"]
     file = Path(task["work"]) / "references" / f"{hashlib.sha256(repr(words).encode()).hexdigest()[:16]}.pickle"
     with _alone(file):
@@ -397,7 +405,7 @@ def _reference(task: Task, words: list[str]) -> Trained:
 
 @contextmanager
 def _alone(what: Path) -> Iterator[None]:
-    """Of the cases that run together, one makes it."""
+    """Lock `what` so that only one of several concurrent cases creates it."""
     what.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{what}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""The same parity on CUDA with NCCL, on as many GPUs as there are. Skips itself where there is none."""
+"""Parity tests on CUDA with NCCL, on all available GPUs. They are skipped if there is none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYOUTS = {
 
 
 def on_both(model: str, precision: str, folder: Path, *keys: str) -> tuple[Trained, Trained]:
-    """What the GPU and the CPU make of the same weights, from a folder: each device's generator would draw others."""
+    """Train on the GPU and the CPU from the same weights, loaded from a folder since their generators differ."""
     config = load_config(words(model, "single", precision, 5))
     AutoModelForCausalLM.from_config(build_hf_config(config.model)).save_pretrained(folder)
     keys = (*keys, f"model.path={folder}", "model.weights=pretrained", "data.tokenizer=bytes")
@@ -77,7 +77,10 @@ def test_layouts_agree_in_bf16() -> None:
 
 @pytest.mark.parametrize("tuning", ["lora", "qlora"])
 def test_the_model_beneath_adapters_is_that_of_the_cpu(tuning: str, tmp_path: Path) -> None:
-    """The first loss, while adapters add nothing: what they begin as is drawn on the device. Four-bit codes too."""
+    """Compares the first loss, to which adapters add nothing yet, because they are drawn on the device.
+
+    This also covers 4-bit codes.
+    """
     keys = (f"tuning={tuning}", "tuning.rank=4", "optimizer=sgd", "optimizer.lr=0.3")
     gpu, cpu = on_both("llama", "fp32", tmp_path, *keys)
     assert gpu.losses[0] == pytest.approx(cpu.losses[0], rel=1e-4)

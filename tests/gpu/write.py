@@ -1,9 +1,9 @@
-"""Puts what `tests.gpu.all` has measured into the docs, with the card, the versions and the date.
+"""Writes the measurements of `tests.gpu.all` into the docs, with the card, the versions and the date.
 
     python -m tests.gpu.write gpu-results/results.json           between the markers of the pages
     python -m tests.gpu.write gpu-results/results.json --docs DIR
 
-Nothing is written where a page lacks its markers, or where the results are not of a GPU.
+Nothing is written if a page lacks its markers, or if the results are not from a GPU.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tests.support.measured import write
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {"parity": "one-process.md", "memory": "memory.md", "speed": "one-process.md", "pages": "profiling.md"}
-"""Where the table of each part belongs."""
+"""The page for the table of each part."""
 
 
 def command(part: str) -> str:
-    """What the markers of a part are called."""
+    """The command that the markers of a part name."""
     return f"python -m tests.gpu.all --only {part}"
 
 

@@ -1,12 +1,12 @@
-"""Every type that transformers registers for causal language models, tiny, under every layout.
+"""Trains a tiny model of every causal language model type of transformers under every layout.
 
-    python -m tests.zoo                        all; what has been seen with these versions is not run again
+    python -m tests.zoo                        all; results that exist for these versions are not run again
     python -m tests.zoo llama mixtral          some types
     python -m tests.zoo --layouts fsdp tensor  some layouts
-    python -m tests.zoo --again crash differs  what was seen so, once more
-    python -m tests.zoo --write                write docs/models.md from what has been seen
+    python -m tests.zoo --again crash differs  rerun the cases with these verdicts
+    python -m tests.zoo --write                write docs/models.md from the results so far
 
-Each case trains three steps and is held against one process; it takes about a second. All may be stopped at any time.
+Each case trains three steps and is compared with one process, in about a second. It can be interrupted at any time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Seen = dict[str, dict[str, Verdict]]
 
 def run(file: Path, chosen: Sequence[str], layouts: Sequence[str], again: Sequence[str]) -> None:
     for model_type in chosen:
-        # Read each time: another run may have saved something.
+        # Read the file each time, since another run may have saved results.
         known, began = read(file).get(model_type, {}), time.monotonic()
         once_more = [name for name in layouts if {known.get(name, {}).get("verdict"), "all"} & {*again}]
         known = {name: verdict for name, verdict in known.items() if name not in once_more}

@@ -1,4 +1,4 @@
-"""What a rank of `python -m tests.zoo` does."""
+"""The work of a rank of `python -m tests.zoo`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.process.runtime import join_world
 
 
 def attempt(config: Config) -> Trained | str:
-    """What was trained, or the line of a refusal."""
+    """Train, and return the result or the text of a refusal."""
     _quietly()
     try:
         return train(config)
@@ -35,7 +35,7 @@ def attempt(config: Config) -> Trained | str:
 
 
 def predict(config: Config, world_size: int) -> tuple[int, int] | str:
-    """The estimate of the fullest rank: bytes at the peak, and between steps; or the line of a refusal."""
+    """Estimated bytes of the fullest rank at the peak and between steps, or the text of a refusal."""
     _quietly()
     try:
         plan = make_plan(config, Machine(world_size=world_size, local_world_size=world_size))
@@ -46,7 +46,7 @@ def predict(config: Config, world_size: int) -> tuple[int, int] | str:
 
 
 def count(config: Config) -> Measured | str:
-    """The same of the tensors that are there; or the line of a refusal."""
+    """Measured bytes of tensors on this rank, or the text of a refusal."""
     _quietly()
     try:
         return measure(config)
@@ -55,8 +55,10 @@ def count(config: Config) -> Measured | str:
 
 
 def computes(folder: Path) -> tuple[str, str]:
-    """The precision, of fp64 and fp32, in which transformers' own model of this config runs forward and backward; or
-    an empty word and why it does not."""
+    """The first precision of fp64 and fp32 in which transformers' own model runs forward and backward.
+
+    Returns (precision, ""), or ("", reason) if it runs in neither.
+    """
     _quietly()
     failed = ""
     for precision, dtype in (("fp64", torch.float64), ("fp32", torch.float32)):
@@ -79,8 +81,10 @@ def _plain(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def theirs(config: Config) -> tuple[float, float]:
-    """Loss and gradient norm of step 1, by the model that transformers builds itself, with the values that the trainer
-    gives its own."""
+    """Loss and gradient norm of step 1, from a model that transformers builds itself.
+
+    It gets the parameter values of the trainer's model.
+    """
     _quietly()
     plan = make_plan(config, find_machine())
     with join_world(plan, timeout_minutes=1) as runtime:

@@ -1,4 +1,4 @@
-"""One type under one layout: trained, and held against one process; one process, against transformers' own model."""
+"""Compares a type under a layout with one process, and one process with transformers' own model."""
 
 from __future__ import annotations
 
@@ -20,29 +20,42 @@ from tests.zoo.case import attempt, computes, count, predict, theirs
 from tests.zoo.tiny import tiny
 
 LIMIT = 1e-4
-"""Of losses and gradient norms. Some types compute parts in float32 whatever the precision; what is wrong is further
-away."""
+"""Limit on the relative difference of losses and gradient norms.
+
+Some types compute parts in float32 at any precision; real errors are larger.
+"""
 SECONDS = 150
 MEMORY = 0.05
-"""Of the estimated peak."""
+"""Limit on the relative error of the estimated peak."""
 SCALARS = 4096
-"""Bytes of counters, losses and norms that no account lists."""
+"""Limit on the bytes of counters, losses and norms that the estimate omits."""
 STABLE = ("optimizer.lr=1e-3", "optimizer.eps=1e-5")
 FLOAT32 = 1e-3
-"""The limit in float32, of DeepSpeed and of types that transformers cannot run in float64. With a small second moment
-Adam would magnify rounding."""
+"""Limit in float32, for DeepSpeed and for types that transformers cannot run in float64.
+
+STABLE is used with it, because Adam amplifies rounding errors if the second moment is small.
+"""
 ADAPTED = ("tuning=lora", "tuning.rank=4")
 TEXT_ONLY = "model.text_only=true"
 T = TypeVar("T")
 Verdict = dict[str, Any]
-"""verdict: ok, differs, refused, crash, hang or no model. distance, note: where there are such. text_only: of the
-language model alone, since the whole model is refused with that remedy."""
+"""The result of a type under a layout.
+
+verdict: ok, differs, refused, crash, hang or no model.
+distance, note: present if applicable.
+text_only: set if the verdict is that of the language model only, because the refusal of the whole model advises this.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """words: of the layout. alike: of the process that it is held against, too. wide: in float64. measured: its memory
-    is held against the estimate, instead of its losses against one process."""
+    """A layout.
+
+    words: overrides of the layout.
+    alike: overrides of both the layout and the reference process.
+    wide: whether to compute in float64.
+    measured: whether to compare its memory with the estimate, instead of its losses with one process.
+    """
 
     processes: int
     words: tuple[str, ...]
@@ -68,12 +81,12 @@ LAYOUTS = {
     "memory": Layout(processes=1, words=("train.clip_grad_norm=1",), measured=True),
     "fsdp's memory": Layout(processes=2, words=("parallel=fsdp",), measured=True),
 }
-"""`single` is held against transformers' own model."""
+"""`single` is compared with transformers' own model."""
 
 
 @functools.cache
 def _composed(words: tuple[str, ...]) -> Config:
-    """Composing takes as long as a run: once for each layout."""
+    """Compose a config once for each layout, since composing takes as long as a run."""
     own = ["train.steps=3", "parallel=single", "model.weights=random", "estimate.gate=off"]
     return load_config([*COMMON, *own, "model.path=FOLDER", "data.tokenizer=bytes", *words])
 
@@ -86,8 +99,13 @@ def _config(folder: Path, words: Sequence[str]) -> Config:
 
 @dataclass
 class Visit:
-    """Of one type, whose config lies in `folder`. precision: the widest that transformers computes it in. known: its
-    verdicts by layout, which `judge` adds to."""
+    """The state of judging one type.
+
+    folder: folder of its config.
+    precision: widest precision in which transformers runs the type.
+    known: verdicts by layout; `judge` adds to them.
+    references: results of the reference processes, by their overrides.
+    """
 
     folder: Path
     precision: str
@@ -102,7 +120,7 @@ class Visit:
             self.known[name] = self._measured(layout) if layout.measured else self._against_one(layout)
 
     def _measured(self, layout: Layout) -> Verdict:
-        """The memory of the fullest rank, counted over two steps, against the estimate, which is of that one."""
+        """Compare the memory of the fullest rank, counted over two steps, with its estimate."""
         words = ("precision=fp32", *layout.alike, *layout.words)
         found = self._run(1, predict, words, layout.processes)
         if isinstance(found, dict) and TEXT_ONLY in str(found["note"]):
@@ -111,7 +129,7 @@ class Visit:
             return found
         (peak, after), apart, between = found[0], math.inf, 0
         for _ in range(4):
-            # A thread of gloo may keep a buffer past the step's peak, by chance: see test_memory_measured.
+            # A gloo thread may happen to keep a buffer past the step's peak, see test_memory_measured.
             measured = self._run(layout.processes, count, words)
             if isinstance(measured, dict):
                 return measured
@@ -181,7 +199,7 @@ class Visit:
     def _run(
         self, processes: int, work: Callable[..., T | str], words: Sequence[str], *more: object
     ) -> list[T] | Verdict:
-        """What each rank returns, if none fails and the config is not refused."""
+        """Return the results of all ranks, or a verdict if a rank fails or the config is refused."""
         try:
             ranks = run_ranks(processes, work, _config(self.folder, words), *more, timeout=SECONDS)
         except RankFailed as failed:
@@ -192,7 +210,7 @@ class Visit:
 
 
 def visit(model_type: str, layouts: Sequence[str], known: dict[str, Verdict]) -> Iterator[str]:
-    """Judge those layouts of the type that `known` does not have. Yields each name when it has."""
+    """Judge the layouts of the type that `known` lacks. Yields the name of each when its verdict is known."""
     wanted = [name for name in layouts if name not in known]
     if not wanted or known.get("single", {}).get("verdict") == "no model":
         return
@@ -214,6 +232,6 @@ def visit(model_type: str, layouts: Sequence[str], known: dict[str, Verdict]) ->
 
 
 def _last_line(failed: RankFailed) -> str:
-    """The first rank's exception."""
+    """The last line of the first rank's exception."""
     text = str(failed).split("\nrank 1:")[0]
     return text.strip().splitlines()[-1][:300]

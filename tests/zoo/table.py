@@ -1,4 +1,4 @@
-"""docs/models.md, from what `python -m tests.zoo` has seen."""
+"""Renders docs/models.md from the results of `python -m tests.zoo`."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _other(row: Counter[str]) -> int:
 
 
 def _reasons(there: Mapping[str, Mapping[str, Verdict]], *kinds: str) -> Iterator[str]:
-    """One line for each reason: the layouts and types that it is given for."""
+    """Yield one line for each layout and reason, with the types that have this reason."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for layout in LAYOUTS:
         for name, known in sorted(there.items()):
@@ -126,7 +126,7 @@ def _reasons(there: Mapping[str, Mapping[str, Verdict]], *kinds: str) -> Iterato
 
 
 def _plain(reason: str) -> str:
-    """Without what differs from type to type: folders, classes, numbers and names of parameters."""
+    """Remove the parts of a reason that differ between types: folders, classes, numbers and names of parameters."""
     reason = re.sub(r"\b[A-Z]\w+(ForCausalLM|ForConditionalGeneration|LMHeadModel|ModelWithLMHead)\b", "CLASS", reason)
     reason = re.sub(r"model\.path=\S+?(?=[:,])", "model.path=FOLDER", reason)
     reason = re.sub(r"\d+ parameters of CLASS get no gradient \(.*?\)", "parameters of CLASS get no gradient", reason)

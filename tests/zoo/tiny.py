@@ -1,7 +1,7 @@
 """A tiny config of every type that transformers registers for causal language models.
 
-Each begins as its config class makes it, so that layer kinds, switches and ratios are those of the published model;
-then what costs memory is set to small sizes by name: widths, heads, layers, experts, vocabulary.
+Each starts with the defaults of its config class, so layer kinds, switches and ratios are those of the published model.
+Then the fields that determine memory get small values, by name: widths, heads, layers, experts, vocabulary.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ OWN: dict[str, Mapping[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), PLAIN_OF_IMAGES)},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots3_note_text": {"head_dim": HEAD_DIM + 8},
-    # Not the end of a document: at a sequence's begin, the pad token has a gradient of NaN there (0 ** 0.5).
+    # The pad token must not be EOS: at the start of a sequence the pad token has a NaN gradient (0 ** 0.5).
     "gemma3n_text": {"pad_token_id": VOCABULARY - 1},
     "hunyuan_v1_dense": WITH_HEADS,
     "hunyuan_v1_moe": WITH_HEADS,
@@ -119,11 +119,11 @@ OWN: dict[str, Mapping[str, Any]] = {
     "zamba": ZAMBA,
     "zamba2": {**ZAMBA, "hybrid_layer_ids": [2, 5], "kv_channels": HEAD_DIM, "num_query_groups": HEADS},
 }
-"""What a type needs besides: sizes that are products of others, and values that its class leaves open."""
+"""Further fields that a type needs: sizes that are products of others, and values without a default in its class."""
 
 
 def types() -> list[str]:
-    """Sorted; of those that share a config class, each."""
+    """All types, sorted, including those that share a config class."""
     return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
 
 
@@ -135,7 +135,7 @@ def tiny(model_type: str) -> PretrainedConfig:
 def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
     fields = config.to_dict()
     small = dict(fields)
-    # Written as the published file spells them, which may be another name than the class's own.
+    # The published file may spell a field differently from the class. Map its spelling to the class's name.
     own = {written: name for name, written in config.attribute_map.items()}
     for name, value in fields.items():
         part = vars(config).get(name)
@@ -165,10 +165,10 @@ def _small(name: str, value: Any) -> Any:
 
 
 def _few_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The first layers, as many as show every kind; what has an entry for each layer is cut to them."""
+    """Keep enough leading layers to contain every kind of layer, and truncate lists with one entry per layer."""
     count = next((fields[name] for name in LAYER_NAMES if isinstance(fields.get(name), int)), 0)
     lists = {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == count > 1}
-    # A list of the layers' own numbers makes no kinds of them.
+    # Ignore lists whose entries all differ (such as layer indices): they do not define kinds of layers.
     kinds = list(map(str, zip(*(value for value in lists.values() if len(set(map(str, value))) < count), strict=True)))
     kept = min(count, max([LAYERS, *(kinds.index(kind) + 1 for kind in set(kinds))]))
     small: dict[str, Any] = {}
@@ -188,14 +188,14 @@ def _few_layers(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_one_layer(name: str, value: Any) -> Any:
-    """Heads of another size stay of another size."""
+    """Shrink a field of one layer. A head_dim of its own stays different from that of the other layers."""
     if name in KEY_VALUE_NAMES:
         return HEADS
     return 2 * HEAD_DIM if name == "head_dim" else _small(name, value)
 
 
 def _rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Some scalings list a factor for each pair of features of a full-size head."""
+    """Replace rotary scalings that list a factor for each pair of features of a full-size head by the default."""
     rotary = fields.get("rope_parameters")
     if not isinstance(rotary, dict):
         return {}
