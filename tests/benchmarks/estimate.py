@@ -71,7 +71,7 @@ def cpu_seconds(arguments: Sequence[str], folder: Path) -> float:
     """CPU seconds of a Python process. Exit code 3 (the run does not fit) counts as an answer."""
     begun = _children()
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    surroundings.pop("PYTHONDONTWRITEBYTECODE", None)  # the libraries' bytecode is kept, and so is that of a checkout
+    surroundings.pop("PYTHONDONTWRITEBYTECODE", None)  # keep the bytecode of the libraries and of the checkout
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=surroundings, capture_output=True, text=True)
     if done.returncode not in (0, 3):
         raise SystemExit(f"{folder}: {' '.join(arguments)}: exit {done.returncode}\n{done.stderr}")

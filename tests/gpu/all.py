@@ -35,8 +35,8 @@ from tests.gpu.child import LEVEL, LEVELS, begin
 from tests.gpu.report import markdown
 
 ROOT = Path(__file__).parents[2]
-LANES = 4  # small cases that share the GPU
-SHORTEST = 3.0  # seconds: with less left, nothing is started
+LANES = 4  # number of small cases that share the GPU
+SHORTEST = 3.0  # seconds; nothing starts if less time is left
 Result = dict[str, Any]
 
 

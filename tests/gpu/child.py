@@ -30,7 +30,7 @@ def begin(text: str, file: str, log: str) -> None:
     file: path of the result.
     log: path of the log.
     """
-    os.setsid()  # so that what this child starts can be ended with it
+    os.setsid()  # so that processes of this child can be killed with it
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)

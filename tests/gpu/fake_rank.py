@@ -72,7 +72,7 @@ def without_values() -> Iterator[None]:
         return 1.0
 
     def agreed(tensor: torch.Tensor, **_: object) -> None:
-        tensor.fill_(1)  # a pipeline's neighbour knows the shapes
+        tensor.fill_(1)  # a neighbouring pipeline stage would agree on the shapes
 
     with (
         mock.patch("trainer.passes.self_check"),

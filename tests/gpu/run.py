@@ -53,8 +53,8 @@ SHAPES = {**MODELS, **MIXTURES, "tall": [*MODELS["llama"], "model.config.vocab_s
 Task = dict[str, Any]
 Numbers = dict[str, Any]
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "torchao", "triton", "numpy")
-WARM = 3  # steps that are not timed
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # what `join` leaves behind
+WARM = 3  # number of warm-up steps, which are not timed
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # variables that `join_world` leaves behind
 
 
 def set_segments(task: Task) -> None:
@@ -398,7 +398,7 @@ def _reference(task: Task, words: list[str]) -> Trained:
     with _alone(file):
         if not file.exists():
             file.write_bytes(pickle.dumps(train(words)))
-            for name in LAUNCHER:  # the next start is a new one
+            for name in LAUNCHER:  # the next run starts afresh
                 os.environ.pop(name, None)
         return pickle.loads(file.read_bytes())
 

@@ -77,9 +77,9 @@ def test_layouts_agree_in_bf16() -> None:
 
 @pytest.mark.parametrize("tuning", ["lora", "qlora"])
 def test_the_model_beneath_adapters_is_that_of_the_cpu(tuning: str, tmp_path: Path) -> None:
-    """Compares the first loss, to which adapters add nothing yet, because they are drawn on the device.
+    """Compares the first loss. Adapters add nothing to it yet, and each device draws its own initial values.
 
-    This also covers 4-bit codes.
+    The test also covers 4-bit codes.
     """
     keys = (f"tuning={tuning}", "tuning.rank=4", "optimizer=sgd", "optimizer.lr=0.3")
     gpu, cpu = on_both("llama", "fp32", tmp_path, *keys)

@@ -70,7 +70,7 @@ class Source:
     offload: whether the optimizer states are in host memory.
     tensor: tensor-parallel ranks.
     steps: updates before the save.
-    adapters: folder to which the base model of peft's adapters is saved.
+    adapters: folder for the base model of peft's adapters; "" trains without adapters.
     """
 
     name: str
@@ -218,7 +218,7 @@ def start(
     if source.groups:
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY, fused=True)
-    with redirect_stdout(io.StringIO()):  # memory readings that its bfloat16 optimizer prints
+    with redirect_stdout(io.StringIO()):  # the bfloat16 optimizer prints memory readings
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings(plan, source) | (more or {}))[0]
 
 
@@ -276,7 +276,7 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        engine.optimizer._hp_optimizer_states_linked = False  # linked after the first group alone
+        engine.optimizer._hp_optimizer_states_linked = False  # set after the first group only
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     state: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():

@@ -91,9 +91,9 @@ def _said(value: Any) -> str:
 
 
 class InFloat64(TorchFunctionMode):
-    """Makes code compute in float64 that upcasts to float32 whatever the model's dtype (mostly routers and norms).
+    """Replaces float32 by float64 in model code that computes in float32 at any dtype, mostly routers and norms.
 
-    Its float32 rounding would hide smaller errors.
+    The float32 rounding would hide smaller errors.
     """
 
     def __torch_function__(

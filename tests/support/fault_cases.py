@@ -274,7 +274,7 @@ def resumed_otherwise(bench: Bench) -> None:
     With another layout, number of ranks, micro-batch or dtype, the losses are the same up to rounding. Another model,
     seed, data set or batch is refused in one line with both values, and the folder remains untouched.
     """
-    still = ("model.config.resid_pdrop=0.0",)  # another layout draws other masks
+    still = ("model.config.resid_pdrop=0.0",)  # dropout masks differ between layouts
     run, alone = bench.place() / "run", bench.alone("fsdp", *still)
     shutil.copytree(alone.folder, run)
     shutil.rmtree(run / CHECKPOINTS / step_name(STEPS))

@@ -1,7 +1,7 @@
 """Bytes that a rank holds, per parameter of the whole model, at three moments of a run on the CPU.
 
-The measurement is independent of the layout. It counts every storage from allocation to release, at moments when no
-activation is alive. The table in docs/zero-and-fsdp.md is written from it.
+The measurement is independent of the layout. It counts every storage from allocation to release. The moments are those
+at which no activation is alive. The table in docs/zero-and-fsdp.md is written from it.
 
     at rest          before the first step: parameters, master weights, and preallocated buffers
     accumulating     step 2, between two micro-batches: also the gradients so far, and the optimizer states

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
-SLURM = "tests/slurm/"  # one cluster for all of them
+SLURM = "tests/slurm/"  # all of them share one cluster
 WAITING = (
     SLURM,
     "tests/test_launch_restarts.py",

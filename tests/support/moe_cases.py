@@ -98,7 +98,7 @@ def beside_transformers(overrides: Overrides) -> list[tuple[float, float]]:
         valid, plain = sum(batch.valid_tokens() for batch in batches), 0.0
         text, logits = engine.model.config, []
         experts, top_k = getattr(text, "num_experts", None) or text.num_local_experts, text.num_experts_per_tok
-        engine.model.eval()  # in which the trainer attaches nothing
+        engine.model.eval()  # in eval mode the trainer attaches nothing
         for batch in batches:
             assert batch.lengths is not None
             real = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]

@@ -20,7 +20,7 @@ class Signs(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 state["step"] = state.get("step", 0) + 1
-                state["mean"] = p.grad + group["slow"] * state.get("mean", torch.zeros_like(p))  # another tensor
+                state["mean"] = p.grad + group["slow"] * state.get("mean", torch.zeros_like(p))  # a new tensor
                 p.data = p.data - group["lr"] * state["mean"].sign() / state["step"]
 
 

@@ -15,7 +15,7 @@ from trainer.process.runtime import join_world as join_group
 
 @composes
 def wrong_pieces(overrides: Overrides) -> tuple[int, list[str]]:
-    """The number of parameters sharded over several ranks, and the names of those not restored correctly by a join."""
+    """The number of parameters sharded over several ranks, and the names of those that `join` does not restore."""
     config = composed(overrides)
     plan = make_plan(config, find_machine())
     wrong, divided = [], 0

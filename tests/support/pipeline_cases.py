@@ -76,7 +76,7 @@ class Case:
         return self.pp * self.dp_shard
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "config": self.config}  # the test composes it, and not each rank
+        return {**vars(self), "config": self.config}  # composed by the test, not by each rank
 
     @functools.cached_property
     def config(self) -> Config:

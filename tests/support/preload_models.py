@@ -16,7 +16,7 @@ for module in ("generation.utils", "processing_utils", "convert_slow_tokenizer",
     import_module(f"transformers.{module}")
 for module in ("checkpoint.manager", "data.build", "estimate.tracker", "run.loop"):
     import_module(f"trainer.{module}")
-for module in ("peft.tuners.lora.bnb", "bitsandbytes", "torch.profiler._cupti_monitor"):  # not installed everywhere
+for module in ("peft.tuners.lora.bnb", "bitsandbytes", "torch.profiler._cupti_monitor"):  # may be missing
     with contextlib.suppress(ImportError):
         import_module(module)
 with contextlib.suppress(EnvironmentProblem):

@@ -187,7 +187,7 @@ def kill_at(folder: str, at: int | None) -> list[str]:
     def note(event: str, path: object, below: object = -1) -> None:
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
-        elif isinstance(below, int) and below >= 0:  # a folder that is deleted names its files within itself
+        elif isinstance(below, int) and below >= 0:  # deleting a folder reports paths relative to it
             path = f"{os.readlink(f'/proc/self/fd/{below}')}/{path}"
         if str(path).startswith(folder):
             if len(seen) == at:

@@ -26,7 +26,7 @@ def once(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.cache
     def remembered(*args: Any, **given: Any) -> R:
-        if _folder is None:  # no test, but a script that uses its helpers
+        if _folder is None:  # no test session: a script uses the helpers
             return function(*args, **given)
         name = f"{function.__module__}.{function.__qualname__}"
         file = _folder / sha256(repr((name, args, sorted(given.items()))).encode()).hexdigest()

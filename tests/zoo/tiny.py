@@ -143,7 +143,7 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
         if isinstance(part, PretrainedConfig):
             small[name] = _shrunk(part)
         elif isinstance(value, float) and any(noise in name for noise in NOISE):
-            small[name] = 0.0  # ranks draw other numbers
+            small[name] = 0.0  # ranks draw different noise
         elif known in SIZES:
             small[name] = _small(known, value)
     heads = next((fields[name] for name in HEAD_NAMES if isinstance(fields.get(name), int)), None)
@@ -151,9 +151,9 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
         if isinstance(fields.get(name), int):
             small[name] = HEADS if fields[name] == heads else min(2, fields[name])
     if "qk_rope_head_dim" in small and "head_dim" in small:
-        small["head_dim"] = small["qk_rope_head_dim"]  # latent attention turns this part alone
+        small["head_dim"] = small["qk_rope_head_dim"]  # latent attention rotates this part only
     if fields.get("is_decoder") is False and not fields.get("is_encoder_decoder"):
-        small["is_decoder"] = True  # of a type that is an encoder as well
+        small["is_decoder"] = True  # for types that can also be encoders
     return {**small, **_few_layers(fields), **_rotary(fields), **OWN.get(config.model_type, {})}
 
 
