@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -36,3 +37,17 @@ def test_a_library_that_is_imported_already_is_not_hidden() -> None:
     with importing._hidden("json"):
         assert find_spec("json") is not None
     assert "json" in sys.modules
+
+
+def test_only_an_entry_point_has_the_process_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers remembers of scipy would reach a notebook's other models."""
+    commands = Path(sys.executable).parent
+    for main, own in (
+        (SimpleNamespace(__spec__=SimpleNamespace(name="trainer.__main__")), True),
+        (SimpleNamespace(__spec__=None, __file__=str(commands / "memory-estimate")), True),
+        (SimpleNamespace(__spec__=SimpleNamespace(name="mine.train")), False),
+        (SimpleNamespace(__spec__=None, __file__="/home/user/trainer.py"), False),
+        (SimpleNamespace(__spec__=None), False),  # an interactive interpreter
+    ):
+        monkeypatch.setitem(sys.modules, "__main__", main)
+        assert importing._own_process() is own

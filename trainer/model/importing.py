@@ -13,23 +13,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 SCAN = "create_import_structure_from_path"
 """Of transformers.utils.import_utils: reads which names a folder's modules export. Remembers what it was asked for."""
+MODULES = ("trainer", "launch")
+COMMANDS = ("cookbook", "memory-estimate")
 
 
 def import_transformers() -> None:
     """Import what the code of every language model needs."""
     if "transformers.modeling_utils" in sys.modules:
         return
-    with _hidden("scipy"):
+    with _hidden("scipy") if _own_process() else nullcontext():
         from transformers.utils import import_utils
 
-        scan = getattr(import_utils, SCAN, None)
-        with patch.object(import_utils, SCAN, _once(scan)) if scan is not None else nullcontext():
+        with _scanned_once(import_utils):
             import transformers.models
         import transformers.modeling_utils  # noqa: F401
+
+
+def _own_process() -> bool:
+    """Whether this process runs an entry point of this project, and not a program that imports it."""
+    main = sys.modules["__main__"]
+    if (spec := getattr(main, "__spec__", None)) is not None:
+        return spec.name.split(".")[0] in MODULES
+    command = Path(getattr(main, "__file__", None) or "")
+    return command.name in COMMANDS and command.parent == Path(sys.executable).parent
 
 
 @contextmanager
@@ -44,6 +53,20 @@ def _hidden(name: str) -> Iterator[None]:
         yield
     finally:
         del modules[name]
+
+
+@contextmanager
+def _scanned_once(import_utils: Any) -> Iterator[None]:
+    """The folder of models is read once. A version of transformers without the function imports as it does."""
+    scan = getattr(import_utils, SCAN, None)
+    if scan is None:
+        yield
+        return
+    setattr(import_utils, SCAN, _once(scan))
+    try:
+        yield
+    finally:
+        setattr(import_utils, SCAN, scan)
 
 
 def _once(scan: Callable[[Any], Any]) -> Callable[[Any], Any]:
