@@ -189,7 +189,9 @@ def eight_bits(config: Config) -> EightBits | None:
 
 def exported(described: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """What the file of an adapter holds. described: the model's `peft_config`. tensors: what is trained, by name."""
-    kind = next(kind for kind in map(owner_of, tensors) if kind is not None)
+    # Kinds of virtual tokens have their parameters under one name, and their own forms in peft.
+    of_inputs = (kind for kind in inputs.KINDS if kind.peft == described.peft_type)
+    kind = next(of_inputs, None) or next(kind for kind in map(owner_of, tensors) if kind is not None)
     return kind.exported(described, tensors)
 
 
