@@ -19,7 +19,7 @@ from configs.schema import Config
 from tests.support import cases
 from tests.support.cases import Trained
 from tests.support.harness import Overrides, composed, composes, run_ranks
-from tests.support.kernels import mark_complete
+from tests.support.kernels import mark_complete, remove_stale_locks
 from trainer.data.build import build_data
 from trainer.engine import Engine, StepReport, build_engine
 from trainer.engine.deepspeed import preflight
@@ -207,4 +207,5 @@ def build_or_skip(run: list[str]) -> None:
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "compiling.lock"):
+        remove_stale_locks()
         run_ranks(1, build_kernels, run, timeout=1800)

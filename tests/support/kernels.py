@@ -53,3 +53,10 @@ def mark_complete() -> None:
     for built in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/*.so"):
         if built.stem == built.parent.name:
             (built.parent / COMPLETE).touch()
+
+
+def remove_stale_locks() -> None:
+    """Remove the locks of compilations that were killed. torch would wait for them without end. No other process may
+    be compiling there."""
+    for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
+        lock.unlink()
