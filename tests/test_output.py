@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -112,7 +113,7 @@ from configs import waiting
 from configs.output import announce
 announce("the first part")
 with waiting.on("something in it"):
-    time.sleep(1.5)
+    time.sleep(4)
 time.sleep(2.5)
 waiting.clear()
 print("an answer", flush=True)
@@ -121,7 +122,7 @@ announce("others that write soon", until=lambda: others)
 others.append("a line")
 time.sleep(1.5)
 with waiting.on("called from a script"):
-    time.sleep(1.2)
+    time.sleep(4)
 print(f"{threading.active_count()} thread", flush=True)
 """
 
@@ -139,10 +140,12 @@ def test_a_terminal_shows_how_long_it_has_been_waited(tmp_path: Path) -> None:
     os.close(master)
     first, waited, said, others, end = shown.decode().split("\n")
     assert first == "preparing  the first part\r" and said == "preparing  others that write soon\r" and not end
-    assert waited.index("something in it  1 s\r") < waited.index("           3 s\r")
+    # On a machine with other work a second may be shown late.
+    inside, outside = (re.search(rf"{text}  \d s\r", waited) for text in ("something in it", " {9}"))
+    assert inside and outside and inside.start() < outside.start()
     assert waited.endswith("\r\x1b[Kan answer\r")
     before, _, after = others.partition("called from a script")
-    assert " s\r" not in before and "called from a script  1 s\r" in others
+    assert " s\r" not in before and re.search(r"called from a script  \d s\r", others)
     assert after.endswith("\r\x1b[K1 thread\r")
     file = tmp_path / "file"
     with file.open("w") as out:
