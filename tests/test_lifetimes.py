@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 from launch.process import rank_processes
-from tests.support.harness import free_port
 from tests.support.parity import words
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_of
 from trainer.process.status import check_idle, read_status
@@ -124,7 +123,7 @@ def test_a_run_on_one_node_is_reached_from_this_machine_only(launched: Lost) -> 
 
 def test_ranks_of_torchrun_notice_that_it_is_gone(tmp_path: Path) -> None:
     """SIGUSR1 asks a run to stop, but torchrun does not handle it and dies."""
-    door = ("torchrun", f"--master-port={free_port()}", "--nproc-per-node=2", "-m", "trainer")
+    door = ("torchrun", "--rdzv-backend=loopback", "--nproc-per-node=2", "-m", "trainer")
     lost = lose(tmp_path, signal.SIGUSR1, *door, *words("gpt2", "ddp", "fp32", 100_000, *ENDLESS))
     assert not lost.left
     status = read_status(lost.run)
