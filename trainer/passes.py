@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from configs.choices import Checkpointing, EngineName
@@ -27,15 +24,13 @@ from trainer.axes.ddp import apply_ddp
 from trainer.axes.expert import on_parts
 from trainer.axes.expert.apply import apply_expert_parallel, check_stacks
 from trainer.axes.fsdp import apply_fsdp
-from trainer.axes.mesh import Meshes
 from trainer.axes.pipeline.check import check_stages
-from trainer.axes.pipeline.split import Stage, split_model
+from trainer.axes.pipeline.split import split_model
 from trainer.axes.sequence import apply_context_parallel
 from trainer.axes.sequence_check import check_sequence
-from trainer.axes.tensor.apply import TensorParallel, apply_tensor_parallel, shares, tensor_plan
+from trainer.axes.tensor.apply import apply_tensor_parallel, shares, tensor_plan
 from trainer.axes.tensor.check import self_check
 from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
-from trainer.compile import apply_compile
 from trainer.document_mask import check_document_mask, give_lengths
 from trainer.model.build import architecture, decoder_layers, text_config
 from trainer.model.causal import build_causal
@@ -43,12 +38,12 @@ from trainer.model.head import slice_head
 from trainer.model.layers import mark_read_directly
 from trainer.model.loss import Smoothed, cross_entropy_sum, in_training
 from trainer.model.noise import Noise, add_noise
-from trainer.model.objective import Objective
 from trainer.model.probe import Probe, probe, uncalled_names, untrained_names
-from trainer.model.roles import Described, describe
-from trainer.moe.balancing import Balancing, build_balancing
+from trainer.model.roles import describe
+from trainer.moe.balancing import build_balancing
 from trainer.optim import by_role
 from trainer.optim.table import saved_kinds
+from trainer.parts import Parts
 from trainer.plan.documents import by_length
 from trainer.plan.plan import Plan
 from trainer.plan.views import EXPERT
@@ -56,54 +51,6 @@ from trainer.recompute import apply_checkpointing
 from trainer.update import ask
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, slots=True)
-class Parts:
-    """A model on its way through the passes; at the end, the module that this rank runs.
-
-    meshes: None in an estimate, where nothing is divided.
-    model: the unsplit model, with all its names.
-    modules: the model, or this rank's pipeline stages.
-    stages: this rank's pipeline stages; empty without a pipeline.
-    tensor: one entry for each module; empty without tensor parallel.
-    objective: where the loss is computed.
-    balancing: of routed experts; None for a dense model.
-    compiler: compiles the layers; an estimate has its own.
-    described: description of the whole model.
-    kinds: tensors that the optimizer keeps for each parameter.
-    fill, zero: functions of the engine that give a module its values, and pass the model to DeepSpeed.
-    """
-
-    config: Config
-    plan: Plan
-    meshes: Meshes | None
-    model: PreTrainedModel
-    fill: Callable[[PreTrainedModel], None] | None = None
-    zero: Callable[[Parts], None] | None = None
-    compiler: Callable[[nn.Module], None] = apply_compile
-    modules: list[PreTrainedModel] = field(default_factory=list)
-    stages: list[Stage] = field(default_factory=list)
-    tensor: list[TensorParallel] = field(default_factory=list)
-    described: dict[str, Described] = field(default_factory=dict)
-    kinds: dict[str, frozenset[str]] = field(default_factory=dict)
-    objective: Objective = field(default_factory=lambda: Objective(loss=cross_entropy_sum))
-    balancing: Balancing | None = None
-    ddp: DistributedDataParallel | None = None
-
-    def __post_init__(self) -> None:
-        self.modules = [self.model]
-
-    def axis(self, *names: str) -> DeviceMesh:
-        assert self.meshes is not None
-        return self.meshes.dense[names] if names else self.meshes.dense
-
-    @property
-    def with_head(self) -> PreTrainedModel | None:
-        """This rank's module that returns logits; None for stages that send hidden states."""
-        if not self.stages:
-            return self.model
-        return next((stage.module for stage in self.stages if stage.is_last), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,5 +30,5 @@ def build_engine(config: Config, plan: Plan, runtime: Runtime) -> Engine:
     from trainer.engine.mezo import Mezo
     from trainer.engine.torch import TorchEngine
 
-    made = {update.after_backward.NAME: TorchEngine, update.in_backward.NAME: InBackward, update.mezo.NAME: Mezo}
-    return made[update.ask(config.optimizer).NAME](config, plan, runtime)
+    made: dict[update.Update, type[TorchEngine]] = {update.in_backward: InBackward, update.mezo: Mezo}
+    return made.get(update.ask(config.optimizer), TorchEngine)(config, plan, runtime)

@@ -12,7 +12,8 @@ from trainer.linear.values import TunedWeights
 from trainer.model.causal import build_causal
 from trainer.model.filling import WeightSource
 from trainer.model.weights import open_weights
-from trainer.passes import Parts, parallelize
+from trainer.parts import Parts
+from trainer.passes import parallelize
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
 

@@ -33,7 +33,8 @@ from trainer.estimate.profile import Anatomy, Parameter
 from trainer.model.build import decoder_layers, held_layers
 from trainer.model.layers import EightBits, gathered_width, is_packed, owned, values_shape
 from trainer.model.roles import describe
-from trainer.passes import Parts, divide
+from trainer.parts import Parts
+from trainer.passes import divide
 from trainer.plan.plan import Plan
 from trainer.plan.views import View
 from trainer.process.runtime import leave_world

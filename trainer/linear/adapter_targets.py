@@ -24,10 +24,10 @@ from configs.errors import ConfigError
 from configs.schema import Tuning
 from trainer.model.build import decoder_layers
 from trainer.model.layers import computes_linearly, is_packed
+from trainer.model.roles import INNER
 from trainer.plan.model_fields import EXPERTS
 
 ROUTERS = ("router", "gate")
-ALREADY_ADAPTED = "base_layer"
 ALL = "all-linear"
 PATTERN = re.compile(r"[*+?()\[\]|\\^$]")
 
@@ -165,7 +165,7 @@ def _in_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     stack = decoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is stack)
     for name, module in stack.named_modules(prefix=prefix):
-        if ALREADY_ADAPTED not in name:
+        if INNER not in name.split("."):  # it has an adapter already
             yield name, module
 
 

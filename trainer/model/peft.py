@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from configs.errors import EnvironmentProblem
+from trainer.model.roles import INNER
 
 log = logging.getLogger(__name__)
 NAME = "default"  # peft's name of the only adapter
@@ -20,7 +21,7 @@ def is_adapter(name: str) -> bool:
 
 def plain_name(name: str) -> str:
     """A parameter's or module's name in the model without adapters: peft moves an adapted layer one level down."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+    return ".".join(part for part in name.split(".") if part != INNER)
 
 
 def stored_name(name: str) -> str:

@@ -95,7 +95,7 @@ class Described:
 
 
 INNER = "base_layer"
-"""What peft calls the module that it has put an adapter around."""
+"""peft's name of the module inside an adapter."""
 HEADS = "heads"
 """Query, key and value in one weight, whose sizes are those of the heads."""
 PACKED: dict[str, dict[str, int | str]] = {

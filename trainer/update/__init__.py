@@ -3,7 +3,6 @@
 wanted      whether the optimizer's settings choose it
 problems    what it cannot be combined with, and why: one line each
 passes      how often a step runs the model forward and backward
-NAME        its engine in `trainer.engine.build_engine`
 GRADIENTS   whether the gradients of the whole model are there at once, between the backward and the update
 said        what it does, for the estimate's explanation; empty for the usual way
 
@@ -24,9 +23,6 @@ from trainer.update.passes import Passes
 
 
 class Update(Protocol):
-    @property
-    def NAME(self) -> str: ...
-
     @property
     def GRADIENTS(self) -> bool: ...
 

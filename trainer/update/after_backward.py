@@ -9,7 +9,6 @@ from configs.schema import Config, Optimizer
 from trainer.plan.batch import BatchPlan
 from trainer.update.passes import Passes
 
-NAME = "after_backward"
 GRADIENTS = True
 
 

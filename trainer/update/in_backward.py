@@ -23,7 +23,6 @@ from trainer.axes import EXPERTS, PIPELINE, TENSOR
 from trainer.plan.batch import BatchPlan
 from trainer.update.passes import Passes
 
-NAME = "in_backward"
 GRADIENTS = False
 KEY = "optimizer.in_backward=true"
 REASONS = {

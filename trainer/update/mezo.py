@@ -23,7 +23,6 @@ from trainer.optim.table import chosen_by
 from trainer.plan.batch import BatchPlan
 from trainer.update.passes import Passes
 
-NAME = mezo.__name__.rpartition(".")[2]
 GRADIENTS = False
 
 
@@ -43,21 +42,19 @@ def problems(config: Config, batch: BatchPlan) -> Iterator[str]:
     if (degree := getattr(parallel, PIPELINE)) > 1:
         yield f"{key}: parallel.{PIPELINE}={degree} orders forwards with their backwards; use parallel=fsdp or tensor"
     if config.optimizer.in_backward:
-        yield f"optimizer.in_backward=true: {NAME} runs no backward; leave it out"
+        yield "optimizer.in_backward=true: mezo runs no backward; leave it out"
     if config.train.clip_grad_value:
         yield (
-            f"train.clip_grad_value={config.train.clip_grad_value}: {NAME} has one slope, and no"
+            f"train.clip_grad_value={config.train.clip_grad_value}: mezo has one slope, and no"
             " elements to clip; use train.clip_grad_norm, which limits the slope"
         )
     if config.optimizer.ema:
-        yield f"optimizer.ema={config.optimizer.ema}: {NAME} keeps no states; leave it out"
+        yield f"optimizer.ema={config.optimizer.ema}: mezo keeps no states; leave it out"
     for name in ("label_smoothing", "neftune_alpha"):
         if value := getattr(config.train, name):
-            yield (
-                f"train.{name}={value}: {NAME} follows the loss of a validation, which is the plain one; leave it out"
-            )
+            yield (f"train.{name}={value}: mezo follows the loss of a validation, which is the plain one; leave it out")
     if moe.acts(config):
-        yield f"{moe.asked(config)}: acts through gradients, and {NAME} has none; leave it out"
+        yield f"{moe.asked(config)}: acts through gradients, and mezo has none; leave it out"
 
 
 def passes(config: Config) -> Passes:

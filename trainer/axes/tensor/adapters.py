@@ -68,10 +68,10 @@ def styles_of(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     plain = match(plan, {plain_name(name) for name in names})
     styles = {name: style for name in names if (style := plain.get(plain_name(name)))}
-    for layer in (name.removesuffix(".base_layer") for name in names if name.endswith(".base_layer")):
+    for layer in (name.removesuffix(f".{INNER}") for name in names if name.endswith(f".{INNER}")):
         style = styles.get(layer, "replicate")
         both = BESIDE.get(split_style(style)[0], ("replicate",) * 2)
-        styles.pop(layer if both else f"{layer}.base_layer", None)
+        styles.pop(layer if both else f"{layer}.{INNER}", None)
         for matrix, beside in zip("AB", both, strict=False):
             prefix = f"{layer}.lora_{matrix}."
             modules = {

@@ -57,7 +57,7 @@ from trainer.model.noise import numbered
 from trainer.model.pieces import join
 from trainer.model.precision import apply_tf32, build_loss_scale, torch_dtype
 from trainer.optim.build import build_optimizer, learning_rates, set_lr
-from trainer.passes import Parts
+from trainer.parts import Parts
 from trainer.plan.plan import Plan
 from trainer.process.runtime import Runtime
 
