@@ -247,12 +247,18 @@ def host_names(nodes: str) -> list[str]:
     return done.stdout.split()
 
 
-def free_port() -> int:
-    """A free port of this node outside the kernel's range of ephemeral ports."""
+def ephemeral_ports() -> range:
+    """Ports that the kernel gives to outgoing connections."""
     first, last = 32768, 60999
     with contextlib.suppress(OSError):
         first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    ports = [port for port in range(10_000, 65_000) if not first <= port <= last]
+    return range(first, last + 1)
+
+
+def free_port() -> int:
+    """A free port of this node outside the kernel's range of ephemeral ports."""
+    ephemeral = ephemeral_ports()
+    ports = [port for port in range(10_000, 65_000) if port not in ephemeral]
     for port in random.sample(ports, k=len(ports)):
         with contextlib.suppress(OSError), socket.socket() as listener:
             listener.bind(("", port))

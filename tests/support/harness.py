@@ -7,15 +7,18 @@ hang are killed and named.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +26,10 @@ from typing import Any, TypeVar
 
 from configs.load import load_config
 from configs.schema import Config
+from slurm.supervise import ephemeral_ports
 
 F = TypeVar("F", bound=Callable[..., Any])
+PORTS = 24
 Overrides = Config | list[str]
 PRELOADED = [
     "trainer",
@@ -68,8 +73,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     if vars(function).get("composes"):
         overrides, *rest = args
         args = (composed(overrides), *rest)
-    with TemporaryDirectory() as folder:
-        port = free_port()
+    with TemporaryDirectory() as folder, reserved_ports() as port:
         ranks = [
             _context.Process(target=_rank, args=(rank, world_size, port, folder, function, args))
             for rank in range(world_size)
@@ -87,10 +91,30 @@ def fork(function: Callable[..., Any], *args: Any) -> BaseProcess:
     return process
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@contextmanager
+def reserved_ports() -> Iterator[int]:
+    """The first of `PORTS` consecutive ports that no other test and no outgoing connection takes meanwhile.
+
+    The port before them stays bound until the block ends, which keeps the other processes of the tests away.
+    """
+    ephemeral = ephemeral_ports()
+    starts = [
+        port
+        for port in range(10_000, 65_000 - PORTS, PORTS + 1)
+        if port not in ephemeral and port + PORTS not in ephemeral
+    ]
+    for guard in random.sample(starts, k=len(starts)):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            held.enter_context(socket.socket()).bind(("127.0.0.1", guard))
+            for port in range(guard + 1, guard + 1 + PORTS):
+                with socket.socket() as listener:
+                    listener.bind(("127.0.0.1", port))
+            keep = held.pop_all()
+            break
+    else:
+        raise AssertionError("no ports are free on this machine")
+    with keep:
+        yield guard + 1
 
 
 def _rank(
