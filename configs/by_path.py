@@ -33,7 +33,7 @@ def find(path: str, given: str, *, kind: str = "class") -> Any:
     try:
         found = getattr(import_module(module), name, None)
     except (Exception, SystemExit) as error:  # whatever the module raises
-        raise PlanError(f"{given}: cannot import {module} ({told(error)}); install it, or mend the path") from None
+        raise PlanError(f"{given}: cannot import {module} ({described(error)}); install it, or mend the path") from None
     if found is None:
         near = get_close_matches(name, dir(import_module(module)), n=1)
         raise PlanError(f"{given}: {module} has no {name}; {f'did you mean {near[0]}?' if near else 'mend the path'}")
@@ -87,7 +87,7 @@ def unknown(name: str, known: Iterable[str], *, key: str) -> str:
     return f"has no such option; {meant} {has}"
 
 
-def told(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """An error raised by a user's code, and where: `KeyError: 3, at /home/me/rows.py:12 in __getitem__`.
 
     The place is left out if the error does not come from user code (Python, a library, this project).

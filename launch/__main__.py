@@ -18,7 +18,7 @@ from pathlib import Path
 
 from configs import waiting
 from configs.choices import LauncherName
-from configs.door import Door, parse_arguments, show
+from configs.entry_point import EntryPoint, parse_arguments, show
 from configs.errors import EXIT_FINISHED
 from configs.interpolation import settle_clock
 from configs.load import load_config
@@ -40,7 +40,7 @@ from trainer.process.world import PLAN_SHOWN
 from trainer.report.folder import default_run_dir, make_run_dir
 
 DEFAULT_PORT = 29500  # between nodes, where a port that is free here need not be free on node 0
-DOOR = Door(
+ENTRY_POINT = EntryPoint(
     program="python -m launch",
     purpose="Train a causal language model: on this machine, or on a SLURM, Kubernetes or Ray cluster.",
     examples=(
@@ -74,9 +74,9 @@ def _answer(words: Sequence[str]) -> int:
         from launch.importing import main as import_main
 
         return import_main(words[1:])
-    arguments = parse_arguments(DOOR, words)
+    arguments = parse_arguments(ENTRY_POINT, words)
     if arguments.show is not None:
-        print(show(DOOR, arguments))
+        print(show(ENTRY_POINT, arguments))
         return delivered(EXIT_FINISHED)
     if not arguments.sweep:
         return launch(arguments.overrides, config_dir=arguments.config_dir)[0]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from configs import waiting
 from configs.choices import EstimateFormat
-from configs.door import Arguments, one_line
+from configs.entry_point import Arguments, one_line
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, ConfigError, PlanError
 from configs.load import expand_sweep, load_config, record
 from configs.schema import Config

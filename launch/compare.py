@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from configs.door import Arguments, Door, parse_arguments, show, turn_away
+from configs.entry_point import Arguments, EntryPoint, parse_arguments, print_problems, show
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_FINISHED, ConfigError, CookbookError
 from launch.comparison.figures import check_matplotlib
 from launch.comparison.page import write_page
@@ -30,7 +30,7 @@ from trainer.process.status import FINISHED, read_status
 from trainer.report.reading import Run, read_run
 
 RECORD = "compare.json"
-DOOR = Door(
+ENTRY_POINT = EntryPoint(
     program="python -m launch compare",
     purpose="Train the same model on the same data under several layouts, and write one page that compares them.",
     examples=(
@@ -47,9 +47,9 @@ def compare(words: Sequence[str], *, launch: Launch) -> int:
 
     Raises CookbookError before anything is started.
     """
-    arguments = parse_arguments(DOOR, words)
+    arguments = parse_arguments(ENTRY_POINT, words)
     if arguments.show is not None:
-        print(show(DOOR, arguments))
+        print(show(ENTRY_POINT, arguments))
         return EXIT_FINISHED
     check_matplotlib()
     if len(arguments.overrides) == 1 and "=" not in arguments.overrides[0]:
@@ -71,10 +71,10 @@ def _compare(arguments: Arguments, launch: Launch) -> int:
     codes: list[int] = []
     for number, point in enumerate(points):
         _record(folder, points)
-        code, told, reason = _run(point, folder, f"{number + 1} of {len(points)}", launch, arguments.config_dir)
+        code, stopped, reason = _run(point, folder, f"{number + 1} of {len(points)}", launch, arguments.config_dir)
         codes.append(code)
         points[number] = replace(point, reason=reason)
-        if told:
+        if stopped:
             points[number + 1 :] = [replace(later, reason="not begun") for later in points[number + 1 :]]
             codes.append(EXIT_FAILED)
             break
@@ -96,10 +96,10 @@ def _run(
         print("finished already")
         return EXIT_FINISHED, False, None
     try:
-        code, told = launch(point.words, config_dir=config_dir, stay=True)
+        code, stopped = launch(point.words, config_dir=config_dir, stay=True)
     except CookbookError as error:
-        return turn_away(error), False, error.problems[0]
-    return code, told, None if code == EXIT_FINISHED else f"ended with exit code {code}"
+        return print_problems(error), False, error.problems[0]
+    return code, stopped, None if code == EXIT_FINISHED else f"ended with exit code {code}"
 
 
 def _record(folder: Path, points: Sequence[Point]) -> None:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import NoneType
 from typing import get_args
 
-from configs.door import turn_away
+from configs.entry_point import print_problems
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.keys import plain_kind, schema_keys
 from configs.load import group_options
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(SCRIPTS[words[0]].strip())
     else:
         shown = " ".join(words) or "(nothing)"
-        return turn_away(ConfigError(f"cookbook completion {shown}: name a shell; choose {', '.join(SCRIPTS)}"))
+        return print_problems(ConfigError(f"cookbook completion {shown}: name a shell; choose {', '.join(SCRIPTS)}"))
     return delivered(EXIT_FINISHED)
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from configs.door import turn_away, version
+from configs.entry_point import print_problems, version
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.output import delivered, guard_output
 
@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "report": ("launch.report", (), "one page about a run, and its loss curve"),
     "generate": ("launch.generate", (), "let the model of a run write"),
     "checkpoint": ("trainer.checkpoint.__main__", (), "list, verify, export, convert checkpoints"),
-    "doctor": ("launch.doctor.door", (), "what this machine offers, and what each layout lacks here"),
+    "doctor": ("launch.doctor.__main__", (), "what this machine offers, and what each layout lacks here"),
     "completion": ("launch.completion", (), "completion for bash, zsh or fish"),
     "status": ("launch.__main__", ("status",), "how a submitted run stands"),
     "cancel": ("launch.__main__", ("cancel",), "cancel a submitted run"),
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(version())
         return delivered(EXIT_FINISHED)
     if words[0] not in COMMANDS:
-        return turn_away(
+        return print_problems(
             ConfigError(f"cookbook {words[0]}: no such command; there are {', '.join(COMMANDS)}; see cookbook --help")
         )
     module, before, _ = COMMANDS[words[0]]

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 
-from configs.door import Arguments, Door, parse_arguments, show, turn_away
+from configs.entry_point import Arguments, EntryPoint, parse_arguments, print_problems, show
 from configs.errors import EXIT_FINISHED, CookbookError
 from configs.interpolation import settle_clock
 from configs.load import load_config
 from configs.output import delivered, guard_output
 
-DOOR = Door(
+ENTRY_POINT = EntryPoint(
     program="memory-estimate",
     purpose="Predict the memory that a training run needs on each GPU. Needs no GPU, no weights and no network.",
     examples=(
@@ -43,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.disable()
     guard_output()
     try:
-        arguments = parse_arguments(DOOR, settle_clock(sys.argv[1:] if argv is None else argv, datetime.now()))
+        arguments = parse_arguments(ENTRY_POINT, settle_clock(sys.argv[1:] if argv is None else argv, datetime.now()))
         if arguments.show is not None:
-            print(show(DOOR, arguments))
+            print(show(ENTRY_POINT, arguments))
             return delivered(EXIT_FINISHED)
         return delivered(_answer(arguments))
     except CookbookError as error:
-        return turn_away(error)
+        return print_problems(error)
     finally:
         gc.enable()
 

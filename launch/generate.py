@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.door import Parser
+from configs.entry_point import Parser
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.output import delivered
 from trainer.process.answering import answered

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.door import Parser
+from configs.entry_point import Parser
 from configs.errors import EXIT_FINISHED, ConfigError, CookbookError, PlanError
 from configs.imports.combine import Imported, has_model
 from configs.imports.write import as_config, experiment, report

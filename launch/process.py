@@ -65,7 +65,7 @@ def run_command(command: Command, signals: Forwarding) -> Outcome:
         stderr=subprocess.PIPE,
         process_group=0,
     )
-    signals.tell = partial(tell_ranks, child.pid)
+    signals.forward = partial(signal_ranks, child.pid)
     assert child.stderr is not None
     relay = Relay(sys.stderr)
     # A progress bar's carriage return is not the end of a line.
@@ -77,10 +77,10 @@ def run_command(command: Command, signals: Forwarding) -> Outcome:
     reader.join(GRACE_SECONDS)
     if not reader.is_alive():
         lines.close()
-    signals.tell = None
+    signals.forward = None
     killed = signal.Signals(-code) if code < 0 else None
     return Outcome(
-        code=128 - code if killed else relay.rank_code(code), killed=killed, to_stop=signals.told, relay=relay
+        code=128 - code if killed else relay.rank_code(code), killed=killed, to_stop=signals.stop_requested, relay=relay
     )
 
 
@@ -112,12 +112,12 @@ class Forwarding:
 
     A signal that we were started to ignore (nohup) stays ignored. Python delivers no signals to other threads than the
     main one, so none is forwarded there.
-    tell: forwards a signal; its second argument is whether the run was asked before.
+    forward: forwards a signal; its second argument is whether the run was asked before.
     """
 
     def __init__(self) -> None:
-        self.tell: Callable[[signal.Signals, bool], None] | None = None
-        self.told = False
+        self.forward: Callable[[signal.Signals, bool], None] | None = None
+        self.stop_requested = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -132,13 +132,13 @@ class Forwarding:
             signal.signal(number, handler)
 
     def _forward(self, number: int, _frame: object) -> None:
-        if self.tell is None:
+        if self.forward is None:
             sys.exit(128 + number)
-        again, self.told = self.told and number != signal.SIGUSR1, True
-        self.tell(signal.Signals(number), again)
+        again, self.stop_requested = self.stop_requested and number != signal.SIGUSR1, True
+        self.forward(signal.Signals(number), again)
 
 
-def tell_ranks(launcher: int, number: signal.Signals, again: bool) -> None:
+def signal_ranks(launcher: int, number: signal.Signals, again: bool) -> None:
     """Send a signal to a launcher's ranks; to its process group if there are none yet, and on a repeated request."""
     with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
         ranks = [] if again else rank_processes(psutil.Process(launcher))
@@ -261,7 +261,7 @@ class Relay:
         """The ranks' exit code, if their launcher ended with this one: torchrun always ends with 1."""
         return self.code if code > 0 and self.code is not None and self.code > 0 else code
 
-    def told(self, text: str) -> bool:
+    def contains(self, text: str) -> bool:
         """Whether one line contained this text."""
         return any(text in line for line in self._everything)
 

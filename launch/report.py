@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.door import Parser
+from configs.entry_point import Parser
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.output import delivered
 from trainer.process.answering import answered

@@ -54,7 +54,7 @@ def keep_running(start: Callable[[bool, Forwarding], Outcome], run_dir: Path, *,
             if outcome.to_stop or not verdict.restart:
                 reason = CUT_OFF if outcome.to_stop and verdict.restart else verdict.reason
                 return _end(outcome, before, after, reason, run_dir), outcome.to_stop
-            _tell(f"restart: {verdict.reason}", outcome, run_dir)
+            _report(f"restart: {verdict.reason}", outcome, run_dir)
             time.sleep(PAUSE_SECONDS)
             attempts, again = verdict.attempts, True
 
@@ -90,13 +90,13 @@ def _end(outcome: Outcome, before: Standing, after: Standing, reason: str, run_d
 
     report_end(run_dir, failing=code != EXIT_FINISHED)  # for ranks that were killed
     if code not in (EXIT_FINISHED, EXIT_STOPPED, EXIT_BAD_CONFIG):  # these have been explained in plain lines
-        _tell(f"the run failed: {reason} (exit code {code})", outcome, run_dir)
+        _report(f"the run failed: {reason} (exit code {code})", outcome, run_dir)
     return code
 
 
-def _tell(line: str, outcome: Outcome, run_dir: Path) -> None:
+def _report(line: str, outcome: Outcome, run_dir: Path) -> None:
     why = str(read_status(run_dir).get("reason") or "")
-    if why and outcome.relay.told(why):
+    if why and outcome.relay.contains(why):
         line = line.replace(why, "as reported above", 1)
     kept = None
     with contextlib.suppress(OSError):  # for example a full disk, which the line reports

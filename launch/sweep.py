@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from configs.door import Arguments, turn_away
+from configs.entry_point import Arguments, print_problems
 from configs.errors import EXIT_FINISHED, ConfigError, CookbookError
 from configs.load import expand_sweep, load_config
 from configs.overrides import quote_value
@@ -63,15 +63,15 @@ def sweep(arguments: Arguments, launch: Callable[..., tuple[int, bool]]) -> int:
     mark = "# " * first.dry_run  # the output may then be a file for a shell, or for kubectl
     for number, (overrides, label, folder) in enumerate(zip(runs, labels, folders, strict=True), 1):
         print(f"\n{mark}== run {number} of {len(runs)}: {shlex.join(overrides)}", flush=True)
-        reason, told = None, False
+        reason, stopped = None, False
         try:
-            code, told = launch(overrides, config_dir=arguments.config_dir, stay=True)
+            code, stopped = launch(overrides, config_dir=arguments.config_dir, stay=True)
         except CookbookError as error:
-            code, reason = turn_away(error), error.problems[0]
+            code, reason = print_problems(error), error.problems[0]
         codes.append(code)
         if here and not planned:
             found.append(read_run(label, folder, reason or f"ended with exit code {code}"))
-        if told:
+        if stopped:
             break
     if found:
         print(f"\n{aligned([TITLES, *(outcome(run) for run in found)])}")

@@ -49,7 +49,7 @@ class Supervisor:
         self._dir, self._env = run_dir, environment
         self._job = read_job(run_dir)
         self._memory = read_memory(run_dir)
-        self._told: str | None = None
+        self._signal: str | None = None
         self._ended = False
         self._hosts: list[str] = []
 
@@ -76,8 +76,8 @@ class Supervisor:
             verdict = self._judge(code, before, after)
             if after.status.get("state") == FINISHED and after.status != before.status:
                 return self._leave(FINISHED, EXIT_FINISHED, verdict.reason)
-            if self._told is not None:
-                return self._stop(self._told, after.step)
+            if self._signal is not None:
+                return self._stop(self._signal, after.step)
             if code == EXIT_STOPPED:
                 return self._leave_stopped(str(after.status.get("reason")), after.step)
             if not verdict.restart:
@@ -94,13 +94,13 @@ class Supervisor:
     def _start(self, before: Standing) -> int:
         """One srun, to its end. Returns its exit code, which is not conclusive: see `judge`."""
         self._wait_for_lock()
-        if self._told is not None:
+        if self._signal is not None:
             return EXIT_STOPPED
         self._memory.starts += 1
         write_memory(self._dir, self._memory)
         self._say("running", f"start {self._memory.starts} on {', '.join(self._hosts)}", step=before.step)
         step = subprocess.Popen(self._srun(), env=for_children(self._env))
-        begun, told, deadline = False, False, time.monotonic() + 60 * self._job.start_minutes
+        begun, announced, deadline = False, False, time.monotonic() + 60 * self._job.start_minutes
         while (code := step.poll()) is None:
             time.sleep(POLL_SECONDS)
             begun = begun or stand(self._dir).status != before.status
@@ -108,11 +108,11 @@ class Supervisor:
                 print(f"slurm: the ranks have not met after {self._job.start_minutes:g} minutes", flush=True)
                 step.terminate()
                 begun = True
-            if self._told is not None and not told:
+            if self._signal is not None and not announced:
                 # Before the ranks have ended: Slurm may kill this program too, KillWait seconds after its SIGTERM.
-                self._say("stopping", f"{self._told} from Slurm; the ranks save and end", step=stand(self._dir).step)
-                told = True
-            if self._told is not None and not begun:
+                self._say("stopping", f"{self._signal} from Slurm; the ranks save and end", step=stand(self._dir).step)
+                announced = True
+            if self._signal is not None and not begun:
                 # Nothing is saved yet, and starting would use up the remaining time.
                 step.terminate()
                 begun = True
@@ -179,20 +179,20 @@ class Supervisor:
 
     def _wait_for_lock(self) -> None:
         """On a node that was cut off, ranks of an earlier start may live until their collectives time out."""
-        deadline, told = time.monotonic() + 60 * self._job.stuck_minutes, False
-        while held(self._dir / LOCK) and self._told is None and time.monotonic() < deadline:
-            if not told:
+        deadline, announced = time.monotonic() + 60 * self._job.stuck_minutes, False
+        while held(self._dir / LOCK) and self._signal is None and time.monotonic() < deadline:
+            if not announced:
                 print("slurm: waiting for the ranks of an earlier start to end", flush=True)
-            told = True
+            announced = True
             time.sleep(1)
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while self._told is None and time.monotonic() < deadline:
+        while self._signal is None and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._told = self._told or signal.Signals(number).name
+        self._signal = self._signal or signal.Signals(number).name
         if number == signal.SIGUSR1:
             with contextlib.suppress(OSError):
                 (self._dir / STOP_FILE).touch()

@@ -197,7 +197,7 @@ def test_what_a_model_cannot_give_is_one_line(words: list[str], says: str) -> No
     assert says in line
 
 
-def test_the_door_says_what_cannot_be_merged(
+def test_the_entry_point_says_what_cannot_be_merged(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*words: object) -> str:

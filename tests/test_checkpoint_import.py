@@ -106,7 +106,7 @@ def test_the_next_loss_is_that_of_transformers_trainer(transformers: Trained, tm
     assert len(losses(run)) == STEPS - SAVED
 
 
-def test_the_door_says_what_the_source_was_trained_with_and_a_run_what_it_changes(
+def test_the_entry_point_says_what_the_source_was_trained_with_and_a_run_what_it_changes(
     transformers: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "taken"

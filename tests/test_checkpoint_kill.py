@@ -41,8 +41,8 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> int:
 
 
 def last_known_commit(folder: Path) -> int:
-    told = folder / "committed.txt"
-    return max(map(int, told.read_text().split())) if told.exists() else 0
+    record = folder / "committed.txt"
+    return max(map(int, record.read_text().split())) if record.exists() else 0
 
 
 def whole(folder: Path) -> list[int]:

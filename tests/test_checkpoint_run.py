@@ -69,7 +69,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def told(folder: Path) -> list[tuple[Any, ...]]:
+def comparable_metrics(folder: Path) -> list[tuple[Any, ...]]:
     """Returns the metrics that an interruption must not change."""
     keys = ("kind", "step", "loss", "grad_norm", "lr", "tokens", "valid_tokens", "validation_loss", "loss_first")
     return [tuple(line.get(key) for key in keys) for line in metrics(folder) if line["kind"] != "checkpoint"]
@@ -79,9 +79,9 @@ def told(folder: Path) -> list[tuple[Any, ...]]:
 def left_alone(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     folder = tmp_path_factory.mktemp("runs") / "alone"
     assert run_ranks(2, start, overrides(folder)) == [EXIT_FINISHED] * 2
-    assert len(told(folder)) == STEPS + 1 + STEPS // 4 + 1
+    assert len(comparable_metrics(folder)) == STEPS + 1 + STEPS // 4 + 1
     assert [line["step"] for line in metrics(folder) if line["kind"] == "checkpoint"] == [3, 6, 9, 12]
-    return told(folder)
+    return comparable_metrics(folder)
 
 
 # SIGINT is nightly here. The test of a second interrupt, below, runs on every change.
@@ -101,7 +101,7 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(
     assert committed(run / CHECKPOINTS)[-1].name == step_name(int(str(status["step"])))
     assert not (run / "summary.json").exists()
     assert run_ranks(2, start, overrides(run)) == [EXIT_FINISHED] * 2
-    assert told(run) == left_alone
+    assert comparable_metrics(run) == left_alone
     assert read_status(run)["state"] == "finished"
     assert (run / "resumed" / "002" / "config.yaml").exists()
     # If a scheduler starts the command once more, it finds nothing to do and changes nothing.

@@ -118,7 +118,7 @@ def test_what_is_finished_is_not_run_again(
     )
 
 
-def test_damaged_and_failed_runs_are_told_and_another_seed_is_seen(
+def test_damaged_and_failed_runs_are_reported_and_another_seed_is_seen(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command reads only folders, as a sweep leaves them."""
@@ -188,7 +188,7 @@ def test_names_say_what_differs() -> None:
     assert names([tuple(words) for words in runs]) == ["single-seed-1", "single-seed-2", "ddp-seed-1", "ddp-seed-2"]
 
 
-def test_a_machine_without_matplotlib_is_told_what_to_install(
+def test_a_machine_without_matplotlib_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(figures, "find_spec", lambda _: None)

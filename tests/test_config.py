@@ -211,7 +211,7 @@ def test_a_wrong_word_is_one_line(word: str, problem: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_all_wrong_words_are_told_at_once() -> None:
+def test_all_wrong_words_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(["train.stpes=3", "parallel=nope", "train.seed=1"])
     assert len(caught.value.problems) == 2

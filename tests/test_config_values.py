@@ -21,7 +21,7 @@ from launch.__main__ import main as launch
 from launch.estimate import main as memory_estimate
 from trainer.__main__ import main as trainer
 
-DOORS = {"launch": launch, "trainer": trainer, "memory-estimate": memory_estimate}
+ENTRY_POINTS = {"launch": launch, "trainer": trainer, "memory-estimate": memory_estimate}
 NUMBERS = [
     key
     for key in schema_keys()
@@ -29,9 +29,9 @@ NUMBERS = [
 ]
 
 
-def refused(capsys: pytest.CaptureFixture[str], door: str, *words: str) -> list[str]:
+def refused(capsys: pytest.CaptureFixture[str], entry_point: str, *words: str) -> list[str]:
     """Returns the lines of an entry point that refuses the overrides before it does anything."""
-    assert DOORS[door](words) == 2
+    assert ENTRY_POINTS[entry_point](words) == 2
     said = capsys.readouterr()
     assert not said.out
     lines = said.err.splitlines()
@@ -52,9 +52,9 @@ def test_no_number_is_infinite_or_none_at_all() -> None:
             assert RANGES[key].rule(number).startswith("must be ")
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_all_numbers_are_held_against_their_ranges_before_any_is_used(
-    door: str, capsys: pytest.CaptureFixture[str]
+    entry_point: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = {
         "parallel.tp=0": "must be 1 or more",
@@ -67,7 +67,7 @@ def test_all_numbers_are_held_against_their_ranges_before_any_is_used(
         "estimate.efficiency=0.0": "must be greater than 0 and 1 or less",
         "profile_steps=[1, 0]": "each must be 1 or more",
     }
-    lines = refused(capsys, door, *wrong, "estimate.search=true")
+    lines = refused(capsys, entry_point, *wrong, "estimate.search=true")
     assert sorted(lines) == sorted(f"{word}: {rule}" for word, rule in wrong.items())
 
 
@@ -171,7 +171,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
 )
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 @pytest.mark.parametrize(
     ("name", "body", "problem"),
     [
@@ -216,8 +216,13 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
         ),
     ],
 )
-def test_trouble_with_a_file_of_the_user_is_one_line_at_every_door(
-    door: str, name: str, body: str | bytes | Path, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_trouble_with_a_file_of_the_user_is_one_line_at_every_entry_point(
+    entry_point: str,
+    name: str,
+    body: str | bytes | Path,
+    problem: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / f"{name}.yaml"
     file.parent.mkdir()
@@ -225,11 +230,11 @@ def test_trouble_with_a_file_of_the_user_is_one_line_at_every_door(
         file.symlink_to(body)
     else:
         file.write_bytes(body if isinstance(body, bytes) else body.encode())
-    (line,) = refused(capsys, door, f"--config-dir={tmp_path}", name.replace("/", "="), "data.paths=[a]")
+    (line,) = refused(capsys, entry_point, f"--config-dir={tmp_path}", name.replace("/", "="), "data.paths=[a]")
     assert problem in line and (line.startswith(str(file)) or name.startswith("train"))
 
 
-def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/mine.yaml").write_text("seq_len: many\npacking: 1\nnmae: x\nshuffle:\n")
     lines = refused(capsys, "launch", f"--config-dir={tmp_path}", "data=mine")

@@ -102,7 +102,7 @@ def test_a_template_that_refuses_is_quoted() -> None:
         trained_text(chat, "user", "assistant")
 
 
-def test_a_tokenizer_without_a_template_is_told() -> None:
+def test_a_tokenizer_without_a_template_is_reported() -> None:
     with pytest.raises(DataError, match=r"^data.tokenizer=folder: has no chat template .* or set data.tokenizer=bytes"):
         encoder_of(None)
 
@@ -124,7 +124,7 @@ def test_a_tokenizer_without_a_template_is_told() -> None:
         (r'{"messages": [{"role": "user", "content": "\ud800"}]}', r":2: message 1 holds half a character"),
     ],
 )
-def test_a_bad_row_is_told_with_file_and_line(tmp_path: Path, line: str, says: str) -> None:
+def test_a_bad_row_is_reported_with_file_and_line(tmp_path: Path, line: str, says: str) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_text(json.dumps({"messages": talk("user", "assistant")}) + f"\n{line}\n")
     with pytest.raises(DataError, match=says):

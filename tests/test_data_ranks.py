@@ -22,7 +22,7 @@ from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, DataError, RankProble
 from configs.load import load_config
 from launch.estimate import main as memory_estimate
 from tests.support.data_cases import data_of, rows_of, step_rows, words, write_corpus, write_jsonl
-from tests.support.doors import door
+from tests.support.entry_points import run_trainer
 from tests.support.harness import run_ranks
 from trainer.checkpoint.__main__ import main as checkpoint_main
 from trainer.data.build import build_data
@@ -54,16 +54,16 @@ def build_on_rank(overrides_by_rank: list[list[str]]) -> list[str]:
 
 def test_all_ranks_fail_when_one_does(files: list[str], tmp_path: Path) -> None:
     absent = [*files, f"data.paths=[{tmp_path}/absent.txt]"]
-    told = run_ranks(2, build_on_rank, [files, absent])
-    assert told[0] == told[1]
-    assert told[0][0].startswith(f"rank 1: data.paths={tmp_path}/absent.txt: no such file or folder")
+    answers = run_ranks(2, build_on_rank, [files, absent])
+    assert answers[0] == answers[1]
+    assert answers[0][0].startswith(f"rank 1: data.paths={tmp_path}/absent.txt: no such file or folder")
 
 
 def test_ranks_with_different_text_are_refused(files: list[str], tmp_path: Path) -> None:
     write_jsonl(tmp_path / "other.jsonl", [words(i) for i in range(101)])
-    told = run_ranks(2, build_on_rank, [files, [*files, f"data.paths=[{tmp_path}/other.jsonl]"]])
-    assert told[0] == told[1]
-    assert told[0][0].startswith("data: rank 1 has other text than rank 0")
+    answers = run_ranks(2, build_on_rank, [files, [*files, f"data.paths=[{tmp_path}/other.jsonl]"]])
+    assert answers[0] == answers[1]
+    assert answers[0][0].startswith("data: rank 1 has other text than rank 0")
 
 
 # Loader processes and signals
@@ -162,7 +162,7 @@ def train_in_little_shared_memory(run_dir: str) -> list[str] | None:
     said = io.StringIO()
     words = ["data=synthetic", "data.num_workers=2", "train.steps=1", f"train.run_dir={run_dir}", "cluster.device=cpu"]
     with contextlib.redirect_stderr(said):
-        assert door(words) == EXIT_BAD_CONFIG
+        assert run_trainer(words) == EXIT_BAD_CONFIG
     trainer.data.build.check_workers = lambda *_: None
     for size, left in ((2048, None), (16, 0)):
         data = data_of("data=synthetic", "data.num_workers=2", f"data.seq_len={size}", "train.micro_batch_size=4")
@@ -205,7 +205,10 @@ def test_more_loader_processes_than_the_machine_carries() -> None:
 def train_without_a_tokenizer(folder: str) -> list[list[str]]:
     """Trains a model folder that has only a config on synthetic data, and exports its checkpoint."""
     words = [f"model.path={folder}", "data=synthetic", "data.seq_len=16", "train.steps=1", "cluster.device=cpu"]
-    assert door([*words, f"train.run_dir={folder}/run", "checkpoint.every=1", "train.eval_samples=0"]) == EXIT_FINISHED
+    assert (
+        run_trainer([*words, f"train.run_dir={folder}/run", "checkpoint.every=1", "train.eval_samples=0"])
+        == EXIT_FINISHED
+    )
     assert checkpoint_main(["export", f"{folder}/run", f"{folder}/out"]) == EXIT_FINISHED
     return [sorted(path.name for path in Path(folder, place).iterdir()) for place in ("run/model", "out")]
 

@@ -53,5 +53,5 @@ def test_derived_plans_pass_the_check() -> None:
 
 
 def test_statistics_over_cut_features_are_found() -> None:
-    told = run_ranks(2, tensor_cases.checked_without_ours, "gemma3n_text")[0]
-    assert told.startswith("parallel.tensor_plan: wrong for gemma3n_text: the loss is ")
+    message = run_ranks(2, tensor_cases.checked_without_ours, "gemma3n_text")[0]
+    assert message.startswith("parallel.tensor_plan: wrong for gemma3n_text: the loss is ")

@@ -17,7 +17,7 @@ from tests.support.warm import BIN, programs
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-DOOR = re.compile(r"^(python -m [\w.]+|torchrun|memory-estimate|cookbook)\b", re.MULTILINE)
+ENTRY_POINT = re.compile(r"^(python -m [\w.]+|torchrun|memory-estimate|cookbook)\b", re.MULTILINE)
 # These blocks start interpreters, so each entry point has run in one. The other blocks run in forks of a process that
 # has already imported torch.
 INTERPRETERS = (
@@ -64,10 +64,10 @@ def test_commands_run_as_printed(page: str, block: str, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_each_door_has_been_an_interpreter() -> None:
+def test_each_entry_point_has_been_an_interpreter() -> None:
     blocks = [block for _, block in commands()]
-    started = {door for block in blocks if block.startswith(INTERPRETERS) for door in DOOR.findall(block)}
-    assert started == {door for block in blocks for door in DOOR.findall(block)}
+    started = {name for block in blocks if block.startswith(INTERPRETERS) for name in ENTRY_POINT.findall(block)}
+    assert started == {name for block in blocks for name in ENTRY_POINT.findall(block)}
     assert all(sum(block.startswith(head) for block in blocks) == 1 for head in INTERPRETERS)
 
 
@@ -93,6 +93,6 @@ def test_a_newcomer_finds_every_command_of_the_readme() -> None:
     assert [block.strip() for name, block in commands() if name == "README.md"] == [
         command for command in found[2:] if newcomer.OVERRIDES not in command
     ]
-    doors = [command.split()[0] for command in found if newcomer.OVERRIDES in command]
-    assert doors == ["python", "torchrun", "deepspeed", "accelerate", "python"]
+    started = [command.split()[0] for command in found if newcomer.OVERRIDES in command]
+    assert started == ["python", "torchrun", "deepspeed", "accelerate", "python"]
     assert newcomer.TESTS not in newcomer.commands(page, tests=False)

@@ -51,7 +51,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     )
 
 
-def test_positions_begin_anew_and_borders_are_not_learnt() -> None:
+def test_positions_begin_again_and_borders_are_not_learnt() -> None:
     row = [token for document in DOCUMENTS for token in document]
     batch = make_batch(torch.tensor([row]).numpy(), end=END)
     assert batch.position_ids is not None

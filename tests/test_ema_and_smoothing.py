@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED
 from configs.load import load_config
-from tests.support.doors import door
+from tests.support.entry_points import run_trainer
 from tests.support.harness import run_ranks
 from tests.support.refusals import assert_refused
 from trainer.axes.tensor.vocabulary import chunked_cross_entropy_sum
@@ -89,7 +89,7 @@ TINY += [
 
 
 def go_on(folder: str, layout: str, steps: int, *more: str) -> int:
-    return door([*TINY, f"parallel={layout}", f"train.steps={steps}", f"train.run_dir={folder}/run", *more])
+    return run_trainer([*TINY, f"parallel={layout}", f"train.steps={steps}", f"train.run_dir={folder}/run", *more])
 
 
 def finish(folder: str) -> list[int]:
@@ -149,7 +149,7 @@ NOISY += ["train.neftune_alpha=5", "train.steps=3", "train.export=false", "check
 
 
 def disturbed(folder: str, *more: str) -> int:
-    return door([*NOISY, f"train.run_dir={folder}", *more])
+    return run_trainer([*NOISY, f"train.run_dir={folder}", *more])
 
 
 def disturbed_each(folder: str) -> list[int]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from configs.errors import EXIT_FAILED
-from tests.support import doors
+from tests.support import entry_points
 from tests.support.harness import RankFailed, run_ranks
 from tests.support.parity import words
-from trainer.process.exhausted import is_out_of_memory, told_at_start
+from trainer.process.exhausted import is_out_of_memory, start_problem
 from trainer.process.status import read_status
 
 MIB = 2**20
@@ -25,7 +25,7 @@ def test_a_process_without_memory_says_so(tmp_path: Path) -> None:
     run = tmp_path / "run"
     large = ("model.config.vocab_size=400000", "train.eval_samples=0", "train.export=false", f"train.run_dir={run}")
     with pytest.raises(RankFailed, match=f"exit code {EXIT_FAILED}"):
-        run_ranks(1, doors.start_and_exhaust, words("llama", "single", "fp32", 3, *large), 0, 600 * MIB)
+        run_ranks(1, entry_points.start_and_exhaust, words("llama", "single", "fp32", 3, *large), 0, 600 * MIB)
     status = read_status(run)
     assert (status["state"], status["exit_code"], status["retry"]) == ("failed", EXIT_FAILED, False)
     reason = str(status["reason"])
@@ -37,7 +37,9 @@ def test_a_process_without_memory_says_so(tmp_path: Path) -> None:
 def test_the_rank_without_memory_is_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(RankFailed):
-        run_ranks(2, doors.start_and_fail, words("llama", "ddp", "fp32", 5, f"train.run_dir={run}"), 1, "an allocation")
+        run_ranks(
+            2, entry_points.start_and_fail, words("llama", "ddp", "fp32", 5, f"train.run_dir={run}"), 1, "an allocation"
+        )
     assert str(read_status(run)["reason"]).startswith(
         "rank 1: out of memory after 2 updates: planted in an allocation;"
     )
@@ -90,5 +92,5 @@ def test_a_process_that_cannot_load_its_libraries_says_so(limit: int, tmp_path: 
     ],
 )
 def test_what_counts_as_no_room_for_the_process(error: Exception, expected: bool) -> None:
-    told = told_at_start(error, 3)
-    assert (told is not None and str(told).startswith("rank 3: ")) is expected
+    problem = start_problem(error, 3)
+    assert (problem is not None and str(problem).startswith("rank 3: ")) is expected

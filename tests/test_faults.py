@@ -26,7 +26,7 @@ def test_flipped_bits_are_counted_and_written_to_the_page(tmp_path: Path) -> Non
     assert lines[lines.index(row) + 1] == C14, "what was not tried again stays, in the order of the kinds"
 
 
-def test_a_fault_that_is_not_survived_is_told(
+def test_a_fault_that_is_not_survived_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     strikes = iter([True, False, True])

@@ -21,7 +21,7 @@ from launch.__main__ import main as launch
 from launch.estimate import main as memory_estimate
 from trainer.__main__ import main as trainer
 
-DOORS = {"launch": launch, "trainer": trainer, "memory-estimate": memory_estimate}
+ENTRY_POINTS = {"launch": launch, "trainer": trainer, "memory-estimate": memory_estimate}
 PLANNED = ("launch", "trainer")
 SETTINGS = settings(
     max_examples=25,
@@ -101,15 +101,15 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
 
 
-def hold_the_contract(door: str, words: list[str], folder: Path) -> None:
-    said, told, before = io.StringIO(), io.StringIO(), folder_contents(folder)
+def hold_the_contract(entry_point: str, words: list[str], folder: Path) -> None:
+    said, errors, before = io.StringIO(), io.StringIO(), folder_contents(folder)
     environ = environment()
-    with chdir(folder), redirect_stdout(said), redirect_stderr(told):
-        code = DOORS[door]([*words, *LAST, *(SMALL if door not in PLANNED else ())])
-    problems = told.getvalue().splitlines()
+    with chdir(folder), redirect_stdout(said), redirect_stderr(errors):
+        code = ENTRY_POINTS[entry_point]([*words, *LAST, *(SMALL if entry_point not in PLANNED else ())])
+    problems = errors.getvalue().splitlines()
     assert code in (0, 1, 2, 3, 75), (words, code)
     assert (code == 0) == (not problems), (words, problems)
-    assert "Traceback" not in told.getvalue(), (words, told.getvalue())
+    assert "Traceback" not in errors.getvalue(), (words, errors.getvalue())
     assert len(set(problems)) == len(problems) and all(line.strip() and line.isprintable() for line in problems), (
         problems
     )
@@ -118,11 +118,11 @@ def hold_the_contract(door: str, words: list[str], folder: Path) -> None:
     assert environment() == environ
 
 
-@pytest.mark.parametrize("door", PLANNED)
+@pytest.mark.parametrize("entry_point", PLANNED)
 @SETTINGS
 @given(words=WORDS)
-def test_overrides(door: str, tmp_path: Path, words: list[str]) -> None:
-    hold_the_contract(door, words, tmp_path)
+def test_overrides(entry_point: str, tmp_path: Path, words: list[str]) -> None:
+    hold_the_contract(entry_point, words, tmp_path)
 
 
 @pytest.mark.nightly
@@ -169,5 +169,5 @@ def test_files_of_the_user(tmp_path: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([group, "experiment"]))
     (tmp_path / name).mkdir(exist_ok=True)
     (tmp_path / name / "mine.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
-    door = data.draw(st.sampled_from(PLANNED))
-    hold_the_contract(door, [f"--config-dir={tmp_path}", f"{name}=mine"], tmp_path)
+    entry_point = data.draw(st.sampled_from(PLANNED))
+    hold_the_contract(entry_point, [f"--config-dir={tmp_path}", f"{name}=mine"], tmp_path)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from launch.cookbook import main as cookbook
-from tests.support.doors import door
+from tests.support.entry_points import run_trainer
 from tests.support.harness import run_ranks
 from trainer.data.tokenizer import build_byte_tokenizer
 
@@ -30,11 +30,11 @@ TRAIN += [
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Creates the run folders `whole` (a model) and `lora`, `adapter` and `prompt` (three adapters of that model)."""
     folder = tmp_path_factory.mktemp("runs")
-    run_ranks(1, door, [*TRAIN, f"train.run_dir={folder / 'whole'}"])
+    run_ranks(1, run_trainer, [*TRAIN, f"train.run_dir={folder / 'whole'}"])
     words = [word for word in TRAIN if not word.startswith("model")]
     words += [f"model.path={folder / 'whole' / 'model'}", "model.weights=pretrained"]
     for method in ("lora", "adapter", "prompt"):
-        run_ranks(1, door, [*words, f"tuning={method}", f"train.run_dir={folder / method}"])
+        run_ranks(1, run_trainer, [*words, f"tuning={method}", f"train.run_dir={folder / method}"])
     return folder
 
 

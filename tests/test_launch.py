@@ -131,7 +131,7 @@ def test_an_environment_that_needs_quotes_survives_the_shell() -> None:
     assert subprocess.check_output(["bash", "-c", built.text()], text=True) == "1 'x'-b c\n"
 
 
-def door(
+def run_module(
     *words: str, cwd: Path, module: str = "launch", python: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs an entry point as a program.
@@ -153,7 +153,7 @@ def door(
 @pytest.mark.parametrize("flag", [["--help"], ["--cfg", "job"], ["--info"]])
 def test_answers_are_instant(module: str, flag: list[str], tmp_path: Path) -> None:
     """These answers load neither training libraries nor the estimator, which are slow to import."""
-    done = door(*flag, cwd=tmp_path, module=module, python=PYTHON, PYTHONPROFILEIMPORTTIME="1")
+    done = run_module(*flag, cwd=tmp_path, module=module, python=PYTHON, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
     assert "parallel" in done.stdout
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
@@ -172,7 +172,7 @@ def test_answers_are_instant(module: str, flag: list[str], tmp_path: Path) -> No
 
 
 def test_help_names_every_group_and_fits_half_a_page(tmp_path: Path) -> None:
-    text = door("--help", cwd=tmp_path).stdout
+    text = run_module("--help", cwd=tmp_path).stdout
     parallel = next(line for line in text.splitlines() if line.startswith("  parallel "))
     assert {"ddp", "zero3", "3d"} <= set(parallel.split())
     assert "tiny*" in text
@@ -180,13 +180,13 @@ def test_help_names_every_group_and_fits_half_a_page(tmp_path: Path) -> None:
 
 
 def test_cfg_shows_what_the_words_give(tmp_path: Path) -> None:
-    shown = door("train.steps=7", "--cfg", "job", "parallel=zero2", cwd=tmp_path)
+    shown = run_module("train.steps=7", "--cfg", "job", "parallel=zero2", cwd=tmp_path)
     assert "steps: 7\n" in shown.stdout
     assert "zero_stage: 2\n" in shown.stdout
 
 
 def test_dry_run_prints_plan_and_command_and_makes_nothing(tmp_path: Path) -> None:
-    done = door("experiment=demo", "cluster.device=cpu", "dry_run=true", cwd=tmp_path)
+    done = run_module("experiment=demo", "cluster.device=cpu", "dry_run=true", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("world      2 = 1 node(s) x 2 process(es) on cpu")
     last = done.stdout.splitlines()[-1]
@@ -197,11 +197,11 @@ def test_dry_run_prints_plan_and_command_and_makes_nothing(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("launcher", "word"), [("torchrun", "node-rank"), ("deepspeed", "node_rank")])
 def test_several_nodes_get_one_command_each_and_nothing_starts(launcher: str, word: str, tmp_path: Path) -> None:
-    done = door("parallel=ddp", "cluster.nodes=3", "cluster.device=cpu", f"launcher={launcher}", cwd=tmp_path)
-    told, *lines = done.stdout.splitlines()[-4:]
+    done = run_module("parallel=ddp", "cluster.nodes=3", "cluster.device=cpu", f"launcher={launcher}", cwd=tmp_path)
+    note, *lines = done.stdout.splitlines()[-4:]
     assert [f" --{word}={rank} " in line and "=NODE_0 " in line for rank, line in enumerate(lines)] == [True] * 3
     assert len({line.split("train.run_dir=")[1] for line in lines}) == 1
-    assert ("HOSTFILE a file with a line `ADDRESS slots=2` for each node" in told) == (launcher == "deepspeed")
+    assert ("HOSTFILE a file with a line `ADDRESS slots=2` for each node" in note) == (launcher == "deepspeed")
     assert not list(tmp_path.iterdir())
 
 
@@ -216,7 +216,7 @@ def test_several_nodes_get_one_command_each_and_nothing_starts(launcher: str, wo
     ],
 )
 def test_a_mistake_costs_one_line(module: str, words: list[str], problem: str, tmp_path: Path) -> None:
-    done = door(*words, cwd=tmp_path, module=module)
+    done = run_module(*words, cwd=tmp_path, module=module)
     assert done.returncode == 2
     assert done.stderr.startswith(problem)
     assert len(done.stderr.splitlines()) == 1
@@ -225,7 +225,7 @@ def test_a_mistake_costs_one_line(module: str, words: list[str], problem: str, t
 
 
 def test_one_process_of_a_plan_of_two_is_turned_away(tmp_path: Path) -> None:
-    done = door("parallel=ddp", "data=synthetic", cwd=tmp_path, module="trainer")
+    done = run_module("parallel=ddp", "data=synthetic", cwd=tmp_path, module="trainer")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("parallel=ddp: the plan has 2 processes, python -m trainer is one; start it with")
     assert not list(tmp_path.iterdir())
@@ -234,9 +234,9 @@ def test_one_process_of_a_plan_of_two_is_turned_away(tmp_path: Path) -> None:
 WORLD = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-def test_a_mistake_is_told_by_one_rank_of_a_node(tmp_path: Path) -> None:
+def test_a_mistake_is_reported_by_one_rank_of_a_node(tmp_path: Path) -> None:
     ranks = [
-        door("train.steps=0", "parallel=ddp", cwd=tmp_path, module="trainer", RANK=rank, **WORLD, LOCAL_RANK=rank)
+        run_module("train.steps=0", "parallel=ddp", cwd=tmp_path, module="trainer", RANK=rank, **WORLD, LOCAL_RANK=rank)
         for rank in ("0", "1")
     ]
     assert [rank.returncode for rank in ranks] == [2, 2]
@@ -244,7 +244,7 @@ def test_a_mistake_is_told_by_one_rank_of_a_node(tmp_path: Path) -> None:
 
 
 def test_the_local_rank_that_deepspeed_appends_is_no_override(tmp_path: Path) -> None:
-    done = door("dry_run=true", "--local_rank=0", cwd=tmp_path, module="trainer")
+    done = run_module("dry_run=true", "--local_rank=0", cwd=tmp_path, module="trainer")
     assert done.returncode == 0
 
 
@@ -264,7 +264,7 @@ def test_runs_of_a_sweep_do_not_share_a_folder(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
-    done = door("-m", "train.steps=5,0,6", "dry_run=true", "parallel=ddp,single", cwd=tmp_path)
+    done = run_module("-m", "train.steps=5,0,6", "dry_run=true", "parallel=ddp,single", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout.count("== run ") == 6
     assert done.stdout.endswith("# == 4 of 6 runs planned, none started\n")
@@ -277,7 +277,7 @@ def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
 def test_a_sweep_ends_with_a_table(tmp_path: Path) -> None:
     words = [word for word in SHORT if not word.startswith("train.run_dir")]
     lr = "optimizer.lr=-1,1e-3,1e30"  # the first point is refused, and the others run
-    done = door("-m", lr, "launcher=python", "parallel=single", *words, cwd=tmp_path)
+    done = run_module("-m", lr, "launcher=python", "parallel=single", *words, cwd=tmp_path)
     assert done.returncode == 2
     begin = done.stdout.rindex("\nrun  ")
     titles, refused, finished, failed, *rest = done.stdout[begin + 1 :].splitlines()
@@ -317,7 +317,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     folder = tmp_path_factory.mktemp("torchrun")
-    done = door("launcher=torchrun", "parallel=zero2", *SHORT, cwd=folder)
+    done = run_module("launcher=torchrun", "parallel=zero2", *SHORT, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "master_addr is only used" not in done.stderr
     return losses(folder)
@@ -327,7 +327,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 def test_the_same_run_under_every_launcher(launcher: str, reference: list[float], tmp_path: Path) -> None:
     # test_lifetimes starts real interpreters under torchrun and deepspeed.
     python = PYTHON if launcher == "accelerate" else None
-    done = door(f"launcher={launcher}", "parallel=zero2", *SHORT, cwd=tmp_path, python=python)
+    done = run_module(f"launcher={launcher}", "parallel=zero2", *SHORT, cwd=tmp_path, python=python)
     assert done.returncode == 0, done.stderr
     assert len(reference) == 3
     assert losses(tmp_path) == reference
@@ -352,7 +352,7 @@ def _check_announced(done: subprocess.CompletedProcess[str], *started: str) -> N
 
 
 def test_one_plain_process_needs_no_launcher(tmp_path: Path) -> None:
-    done = door("launcher=python", "parallel=single", *SHORT, cwd=tmp_path)
+    done = run_module("launcher=python", "parallel=single", *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path)) == 3
     _check_announced(done)
@@ -363,7 +363,7 @@ def test_a_mistake_that_only_the_ranks_can_see(launcher: str, tmp_path: Path) ->
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     started = time.monotonic()
     words = [f"launcher={launcher}", "parallel=ddp", "data=files", "data.paths=[broken.jsonl]"]
-    done = door(*words, *SHORT[:3], *SHORT[4:], cwd=tmp_path)
+    done = run_module(*words, *SHORT[:3], *SHORT[4:], cwd=tmp_path)
     assert done.returncode != 0
     assert "broken.jsonl" in done.stderr
     assert "Traceback" not in done.stderr

@@ -92,7 +92,7 @@ sys.exit(9)
 
 
 @pytest.mark.parametrize(("sent", "name"), [("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM"), ("SIGUSR1", "SIGUSR1")])
-def test_ranks_are_told_first_and_the_launcher_is_not(sent: str, name: str) -> None:
+def test_ranks_are_signalled_first_and_the_launcher_is_not(sent: str, name: str) -> None:
     with started(LAUNCHER.format(rank=RANK.format(name=name), after="")) as running:
         assert lines(running, 2) == ["up\n", "up\n"]
         running.send_signal(getattr(signal, sent))
@@ -176,7 +176,7 @@ ImportError: libcudart.so.13
         ("Traceback (most recent call last):\n", "Traceback (most recent call last):\n"),
     ],
 )
-def test_a_failure_is_told_once_and_kept_whole(written: str, shown: str, tmp_path: Path) -> None:
+def test_a_failure_is_reported_once_and_kept_whole(written: str, shown: str, tmp_path: Path) -> None:
     terminal = io.StringIO()
     relay = Relay(terminal)
     relay.copy(written.splitlines(keepends=True))

@@ -117,10 +117,10 @@ def test_the_job_comes_back_after_each_kill(
     job = launch(tmp_path, f"launcher={launcher}", f"cluster.gpus_per_node={ranks}", *overrides(layout))
     for number, (rank, _) in enumerate(kills, start=1):
         kill_a_rank(job, tmp_path / "run", rank=rank, after=2 * number * EVERY)
-    _, told = job.communicate(timeout=180)
-    assert job.returncode == EXIT_FINISHED, told
-    restarts = [line for line in told.splitlines() if line.startswith("restart: ")]
-    assert len(restarts) == len(kills), told
+    _, errors = job.communicate(timeout=180)
+    assert job.returncode == EXIT_FINISHED, errors
+    restarts = [line for line in errors.splitlines() if line.startswith("restart: ")]
+    assert len(restarts) == len(kills), errors
     for line, (_, death) in zip(restarts, kills, strict=True):
         assert line.startswith(f"restart: {death}; starting again from step ")
         assert "(restart 1 of 3 from there)" in line
@@ -142,8 +142,8 @@ def test_torchruns_own_restart_goes_on_in_the_folder_of_the_first_start(
         time.sleep(0.005)
     run = found[0].parent.parent
     kill_a_rank(job, run, rank=0, after=2 * EVERY)
-    _, told = job.communicate(timeout=180)
-    assert job.returncode == EXIT_FINISHED, told
+    _, errors = job.communicate(timeout=180)
+    assert job.returncode == EXIT_FINISHED, errors
     assert [path for path in run.parent.iterdir()] == [run]
     assert journal(run) == left_alone(layout, ranks)
 
@@ -183,10 +183,10 @@ sys.exit(supervise.run_job(lambda again: job, Path({str(folder)!r}), max_restart
 @pytest.mark.parametrize("cap", [0, 2])
 def test_a_job_that_cannot_go_on_is_given_up(cap: int, tmp_path: Path) -> None:
     job = start(tmp_path, sys.executable, "-c", driver(tmp_path, pause=0.01, cap=cap))
-    _, told = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=60)
     assert job.returncode == EXIT_FAILED
-    lines = told.splitlines()
-    assert [line.partition(": ")[0] for line in lines] == ["restart"] * cap + ["the run failed"], told
+    lines = errors.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["restart"] * cap + ["the run failed"], errors
     if cap:
         assert "starting again from the beginning (restart 1 of 2 from there)" in lines[0]
         assert "given up after 2 restarts in a row from the beginning (launcher.max_restarts=2)" in lines[-1]
@@ -199,8 +199,8 @@ def test_a_signal_between_two_starts_ends_at_once(tmp_path: Path) -> None:
     assert line.startswith("restart: exit code 1, and no rank left word why; starting again from the beginning")
     before = time.monotonic()
     job.send_signal(signal.SIGTERM)
-    _, told = job.communicate(timeout=60)
-    assert (job.returncode, told) == (128 + signal.SIGTERM, "")
+    _, errors = job.communicate(timeout=60)
+    assert (job.returncode, errors) == (128 + signal.SIGTERM, "")
     assert time.monotonic() - before < 20
 
 
@@ -210,22 +210,22 @@ def test_a_job_that_is_interrupted_twice_is_over(tmp_path: Path) -> None:
     job.send_signal(signal.SIGINT)
     wait_for(job, tmp_path / "interrupted")
     job.send_signal(signal.SIGINT)
-    _, told = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=60)
     assert job.returncode == EXIT_FAILED
-    assert "starting again" not in told
-    assert "ended by a signal before it had saved; the same command goes on from its newest checkpoint" in told
+    assert "starting again" not in errors
+    assert "ended by a signal before it had saved; the same command goes on from its newest checkpoint" in errors
     status = read_status(tmp_path)
     assert (status["state"], status["step"]) == ("failed", 3)
     assert str(status["reason"]).startswith("ended by a signal")
 
 
-def test_what_a_rank_has_told_is_not_told_again(tmp_path: Path) -> None:
+def test_what_a_rank_has_reported_is_not_repeated(tmp_path: Path) -> None:
     status = {"state": "failed", "reason": "no space for it", "exit_code": EXIT_FAILED, "retry": False}
     child = "import json, pathlib, sys\nprint('no space for it', file=sys.stderr)\n"
     child += f"pathlib.Path('status.json').write_text({json.dumps(status)!r})\nsys.exit(1)"
     job = start(tmp_path, sys.executable, "-c", driver(tmp_path, pause=0.01, cap=3, child=child))
-    _, told = job.communicate(timeout=60)
-    assert told.splitlines() == [
+    _, errors = job.communicate(timeout=60)
+    assert errors.splitlines() == [
         "no space for it",
         "the run failed: as reported above; it would end the same way again (exit code 1)",
     ]
@@ -235,10 +235,10 @@ def test_a_launcher_that_cannot_keep_the_errors_ends_as_the_ranks_did(tmp_path: 
     (tmp_path / "logs").touch()  # prevents the creation of the folder
     child = "import sys\nfor rank in (0, 1): print(f'[rank{rank}]: lost', file=sys.stderr)\nsys.exit(1)"
     job = start(tmp_path, sys.executable, "-c", driver(tmp_path, pause=0.01, cap=0, child=child))
-    _, told = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=60)
     assert job.returncode == EXIT_FAILED
     why = "the run failed: exit code 1, and no rank left word why"
-    assert [line.partition(";")[0] for line in told.splitlines()] == ["[rank0]: lost", f"{why} (exit code 1)"]
+    assert [line.partition(";")[0] for line in errors.splitlines()] == ["[rank0]: lost", f"{why} (exit code 1)"]
 
 
 def test_a_second_launch_in_the_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:
@@ -249,9 +249,9 @@ def test_a_second_launch_in_the_folder_is_refused_before_anything_starts(tmp_pat
     try:
         wait_for(holder, tmp_path / "held")
         job = launch(tmp_path, *overrides("ddp"), "cluster.gpus_per_node=2")
-        _, told = job.communicate(timeout=60)
+        _, errors = job.communicate(timeout=60)
         assert job.returncode == EXIT_BAD_CONFIG
-        (line,) = told.splitlines()
+        (line,) = errors.splitlines()
         assert f"{run}: a run is going on in it (host " in line
         assert f"pid {holder.pid}); wait for its end" in line
         assert [path.name for path in run.iterdir()] == [".lock"]
@@ -267,8 +267,8 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path) ->
         stranger.listen()
         port = stranger.getsockname()[1]
         job = launch(tmp_path, *overrides("ddp", f"launcher.master_port={port}", "cluster.gpus_per_node=2"))
-        _, told = job.communicate(timeout=60)
+        _, errors = job.communicate(timeout=60)
     assert job.returncode == EXIT_BAD_CONFIG
-    assert told.startswith(f"launcher.master_port={port}: the ranks cannot meet there (Address already in use); ")
-    assert len(told.splitlines()) == 1
+    assert errors.startswith(f"launcher.master_port={port}: the ranks cannot meet there (Address already in use); ")
+    assert len(errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

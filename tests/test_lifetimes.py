@@ -102,9 +102,9 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     (folder / "configs").mkdir()
     for name in ("configs/__init__.py", "trainer.py", "launch.py", "torch.py"):
         (folder / name).write_text("raise SystemExit('the working directory was imported')\n")
-    door = (BIN / "cookbook", "launch", f"launcher={launcher}", "cluster.gpus_per_node=2")
+    command = (BIN / "cookbook", "launch", f"launcher={launcher}", "cluster.gpus_per_node=2")
     settings = words("gpt2", layout, "fp32", 100_000, *ENDLESS)
-    return lose(folder, signal.SIGKILL, *door, *settings)
+    return lose(folder, signal.SIGKILL, *command, *settings)
 
 
 def test_ranks_end_with_launch_and_have_saved(launched: Lost) -> None:
@@ -123,8 +123,8 @@ def test_a_run_on_one_node_is_reached_from_this_machine_only(launched: Lost) -> 
 
 def test_ranks_of_torchrun_notice_that_it_is_gone(tmp_path: Path) -> None:
     """SIGUSR1 asks a run to stop, but torchrun does not handle it and dies."""
-    door = ("torchrun", "--rdzv-backend=loopback", "--nproc-per-node=2", "-m", "trainer")
-    lost = lose(tmp_path, signal.SIGUSR1, *door, *words("gpt2", "ddp", "fp32", 100_000, *ENDLESS))
+    command = ("torchrun", "--rdzv-backend=loopback", "--nproc-per-node=2", "-m", "trainer")
+    lost = lose(tmp_path, signal.SIGUSR1, *command, *words("gpt2", "ddp", "fp32", 100_000, *ENDLESS))
     assert not lost.left
     status = read_status(lost.run)
     assert status["state"] == "stopped"

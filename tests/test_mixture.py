@@ -15,7 +15,7 @@ import pytest
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, DataError, PlanError
 from configs.load import load_config
 from tests.support.data_cases import Row, data_of, rows_of, rows_of_all_ranks, step_rows, words, write_jsonl
-from tests.support.doors import door
+from tests.support.entry_points import run_trainer
 from tests.support.harness import run_ranks
 from tests.test_data_chat import numbered, write_chats
 from trainer.__main__ import main
@@ -247,7 +247,7 @@ def start(folder: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]
         "train.global_batch_size=4",
         f"parallel={'ddp' if ranks > 1 else 'single'}",
     ]
-    assert run_ranks(ranks, door, [*overrides, *usual, f"train.run_dir={folder}"]) == [EXIT_FINISHED] * ranks
+    assert run_ranks(ranks, run_trainer, [*overrides, *usual, f"train.run_dir={folder}"]) == [EXIT_FINISHED] * ranks
     return [line for line in metrics(folder) if line["kind"] in ("step", "summary")]
 
 

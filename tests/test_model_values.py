@@ -14,7 +14,7 @@ from launch.estimate import main as memory_estimate
 from tests.support.harness import run_ranks
 from trainer.__main__ import main as trainer
 
-DOORS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
+ENTRY_POINTS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
     "trainer": (trainer, ["dry_run=true"]),
     "launch": (launch, ["dry_run=true"]),
     "estimate": (memory_estimate, ["parallel=ddp", "cluster=8xh100"]),
@@ -33,10 +33,10 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_impossible_sizes_are_one_line_each(door: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_impossible_sizes_are_one_line_each(entry_point: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The plan finds them without torch, so all three entry points give the same answer, with both problems at once."""
-    main, words = DOORS[door]
+    main, words = ENTRY_POINTS[entry_point]
     for value, line in SIZES.items():
         assert main(["model=tiny", "data=synthetic", "data.seq_len=16", *words, f"model.config.{value}"]) == 2
         assert capsys.readouterr().err.splitlines() == [line]
@@ -63,7 +63,7 @@ def folders(tmp_path: Path) -> list[Path]:
 def test_the_estimate_says_in_a_line_what_the_library_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["data=synthetic", "data.seq_len=16", *DOORS["estimate"][1], f"data.cache_dir={tmp_path}"]
+    words = ["data=synthetic", "data.seq_len=16", *ENTRY_POINTS["estimate"][1], f"data.cache_dir={tmp_path}"]
     cases = {f"model.config.{value}": line for value, line in BUILT.items()}
     cases |= {f"model.path={folder}": f"model.path={folder}: " for folder in folders(tmp_path)}
     sparse = ["model.config.model_type=mixtral", "model.config.num_local_experts=1"]

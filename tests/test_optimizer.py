@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from configs.errors import EXIT_FINISHED
 from configs.load import load_config
 from tests.support.balance import balance
-from tests.support.doors import door
+from tests.support.entry_points import run_trainer
 from tests.support.harness import run_ranks
 from trainer.checkpoint.__main__ import main as checkpoint_main
 from trainer.estimate.tracker import StorageTracker
@@ -300,7 +300,7 @@ def train_and_export(folder: str, *words: str) -> tuple[dict[str, torch.Tensor],
     """Returns the weights that a run exports, those exported from its checkpoint, and those in the checkpoint."""
     tiny = ["model=tiny", "model.config.num_hidden_layers=1", "data=synthetic", "data.seq_len=16", "cluster.device=cpu"]
     steps = ["train.steps=3", "train.global_batch_size=4", f"train.run_dir={folder}/run", "train.eval_samples=2"]
-    assert door([*tiny, *steps, *words]) == EXIT_FINISHED
+    assert run_trainer([*tiny, *steps, *words]) == EXIT_FINISHED
     assert checkpoint_main(["export", f"{folder}/run", f"{folder}/out"]) == EXIT_FINISHED
     exported = [load_file(f"{folder}/{place}/model.safetensors") for place in ("run/model", "out")]
     saved = load_file(next(Path(folder, "run/checkpoints").glob("step-*/rank-*.safetensors")))

@@ -57,7 +57,7 @@ def test_a_run_that_nobody_hears_is_finished(full: bool, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "told"),
+    ("command", "code", "message"),
     [
         # Closes the pipe like `head`, but always before the first write.
         ("--cfg job | true", EXIT_FINISHED, ""),
@@ -66,12 +66,12 @@ def test_a_run_that_nobody_hears_is_finished(full: bool, tmp_path: Path) -> None
         ("no.such=1 2> /dev/full", EXIT_BAD_CONFIG, ""),
     ],
 )
-def test_a_door_whose_output_is_lost(command: str, code: int, told: str) -> None:
+def test_an_entry_point_whose_output_is_lost(command: str, code: int, message: str) -> None:
     shell = f"set -o pipefail; sleep 0.2 | {sys.executable} -m trainer {command}"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    assert done.stderr.startswith(told)
-    assert len(done.stderr.splitlines()) == bool(told), done.stderr
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == bool(message), done.stderr
 
 
 def test_a_closed_terminal_stops_a_launched_run_with_a_checkpoint(tmp_path: Path) -> None:

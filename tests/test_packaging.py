@@ -132,7 +132,7 @@ def fake_python(folder: Path, body: str) -> str:
         ("exit 127", "none was found on PATH"),
     ],
 )
-def test_a_machine_without_a_fit_python_is_told_what_to_do(body: str, reason: str, tmp_path: Path) -> None:
+def test_a_machine_without_a_fit_python_says_what_to_do(body: str, reason: str, tmp_path: Path) -> None:
     done = source_setup("setup_environment", tmp_path, PATH=fake_python(tmp_path / "bin", body), PYTHON="")
     assert done.returncode != 0
     assert reason in done.stderr

@@ -98,7 +98,7 @@ def test_the_lowest_version_is_the_one_that_is_required() -> None:
     assert f'"deepspeed>={LOWEST_VERSION},<0.20"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_door_turns_away_without_a_traceback(tmp_path: Path) -> None:
+def test_the_entry_point_turns_away_without_a_traceback(tmp_path: Path) -> None:
     words = [
         "parallel=zero3_nvme",
         f"parallel.offload.nvme_path={tmp_path / 'missing'}",

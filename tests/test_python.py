@@ -171,8 +171,8 @@ def test_plan_and_estimate_are_those_of_the_command_line(capsys: pytest.CaptureF
     from launch.estimate import main as memory_estimate
 
     assert memory_estimate([*words, "estimate.format=json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert estimate(config).busiest.peak_allocated_bytes == told["ranks"][0]["peak_allocated_bytes"]
+    printed = json.loads(capsys.readouterr().out)
+    assert estimate(config).busiest.peak_allocated_bytes == printed["ranks"][0]["peak_allocated_bytes"]
 
 
 def test_search_ranks_what_fits() -> None:

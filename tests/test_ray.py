@@ -105,7 +105,7 @@ def test_what_the_cluster_refuses(
     )
 
 
-def test_a_run_is_told_to_stop(cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_asked_to_stop(cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     words = [*RUN, f"cluster.ray.address={cluster.address}", f"train.run_dir={run_dir}"]
     telling = when(run_dir, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -179,14 +179,14 @@ def test_a_run_is_cancelled_and_goes_on(cluster: Any, tmp_path: Path, capfd: pyt
     run_dir = tmp_path / "run"
     words = [*RUN, f"cluster.ray.address={cluster.address}", f"train.run_dir={run_dir}"]
     # A separate process asks for the stop, as a user would; this one would lose its lock on closing the file.
-    telling = when(run_dir, 2, lambda: assert_told(run_dir))
+    telling = when(run_dir, 2, lambda: assert_signalled(run_dir))
     assert main(words) == EXIT_STOPPED
     telling.join()
     assert main(words) == EXIT_FINISHED
     assert list(journal(run_dir)) == list(range(1, STEPS + 1))
 
 
-def assert_told(run_dir: Path) -> None:
+def assert_signalled(run_dir: Path) -> None:
     words = [sys.executable, "-m", "launch", "cancel", str(run_dir)]
     assert subprocess.run(words, capture_output=True, text=True).stdout.startswith("the run saves and ends; ")
 

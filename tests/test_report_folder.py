@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         assert problem.endswith("); choose a folder that can")
 
 
-def test_a_tracker_that_is_not_installed_is_told_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_reported_before_anything_is_written(tmp_path: Path) -> None:
     missing = next((name for name in TRACKERS if find_spec(name) is None), None)
     if missing is None:
         pytest.skip("every tracker is installed")

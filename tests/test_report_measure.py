@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_the_timer_splits_a_step_and_begins_anew(clock: Clock) -> None:
+def test_the_timer_splits_a_step_and_begins_again(clock: Clock) -> None:
     timer = StepTimer(CPU)
     for scale in (1.0, 4.0):
         with timer.data():
@@ -102,7 +102,7 @@ LATENT += ["model.config.q_lora_rank=64", "model.config.kv_lora_rank=64"]
     ],
     ids=lambda overrides: overrides[0],
 )
-def test_flops_per_token_agree_with_a_count_of_matrix_products(overrides: list[str]) -> None:
+def test_flops_per_token_agree_with_a_count_of_matmuls(overrides: list[str]) -> None:
     config = load_config([*overrides, "model.attention=eager"])
     model = tiny_model(config).to_empty(device=CPU)
     if model._can_set_experts_implementation():

@@ -14,7 +14,7 @@ import pytest
 
 from launch.cookbook import main as cookbook
 from tests.support.browser import browser
-from tests.support.doors import door
+from tests.support.entry_points import run_trainer
 from tests.support.harness import run_ranks
 from trainer.report.curves import Series, draw
 from trainer.report.page import report, report_end
@@ -31,7 +31,7 @@ def several(runs: list[list[str]]) -> list[tuple[int, str]]:
     for words in runs:
         heard = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
-            code = door(words)
+            code = run_trainer(words)
             heard.flush()
         found.append((code, heard.buffer.getvalue().decode()))  # pyright: ignore[reportAttributeAccessIssue]
     return found

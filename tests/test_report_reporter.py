@@ -118,9 +118,9 @@ def test_a_tracker_that_goes_away_does_not_end_the_run(
         folder = report_run(config, plan, runtime, [result()] * 4, SECONDS)
     assert tracker.logged == [0, 1, 2]
     assert [line["kind"] for line in read_metrics(folder)].count("step") == 4
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("logging.tracker=")]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("logging.tracker=")]
     line = Unreachable.log.__code__.co_firstlineno + 3
-    assert told == [
+    assert warnings == [
         f"logging.tracker=wandb: failed (ConnectionError: no route to host, at {__file__}:{line} in log) and is not"
         f" used from here on; {folder / 'metrics.jsonl'} goes on"
     ]

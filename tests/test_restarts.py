@@ -52,7 +52,7 @@ def test_a_job_that_always_dies_at_the_same_place_is_given_up(cap: int) -> None:
         assert decided[-1].reason.endswith(f"restarts in a row from the beginning (launcher.max_restarts={cap})")
 
 
-def test_a_restart_that_got_further_begins_the_count_anew() -> None:
+def test_a_restart_that_got_further_begins_the_count_again() -> None:
     steps = [10, 10, 10, 20, 20, 20, 30, 40, 50, 50, 50, 50, 50, 50]
     decided = verdicts(*((137, step) for step in steps), cap=3)
     # The first death at step 50 had just saved that checkpoint; three more restarts follow.
@@ -139,7 +139,7 @@ def test_all_validation_losses_that_are_not_finite_are_named(
     assert [record.getMessage() for record in caplog.records] == [problem]
 
 
-def test_a_run_that_is_told_to_stop_while_it_waits_was_stopped(tmp_path: Path) -> None:
+def test_a_run_that_is_asked_to_stop_while_it_waits_was_stopped(tmp_path: Path) -> None:
     """status.json still says `running` from an earlier, killed start; the state is corrected."""
     (tmp_path / STATUS).write_text(json.dumps({"state": "running", "step": 3}))
     waiting = Outcome(code=EXIT_STOPPED, killed=None, to_stop=True, relay=Relay(sys.stderr), started=False)

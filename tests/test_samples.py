@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.errors import ConfigError
 from configs.load import load_config
-from tests.support.doors import door
+from tests.support.entry_points import run_trainer
 from tests.support.harness import run_ranks
 from tests.support.refusals import assert_refused
 from tests.support.selection import rows
@@ -49,9 +49,9 @@ def alone(folder: str) -> list[int]:
     silent = [*TINY, "parallel=single", f"train.run_dir={folder}/silent"]
     drawn = [*WRITES, "parallel=single", "train.samples.temperature=0.9", f"train.run_dir={folder}/drawn"]
     return [
-        door(silent),
-        door([*TINY, *SAMPLES, "parallel=single", f"train.run_dir={folder}/single"]),
-        door(drawn),
+        run_trainer(silent),
+        run_trainer([*TINY, *SAMPLES, "parallel=single", f"train.run_dir={folder}/single"]),
+        run_trainer(drawn),
     ]
 
 
@@ -100,7 +100,7 @@ def test_a_text_ends_as_the_file_of_the_models_generation_says(runs: Path, tmp_p
     small = [word for word in TINY if not word.startswith("model")]
     start = [f"model.path={model}", "model.weights=pretrained", "parallel=single", f"train.run_dir={tmp_path / 'run'}"]
     words = [*small, *start, "train.steps=1", "train.export=false", "checkpoint.final=false"]
-    assert door([*words, "train.samples.prompts=[def]", "train.samples.tokens=6"]) == 0
+    assert run_trainer([*words, "train.samples.prompts=[def]", "train.samples.tokens=6"]) == 0
     assert [(line["text"], line["ended"]) for line in lines(tmp_path / "run", "sample")] == [("", True)] * 2
 
 
@@ -109,14 +109,14 @@ def test_every_layout_writes_the_same(layout: str, runs: Path, tmp_path: Path) -
     ranks, more = LAYOUTS[layout]
     drawn = ["train.samples.temperature=0.9"] if layout == "context" else []
     words = [*WRITES, *more, *drawn, f"parallel={layout}", f"train.run_dir={tmp_path / 'run'}"]
-    assert run_ranks(ranks, door, words) == [0] * ranks
+    assert run_ranks(ranks, run_trainer, words) == [0] * ranks
     assert lines(tmp_path / "run", "sample") == lines(runs / ("drawn" if drawn else "single"), "sample")
 
 
 @pytest.mark.parametrize("layout", rows([("zero1",), ("zero2",), ("zero3",)], lambda name: name == "zero3"))
 def test_zero_writes_what_its_model_says(layout: str, tmp_path: Path) -> None:
     words = [*TINY, *SAMPLES, f"parallel={layout}", "precision=fp32", f"train.run_dir={tmp_path / 'run'}"]
-    assert run_ranks(2, door, words) == [0, 0]
+    assert run_ranks(2, run_trainer, words) == [0, 0]
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     ids = torch.tensor([[*b"import o"]])
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
@@ -157,7 +157,7 @@ def test_what_refuses_them(words: list[str], line: str) -> None:
 def test_a_prompt_without_room_ends_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = f"train.samples.prompts=[a,{'b' * 124}]"
     words = [*TINY, prompts, "train.samples.tokens=6", "parallel=single", f"train.run_dir={tmp_path / 'run'}"]
-    assert door(words) == 2
+    assert run_trainer(words) == 2
     assert (
         "train.samples.prompts: number 2 has 124 tokens, which leaves no room for train.samples.tokens=6 in data"
         in capsys.readouterr().err
@@ -177,7 +177,7 @@ def test_a_template_that_fails_on_a_prompt_is_one_line(tmp_path: Path, capsys: p
     words = [*TINY, "data=chat", f"data.paths=[{tmp_path}/chats.jsonl]", f"data.tokenizer={tmp_path}/tokenizer"]
     words += [f"data.validation_paths=[{tmp_path}/validation.jsonl]", f"data.cache_dir={tmp_path}", "parallel=single"]
     words += [f"train.run_dir={tmp_path}/run", "train.samples.prompts=[three]", "train.samples.tokens=6"]
-    assert door(words) == 2
+    assert run_trainer(words) == 2
     said = capsys.readouterr().err
     assert "train.samples.prompts: number 1: the chat template fails on one message of the user (TemplateError" in said
     assert "Traceback" not in said

@@ -14,9 +14,9 @@ from configs.errors import EXIT_FINISHED, EXIT_STOPPED, PlanError
 from configs.load import load_config
 from tests.support.harness import run_ranks
 from tests.support.parity import words
-from tests.test_checkpoint_run import metrics, start, told
+from tests.test_checkpoint_run import comparable_metrics, metrics, start
 from trainer.__main__ import main
-from trainer.checkpoint.__main__ import main as checkpoint_door
+from trainer.checkpoint.__main__ import main as checkpoint_main
 from trainer.checkpoint.catalog import CHECKPOINTS, committed, step_name
 from trainer.checkpoint.selection import METRIC, Selection
 from trainer.make_plan import make_plan
@@ -62,15 +62,15 @@ def test_the_best_checkpoint_stays_and_the_run_ends_early(tmp_path: Path) -> Non
     assert (status["state"], status["step"], status["exit_code"], status["reason"]) == ("finished", 8, 0, why)
     assert status["best"] == summary["best"] == best
     assert (summary["stopped_early"], summary["steps"]) == (why, 8)
-    assert checkpoint_door(["export", str(run / CHECKPOINTS / "best"), str(tmp_path / "best")]) == 0
-    assert checkpoint_door(["export", str(run), str(tmp_path / "last")]) == 0
+    assert checkpoint_main(["export", str(run / CHECKPOINTS / "best"), str(tmp_path / "best")]) == 0
+    assert checkpoint_main(["export", str(run), str(tmp_path / "last")]) == 0
     assert weights(run / "model") == weights(tmp_path / "best") != weights(tmp_path / "last")
 
     # A stop in between changes neither the count nor the best. A run that ended early resumes only with new patience.
     assert run_ranks(2, start, overrides(stopped), 1, (signal.SIGTERM,), str(stopped), 3) == [EXIT_STOPPED] * 2
     assert read_status(stopped)["best"] == {**best, "checkpoint": str(stopped / CHECKPOINTS / step_name(2))}
     assert run_ranks(2, start, overrides(stopped)) == [EXIT_FINISHED] * 2
-    assert told(stopped) == told(run)
+    assert comparable_metrics(stopped) == comparable_metrics(run)
     assert weights(stopped / "model") == weights(run / "model")
     before = (stopped / "metrics.jsonl").read_bytes()
     alone = overrides(stopped, "parallel=single")
@@ -146,7 +146,7 @@ def test_what_cannot_be_compared_is_refused(given: list[str], key: str, remedy: 
 
 def test_a_run_without_a_best_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted: Any = tmp_path / CHECKPOINTS / "best"
-    assert checkpoint_door(["verify", str(wanted)]) == 2
+    assert checkpoint_main(["verify", str(wanted)]) == 2
     assert "has kept no best checkpoint" in capsys.readouterr().err
 
 

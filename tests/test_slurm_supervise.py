@@ -240,7 +240,7 @@ def test_jobs_that_are_always_stopped_before_a_checkpoint_end(run_dir: Path) -> 
     assert len(requeues.read_text().splitlines()) == 2
 
 
-def test_told_to_end_by_slurm(run_dir: Path) -> None:
+def test_asked_to_end_by_slurm(run_dir: Path) -> None:
     """SIGTERM means scancel, or a lost node, after which Slurm requeues the job. Nothing is started again, and the
     message is correct in both cases."""
     running = start(run_dir, "75 stopped 10")

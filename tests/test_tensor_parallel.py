@@ -192,10 +192,10 @@ WRONG: dict[str, tuple[str, dict[str, str], str]] = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_start_up_check_finds_a_wrong_plan(wrong: str) -> None:
-    model, plan, told = WRONG[wrong]
+    model, plan, expected = WRONG[wrong]
     for message, _ in run_ranks(2, tensor_cases.checked, model, plan, False):
         assert message.startswith(f"parallel.tensor_plan: wrong for {MODELS[model]['model_type']}: ")
-        assert told in message
+        assert expected in message
 
 
 @pytest.mark.parametrize("model", ["llama_two_kv_heads", "gemma3", "mixtral", "gpt2"])
@@ -221,15 +221,15 @@ def test_start_up_check_refuses_to_divide_folded_sequences() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "expected"),
     [
         ({**LLAMA, "num_attention_heads": 9, "hidden_size": 36, "num_key_value_heads": 3}, "the 9 attention heads"),
         ({**LLAMA, "intermediate_size": 49}, "the MLP's 49 features"),
         ({**LLAMA, "model_type": "stablelm", "num_key_value_heads": 1}, "num_key_value_heads is 1"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(fields: dict[str, object], told: str) -> None:
-    assert told in run_ranks(2, tensor_cases.refused, fields)[0]
+def test_sizes_that_do_not_divide_are_refused(fields: dict[str, object], expected: str) -> None:
+    assert expected in run_ranks(2, tensor_cases.refused, fields)[0]
 
 
 def test_adapters_of_experts_are_refused() -> None:
@@ -315,7 +315,7 @@ def test_users_plan_goes_over_the_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "told"),
+    ("plan", "expected"),
     [
         (
             {"model.layers.*.mlp.up_proj": "columns"},
@@ -326,10 +326,10 @@ def test_users_plan_goes_over_the_models() -> None:
         ({"model.layers.*.mlp.up_proj": "colwise:2"}, "only divide takes names"),
     ],
 )
-def test_users_mistakes_in_a_plan(plan: dict[str, str], told: str) -> None:
+def test_users_mistakes_in_a_plan(plan: dict[str, str], expected: str) -> None:
     with pytest.raises(ConfigError, match=r"parallel\.tensor_plan\.model") as caught:
         tensor_plan(tensor_cases.build("llama"), 2, plan)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_an_architecture_without_a_plan_is_named() -> None:

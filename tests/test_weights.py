@@ -25,7 +25,7 @@ from tests.support.model_folders import (
     unpacked,
 )
 from tests.test_data_tokenizer import save_bpe
-from trainer.checkpoint.__main__ import main as checkpoint_door
+from trainer.checkpoint.__main__ import main as checkpoint_main
 from trainer.model.build import build_hf_config, build_model
 from trainer.model.constructed import Constructors
 from trainer.model.filling import materialize, units
@@ -211,6 +211,6 @@ def test_the_models_generation_config_is_exported_as_it_was(tmp_path: Path) -> N
     generation.write_text('{"eos_token_id": [7, 9],\n "temperature": 0.6, "do_sample": true}')
     words = [*WORDS, f"model.path={tmp_path}/model", f"train.run_dir={tmp_path}/run"]
     assert run_ranks(1, run_trainer, words) == [0]
-    assert checkpoint_door(["export", f"{tmp_path}/run", f"{tmp_path}/exported"]) == 0
+    assert checkpoint_main(["export", f"{tmp_path}/run", f"{tmp_path}/exported"]) == 0
     for exported in (tmp_path / "run" / "model", tmp_path / "exported"):
         assert (exported / generation.name).read_bytes() == generation.read_bytes()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+EDGE = r"(?-i:(?<=[a-z])(?=[A-Z]))"  # between the words of a name such as EntryPoint
 PAGES = ("README.md", ".github/*.md", "docs/*.md")
 CODE = ("configs/**/*", "trainer/**/*", "launch/**/*", "slurm/**/*", "tests/**/*", "findings/**/*")
 TEXT = {".cfg", ".css", ".html", ".js", ".md", ".py", ".sbatch", ".sh", ".yaml", ".yml"}
@@ -27,11 +28,10 @@ EVERYWHERE = {
     r"(stood|stands?) still": "checkpoint stall",
     r"matrix products?": "matmul",
     r"keepers?": "checkpoint manager",
-    r"(is|are|was|were|been|being) told": "asked, reported, known",
-}
-IN_PROSE = {
     r"told": "asked, reported",
     r"doors?": "entry point",
+}
+IN_PROSE = {
     r"beside": "next to, in addition to",
     r"whoever": "the reader, the writer",
     r"dear(er|est)?": "slow, expensive",
@@ -65,19 +65,21 @@ def prose(file: Path, text: str) -> str:
 def uses(words: dict[str, str], files: list[Path], *, prose_only: bool = False) -> list[str]:
     """Return a message for each use of a banned word, with its place and its replacement.
 
-    A use may be broken over two lines.
+    A use may be broken over two lines, and may be part of a name (entry_point, EntryPoint). Line 0 is the file's name.
 
-    prose_only: ignore names in Python code.
+    prose_only: ignore names in Python code, and of files.
     """
     found: list[str] = []
     texts = {file: file.read_text() for file in files}
     for word, instead in words.items():
-        pattern = re.compile(rf"(?<!\w){word}(?!\w)".replace(" ", r"[\s#]+"), re.IGNORECASE)
+        spaced = word.replace(" ", r"[\s#_]+")
+        pattern = re.compile(rf"(?:(?<![^\W_])|{EDGE}){spaced}(?:(?![^\W_])|{EDGE})", re.IGNORECASE)
         for file, text in texts.items():
             if prose_only and pattern.search(text):
                 text = prose(file, text)
+            text = f"{'' if prose_only else file.stem}\n{text}"
             found += [
-                f"{file}:{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}; write {instead}"
+                f"{file}:{text.count(chr(10), 0, match.start())}: {match[0]!r}; write {instead}"
                 for match in pattern.finditer(text)
             ]
     return found
@@ -101,11 +103,21 @@ def test_a_house_word_is_found(tmp_path: Path) -> None:
     ]
 
 
+def test_a_house_word_is_found_in_a_name(tmp_path: Path) -> None:
+    module = tmp_path / "side_door.py"
+    module.write_text("outdoors, told_at_start = 1, 2\nclass SideDoor: ...\n")
+    assert [found.partition(str(tmp_path))[2] for found in uses(EVERYWHERE, [module])] == [
+        "/side_door.py:1: 'told'; write asked, reported",
+        "/side_door.py:0: 'door'; write entry point",
+        "/side_door.py:2: 'Door'; write entry point",
+    ]
+
+
 def test_a_house_word_is_found_in_prose_alone(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
-    module.write_text('door = "door"  # a door\nbeside = f"{door} is beside"\n"""First.\n\nSee\ntold."""\n')
+    module.write_text('dear = "dear"  # a dear one\nbeside = f"{dear} is beside"\n"""First.\n\nSee\nwhoever."""\n')
     assert [found.partition(f"{module}:")[2] for found in uses(IN_PROSE, [module], prose_only=True)] == [
-        "6: 'told'; write asked, reported",
-        "1: 'door'; write entry point",
         "2: 'beside'; write next to, in addition to",
+        "6: 'whoever'; write the reader, the writer",
+        "1: 'dear'; write slow, expensive",
     ]

@@ -72,9 +72,9 @@ def test_a_world_that_cannot_be_costs_a_line_and_no_waiting(
     for name, value in world.items():
         monkeypatch.setenv(name, value)
     assert main([*SMALL, "cluster.gpus_per_node=1"]) == 2
-    told = sorted(capsys.readouterr().err.splitlines())
-    assert len(told) == len(problems)
-    for line, problem in zip(told, sorted(problems), strict=True):
+    shown = sorted(capsys.readouterr().err.splitlines())
+    assert len(shown) == len(problems)
+    for line, problem in zip(shown, sorted(problems), strict=True):
         assert line.startswith(problem)
 
 
@@ -86,7 +86,7 @@ def _taken(port: int, words: list[str], heard: str) -> int:
     return code
 
 
-def test_a_port_that_is_taken_is_told_by_rank_0(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_reported_by_rank_0(tmp_path: Path) -> None:
     with socket.socket() as stranger:
         stranger.bind(("127.0.0.1", 0))
         stranger.listen()
@@ -203,7 +203,7 @@ def test_the_working_directory_does_not_decide_what_is_imported(command: tuple[s
     assert not done.stderr
 
 
-def test_cookbook_has_every_door(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cookbook_has_every_entry_point(capsys: pytest.CaptureFixture[str]) -> None:
     assert cookbook(["--help"]) == 0
     text = capsys.readouterr().out
     for name in COMMANDS:

@@ -22,7 +22,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from configs import waiting
-from configs.door import Arguments, Door, parse_arguments, show, turn_away
+from configs.entry_point import Arguments, EntryPoint, parse_arguments, print_problems, show
 from configs.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -40,8 +40,8 @@ from configs.output import announce, delivered, guard_output
 from configs.schema import Config
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
-from trainer.process.disks import told_anywhere
-from trainer.process.exhausted import told_at_start
+from trainer.process.disks import disk_problem
+from trainer.process.exhausted import start_problem
 from trainer.process.lifeline import watch
 from trainer.process.segments import set_segments
 from trainer.process.stopping import QUIET_STOP
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from trainer.report.callbacks import Callback
 
 EXIT_INTERRUPTED = 130
-DOOR = Door(
+ENTRY_POINT = EntryPoint(
     program="python -m trainer",
     purpose="Train a causal language model: one process, or one rank of a launcher's.",
     examples=(
@@ -66,24 +66,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the overrides say. Returns the exit code. A user's mistake is reported once per node, in plain lines."""
     guard_output()
     try:
-        arguments = parse_arguments(DOOR, sys.argv[1:] if argv is None else argv)
+        arguments = parse_arguments(ENTRY_POINT, sys.argv[1:] if argv is None else argv)
         if arguments.show is not None:
-            print(show(DOOR, arguments))
+            print(show(ENTRY_POINT, arguments))
             return delivered(EXIT_FINISHED)
         code = train(arguments)
         return EXIT_FINISHED if code == EXIT_STOPPED and os.environ.get(QUIET_STOP) else code
     except CookbookError as error:
         # All ranks of a node see the same mistakes. A few only one rank sees, and a stuck rank cannot report.
         if speaks_for_node() or isinstance(error, (OutOfMemory, RankProblem, RankStuck)):
-            turn_away(error)
+            print_problems(error)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
         rank = int(os.environ.get("RANK", "0"))
-        if (told := told_at_start(error, rank) or told_anywhere(error, f"rank {rank}: ")) is not None:
-            turn_away(told)
-            return told.exit_code
+        if (problem := start_problem(error, rank) or disk_problem(error, f"rank {rank}: ")) is not None:
+            print_problems(problem)
+            return problem.exit_code
         print(_with_rank(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         return EXIT_FAILED
 
@@ -113,7 +113,7 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> int:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if os.environ.get("RANK", "0") == "0" and PLAN_SHOWN not in os.environ:
         print(plan.describe(), flush=True)
-    with progress_told():
+    with progress_shown():
         if (note := accelerate_note()) is not None:
             logging.getLogger("trainer").info(note)
         announce("importing torch and transformers")
@@ -136,7 +136,7 @@ def _settled(words: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def progress_told() -> Generator[None]:
+def progress_shown() -> Generator[None]:
     """Show messages of the passes and the data during preparation: all of rank 0's, and every rank's warnings."""
     log = logging.getLogger("trainer")
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -9,7 +9,7 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-from configs.door import PROJECT
+from configs.entry_point import PROJECT
 from configs.packages import installed
 from launch.doctor.fact import Fact
 

@@ -100,6 +100,6 @@ def _found(text: str) -> dict[str, Any]:
 def _said(done: subprocess.CompletedProcess[str]) -> str:
     """The first line of kubectl's complaint, which may follow lines of its own log."""
     lines = (done.stderr or done.stdout).strip().splitlines()
-    told = [line for line in lines if line.strip() and not re.match(LOGGED, line)] or lines
-    line = told[0] if told else f"exit code {done.returncode}"
+    messages = [line for line in lines if line.strip() and not re.match(LOGGED, line)] or lines
+    line = messages[0] if messages else f"exit code {done.returncode}"
     return line.removeprefix("error: ").removeprefix("Error from server ").rstrip(".")[:300]

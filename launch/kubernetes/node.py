@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from configs.door import Door, parse_arguments
+from configs.entry_point import EntryPoint, parse_arguments
 from configs.errors import ConfigError
 from configs.load import load_config
 from launch.command import Command, Rendezvous, build_command
@@ -25,7 +25,9 @@ from trainer.plan.machine import find_machine
 from trainer.process.answering import answered
 from trainer.process.world import for_children
 
-DOOR = Door(program="python -m launch.kubernetes.node", purpose="Start one node's ranks, in a pod.", examples=())
+ENTRY_POINT = EntryPoint(
+    program="python -m launch.kubernetes.node", purpose="Start one node's ranks, in a pod.", examples=()
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    arguments = parse_arguments(DOOR, words)
+    arguments = parse_arguments(ENTRY_POINT, words)
     missing = [name for name in (INDEX, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not set; a pod of a JobSet has them (launch/kubernetes/manifest.py)")

@@ -65,7 +65,7 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._leave()
 
-    def wait(self, told: Callable[[], bool]) -> bool:
+    def wait(self, stop_requested: Callable[[], bool]) -> bool:
         """Wait until all bundles have a node, also after a node was lost. Returns False if asked to stop meanwhile.
 
         Raises EnvironmentProblem after `cluster.ray.start_minutes`.
@@ -73,7 +73,7 @@ class Cluster:
         limit, shown = self._config.cluster.ray.start_minutes, False
         deadline = time.monotonic() + 60 * limit
         while not self._group.wait(POLL_SECONDS):
-            if told():
+            if stop_requested():
                 return False
             if not shown:
                 print(f"ray: waiting for {self.wanted()}", flush=True)

@@ -22,7 +22,7 @@ from typing import IO
 from configs.errors import CookbookError
 from configs.load import load_config
 from launch.command import Rendezvous, build_command
-from launch.process import GRACE_SECONDS, adopt_orphans, end_descendants, tell_ranks
+from launch.process import GRACE_SECONDS, adopt_orphans, end_descendants, signal_ranks
 from launch.ray.record import read_state
 from slurm.supervise import free_port
 from trainer.make_plan import make_plan
@@ -132,7 +132,7 @@ class Node:
         """Ask the ranks to save and end. Always SIGTERM: processes of a cluster that Ray starts here do not receive
         SIGINT."""
         if self._child is not None and self._child.poll() is None:
-            tell_ranks(self._child.pid, signal.SIGTERM, False)
+            signal_ranks(self._child.pid, signal.SIGTERM, False)
 
     def end(self) -> None:
         """End everything, with or without a checkpoint."""

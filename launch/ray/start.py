@@ -68,38 +68,38 @@ class Starter:
 
     def start(self, again: bool, signals: Forwarding) -> Outcome:
         """Start the ranks of all nodes, and wait for their end. Raises EnvironmentProblem if a node cannot."""
-        told: list[bool] = []
-        signals.tell = lambda _number, before: told.append(before)
+        requests: list[bool] = []
+        signals.forward = lambda _number, before: requests.append(before)
         relay = Relay(sys.stderr)
         running: list[Running] = []
         try:
             write_state(self.run_dir, "waiting", reason=f"for {self.cluster.wanted()}", starts=self.starts)
-            if not self._ready(lambda: bool(told) or self._stop_file()):
+            if not self._ready(lambda: bool(requests) or self._stop_file()):
                 print("ray: asked to stop before the ranks were started", flush=True)
                 return Outcome(code=EXIT_STOPPED, killed=None, to_stop=True, relay=relay, started=False)
             lost = self._begin(running, again)
-            lost = lost or self._follow(running, told, relay)
+            lost = lost or self._follow(running, requests, relay)
         finally:
-            signals.tell = None
+            signals.forward = None
             _end_actors(running)
         code = next((node.code for node in running if node.code), EXIT_FAILED if lost else EXIT_FINISHED)
         code = 128 - code if code < 0 else relay.rank_code(code)
-        return Outcome(code=code, killed=None, to_stop=signals.told, relay=relay, lost=lost)
+        return Outcome(code=code, killed=None, to_stop=signals.stop_requested, relay=relay, lost=lost)
 
-    def _ready(self, told: Callable[[], bool]) -> bool:
+    def _ready(self, stop_requested: Callable[[], bool]) -> bool:
         """Wait until the ranks of an earlier start are gone and the nodes are free. Returns False if asked to stop.
 
         A node that is cut off keeps its ranks until their collectives time out.
         """
         deadline, shown = time.monotonic() + 60 * self.stuck_minutes, False
         while held(self.run_dir / LOCK) and time.monotonic() < deadline:
-            if told():
+            if stop_requested():
                 return False
             if not shown:
                 print("ray: waiting for the ranks of an earlier start to end", flush=True)
             shown = True
             time.sleep(POLL_SECONDS)
-        return self.cluster.wait(told) and not told()
+        return self.cluster.wait(stop_requested) and not stop_requested()
 
     def _begin(self, running: list[Running], again: bool) -> str | None:
         """Start each node's ranks. Returns the reason if a node was lost meanwhile."""
@@ -147,13 +147,13 @@ class Starter:
             node.answered = time.monotonic()
         return None
 
-    def _follow(self, running: list[Running], told: list[bool], relay: Relay) -> str | None:
+    def _follow(self, running: list[Running], requests: list[bool], relay: Relay) -> str | None:
         """Show the nodes' output until all have ended. Returns the reason of the first loss."""
         lost: str | None = None
         deadline: float | None = None
         while not all(node.over for node in running):
-            while told:
-                _tell_nodes(running, again=told.pop(0))
+            while requests:
+                _signal_nodes(running, again=requests.pop(0))
             for node in running:
                 if not node.over and (said := _answer(node)) is not None:
                     _show(said, relay)
@@ -163,7 +163,7 @@ class Starter:
             if deadline is None and any(node.lost or node.code for node in running):
                 deadline = time.monotonic() + GRACE_SECONDS
             if deadline is not None and time.monotonic() > deadline:
-                _tell_nodes(running, again=True)
+                _signal_nodes(running, again=True)
                 deadline = float("inf")
             time.sleep(POLL_SECONDS)
         relay.end()
@@ -221,7 +221,7 @@ def _show(said: Said, relay: Relay) -> None:
     sys.stdout.flush()
 
 
-def _tell_nodes(running: list[Running], *, again: bool) -> None:
+def _signal_nodes(running: list[Running], *, again: bool) -> None:
     for node in running:
         if not node.over:
             (node.actor.end if again else node.actor.stop).remote()

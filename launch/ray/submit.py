@@ -87,8 +87,8 @@ def _run(config: Config, plan: Plan, words: list[str], *, run_dir: Path, config_
             )
             code = EXIT_FAILED
             try:
-                code, told = keep_running(starter.start, run_dir, max_restarts=config.launcher.max_restarts)
-                return code, told
+                code, stopped = keep_running(starter.start, run_dir, max_restarts=config.launcher.max_restarts)
+                return code, stopped
             finally:
                 ends = {EXIT_FINISHED: "finished", EXIT_STOPPED: "stopped"}
                 write_state(run_dir, ends.get(code, "failed"), starts=starter.starts)

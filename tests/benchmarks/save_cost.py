@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.support.doors import door
+from tests.support.entry_points import run_trainer
 from tests.support.harness import run_ranks
 from tests.support.measured import conditions, write
 
@@ -43,7 +43,7 @@ def measure(folder: Path, *, aside: bool) -> dict[str, float]:
     """Measure one run: mean seconds over its saves, bytes of a save, and median seconds of a step."""
     run = folder / f"aside-{aside}"
     words = [*WORDS, f"checkpoint.async_save={str(aside).lower()}", f"train.run_dir={run}"]
-    codes = run_ranks(1, door, words, timeout=900)
+    codes = run_ranks(1, run_trainer, words, timeout=900)
     assert codes == [0]
     lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # Leave out the last save: no training is left to overlap with it, so it waits for its own commit.

@@ -14,7 +14,7 @@ from configs.imports.deepspeed import SIZES
 from launch.__main__ import main as launch
 from launch.estimate import main as memory_estimate
 from launch.their_libraries import checked
-from tests.support.doors import door
+from tests.support.entry_points import run_trainer
 from tests.support.harness import run_ranks
 from tests.support.imported import ARGUMENTS, ZERO2, experiment_of, written
 
@@ -33,7 +33,7 @@ mode = "full"
 SMALL = ["model=tiny", "data=synthetic", "data.seq_len=32", "train.steps=2", "cluster=cpu", "cluster.gpus_per_node=2"]
 
 
-def test_what_the_door_imported_trains(
+def test_what_the_entry_point_imported_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The files of DeepSpeed and the Trainer become an experiment; its memory is predicted, and two ranks train it."""
@@ -63,7 +63,7 @@ def test_what_was_imported_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def check_run(folder: Path, name: str, layout: str) -> None:
     assert run_ranks(
-        2, door, [f"--config-dir={folder / 'mine'}", f"experiment={name}", f"train.run_dir={folder / 'run'}"]
+        2, run_trainer, [f"--config-dir={folder / 'mine'}", f"experiment={name}", f"train.run_dir={folder / 'run'}"]
     ) == [0, 0]
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert any(row["kind"] == "step" and row["loss"] > 0 for row in rows)

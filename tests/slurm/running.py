@@ -74,7 +74,7 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def door(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run_launch(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m launch` as a subprocess."""
         return subprocess.run(
             [sys.executable, "-m", "launch", *words],

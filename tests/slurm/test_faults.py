@@ -51,9 +51,9 @@ def test_four_faults_in_one_job(cluster: Cluster, run_dir: Path, alone: Run) -> 
     log = run.log()
     killed, _, rest = log.partition("slurm: restarting: ")
     assert "Signal 9 (SIGKILL)" in killed, "a rank that was killed is reported"
-    told = rest.partition("running: start 2")[2].partition("slurm: requeued: ")[0]
-    assert "stopped    after step" in told
-    assert not [word for word in ("ChildFailedError", "Traceback", "srun: error") if word in told], told
+    output = rest.partition("running: start 2")[2].partition("slurm: requeued: ")[0]
+    assert "stopped    after step" in output
+    assert not [word for word in ("ChildFailedError", "Traceback", "srun: error") if word in output], output
     assert f"requeued: step {saved} is saved; back to the queue" in log
     assert run.status()["requeues"] == (2 if lost else 1)
     assert run.field("Restarts") == str(run.status()["requeues"])

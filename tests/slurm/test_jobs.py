@@ -40,22 +40,22 @@ def test_status_and_cancel(cluster: Cluster, run_dir: Path) -> None:
     """scancel reaches every rank: the ranks save, the job ends, and it is not requeued."""
     run = cluster.launch(run_dir, "train.steps=100000", "checkpoint.every=0")
     run.reach(3)
-    shown = cluster.door("status", str(run_dir)).stdout.splitlines()
+    shown = cluster.run_launch("status", str(run_dir)).stdout.splitlines()
     assert shown[0].startswith("training   running, step")
     assert shown[1].startswith("job        running, starts 1, requeues 0")
     assert shown[2].startswith(f"queue      job {run.job} RUNNING")
-    again = cluster.door(
+    again = cluster.run_launch(
         *["cluster=slurm", "cluster.device=cpu", "cluster.gpus_per_node=2", "parallel=ddp"], f"train.run_dir={run_dir}"
     )
     assert again.returncode == 2
     assert again.stderr.startswith(f"train.run_dir={run_dir}: job {run.job} of this run is in the queue;")
-    done = cluster.door("cancel", str(run_dir))
+    done = cluster.run_launch("cancel", str(run_dir))
     assert done.stdout.startswith(f"job {run.job} is cancelled; the same `python -m launch`")
     assert run.end() == "CANCELLED"
     run.wait(lambda: run.trained()["state"] == "stopped", "the ranks' last word")
     assert list((run_dir / "checkpoints").glob("step-*"))
     assert cluster.jobs() == ""
-    assert cluster.door("cancel", str(run_dir)).stdout == f"job {run.job} is not in the queue any more\n"
+    assert cluster.run_launch("cancel", str(run_dir)).stdout == f"job {run.job} is not in the queue any more\n"
 
 
 def test_gpus_are_asked_for_and_given(cluster: Cluster, run_dir: Path) -> None:
@@ -79,7 +79,7 @@ def test_gpus_are_asked_for_and_given(cluster: Cluster, run_dir: Path) -> None:
 
 def test_setup_lines_run_and_secrets_stay_in_the_environment(cluster: Cluster, run_dir: Path) -> None:
     marker = cluster.tmp / "from setup"
-    done = cluster.door(
+    done = cluster.run_launch(
         *("cluster=slurm", "cluster.device=cpu", "cluster.gpus_per_node=1", "parallel=single", "model=tiny_gpt2"),
         *("data=synthetic", "train.steps=2", "logging=wandb", "logging.options.mode=offline"),
         f"train.run_dir={run_dir}",
@@ -116,7 +116,9 @@ def test_jobs_of_an_array_follow_each_other(cluster: Cluster, run_dir: Path, alo
 def test_a_sweep_is_an_array_with_a_folder_per_point(cluster: Cluster, run_dir: Path) -> None:
     words = ["cluster=slurm", "cluster.device=cpu", "cluster.gpus_per_node=1", "parallel=single", "model=tiny_gpt2"]
     more = ["data=synthetic", "train.steps=2", "optimizer.lr=1e35,1e-4", f"train.run_dir={run_dir}"]
-    done = cluster.door("-m", *words, *more, "cluster.slurm.array=%1", "launcher=python", "launcher.max_restarts=0")
+    done = cluster.run_launch(
+        "-m", *words, *more, "cluster.slurm.array=%1", "launcher=python", "launcher.max_restarts=0"
+    )
     assert done.returncode == 0, done.stderr
     array, _, number = (run_dir / "0/slurm/jobs.txt").read_text().strip().partition("_")
     assert number == "0"

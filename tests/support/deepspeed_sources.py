@@ -302,7 +302,7 @@ def train_by_transformers(overrides: Overrides, folder: str, stage: int) -> Trai
         pairs = [pair for b in batches for pair in zip(b.input_ids.tolist(), b.labels.tolist(), strict=True)]
         rows = [{"input_ids": [*ids, 0], "labels": [-100, *labels]} for ids, labels in pairs]
 
-        class Told(Trainer):
+        class Recorded(Trainer):
             def log(self, logs: dict[str, float], *rest: Any, **others: Any) -> None:
                 trained.losses.extend([float(logs["loss"])] if "loss" in logs else [])
 
@@ -337,5 +337,5 @@ def train_by_transformers(overrides: Overrides, folder: str, stage: int) -> Trai
         )
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(build_hf_config(config.model), dtype=torch.float32)
-        Told(model=model, args=arguments, train_dataset=rows).train()  # pyright: ignore[reportArgumentType]
+        Recorded(model=model, args=arguments, train_dataset=rows).train()  # pyright: ignore[reportArgumentType]
         return trained

@@ -99,8 +99,8 @@ def plain(layout: str, *more: str) -> list[str]:
 
 def survive(bench: Bench, run: Path, layout: str, *more: str) -> int:
     """Restart the run in `run` and train to the end. Returns the first step trained, which must be uncommitted."""
-    told = run / "committed.txt"
-    known = max(map(int, told.read_text().split())) if told.exists() else 0
+    record = run / "committed.txt"
+    known = max(map(int, record.read_text().split())) if record.exists() else 0
     newest = max((whole(path) for path in committed(run / CHECKPOINTS)), default=0)
     assert newest >= known, f"step {known} was committed, {newest} is what is left"
     journal = run_ranks(PROCESSES[layout], resuming.train_and_save, plain(layout, *more), str(run))[0]

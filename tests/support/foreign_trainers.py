@@ -69,7 +69,7 @@ def train_by_transformers(folder: Path, rows: list[Any], more: dict[str, Any], *
 
     losses: list[float] = []
 
-    class Told(Trainer):
+    class Recorded(Trainer):
         def log(self, logs: dict[str, float], *rest: Any, **others: Any) -> None:
             losses.extend([float(logs["loss"])] if "loss" in logs else [])
             super().log(logs, *rest, **others)
@@ -100,7 +100,7 @@ def train_by_transformers(folder: Path, rows: list[Any], more: dict[str, Any], *
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
-    Told(model=model, args=arguments, train_dataset=rows).train()  # pyright: ignore[reportArgumentType]
+    Recorded(model=model, args=arguments, train_dataset=rows).train()  # pyright: ignore[reportArgumentType]
     return losses
 
 

@@ -202,11 +202,11 @@ def kill_at(folder: str, at: int | None) -> list[str]:
 
     fsync = os.fsync
 
-    def told_fsync(descriptor: int) -> None:
+    def noted_fsync(descriptor: int) -> None:
         note("fsync", descriptor)
         fsync(descriptor)
 
-    os.fsync = told_fsync
+    os.fsync = noted_fsync
     sys.addaudithook(audit)
     return seen
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from configs.door import Parser
+from configs.entry_point import Parser
 from configs.errors import EXIT_FINISHED, ConfigError
 from configs.output import delivered
 from trainer.process.answering import answered
@@ -125,7 +125,7 @@ def _merge(words: argparse.Namespace) -> Iterator[str]:
 
 
 def _import(words: argparse.Namespace) -> Iterator[str]:
-    from trainer.checkpoint.foreign.door import import_checkpoint
+    from trainer.checkpoint.foreign.importing import import_checkpoint
 
     yield from import_checkpoint(words.source.absolute(), words.target.absolute(), model=words.model)
 

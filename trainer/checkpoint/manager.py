@@ -204,7 +204,7 @@ class CheckpointManager:
     def _agree_on(self, reason: str | None) -> str:
         """The first rank's reason to stop, on every rank. A collective."""
         self._stop.obeyed()
-        return next(f"rank {rank}: {told}" for rank, told in enumerate(self._runtime.gather(reason)) if told)
+        return next(f"rank {rank}: {given}" for rank, given in enumerate(self._runtime.gather(reason)) if given)
 
     def _save(self, engine: Engine, progress: Progress) -> None:
         self._commit()

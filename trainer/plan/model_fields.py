@@ -173,10 +173,10 @@ def check_sizes(fields: Mapping[str, Any], model: Model) -> Iterator[str]:
             yield f"{_said(name, fields, model)}: must be a number"
         elif name.endswith(DROPPED) and _is_number(value) and not 0 <= value < 1:
             yield f"{_said(name, fields, model)}: must be 0 or more and less than 1"
-    told = sizes(fields)
-    if told.heads and told.key_value_heads and told.heads % told.key_value_heads:
+    found = sizes(fields)
+    if found.heads and found.key_value_heads and found.heads % found.key_value_heads:
         name = next(name for name in NAMES["key_value_heads"] if fields.get(name))
-        said, heads = _said(name, fields, model), told.heads
+        said, heads = _said(name, fields, model), found.heads
         yield f"{said}: must divide the {heads} attention heads; use a divisor of {heads}"
     yield from check_experts(fields, model)
 

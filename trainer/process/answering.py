@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from configs.door import turn_away
+from configs.entry_point import print_problems
 from configs.errors import CookbookError
 from configs.output import guard_output
-from trainer.process.disks import told_anywhere
+from trainer.process.disks import disk_problem
 
 
 def answered(work: Callable[[], int]) -> int:
@@ -16,8 +16,8 @@ def answered(work: Callable[[], int]) -> int:
     try:
         return work()
     except CookbookError as error:
-        return turn_away(error)
+        return print_problems(error)
     except OSError as error:
-        if (told := told_anywhere(error)) is None:
+        if (problem := disk_problem(error)) is None:
             raise
-        return turn_away(told)
+        return print_problems(problem)

@@ -106,7 +106,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
 
 
-def told_anywhere(error: BaseException, who: str = "") -> OutputFailed | None:
+def disk_problem(error: BaseException, who: str = "") -> OutputFailed | None:
     """One line for a refusal without a message yet: a full disk, or a named file without permission. None for any other
     error. who: begins the line."""
     found = as_os_error(error)

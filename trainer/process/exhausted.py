@@ -29,7 +29,7 @@ MemoryError and fail later with other messages."""
 
 
 @contextmanager
-def memory_told(rank: int, step: Callable[[], int]) -> Iterator[None]:
+def memory_errors(rank: int, step: Callable[[], int]) -> Iterator[None]:
     """Convert any out-of-memory error to OutOfMemory. step: a callback that returns the updates so far."""
     try:
         yield
@@ -50,8 +50,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in HOST_WORDS)
 
 
-def told_at_start(error: BaseException, rank: int) -> OutOfMemory | None:
-    """The error to raise for a failure outside `memory_told`; None if it is unrelated to memory."""
+def start_problem(error: BaseException, rank: int) -> OutOfMemory | None:
+    """The error to raise for a failure outside `memory_errors`; None if it is unrelated to memory."""
     starved = isinstance(error, (RuntimeError, OSError, ImportError, SystemError)) and any(
         words in str(error) for words in START_WORDS
     )

@@ -39,7 +39,7 @@ from configs.errors import (
     RunFinished,
 )
 from configs.schema import Config
-from trainer.process.disks import readable, reason, told_anywhere, writing
+from trainer.process.disks import disk_problem, readable, reason, writing
 from trainer.process.files import overwrite_text, read_json, replace_text
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class RunStatus:
 
     def _fail(self, error: BaseException) -> None:
         _ignore_loaders()
-        error = told_anywhere(error, f"rank {self._rank}: ") or error
+        error = disk_problem(error, f"rank {self._rank}: ") or error
         text = (str(error).strip().splitlines() or [""])[0]
         code = error.exit_code if isinstance(error, CookbookError) else EXIT_FAILED
         why = text if isinstance(error, CookbookError) else f"rank {self._rank}: {type(error).__name__}: {text}"

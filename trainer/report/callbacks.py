@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from configs.by_path import find, told
+from configs.by_path import described, find
 from configs.errors import PlanError
 from configs.schema import Config
 from trainer.plan.plan import Plan
@@ -124,7 +124,7 @@ def _named(paths: Sequence[str]) -> list[Callback]:
         try:
             made.append(found())
         except Exception as error:  # whatever its constructor raises
-            problems.append(f"{given}: cannot be made without arguments ({told(error)})")
+            problems.append(f"{given}: cannot be made without arguments ({described(error)})")
     if problems:
         raise PlanError(*problems)
     return made

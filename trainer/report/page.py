@@ -38,7 +38,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); 
 td { text-align: left; overflow-wrap: anywhere; } .good { color: var(--good); } .fair { color: var(--fair); }
 .bars { max-width: 44em; } .bar { display: flex; height: 1.2em; margin: .4em 0; }"""
 )
-DOORS = ("trainer/__main__.py", "launch/cookbook.py", "cookbook")
+ENTRY_POINTS = ("trainer/__main__.py", "launch/cookbook.py", "cookbook")
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def _command(file: Path) -> str:
         program, *words = json.loads(file.read_text())
     except (OSError, ValueError):
         return "the command line is not on record"
-    ours = program == "-m" or program.endswith(DOORS)
+    ours = program == "-m" or program.endswith(ENTRY_POINTS)
     return shlex.join(["python", "-m", "launch", *words] if ours else [program, *words])
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs import waiting
-from configs.by_path import told
+from configs.by_path import described
 from configs.errors import CookbookError, OutputFailed
 from configs.schema import Config
 from trainer.flops import count_parameters, mfu, model_flops, peak_flops
@@ -313,8 +313,8 @@ class Reporter:
             try:
                 with written(name, self._folder):
                     write()
-            except OutputFailed as told:
-                failure = told
+            except OutputFailed as refusal:
+                failure = refusal
 
         def tell() -> None:
             if failure is not None:
@@ -351,8 +351,8 @@ class Reporter:
         """A server that goes away must not end a training run: metrics.jsonl has everything."""
         if terminal:
             terminal.say(
-                f"logging.tracker={self._config.logging.tracker}: failed ({told(error)}) and is not used from here on;"
-                f" {self._folder / 'metrics.jsonl'} goes on"
+                f"logging.tracker={self._config.logging.tracker}: failed ({described(error)}) and is not used from here"
+                f" on; {self._folder / 'metrics.jsonl'} goes on"
             )
 
     def _over_ranks(self) -> tuple[StepSeconds, PeakMemory]:

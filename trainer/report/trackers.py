@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from configs.by_path import arguments, told
+from configs.by_path import arguments, described
 from configs.errors import EnvironmentProblem
 from configs.load import to_yaml
 from configs.schema import Config, Logging
@@ -80,7 +80,7 @@ def start_tracker(config: Config, plan: Plan, folder: Path, *, run_name: str, af
         return _FromAccelerate(config.logging, folder, record, config.logging.run_name or run_name, after_step)
     except Exception as error:  # each client has its own errors
         raise EnvironmentProblem(
-            f"logging.tracker={name}: does not start ({told(error)}); mend logging.options or its"
+            f"logging.tracker={name}: does not start ({described(error)}); mend logging.options or its"
             " environment, or set logging.tracker=none"
         ) from None
 

@@ -33,7 +33,7 @@ from trainer.optim.build import lr_at
 from trainer.plan.length import settle
 from trainer.plan.plan import Plan
 from trainer.process.disks import written
-from trainer.process.exhausted import memory_told
+from trainer.process.exhausted import memory_errors
 from trainer.process.runtime import Runtime, dropout_stream, join_world
 from trainer.process.status import RunStatus
 from trainer.process.stopping import StopRequests
@@ -101,7 +101,7 @@ def run(config: Config, plan: Plan, callbacks: Sequence[Callback] = ()) -> int:
             # The parameters do not depend on this generator.
             torch.manual_seed(config.train.seed + dropout_stream(plan, runtime.rank))
             with (
-                memory_told(runtime.rank, lambda: manager.step),
+                memory_errors(runtime.rank, lambda: manager.step),
                 MemoryCheck(config, plan, runtime, predicted) as memory,
                 Profiler(config, plan, runtime, folder, predicted) as profiler,
                 closing(build_engine(config, plan, runtime)) as engine,
@@ -124,10 +124,10 @@ def run(config: Config, plan: Plan, callbacks: Sequence[Callback] = ()) -> int:
                     ask=stop.ask,
                 )
                 with reporter:
-                    told = train(engine, data, config, plan, runtime, reporter, manager, profiler, sampler, begin)
-                    if told is not None:
-                        reporter.stopped(told)
-                        return status.stopped(told)
+                    reason = train(engine, data, config, plan, runtime, reporter, manager, profiler, sampler, begin)
+                    if reason is not None:
+                        reporter.stopped(reason)
+                        return status.stopped(reason)
                     if (early := manager.selection.ended) is not None:
                         status.early(early)
                     if config.train.export:
@@ -231,7 +231,7 @@ def train(
             losses = _validate(engine, data, plan, runtime, reporter, sampler, step + 1, config.train.non_finite)
             manager.selection.judge(step + 1, losses)
         # After the validation: the checkpoint includes it in its totals, so a resumed run does not repeat it.
-        told = manager.after_step(step + 1, engine, samples=samples, data=data.mark, report=reporter.progress)
-        if told is not None and not last and manager.selection.ended is None:
-            return told
+        reason = manager.after_step(step + 1, engine, samples=samples, data=data.mark, report=reporter.progress)
+        if reason is not None and not last and manager.selection.ended is None:
+            return reason
     return None

@@ -67,8 +67,8 @@ def judge(code: int, *, before: Standing, after: Standing, attempts: Attempts, m
     A launcher's exit code says little: a rank's status file has priority.
     """
     word = after.status if after.status != before.status else {}
-    told = word.get("exit_code")
-    code = told if isinstance(told, int) and code != EXIT_FINISHED else code
+    reported = word.get("exit_code")
+    code = reported if isinstance(reported, int) and code != EXIT_FINISHED else code
     why = str(word.get("reason") or f"exit code {code}, and no rank left word why")
     furthest = max(attempts.step, before.step)
     in_vain = 0 if after.step > furthest else attempts.in_vain

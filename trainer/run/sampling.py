@@ -132,9 +132,9 @@ class Sampler:
             ]
         else:
             chosen = scores.argmax(-1).tolist()
-        told = torch.tensor(chosen, device=self.runtime.device)
-        dist.broadcast(told, src=0)
-        return told.tolist()
+        sent = torch.tensor(chosen, device=self.runtime.device)
+        dist.broadcast(sent, src=0)
+        return sent.tolist()
 
     def _ends(self, engine: Engine) -> set[int]:
         """End tokens: from the model's config, its generation file, and the tokenizer. A collective."""

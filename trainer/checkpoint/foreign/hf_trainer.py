@@ -115,8 +115,8 @@ def _adapter(
             reads[f"{MODEL}/{name}"] = partial(file.get_tensor, stored_name(name))
             shapes[f"{MODEL}/{name}"] = tuple(parameter.shape)
     known = linear.identity(Config(tuning=tuning))
-    told = (linear.KEY, *(f"tuning.{name}" for name in ("rank", "alpha", "rslora", "dora", "init")))
-    return model, {key: known[key] for key in told}, (reads, shapes)
+    reported = (linear.KEY, *(f"tuning.{name}" for name in ("rank", "alpha", "rslora", "dora", "init")))
+    return model, {key: known[key] for key in reported}, (reads, shapes)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

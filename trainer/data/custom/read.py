@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from configs.by_path import told
+from configs.by_path import described
 from configs.errors import DataError, first_line
 from configs.schema import Config
 from trainer.data import IGNORED, Batch
@@ -88,7 +88,7 @@ class Recipe:
         except DataError:
             raise
         except Exception as error:  # anything that foreign code raises
-            raise DataError(f"{self.key}: {what} ({told(error)}); mend it") from None
+            raise DataError(f"{self.key}: {what} ({described(error)}); mend it") from None
 
     def row(self, sample: Any, where: str) -> Row:
         """Its tokens and labels, not shifted. Raises DataError for an invalid sample."""

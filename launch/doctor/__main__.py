@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from configs.door import Arguments, Door, parse_arguments, show
+from configs.entry_point import Arguments, EntryPoint, parse_arguments, show
 from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED
 from configs.interpolation import settle_clock
 from configs.load import load_config
@@ -23,7 +23,7 @@ from launch.doctor.fact import Fact
 from trainer.process.answering import answered
 
 NAMED = "parallel"  # the group whose options are the layouts
-DOOR = Door(
+ENTRY_POINT = EntryPoint(
     program="cookbook doctor",
     purpose="Say what is installed, what this machine offers, and what each layout lacks here.",
     examples=(
@@ -37,12 +37,12 @@ DOOR = Door(
 def main(argv: Sequence[str] | None = None) -> int:
     """Examine and print. Returns the exit code."""
     words = settle_clock(sys.argv[1:] if argv is None else argv, datetime.now())
-    return answered(lambda: _answer(parse_arguments(DOOR, words)))
+    return answered(lambda: _answer(parse_arguments(ENTRY_POINT, words)))
 
 
 def _answer(arguments: Arguments) -> int:
     if arguments.show is not None:
-        print(show(DOOR, arguments))
+        print(show(ENTRY_POINT, arguments))
         return delivered(EXIT_FINISHED)
     config = load_config(arguments.overrides, config_dir=arguments.config_dir)
     named = any(word.startswith((f"{NAMED}=", f"{NAMED}.")) for word in arguments.overrides)

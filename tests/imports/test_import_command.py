@@ -88,7 +88,7 @@ def test_bad_files_are_one_line(name: str, text: str | None, said: str, tmp_path
     assert all("\n" not in line for line in refused.value.problems)
 
 
-def test_the_door_writes_an_experiment_and_replaces_none(
+def test_the_entry_point_writes_an_experiment_and_replaces_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

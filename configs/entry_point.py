@@ -26,7 +26,7 @@ LONGEST_LINE = 4000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Door:
+class EntryPoint:
     """purpose: one sentence for `--help`. examples: (command, description). sweeps: whether `-m` is accepted.
     translates: whether `--from` is accepted."""
 
@@ -77,9 +77,9 @@ class Arguments:
     sources: tuple[str, ...] = ()
 
 
-def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
+def parse_arguments(entry_point: EntryPoint, argv: Sequence[str]) -> Arguments:
     """Split a command line into flags and overrides. Raises ConfigError on an unknown flag."""
-    parser = Parser(prog=door.program, add_help=False, allow_abbrev=False)
+    parser = Parser(prog=entry_point.program, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", dest="show", action="store_const", const="help")
     parser.add_argument("--version", dest="show", action="store_const", const="version")
     parser.add_argument("-c", "--cfg", choices=["job"])
@@ -87,9 +87,9 @@ def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
     parser.add_argument("-cd", "--config-dir")
     # The deepspeed launcher appends it to the arguments of every rank; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int)
-    if door.sweeps:
+    if entry_point.sweeps:
         parser.add_argument("-m", "--multirun", dest="sweep", action="store_true")
-    if door.translates:
+    if entry_point.translates:
         parser.add_argument("--from", dest="sources", action="append", default=[])
     parser.add_argument("overrides", nargs="*")
     known = {word: foreign.answer(word[2:].partition("=")[0]) for word in argv if word.startswith("--")}
@@ -101,8 +101,8 @@ def parse_arguments(door: Door, argv: Sequence[str]) -> Arguments:
         overrides=tuple(settled(found.overrides)),
         config_dir=found.config_dir,
         show="cfg" if found.cfg else found.show,
-        sweep=door.sweeps and found.sweep,
-        sources=tuple(found.sources) if door.translates else (),
+        sweep=entry_point.sweeps and found.sweep,
+        sources=tuple(found.sources) if entry_point.translates else (),
     )
 
 
@@ -113,12 +113,12 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def show(door: Door, arguments: Arguments) -> str:
+def show(entry_point: EntryPoint, arguments: Arguments) -> str:
     """The text that `--help`, `--version`, `--cfg job` or `--info` asks for."""
     if arguments.show == "version":
         return version()
     if arguments.show == "help":
-        return door.help(arguments.config_dir)
+        return entry_point.help(arguments.config_dir)
     if arguments.show == "cfg":
         return to_yaml(load_config(arguments.overrides, config_dir=arguments.config_dir)).rstrip()
     chosen = chosen_options(arguments.overrides, config_dir=arguments.config_dir)
@@ -132,7 +132,7 @@ def version() -> str:
     return f"{', '.join(f'{name} {number}' for name, number in found.items())}, Python {platform.python_version()}"
 
 
-def turn_away(error: CookbookError) -> int:
+def print_problems(error: CookbookError) -> int:
     """Print a user's mistakes, one line each, without a traceback. Returns the exit code."""
     for line in dict.fromkeys(one_line(problem) for problem in error.problems):
         print(line, file=sys.stderr)

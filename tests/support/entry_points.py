@@ -18,42 +18,42 @@ import torch
 from trainer.engine import Engine
 
 
-def door(words: list[str]) -> int:
+def run_trainer(arguments: list[str]) -> int:
     """Call the real entry point. Returns its exit code."""
     from trainer.__main__ import main
 
-    return main(words)
+    return main(arguments)
 
 
-def start_and_exhaust(words: list[str], rank: int, more_bytes: int) -> int:
+def start_and_exhaust(arguments: list[str], rank: int, more_bytes: int) -> int:
     """Call the real entry point; one rank may take `more_bytes` more address space. Raises unless the run succeeds."""
     if int(os.environ["RANK"]) == rank:
         has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (has + more_bytes, resource.RLIM_INFINITY))
-    code = door(words)
+    code = run_trainer(arguments)
     assert code == 0, f"exit code {code}"
     return code
 
 
-def start_and_exhaust_in_training(words: list[str], rank: int, more_bytes: int) -> int:
+def start_and_exhaust_in_training(arguments: list[str], rank: int, more_bytes: int) -> int:
     """Like `start_and_exhaust`, but the limit applies from the first step on, after the ranks have met."""
     import trainer.run.loop
 
     train_step = trainer.run.loop.train_step
 
-    def limited(*arguments: Any) -> Any:
+    def limited(*values: Any) -> Any:
         has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (has + more_bytes, resource.RLIM_INFINITY))
-        return train_step(*arguments)
+        return train_step(*values)
 
     if int(os.environ["RANK"]) == rank:
         trainer.run.loop.train_step = limited
-    code = door(words)
+    code = run_trainer(arguments)
     assert code == 0, f"exit code {code}"
     return code
 
 
-def start_and_fail(words: list[str], rank: int, where: str) -> int:
+def start_and_fail(arguments: list[str], rank: int, where: str) -> int:
     """Call the real entry point; one rank raises in its third step. Raises unless the run ends with exit code 0."""
     import trainer.run.loop
 
@@ -74,12 +74,12 @@ def start_and_fail(words: list[str], rank: int, where: str) -> int:
             raise kind(f"planted in {where}")
 
         trainer.run.loop.train_step = planted
-    code = door(words)
+    code = run_trainer(arguments)
     assert code == 0, f"exit code {code}"
     return code
 
 
-def start_with_slow_save(words: list[str], step: int, seconds: float, grace: float) -> int:
+def start_with_slow_save(arguments: list[str], step: int, seconds: float, grace: float) -> int:
     """Call the real entry point with one slow save. The process gets SIGTERM as the save begins, SIGKILL later.
 
     step: step whose save is slow.
@@ -98,14 +98,14 @@ def start_with_slow_save(words: list[str], step: int, seconds: float, grace: flo
             time.sleep(seconds)
 
     os.fsync = slow
-    return door(words)
+    return run_trainer(arguments)
 
 
-def start_with_jumping_clock(words: list[str], seed: float) -> int:
+def start_with_jumping_clock(arguments: list[str], seed: float) -> int:
     """Call the real entry point in a process whose wall clock jumps at every reading."""
     draw, real = random.Random(seed), time.time
     time.time = lambda: real() + draw.uniform(-1e5, 1e5)
-    return door(words)
+    return run_trainer(arguments)
 
 
 def export_if_it_can(checkpoint: str, target: str) -> None:
