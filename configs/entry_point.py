@@ -54,7 +54,7 @@ class EntryPoint:
         lines = [
             f"{self.purpose}",
             "",
-            *(f"  {command:<{width}}   {words}" for command, words in self.examples),
+            *(f"  {command:<{width}}   {description}" for command, description in self.examples),
             "",
             "group=option chooses a file (* is the default), section.key=value sets one key:",
             "",

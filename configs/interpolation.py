@@ -36,9 +36,9 @@ def from_environment(text: str, source: str) -> FromEnvironment:
     return made
 
 
-def settle_clock(words: Sequence[str], now: datetime) -> list[str]:
+def settle_clock(arguments: Sequence[str], now: datetime) -> list[str]:
     """The overrides with each `${now:FORMAT}` replaced by the time."""
-    return [CLOCK.sub(lambda match: now.strftime(match[1]), word) for word in words]
+    return [CLOCK.sub(lambda match: now.strftime(match[1]), word) for word in arguments]
 
 
 class Resolved:

@@ -162,9 +162,9 @@ def _is_number(text: str) -> bool:
 def _describe(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return f"choose {', '.join(kind)}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    if kind in words:
-        return f"must be {words[kind]}"
+    rules = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if kind in rules:
+        return f"must be {rules[kind]}"
     if get_origin(kind) is list:
         return "must be a list of whole numbers: [1,2]" if get_args(kind)[0] is int else "must be a list: [a,b]"
     inner = get_args(kind)[1]

@@ -149,11 +149,11 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> tuple[Config, 
         raise ConfigError(*problems)
     overrides = _without_null(overrides)
     # Hydra needs a + for a new key; the open dictionaries of the schema need none.
-    words = [f"++{word}" if is_open(word.partition("=")[0]) else as_typed(word) for word in overrides]
-    found = sections.composed(words)
+    prepared = [f"++{word}" if is_open(word.partition("=")[0]) else as_typed(word) for word in overrides]
+    found = sections.composed(prepared)
     if found is None:
         try:
-            found = by_hydra(words, folders)
+            found = by_hydra(prepared, folders)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(explain(error, overrides=overrides, groups=groups)) from None
         except RecursionError:
@@ -169,13 +169,13 @@ def _without_null(overrides: Sequence[str]) -> Sequence[str]:
     return [word for word in overrides if word not in chosen] if chosen[-1:] == ["experiment=null"] else overrides
 
 
-def by_hydra(words: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
+def by_hydra(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
     """The tree and the option of each group."""
     quoted = [quote_value(f"{user_files.SCHEME}://{folder}") for folder in folders]
     with _hydra():
         path = [f"hydra.searchpath=[{each}]" for each in quoted]
         every = cast(
-            Any, OmegaConf.to_container(compose("config", overrides=[*words, *path], return_hydra_config=True))
+            Any, OmegaConf.to_container(compose("config", overrides=[*overrides, *path], return_hydra_config=True))
         )
     choices = cast(dict[str, str], every["hydra"]["runtime"]["choices"])
     chosen = {group: option for group, option in choices.items() if "/" not in group}

@@ -28,15 +28,15 @@ MOST_RUNS = 1_000
 """Of one sweep."""
 
 
-def check_overrides(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
+def check_overrides(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
     """One line for each invalid override. groups: the options of each group, by its name."""
-    return [problem for word in words if (problem := _check_word(word, groups)) is not None]
+    return [problem for word in overrides if (problem := _check_word(word, groups)) is not None]
 
 
-def settled(words: Sequence[str]) -> list[str]:
+def settled(overrides: Sequence[str]) -> list[str]:
     """The overrides without the `+` and `++` that Hydra's users write where nothing is added: `++` before an existing
     key, either before a key of an open dictionary."""
-    return [_settled(word) for word in words]
+    return [_settled(word) for word in overrides]
 
 
 def _settled(word: str) -> str:
@@ -131,9 +131,9 @@ def unreadable_value(word: str, *, sweep: bool = False) -> str:
     return f"{word}: the value cannot be read; close its brackets, or quote it: '{key}={example}'"
 
 
-def too_many(words: Sequence[str]) -> str:
+def too_many(overrides: Sequence[str]) -> str:
     """For overrides of a sweep that multiply to an absurd number of runs."""
-    return f"{' '.join(words)}: more than {MOST_RUNS:,} runs; name fewer values, or make several sweeps"
+    return f"{' '.join(overrides)}: more than {MOST_RUNS:,} runs; name fewer values, or make several sweeps"
 
 
 def interval(word: str) -> str:

@@ -76,11 +76,11 @@ def _usual_choices() -> dict[str, str | None]:
     }
 
 
-def composed(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]] | None:
-    """The tree and the chosen options, as Hydra composes them; None if only Hydra can. words: overrides as Hydra gets
+def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """The tree and the chosen options, as Hydra composes them; None if only Hydra can. overrides: as Hydra gets
     them, each looked up before. The tree is read-only."""
     choices, keys = dict(_usual_choices()), list[str]()
-    for word in words:
+    for word in overrides:
         key, _, text = word.partition("=")
         if key not in choices:
             keys.append(word)
@@ -98,10 +98,10 @@ def composed(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]] | No
     return tree, cast(dict[str, str], choices)
 
 
-def _with_keys(words: Sequence[str], choices: Mapping[str, str | None]) -> dict[str, Any]:
+def _with_keys(overrides: Sequence[str], choices: Mapping[str, str | None]) -> dict[str, Any]:
     """The sections that single keys change, with these keys."""
     changed: dict[str, DictConfig] = {}
-    for word in words:
+    for word in overrides:
         override = parse(word)
         if override.package is not None:
             raise HydraException(word)

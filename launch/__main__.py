@@ -28,8 +28,8 @@ from launch.clusters import CONTROLS, control, elsewhere
 from launch.command import HOST, Command, Rendezvous, build_command
 from launch.process import check_port, ranks_are_there, replace_process
 from launch.supervise import run_job
+from slurm.arguments import restart_overrides
 from slurm.supervise import free_port
-from slurm.words import restart_words
 from trainer.estimate.gate import check_memory
 from trainer.make_plan import make_plan
 from trainer.plan.machine import find_machine
@@ -59,22 +59,22 @@ ENTRY_POINT = EntryPoint(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code of the job, or of the first one that failed in a sweep."""
     # The clock is read once: ranks, restarts and the runs of a comparison get the same time.
-    words = settle_clock(sys.argv[1:] if argv is None else argv, datetime.now())
-    return answered(lambda: _answer(words))
+    given = settle_clock(sys.argv[1:] if argv is None else argv, datetime.now())
+    return answered(lambda: _answer(given))
 
 
-def _answer(words: Sequence[str]) -> int:
-    if words and words[0] in CONTROLS:
-        return control(words)
-    if words and words[0] == "compare":  # imported here: other commands need neither its figures nor foreign tables
+def _answer(argv: Sequence[str]) -> int:
+    if argv and argv[0] in CONTROLS:
+        return control(argv)
+    if argv and argv[0] == "compare":  # imported here: other commands need neither its figures nor foreign tables
         from launch.compare import compare
 
-        return compare(words[1:], launch=launch)
-    if words and words[0] == "import":
+        return compare(argv[1:], launch=launch)
+    if argv and argv[0] == "import":
         from launch.importing import main as import_main
 
-        return import_main(words[1:])
-    arguments = parse_arguments(ENTRY_POINT, words)
+        return import_main(argv[1:])
+    arguments = parse_arguments(ENTRY_POINT, argv)
     if arguments.show is not None:
         print(show(ENTRY_POINT, arguments))
         return delivered(EXIT_FINISHED)
@@ -124,8 +124,8 @@ def launch(overrides: Sequence[str], *, config_dir: str | None, stay: bool = Fal
     def command(again: bool) -> Command:
         if not again:
             return _shown(commands[0])
-        words = restart_words(overrides, config.train.resume)
-        return _shown(_commands(config, plan, words, config_dir=config_dir, run_dir=run_dir)[0])
+        restarted = restart_overrides(overrides, config.train.resume)
+        return _shown(_commands(config, plan, restarted, config_dir=config_dir, run_dir=run_dir)[0])
 
     try:
         restarts = 0 if alone else config.launcher.max_restarts

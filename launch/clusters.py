@@ -51,16 +51,16 @@ def elsewhere(kind: ClusterKind) -> Elsewhere | None:
     return cast(Elsewhere, import_module(MODULES[kind])) if kind in MODULES else None
 
 
-def control(words: Sequence[str]) -> int:
+def control(arguments: Sequence[str]) -> int:
     """`status RUN_DIR` or `cancel RUN_DIR`. Raises CookbookError if no run was submitted, or its cluster is gone."""
-    if words[1:] in (["-h"], ["--help"]):
-        print(f"python -m launch {words[0]} RUN_DIR")
+    if arguments[1:] in (["-h"], ["--help"]):
+        print(f"python -m launch {arguments[0]} RUN_DIR")
         return EXIT_FINISHED
-    if len(words) != 2:
-        raise ConfigError(f"python -m launch {words[0]}: give the run folder, and nothing else")
-    run_dir = Path(words[1]).expanduser().absolute()
+    if len(arguments) != 2:
+        raise ConfigError(f"python -m launch {arguments[0]}: give the run folder, and nothing else")
+    run_dir = Path(arguments[1]).expanduser().absolute()
     cluster = _cluster_of(run_dir)
-    lines = cluster.status_lines(run_dir) if words[0] == "status" else [cluster.cancel(run_dir)]
+    lines = cluster.status_lines(run_dir) if arguments[0] == "status" else [cluster.cancel(run_dir)]
     print(*lines, sep="\n")
     return EXIT_FINISHED
 

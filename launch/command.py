@@ -24,7 +24,7 @@ from pathlib import Path
 from configs.choices import LauncherName
 from configs.overrides import quote_value
 from configs.schema import Config
-from slurm.words import Place, launcher_environment, launcher_words, node_words
+from slurm.arguments import Place, launcher_arguments, launcher_environment, node_arguments
 from trainer.plan.plan import Plan
 
 HOST = "127.0.0.1"  # where the ranks of one node meet
@@ -73,17 +73,17 @@ def build_command(
     environment = os.environ if environment is None else environment
     cores = cores or os.cpu_count() or 1
     wanted = launcher_environment(config.launcher.name, processes=plan.gpus_per_node, device=plan.device, cores=cores)
-    words = _launcher_words(config, plan, rendezvous, visible=environment.get("CUDA_VISIBLE_DEVICES", ""))
+    launcher = _launcher_arguments(config, plan, rendezvous, visible=environment.get("CUDA_VISIBLE_DEVICES", ""))
     search = ["--config-dir", config_dir] if config_dir is not None else []
     passed_on = [word for word in overrides if not word.startswith("dry_run=")]
     settled = [f"train.run_dir={quote_value(str(run_dir))}"] if config.train.run_dir is None else []
     return Command(
-        argv=(*words, "trainer", *search, *passed_on, *settled),
+        argv=(*launcher, "trainer", *search, *passed_on, *settled),
         environment={name: value for name, value in wanted.items() if name not in environment},
     )
 
 
-def _launcher_words(config: Config, plan: Plan, rendezvous: Rendezvous, *, visible: str) -> list[str]:
+def _launcher_arguments(config: Config, plan: Plan, rendezvous: Rendezvous, *, visible: str) -> list[str]:
     """Everything before `trainer`. visible: CUDA_VISIBLE_DEVICES of the caller."""
     name, port = config.launcher.name, config.launcher.master_port
     begin = [sys.executable] if name is LauncherName.python else [program(str(name))]
@@ -92,14 +92,14 @@ def _launcher_words(config: Config, plan: Plan, rendezvous: Rendezvous, *, visib
         case LauncherName.python:
             world = []
         case _ if plan.nodes > 1:
-            world = node_words(name, _place(plan, rendezvous))
+            world = node_arguments(name, _place(plan, rendezvous))
         case LauncherName.torchrun:
             world = _torchrun(plan, rendezvous, port)
         case LauncherName.deepspeed:
             world = _deepspeed(plan, rendezvous, visible)
         case LauncherName.accelerate:
             world = _accelerate(plan, rendezvous, port)
-    return [*begin, *launcher_words(name, world, config.launcher.args, ranks=plan.world_size, device=plan.device)]
+    return [*begin, *launcher_arguments(name, world, config.launcher.args, ranks=plan.world_size, device=plan.device)]
 
 
 def _torchrun(plan: Plan, rendezvous: Rendezvous, port: int | None) -> list[str]:

@@ -42,12 +42,12 @@ Launch = Callable[..., tuple[int, bool]]
 """`launch.__main__.launch`."""
 
 
-def compare(words: Sequence[str], *, launch: Launch) -> int:
+def compare(argv: Sequence[str], *, launch: Launch) -> int:
     """Run the command `compare`. Returns 0, or the exit code of the first unfinished run.
 
     Raises CookbookError before anything is started.
     """
-    arguments = parse_arguments(ENTRY_POINT, words)
+    arguments = parse_arguments(ENTRY_POINT, argv)
     if arguments.show is not None:
         print(show(ENTRY_POINT, arguments))
         return EXIT_FINISHED
@@ -64,7 +64,7 @@ def _compare(arguments: Arguments, launch: Launch) -> int:
     first = next(point.config for point in points if point.config is not None)
     if first.dry_run:
         for point in points:
-            print(f"{point.name}: {shlex.join(point.words)}", point.plan.describe() if point.plan else point.reason)
+            print(f"{point.name}: {shlex.join(point.overrides)}", point.plan.describe() if point.plan else point.reason)
         return EXIT_FINISHED
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def _run(
     point: Point, folder: Path, which: str, launch: Launch, config_dir: str | None
 ) -> tuple[int, bool, str | None]:
     """Exit code, whether a signal requested the end, and why the run did not finish."""
-    print(f"\n== {point.name} ({which}): {shlex.join(point.words)}", flush=True)
+    print(f"\n== {point.name} ({which}): {shlex.join(point.overrides)}", flush=True)
     if point.plan is None:
         print(point.reason)
         return EXIT_BAD_CONFIG, False, point.reason
@@ -96,14 +96,14 @@ def _run(
         print("finished already")
         return EXIT_FINISHED, False, None
     try:
-        code, stopped = launch(point.words, config_dir=config_dir, stay=True)
+        code, stopped = launch(point.overrides, config_dir=config_dir, stay=True)
     except CookbookError as error:
         return print_problems(error), False, error.problems[0]
     return code, stopped, None if code == EXIT_FINISHED else f"ended with exit code {code}"
 
 
 def _record(folder: Path, points: Sequence[Point]) -> None:
-    content = [{"name": point.name, "words": point.words, "reason": point.reason} for point in points]
+    content = [{"name": point.name, "words": point.overrides, "reason": point.reason} for point in points]
     with writing(folder):
         replace_text(folder / RECORD, json.dumps(content, indent=1) + "\n")
 

@@ -65,16 +65,16 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a shell's script, or the candidates for a line. Returns the exit code."""
     guard_output()
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words in (["-h"], ["--help"]):
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in (["-h"], ["--help"]):
         print(f"cookbook completion {'|'.join(SCRIPTS)}\n\nPrint the script with which that shell completes cookbook.")
-    elif len(words) == 2 and words[0] == "answer":
-        for candidate in candidates(words[1]):
+    elif len(arguments) == 2 and arguments[0] == "answer":
+        for candidate in candidates(arguments[1]):
             print(candidate)
-    elif len(words) == 1 and words[0] in SCRIPTS:
-        print(SCRIPTS[words[0]].strip())
+    elif len(arguments) == 1 and arguments[0] in SCRIPTS:
+        print(SCRIPTS[arguments[0]].strip())
     else:
-        shown = " ".join(words) or "(nothing)"
+        shown = " ".join(arguments) or "(nothing)"
         return print_problems(ConfigError(f"cookbook completion {shown}: name a shell; choose {', '.join(SCRIPTS)}"))
     return delivered(EXIT_FINISHED)
 
@@ -83,8 +83,8 @@ def candidates(line: str) -> list[str]:
     """Candidates for the last word of a command line, up to the cursor; none if a file is wanted."""
     from launch.cookbook import COMMANDS  # imported here: it imports this module
 
-    program, *words = line.split(" ")
-    *before, last = [word for word in words[:-1] if word] + words[-1:] or [""]
+    program, *arguments = line.split(" ")
+    *before, last = [word for word in arguments[:-1] if word] + arguments[-1:] or [""]
     if program in PROGRAMS:
         before = [PROGRAMS[program], *before]
     if not before:

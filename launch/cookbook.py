@@ -46,19 +46,21 @@ USAGE = "\n".join(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the entry point that the first argument names. Returns its exit code."""
     guard_output()
-    words = sys.argv[1:] if argv is None else argv
-    if not words or words[0] in ("-h", "--help"):
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return delivered(EXIT_FINISHED)
-    if words[0] == "--version":
+    if arguments[0] == "--version":
         print(version())
         return delivered(EXIT_FINISHED)
-    if words[0] not in COMMANDS:
+    if arguments[0] not in COMMANDS:
         return print_problems(
-            ConfigError(f"cookbook {words[0]}: no such command; there are {', '.join(COMMANDS)}; see cookbook --help")
+            ConfigError(
+                f"cookbook {arguments[0]}: no such command; there are {', '.join(COMMANDS)}; see cookbook --help"
+            )
         )
-    module, before, _ = COMMANDS[words[0]]
-    return import_module(module).main([*before, *words[1:]])
+    module, before, _ = COMMANDS[arguments[0]]
+    return import_module(module).main([*before, *arguments[1:]])
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def explore_layouts(runs: Sequence[Sequence[str]], *, config_dir: str | None) ->
     check_open(first)
     overrides, controls = _swept(runs) if len(runs) > 1 else _usual(runs[0], first, config_dir)
     configs = [
-        load_config([*overrides, *words], config_dir=config_dir)
-        for words in product(*(control.words for control in controls))
+        load_config([*overrides, *chosen], config_dir=config_dir)
+        for chosen in product(*(control.overrides for control in controls))
     ]
     machines = [planned_machine(config, find_machine({})) for config in configs]
     found = explore(configs, machines, _Said())
@@ -58,7 +58,7 @@ def explore_layouts(runs: Sequence[Sequence[str]], *, config_dir: str | None) ->
 def _swept(runs: Sequence[Sequence[str]]) -> tuple[list[str], list[Control]]:
     """The overrides that all runs share, and one control for each override with several values."""
     columns = [list(dict.fromkeys(column)) for column in zip(*runs, strict=True)]
-    controls = [Control(words[0].partition("=")[0], tuple(words)) for words in columns if len(words) > 1]
+    controls = [Control(values[0].partition("=")[0], tuple(values)) for values in columns if len(values) > 1]
     chosen = [control.key for control in controls if f"{control.key}=".startswith(REPLACED)]
     if chosen:
         raise ConfigError(
@@ -68,21 +68,21 @@ def _swept(runs: Sequence[Sequence[str]]) -> tuple[list[str], list[Control]]:
                 for key in chosen
             )
         )
-    return [words[0] for words in columns if len(words) == 1], controls
+    return [values[0] for values in columns if len(values) == 1], controls
 
 
 def _usual(overrides: Sequence[str], config: Config, config_dir: str | None) -> tuple[list[str], list[Control]]:
     """The default sweep, without -m, as far as the command allows it."""
     chosen = chosen_options(overrides, config_dir=config_dir)
-    words = {group: [f"{group}={chosen[group]}"] for group in USUAL}
+    values = {group: [f"{group}={chosen[group]}"] for group in USUAL}
     for group, options in USUAL.items():
         for word in (f"{group}={option}" for option in options if option != chosen[group]):
             with suppress(ConfigError):
                 load_config([*overrides, word], config_dir=config_dir)
-                words[group].append(word)
-    words = {"data.seq_len": [f"data.seq_len={config.data.seq_len * times}" for times in (1, LONGER)], **words}
-    controls = [Control(key, tuple(each)) for key, each in words.items()]
-    return [word for word in overrides if word.partition("=")[0] not in words], controls
+                values[group].append(word)
+    values = {"data.seq_len": [f"data.seq_len={config.data.seq_len * times}" for times in (1, LONGER)], **values}
+    controls = [Control(key, tuple(each)) for key, each in values.items()]
+    return [word for word in overrides if word.partition("=")[0] not in values], controls
 
 
 class _Said:

@@ -28,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return answered(lambda: _generate(_parser().parse_intermixed_args(argv)))
 
 
-def _generate(words: argparse.Namespace) -> int:
-    _check(words)
-    prompt = sys.stdin.read() if words.prompt == "-" else words.prompt
+def _generate(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     # These imports take seconds, which `--help` and a misspelt argument need not wait for.
     from trainer.generation import Request, write
 
-    asked: dict[str, Any] = {**vars(words), "prompt": prompt}
+    asked: dict[str, Any] = {**vars(arguments), "prompt": prompt}
     write(Request(**asked))
     return delivered(EXIT_FINISHED)
 
@@ -54,25 +54,25 @@ def _parser() -> Parser:
     return parser
 
 
-def _check(words: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace) -> None:
     """Raises ConfigError, with all problems at once."""
     problems = [
         f"--{name}={value}: {rule}"
         for name, value, bad, rule in (
-            ("tokens", words.tokens, words.tokens < 1, "must be at least 1"),
+            ("tokens", arguments.tokens, arguments.tokens < 1, "must be at least 1"),
             (
                 "temperature",
-                words.temperature,
-                words.temperature != 0 and not 1e-3 <= words.temperature < float("inf"),
+                arguments.temperature,
+                arguments.temperature != 0 and not 1e-3 <= arguments.temperature < float("inf"),
                 "must be 0, or 0.001 or more",
             ),
-            ("top-p", words.top_p, not 0 < words.top_p <= 1, "must be above 0 and at most 1"),
-            ("seed", words.seed, not 0 <= words.seed < 2**63, "must be 0 or more and less than 2^63"),
+            ("top-p", arguments.top_p, not 0 < arguments.top_p <= 1, "must be above 0 and at most 1"),
+            ("seed", arguments.seed, not 0 <= arguments.seed < 2**63, "must be 0 or more and less than 2^63"),
         )
         if bad
     ]
-    if not words.source.exists():
-        problems.append(f"{words.source}: no such folder; give RUN_DIR, a checkpoint, a model or an adapter")
+    if not arguments.source.exists():
+        problems.append(f"{arguments.source}: no such folder; give RUN_DIR, a checkpoint, a model or an adapter")
     if problems:
         raise ConfigError(*problems)
 

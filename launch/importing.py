@@ -42,7 +42,7 @@ def _parser() -> Parser:
         prog="cookbook import", description="Translate the configuration of another trainer into an experiment file."
     )
     parser.add_argument(
-        "words", nargs="+", metavar="FILE|OVERRIDE", help="files to translate; key=value wins over them"
+        "given", nargs="+", metavar="FILE|OVERRIDE", help="files to translate; key=value wins over them"
     )
     parser.add_argument("--to", type=Path, help="the file to write (mine/experiment/FIRST_FILE.yaml)")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
@@ -50,19 +50,19 @@ def _parser() -> Parser:
     return parser
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Files and overrides. An argument with = is an override, unless a file has this name."""
-    files = [word for word in words if "=" not in word or os.path.isfile(word)]
-    return files, [word for word in words if word not in files]
+    files = [word for word in arguments if "=" not in word or os.path.isfile(word)]
+    return files, [word for word in arguments if word not in files]
 
 
-def _import(words: argparse.Namespace) -> int:
-    files, overrides = split_words(words.words)
+def _import(arguments: argparse.Namespace) -> int:
+    files, overrides = split_arguments(arguments.given)
     if not files:
         raise ConfigError("cookbook import: no file is named; give at least one, see cookbook import --help")
-    target = words.to or OWN / "experiment" / f"{_label(files[0])}.yaml"
-    _check_target(target, force=words.force)
-    made = translate(files, overrides, config_dir=words.config_dir)
+    target = arguments.to or OWN / "experiment" / f"{_label(files[0])}.yaml"
+    _check_target(target, force=arguments.force)
+    made = translate(files, overrides, config_dir=arguments.config_dir)
     start = ["python", "-m", "launch", f"--config-dir={target.parent.parent}", f"experiment={target.stem}"]
     command = shlex.join(start) + ("" if has_model(made) else " model.path=FOLDER")
     print(report(made), end="\n\n")

@@ -68,8 +68,8 @@ def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> 
     first = planned[0].config
     sweep_dir = Path(first.train.run_dir or default_run_dir(first, datetime.now())).expanduser().absolute()
     if first.dry_run:
-        words = check_sweep(planned, sweep_dir)
-        _show_script(first, words)
+        command = check_sweep(planned, sweep_dir)
+        _show_script(first, command)
         return EXIT_FINISHED
     job_id = submit_sweep(planned, config_dir=config_dir, sweep_dir=sweep_dir, root=Path.cwd())
     for number, overrides in enumerate(points):
@@ -80,8 +80,8 @@ def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> 
     return EXIT_FINISHED
 
 
-def _show_script(config: Config, words: Sequence[str]) -> None:
-    print(shlex.join(words), "", script_text(config), sep="\n", end="")
+def _show_script(config: Config, command: Sequence[str]) -> None:
+    print(shlex.join(command), "", script_text(config), sep="\n", end="")
     if lines := beside_script(config):
         print("", *lines, sep="\n")
 

@@ -30,11 +30,11 @@ USUAL = ("train.export=false", "checkpoint.final=false")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One run. words: its overrides, including the run folder. config, plan: None if it is refused, for `reason`.
+    """One run. overrides: including the run folder. config, plan: None if it is refused, for `reason`.
     reason is also why a run failed that could not report it itself."""
 
     name: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     config: Config | None = None
     plan: Plan | None = None
     reason: str | None = None
@@ -49,13 +49,13 @@ def plan_points(overrides: Sequence[str], *, config_dir: str | None) -> tuple[Pa
     runs = expand_sweep(overrides)
     if len(runs) < 2:
         raise ConfigError("compare: needs at least two runs: give a list, parallel=single,ddp, or a folder of runs")
-    places = list(dict.fromkeys(word for words in runs for word in words if word.startswith("train.run_dir=")))
+    places = list(dict.fromkeys(word for run in runs for word in run if word.startswith("train.run_dir=")))
     if len(places) > 1:
         raise ConfigError("train.run_dir: is the folder of the whole comparison; give one")
-    plain = [tuple(word for word in words if word not in places) for words in runs]
+    plain = [tuple(word for word in run if word not in places) for run in runs]
     found = [
-        _plan(Point(name=name, words=(*USUAL, *words)), config_dir)
-        for name, words in zip(names(plain), plain, strict=True)
+        _plan(Point(name=name, overrides=(*USUAL, *run)), config_dir)
+        for name, run in zip(names(plain), plain, strict=True)
     ]
     sizes = {point.plan.batch.global_batch_size: point.name for point in found if point.plan is not None}
     if len(sizes) > 1:
@@ -68,9 +68,9 @@ def plan_points(overrides: Sequence[str], *, config_dir: str | None) -> tuple[Pa
     folder = Path(named) if named is not None else _default(configs[0])
     settled: list[Point] = []
     for point in found:
-        words = (*point.words, f"train.run_dir={quote_value(str(folder / point.name))}")
-        config = load_config(words, config_dir=config_dir) if point.plan is not None else None
-        settled.append(replace(point, words=words, config=config))
+        own = (*point.overrides, f"train.run_dir={quote_value(str(folder / point.name))}")
+        config = load_config(own, config_dir=config_dir) if point.plan is not None else None
+        settled.append(replace(point, overrides=own, config=config))
     return folder.expanduser(), settled
 
 
@@ -87,7 +87,7 @@ def check_folder(point: Point, folder: Path) -> None:
 
 
 def _plan(point: Point, config_dir: str | None) -> Point:
-    config = load_config(point.words, config_dir=config_dir)
+    config = load_config(point.overrides, config_dir=config_dir)
     if (cluster := elsewhere(config.cluster.kind)) is not None:
         raise ConfigError(
             f"cluster.kind={config.cluster.kind}: compare runs one point after another on this machine;"
@@ -108,12 +108,12 @@ def _plan(point: Point, config_dir: str | None) -> Point:
 def _one_batch(points: Sequence[Point], sizes: dict[int, str], config_dir: str | None) -> list[Point]:
     """The same points with one global batch. sizes: each size without it, with the last point that has it."""
     had = ", ".join(f"{size} ({name})" for size, name in sizes.items())
-    if any(word.startswith("train.global_batch_size=") for point in points for word in point.words):
+    if any(word.startswith("train.global_batch_size=") for point in points for word in point.overrides):
         raise PlanError(f"train.global_batch_size: is {had}, and losses of different batches do not compare; give one")
     size = lcm(*sizes)
     print(f"train.global_batch_size={size} for all; each alone would have had {had}")
     return [
-        _plan(replace(point, words=(*point.words, f"train.global_batch_size={size}")), config_dir)
+        _plan(replace(point, overrides=(*point.overrides, f"train.global_batch_size={size}")), config_dir)
         if point.plan is not None
         else point
         for point in points
@@ -136,9 +136,9 @@ def names(runs: Sequence[Sequence[str]], *, keys: bool = False) -> list[str]:
     full overrides, parallel=ddp,train.seed=2."""
     shared = set(runs[0]).intersection(*runs)
     found: list[str] = []
-    for words in runs:
+    for overrides in runs:
         parts: list[str] = []
-        for word in words:
+        for word in overrides:
             key, _, value = word.partition("=")
             if word not in shared:
                 parts.append(word if keys else f"{key.rpartition('.')[2]}-{value}" if "." in key else value)

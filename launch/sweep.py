@@ -36,7 +36,7 @@ def sweep(arguments: Arguments, launch: Callable[..., tuple[int, bool]]) -> int:
     launch: that of `launch.__main__`.
     """
     runs = expand_sweep(arguments.overrides)
-    configs = [_composed(words, arguments.config_dir) for words in runs]
+    configs = [_composed(run, arguments.config_dir) for run in runs]
     first = next(filter(None, configs), None) or load_config(runs[0], config_dir=arguments.config_dir)
     if is_array(first.cluster):
         return launch_array(runs, config_dir=arguments.config_dir)
@@ -51,10 +51,8 @@ def sweep(arguments: Arguments, launch: Callable[..., tuple[int, bool]]) -> int:
     ]
     if here:
         runs = [
-            [*words, f"{FOLDER}{quote_value(str(folder))}"]
-            if config is not None and not config.train.run_dir
-            else words
-            for words, config, folder in zip(runs, configs, folders, strict=True)
+            [*run, f"{FOLDER}{quote_value(str(folder))}"] if config is not None and not config.train.run_dir else run
+            for run, config, folder in zip(runs, configs, folders, strict=True)
         ]
     codes: list[int] = []
     found: list[Run] = []
@@ -95,9 +93,9 @@ def check_folders(named: Sequence[str | None]) -> None:
         )
 
 
-def _composed(words: Sequence[str], config_dir: str | None) -> Config | None:
+def _composed(overrides: Sequence[str], config_dir: str | None) -> Config | None:
     """None if it is refused; `launch` reports the reason later."""
     try:
-        return load_config(words, config_dir=config_dir)
+        return load_config(overrides, config_dir=config_dir)
     except CookbookError:
         return None

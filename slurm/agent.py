@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from configs.errors import CookbookError
+from slurm.arguments import Place, launcher_arguments, launcher_environment, node_arguments
 from slurm.job import Job, folder, read_job
-from slurm.words import Place, launcher_environment, launcher_words, node_words
 from trainer.process.stopping import QUIET_STOP
 from trainer.process.world import for_children
 
@@ -23,11 +23,11 @@ PROGRAMS = {
 }
 
 
-def job_words(job: Job, place: Place) -> list[str]:
+def job_arguments(job: Job, place: Place) -> list[str]:
     """Everything before `trainer`."""
-    ranks, world = place.nodes * place.processes, node_words(job.launcher, place)
-    words = launcher_words(job.launcher, world, job.launcher_args, ranks=ranks, device=job.device)
-    return [*PROGRAMS.get(job.launcher, ()), *words]
+    ranks, world = place.nodes * place.processes, node_arguments(job.launcher, place)
+    arguments = launcher_arguments(job.launcher, world, job.launcher_args, ranks=ranks, device=job.device)
+    return [*PROGRAMS.get(job.launcher, ()), *arguments]
 
 
 def node_environment(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
@@ -59,8 +59,8 @@ def main(argv: Sequence[str]) -> int:
         port=int(argv[2]),
         hostfile=str(folder(run_dir) / "hostfile"),
     )
-    words = job.words if argv[3] == "1" else job.again
-    command = [sys.executable, *job_words(job, place), "trainer", *words]
+    overrides = job.words if argv[3] == "1" else job.again
+    command = [sys.executable, *job_arguments(job, place), "trainer", *overrides]
     os.execve(sys.executable, command, node_environment(job, os.environ))
 
 

@@ -52,22 +52,22 @@ def living_job(run_dir: Path) -> str | None:
     return ids[-1] if any(state not in OVER for state in states) else None
 
 
-def run_slurm(words: Sequence[str], *, unknown_is_over: bool = False) -> str:
+def run_slurm(command: Sequence[str], *, unknown_is_over: bool = False) -> str:
     """Output of a Slurm program. unknown_is_over: an id that Slurm has forgotten gives empty output.
 
     Raises EnvironmentProblem with the first line of its error.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
-        raise EnvironmentProblem(f"there is no {words[0]} on PATH; run this on a login node of the cluster") from None
+        raise EnvironmentProblem(f"there is no {command[0]} on PATH; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise EnvironmentProblem(f"{words[0]} does not answer; try again later") from None
+        raise EnvironmentProblem(f"{command[0]} does not answer; try again later") from None
     if done.returncode == 0:
         return done.stdout
     if unknown_is_over and "Invalid job id" in done.stderr:
         return ""
-    raise EnvironmentProblem(f"{words[0]}: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
+    raise EnvironmentProblem(f"{command[0]}: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
 
 
 def _queue(job_id: str) -> str:
@@ -86,5 +86,5 @@ def _ids(run_dir: Path) -> list[str]:
 
 
 def status_line(name: str, status: Mapping[str, object], *keys: str) -> str:
-    words = [f"{key} {status[key]}" for key in keys if status.get(key) is not None]
-    return f"{name:<10} {', '.join(words).removeprefix('state ') or 'not begun'}"
+    parts = [f"{key} {status[key]}" for key in keys if status.get(key) is not None]
+    return f"{name:<10} {', '.join(parts).removeprefix('state ') or 'not begun'}"

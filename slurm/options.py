@@ -94,8 +94,8 @@ def check_options(config: Config, *, sweep: bool = False) -> Iterator[str]:
         what = "a sweep is submitted as %4, four points at a time" if sweep else "one run takes 1-8%1; %4 is for -m"
         yield f"cluster.slurm.array={slurm.array}: {what}"
     yield from _check_signal(config)
-    for key, words in (("sbatch_args", slurm.sbatch_args), ("srun_args", slurm.srun_args)):
-        for word in words:
+    for key, arguments in (("sbatch_args", slurm.sbatch_args), ("srun_args", slurm.srun_args)):
+        for word in arguments:
             name = word.partition("=")[0].removeprefix("--")
             if not re.fullmatch(r"--[a-z][a-z0-9-]*(=[^\x00-\x1f\x7f]*)?", word):
                 yield f"cluster.slurm.{key}=[{show(word)}]: each is one word, --option or --option=value"
@@ -148,7 +148,7 @@ def show(text: str) -> str:
     return plain if len(plain) <= 60 else plain[:60] + "..."
 
 
-def sbatch_words(config: Config, plan: Plan, *, output: str, array: str | None) -> list[str]:
+def sbatch_arguments(config: Config, plan: Plan, *, output: str, array: str | None) -> list[str]:
     """The options of sbatch, without the script. output: pattern of the log's name. array: in Slurm's form."""
     slurm = config.cluster.slurm
     given = {
@@ -161,7 +161,7 @@ def sbatch_words(config: Config, plan: Plan, *, output: str, array: str | None) 
         "ntasks-per-node": "1",
         # At least one CPU per rank, where the cluster would give one per task.
         "cpus-per-task": str(slurm.cpus_per_node or plan.gpus_per_node),
-        **_gpu_words(config, plan),
+        **_gpu_arguments(config, plan),
         "mem": slurm.mem,
         "constraint": slurm.constraint,
         "dependency": slurm.dependency,
@@ -179,7 +179,7 @@ def is_chain(config: Config) -> bool:
     return config.cluster.slurm.array is not None and not config.cluster.slurm.array.startswith("%")
 
 
-def _gpu_words(config: Config, plan: Plan) -> dict[str, str]:
+def _gpu_arguments(config: Config, plan: Plan) -> dict[str, str]:
     slurm = config.cluster.slurm
     if plan.device != "cuda" or slurm.gpu_request is GpuRequest.none:
         return {}
@@ -189,7 +189,7 @@ def _gpu_words(config: Config, plan: Plan) -> dict[str, str]:
     return {"gpus-per-node": f"{kind}{plan.gpus_per_node}"}
 
 
-def srun_words(config: Config) -> list[str]:
+def srun_arguments(config: Config) -> list[str]:
     """Additional options for srun."""
     slurm = config.cluster.slurm
     container = [f"--container-image={slurm.container}"] if slurm.container is not None else []

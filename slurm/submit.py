@@ -19,10 +19,10 @@ from configs.errors import ConfigError, EnvironmentProblem
 from configs.load import to_yaml
 from configs.overrides import quote_value
 from configs.schema import Config
+from slurm.arguments import restart_overrides
 from slurm.control import living_job
 from slurm.job import JOB_IDS, MEMORY, STATUS, Job, folder, write_job
-from slurm.options import check_options, is_chain, output_pattern, sbatch_words, show, srun_words
-from slurm.words import restart_words
+from slurm.options import check_options, is_chain, output_pattern, sbatch_arguments, show, srun_arguments
 from trainer.plan.length import planned_steps
 from trainer.plan.plan import Plan
 from trainer.process.disks import writing
@@ -54,12 +54,12 @@ def submit(
     directory of the job. Raises CookbookError before anything is written.
     """
     check(config, run_dir)
-    words = command(config, plan, run_dir)
-    ask(config, words)
+    sbatch = command(config, plan, run_dir)
+    ask(config, sbatch)
     with writing(run_dir):
         prepare(config, plan, overrides, config_dir=config_dir, run_dir=run_dir)
-        replace_text(folder(run_dir) / COMMAND, shlex.join(words) + "\n")
-    job_id = _submitted(config, words, root)
+        replace_text(folder(run_dir) / COMMAND, shlex.join(sbatch) + "\n")
+    job_id = _submitted(config, sbatch, root)
     _note(run_dir, job_id)
     return job_id
 
@@ -78,14 +78,14 @@ def submit_sweep(points: Sequence[SweepPoint], *, config_dir: str | None, sweep_
 
     Raises CookbookError before anything is written, also if the points ask Slurm for different resources.
     """
-    words = check_sweep(points, sweep_dir)
-    ask(points[0].config, words)
+    sbatch = check_sweep(points, sweep_dir)
+    ask(points[0].config, sbatch)
     for number, point in enumerate(points):
         run_dir = sweep_dir / str(number)
         with writing(run_dir):
             prepare(point.config, point.plan, point.overrides, config_dir=config_dir, run_dir=run_dir)
-            replace_text(folder(run_dir) / COMMAND, shlex.join(words) + "\n")
-    job_id = _submitted(points[0].config, words, root)
+            replace_text(folder(run_dir) / COMMAND, shlex.join(sbatch) + "\n")
+    job_id = _submitted(points[0].config, sbatch, root)
     for number in range(len(points)):
         _note(sweep_dir / str(number), f"{job_id}_{number}")
     return job_id
@@ -96,8 +96,8 @@ def check_sweep(points: Sequence[SweepPoint], sweep_dir: Path) -> list[str]:
     for number, point in enumerate(points):
         check(point.config, sweep_dir / str(number), sweep=True)
     commands = [command(point.config, point.plan, sweep_dir, points=len(points)) for point in points]
-    for number, words in enumerate(commands):
-        other = [word for word in words if word not in commands[0] and not word.startswith("--job-name=")]
+    for number, each in enumerate(commands):
+        other = [word for word in each if word not in commands[0] and not word.startswith("--job-name=")]
         if other:
             raise ConfigError(
                 f"cluster.slurm.array={points[0].config.cluster.slurm.array}: point {number} asks Slurm for {other[0]},"
@@ -130,15 +130,15 @@ def command(config: Config, plan: Plan, run_dir: Path, *, points: int | None = N
     array = config.cluster.slurm.array if points is None else f"0-{points - 1}{config.cluster.slurm.array or ''}"
     name = f"slurm-{'%j' if array is None else '%A_%a'}.out"
     output = output_pattern(run_dir, f"logs/{name}" if points is None else f"%a/logs/{name}")
-    options = sbatch_words(config, plan, output=output, array=array)
+    options = sbatch_arguments(config, plan, output=output, array=array)
     script = config.cluster.slurm.script
     path = Path(script).expanduser().absolute() if script else Path(str(files("slurm") / "job.sbatch"))
     return ["sbatch", *options, str(path), str(run_dir), sys.executable, *(["sweep"] if points else [])]
 
 
-def ask(config: Config, words: Sequence[str]) -> None:
+def ask(config: Config, sbatch: Sequence[str]) -> None:
     """sbatch accepts a job that no node can ever run, and lets it wait; --test-only refuses it."""
-    _sbatch(config, [words[0], "--test-only", *words[1:]], Path.cwd())
+    _sbatch(config, [sbatch[0], "--test-only", *sbatch[1:]], Path.cwd())
 
 
 def prepare(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir: str | None, run_dir: Path) -> None:
@@ -166,7 +166,7 @@ def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir
     passed_on = [word for word in overrides if not word.startswith(("dry_run=", "train.run_dir="))]
     settled = f"train.run_dir={quote_value(str(run_dir))}"
     slurm = config.cluster.slurm
-    again = [*search, *restart_words(passed_on, config.train.resume), settled]
+    again = [*search, *restart_overrides(passed_on, config.train.resume), settled]
     return Job(
         words=[*search, *passed_on, settled],
         again=again,
@@ -176,7 +176,7 @@ def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir
         nodes=plan.nodes,
         processes=plan.gpus_per_node,
         python=slurm.python or sys.executable,
-        srun=srun_words(config),
+        srun=srun_arguments(config),
         chain=is_chain(config),
         max_restarts=config.launcher.max_restarts,
         max_requeues=slurm.max_requeues,
@@ -188,11 +188,14 @@ def make_job(config: Config, plan: Plan, overrides: Sequence[str], *, config_dir
     )
 
 
-def _goes_on(words: Sequence[str], array: str | None) -> str:
+def _goes_on(overrides: Sequence[str], array: str | None) -> str:
     """The command for one run; a point of a sweep continues alone."""
     if array is not None and array.startswith("%"):
-        words = [*(word for word in words if not word.startswith("cluster.slurm.array=")), "cluster.slurm.array=null"]
-    return shlex.join(["python", "-m", "launch", *words])
+        overrides = [
+            *(word for word in overrides if not word.startswith("cluster.slurm.array=")),
+            "cluster.slurm.array=null",
+        ]
+    return shlex.join(["python", "-m", "launch", *overrides])
 
 
 def script_text(config: Config) -> str:
@@ -203,14 +206,14 @@ def script_text(config: Config) -> str:
 
 def beside_script(config: Config) -> list[str]:
     """Further input of a job from the run folder: the lines that the script sources, and the arguments of srun."""
-    setup, words = config.cluster.slurm.setup, srun_words(config)
+    setup, srun = config.cluster.slurm.setup, srun_arguments(config)
     lines = [f"slurm/setup.sh  {line}" for line in setup]
-    return [*lines, f"srun            {shlex.join(words)}"] if words else lines
+    return [*lines, f"srun            {shlex.join(srun)}"] if srun else lines
 
 
-def _submitted(config: Config, words: Sequence[str], root: Path) -> str:
+def _submitted(config: Config, sbatch: Sequence[str], root: Path) -> str:
     # A federation adds the cluster's name.
-    return _sbatch(config, [words[0], "--parsable", *words[1:]], root).split(";")[0]
+    return _sbatch(config, [sbatch[0], "--parsable", *sbatch[1:]], root).split(";")[0]
 
 
 def _note(run_dir: Path, job_id: str) -> None:
@@ -218,10 +221,10 @@ def _note(run_dir: Path, job_id: str) -> None:
         ids.write(f"{job_id}\n")
 
 
-def _sbatch(config: Config, words: Sequence[str], root: Path) -> str:
+def _sbatch(config: Config, sbatch: Sequence[str], root: Path) -> str:
     """Raises EnvironmentProblem with Slurm's own message in one line, and the key that it concerns."""
     try:
-        done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(sbatch, cwd=root, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         raise EnvironmentProblem("cluster.kind=slurm: sbatch does not answer; try again later") from None
     if done.returncode == 0:
@@ -231,7 +234,7 @@ def _sbatch(config: Config, words: Sequence[str], root: Path) -> str:
     if re.search(r"node count|node configuration|more processors", said, re.IGNORECASE):
         # Slurm does not say which of these is missing.
         parts = [
-            word for word in words if word.startswith(("--cpus-per-task=", "--gpus-per-node=", "--gres=", "--mem="))
+            word for word in sbatch if word.startswith(("--cpus-per-task=", "--gpus-per-node=", "--gres=", "--mem="))
         ]
         raise EnvironmentProblem(
             f"cluster.nodes={config.cluster.nodes}: Slurm refuses ({said}): it has not so many nodes with"

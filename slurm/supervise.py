@@ -29,8 +29,8 @@ from types import FrameType
 
 from configs.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, CookbookError
 from configs.output import guard_output
+from slurm.arguments import hostfile
 from slurm.job import folder, read_job, read_job_status, read_memory, write_memory, write_status
-from slurm.words import hostfile
 from trainer.process.status import FINISHED, LOCK, STOPPED, is_through
 from trainer.process.stopping import STOP_FILE
 from trainer.process.world import for_children
@@ -124,8 +124,8 @@ class Supervisor:
         # srun no longer inherits it from sbatch (since 22.05).
         shares = [f"--cpus-per-task={cpus}"] if cpus else []
         tasks = [f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"]
-        words = [str(self._dir), self._address(), str(free_port()), str(self._memory.starts)]
-        agent = [job.python, "-m", "slurm.agent", *words]
+        arguments = [str(self._dir), self._address(), str(free_port()), str(self._memory.starts)]
+        agent = [job.python, "-m", "slurm.agent", *arguments]
         return ["srun", *tasks, "--kill-on-bad-exit=1", "--wait=60", *shares, *job.srun, *agent]
 
     def _address(self) -> str:

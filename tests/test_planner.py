@@ -269,7 +269,7 @@ def test_every_candidate_is_what_its_words_select() -> None:
         if candidate.layout in seen:
             continue
         seen.add(candidate.layout)
-        assert candidate.apply(config) == load_config([*SMALL, *candidate.words]), candidate.words
+        assert candidate.apply(config) == load_config([*SMALL, *candidate.overrides]), candidate.overrides
         tried += 1
     assert tried > 20
 
@@ -333,11 +333,11 @@ def test_the_command_prints_table_and_json(small: tuple[list[str], Search], caps
     words, found = small
     assert main([*words, "estimate.search=true"]) == 0
     text = capsys.readouterr().out
-    assert all(" ".join(one.candidate.words) in text for one in found.best)
+    assert all(" ".join(one.candidate.overrides) in text for one in found.best)
     assert "assumed: H100-SXM; matmuls at 60% of its peak" in text
     assert main([*words, "estimate.search=true", "estimate.format=json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert [one["overrides"] for one in answer["best"]] == [list(one.candidate.words) for one in found.best]
+    assert [one["overrides"] for one in answer["best"]] == [list(one.candidate.overrides) for one in found.best]
     assert answer["best"][0]["step_seconds"] == pytest.approx(found.best[0].time.total)
 
 

@@ -262,7 +262,7 @@ def test_a_dry_run_needs_no_ray(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_a_folder_that_a_node_does_not_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(node, "SHARED_SECONDS", 0.0)
     part = node.Part(
-        words=[*RAY, f"train.run_dir={tmp_path}"],
+        overrides=[*RAY, f"train.run_dir={tmp_path}"],
         config_dir=None,
         run_dir=str(tmp_path),
         token="1",

@@ -10,10 +10,10 @@ import pytest
 
 from configs.load import load_config
 from launch.jobs import plan_job
-from slurm.agent import job_words
-from slurm.options import check_options, sbatch_words
+from slurm.agent import job_arguments
+from slurm.arguments import Place
+from slurm.options import check_options, sbatch_arguments
 from slurm.submit import make_job
-from slurm.words import Place
 from tests.test_slurm_options import BASE, configured
 
 HOSTILE = [
@@ -34,7 +34,7 @@ def test_hostile_options_are_refused_or_stay_one_word(key: str) -> None:
         found = list(check_options(config))
         assert all("\n" not in line and line.isprintable() and len(line) < 400 for line in found)
         if not found and key not in ("python", "container"):
-            words = sbatch_words(config, plan_job(config), output="log", array=None)
+            words = sbatch_arguments(config, plan_job(config), output="log", array=None)
             assert not [word for word in words if text and text in word and not word.endswith(text)]
         if any(mark in text for mark in ("PWNED", "\x07", "\x1b")) and key not in ("python", "container"):
             assert found, f"{key}={text!r} was let through"
@@ -49,7 +49,7 @@ def test_hostile_texts_reach_the_ranks_word_for_word(tmp_path: Path) -> None:
         config.data.text_key = text
         job = make_job(config, plan_job(config), [*words, f"data.text_key={text}"], config_dir=None, run_dir=run_dir)
         assert f"data.text_key={text}" in job.words
-        command = job_words(job, Place(nodes=2, node_rank=0, processes=4, address="n1", port=1))
+        command = job_arguments(job, Place(nodes=2, node_rank=0, processes=4, address="n1", port=1))
         assert not [word for word in command if text and text in word and text != "--"]
     assert not list(tmp_path.glob("**/PWNED"))
 

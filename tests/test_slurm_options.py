@@ -21,7 +21,7 @@ from launch.jobs import launch_array, launch_job, plan_job
 from slurm.agent import node_environment
 from slurm.control import living_job
 from slurm.job import read_job
-from slurm.options import check_options, limit_seconds, sbatch_words
+from slurm.options import check_options, limit_seconds, sbatch_arguments
 from slurm.submit import make_job, script_text
 
 BASE = ("cluster=slurm", "cluster.device=cpu", "cluster.nodes=2", "cluster.gpus_per_node=4", "parallel=ddp")
@@ -41,7 +41,7 @@ def configured(*words: str) -> Config:
 
 def options(*words: str) -> list[str]:
     config = configured(*words)
-    return sbatch_words(config, plan_job(config), output="log", array=config.cluster.slurm.array)
+    return sbatch_arguments(config, plan_job(config), output="log", array=config.cluster.slurm.array)
 
 
 def problems(*words: str, sweep: bool = False) -> list[str]:

@@ -125,11 +125,11 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> int:
         return run(config, plan, callbacks)
 
 
-def _settled(words: Sequence[str]) -> list[str]:
+def _settled(overrides: Sequence[str]) -> list[str]:
     """The overrides with the time filled in. Raises ConfigError if each of several ranks would read its own clock."""
-    settled = settle_clock(words, datetime.now())
+    settled = settle_clock(overrides, datetime.now())
     several = os.environ.get("WORLD_SIZE", "1") != "1"
-    if several and (timed := [word for word, other in zip(words, settled, strict=True) if word != other]):
+    if several and (timed := [word for word, other in zip(overrides, settled, strict=True) if word != other]):
         rule = "each rank would read its own clock; start with python -m launch, which reads it once"
         raise ConfigError(*(f"{word}: {rule}" for word in timed))
     return settled

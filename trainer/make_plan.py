@@ -69,7 +69,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
         bubble=_bubble(config, batch),
         steps=planned_steps(config),
         epochs=config.train.epochs,
-        layers=linear.words(config),
+        layers=linear.description(config),
     )
 
 

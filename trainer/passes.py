@@ -153,7 +153,7 @@ def _slice_head(parts: Parts) -> list[str]:
 def _choose_loss(parts: Parts) -> list[str]:
     loss: Smoothed = cross_entropy_sum
     if parts.tensor:
-        loss, parts.objective.words = parts.tensor[0].loss, parts.tensor[0].words
+        loss, parts.objective.entries = parts.tensor[0].loss, parts.tensor[0].entries
         parts.objective.first = parts.tensor[0].first
     elif parts.config.train.chunked_loss:
         loss = chunked_cross_entropy_sum

@@ -62,13 +62,13 @@ def differences(config: Config, other: Config) -> list[str]:
     here, there = flat(config), flat(other)
     changed = [key for key in here if here[key] != there.get(key) and not key.startswith(PLACES)]
     groups = tuple(f"{key.removesuffix('preset')}" for key in changed if key.endswith(".preset"))
-    words = []
+    overrides = []
     for key in changed:
         if key.endswith(".preset"):
-            words.append(f"{key.removesuffix('.preset')}={here[key]}")
+            overrides.append(f"{key.removesuffix('.preset')}={here[key]}")
         elif not (groups and key.startswith(groups)):
-            words.append(f"{key}={as_text(here[key])}")
-    return words
+            overrides.append(f"{key}={as_text(here[key])}")
+    return overrides
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -40,13 +40,13 @@ def _row(run: Run, reference: Run | None) -> tuple[str, ...]:
     summary = run.summary
     apart = distance(run, reference) if reference is not None and run is not reference else None
     if run is reference:
-        words, distances = "the reference", (NONE, NONE)
+        changed, distances = "the reference", (NONE, NONE)
     else:
-        words = _words(run, reference)
+        changed = _changed(run, reference)
         distances = (_scientific(apart.loss), _scientific(apart.grad_norm)) if apart else ("not comparable", NONE)
     return (
         run.name,
-        words,
+        changed,
         _fixed(summary.get("loss_last")),
         _fixed(summary.get("validation_loss_last")),
         *distances,
@@ -81,7 +81,7 @@ def outcome(run: Run) -> tuple[str, ...]:
     )
 
 
-def _words(run: Run, reference: Run | None) -> str:
+def _changed(run: Run, reference: Run | None) -> str:
     if reference is None or reference.config is None or run.config is None:
         return NONE
     return ", ".join(differences(run.config, reference.config)) or "nothing"

@@ -36,8 +36,8 @@ ENTRY_POINT = EntryPoint(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Examine and print. Returns the exit code."""
-    words = settle_clock(sys.argv[1:] if argv is None else argv, datetime.now())
-    return answered(lambda: _answer(parse_arguments(ENTRY_POINT, words)))
+    given = settle_clock(sys.argv[1:] if argv is None else argv, datetime.now())
+    return answered(lambda: _answer(parse_arguments(ENTRY_POINT, given)))
 
 
 def _answer(arguments: Arguments) -> int:

@@ -21,13 +21,13 @@ def layouts(overrides: Sequence[str], config_dir: str | None, *, named: bool) ->
     chosen = chosen_options(overrides, config_dir=config_dir)[GROUP] or "own settings"
     options = [chosen] if named else list(group_options(config_dir)[GROUP])
     for option in options:
-        words = list(overrides) if named else [*overrides, f"{GROUP}={option}"]
-        yield from _layout(option, words, config_dir)
+        own = list(overrides) if named else [*overrides, f"{GROUP}={option}"]
+        yield from _layout(option, own, config_dir)
 
 
-def _layout(option: str, words: Sequence[str], config_dir: str | None) -> Iterator[Fact]:
+def _layout(option: str, overrides: Sequence[str], config_dir: str | None) -> Iterator[Fact]:
     try:
-        config = load_config(words, config_dir=config_dir)
+        config = load_config(overrides, config_dir=config_dir)
         plan = make_plan(config, replace(find_machine(), world_size=None, local_world_size=None))
         if plan.engine is EngineName.deepspeed:
             check_deepspeed(config, plan)

@@ -185,11 +185,11 @@ def _ray() -> Iterator[Fact]:
     yield Fact("cluster (ray)", found)
 
 
-def _answer(*words: str) -> str:
+def _answer(*command: str) -> str:
     """The first line of a program's output; the last line for nvcc, which begins with its copyright."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{words[0]}: {type(error).__name__}"
-    lines = (done.stdout or done.stderr).strip().splitlines() or [f"{words[0]} says nothing"]
-    return lines[-1 if words[0] == "nvcc" else 0]
+        return f"{command[0]}: {type(error).__name__}"
+    lines = (done.stdout or done.stderr).strip().splitlines() or [f"{command[0]} says nothing"]
+    return lines[-1 if command[0] == "nvcc" else 0]

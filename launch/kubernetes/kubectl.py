@@ -82,8 +82,8 @@ class Kubectl:
                 f"{key}: is {', '.join(modes)}, and {nodes} nodes write to the run folder; name one that is {SHARED}"
             )
 
-    def _run(self, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
-        command = [*self._begin, *words]
+    def _run(self, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+        command = [*self._begin, *arguments]
         try:
             return subprocess.run(command, input=given, capture_output=True, text=True, timeout=SECONDS, check=False)
         except subprocess.TimeoutExpired:

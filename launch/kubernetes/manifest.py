@@ -35,8 +35,8 @@ def jobset_name(label: str) -> str:
     return name[:LONGEST_NAME].strip("-")
 
 
-def jobset(config: Config, plan: Plan, words: Sequence[str], *, name: str) -> dict[str, Any]:
-    """The manifest. words: overrides of the run, as the pods get them. name: from `jobset_name`."""
+def jobset(config: Config, plan: Plan, overrides: Sequence[str], *, name: str) -> dict[str, Any]:
+    """The manifest. overrides: of the run, as the pods get them. name: from `jobset_name`."""
     options = config.cluster.kubernetes
     metadata: dict[str, Any] = {"name": name, "labels": {"app.kubernetes.io/name": "distributed-training-cookbook"}}
     if options.namespace is not None:
@@ -56,7 +56,7 @@ def jobset(config: Config, plan: Plan, words: Sequence[str], *, name: str) -> di
                 }
             ]
         },
-        "template": {"spec": _pod(options, plan, words, address=f"{name}-{NODE}-0-0.{name}")},
+        "template": {"spec": _pod(options, plan, overrides, address=f"{name}-{NODE}-0-0.{name}")},
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -79,13 +79,13 @@ def jobset(config: Config, plan: Plan, words: Sequence[str], *, name: str) -> di
     }
 
 
-def _pod(options: Kubernetes, plan: Plan, words: Sequence[str], *, address: str) -> dict[str, Any]:
+def _pod(options: Kubernetes, plan: Plan, overrides: Sequence[str], *, address: str) -> dict[str, Any]:
     meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(options.port)}
     container: dict[str, Any] = {
         "name": NODE,
         "image": options.image,
         "command": ["python", "-m", "launch.kubernetes.node"],
-        "args": [_unexpanded(word) for word in words],
+        "args": [_unexpanded(word) for word in overrides],
         "env": [{"name": key, "value": value} for key, value in {**meeting, **options.environment}.items()],
         "ports": [{"containerPort": options.port, "protocol": "TCP"}],
         "resources": _resources(options, plan),

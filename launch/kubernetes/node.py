@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return answered(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
-def _run(words: Sequence[str]) -> int:
-    arguments = parse_arguments(ENTRY_POINT, words)
+def _run(argv: Sequence[str]) -> int:
+    arguments = parse_arguments(ENTRY_POINT, argv)
     missing = [name for name in (INDEX, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not set; a pod of a JobSet has them (launch/kubernetes/manifest.py)")

@@ -41,12 +41,12 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
         raise ConfigError(*problems)
     plan = make_plan(config, Machine(gpus=config.cluster.gpus_per_node or 0))
     memory = check_memory(config, plan)
-    words = [word for word in overrides if not word.startswith("dry_run=")]
-    if not any(word.startswith("train.run_dir=") and "${" not in word for word in words):
+    passed_on = [word for word in overrides if not word.startswith("dry_run=")]
+    if not any(word.startswith("train.run_dir=") and "${" not in word for word in passed_on):
         # Pods have their own environment, where a variable could name another folder.
-        words.append(f"train.run_dir={quote_value(str(run_dir))}")
-    words += ["--config-dir", config_dir] if config_dir is not None else []
-    manifest = yaml.safe_dump(jobset(config, plan, words, name=name), sort_keys=False, width=120)
+        passed_on.append(f"train.run_dir={quote_value(str(run_dir))}")
+    passed_on += ["--config-dir", config_dir] if config_dir is not None else []
+    manifest = yaml.safe_dump(jobset(config, plan, passed_on, name=name), sort_keys=False, width=120)
     lines = [*plan.describe().splitlines(), *memory]
     if config.dry_run:  # the whole output is a file for kubectl
         print(*(f"# {line}".rstrip() for line in lines), "---", manifest, sep="\n", end="", flush=True)
@@ -61,7 +61,7 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
     print(f"follow     kubectl{where} logs -f job/{name}-{NODE}-0")
     print(f"status     kubectl{where} get jobset {name}")
     print(f"cancel     kubectl{where} delete jobset {name}    (the ranks save first)")
-    print(f"the pods   python -m launch.kubernetes.node {shlex.join(words)}", flush=True)
+    print(f"the pods   python -m launch.kubernetes.node {shlex.join(passed_on)}", flush=True)
     return EXIT_FINISHED, False
 
 

@@ -38,10 +38,10 @@ OF_RAY = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """words: overrides of the run, including train.run_dir. token: content of RUN_DIR/ray at this start. root: working
+    """overrides: of the run, including train.run_dir. token: content of RUN_DIR/ray at this start. root: working
     directory of the ranks. environment: further variables of the ranks."""
 
-    words: list[str]
+    overrides: list[str]
     config_dir: str | None
     run_dir: str
     token: str
@@ -75,7 +75,7 @@ class Node:
 
     def start(self, part: Part) -> list[str]:
         """Start the ranks. Returns the reason if this node cannot."""
-        run_dir, words = Path(part.run_dir), part.words
+        run_dir, overrides = Path(part.run_dir), part.overrides
         deadline = time.monotonic() + SHARED_SECONDS
         while read_state(run_dir).get("token") != part.token:
             if time.monotonic() > deadline:
@@ -89,12 +89,12 @@ class Node:
         root = part.root if Path(part.root).is_dir() else run_dir
         try:
             with contextlib.chdir(root):  # relative paths of models and adapters are resolved here too
-                config = load_config(words, config_dir=part.config_dir)
+                config = load_config(overrides, config_dir=part.config_dir)
                 plan = make_plan(config, replace(find_machine(), world_size=None, local_world_size=None))
             command = build_command(
                 config,
                 plan,
-                words,
+                overrides,
                 run_dir=run_dir,
                 rendezvous=part.rendezvous,
                 config_dir=part.config_dir,

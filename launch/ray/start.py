@@ -54,12 +54,12 @@ class Running:
 
 @dataclass(kw_only=True, slots=True)
 class Starter:
-    """words: overrides of the first start (False) and of a restart (True). stuck_minutes: how long ranks of an earlier
+    """overrides: of the first start (False) and of a restart (True). stuck_minutes: how long ranks of an earlier
     start may still hold the run folder."""
 
     cluster: Cluster
     nodes: int
-    words: Callable[[bool], list[str]]
+    overrides: Callable[[bool], list[str]]
     config_dir: str | None
     run_dir: Path
     environment: dict[str, str]
@@ -119,7 +119,7 @@ class Starter:
             write_state(self.run_dir, "running", reason=where, starts=self.starts, token=token)
             parts = [
                 Part(
-                    words=self.words(again),
+                    overrides=self.overrides(again),
                     config_dir=self.config_dir,
                     run_dir=str(self.run_dir),
                     token=token,

@@ -18,8 +18,8 @@ from launch.ray.options import check_options
 from launch.ray.record import FOLDER, STATE, folder, is_driven, read_state, write_state
 from launch.ray.start import Starter
 from launch.supervise import keep_running
+from slurm.arguments import restart_overrides
 from slurm.control import status_line
-from slurm.words import restart_words
 from trainer.estimate.gate import check_memory
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
@@ -50,21 +50,23 @@ def launch_job(config: Config, overrides: Sequence[str], *, config_dir: str | No
     config.train.run_dir = str(run_dir)
     search = None if config_dir is None else str(Path(config_dir).expanduser().absolute())
     passed_on = [word for word in overrides if not word.startswith(("dry_run=", "train.run_dir="))]
-    words = [*passed_on, f"train.run_dir={quote_value(str(run_dir))}"]
+    overrides = [*passed_on, f"train.run_dir={quote_value(str(run_dir))}"]
     if config.dry_run:
-        _show(config, plan, words, run_dir=run_dir, config_dir=search)
+        _show(config, plan, overrides, run_dir=run_dir, config_dir=search)
         return EXIT_FINISHED, False
     try:
         check_unfinished(config, run_dir)
         check_idle(run_dir)
-        return _run(config, plan, words, run_dir=run_dir, config_dir=search)
+        return _run(config, plan, overrides, run_dir=run_dir, config_dir=search)
     finally:
         if settled:
             with suppress(OSError):  # not empty: the run has begun
                 run_dir.rmdir()
 
 
-def _run(config: Config, plan: Plan, words: list[str], *, run_dir: Path, config_dir: str | None) -> tuple[int, bool]:
+def _run(
+    config: Config, plan: Plan, overrides: list[str], *, run_dir: Path, config_dir: str | None
+) -> tuple[int, bool]:
     with Cluster(config, plan) as cluster:
         with writing(run_dir):
             folder(run_dir).mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ def _run(config: Config, plan: Plan, words: list[str], *, run_dir: Path, config_
             starter = Starter(
                 cluster=cluster,
                 nodes=plan.nodes,
-                words=lambda again: restart_words(words, config.train.resume) if again else words,
+                overrides=lambda again: restart_overrides(overrides, config.train.resume) if again else overrides,
                 config_dir=config_dir,
                 run_dir=run_dir,
                 environment={**kept, PLAN_SHOWN: "1", **config.cluster.ray.environment},
@@ -118,7 +120,7 @@ def cancel(run_dir: Path) -> str:
     return f"the run saves and ends; the same `python -m launch` with train.run_dir={run_dir} goes on with it"
 
 
-def _show(config: Config, plan: Plan, words: Sequence[str], *, run_dir: Path, config_dir: str | None) -> None:
+def _show(config: Config, plan: Plan, overrides: Sequence[str], *, run_dir: Path, config_dir: str | None) -> None:
     """What would run on Ray's nodes."""
     address = config.cluster.ray.address or f"{ADDRESS}, else the cluster that runs on this machine, else a new one"
     each = f"{plan.nodes} x {{{said(bundle(config, plan))}}}"
@@ -126,5 +128,5 @@ def _show(config: Config, plan: Plan, words: Sequence[str], *, run_dir: Path, co
     print(f"placement  {strategy_of(plan)}, {each}")
     for rank in range(plan.nodes):
         meeting = Rendezvous(address="NODE_0", port=29500, node_rank=rank)
-        command = build_command(config, plan, words, run_dir=run_dir, rendezvous=meeting, config_dir=config_dir)
+        command = build_command(config, plan, overrides, run_dir=run_dir, rendezvous=meeting, config_dir=config_dir)
         print(f"node {rank:<5} {shlex.join(command.argv)}", flush=True)

@@ -45,7 +45,7 @@ def whole(model: Model, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 
 def in_slices(model: Model, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     words = model.head.out_features
-    return model.head(hidden, sliced=Sliced(targets=labels, loss=chunked_cross_entropy_sum, words=words, finish=None))
+    return model.head(hidden, sliced=Sliced(targets=labels, loss=chunked_cross_entropy_sum, entries=words, finish=None))
 
 
 WAYS = {"whole logits": whole, "slices": in_slices}

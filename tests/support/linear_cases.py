@@ -140,7 +140,7 @@ class Doubling:
         pass
 
     @staticmethod
-    def words(config: Config) -> str:
+    def description(config: Config) -> str:
         return ""
 
     @staticmethod

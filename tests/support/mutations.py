@@ -186,7 +186,7 @@ def adapters_drawn_by_each_rank() -> Iterator[None]:
 def smoothed_over_own_words() -> Iterator[None]:
     """Each rank spreads labels over its part of the vocabulary."""
     right = vocabulary.Weights.of
-    with patch.object(vocabulary.Weights, "of", lambda smoothing, words: right(smoothing, -(-words // 2))):
+    with patch.object(vocabulary.Weights, "of", lambda smoothing, entries: right(smoothing, -(-entries // 2))):
         yield
 
 

@@ -12,7 +12,7 @@ from trainer.plan.traffic import LayerWork, Sent
 from trainer.plan.views import Axis
 
 # Ranks that split a sequence hold the same parameters: FSDP2 shards over them too.
-AXIS = Axis(name="cp", words="sequences split over {}", shards=True)
+AXIS = Axis(name="cp", text="sequences split over {}", shards=True)
 
 
 def sends(config: Config, work: LayerWork) -> Sent:

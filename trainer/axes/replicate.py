@@ -8,7 +8,7 @@ from configs.choices import EngineName
 from configs.schema import Config
 from trainer.plan.views import DENSE, EXPERT, Axis
 
-AXIS = Axis(name="dp_replicate", words="{} replicas", views=(DENSE, EXPERT), reads=True, copies=True)
+AXIS = Axis(name="dp_replicate", text="{} replicas", views=(DENSE, EXPERT), reads=True, copies=True)
 
 
 def problems(config: Config) -> Iterator[str]:

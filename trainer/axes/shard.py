@@ -9,8 +9,8 @@ from configs.choices import EngineName
 from configs.schema import Config
 from trainer.plan.views import Axis, View
 
-WORDS = "parameters, gradients and optimizer states sharded over {} (FSDP2)"
-AXIS = Axis(name="dp_shard", words=WORDS, reads=True, shards=True)
+TEXT = "parameters, gradients and optimizer states sharded over {} (FSDP2)"
+AXIS = Axis(name="dp_shard", text=TEXT, reads=True, shards=True)
 
 
 def problems(config: Config) -> Iterator[str]:

@@ -29,9 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return answered(lambda: _answer(_parser().parse_args(argv)))
 
 
-def _answer(words: argparse.Namespace) -> int:
+def _answer(arguments: argparse.Namespace) -> int:
     # These imports take seconds, which `--help` and a misspelt argument need not wait for.
-    for line in {"export": _export, "merge": _merge, "import": _import, "verify": _verify}[words.command](words):
+    command = {"export": _export, "merge": _merge, "import": _import, "verify": _verify}[arguments.command]
+    for line in command(arguments):
         print(line)
     return delivered(EXIT_FINISHED)
 
@@ -40,46 +41,46 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m trainer.checkpoint", description="Use the checkpoints of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
     source = "folder of a run (its newest whole checkpoint is taken) or of one checkpoint"
-    export_words = commands.add_parser("export", help="write a Hugging Face folder, without a GPU and in little memory")
-    export_words.add_argument("source", type=Path, help=source)
-    export_words.add_argument("target", type=Path, help="folder to make")
-    export_words.add_argument(
+    exporting = commands.add_parser("export", help="write a Hugging Face folder, without a GPU and in little memory")
+    exporting.add_argument("source", type=Path, help=source)
+    exporting.add_argument("target", type=Path, help="folder to make")
+    exporting.add_argument(
         "--format",
         choices=("transformers", "deepspeed", "dcp"),
         default="transformers",
         help="with optimizer states and step: deepspeed, a universal checkpoint, or dcp, torch distributed checkpoints"
         " as accelerate writes them (%(default)s)",
     )
-    export_words.add_argument("--max-shard-size", metavar="SIZE", help="of a file (5GB)")
-    export_words.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the Hugging Face folder")
-    export_words.add_argument("--private", action="store_true", help="make the hub's repository a private one")
-    merge_words = commands.add_parser("merge", help="write a Hugging Face folder of an adapter merged into its base")
-    merge_words.add_argument("source", type=Path, help=f"folder of an adapter, {source}")
-    merge_words.add_argument("target", type=Path, help="folder to make")
-    merge_words.add_argument("--base", help="folder or hub id of the model beneath (default: what the adapter names)")
-    for words in (export_words, merge_words):
-        words.add_argument("--dtype", choices=DTYPES, default="float32", help="of the exported tensors (%(default)s)")
-    import_words = commands.add_parser("import", help="make a checkpoint of this trainer from that of another one")
-    import_words.add_argument("source", type=Path, help="folder of the other trainer's checkpoint")
-    import_words.add_argument("target", type=Path, help="folder to make; then train.resume=TARGET")
-    import_words.add_argument("--model", help="folder or hub id of the model, where the source has no config.json")
-    verify_words = commands.add_parser("verify", help="compare every file with its size and SHA-256")
-    verify_words.add_argument("source", type=Path, help=source)
+    exporting.add_argument("--max-shard-size", metavar="SIZE", help="of a file (5GB)")
+    exporting.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the Hugging Face folder")
+    exporting.add_argument("--private", action="store_true", help="make the hub's repository a private one")
+    merging = commands.add_parser("merge", help="write a Hugging Face folder of an adapter merged into its base")
+    merging.add_argument("source", type=Path, help=f"folder of an adapter, {source}")
+    merging.add_argument("target", type=Path, help="folder to make")
+    merging.add_argument("--base", help="folder or hub id of the model beneath (default: what the adapter names)")
+    for writing in (exporting, merging):
+        writing.add_argument("--dtype", choices=DTYPES, default="float32", help="of the exported tensors (%(default)s)")
+    importing = commands.add_parser("import", help="make a checkpoint of this trainer from that of another one")
+    importing.add_argument("source", type=Path, help="folder of the other trainer's checkpoint")
+    importing.add_argument("target", type=Path, help="folder to make; then train.resume=TARGET")
+    importing.add_argument("--model", help="folder or hub id of the model, where the source has no config.json")
+    verifying = commands.add_parser("verify", help="compare every file with its size and SHA-256")
+    verifying.add_argument("source", type=Path, help=source)
     return parser
 
 
-def _export(words: argparse.Namespace) -> Iterator[str]:
-    source, target = words.source.absolute(), words.target.absolute()
-    _check_export(words)
-    if words.format == "deepspeed":
+def _export(arguments: argparse.Namespace) -> Iterator[str]:
+    source, target = arguments.source.absolute(), arguments.target.absolute()
+    _check_export(arguments)
+    if arguments.format == "deepspeed":
         from trainer.checkpoint.universal import export_universal
 
-        yield f"{words.target}: {export_universal(source, target)} as a universal checkpoint of DeepSpeed"
+        yield f"{arguments.target}: {export_universal(source, target)} as a universal checkpoint of DeepSpeed"
         return
-    if words.format == "dcp":
+    if arguments.format == "dcp":
         from trainer.checkpoint.distributed import export_distributed
 
-        yield f"{words.target}: {export_distributed(source, target)} as torch distributed checkpoints"
+        yield f"{arguments.target}: {export_distributed(source, target)} as torch distributed checkpoints"
         return
     import torch
     from accelerate.utils import convert_file_size_to_int
@@ -88,52 +89,54 @@ def _export(words: argparse.Namespace) -> Iterator[str]:
     from trainer.checkpoint.push import check_push, push
 
     try:
-        shard_bytes = int(convert_file_size_to_int(words.max_shard_size or "5GB"))
+        shard_bytes = int(convert_file_size_to_int(arguments.max_shard_size or "5GB"))
     except ValueError:
-        raise ConfigError(f"--max-shard-size {words.max_shard_size}: is no size; give one like 5GB or 500MiB") from None
-    if words.push_to_hub is not None:
-        check_push(words.push_to_hub)
-    folder = export(source, target, dtype=getattr(torch, words.dtype), shard_bytes=shard_bytes)
-    yield f"{words.target}: the model of {folder} in {words.dtype}"
-    if words.push_to_hub is not None:
-        yield f"pushed to {push(target, words.push_to_hub, private=words.private)}"
+        raise ConfigError(
+            f"--max-shard-size {arguments.max_shard_size}: is no size; give one like 5GB or 500MiB"
+        ) from None
+    if arguments.push_to_hub is not None:
+        check_push(arguments.push_to_hub)
+    folder = export(source, target, dtype=getattr(torch, arguments.dtype), shard_bytes=shard_bytes)
+    yield f"{arguments.target}: the model of {folder} in {arguments.dtype}"
+    if arguments.push_to_hub is not None:
+        yield f"pushed to {push(target, arguments.push_to_hub, private=arguments.private)}"
 
 
-def _check_export(words: argparse.Namespace) -> None:
+def _check_export(arguments: argparse.Namespace) -> None:
     """Raises ConfigError for a flag without effect."""
     problems = []
-    if words.format != "transformers":
-        flags = {"--push-to-hub": words.push_to_hub, "--max-shard-size": words.max_shard_size}
-        flags["--dtype"] = words.dtype if words.dtype != "float32" else None
+    if arguments.format != "transformers":
+        flags = {"--push-to-hub": arguments.push_to_hub, "--max-shard-size": arguments.max_shard_size}
+        flags["--dtype"] = arguments.dtype if arguments.dtype != "float32" else None
         problems = [
             f"{flag} {value}: is for --format transformers; leave it out" for flag, value in flags.items() if value
         ]
-    if words.private and words.push_to_hub is None:
+    if arguments.private and arguments.push_to_hub is None:
         problems.append("--private: is for --push-to-hub OWNER/NAME; give both, or leave it out")
     if problems:
         raise ConfigError(*problems)
 
 
-def _merge(words: argparse.Namespace) -> Iterator[str]:
+def _merge(arguments: argparse.Namespace) -> Iterator[str]:
     import torch
 
     from trainer.checkpoint.merge import merge
 
-    dtype = getattr(torch, words.dtype)
-    said = merge(words.source.absolute(), words.target.absolute(), dtype=dtype, base=words.base)
-    yield f"{words.target}: {said}, in {words.dtype}"
+    dtype = getattr(torch, arguments.dtype)
+    said = merge(arguments.source.absolute(), arguments.target.absolute(), dtype=dtype, base=arguments.base)
+    yield f"{arguments.target}: {said}, in {arguments.dtype}"
 
 
-def _import(words: argparse.Namespace) -> Iterator[str]:
+def _import(arguments: argparse.Namespace) -> Iterator[str]:
     from trainer.checkpoint.foreign.importing import import_checkpoint
 
-    yield from import_checkpoint(words.source.absolute(), words.target.absolute(), model=words.model)
+    yield from import_checkpoint(arguments.source.absolute(), arguments.target.absolute(), model=arguments.model)
 
 
-def _verify(words: argparse.Namespace) -> Iterator[str]:
+def _verify(arguments: argparse.Namespace) -> Iterator[str]:
     from trainer.checkpoint.export import newest_whole
 
-    folder, manifest = newest_whole(words.source.absolute(), newest=True)
+    folder, manifest = newest_whole(arguments.source.absolute(), newest=True)
     yield f"{folder}: step {manifest.step}, {len(manifest.files)} files, {manifest.bytes:,} bytes, all as written"
 
 

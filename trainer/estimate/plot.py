@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, EnvironmentProblem
-from trainer.estimate.render import Answer, common_words, own_words
+from trainer.estimate.render import Answer, common_overrides, own_overrides
 from trainer.estimate.timeline import COMPONENTS
 from trainer.html import COLOURS, page, ticks
 
@@ -72,8 +72,8 @@ def _picture(answers: Sequence[Answer]) -> Picture:
     rank, capacity = found.busiest, found.device.capacity_bytes
     device = [] if capacity is None else [(f"{found.device.name}: {capacity / GIB:.1f} GiB", capacity)]
     if len(answers) > 1:
-        columns = [(label, _bar(one)) for label, one in zip(own_words(answers), answers, strict=True)]
-        title = _title("Peak of one GPU", common_words(answers))
+        columns = [(label, _bar(one)) for label, one in zip(own_overrides(answers), answers, strict=True)]
+        title = _title("Peak of one GPU", common_overrides(answers))
         return Picture(title=title, columns=columns, lines=device, band=None)
     columns = [(f"{moment.phase}, step {moment.step}", moment.parts) for moment in rank.curve]
     title = _title("Two steps of one GPU" if capacity else "Two steps of one process", answers[0].overrides)
@@ -87,8 +87,8 @@ def _picture(answers: Sequence[Answer]) -> Picture:
     return Picture(title=title, columns=columns, lines=[*lines, *device], band=(lower, upper))
 
 
-def _title(what: str, words: Sequence[str]) -> str:
-    own = [word for word in words if not word.startswith(("estimate.", "data.cache_dir="))]
+def _title(what: str, overrides: Sequence[str]) -> str:
+    own = [word for word in overrides if not word.startswith(("estimate.", "data.cache_dir="))]
     return f"{what}: {' '.join(own)}" if own else what
 
 

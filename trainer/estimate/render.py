@@ -211,12 +211,12 @@ def _named(rank: RankEstimate, found: Estimate) -> str:
 
 def render_sweep(answers: Sequence[Answer]) -> str:
     """One line for each configuration of a sweep, by the overrides that differ."""
-    common = [word for word in common_words(answers) if not word.startswith("estimate.")]
+    common = [word for word in common_overrides(answers) if not word.startswith("estimate.")]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("overrides", "GPUs", "busiest", "allocated", "reserved", "device GiB", "peak in", "verdict"):
         numeric = name in ("GPUs", "allocated", "reserved", "device GiB")
         table.add_column(name, justify="right" if numeric else "left")
-    for answer, label in zip(answers, own_words(answers), strict=True):
+    for answer, label in zip(answers, own_overrides(answers), strict=True):
         rank = answer.estimate.busiest
         sizes = (_gib(rank.peak_allocated_bytes), gib_range(rank, "peak_reserved"), gib_range(rank))
         phase = f"{rank.peak_phase}, step {rank.peak_step}"
@@ -225,15 +225,15 @@ def render_sweep(answers: Sequence[Answer]) -> str:
     return "\n".join([*([f"all with {' '.join(common)}"] if common else []), _text(table)])
 
 
-def common_words(answers: Sequence[Answer]) -> list[str]:
+def common_overrides(answers: Sequence[Answer]) -> list[str]:
     """Words that all configurations of a sweep have; none if it is of one."""
     first, *others = answers
     return [word for word in first.overrides if all(word in one.overrides for one in others)] if others else []
 
 
-def own_words(answers: Sequence[Answer]) -> list[str]:
+def own_overrides(answers: Sequence[Answer]) -> list[str]:
     """Of each configuration the overrides that not all have: what distinguishes it."""
-    common = common_words(answers)
+    common = common_overrides(answers)
     return [" ".join(word for word in one.overrides if word not in common) for one in answers]
 
 

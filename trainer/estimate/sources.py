@@ -63,8 +63,8 @@ def _imports(source: str) -> Iterator[str]:
     for found in _IMPORT.finditer(_FOR_TYPES.sub("", source)):
         package, names, modules = found.groups()
         for name in _COMMENT.sub("", names or modules).strip("()").split(","):
-            if words := name.split():
-                yield f"{package}.{words[0]}" if package else words[0]
+            if parts := name.split():
+                yield f"{package}.{parts[0]}" if package else parts[0]
 
 
 def _file(module: str) -> Path | None:

@@ -217,8 +217,8 @@ class _Search:
             found = estimate(changed, plan, found_gpu=found_gpu, heaviest=True, alone=ALONE)
         except CookbookError:
             return None
-        words = tuple(f"{key}={as_text(value)}" for key, value in keys.items())
-        return Suggestion(overrides=words, why=" + ".join(change.why for change in some), estimate=found)
+        overrides = tuple(f"{key}={as_text(value)}" for key, value in keys.items())
+        return Suggestion(overrides=overrides, why=" + ".join(change.why for change in some), estimate=found)
 
     def _allowed(self, some: Sequence[Change]) -> bool:
         """Whether there is a plan with these changes."""

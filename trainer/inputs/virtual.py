@@ -115,7 +115,7 @@ class VirtualTokens(Described):
     def settle(self, modules: Iterable[nn.Module]) -> None:
         """Nothing depends on the values."""
 
-    def words(self, config: Config) -> str:
+    def description(self, config: Config) -> str:
         return ""
 
     def traced(self, config: Config) -> Any:

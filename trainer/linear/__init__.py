@@ -104,7 +104,7 @@ class Kind(Protocol):
         ...
 
     @staticmethod
-    def words(config: Config) -> str:
+    def description(config: Config) -> str:
         """The plan's text about it; may be empty."""
         ...
 
@@ -205,8 +205,8 @@ def settle(modules: Iterable[nn.Module], config: Config) -> None:
         kind.settle(modules)
 
 
-def words(config: Config) -> str:
-    return "; ".join(said for kind in chosen(config) if (said := kind.words(config)))
+def description(config: Config) -> str:
+    return "; ".join(said for kind in chosen(config) if (said := kind.description(config)))
 
 
 def traced(config: Config) -> list[Any]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from configs.choices import AdapterInit, EngineName, TuningMethod
 from configs.keys import as_text
 from configs.schema import Config, Tuning
-from trainer.linear.common import base_of, exported, matmuls, settle, words  # noqa: F401
+from trainer.linear.common import base_of, description, exported, matmuls, settle  # noqa: F401
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,7 @@ from configs.adapter_folder import BOTTLENECK
 from configs.choices import TuningMethod
 from configs.keys import as_text
 from configs.schema import Config, Tuning
-from trainer.linear.common import base_of, exported, imitate, matmuls, settle, words  # noqa: F401
+from trainer.linear.common import base_of, description, exported, imitate, matmuls, settle  # noqa: F401
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

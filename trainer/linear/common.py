@@ -45,7 +45,7 @@ def settle(modules: Iterable[nn.Module]) -> None:
     """Nothing depends on the values."""
 
 
-def words(config: Config) -> str:
+def description(config: Config) -> str:
     return ""
 
 

@@ -155,7 +155,7 @@ def settle(modules: Iterable[nn.Module]) -> None:
     layers().compute_scales(modules)
 
 
-def words(config: Config) -> str:
+def description(config: Config) -> str:
     float8 = config.precision.float8
     left = ["embedding", *([] if float8.head else ["head"]), *float8.exclude]
     return (

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.choices import DType, EngineName, TuningMethod
 from configs.schema import Config
-from trainer.linear.common import exported, fill, imitate, matmuls, owns, restore, settle, words  # noqa: F401
+from trainer.linear.common import description, exported, fill, imitate, matmuls, owns, restore, settle  # noqa: F401
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.choices import TuningMethod
 from configs.schema import Config
-from trainer.linear.common import exported, fill, imitate, owns, restore, settle, words  # noqa: F401
+from trainer.linear.common import description, exported, fill, imitate, owns, restore, settle  # noqa: F401
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.choices import TuningMethod
 from configs.schema import Config, Tuning
-from trainer.linear.common import base_of, exported, imitate, matmuls, settle, words  # noqa: F401
+from trainer.linear.common import base_of, description, exported, imitate, matmuls, settle  # noqa: F401
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

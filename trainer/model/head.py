@@ -130,9 +130,9 @@ class Recorder(nn.Module):
 
     hidden: torch.Tensor
 
-    def __init__(self, head: nn.Module, words: int) -> None:
+    def __init__(self, head: nn.Module, entries: int) -> None:
         super().__init__()
-        self.__dict__.update({"head": head, "words": words})
+        self.__dict__.update({"head": head, "entries": entries})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["head"], name)
@@ -140,18 +140,18 @@ class Recorder(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         self.__dict__["hidden"] = hidden
         with _disable_current_modes():  # an estimate's fake tensors
-            shadow = torch.empty(*hidden.shape[:-1], self.__dict__["words"], dtype=hidden.dtype, device="meta")
+            shadow = torch.empty(*hidden.shape[:-1], self.__dict__["entries"], dtype=hidden.dtype, device="meta")
         return Deferred.of(shadow, None, hidden.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sliced:
     """Data that the head needs for the loss: labels [batch, seq_len], the loss of logits, and the model's operations on
-    its logits before that. words: see `trainer.model.objective`."""
+    its logits before that. entries: see `trainer.model.objective`."""
 
     targets: torch.Tensor
     loss: Loss
-    words: int
+    entries: int
     finish: Step | None
 
     @property
@@ -177,7 +177,7 @@ def slice_head(model: nn.Module) -> None:
 
 
 def call_sliced(
-    model: nn.Module, run: Callable[[], Any], targets: torch.Tensor, loss: Loss, words: int | None = None
+    model: nn.Module, run: Callable[[], Any], targets: torch.Tensor, loss: Loss, entries: int | None = None
 ) -> torch.Tensor:
     """The loss of a model whose head `slice_head` has prepared. run: calls the model, up to its logits."""
     head = _head(model)
@@ -192,7 +192,7 @@ def call_sliced(
         or not logits.shape[:-1] == hidden.shape[:-1] == targets.shape
     ):
         raise _refusal(model, "does not make its logits token by token there")
-    sliced = Sliced(targets=targets, loss=loss, words=words or every, finish=logits.step)
+    sliced = Sliced(targets=targets, loss=loss, entries=entries or every, finish=logits.step)
     return head(hidden, sliced=sliced)
 
 
@@ -223,8 +223,8 @@ def _refusal(model: nn.Module, why: str) -> ConfigError:
     )
 
 
-def slices(tokens: int, words: int) -> Sequence[slice]:
-    step = max(1, SLICE_ELEMENTS // words)
+def slices(tokens: int, entries: int) -> Sequence[slice]:
+    step = max(1, SLICE_ELEMENTS // entries)
     return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
 
 
@@ -262,7 +262,7 @@ def _linear(head: nn.Linear, hidden: torch.Tensor, sliced: Sliced) -> torch.Tens
     by_matrix, by_bias, by_extras = _Sum(weight), _Sum(bias if bias is not None else weight), [*map(_Sum, extras)]
     labels, total = sliced.targets.flatten(), None
     with torch.autocast(kind, enabled=False), torch.no_grad():
-        for part in slices(len(rows), sliced.words):
+        for part in slices(len(rows), sliced.entries):
             logits = F.linear(rows[part], matrix, offset)
             loss, given = _differentiated(logits, labels[part], sliced, extras, scale, wanted=any(wanted))
             del logits
@@ -309,7 +309,7 @@ def _any(head: nn.Module, inner: Callable[..., torch.Tensor], hidden: torch.Tens
     scale, total = SCALE.get(rows.dtype, 1.0), None
     by_rows = torch.zeros_like(rows) if wanted and hidden.requires_grad else None
     sums = [_Sum(each) for each in others]
-    for part in slices(len(rows), sliced.words):
+    for part in slices(len(rows), sliced.entries):
         with torch.set_grad_enabled(wanted):
             leaf = rows[part].detach().requires_grad_(wanted)
             loss = sliced.of(inner(leaf[None]), labels[part][None])

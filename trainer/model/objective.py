@@ -29,14 +29,14 @@ class Objective:
     """loss: of logits, in the model's division of the vocabulary.
     inside: whether the model takes `targets`.
     sliced: whether its head computes the loss.
-    words: number of vocabulary entries that it scores, the same on all ranks that compute together; None: all of the
+    entries: number of vocabulary entries that it scores, the same on all ranks that compute together; None: all of the
     head's.
     first: index of the first entry that this rank scores."""
 
     loss: Loss
     inside: bool = False
     sliced: bool = False
-    words: int | None = None
+    entries: int | None = None
     first: int = 0
 
     def __call__(self, run: Callable[..., Any], labels: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ class Objective:
             if targets is None:
                 return run()
             if self.sliced:
-                loss = call_sliced(model, run, targets, self.loss, self.words)
+                loss = call_sliced(model, run, targets, self.loss, self.entries)
             else:
                 output = run()
                 logits = output if isinstance(output, torch.Tensor) else output.logits

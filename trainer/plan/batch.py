@@ -52,25 +52,25 @@ def _divide_batch(
 ) -> tuple[int, int]:
     if micro is None:
         accumulation = accumulation or 1
-        divisor, words = (
+        divisor, product = (
             accumulation * ranks,
             f"gradient_accumulation_steps {accumulation} * {ranks} data-parallel ranks",
         )
         micro = total // divisor
     else:
-        divisor, words = micro * ranks, f"micro_batch_size {micro} * {ranks} data-parallel ranks"
+        divisor, product = micro * ranks, f"micro_batch_size {micro} * {ranks} data-parallel ranks"
         accumulation, derived = accumulation or total // divisor, accumulation is None
         if not derived:
-            divisor, words = divisor * accumulation, f"{words} * gradient_accumulation_steps {accumulation}"
+            divisor, product = divisor * accumulation, f"{product} * gradient_accumulation_steps {accumulation}"
             if total != divisor:
                 problems.append(
-                    f"train.global_batch_size={total}: must equal {words} = {divisor}; give two of the three only"
+                    f"train.global_batch_size={total}: must equal {product} = {divisor}; give two of the three only"
                 )
                 return micro, accumulation
     if total % divisor or total < divisor:
         nearest = max(divisor, total // divisor * divisor)
         problems.append(
-            f"train.global_batch_size={total}: must be a multiple of {words} = {divisor}; use {nearest}"
+            f"train.global_batch_size={total}: must be a multiple of {product} = {divisor}; use {nearest}"
             f" or {nearest + divisor}"
         )
     return max(1, micro), max(1, accumulation)

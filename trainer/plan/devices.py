@@ -235,8 +235,8 @@ def _known_parts(gpu: Gpu) -> set[str]:
 
 def _model(gpu: Gpu) -> set[str]:
     """The parts without which a name means another card: for RTX cards, all."""
-    words = gpu.name.lower().split("-")
-    return set(words[1:]) if words[0] == "rtx" else {words[0]}
+    parts = gpu.name.lower().split("-")
+    return set(parts[1:]) if parts[0] == "rtx" else {parts[0]}
 
 
 def _parts(name: str) -> set[str]:

@@ -154,5 +154,5 @@ class Plan:
         if not self.fully_sharded:
             return "" if self.data_parallel_size == 1 else ", every rank holds the whole model (DDP)"
         every = {axis.name: (axis, size) for view in self.views for axis, size in view.axes if size > 1}
-        said = (axis.words.format(size, bubble=self.bubble) for axis, size in every.values())
+        said = (axis.text.format(size, bubble=self.bubble) for axis, size in every.values())
         return ", " + ", ".join(said)

@@ -20,7 +20,7 @@ DENSE, EXPERT = "dense", "experts"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """name: of the mesh axis and, under `parallel`, of its degree's key. views: the views that contain it. words: text
+    """name: of the mesh axis and, under `parallel`, of its degree's key. views: the views that contain it. text: text
     for a degree of more than one in the plan.
 
     reads: its ranks read different sequences. copies: they hold full copies of the same parameters. shards: they hold
@@ -28,7 +28,7 @@ class Axis:
     """
 
     name: str
-    words: str
+    text: str
     views: tuple[str, ...] = (DENSE,)
     reads: bool = False
     copies: bool = False

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 from configs.errors import OutOfMemory, first_line
 
-HOST_WORDS = ("can't allocate memory", "Cannot allocate memory")
-START_WORDS = (
+HOST_MESSAGES = ("can't allocate memory", "Cannot allocate memory")
+START_MESSAGES = (
     "can't start new thread",
     "Resource temporarily unavailable",
     "failed to map segment",
@@ -47,13 +47,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in HOST_WORDS)
+    return isinstance(error, (RuntimeError, OSError)) and any(message in str(error) for message in HOST_MESSAGES)
 
 
 def start_problem(error: BaseException, rank: int) -> OutOfMemory | None:
     """The error to raise for a failure outside `memory_errors`; None if it is unrelated to memory."""
     starved = isinstance(error, (RuntimeError, OSError, ImportError, SystemError)) and any(
-        words in str(error) for words in START_WORDS
+        message in str(error) for message in START_MESSAGES
     )
     if not starved and not is_out_of_memory(error) and not (_is_starting() and _is_near_its_limit()):
         return None

@@ -65,12 +65,12 @@ def _chain() -> list[psutil.Process]:
 def _starts(process: psutil.Process) -> bool:
     """Whether a process is a launcher, by its command line."""
     try:
-        words = process.cmdline()[:6]
+        arguments = process.cmdline()[:6]
     except psutil.Error:
         return False
-    if any(Path(word).name in PROGRAMS for word in words[:2]):
+    if any(Path(word).name in PROGRAMS for word in arguments[:2]):
         return True
-    return any(option == "-m" and module in MODULES for option, module in pairwise(words))
+    return any(option == "-m" and module in MODULES for option, module in pairwise(arguments))
 
 
 def _watch(chain: list[psutil.Process]) -> None:

@@ -88,8 +88,8 @@ def report(folder: Path) -> str:
     title = run_label(run.config) if run.config is not None else folder.name
     parts = [f"<h1>{escape(title)}</h1>", _state(run, read_status(folder), record), f"<p>{escape(str(folder))}</p>"]
     parts.append(f"<pre>{escape(_command(record / 'argv.json'))}</pre>")
-    if (words := _summary(run)) is not None:
-        parts.append(f"<pre>{escape(words)}</pre>")
+    if (text := _summary(run)) is not None:
+        parts.append(f"<pre>{escape(text)}</pre>")
     parts.append(f'<div class="curves">{"".join(_curves(run))}</div>')
     parts += _memory(run, read_json(folder / PREDICTION))
     parts.append(f"<h2>Plan</h2><pre>{escape(_text(record / 'plan.txt'))}</pre>")
@@ -116,11 +116,11 @@ def _state(run: Run, status: Mapping[str, object], record: Path) -> str:
 def _command(file: Path) -> str:
     """The typed command; ranks of any launcher get the overrides, which every entry point accepts."""
     try:
-        program, *words = json.loads(file.read_text())
+        program, *arguments = json.loads(file.read_text())
     except (OSError, ValueError):
         return "the command line is not on record"
     ours = program == "-m" or program.endswith(ENTRY_POINTS)
-    return shlex.join(["python", "-m", "launch", *words] if ours else [program, *words])
+    return shlex.join(["python", "-m", "launch", *arguments] if ours else [program, *arguments])
 
 
 def _summary(run: Run) -> str | None:

@@ -93,8 +93,8 @@ def git_state(folder: Path) -> dict[str, dict[str, Any]]:
         if root is None or str(root) in [state["root"] for state in found.values()]:
             continue
         commit, status, diff = (
-            _git(root, *words)
-            for words in (
+            _git(root, *arguments)
+            for arguments in (
                 ("rev-parse", "HEAD"),
                 ("status", "--porcelain"),
                 ("diff", "HEAD", "--no-ext-diff", "--no-textconv"),
@@ -118,9 +118,9 @@ def git_state(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _git(root: Path, *words: str) -> str | None:
+def _git(root: Path, *arguments: str) -> str | None:
     """Standard output of a git command; None when git is missing, refuses or takes too long."""
-    command = ["git", "--no-optional-locks", "-C", str(root), "-c", "core.fsmonitor=false", *words]
+    command = ["git", "--no-optional-locks", "-C", str(root), "-c", "core.fsmonitor=false", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, timeout=GIT_TIMEOUT_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):

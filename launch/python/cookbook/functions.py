@@ -134,9 +134,9 @@ def launch(*overrides: str, config_dir: str | Path | None = None) -> Result:
     """
     from launch.__main__ import launch as start
 
-    words = settled(settle_clock(overrides, datetime.now()))
+    typed = settled(settle_clock(overrides, datetime.now()))
     folder = str(config_dir) if config_dir else None
-    config = load_config(words, config_dir=folder)
+    config = load_config(typed, config_dir=folder)
     if config.cluster.nodes > 1 or str(config.cluster.kind) != "local" or config.dry_run:
         raise ConfigError(
             f"cluster.kind={config.cluster.kind}, cluster.nodes={config.cluster.nodes}, dry_run={config.dry_run}:"
@@ -146,9 +146,9 @@ def launch(*overrides: str, config_dir: str | Path | None = None) -> Result:
         from trainer.report.folder import default_run_dir
 
         config.train.run_dir = str(default_run_dir(config, datetime.now()).absolute())
-        words.append(f"train.run_dir={quote_value(config.train.run_dir)}")
+        typed.append(f"train.run_dir={quote_value(config.train.run_dir)}")
     with _alone("launch"):
-        code, _ = start(words, config_dir=folder, stay=True)
+        code, _ = start(typed, config_dir=folder, stay=True)
     return Result(Path(config.train.run_dir).expanduser(), code)
 
 

@@ -19,8 +19,8 @@ from trainer.plan.views import EXPERT, Axis, View
 if TYPE_CHECKING:
     from trainer.plan.plan import Plan
 
-AXIS = Axis(name="ep", words="experts over {}", views=(EXPERT,))
-SHARD = Axis(name="efsdp", words="each expert's parameters sharded over {}", views=(EXPERT,), shards=True)
+AXIS = Axis(name="ep", text="experts over {}", views=(EXPERT,))
+SHARD = Axis(name="efsdp", text="each expert's parameters sharded over {}", views=(EXPERT,), shards=True)
 REMEDY = "use parallel.ep=1"
 
 

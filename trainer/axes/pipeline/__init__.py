@@ -8,8 +8,8 @@ from configs.choices import EngineName
 from configs.schema import Config
 from trainer.plan.views import DENSE, EXPERT, Axis
 
-WORDS = "layers over {} pipeline ranks (which wait {bubble:.0%} of a step)"
-AXIS = Axis(name="pp", words=WORDS, views=(DENSE, EXPERT))
+TEXT = "layers over {} pipeline ranks (which wait {bubble:.0%} of a step)"
+AXIS = Axis(name="pp", text=TEXT, views=(DENSE, EXPERT))
 
 
 def problems(config: Config) -> Iterator[str]:

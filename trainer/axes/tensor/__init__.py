@@ -11,7 +11,7 @@ from trainer.plan.model_fields import config_fields
 from trainer.plan.traffic import LayerWork, Sent
 from trainer.plan.views import Axis
 
-AXIS = Axis(name="tp", words="matrices split over {}", joint=True)
+AXIS = Axis(name="tp", text="matrices split over {}", joint=True)
 
 
 def sends(config: Config, work: LayerWork) -> Sent:

@@ -64,7 +64,7 @@ class TensorParallel:
     plan: the plan by which it was divided.
     partial: names of the parameters whose gradients are summed over the tp ranks once per step.
     loss: replaces `trainer.model.loss.cross_entropy_sum`; logits hold this rank's part of the vocabulary.
-    words: number of vocabulary entries that a rank scores, or the largest such number.
+    entries: number of vocabulary entries that a rank scores, or the largest such number.
     first: index of the first entry that this rank scores.
     """
 
@@ -73,7 +73,7 @@ class TensorParallel:
     sequence_parallel: bool
     partial: tuple[str, ...]
     loss: Smoothed
-    words: int
+    entries: int
     first: int
 
     def reduce_partial_gradients(self, model: nn.Module) -> None:
@@ -183,7 +183,7 @@ def apply_tensor_parallel(
         sequence_parallel=sequence_parallel,
         partial=tuple(sorted(wiring.partial & trained)),
         loss=loss,
-        words=len(vocabulary.part_of(config.vocab_size, wiring.ranks, 0)) if divided_logits else config.vocab_size,
+        entries=len(vocabulary.part_of(config.vocab_size, wiring.ranks, 0)) if divided_logits else config.vocab_size,
         first=vocabulary.part_of(_scored(model), wiring.ranks).start if divided_logits else 0,
     )
 

@@ -50,11 +50,11 @@ class Layer:
 
     def full(self, name: str) -> str:
         """Its name in a plan: `*` for the number of the layer and of equal parts, not for a position in a sequence."""
-        words, module = [wildcard(self.name)], self.layer
+        path, module = [wildcard(self.name)], self.layer
         for word in name.split(".") if name else ():
-            words.append(word if isinstance(module, nn.Sequential) else wildcard(word))
+            path.append(word if isinstance(module, nn.Sequential) else wildcard(word))
             module = getattr(module, word, module)
-        return ".".join(words)
+        return ".".join(path)
 
     @torch.no_grad()
     def run(self, own: Mapping[str, Any], *, disturbed: str = "", moved: bool = False) -> _Seen:

@@ -166,9 +166,9 @@ def _patterns(name: str) -> Iterator[str]:
     """The name itself, with `*` for all its numbers, and with `*` for some."""
     yield name
     yield wildcard(name)
-    words = [(word, "*") if word.isdigit() else (word,) for word in name.split(".")]
-    if sum(len(choices) - 1 for choices in words) > 1:
-        yield from map(".".join, product(*words))
+    parts = [(word, "*") if word.isdigit() else (word,) for word in name.split(".")]
+    if sum(len(choices) - 1 for choices in parts) > 1:
+        yield from map(".".join, product(*parts))
 
 
 def share_of(style: str | None, leaf: str, ndim: int, *, transposed: bool = False) -> TensorShare:

@@ -38,15 +38,15 @@ def part_of(vocabulary: int, ranks: Ranks, rank: int | None = None) -> range:
 def embedding_forward(module: nn.Embedding, ranks: Ranks) -> Callable[..., torch.Tensor]:
     """A forward for an embedding whose `weight` is this rank's rows. Keeps a subclass's changes to the result, such as
     scaling."""
-    words = part_of(module.num_embeddings, ranks)
+    own = part_of(module.num_embeddings, ranks)
     lookup, padding = module.forward, module.padding_idx
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
-        here = (ids >= words.start) & (ids < words.stop)
+        here = (ids >= own.start) & (ids < own.stop)
         # Only for the call: initialisation needs the row's number in the whole matrix.
-        module.padding_idx = padding - words.start if padding is not None and padding in words else None
+        module.padding_idx = padding - own.start if padding is not None and padding in own else None
         try:
-            rows = lookup(torch.where(here, ids - words.start, 0))
+            rows = lookup(torch.where(here, ids - own.start, 0))
         finally:
             module.padding_idx = padding
         return ranks.leave(rows.masked_fill(~here.unsqueeze(-1), 0))
@@ -86,8 +86,8 @@ class Weights:
     word: float
 
     @staticmethod
-    def of(smoothing: float, words: int) -> Weights:
-        return Weights(1 - smoothing, smoothing / words)
+    def of(smoothing: float, entries: int) -> Weights:
+        return Weights(1 - smoothing, smoothing / entries)
 
 
 class _CrossEntropy(torch.autograd.Function):

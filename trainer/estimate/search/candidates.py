@@ -41,14 +41,14 @@ class Candidate:
     keys: Mapping[str, Any]
 
     @property
-    def words(self) -> tuple[str, ...]:
+    def overrides(self) -> tuple[str, ...]:
         """The overrides, as typed on the command line."""
         return (f"parallel={self.preset}", *(f"{key}={as_text(value)}" for key, value in self.keys.items()))
 
     @property
     def layout(self) -> tuple[str, ...]:
         """The overrides that say how the model is split, without the batch and the recompute."""
-        return tuple(word for word in self.words if word.startswith("parallel"))
+        return tuple(word for word in self.overrides if word.startswith("parallel"))
 
     def apply(self, config: Config) -> Config:
         """`config` with this layout instead of its own."""

@@ -71,9 +71,9 @@ function make(tag, text, attributes = {}) {
 }
 
 function command() {
-  const { words: layout } = data.layouts[chosen.layout];
-  const swept = data.controls.map((control, index) => control.words[chosen.swept[index]]);
-  const { words: shape } = data.shapes[chosen.shape];
+  const { overrides: layout } = data.layouts[chosen.layout];
+  const swept = data.controls.map((control, index) => control.overrides[chosen.swept[index]]);
+  const { overrides: shape } = data.shapes[chosen.shape];
   return [...data.base, ...swept, ...layout, ...shape, data.batches[variant()]].join(" ");
 }
 

@@ -25,7 +25,7 @@ from trainer.estimate.render import LABELS
 from trainer.estimate.search.candidates import Candidate
 from trainer.estimate.search.cost import StepTime
 from trainer.estimate.search.explore import Explored, Point
-from trainer.estimate.search.render import batch_word, kept
+from trainer.estimate.search.render import batch_override, kept
 from trainer.estimate.timeline import COMPONENTS
 from trainer.html import COLOURS, page
 from trainer.process.files import replace_text
@@ -38,14 +38,18 @@ NAMED = {"data.seq_len": "sequence length", "optimizer": "optimizer", "precision
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """One swept option. words: the override of each of its values."""
+    """One swept option. overrides: the override of each of its values."""
 
     key: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
 
     def record(self) -> dict[str, object]:
-        values = [word.partition("=")[2] for word in self.words]
-        return {"name": NAMED.get(self.key, self.key), "values": values, "words": [shlex.quote(w) for w in self.words]}
+        values = [word.partition("=")[2] for word in self.overrides]
+        return {
+            "name": NAMED.get(self.key, self.key),
+            "values": values,
+            "overrides": [shlex.quote(w) for w in self.overrides],
+        }
 
 
 class _Numbered:
@@ -102,7 +106,7 @@ def page_data(found: Sequence[Explored], controls: Sequence[Control]) -> dict[st
     return {
         "devices": devices,
         "controls": [control.record() for control in controls],
-        "batches": [batch_word(each.config) for each in found],
+        "batches": [batch_override(each.config) for each in found],
         "layouts": [_layout(candidate) for candidate in layouts.values()],
         "shapes": [_named_shape(candidate) for candidate in shapes.values()],
         "components": [[LABELS[name], colour] for name, colour in zip(COMPONENTS, COLOURS, strict=True)],
@@ -114,14 +118,14 @@ def page_data(found: Sequence[Explored], controls: Sequence[Control]) -> dict[st
 
 
 def _shape(candidate: Candidate) -> tuple[str, ...]:
-    return tuple(word for word in candidate.words if word not in candidate.layout)
+    return tuple(word for word in candidate.overrides if word not in candidate.layout)
 
 
 def _layout(candidate: Candidate) -> dict[str, object]:
     """The preset, and its degrees as a person says them: tp 2, dp_shard 4, 1f1b."""
     degrees = [word.removeprefix("parallel.").rpartition("=") for word in candidate.layout[1:]]
     said = [SAID.get((key, value)) or (value if key == SCHEDULE else f"{key} {value}") for key, _, value in degrees]
-    return {"preset": candidate.preset, "degrees": ", ".join(said), "words": list(candidate.layout)}
+    return {"preset": candidate.preset, "degrees": ", ".join(said), "overrides": list(candidate.layout)}
 
 
 def _named_shape(candidate: Candidate) -> dict[str, object]:
@@ -129,7 +133,7 @@ def _named_shape(candidate: Candidate) -> dict[str, object]:
     return {
         "recompute": str(recompute),
         "size": candidate.keys["train.micro_batch_size"],
-        "words": list(_shape(candidate)),
+        "overrides": list(_shape(candidate)),
     }
 
 

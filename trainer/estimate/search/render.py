@@ -31,7 +31,7 @@ SAME = 0.02
 
 def command(found: Ranked, search: Search, overrides: Sequence[str]) -> str:
     """The command that runs the layout. overrides: those that the search was given."""
-    return " ".join(["python -m launch", *kept(overrides), *found.candidate.words, batch_word(search.config)])
+    return " ".join(["python -m launch", *kept(overrides), *found.candidate.overrides, batch_override(search.config)])
 
 
 def kept(overrides: Sequence[str]) -> list[str]:
@@ -41,7 +41,7 @@ def kept(overrides: Sequence[str]) -> list[str]:
     return [word for word in overrides if word.startswith(own) or not word.startswith(REPLACED)]
 
 
-def batch_word(config: Config) -> str:
+def batch_override(config: Config) -> str:
     """The override that gives every layout the batch at which they are compared."""
     return f"train.global_batch_size={config.train.global_batch_size}"
 
@@ -76,7 +76,7 @@ def search_to_dict(search: Search, overrides: Sequence[str]) -> dict[str, object
         "estimates": search.asked,
         "best": [
             {
-                "overrides": list(found.candidate.words),
+                "overrides": list(found.candidate.overrides),
                 "command": command(found, search, overrides),
                 "step_seconds": found.time.total,
                 "seconds": dict(found.time.seconds),
@@ -134,7 +134,7 @@ def _shares(time: StepTime) -> str:
 
 def _why(search: Search) -> str:
     """Compare the first with the second: the terms in which it saves most, and those in which it loses."""
-    words = ""
+    sentence = ""
     if len(search.best) > 1:
         first, second = search.best[0].time, search.best[1].time
         names = {**second.seconds, **first.seconds}
@@ -142,11 +142,11 @@ def _why(search: Search) -> str:
         most, least = max(saved, key=lambda name: saved[name]), min(saved, key=lambda name: saved[name])
         gained = second.total - first.total
         if gained < SAME * first.total:
-            words = f"1 and 2 differ by {gained / first.total:.1%}, less than such a prediction can tell. "
+            sentence = f"1 and 2 differ by {gained / first.total:.1%}, less than such a prediction can tell. "
         else:
-            words = f"1 is {gained / first.total:.0%} faster than 2: {most} {saved[most]:.2f} s less a step"
-            words += f", {least} {-saved[least]:.2f} s more. " if saved[least] < 0 else ". "
-    return f"{words}{_too_large(search)}".strip() + "\n"
+            sentence = f"1 is {gained / first.total:.0%} faster than 2: {most} {saved[most]:.2f} s less a step"
+            sentence += f", {least} {-saved[least]:.2f} s more. " if saved[least] < 0 else ". "
+    return f"{sentence}{_too_large(search)}".strip() + "\n"
 
 
 def _too_large(search: Search) -> str:

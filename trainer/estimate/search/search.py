@@ -183,10 +183,10 @@ class _Questions:
 
     def ask(self, one: _Timed) -> Ranked | None:
         """The estimate of a shape, made once; None where memory cannot be estimated."""
-        if one.candidate.words not in self.answers:
+        if one.candidate.overrides not in self.answers:
             with waiting.on(f"searching: {len(self.answers)} estimates so far"):
-                self.answers[one.candidate.words] = self._estimate(one)
-        return self.answers[one.candidate.words]
+                self.answers[one.candidate.overrides] = self._estimate(one)
+        return self.answers[one.candidate.overrides]
 
     def _estimate(self, one: _Timed) -> Ranked | None:
         try:

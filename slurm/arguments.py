@@ -22,7 +22,7 @@ class Place:
     hostfile: str = "HOSTFILE"
 
 
-def node_words(launcher: str, place: Place) -> list[str]:
+def node_arguments(launcher: str, place: Place) -> list[str]:
     """The world of several nodes."""
     match launcher:
         case "torchrun":
@@ -43,7 +43,9 @@ def node_words(launcher: str, place: Place) -> list[str]:
     return [f"{flag}={value}" for flag, value in world.items()]
 
 
-def launcher_words(launcher: str, world: Sequence[str], args: Sequence[str], *, ranks: int, device: str) -> list[str]:
+def launcher_arguments(
+    launcher: str, world: Sequence[str], args: Sequence[str], *, ranks: int, device: str
+) -> list[str]:
     """Everything between the launcher's program and `trainer`. world: number of ranks and their rendezvous. args: the
     user's own."""
     match launcher:
@@ -73,7 +75,7 @@ def launcher_environment(launcher: str, *, processes: int, device: str, cores: i
     return wanted
 
 
-def restart_words(overrides: Sequence[str], resume: str) -> list[str]:
+def restart_overrides(overrides: Sequence[str], resume: str) -> list[str]:
     """The overrides of a restart. resume: `train.resume`. A run that had to be new has since become one to continue."""
     if resume != "never":
         return [*overrides]
