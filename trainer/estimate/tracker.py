@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -47,6 +48,8 @@ class Mark:
 Event = Born | Died | Mark
 CAST = "cast of a parameter"
 CASTS = ("aten::_to_copy", "prims::convert_element_type")  # the latter in graphs that are compiled
+DEVICE = torch.ops.prim.device.default
+"""What a fake tensor's device is read by: more than half of the operators of a trace, which make no storage."""
 FLATTEN = "__tensor_flatten__"
 """The method of a tensor that wraps others: the tensor has the size of the whole, and holds no memory of its own."""
 
@@ -101,6 +104,8 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE and isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device
         if any(hasattr(kind, FLATTEN) for kind in types):
             return NotImplemented  # a DTensor or another wrapper: its operators on the tensors inside come by again
         counts = active_fake_mode() is self._mode_on_entry
