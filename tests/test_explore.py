@@ -122,9 +122,10 @@ def test_keyboard_phone_and_link(page: Page, tmp_path: Path) -> None:
     assert page.run('document.getElementById("verdict").className') == "good"
     page.run(f'location.hash = "{link}"; new Promise((done) => setTimeout(done, 50))')
     assert "train.micro_batch_size=4" in text(page, "command")
-    for width, dark in ((390, False), (390, True), (1280, True)):
+    for width, dark in ((360, False), (360, True), (1280, True)):
         page.show(width=width, height=1000, dark=dark)
         assert page.run("document.documentElement.scrollWidth") <= width
+        assert page.complaints() == []
         page.picture(tmp_path / f"{width}-{dark}.png")
     assert page.run("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     page.show(width=1280, height=1000)
@@ -181,7 +182,7 @@ def test_schedules_move(page: Page, written: Path) -> None:
                  s.dispatchEvent(new Event("change"))}}''')
         refused = [*check_pipeline(pp=6, schedule=name, micro_batches=8)]
         assert text(page, "said").startswith(f"refused: {refused[0]}" if refused else "the ranks wait"), name
-    page.show(width=390, height=800)
-    assert page.run("document.documentElement.scrollWidth") <= 390
+    page.show(width=360, height=740)
+    assert page.complaints() == []
     page.show(width=1280, height=1000)
     assert page.wrong == [] and set(page.asked) == {written.as_uri(), (schedules.FOLDER / "schedules.html").as_uri()}

@@ -21,6 +21,7 @@ import configs
 from configs.choices import Checkpointing
 from configs.load import load_config
 from launch.estimate import main
+from tests.support.browser import browser
 from tests.support.estimate_cases import answer_json
 from tests.support.selection import rows
 from tests.test_memory_measured import CASES
@@ -135,9 +136,18 @@ def test_explained_and_drawn(cache: str, capsys: pytest.CaptureFixture[str], tmp
     assert "how it was counted" in out and "804,992 parameters" in out
     drawn = picture.read_text()
     assert "optimizer step, step 2" in drawn or "loss, step 2" in drawn
-    assert ">Two steps of one GPU: model=tiny parallel=fsdp cluster=8xl4</text>" in drawn
+    assert ">Two steps of one GPU: model=tiny parallel=fsdp cluster=8xl4</h1>" in drawn
     assert re.findall(r">([\d.]+ GiB)</text>", drawn) == ["0 GiB", "5 GiB", "10 GiB", "15 GiB", "20 GiB"]
     assert all(f">{text}" in drawn for text in ("reserved by torch: ", "with context and NCCL: ", "L4: 22.0 GiB"))
+
+
+def test_a_phone_shows_a_drawn_step(cache: str, tmp_path: Path) -> None:
+    file = tmp_path / "step.html"
+    with browser(tmp_path / "browser") as opened:
+        assert main(["model=tiny", "parallel=fsdp", "cluster=8xl4", cache, f"estimate.plot={file}", *ALONE]) == 0
+        opened.show(width=360, height=740)
+        opened.open(file)
+        assert opened.complaints() == [] and opened.wrong == []
 
 
 # Model -> its active and total parameters, and its routing. The command is read from the head of the model's file.

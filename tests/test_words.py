@@ -70,14 +70,16 @@ def uses(words: dict[str, str], files: list[Path], *, prose_only: bool = False) 
     prose_only: ignore names in Python code, and of files.
     """
     found: list[str] = []
-    texts = {file: file.read_text() for file in files}
+    texts = {file: f"{'' if prose_only else file.stem}\n{file.read_text()}" for file in files}
+    lowered = {file: text.lower() for file, text in texts.items()}
     for word, instead in words.items():
         spaced = word.replace(" ", r"[\s#_]+")
         pattern = re.compile(rf"(?:(?<![^\W_])|{EDGE}){spaced}(?:(?![^\W_])|{EDGE})", re.IGNORECASE)
-        for file, text in texts.items():
+        quick = re.compile(spaced.lower())  # without edges, and so without looking at each letter
+        for file in (file for file in files if quick.search(lowered[file])):
+            text = texts[file]
             if prose_only and pattern.search(text):
-                text = prose(file, text)
-            text = f"{'' if prose_only else file.stem}\n{text}"
+                text = f"\n{prose(file, text.removeprefix(chr(10)))}"
             found += [
                 f"{file}:{text.count(chr(10), 0, match.start())}: {match[0]!r}; write {instead}"
                 for match in pattern.finditer(text)

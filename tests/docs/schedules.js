@@ -45,7 +45,8 @@ function draw(rows, stages) {
       const shape = make("rect", "", { x, y: top, width: Math.max(0.5, size - 0.8), height, fill: data.colours[kind], "fill-opacity": pale }, SVG);
       shape.append(make("title", `${data.names[kind]}, micro-batch ${number}, stage ${stage} of the rank`, {}, SVG));
       picture.append(shape);
-      if (size > 12) picture.append(make("text", number, { x: x + size / 2, y: top + 16 }, SVG));
+      const ink = kind === "F" ? "" : "dark";
+      if (size > 12) picture.append(make("text", number, { x: x + size / 2, y: top + 16, class: ink }, SVG));
     }
   });
   at("picture").replaceChildren(picture);
@@ -88,9 +89,9 @@ for (const [name, values] of Object.entries(data.sliders)) {
 }
 const kinds = [["F", "forward"], ["B", "backward, or of it the gradient of the input"], ["W", "gradient of the weights"]];
 for (const [kind, said] of kinds) {
-  const swatch = at("legend").appendChild(make("span", "", { class: "swatch" }));
-  swatch.style.background = data.colours[kind];
-  at("legend").append(said);
+  const entry = at("legend").appendChild(make("span", "", { class: "entry" }));
+  entry.appendChild(make("span", "", { class: "swatch" })).style.background = data.colours[kind];
+  entry.append(said);
 }
 at("choose").addEventListener("submit", (event) => event.preventDefault());
 addEventListener("resize", show);

@@ -110,10 +110,12 @@ def svg(schedule: str) -> str:
                 f' fill-opacity="{pale:.2f}"><title>{NAMES[kind]}, micro-batch {number}, stage {stage}</title></rect>'
             )
             if size > 8:
-                shapes.append(f'<text x="{left + size / 2 - 0.4:.1f}" y="{top + 15}">{number}</text>')
+                ink = "" if kind == "F" else ' class="dark"'
+                shapes.append(f'<text{ink} x="{left + size / 2 - 0.4:.1f}" y="{top + 15}">{number}</text>')
     height = pp * (ROW + GAP)
     style = (
-        "text{font:10px sans-serif;fill:#fff;text-anchor:middle}.rank{font-size:12px;fill:#59616d;text-anchor:start}"
+        "text{font:10px sans-serif;fill:#fff;text-anchor:middle}.dark{fill:#14171c}"
+        ".rank{font-size:12px;fill:#59616d;text-anchor:start}"
         "@media(prefers-color-scheme:dark){.rank{fill:#a3acb9}}"
     )
     label = f"{schedule}: {pp} ranks, {micro_batches} micro-batches"

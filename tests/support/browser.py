@@ -16,6 +16,28 @@ import pytest
 
 PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 # The page is a local file of ours; Chromium's sandbox needs rights that containers lack.
+COMPLAINTS = """(() => {
+  const found = [];
+  if (document.documentElement.scrollWidth > innerWidth) found.push("the page is wider than the screen");
+  for (const drawn of document.querySelectorAll("svg"))
+    if (drawn.querySelector("text") && drawn.getBoundingClientRect().width < 0.9 * drawn.viewBox.baseVal.width)
+      found.push("a drawing is too small to read");
+  for (const control of [...document.querySelectorAll("a, button, select, input, [tabindex]")].reverse()) {
+    const name = control.getAttribute("aria-label") || control.labels?.[0]?.textContent || control.textContent;
+    control.focus();
+    const radio = control.type === "radio";
+    const [seen, ringed] = radio ? [control.parentElement, control.nextElementSibling] : [control, control];
+    const box = seen.getBoundingClientRect();
+    const middle = (Math.max(0, box.left) + Math.min(innerWidth, box.right)) / 2;
+    const onTop = document.elementFromPoint(middle, box.y + box.height / 2);
+    if (!name.trim()) found.push(`${control.tagName} ${control.id}: no name`);
+    if (document.activeElement !== control) found.push(`${name}: takes no focus`);
+    if (getComputedStyle(ringed).outlineStyle !== "solid") found.push(`${name}: shows no focus`);
+    if (!seen.contains(onTop)) found.push(`${name}: covered`);
+    if (Math.min(box.width, box.height) < 40) found.push(`${name}: ${box.width} x ${box.height} pixels`);
+  }
+  return found;
+})()"""
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe")
 
 
@@ -47,6 +69,11 @@ class Page:
         found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
+
+    def complaints(self) -> list[str]:
+        """What a reader complains of who has a small screen, a finger and a keyboard. At the present size."""
+        self.press("Tab", 9)  # a ring is shown to those who use the keyboard
+        return self.run(COMPLAINTS)
 
     def show(self, *, width: int, height: int, dark: bool = False) -> None:
         phone = width < 500

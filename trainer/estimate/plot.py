@@ -24,8 +24,14 @@ from trainer.html import COLOURS, page, ticks
 GIB = 2**30
 BEYOND = {"reserved, not in use": "#d9d9d9", "CUDA context, NCCL": "#8c8c8c"}
 """Memory on the device outside the components, in a sweep's bars."""
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900, 420, 60, 60, 40
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900, 420, 60, 60, 20
 TICKS = 6
+STYLE = """\
+h1 { font-size: 1.05em; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } .wide svg { max-width: none; }
+svg text { fill: currentColor; paint-order: stroke; stroke: var(--ground); stroke-width: 3px; }
+.entry { white-space: nowrap; } :focus-visible { outline: 3px solid var(--accent); }"""
+"""A narrow screen shows a part of the drawing, at its own size."""
 
 Column = tuple[str, tuple[int, ...]]
 """Label and bytes of each component; in a sweep also of what BEYOND names."""
@@ -149,7 +155,7 @@ def _line(text: str, x: int, y: float, colour: str) -> list[str]:
 def _html(picture: Picture) -> str:
     columns, ground = picture.columns, HEIGHT - BOTTOM
     step, scale = (WIDTH - LEFT) / len(columns), (ground - TOP) / picture.top
-    shapes = [f'<text x="{LEFT}" y="16" font-size="13" font-weight="bold">{escape(picture.title)}</text>']
+    shapes: list[str] = []
     for value in ticks(0, picture.top / GIB, TICKS):
         shapes += _line(f"{value:g} GiB", 4, ground - value * GIB * scale, "#ccc")
     if picture.band is not None:
@@ -172,11 +178,18 @@ def _html(picture: Picture) -> str:
             f'<text x="{LEFT + at * step:.1f}" y="{ground + 14}" font-size="10"'
             f' transform="rotate(20 {LEFT + at * step:.1f} {ground + 14})">{escape(label)}</text>'
         )
-    for number, (text, size) in enumerate(picture.lines):
-        # On alternate sides: two of these lines are close to one another.
-        shapes += _line(text, (LEFT + 4, WIDTH - 4)[number % 2], ground - size * scale, "currentColor")
+    # On alternate sides, and every text over every line: two of these lines are close to one another.
+    lines = [
+        _line(text, (LEFT + 4, WIDTH - 4)[number % 2], ground - size * scale, "currentColor")
+        for number, (text, size) in enumerate(picture.lines)
+    ]
+    shapes += [shape for each in zip(*lines, strict=True) for shape in each]
     legend = " ".join(
-        f'<span style="color:{colour}">&#9632;</span> {escape(name)}' for name, colour in picture.parts.items()
+        f'<span class="entry"><span style="color:{colour}">&#9632;</span> {escape(name)}</span>'
+        for name, colour in picture.parts.items()
     )
-    drawn = f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 60}" width="{WIDTH}">{"".join(shapes)}</svg>'
-    return page(picture.title, f"{drawn}<p>{legend}</p>", style="svg text { fill: currentColor; }")
+    label = f'role="img" aria-label="{escape(picture.title)}"'
+    drawn = f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 60}" width="{WIDTH}" {label}>{"".join(shapes)}</svg>'
+    scrolled = f'<div class="wide" tabindex="0" role="region" aria-label="drawing">{drawn}</div>'
+    body = f"<h1>{escape(picture.title)}</h1>{scrolled}<p>{legend}</p>"
+    return page(picture.title, body, style=STYLE)

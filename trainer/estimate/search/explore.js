@@ -129,7 +129,8 @@ function tabulate(found) {
 
 function grid() {
   const head = make("tr", "");
-  head.append(make("th", "recompute"), ...sizes.map((size) => make("th", `micro-batch ${size}`)));
+  const titles = ["recompute", ...sizes.map((size) => `micro-batch ${size}`)];
+  head.append(...titles.map((title) => make("th", title, { scope: "col" })));
   const lines = recomputes.map((recompute) => {
     const line = make("tr", "");
     line.append(make("th", recompute, { scope: "row" }));
@@ -260,6 +261,8 @@ data.controls.forEach((control, index) => {
     chosen.swept[index] = value;
   });
 });
+// Chromium leaves a button that is partly in view where it is.
+at("grid").addEventListener("focusin", (event) => event.target.scrollIntoView({ block: "nearest", inline: "nearest" }));
 at("best").addEventListener("click", () => take(fastest()));
 at("copy").addEventListener("click", copy);
 at("choose").addEventListener("submit", (event) => event.preventDefault());
