@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh                              all of it, for two cores half an hour at most
 #   bash tests/run.sh --quick                      the inner loop: lint, units, a parity row per axis, under four minutes
-#   bash tests/run.sh tests/test_config.py -x      further words go to pytest
+#   bash tests/run.sh tests/test_config.py -x      further arguments go to pytest
 #
 # LANES: how many tests run at a time (4; 0: one after another, in this process).
 set -euo pipefail
