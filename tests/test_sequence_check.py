@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.errors import ConfigError
 from tests.zoo.tiny import tiny
+from trainer.axes.sequence import rotate_as_whole
 from trainer.axes.sequence_check import check_sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -30,6 +31,27 @@ def test_what_runs_along_the_sequence_is_refused(model_type: str) -> None:
 def test_positions_that_a_model_counts_itself_are_refused(model_type: str) -> None:
     with pytest.raises(ConfigError, match=f"a {model_type} counts positions from the first token that it is given"):
         check_sequence(tiny(model_type), cp=2)
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "phimoe"])
+def test_slices_are_rotated_with_the_frequencies_of_the_whole_sequence(model_type: str) -> None:
+    config = tiny(model_type)
+    pairs = config.hidden_size // config.num_attention_heads // 2
+    config.rope_parameters = {
+        **{"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8},
+        **{"short_factor": [1.0] * pairs, "long_factor": [4.0] * pairs, "short_mscale": 1.0, "long_mscale": 1.5},
+    }
+    config.original_max_position_embeddings = 8
+    x, positions = torch.zeros(1, 16, config.hidden_size), torch.arange(16)[None]
+    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    expected, short = rotary(x, positions), rotary(x[:, :8], positions[:, :8])
+    assert not torch.allclose(short[0], expected[0][:, :8])
+    for rank in range(2):
+        model = AutoModelForCausalLM.from_config(config).model
+        rotate_as_whole(model, rank=rank, size=2)
+        own = slice(8 * rank, 8 * rank + 8)
+        found = model.rotary_emb(x[:, own], position_ids=positions[:, own])
+        torch.testing.assert_close(found, tuple(part[:, own] for part in expected))
 
 
 def test_what_cannot_be_tried_is_refused() -> None:

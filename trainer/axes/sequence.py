@@ -36,6 +36,8 @@ from trainer.axes.tensor.collectives import Ranks, paired
 from trainer.data import Batch
 
 NAME = "context_parallel"
+BY_LENGTH = {"longrope", "dynamic"}
+"""Rotary embeddings whose frequencies depend on the largest position that they are given."""
 
 
 def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, method: ContextMethod) -> None:
@@ -43,9 +45,34 @@ def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, method: 
 
     transformers builds no mask for an attention function that it does not know, so this function must be causal itself.
     """
-    attention = _ulysses if method is ContextMethod.ulysses else _gather
-    AttentionInterface.register(NAME, partial(_attend, ranks=Ranks(mesh.get_group(CONTEXT)), method=attention))
+    attention, ranks = _ulysses if method is ContextMethod.ulysses else _gather, Ranks(mesh.get_group(CONTEXT))
+    AttentionInterface.register(NAME, partial(_attend, ranks=ranks, method=attention))
     model.set_attn_implementation(NAME)
+    rotate_as_whole(model, rank=ranks.rank, size=ranks.size)
+
+
+def rotate_as_whole(model: nn.Module, *, rank: int, size: int) -> None:
+    """Let rotary embeddings that choose frequencies by length see where the whole sequence ends, in place.
+
+    Otherwise the first ranks of a long sequence would rotate as for a short one, and the last ones as for a long one.
+    """
+
+    def extended(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | kwargs
+        own = named["position_ids"]
+        last = own[..., -1:] + (size - 1 - rank) * own.shape[-1]
+        return (named.pop("x"),), {**named, "position_ids": torch.cat([own, last], dim=-1)}
+
+    def cut(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return output[..., :-1, :]
+        return tuple(part[..., :-1, :] for part in output)
+
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if not BY_LENGTH.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds]):
+            module.register_forward_pre_hook(extended, with_kwargs=True)
+            module.register_forward_hook(cut)
 
 
 def slice_of(batch: Batch, mesh: DeviceMesh) -> Batch:
