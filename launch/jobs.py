@@ -17,7 +17,7 @@ from configs.schema import Cluster, Config
 from slurm.control import cancel as cancel
 from slurm.control import status_lines as status_lines
 from slurm.job import FOLDER
-from slurm.submit import SweepPoint, beside_script, check, check_sweep, command, script_text, submit, submit_sweep
+from slurm.submit import SweepPoint, check, check_sweep, command, script_additions, script_text, submit, submit_sweep
 from trainer.estimate.gate import check_memory
 from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
@@ -82,7 +82,7 @@ def launch_array(points: Sequence[Sequence[str]], *, config_dir: str | None) -> 
 
 def _show_script(config: Config, command: Sequence[str]) -> None:
     print(shlex.join(command), "", script_text(config), sep="\n", end="")
-    if lines := beside_script(config):
+    if lines := script_additions(config):
         print("", *lines, sep="\n")
 
 

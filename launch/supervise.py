@@ -18,7 +18,7 @@ from configs.errors import EXIT_BAD_CONFIG, EXIT_FINISHED, EXIT_STOPPED
 from launch.command import Command
 from launch.process import Forwarding, Outcome, run_command
 from trainer.process.status import RUNNING, read_status, report_death
-from trainer.run.restarts import Attempts, Standing, judge, stand
+from trainer.run.restarts import Attempts, Standing, judge, read_standing
 
 # Time for the system to reclaim ports and GPU memory.
 PAUSE_SECONDS = 2.0
@@ -42,14 +42,14 @@ def keep_running(start: Callable[[bool, Forwarding], Outcome], run_dir: Path, *,
     attempts, again = Attempts(), False
     with Forwarding() as signals:
         while True:
-            before = stand(run_dir)
+            before = read_standing(run_dir)
             outcome = start(again, signals)
             death = _death(outcome)
             if outcome.to_stop:
                 _report_end(run_dir)
             elif death:
                 report_death(run_dir, death)
-            after = stand(run_dir)
+            after = read_standing(run_dir)
             verdict = judge(outcome.code, before=before, after=after, attempts=attempts, max_restarts=max_restarts)
             if outcome.to_stop or not verdict.restart:
                 reason = CUT_OFF if outcome.to_stop and verdict.restart else verdict.reason

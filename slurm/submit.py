@@ -204,7 +204,7 @@ def script_text(config: Config) -> str:
     return Path(script).expanduser().read_text() if script else (files("slurm") / "job.sbatch").read_text()
 
 
-def beside_script(config: Config) -> list[str]:
+def script_additions(config: Config) -> list[str]:
     """Further input of a job from the run folder: the lines that the script sources, and the arguments of srun."""
     setup, srun = config.cluster.slurm.setup, srun_arguments(config)
     lines = [f"slurm/setup.sh  {line}" for line in setup]

@@ -34,7 +34,7 @@ from slurm.job import folder, read_job, read_job_status, read_memory, write_memo
 from trainer.process.status import FINISHED, LOCK, STOPPED, is_through
 from trainer.process.stopping import STOP_FILE
 from trainer.process.world import for_children
-from trainer.run.restarts import Attempts, Decision, Standing, judge, stand
+from trainer.run.restarts import Attempts, Decision, Standing, judge, read_standing
 
 POLL_SECONDS = 0.2
 PAUSE_SECONDS = 5.0  # recovery time for a lost node or a full disk; multiplied by the starts in vain
@@ -58,19 +58,19 @@ class Supervisor:
         (self._dir / STOP_FILE).unlink(missing_ok=True)  # of an earlier start, which was killed before it obeyed
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGTERM, self._note)
-        if self._is_through(stand(self._dir).status):
+        if self._is_through(read_standing(self._dir).status):
             return self._leave(FINISHED, EXIT_FINISHED, "the run is finished")
         given_up = read_job_status(self._dir)
         if self._job.chain and given_up.get("state") == "failed":
             return self._leave("failed", EXIT_FAILED, str(given_up.get("reason")))
         if self._restart_count() > self._job.max_requeues:
-            return self._leave("failed", EXIT_FAILED, self._cap_reached(stand(self._dir).step))
+            return self._leave("failed", EXIT_FAILED, self._cap_reached(read_standing(self._dir).step))
         self._hosts = host_names(self._env["SLURM_JOB_NODELIST"])
         (folder(self._dir) / "hostfile").write_text(hostfile(self._hosts, self._job.processes))
         while True:
-            before = stand(self._dir)
+            before = read_standing(self._dir)
             code = self._start(before)
-            after = stand(self._dir)
+            after = read_standing(self._dir)
             if after.status.get("state") == STOPPED and after.status != before.status:
                 code = EXIT_STOPPED  # srun's is 0: see `agent.node_environment`
             verdict = self._judge(code, before, after)
@@ -103,14 +103,15 @@ class Supervisor:
         begun, announced, deadline = False, False, time.monotonic() + 60 * self._job.start_minutes
         while (code := step.poll()) is None:
             time.sleep(POLL_SECONDS)
-            begun = begun or stand(self._dir).status != before.status
+            begun = begun or read_standing(self._dir).status != before.status
             if not begun and time.monotonic() > deadline:
                 print(f"slurm: the ranks have not met after {self._job.start_minutes:g} minutes", flush=True)
                 step.terminate()
                 begun = True
             if self._signal is not None and not announced:
                 # Before the ranks have ended: Slurm may kill this program too, KillWait seconds after its SIGTERM.
-                self._say("stopping", f"{self._signal} from Slurm; the ranks save and end", step=stand(self._dir).step)
+                reason = f"{self._signal} from Slurm; the ranks save and end"
+                self._say("stopping", reason, step=read_standing(self._dir).step)
                 announced = True
             if self._signal is not None and not begun:
                 # Nothing is saved yet, and starting would use up the remaining time.
@@ -180,7 +181,7 @@ class Supervisor:
     def _wait_for_lock(self) -> None:
         """On a node that was cut off, ranks of an earlier start may live until their collectives time out."""
         deadline, announced = time.monotonic() + 60 * self._job.stuck_minutes, False
-        while held(self._dir / LOCK) and self._signal is None and time.monotonic() < deadline:
+        while is_locked(self._dir / LOCK) and self._signal is None and time.monotonic() < deadline:
             if not announced:
                 print("slurm: waiting for the ranks of an earlier start to end", flush=True)
             announced = True
@@ -225,11 +226,11 @@ class Supervisor:
         return f"{saved}; {unless}{verb} with: {self._job.goes_on}"
 
     def _leave(self, state: str, code: int, reason: str) -> int:
-        self._say(state, reason, step=stand(self._dir).step)
+        self._say(state, reason, step=read_standing(self._dir).step)
         return code
 
 
-def held(lock: Path) -> bool:
+def is_locked(lock: Path) -> bool:
     """Whether a living process holds the run folder (see `trainer.process.status.lock`)."""
     try:
         with open(lock, "r+") as file:

@@ -26,7 +26,7 @@ from tests.support.muon_cases import (
 from tests.test_imports import HEAVY, reached
 from trainer.model.roles import Matrices
 from trainer.optim.muon.newton_schulz import JORDAN, orthogonalize_
-from trainer.optim.muon.owners import boxes, deal, flops, update_bytes
+from trainer.optim.muon.owners import assign, boxes, flops, update_bytes
 from trainer.optim.muon.update import Muon
 
 CHOICES = [
@@ -148,7 +148,7 @@ def test_owners_share_the_work() -> None:
     shapes = layer * 32
     work = [flops(shape, 5) for shape in shapes]
     sizes = [2 * math.prod(shape) for shape in shapes]
-    rounds = deal(work, sizes, 8, 2**28)
+    rounds = assign(work, sizes, 8, 2**28)
     assert Counter(number for round_ in rounds for owned in round_ for number in owned) == Counter(range(len(shapes)))
     loads = [sum(work[number] for round_ in rounds for number in round_[owner]) for owner in range(8)]
     assert max(loads) / min(loads) < 1.02

@@ -163,6 +163,10 @@ def test_the_image_is_made_of_what_there_is() -> None:
 
 def test_the_release_names_one_version() -> None:
     version = re.escape(PROJECT["version"])
-    assert re.search(f"^version: {version}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    changes = re.findall(r"^## (\S+)", (ROOT / "docs" / "changelog.md").read_text(), re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text()
+    changelog = (ROOT / "docs" / "changelog.md").read_text()
+    assert re.search(f"^version: {version}$", citation, re.MULTILINE)
+    released = re.findall(rf"^## {version} \((.+)\)$", changelog, re.MULTILINE)
+    assert re.findall(r'^date-released: "(.+)"$', citation, re.MULTILINE) == released
+    changes = re.findall(r"^## (\S+)", changelog, re.MULTILINE)
     assert changes[0] == "Unreleased" or changes[0] == PROJECT["version"]

@@ -1,7 +1,7 @@
 """`optimizer.paged` keeps states in host memory. Updates and checkpoints are unchanged; unsupported uses are refused.
 
 Memory shared by a GPU and its host needs a GPU, so these tests replace it with CPU memory wherever the trainer
-allocates it. tests/gpu tests the real memory. `test_cut_states` tests sharded parameters, under the name `paged`.
+allocates it. tests/gpu tests the real memory. `test_sharded_states` tests sharded parameters, under the name `paged`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 from configs.errors import EnvironmentProblem
 from configs.load import load_config
 from launch.estimate import main as memory_estimate
-from tests.support.cut_cases import PAGED, Pages, pages_on_cpu
 from tests.support.refusals import assert_refused
+from tests.support.sharded_cases import PAGED, Pages, pages_on_cpu
 from trainer.engine.torch_state import States
 from trainer.model.roles import describe
 from trainer.optim import managed

@@ -262,7 +262,7 @@ def test_option_equals_single_process(layout: str, keys: str) -> None:
     ("optimizer", "layout"), rows(product(OPTIMIZERS, CUT), lambda name, layout: layout in OPTIMIZERS[name][1])
 )
 def test_optimizer_equals_single_process(optimizer: str, layout: str) -> None:
-    """test_cut_states covers each kind of sharding."""
+    """test_sharded_states covers each kind of sharding."""
     extra = (*OPTIMIZERS[optimizer][0], *ACCUMULATE)
     # The gradient of GPT-2's key biases is only rounding error, and Lion would follow its sign.
     model = CUT[layout] if optimizer != "lion" else CUT[layout].replace("gpt2", "llama")

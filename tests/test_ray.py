@@ -24,7 +24,7 @@ from launch.command import Rendezvous
 from launch.ray import node, start
 from slurm.supervise import free_port
 from trainer.checkpoint.catalog import CHECKPOINTS, step_name
-from trainer.run.restarts import stand
+from trainer.run.restarts import read_standing
 
 RAY = ["cluster=ray", "cluster.device=cpu", "cluster.gpus_per_node=1", "parallel=ddp"]
 STEPS = 24
@@ -114,7 +114,7 @@ def test_a_run_is_asked_to_stop(cluster: Any, tmp_path: Path, capfd: pytest.Capt
     shown = capfd.readouterr()
     assert f"ray        {cluster.address}, 2 nodes with 1 CPU\n" in shown.out
     assert "world      2 = 2 node(s) x 1 process(es) on cpu" in shown.out
-    saved = stand(run_dir)
+    saved = read_standing(run_dir)
     assert 2 <= saved.step < STEPS and str(saved.status["reason"]).endswith(": SIGTERM"), saved
     assert main(["status", str(run_dir)]) == EXIT_FINISHED
     assert capfd.readouterr().out.splitlines() == [

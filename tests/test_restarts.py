@@ -18,7 +18,7 @@ from tests.support.parity import words
 from trainer.__main__ import main
 from trainer.checkpoint.catalog import CHECKPOINTS, step_name
 from trainer.process.status import STATUS, read_status
-from trainer.run.restarts import Attempts, Decision, Standing, judge, stand
+from trainer.run.restarts import Attempts, Decision, Standing, judge, read_standing
 from trainer.run.step import check_validation
 
 
@@ -96,13 +96,13 @@ def test_the_ranks_word_counts_more_than_the_launchers_exit_code() -> None:
 
 def test_a_run_folder_is_read_as_it_is(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert stand(run) == Standing(step=0, status={})
+    assert read_standing(run) == Standing(step=0, status={})
     for name in (step_name(2), step_name(10), f".{step_name(12)}.partial", f"{step_name(14)}.damaged"):
         (run / CHECKPOINTS / name).mkdir(parents=True)
     (run / STATUS).write_text(json.dumps({"state": "running"}))
-    assert stand(run) == Standing(step=10, status={"state": "running"})
+    assert read_standing(run) == Standing(step=10, status={"state": "running"})
     (run / STATUS).write_text("{")
-    assert stand(run) == Standing(step=10, status={})
+    assert read_standing(run) == Standing(step=10, status={})
 
 
 def test_a_run_says_whether_starting_again_can_help(tmp_path: Path) -> None:

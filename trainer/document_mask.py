@@ -59,7 +59,7 @@ def check_document_mask(config: PretrainedConfig, *, lengths: bool = False) -> N
     lengths: whether the attention kernel takes them.
     """
     try:
-        apart = _apart(config, lengths=lengths)
+        apart = _difference(config, lengths=lengths)
     except Exception as error:  # a miniature config may break any rule of its architecture
         reason = first_line(error)
         if lengths:
@@ -78,7 +78,7 @@ def check_document_mask(config: PretrainedConfig, *, lengths: bool = False) -> N
 
 
 @torch.no_grad()
-def _apart(config: PretrainedConfig, *, lengths: bool) -> float:
+def _difference(config: PretrainedConfig, *, lengths: bool) -> float:
     """Largest difference of the logits between documents packed in two rows, and each document alone."""
     model = small_model(config)
     if lengths:

@@ -19,7 +19,7 @@ from configs.choices import Checkpointing, EngineName
 from configs.errors import ConfigError
 from configs.schema import Config
 from trainer import linear
-from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR, cutting
+from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR, dividing_degrees
 from trainer.axes.ddp import apply_ddp
 from trainer.axes.expert import on_parts
 from trainer.axes.expert.apply import apply_expert_parallel, check_stacks
@@ -336,12 +336,12 @@ def check_layout(model: PreTrainedModel, config: Config) -> None:
         problems += [
             f"parallel.{axis}={degree}: cuts language models; a {name} has parts for images or sound"
             " as well; use model.text_only=true, or parallel=single, ddp or fsdp"
-            for axis, degree in cutting(config).items()
+            for axis, degree in dividing_degrees(config).items()
         ]
     found = probe(text_config(model.config), config.data.seq_len)
     if found is not None and found.reversible and not model.get_input_embeddings().weight.requires_grad:
         problems.append(
-            f"{linear.said(config)}: {name} computes its layers again in a backward of their own, which"
+            f"{linear.setting(config)}: {name} computes its layers again in a backward of their own, which"
             " needs the embeddings' gradient, and they are frozen; use tuning=full"
         )
     if config.parallel.sequence_parallel and (idle := _idle_layers(model, found)):

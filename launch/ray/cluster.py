@@ -103,7 +103,7 @@ class Cluster:
 
     def wanted(self) -> str:
         nodes = self._plan.nodes
-        return f"{nodes} node{'s' * (nodes > 1)} with {said(self.bundle)}"
+        return f"{nodes} node{'s' * (nodes > 1)} with {resource_text(self.bundle)}"
 
     def _connect(self) -> None:
         import ray
@@ -136,7 +136,7 @@ class Cluster:
         fit = [each for each in has if all(each.get(name, 0) >= amount for name, amount in self.bundle.items())]
         if len(fit) >= self._plan.nodes or self._config.cluster.ray.autoscaling:
             return
-        shown = "; ".join(said({name: each.get(name, 0) for name in self.bundle}) for each in has)
+        shown = "; ".join(resource_text({name: each.get(name, 0) for name in self.bundle}) for each in has)
         raise EnvironmentProblem(
             f"cluster.nodes={self._plan.nodes}: the run needs {self.wanted()}, and the nodes of this Ray cluster have:"
             f" {shown}; ask for less (cluster.nodes, cluster.gpus_per_node, cluster.ray.cpus_per_node), add nodes, or"
@@ -231,5 +231,5 @@ def strategy_of(plan: Plan) -> str:
     return "STRICT_SPREAD" if plan.nodes > 1 else "PACK"
 
 
-def said(resources: Mapping[str, float]) -> str:
+def resource_text(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

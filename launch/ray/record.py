@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from slurm.supervise import held
+from slurm.supervise import is_locked
 from trainer.process.files import read_json, replace_text
 from trainer.process.status import LOCK
 
@@ -30,4 +30,4 @@ def read_state(run_dir: Path) -> Mapping[str, object]:
 
 def is_driven(run_dir: Path) -> bool:
     """Whether a `python -m launch` supervises this run. Not for that process itself, which would lose its lock."""
-    return held(folder(run_dir) / LOCK)
+    return is_locked(folder(run_dir) / LOCK)

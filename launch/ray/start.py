@@ -27,7 +27,7 @@ from launch.process import Forwarding, Outcome, Relay
 from launch.ray.cluster import Cluster
 from launch.ray.node import ERR, Node, Part, Said
 from launch.ray.record import write_state
-from slurm.supervise import held
+from slurm.supervise import is_locked
 from trainer.process.status import LOCK
 from trainer.process.stopping import STOP_FILE
 
@@ -92,7 +92,7 @@ class Starter:
         A node that is cut off keeps its ranks until their collectives time out.
         """
         deadline, shown = time.monotonic() + 60 * self.stuck_minutes, False
-        while held(self.run_dir / LOCK) and time.monotonic() < deadline:
+        while is_locked(self.run_dir / LOCK) and time.monotonic() < deadline:
             if stop_requested():
                 return False
             if not shown:

@@ -13,7 +13,7 @@ from configs.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, ConfigError
 from configs.overrides import quote_value
 from configs.schema import Config
 from launch.command import Rendezvous, build_command
-from launch.ray.cluster import ADDRESS, Cluster, bundle, said, strategy_of
+from launch.ray.cluster import ADDRESS, Cluster, bundle, resource_text, strategy_of
 from launch.ray.options import check_options
 from launch.ray.record import FOLDER, STATE, folder, is_driven, read_state, write_state
 from launch.ray.start import Starter
@@ -123,7 +123,7 @@ def cancel(run_dir: Path) -> str:
 def _show(config: Config, plan: Plan, overrides: Sequence[str], *, run_dir: Path, config_dir: str | None) -> None:
     """What would run on Ray's nodes."""
     address = config.cluster.ray.address or f"{ADDRESS}, else the cluster that runs on this machine, else a new one"
-    each = f"{plan.nodes} x {{{said(bundle(config, plan))}}}"
+    each = f"{plan.nodes} x {{{resource_text(bundle(config, plan))}}}"
     print(f"ray        {address}")
     print(f"placement  {strategy_of(plan)}, {each}")
     for rank in range(plan.nodes):

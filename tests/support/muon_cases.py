@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from trainer.estimate.tracker import Born, Died, StorageTracker
-from trainer.model.pieces import cut, join
+from trainer.model.pieces import join, local_share
 from trainer.model.roles import Matrices
 from trainer.optim.muon import exchange
 from trainer.optim.muon.update import Muon
@@ -118,7 +118,7 @@ def cuts_and_bugs(options: list[dict[str, Any]]) -> tuple[dict[str, float], dict
     expected = [one_process(chosen) for chosen in options]
     meshes = {name: _mesh(sizes) for name, sizes in LAYOUTS.items()}
     sound = {
-        name: max(_distance(_cut(mesh), e, chosen) for e, chosen in zip(expected, options, strict=True))
+        name: max(_distance(_local_share(mesh), e, chosen) for e, chosen in zip(expected, options, strict=True))
         for name, mesh in meshes.items()
     }
     sound["ddp"] = _distance(_parameters(values(0)), expected[0], {**options[0], "replicas": dist.group.WORLD})
@@ -127,7 +127,7 @@ def cuts_and_bugs(options: list[dict[str, Any]]) -> tuple[dict[str, float], dict
         with pytest.MonkeyPatch.context() as patch:
             plant(patch)
             for name, mesh in meshes.items():
-                planted[bug, name] = _distance(_cut(mesh), expected[0], options[0])
+                planted[bug, name] = _distance(_local_share(mesh), expected[0], options[0])
     dist.destroy_process_group()
     return sound, planted
 
@@ -142,7 +142,7 @@ def costs() -> tuple[dict[str, dict[str, int]], dict[tuple[str, int], int]]:
     dist.init_process_group("gloo")
     calls, peaks = {}, {}
     for name, sizes in {**LAYOUTS, "ddp": {}}.items():
-        parameters = _cut(_mesh(sizes)) if sizes else _parameters(values(0))
+        parameters = _local_share(_mesh(sizes)) if sizes else _parameters(values(0))
         optimizer = optimizer_of(parameters, replicas=None if sizes else dist.group.WORLD)
         _step(optimizer, parameters, 1)
         with CommDebugMode() as counted:
@@ -198,7 +198,7 @@ def _mesh(sizes: dict[str, int]) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def _cut(mesh: DeviceMesh) -> dict[str, nn.Parameter]:
+def _local_share(mesh: DeviceMesh) -> dict[str, nn.Parameter]:
     names = mesh.mesh_dim_names or ()
     module = nn.Module()
     for name, value in values(0).items():
@@ -238,7 +238,7 @@ def _distance(parameters: dict[str, nn.Parameter], expected: dict[str, torch.Ten
 
 
 def _share(whole: torch.Tensor, like: DTensor) -> DTensor:
-    share = cut(whole, like)
+    share = local_share(whole, like)
     return DTensor.from_local(share, like.device_mesh, like.placements, shape=whole.shape, stride=whole.stride())
 
 

@@ -98,7 +98,7 @@ def scales_of_the_first_rank() -> Iterator[None]:
         assert isinstance(placement, Shard)
         return whole.chunk(like.device_mesh.size(), placement.dim)[0]
 
-    with patch("trainer.linear.four_bit_layers.cut", first):
+    with patch("trainer.linear.four_bit_layers.local_share", first):
         yield
 
 
@@ -166,8 +166,8 @@ def expert_shards_swapped() -> Iterator[None]:
         share = original(whole, like)
         return share.flip(0) if share.ndim == 3 else share
 
-    original = layers.cut
-    with patch.object(layers, "cut", swapped):
+    original = layers.local_share
+    with patch.object(layers, "local_share", swapped):
         yield
 
 

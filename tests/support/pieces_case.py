@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from tests.support.harness import Overrides, composed, composes
 from trainer.engine.torch import TorchEngine
 from trainer.make_plan import make_plan
-from trainer.model.pieces import cut, join
+from trainer.model.pieces import join, local_share
 from trainer.plan.machine import find_machine
 from trainer.process.runtime import join_world as join_group
 
@@ -23,7 +23,7 @@ def wrong_pieces(overrides: Overrides) -> tuple[int, list[str]]:
         for name, parameter in TorchEngine(config, plan, runtime).named.items():
             assert isinstance(parameter, DTensor)
             whole = torch.arange(float(parameter.numel())).reshape(parameter.shape)
-            share = cut(whole, parameter)
+            share = local_share(whole, parameter)
             assert share.shape == parameter.to_local().shape, name
             divided += share.numel() < whole.numel()
             mesh, placements = parameter.device_mesh, parameter.placements

@@ -45,7 +45,7 @@ def degrees(config: Config) -> dict[str, int | None]:
     return {axis.name: getattr(config.parallel, axis.name) for axis in AXES if DENSE in axis.views}
 
 
-def cutting(config: Config) -> dict[str, int]:
+def dividing_degrees(config: Config) -> dict[str, int]:
     """The degrees above 1 of axes that divide every layer or its sequences, innermost first."""
     return {
         axis.name: degree

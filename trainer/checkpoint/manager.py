@@ -135,9 +135,9 @@ class CheckpointManager:
             )
         return self._found.progress
 
-    def said(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """The best validation, for the run's status."""
-        return self.selection.said(self._folder)
+        return self.selection.summary(self._folder)
 
     def best(self) -> Path | None:
         """The checkpoint of the best validation, if it is kept."""

@@ -93,7 +93,7 @@ class Selection:
         better = f"{self._reference:.6g}" if self._reference is not None else "infinity"
         return f"{self.waited} validations in a row were no better than {better} (train.patience={self._patience})"
 
-    def said(self, checkpoints: Path) -> dict[str, Any]:
+    def summary(self, checkpoints: Path) -> dict[str, Any]:
         """For the run's status: the best validation, its checkpoint, and why it ended early."""
         said: dict[str, Any] = {}
         if self.best is not None:

@@ -19,7 +19,7 @@ from configs.schema import Optimizer as Settings
 from trainer.axes import PIPELINE
 from trainer.engine.saved import BUFFER, Dealer, Saved
 from trainer.model.layers import plain
-from trainer.model.pieces import cut, join
+from trainer.model.pieces import join, local_share
 from trainer.model.roles import Described
 from trainer.optim.protocol import COUNTER
 from trainer.optim.table import ask, saved_state
@@ -28,7 +28,7 @@ from trainer.process.runtime import gather
 Named = Mapping[str, torch.Tensor]
 
 
-def whole(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The whole tensor, on the communication device. A collective of the ranks that hold pieces of it."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
@@ -53,7 +53,7 @@ def gather_parameters(
     held = [(name, p.shape, p.dtype) for name, p in parameters.items()]
     for owner, entries in enumerate(gather(held, group) if mesh[PIPELINE].size() > 1 else [held]):
         for name, shape, dtype in entries:
-            complete = whole(parameters[name], device).contiguous() if owner == mine else None
+            complete = full_tensor(parameters[name], device).contiguous() if owner == mine else None
             if owner > 0 and complete is not None:
                 dist.send(complete, group=group, group_dst=0)
             elif owner > 0 and mine == 0:
@@ -106,7 +106,7 @@ def save_state(
     for name, parameter in parameters.items():
         tensors = {_model_kind(parameter): parameter, **states.of(name, parameter)}
         for kind, tensor in tensors.items():
-            complete = whole(tensor, device)
+            complete = full_tensor(tensor, device)
             yield f"{kind}/{name}", complete if dealer.owner(complete.nbytes) == rank else None
 
 
@@ -155,5 +155,5 @@ def copy_share(target: torch.Tensor, complete: torch.Tensor) -> None:
         sizes, starts = compute_local_shape_and_global_offset(target.shape, mesh, placements)
         share = complete[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
     else:
-        share = cut(complete, target)
+        share = local_share(complete, target)
     target.to_local().copy_(share)

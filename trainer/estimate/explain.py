@@ -162,12 +162,12 @@ def _optimizer(config: Config, plan: Plan, anatomy: Anatomy) -> str:
     chosen, settings = ask(config.optimizer), config.optimizer
     held = [Held(whole=p.whole, shape=p.shape) for p in anatomy.parameters() if p.trainable and len(p.shape) > 1]
     update = ask_update(settings)
-    said = f"; {update.said(config)}" if update.said(config) else ""
+    said = f"; {update.description(config)}" if update.description(config) else ""
     if not update.GRADIENTS:
         held = sorted(held, key=lambda one: one.piece.numel)[-1:]
     needed = chosen.temporaries(held, settings, plan.master_dtype, Spread())
     return (
-        f"optimizer {settings.name}, {settings.implementation}: {chosen.said(settings)}, from the end of step 1;"
+        f"optimizer {settings.name}, {settings.implementation}: {chosen.description(settings)}, from the end of step 1;"
         f" temporaries {needed / GIB:.3f} GiB where nothing is sharded{said}"
     )
 

@@ -160,7 +160,7 @@ def keeps_model(config: Config) -> bool:
     return all(kind.KEEPS_MODEL for kind in chosen(config))
 
 
-def said(config: Config) -> str:
+def setting(config: Config) -> str:
     """The setting that decides whether the model's own parameters are trained."""
     return f"{KEY}={config.tuning.method}"
 

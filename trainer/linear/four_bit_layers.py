@@ -14,7 +14,7 @@ from configs.errors import ConfigError, EnvironmentProblem
 from configs.schema import Tuning
 from trainer.model.build import decoder_layers
 from trainer.model.layers import PackedWeight, is_plain_linear
-from trainer.model.pieces import cut
+from trainer.model.pieces import local_share
 
 KIND, BLOCK, SCALES = "nf4", 64, 256
 """Number of values that share a scale; number of scales that share one."""
@@ -52,7 +52,7 @@ class Linear4bit(PackedWeight, nn.Linear):
         codes, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=nested, quant_type=KIND)
         if self.divided is not None:
             # Codes are divided between blocks, so that scales can be divided too. A copy, not a view of all scales.
-            scales = cut(state.absmax.view(self.out_features, -1), self.divided)
+            scales = local_share(state.absmax.view(self.out_features, -1), self.divided)
             state.absmax, state.shape = scales.clone(memory_format=torch.contiguous_format).flatten(), self._piece()
         self.quant_state = state
         return codes.view(self.out_features, self.in_features // 2)

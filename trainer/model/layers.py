@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from trainer.model.pieces import cut
+from trainer.model.pieces import local_share
 
 READ_DIRECTLY = "_cookbook_read_directly"
 
@@ -112,7 +112,7 @@ def holding(parameter: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
     `values`, which are complete, the same on every rank and of any dtype and device."""
     if isinstance(parameter, DTensor):
         # Every rank has the same complete values: dividing them needs no communication.
-        part = of_type(parameter.to_local(), cut(values, parameter).clone())
+        part = of_type(parameter.to_local(), local_share(values, parameter).clone())
         mesh, placements = parameter.device_mesh, parameter.placements
         values = DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
     else:

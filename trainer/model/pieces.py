@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
-def cut(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
+def local_share(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
     """This rank's share of `whole`, placed as `like`. No communication: every rank has the whole."""
     share = whole
     for name, placement in _cuts(like):

@@ -75,7 +75,7 @@ def problems(config: Config) -> Iterator[str]:
     if moe.bias_update_rate and not linear.keeps_model(config):
         yield (
             f"moe.bias_update_rate={moe.bias_update_rate}: changes the model's own routers, which"
-            f" {linear.said(config)} leaves as they are; set it to 0"
+            f" {linear.setting(config)} leaves as they are; set it to 0"
         )
 
 

@@ -81,5 +81,5 @@ def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Sp
             return max((2 * size + before for size, before in zip(sizes, (0, *sizes), strict=False)), default=0)
 
 
-def said(settings: Settings) -> str:
+def description(settings: Settings) -> str:
     return "states of 2 times the bytes it updates"

@@ -67,5 +67,5 @@ class Around:
     def work(self, parameter: Described, settings: Settings) -> Work:
         return self.inner.work(parameter, settings)
 
-    def said(self, settings: Settings) -> str:
-        return self.inner.said(settings)
+    def description(self, settings: Settings) -> str:
+        return self.inner.description(settings)

@@ -62,7 +62,7 @@ def by(settings: Settings, name: OptimizerName) -> Settings:
     return replace(settings, name=name, options=options, groups=RoleGroups())
 
 
-def said(settings: Settings) -> Iterator[str]:
+def given_keys(settings: Settings) -> Iterator[str]:
     """The keys that were given."""
     for role, group in given(settings).items():
         for item in fields(group):
@@ -76,7 +76,7 @@ def check(trained: Iterable[Described], settings: Settings, model: str) -> None:
     missing = [role for role in given(settings) if role not in there]
     if missing:
         has = ", ".join(role for role in ROLES if role in there)
-        keys = [key for key in said(settings) if key.split(".")[2] in missing]
+        keys = [key for key in given_keys(settings) if key.split(".")[2] in missing]
         raise ConfigError(
             *(f"{key}: nothing that is trained of {model} has this role; it has {has}; leave it out" for key in keys)
         )
@@ -90,18 +90,18 @@ def divide(groups: Sequence[Group], settings: Settings) -> list[Group]:
         divided += [replace(group, parameters=rest)] if rest or not chosen else []
         for role, own in chosen.items():
             if members := tuple(item for item in group.parameters if role_of(item[0]) == role):
-                divided.append(_apart(replace(group, name=role, parameters=members), own, settings))
+                divided.append(_separate(replace(group, name=role, parameters=members), own, settings))
     return divided
 
 
-def _apart(group: Group, own: RoleGroup, settings: Settings) -> Group:
+def _separate(group: Group, own: RoleGroup, settings: Settings) -> Group:
     factor = group.factor if own.lr is None else own.lr / settings.lr
     return replace(
         group, factor=factor, weight_decay=group.weight_decay if own.weight_decay is None else own.weight_decay
     )
 
 
-def updated_apart(held: Iterable[Held], settings: Settings) -> list[list[Held]]:
+def updated_separately(held: Iterable[Held], settings: Settings) -> list[list[Held]]:
     """The updated parameters, group by group."""
     chosen = given(settings)
     groups: dict[str, list[Held]] = {}

@@ -66,8 +66,8 @@ class Averaging(Around):
     def average(self, settings: Settings) -> Average:
         return Average(kind=KIND, part=1.0)
 
-    def said(self, settings: Settings) -> str:
-        return f"{self.inner.said(settings)}, and an average of the weights"
+    def description(self, settings: Settings) -> str:
+        return f"{self.inner.description(settings)}, and an average of the weights"
 
 
 def follow(optimizer: torch.optim.Optimizer, decay: float) -> None:

@@ -52,5 +52,5 @@ def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Sp
     return max(common.nbytes(held, dtype), default=0)
 
 
-def said(settings: Settings) -> str:
+def description(settings: Settings) -> str:
     return "states of 1 times the bytes it updates"

@@ -71,8 +71,8 @@ class Paged(Around):
             return state
         return {kind: kept if kind == COUNTER or kept.host else _paged(kept) for kind, kept in state.items()}
 
-    def said(self, settings: Settings) -> str:
-        return f"{self.inner.said(settings)}, paged to host memory when the GPU is full"
+    def description(self, settings: Settings) -> str:
+        return f"{self.inner.description(settings)}, paged to host memory when the GPU is full"
 
 
 def start(

@@ -144,13 +144,14 @@ class Parts:
         own = settings_of(self.optimizers, parameter, settings)
         return self.optimizers[own.name].work(parameter, own)
 
-    def said(self, settings: Settings) -> str:
+    def description(self, settings: Settings) -> str:
         chosen = named(settings)
         first = chosen.pop(NAME)
         roles = [
-            f"{key.split('.')[2]} by {one.name}: {self.optimizers[one.name].said(one)}" for key, one in chosen.items()
+            f"{key.split('.')[2]} by {one.name}: {self.optimizers[one.name].description(one)}"
+            for key, one in chosen.items()
         ]
-        return "; ".join([self.optimizers[first.name].said(first), *roles])
+        return "; ".join([self.optimizers[first.name].description(first), *roles])
 
     def _divided(
         self, items: Sequence[tuple[Described, Item]], settings: Settings

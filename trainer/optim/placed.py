@@ -58,7 +58,7 @@ def as_piece(piece: torch.Tensor, like: DTensor, placements: Sequence[Placement]
     return DTensor(piece, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
 
 
-def cutting(parameter: torch.Tensor, dims: Sequence[int]) -> list[Any]:
+def sharding_groups(parameter: torch.Tensor, dims: Sequence[int]) -> list[Any]:
     """The process groups of the mesh axes that divide one of these dimensions of the parameter."""
     if not isinstance(parameter, DTensor):
         return []
@@ -75,7 +75,7 @@ def reduce_together(parts: Sequence[tuple[torch.Tensor, Sequence[int], torch.Ten
     """
     by_group: dict[tuple[Any, torch.dtype], list[tuple[torch.Tensor, str]]] = {}
     for parameter, dims, tensor in parts:
-        for group in cutting(parameter, dims):
+        for group in sharding_groups(parameter, dims):
             device = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else tensor.device.type
             by_group.setdefault((group, tensor.dtype), []).append((tensor, device))
     for (group, _), members in by_group.items():

@@ -10,7 +10,7 @@
     temporaries   bytes that an update needs for a moment
     average       where the weights to evaluate are not those that are trained: how they are made
     work          FLOPs of one update, where it multiplies matrices, and bytes that ranks exchange for it
-    said          what it keeps, in words
+    description   what it keeps, as text
 
 No module here imports torch before it is asked to build something.
 """
@@ -166,4 +166,4 @@ class Optimizer(Protocol):
         """Besides reading and writing the parameter, its gradient and its states."""
         ...
 
-    def said(self, settings: Settings) -> str: ...
+    def description(self, settings: Settings) -> str: ...

@@ -93,5 +93,5 @@ def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Sp
     return max(common.nbytes(held, dtype), default=0)
 
 
-def said(settings: Settings) -> str:
+def description(settings: Settings) -> str:
     return "states of 2 times the bytes it updates, one of them the weights that the average is made of"

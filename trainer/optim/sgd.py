@@ -42,5 +42,5 @@ def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Sp
     return 0
 
 
-def said(settings: Settings) -> str:
+def description(settings: Settings) -> str:
     return f"states of {int(settings.beta1 > 0)} times the bytes it updates"

@@ -95,7 +95,7 @@ def run(config: Config, plan: Plan, callbacks: Sequence[Callback] = ()) -> int:
                 generation=generation,
                 stop=stop,
             )
-            status.follow(lambda: manager.step, manager.said)
+            status.follow(lambda: manager.step, manager.summary)
             begin = manager.find()
             announce("building the model")
             # The parameters do not depend on this generator.
@@ -134,7 +134,7 @@ def run(config: Config, plan: Plan, callbacks: Sequence[Callback] = ()) -> int:
                         model = folder / "model"
                         runtime.agree(lambda: _export(engine, data, plan, runtime, model, generation, manager.best()))
                         reporter.exported(model)
-                    reporter.chosen(manager.said().get("best"), early)
+                    reporter.chosen(manager.summary().get("best"), early)
     return EXIT_FINISHED
 
 

@@ -1,8 +1,8 @@
 """Whether a dead job is restarted: only while restarts make progress.
 
-    before = stand(run_dir)
+    before = read_standing(run_dir)
     code = ...                                   one start of the job, to its end
-    verdict = judge(code, before=before, after=stand(run_dir), attempts=attempts, max_restarts=3)
+    verdict = judge(code, before=before, after=read_standing(run_dir), attempts=attempts, max_restarts=3)
     if verdict.restart: attempts = verdict.attempts, and once more
 
 A killed worker, a lost node, a hung rank: the next start continues from the newest checkpoint. A failure that always
@@ -53,7 +53,7 @@ class Decision:
     attempts: Attempts
 
 
-def stand(run_dir: Path) -> Standing:
+def read_standing(run_dir: Path) -> Standing:
     """Look into a run folder, which need not exist yet."""
     checkpoints = committed(run_dir / CHECKPOINTS)
     return Standing(step=(step_of(checkpoints[-1]) or 0) if checkpoints else 0, status=read_status(run_dir))

@@ -26,5 +26,5 @@ def passes(config: Config) -> Passes:
     return Passes()
 
 
-def said(config: Config) -> str:
+def description(config: Config) -> str:
     return ""

@@ -69,6 +69,6 @@ def passes(config: Config) -> Passes:
     return Passes(forwards=count, backwards=count)
 
 
-def said(config: Config) -> str:
+def description(config: Config) -> str:
     again = ", forward and backward run twice for the global norm" if config.train.clip_grad_norm else ""
     return f"each gradient is applied and freed inside the backward{again}"

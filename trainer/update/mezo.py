@@ -61,5 +61,5 @@ def passes(config: Config) -> Passes:
     return Passes(forwards=2, backwards=0)
 
 
-def said(config: Config) -> str:
+def description(config: Config) -> str:
     return "no backward: the loss at two points, along a direction that is drawn again from its seed"

@@ -13,7 +13,7 @@ from trainer.axes import CONTEXT, PIPELINE, REPLICATE, TENSOR
 from trainer.estimate.profile import Profile
 from trainer.estimate.timeline import Handle, Timeline
 from trainer.model.roles import Described
-from trainer.optim.by_role import updated_apart
+from trainer.optim.by_role import updated_separately
 from trainer.optim.protocol import Held, Spread
 from trainer.optim.table import ask, kept, kept_bytes, paged_bytes
 from trainer.plan.plan import Plan
@@ -88,7 +88,7 @@ class Setting:
         """Bytes that the update needs for a moment. held: the matrices that it updates at once, in its order."""
         plan = self.plan
         spread = Spread(ranks=plan.fsdp_size * plan.degree(TENSOR), copies=plan.degree(REPLICATE))
-        for group in updated_apart(held, self.optimizer):
+        for group in updated_separately(held, self.optimizer):
             workspace = ask(self.optimizer).temporaries(group, self.optimizer, plan.master_dtype, spread)
             self.timeline.free(self.timeline.allocate("workspace", workspace))
 

@@ -66,5 +66,5 @@ def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Sp
     return BYTES[dtype] * max(most, sums + max(sum(divided), sum(other)))
 
 
-def said(settings: Settings) -> str:
+def description(settings: Settings) -> str:
     return "states of 1 number per row and 1 per column of every matrix, 1 per element of a vector"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.optim.placed import cutting, local, local_gradient, reduce_together, zeros
+from trainer.optim.placed import local, local_gradient, reduce_together, sharding_groups, zeros
 
 SMALLEST_SCALE = 1e-3  # the paper's epsilon 2: a parameter whose elements are all zero still moves
 Numbers = dict[torch.Tensor, torch.Tensor]
@@ -38,7 +38,7 @@ class Adafactor(torch.optim.Optimizer):
         centres = self._centres([parameter for _, parameter in held if parameter.ndim > 1])
         updates: Numbers = {}
         for group, parameter in held:
-            if cutting(parameter, range(parameter.ndim)):
+            if sharding_groups(parameter, range(parameter.ndim)):
                 updates[parameter] = _squares(self._update(parameter, centres, group["eps"]))
         _add_up([(parameter, range(parameter.ndim), square) for parameter, square in updates.items()])
         for group, parameter in held:

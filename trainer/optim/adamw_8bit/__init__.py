@@ -71,7 +71,7 @@ def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Sp
     return most + sum(2 * 2 * 4 * prod(piece.shape[:-1]) * -(-piece.whole[-1] // BLOCK) for piece in shared)
 
 
-def said(settings: Settings) -> str:
+def description(settings: Settings) -> str:
     return (
         f"states of 2 x (1 + 4 / {BLOCK}) bytes per value, and twice the bytes of embeddings, vectors and matrices of"
         f" fewer than {SMALLEST:,} values"

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from trainer.model.pieces import held
 from trainer.optim.adamw_8bit.blocks import AT_ONCE, BLOCK
 from trainer.optim.adamw_8bit.codes import Map, Slab, positive_map, signed_map, slabs
-from trainer.optim.placed import cutting, local, local_gradient, reduce_together, zeros
+from trainer.optim.placed import local, local_gradient, reduce_together, sharding_groups, zeros
 
 CODES, SCALES = ("exp_avg", "exp_avg_sq"), ("exp_avg_scale", "exp_avg_sq_scale")
 
@@ -121,7 +121,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
 def _shared(parameter: torch.Tensor) -> bool:
     """Whether other ranks hold other columns of the same rows."""
-    return bool(cutting(parameter, (-1,)))
+    return bool(sharding_groups(parameter, (-1,)))
 
 
 def _reach(moment: torch.Tensor) -> torch.Tensor:

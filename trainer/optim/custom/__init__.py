@@ -93,7 +93,7 @@ def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Sp
     return int(each * max(sizes, default=0) + together * sum(sizes))
 
 
-def said(settings: Settings) -> str:
+def description(settings: Settings) -> str:
     like = Described(name="", shape=(2**20, 2**20))
     kinds = [kind for kind in state(like, settings, "float32") if kind != COUNTER]
     return f"{settings.target}, states of each parameter: {', '.join(kinds) or 'none'}, as a probe found"

@@ -57,5 +57,5 @@ def temporaries(held: Sequence[Held], settings: Settings, dtype: str, spread: Sp
     return width * max(sizes, default=0)
 
 
-def said(settings: Settings) -> str:
+def description(settings: Settings) -> str:
     return "no states"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from trainer.model.pieces import cut
+from trainer.model.pieces import local_share
 
 
 class Direction(torch.optim.Optimizer):
@@ -44,7 +44,7 @@ class Direction(torch.optim.Optimizer):
         digest = hashlib.sha256(f"{self.seed}:{self.updates}:{name}".encode()).digest()
         generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         whole = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.float32)
-        return cut(whole, parameter) if isinstance(parameter, DTensor) else whole
+        return local_share(whole, parameter) if isinstance(parameter, DTensor) else whole
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

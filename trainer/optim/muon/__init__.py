@@ -91,7 +91,7 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
         )
     if not linear.keeps_model(config):
         yield (
-            f"{linear.said(config)}: optimizer.name=muon would orthogonalise an adapter's two factors,"
+            f"{linear.setting(config)}: optimizer.name=muon would orthogonalise an adapter's two factors,"
             " and not the matrix that they make; use optimizer=adamw, or tuning=full"
         )
     if given.get("adjust_lr") == AdjustLr.original and given.get("adamw_lr") is None:
@@ -163,7 +163,7 @@ def work(parameter: Described, settings: Settings) -> Work:
     return Work(flops=total, exchanged=2 * parameter.numel * BYTES[options.dtype])
 
 
-def said(settings: Settings) -> str:
+def description(settings: Settings) -> str:
     options = read_options(settings, Options)
     return (
         f"momentum, once the bytes of the matrices; two moments of embeddings, head, router and norms;"

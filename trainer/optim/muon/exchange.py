@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from trainer.optim.muon.owners import Box, Cut, Piece, batches, deal, flops, piece_of, runs_held
+from trainer.optim.muon.owners import Box, Cut, Piece, assign, batches, flops, piece_of, runs_held
 
 # Renamed in torch 2.13; the old name warns.
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -209,7 +209,7 @@ class Fleet:
         self._held: dict[Any, Any] = {}
         sizes = [job.numel * wire.itemsize for job in jobs]
         work = [flops(job.shape, job.steps) for job in jobs]
-        dealt = deal(work, sizes, cells.ranks * cells.count, bucket_bytes // cells.count)
+        dealt = assign(work, sizes, cells.ranks * cells.count, bucket_bytes // cells.count)
         self.rounds = [self._round(owned) for owned in dealt]
 
     def run(

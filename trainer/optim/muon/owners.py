@@ -1,6 +1,6 @@
 """A parameter's matrices, the ranks that hold pieces of each, and the rank that orthogonalises each. No torch.
 
-    parameter  --boxes-->  matrices  --deal-->  owner and round of each  --piece-->  what each rank holds of it
+    parameter  --boxes-->  matrices  --assign-->  owner and round of each  --piece-->  what each rank holds of it
 
 A matrix is a box of its parameter: one part of a packed matrix, one expert of a stack. For each dimension of the
 parameter a rank holds some runs of rows: one run under FSDP or tensor parallel, several if a packed matrix is divided
@@ -135,7 +135,7 @@ def adjusted(shape: Sequence[int], adjust_lr: str, *, transposed: bool = False) 
     raise ValueError(f"adjust_lr={adjust_lr}: use original or match_rms_adamw")
 
 
-def deal(work: Sequence[int], sizes: Sequence[int], owners: int, limit: int) -> list[list[list[int]]]:
+def assign(work: Sequence[int], sizes: Sequence[int], owners: int, limit: int) -> list[list[list[int]]]:
     """Rounds of matrices for each owner: [round][owner] -> indices of matrices.
 
     The heaviest matrix first, always to the owner with the least work (Graham 1969: at most 4/3 of the optimum). A
@@ -192,7 +192,7 @@ def update_bytes(
     numel = [math.prod(shape[-2:]) for shape in shapes]
     kinds = [tuple(shape[-2:]) for shape in shapes]
     sizes = [(sent_itemsize or itemsize) * count for count in numel]
-    rounds = deal([flops(shape, steps) for shape in shapes], sizes, ranks * replicas, bucket_bytes // replicas)
+    rounds = assign([flops(shape, steps) for shape in shapes], sizes, ranks * replicas, bucket_bytes // replicas)
     peak = 0
     for round_ in rounds:
         cells = [round_[first : first + ranks] for first in range(0, len(round_), ranks)]

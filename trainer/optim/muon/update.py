@@ -109,10 +109,10 @@ class Muon(torch.optim.Optimizer):
             block(weight, piece.local).add_(update.to(weight.device), alpha=-rate)
 
         dtypes = [group["dtype"] for group in self.param_groups]
-        for fleet in self._dealt():
+        for fleet in self._assigned():
             fleet.run(fill, iterate, dtypes, apply)
 
-    def _dealt(self) -> list[Fleet]:
+    def _assigned(self) -> list[Fleet]:
         """The parameters with a gradient, by their ranks and by the dtype of the messages."""
         live = tuple(
             (number, place)
@@ -121,10 +121,10 @@ class Muon(torch.optim.Optimizer):
             if parameter.grad is not None
         )
         if live not in self._fleets:
-            self._fleets[live] = self._deal(live)
+            self._fleets[live] = self._assign(live)
         return self._fleets[live]
 
-    def _deal(self, live: tuple[tuple[int, int], ...]) -> list[Fleet]:
+    def _assign(self, live: tuple[tuple[int, int], ...]) -> list[Fleet]:
         found: dict[Any, tuple[torch.Tensor, list[Job], set[Any]]] = {}
         for count, (number, place) in enumerate(live):
             group = self.param_groups[number]

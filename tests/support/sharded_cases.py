@@ -1,4 +1,4 @@
-"""The work of a rank in tests/test_cut_states.py: an optimizer updates sharded parameters and whole ones."""
+"""The work of a rank in tests/test_sharded_states.py: an optimizer updates sharded parameters and whole ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from configs.load import load_config
 from configs.schema import Optimizer
 from tests.support.muon_cases import LAYOUTS
-from trainer.model.pieces import cut, join
+from trainer.model.pieces import join, local_share
 from trainer.model.roles import Described, Matrices, Role
 from trainer.optim import managed, paged, placed
 from trainer.optim.build import build_optimizer
@@ -225,7 +225,7 @@ def _check_pieces(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Op
 
 
 def share(whole: torch.Tensor, like: DTensor) -> DTensor:
-    piece = cut(whole, like)
+    piece = local_share(whole, like)
     return DTensor.from_local(piece, like.device_mesh, like.placements, shape=whole.shape, stride=whole.stride())
 
 
@@ -240,8 +240,8 @@ def _alone(patch: pytest.MonkeyPatch) -> None:
 
 def _one_axis(patch: pytest.MonkeyPatch) -> None:
     """Only the ranks of the first mesh axis reduce with each other."""
-    cutting = placed.cutting
-    patch.setattr(placed, "cutting", lambda parameter, dims: cutting(parameter, dims)[:1])
+    sharding_groups = placed.sharding_groups
+    patch.setattr(placed, "sharding_groups", lambda parameter, dims: sharding_groups(parameter, dims)[:1])
 
 
 PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {"alone": _alone, "one_axis": _one_axis}

@@ -10,10 +10,10 @@ from itertools import product
 
 import pytest
 
-from tests.support.cut_cases import PAGED, cuts_and_bugs
 from tests.support.harness import run_ranks
 from tests.support.muon_cases import LAYOUTS
 from tests.support.selection import rows
+from tests.support.sharded_cases import PAGED, cuts_and_bugs
 
 OPTIMIZERS = {
     "adamw_8bit": ["optimizer=adamw_8bit", "optimizer.lr=0.01"],
