@@ -158,6 +158,13 @@ def test_muon_refuses(words: list[str], line: str) -> None:
             ["optimizer.target=bitsandbytes.optim.AdamW8bit"],
             "optimizer.target=bitsandbytes.optim.AdamW8bit: keeps absmax1 and absmax2, which a checkpoint does",
         ),
+        *(
+            (
+                [f"optimizer.target={USERS}.Rounds", f"parallel={layout}"],
+                f"optimizer.target={USERS}.Rounds: its updates draw random numbers, each process draws others",
+            )
+            for layout in ("ddp", "tensor")
+        ),
         (["optimizer.beta1=0.8"], "optimizer.beta1=0.8: custom does not read it"),
         (
             ["optimizer.in_backward=true", "parallel=ddp"],
@@ -176,6 +183,7 @@ def test_custom_optimizers_refuse(words: list[str], line: str) -> None:
         ["parallel=zero1"],
         [f"optimizer.target={USERS}.Signs", "parallel=fsdp"],
         [f"optimizer.target={USERS}.Columns", "parallel=ddp"],
+        [f"optimizer.target={USERS}.Rounds", "parallel=fsdp"],
         [f"optimizer.target={USERS}.Forgets", "parallel=fsdp", "checkpoint.every=0"],
         ["optimizer.target=bitsandbytes.optim.AdamW8bit", "parallel=ddp", "checkpoint.every=0"],
     ],

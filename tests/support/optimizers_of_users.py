@@ -54,3 +54,15 @@ class Forgets(Signs):
             group["k"] = group.get("k", 0) + 1
             for p in group["params"]:
                 p.sub_(group["lr"] * p.grad / group["k"])
+
+
+class Rounds(Signs):
+    """Rounds bfloat16 parameters up or down at random."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                new = p.float() - group["lr"] * p.grad.float()
+                noise = torch.randint(0, 2**16, p.shape, dtype=torch.int32) if p.dtype == torch.bfloat16 else 0
+                p.copy_(((new.view(torch.int32) + noise) & -(2**16)).view(torch.float32))

@@ -53,6 +53,13 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
             f"{key}: {why}, and ZeRO's partitions are flat rows of many parameters; use parallel=fsdp, hsdp or"
             " tensor_fsdp, which shard as much, or another optimizer"
         )
+    parallel = config.parallel
+    if found.draws and (parallel.dp_replicate != 1 or parallel.tp > 1 or parallel.pp > 1):
+        yield (
+            f"{key}: its updates draw random numbers, each process draws others, and so copies of a weight (replicas,"
+            " norms under tensor parallel, tied weights of two stages) would become different; use parallel=single or"
+            " fsdp, or another optimizer"
+        )
     if settings.in_backward:
         yield "optimizer.in_backward=true: optimizer.name=custom updates all parameters at once; set it to false"
     if found.forgotten and config.checkpoint.every:

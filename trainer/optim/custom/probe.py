@@ -5,6 +5,7 @@ by_shape    the same matrix as a vector
 forgotten   three updates, then two by a fresh optimizer that got what a checkpoint holds: as five in a row?
 kept        the tensors of a parameter whose sides are primes, so that their shapes say what they follow
 needed      the most that an update allocates, of one matrix and of two
+draws       does an update, in float32 or bfloat16, draw from torch's default generator?
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import inspect
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, prod
@@ -71,12 +73,14 @@ class Found:
     """coupled: how elements depend on each other; "" if they do not.
     by_shape: whether a vector of the same elements is updated differently.
     forgotten: states that a checkpoint would lose.
-    others: states besides tensors of the parameter's shape and the count of updates."""
+    others: states besides tensors of the parameter's shape and the count of updates.
+    draws: whether an update draws random numbers."""
 
     coupled: str
     by_shape: bool
     forgotten: str
     others: str
+    draws: bool
 
 
 def examine(settings: Settings) -> Found:
@@ -225,7 +229,16 @@ def _examined(key: str) -> Found:
     forgotten = " and ".join([*odd, *lost])
     others = " and ".join(kind for kind, sides in kept.items() if kind != COUNTER and sides.sides != ((0,), (1,)))
     by_shape = not _is_cut(whole, key, torch.flatten)
-    return Found(coupled=coupled, by_shape=by_shape, forgotten=forgotten, others=others)
+    return Found(coupled=coupled, by_shape=by_shape, forgotten=forgotten, others=others, draws=_draws(key))
+
+
+def _draws(key: str) -> bool:
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        _Trial(key, [SHAPE]).run(0, 2)
+        with suppress(Refused):  # some draw to round to bfloat16, some do not take it
+            _Trial(key, [SHAPE], dtype="bfloat16").run(0, 2)
+        return not torch.equal(torch.get_rng_state(), before)
 
 
 def _is_cut(whole: _Trial, key: str, cut: Cut) -> bool:
