@@ -65,14 +65,14 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.newcomer", description="Walk the README from a fresh clone.")
     parser.add_argument("--tests", action="store_true", help="the command that runs all tests too")
     parser.add_argument("--commands", action="store_true", help="print the commands, run none")
-    words = parser.parse_args(argv)
-    if words.commands:
+    arguments = parser.parse_args(argv)
+    if arguments.commands:
         print("\n".join(commands((ROOT / "README.md").read_text(), tests=True)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "distributed-training-cookbook"
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-        return walk(clone, tests=words.tests)
+        return walk(clone, tests=arguments.tests)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python -m tests.nightly --faults     python -m tests.benchmarks.faults --counts nightly as well, hours more
 
 Stopped at any time, it goes on where it was: what has passed stands in .pytest_cache/nightly/COMMIT.txt. Changes that
-are not committed count as a commit of their own. Words after -- go to pytest.
+are not committed count as a commit of their own. Arguments after -- go to pytest.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def commit() -> str:
     return f"{head}+{hashlib.sha256(changed.encode()).hexdigest()[:12]}" if changed else head
 
 
-def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def collected(words: Sequence[str]) -> list[str]:
-    found = _pytest("--collect-only", "-q", "--nightly", *words, capture=True)
+def collected(arguments: Sequence[str]) -> list[str]:
+    found = _pytest("--collect-only", "-q", "--nightly", *arguments, capture=True)
     return [line for line in found.stdout.splitlines() if "::" in line]
 
 
-def run_tests(passed: Path, words: Sequence[str], lanes: int) -> int:
+def run_tests(passed: Path, arguments: Sequence[str], lanes: int) -> int:
     """Those that have not passed. Notes what does, also if this is interrupted."""
     done = set(passed.read_text().splitlines()) if passed.exists() else set[str]()
-    left = [nodeid for nodeid in collected(words) if nodeid not in done]
+    left = [nodeid for nodeid in collected(arguments) if nodeid not in done]
     print(f"{len(done)} tests have passed at this commit, {len(left)} are left", flush=True)
     if not left:
         return 0
@@ -53,7 +53,7 @@ def run_tests(passed: Path, words: Sequence[str], lanes: int) -> int:
     names.write_text("\n".join(left))
     try:
         options = ("-n", str(lanes), "--nightly", f"--spent={spent}", "--override-ini=timeout=600")
-        return _pytest(*options, *words, f"@{names}").returncode
+        return _pytest(*options, *arguments, f"@{names}").returncode
     finally:
         with passed.open("a") as out:
             for row in map(json.loads, spent.read_text().splitlines()):
@@ -67,8 +67,8 @@ def run_faults(passed: Path) -> int:
     for kind in sorted({fault.name for fault in FAULTS}):
         if f"fault {kind}" in done:
             continue
-        words = [sys.executable, "-m", "tests.benchmarks.faults", "--counts", "nightly", "--only", kind]
-        code = subprocess.run(words, cwd=ROOT).returncode
+        arguments = [sys.executable, "-m", "tests.benchmarks.faults", "--counts", "nightly", "--only", kind]
+        code = subprocess.run(arguments, cwd=ROOT).returncode
         if code == 0:
             with passed.open("a") as out:
                 out.write(f"fault {kind}\n")
@@ -76,9 +76,9 @@ def run_faults(passed: Path) -> int:
     return failed
 
 
-def _pytest(*words: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
+def _pytest(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    command = [sys.executable, "-m", "pytest", *words]
+    command = [sys.executable, "-m", "pytest", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=capture)
 
 
@@ -87,15 +87,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--list", action="store_true", help="print what is left, and run nothing")
     parser.add_argument("--faults", action="store_true", help="the counted faults as well")
     parser.add_argument("--lanes", type=int, default=3, help="tests at the same time (%(default)s)")
-    parser.add_argument("words", nargs="*", metavar="-- WORDS", help="for pytest")
+    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENTS", help="for pytest")
     arguments = parser.parse_args(argv)
     FOLDER.mkdir(parents=True, exist_ok=True)
     passed = FOLDER / f"{commit()}.txt"
     if arguments.list:
         done = set(passed.read_text().splitlines()) if passed.exists() else set[str]()
-        print(*(nodeid for nodeid in collected(arguments.words) if nodeid not in done), sep="\n")
+        print(*(nodeid for nodeid in collected(arguments.arguments) if nodeid not in done), sep="\n")
         return 0
-    failed = run_tests(passed, arguments.words, arguments.lanes)
+    failed = run_tests(passed, arguments.arguments, arguments.lanes)
     return failed or (run_faults(passed) if arguments.faults else 0)
 
 

@@ -48,12 +48,12 @@ def drawing(file: str, number: str = "0") -> str:
 
 
 def difference(choice: str, other: str = "") -> str:
-    """What one configuration has that the other has not. Each: a layout, or words. other: else `single`, or none."""
+    """What one configuration has that the other has not. Each: a layout or overrides. other: else `single`, or none."""
     before, after = (
         name if "=" in name or not name else f"parallel={name}"
         for name in (other or ("" if "=" in choice else "single"), choice)
     )
-    values, others = (_flat(load_config(shlex.split(words))) for words in (after, before))
+    values, others = (_flat(load_config(shlex.split(overrides))) for overrides in (after, before))
     lines = []
     for key, value in values.items():
         if value != others[key] and not key.endswith(".preset"):
@@ -61,38 +61,38 @@ def difference(choice: str, other: str = "") -> str:
     return _fenced("\n".join([f"  {before or 'the defaults'}  ->  {after}", *lines]), "diff")
 
 
-def ranks(words: str) -> str:
+def ranks(overrides: str) -> str:
     """Who holds and reads what under a plan: one line for each rank, at most 16 of them."""
-    config = load_config(shlex.split(words))
+    config = load_config(shlex.split(overrides))
     plan = make_plan(config, Machine())
     rows = [_rank_row(config, plan, rank) for rank in range(min(plan.world_size, 16))]
     titles = ["rank", *rows[0]]
     cells = [titles, *([str(rank), *row.values()] for rank, row in enumerate(rows))]
     widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
     lines = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return _fenced("\n".join([f"python -m launch {words}", "", *lines]))
+    return _fenced("\n".join([f"python -m launch {overrides}", "", *lines]))
 
 
-def refusal(words: str) -> str:
+def refusal(overrides: str) -> str:
     """What a mistake is answered with, before anything starts."""
     try:
-        make_plan(load_config(shlex.split(words)), Machine())
+        make_plan(load_config(shlex.split(overrides)), Machine())
     except CookbookError as error:
-        return _fenced("\n".join([f"$ python -m launch {words}", *error.problems]))
-    raise AssertionError(f"{words} is not refused")
+        return _fenced("\n".join([f"$ python -m launch {overrides}", *error.problems]))
+    raise AssertionError(f"{overrides} is not refused")
 
 
-def commands(words: str) -> str:
+def commands(overrides: str) -> str:
     """What `python -m launch` starts with each launcher, for node 0."""
     lines = []
     for launcher in LauncherName:
         if launcher is LauncherName.python:
             continue
-        config = load_config([*shlex.split(words), f"launcher={launcher}"])
+        config = load_config([*shlex.split(overrides), f"launcher={launcher}"])
         plan = make_plan(config, GPUS)
         meeting = Rendezvous(address="NODE_0", port=29500)
         command = build_command(
-            config, plan, shlex.split(words), run_dir=Path("runs/RUN"), rendezvous=meeting, environment={}, cores=64
+            config, plan, shlex.split(overrides), run_dir=Path("runs/RUN"), rendezvous=meeting, environment={}, cores=64
         )
         program, *rest = command.argv
         text = replace(command, argv=(Path(program).name, *rest)).text()
@@ -140,12 +140,12 @@ def bubbles(pp: str) -> str:
     return "\n".join(lines)
 
 
-def parity(*words: str) -> str:
+def parity(*overrides: str) -> str:
     """The measured rows of these layouts or with these keys, out of docs/parity.md."""
-    adapters = words[0].startswith("tuning=")
+    adapters = overrides[0].startswith("tuning=")
     head, rows = _table("parity.md", "adapters under" if adapters else "layout")
-    found = [line for line in rows if {*" ".join(line.split("|")[1:3]).split()} & {*words}]
-    missing = [word for word in words if not any(word in line.split() for line in found)]
+    found = [line for line in rows if {*" ".join(line.split("|")[1:3]).split()} & {*overrides}]
+    missing = [word for word in overrides if not any(word in line.split() for line in found)]
     assert not missing, f"docs/parity.md has no rows of {missing}"
     return "\n".join([*head, *found])
 

@@ -22,10 +22,10 @@ PROFILE_PICTURE = "profiling-memory.png"
 MIB = 2**20
 
 
-def comparison(words: str) -> str:
+def comparison(overrides: str) -> str:
     """Runs a comparison; its setting, tables and pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        _launch("compare", *shlex.split(words), f"train.run_dir={folder}/compared")
+        _launch("compare", *shlex.split(overrides), f"train.run_dir={folder}/compared")
         return show_comparison(Path(folder) / "compared")
 
 
@@ -40,11 +40,13 @@ def show_comparison(folder: Path) -> str:
     return "\n\n".join([shared, tables(runs, reference), drawn])
 
 
-def check_comparison(words: str, text: str) -> None:
+def check_comparison(overrides: str, text: str) -> None:
     """Every run is through, equal to the reference up to float32's rounding, and took about what was predicted."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     table = [row for row in rows if len(row) == 10][2:]
-    assert [row[0] for row in table] == [run[0].removeprefix("parallel=") for run in expand_sweep(shlex.split(words))]
+    assert [row[0] for row in table] == [
+        run[0].removeprefix("parallel=") for run in expand_sweep(shlex.split(overrides))
+    ]
     assert table[0][1] == "the reference"
     assert all(float(row[4]) < 1e-5 and float(row[5]) < 1e-5 for row in table[1:]), "not the same training"
     assert all(abs(float(row[8]) / float(row[9]) - 1) < 0.1 for row in table), "predictions are off"
@@ -52,10 +54,10 @@ def check_comparison(words: str, text: str) -> None:
     assert all((DOCS / name).exists() and name in text for name in PICTURES)
 
 
-def profiled(words: str) -> str:
+def profiled(overrides: str) -> str:
     """Runs a profiled training; the picture of its memory, and the peaks in a sentence."""
     with tempfile.TemporaryDirectory() as folder:
-        _launch(*shlex.split(words), "profile=true", f"train.run_dir={folder}/run")
+        _launch(*shlex.split(overrides), "profile=true", f"train.run_dir={folder}/run")
         return show_profiled(Path(folder) / "run/profile")
 
 
@@ -70,12 +72,12 @@ def show_profiled(folder: Path) -> str:
     return f"![memory of two steps, predicted and measured]({PROFILE_PICTURE})\n\n{' '.join(sentences)}"
 
 
-def check_profiled(words: str, text: str) -> None:
+def check_profiled(overrides: str, text: str) -> None:
     assert (DOCS / PROFILE_PICTURE).exists() and f"]({PROFILE_PICTURE})" in text
     numbers = [float(word) for word in text.split() if word.replace(".", "", 1).isdigit()]
     assert len(numbers) >= 2 and len(numbers) % 2 == 0
-    assert all(abs(b / a - 1) < 0.05 for a, b in zip(numbers[::2], numbers[1::2], strict=True)), words
+    assert all(abs(b / a - 1) < 0.05 for a, b in zip(numbers[::2], numbers[1::2], strict=True)), overrides
 
 
-def _launch(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "launch", *words], check=True, stdout=subprocess.DEVNULL)
+def _launch(*overrides: str) -> None:
+    subprocess.run([sys.executable, "-m", "launch", *overrides], check=True, stdout=subprocess.DEVNULL)

@@ -50,16 +50,16 @@ PRECISIONS = (
 )
 
 
-def memory(words: str) -> str:
-    """Predicted memory per GPU. words: those of all rows | those of the first row | ..."""
-    common, rows = _split(words)
+def memory(overrides: str) -> str:
+    """Predicted memory per GPU. overrides: those of all rows | those of the first row | ..."""
+    common, rows = _split(overrides)
     cells = [_memory_row(common, row) for row in rows]
     return "\n".join([*_memory_head(common), *cells])
 
 
-def check_memory(words: str, table: str) -> None:
+def check_memory(overrides: str, table: str) -> None:
     """Rows and columns as asked for; every component adds up to the peak."""
-    common, rows = _split(words)
+    common, rows = _split(overrides)
     lines = table.splitlines()
     assert lines[:4] == _memory_head(common), "another head"
     assert [line.split("|")[1].strip() for line in lines[4:]] == [f"`{row}`" for row in rows], "other rows"
@@ -73,8 +73,8 @@ def check_memory(words: str, table: str) -> None:
         make_plan(load_config(shlex.split(f"{common} {line.split('`')[1]}")), Machine(gpus=8))
 
 
-def _split(words: str) -> tuple[str, list[str]]:
-    common, *rows = (part.strip() for part in words.split("|"))
+def _split(overrides: str) -> tuple[str, list[str]]:
+    common, *rows = (part.strip() for part in overrides.split("|"))
     return common, rows
 
 
@@ -103,23 +103,23 @@ def _memory_cells(found: Answer) -> list[str]:
     return [*(component(rank, name) for name in COMPONENTS), *sizes, f"{kind}{rank.peak_phase}, step {rank.peak_step}"]
 
 
-def fits(words: str) -> str:
-    """Device memory of models under layouts. words: those of all cells | model | ... || layout | ..."""
-    common, models, layouts = _split_fits(words)
+def fits(overrides: str) -> str:
+    """Device memory of models under layouts. overrides: those of all cells | model | ... || layout | ..."""
+    common, models, layouts = _split_fits(overrides)
     rows = [f"| `{model}` | {' | '.join(_fit(common, model, row) for row in layouts)} |" for model in models]
     return "\n".join([*_fits_head(common, layouts), *rows])
 
 
-def check_fits(words: str, table: str) -> None:
-    common, models, layouts = _split_fits(words)
+def check_fits(overrides: str, table: str) -> None:
+    common, models, layouts = _split_fits(overrides)
     lines = table.splitlines()
     assert lines[:4] == _fits_head(common, layouts), "another head"
     assert [line.split("`")[1] for line in lines[4:]] == models, "other rows"
     assert all(line.count("|") == len(layouts) + 2 for line in lines[2:]), "other columns"
 
 
-def _split_fits(words: str) -> tuple[str, list[str], list[str]]:
-    first, second = words.split("||")
+def _split_fits(overrides: str) -> tuple[str, list[str], list[str]]:
+    first, second = overrides.split("||")
     common, models = _split(first)
     return common, models, [part.strip() for part in second.split("|")]
 
@@ -144,34 +144,34 @@ def _fit(common: str, model: str, layout: str) -> str:
     return f"{marks}{size}{marks}"
 
 
-def estimated(words: str) -> str:
+def estimated(overrides: str) -> str:
     """All that `memory-estimate` prints."""
-    return f"```text\n$ memory-estimate {words}\n{render_table(answer(shlex.split(words)))}\n```"
+    return f"```text\n$ memory-estimate {overrides}\n{render_table(answer(shlex.split(overrides)))}\n```"
 
 
-def check_estimated(words: str, text: str) -> None:
-    assert text.startswith(f"```text\n$ memory-estimate {words}\n"), "another command"
+def check_estimated(overrides: str, text: str) -> None:
+    assert text.startswith(f"```text\n$ memory-estimate {overrides}\n"), "another command"
     assert "peak allocated" in text
 
 
-def picture(name: str, words: str) -> str:
+def picture(name: str, overrides: str) -> str:
     """The memory of a step, drawn into docs/NAME."""
     file = DOCS / name
-    save_plot([answer(shlex.split(words))], str(file))
-    return f"![`memory-estimate {words} estimate.plot=docs/{name}`]({name})"
+    save_plot([answer(shlex.split(overrides))], str(file))
+    return f"![`memory-estimate {overrides} estimate.plot=docs/{name}`]({name})"
 
 
-def check_picture(name: str, words: str, text: str) -> None:
-    """The picture is of these words, and of the peak that is predicted for them today."""
+def check_picture(name: str, overrides: str, text: str) -> None:
+    """The picture is of these overrides, and of the peak that is predicted for them today."""
     assert text.endswith(f"]({name})")
     with Image.open(DOCS / name) as image:
         drawn = image.info["Description"]
-    peak = answer(shlex.split(words), compare=True).estimate.busiest.peak_allocated_bytes
-    assert drawn == f"{words}: {peak} bytes", "an old picture"
+    peak = answer(shlex.split(overrides), compare=True).estimate.busiest.peak_allocated_bytes
+    assert drawn == f"{overrides}: {peak} bytes", "an old picture"
 
 
 def components() -> str:
-    """The words of the tables above."""
+    """What each column of the tables above holds."""
     lines = ["| column | what it is |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {name} | {LABELS[name]} |" for name in COMPONENTS)])
 
@@ -179,11 +179,11 @@ def components() -> str:
 def holding() -> str:
     """Bytes per parameter that ranks of a real run hold, by layout and number of ranks."""
     lines = _holding_head()
-    for words in LAYOUTS:
-        found = [held([words], ranks) for ranks in RANKS]
+    for overrides in LAYOUTS:
+        found = [held([overrides], ranks) for ranks in RANKS]
         moments = ("at_rest", "between_steps", "accumulating")
         numbers = " | ".join(f"{getattr(one, moment):.1f}" for moment in moments for one in found)
-        lines.append(f"| `{words}` | {numbers} |")
+        lines.append(f"| `{overrides}` | {numbers} |")
     return "\n".join(lines)
 
 
@@ -203,11 +203,11 @@ def precisions() -> str:
     """What a short run in each precision loses."""
     lines = _precisions_head()
     exact = rounded([PRECISIONS[0]]).gradient
-    for words in PRECISIONS:
-        found = rounded(shlex.split(words))
+    for overrides in PRECISIONS:
+        found = rounded(shlex.split(overrides))
         apart = (found.gradient - exact).norm().item() / exact.norm().item()
         numbers = f"{apart:.4%} | {found.zero_gradients:.3%} | {found.unmoved:.1%} | {found.loss:.4f}"
-        lines.append(f"| `{words}` | {numbers} |")
+        lines.append(f"| `{overrides}` | {numbers} |")
     return "\n".join(lines)
 
 
@@ -216,9 +216,9 @@ def check_precisions(table: str) -> None:
     assert lines[:2] == _precisions_head(), "another head"
     rows = {line.split("`")[1]: [cell.strip(" %") for cell in line.split("|")[2:-1]] for line in lines[2:]}
     assert list(rows) == list(PRECISIONS), "other rows"
-    columns = ({words: float(cells[column]) for words, cells in rows.items()} for column in range(3))
+    columns = ({overrides: float(cells[column]) for overrides, cells in rows.items()} for column in range(3))
     apart, zeros, unmoved = columns
-    fine, coarse, with_head, by_row = (apart[words] for words in ("precision=bf16", *PRECISIONS[-3:]))
+    fine, coarse, with_head, by_row = (apart[overrides] for overrides in ("precision=bf16", *PRECISIONS[-3:]))
     assert fine < 1 < by_row < min(coarse, with_head), "scales of rows lose less"
     assert zeros["precision=fp16 precision.loss_scale=1"] > zeros["precision=fp16"], "scaling keeps small gradients"
     assert unmoved[PRECISIONS[-4]] > 1 > unmoved["precision=bf16"], "updates are lost without a float32 master"
@@ -236,8 +236,8 @@ def predicted() -> str:
 
     lines = _predicted_head()
     with tempfile.TemporaryDirectory() as folder:
-        for name, (ranks, _, words) in CASES.items():
-            overrides = ["data=synthetic", *words, f"data.cache_dir={folder}"]
+        for name, (ranks, _, own) in CASES.items():
+            overrides = ["data=synthetic", *own, f"data.cache_dir={folder}"]
             config = load_config(overrides)
             plan = make_plan(config, Machine(world_size=ranks, local_world_size=ranks))
             expected = max(kind.peak_allocated_bytes for kind in estimate(config, plan).ranks)
@@ -254,7 +254,7 @@ def check_predicted(table: str) -> None:
     assert lines[:2] == _predicted_head(), "another head"
     shown = {line.split("|")[1].strip() for line in lines[2:]}
     assert shown <= CASES.keys(), "a case that is no more"
-    layouts = {name: words[0] for name, (_, _, words) in CASES.items()}
+    layouts = {name: overrides[0] for name, (_, _, overrides) in CASES.items()}
     missing = set(layouts.values()) - {layouts[name] for name in shown}
     assert not missing, f"no case of {', '.join(sorted(missing))}"
 

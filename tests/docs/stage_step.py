@@ -105,8 +105,8 @@ def outline(layers: int) -> Outline:
 
 @cache
 def _composed(stage: str) -> Config:
-    words = ("model=llama3_1_8b", "precision=bf16", "cluster=8xh100", f"parallel={STAGES[stage]}")
-    return load_config([*words, "train.micro_batch_size=1"])
+    overrides = ("model=llama3_1_8b", "precision=bf16", "cluster=8xh100", f"parallel={STAGES[stage]}")
+    return load_config([*overrides, "train.micro_batch_size=1"])
 
 
 def _config(stage: str, ranks: int, tokens: int) -> Config:

@@ -75,9 +75,9 @@ def methods() -> str:
         given = COMMON.replace("model=tiny", f"model.path={folder}/base/model model.weights=pretrained")
         given = f"{given} {QUIET} data=files data.paths=[{TEXTS}] train.eval_samples=16 train.steps={STEPS}"
         for number, (method, rate) in enumerate(METHODS.items()):
-            words = f"{given} {method} optimizer.lr={rate} estimate.measure=true train.export=false"
-            summary = _run(folder / str(number), words)
-            lines.append(_row(method, rate, _trained(words), summary, refused[method]))
+            overrides = f"{given} {method} optimizer.lr={rate} estimate.measure=true train.export=false"
+            summary = _run(folder / str(number), overrides)
+            lines.append(_row(method, rate, _trained(overrides), summary, refused[method]))
     return "\n".join(lines)
 
 
@@ -97,8 +97,8 @@ def refusals() -> dict[str, str]:
     """What the plan refuses with a method, and without it does not."""
     chosen = {method: load_config(method.split()) for method in METHODS}
     found: dict[str, list[str]] = {method: [] for method in METHODS}
-    for name, words in WITH.items():
-        config = load_config(["cluster.device=cpu", "data.seq_len=128", *words.split()])
+    for name, overrides in WITH.items():
+        config = load_config(["cluster.device=cpu", "data.seq_len=128", *overrides.split()])
         allowed = _problems(config)
         for method, other in chosen.items():
             if _problems(replace(config, tuning=other.tuning, optimizer=other.optimizer)) - allowed:
@@ -114,13 +114,15 @@ def _problems(config: Config) -> set[str]:
     return set()
 
 
-def _run(folder: Path, words: str) -> dict[str, Any]:
-    assert run_ranks(1, run_trainer, [*shlex.split(words), f"train.run_dir={folder}"], timeout=900) == [0], words
+def _run(folder: Path, overrides: str) -> dict[str, Any]:
+    assert run_ranks(1, run_trainer, [*shlex.split(overrides), f"train.run_dir={folder}"], timeout=900) == [0], (
+        overrides
+    )
     return json.loads((folder / "summary.json").read_text())
 
 
-def _trained(words: str) -> int:
-    model = prepare_model(load_config(shlex.split(words)))
+def _trained(overrides: str) -> int:
+    model = prepare_model(load_config(shlex.split(overrides)))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

@@ -115,10 +115,10 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="only those that need no runs and no traces")
     parser.add_argument("pages", nargs="*", type=Path, help="default: all")
-    words = parser.parse_args(argv)
-    for page in [page.resolve() for page in words.pages] or pages():
-        print(f"{page.name}: {'written' if write(page, quick=words.quick) else 'as it was'}", flush=True)
-    if not words.quick:
+    arguments = parser.parse_args(argv)
+    for page in [page.resolve() for page in arguments.pages] or pages():
+        print(f"{page.name}: {'written' if write(page, quick=arguments.quick) else 'as it was'}", flush=True)
+    if not arguments.quick:
         for page in pages():  # which quote the tables of what-fills-memory.md
             write(page, quick=True)
     return 0

@@ -43,12 +43,12 @@ class Held:
     between_steps: float
 
 
-def held(words: list[str], ranks: int) -> Held:
+def held(overrides: list[str], ranks: int) -> Held:
     """Run two steps under a layout and measure each rank.
 
-    words: the layout's preset and further overrides.
+    overrides: the layout's preset and further overrides.
     """
-    found = run_ranks(ranks, _hold, [*COMMON, *words])
+    found = run_ranks(ranks, _hold, [*COMMON, *overrides])
     return Held(
         at_rest=max(rank.at_rest for rank in found),
         accumulating=max(rank.accumulating for rank in found),

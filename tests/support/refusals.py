@@ -12,8 +12,8 @@ from trainer.make_plan import make_plan
 from trainer.plan.machine import Machine
 
 
-def assert_refused(words: Sequence[str], line: str) -> None:
+def assert_refused(overrides: Sequence[str], line: str) -> None:
     """Plan two processes and check that exactly one problem begins with `line`."""
     with pytest.raises(PlanError) as caught:
-        make_plan(load_config(words), Machine(world_size=2, local_world_size=2))
+        make_plan(load_config(overrides), Machine(world_size=2, local_world_size=2))
     assert sum(problem.startswith(line) for problem in caught.value.problems) == 1, caught.value

@@ -48,12 +48,12 @@ class Rounded:
     loss: float
 
 
-def rounded(words: list[str]) -> Rounded:
+def rounded(overrides: list[str]) -> Rounded:
     """Train under a precision.
 
-    words: the precision's preset and further overrides.
+    overrides: the precision's preset and further overrides.
     """
-    return run_ranks(1, _train, [*COMMON, *words])[0]
+    return run_ranks(1, _train, [*COMMON, *overrides])[0]
 
 
 @composes
