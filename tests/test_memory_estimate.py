@@ -25,6 +25,8 @@ from tests.support.browser import browser
 from tests.support.estimate_cases import answer_json
 from tests.support.selection import rows
 from tests.test_memory_measured import CASES
+from trainer.axes import TENSOR
+from trainer.axes.tensor.vocabulary import WIDE_ELEMENTS
 from trainer.estimate.estimate import GIB, estimate, planned_machine
 from trainer.estimate.gate import DoesNotFit, check_memory
 from trainer.estimate.trace import FROZEN_BY_PYTHON
@@ -325,6 +327,19 @@ def test_every_layout_is_measured_or_refused(cache: str) -> None:
         config = load_config(["model=tiny", "precision=bf16", preset, cache])
         with pytest.raises(NotEstimated, match="memory is not estimated"):
             estimate(config, make_plan(config, Machine(gpus=8)))
+
+
+@pytest.mark.parametrize("layout", ["pipeline", "tensor_fsdp"])
+def test_the_loss_keeps_the_logits_and_their_gradient_and_no_more(layout: str, cache: str) -> None:
+    """4 bytes per token and word in bfloat16, and one slice of logits in float32."""
+    tokens, words, gpus = 2048, 131072, {"pipeline": 2, "tensor_fsdp": 4}[layout]
+    keys = ["model=tiny", f"model.config.vocab_size={words}", f"data.seq_len={tokens}", "train.micro_batch_size=1"]
+    keys += [f"parallel={layout}", "precision=bf16", "cluster=8xh100", f"cluster.gpus_per_node={gpus}", cache]
+    config = load_config(keys)
+    plan = make_plan(config, Machine(gpus=gpus))
+    logits = 4 * tokens * words // plan.degree(TENSOR)
+    loss = max(rank.highest["loss"] for rank in estimate(config, plan).ranks)
+    assert logits <= loss < logits + 1.1 * WIDE_ELEMENTS * 4
 
 
 def test_ranks_of_a_pipeline_are_named(cache: str, capsys: pytest.CaptureFixture[str]) -> None:

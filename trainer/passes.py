@@ -155,10 +155,11 @@ def _choose_loss(parts: Parts) -> list[str]:
     if parts.tensor:
         loss, parts.objective.entries = parts.tensor[0].loss, parts.tensor[0].entries
         parts.objective.first = parts.tensor[0].first
-    elif parts.config.train.chunked_loss:
+    elif parts.config.train.chunked_loss or parts.stages:
         loss = chunked_cross_entropy_sum
     parts.objective.loss = in_training(loss, parts.config.train.label_smoothing)
-    if parts.with_head is not None and (parts.stages or parts.objective.sliced):
+    # Inside the model FSDP's root does not widen the logits, and a pipeline's engine keeps a number.
+    if parts.with_head is not None and (parts.stages or parts.tensor or parts.objective.sliced):
         parts.objective.attach(parts.with_head, staged=bool(parts.stages))
     return []
 

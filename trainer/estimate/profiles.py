@@ -26,6 +26,8 @@ from trainer.axes import CONTEXT, EXPERTS, PIPELINE, TENSOR
 from trainer.axes.pipeline.table import SCHEDULES, default_stages_per_rank, split_layers
 from trainer.estimate import family
 from trainer.estimate.profile import (
+    LAST,
+    WHOLE,
     ModelProfile,
     Outline,
     Part,
@@ -133,7 +135,9 @@ def _part(
         found = [ALONE]
         if alone is not None and known.count(ALONE) >= alone:
             borders = list(family.limits(tracer.model.config.to_dict()))
-            upwards = config.train.chunked_loss or fields[TENSOR][0] > 1
+            sliced = config.train.chunked_loss or fields[TENSOR][0] > 1 or fields[PIPELINE]
+            # More tokens take more slices, and only the part with the loss has them.
+            upwards = sliced and fields["part"].startswith((WHOLE, LAST))
 
             most = family.most_births(made)
 

@@ -111,8 +111,7 @@ class _CrossEntropy(torch.autograd.Function):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         # exp_sum, the label's logit and, with label smoothing, the sum of all logits, in one collective.
         sums = torch.empty((3 if weights.word else 2, *labels.shape), dtype=wide, device=logits.device)
-        for rows in slices(logits):
-            shifted = logits[rows].to(wide) - largest[rows, None]
+        for rows, shifted in _shifted(logits, largest):
             if weights.word:
                 sums[2, rows] = shifted.sum(-1)
             sums[0, rows] = shifted.exp_().sum(-1)
@@ -131,8 +130,8 @@ class _CrossEntropy(torch.autograd.Function):
         logits, log_total, column, here, valid = ctx.saved_tensors
         result = torch.empty_like(logits)
         weight = gradients[0] * valid
-        for rows in slices(logits):
-            softmax = (logits[rows].to(log_total.dtype) - log_total[rows, None]).exp_()
+        for rows, shifted in _shifted(logits, log_total):
+            softmax = shifted.exp_()
             labelled = here[rows, None].to(softmax.dtype)
             if ctx.weights.word:
                 softmax.sub_(ctx.weights.word)
@@ -140,6 +139,18 @@ class _CrossEntropy(torch.autograd.Function):
             softmax.scatter_add_(1, column[rows, None], -labelled)
             result[rows] = softmax.mul_(weight[rows, None])
         return result, None, None, None, None
+
+
+def _shifted(logits: torch.Tensor, by: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The rows of each slice, and there `logits - by` in the dtype of `by`, which has one number per token.
+
+    All slices share one buffer, which the caller may overwrite: new memory for each would take longer than the sums.
+    """
+    buffer: torch.Tensor | None = None
+    for rows in slices(logits):
+        part = logits[rows]
+        buffer = torch.empty_like(part, dtype=by.dtype) if buffer is None else buffer
+        yield rows, buffer[: len(part)].copy_(part).sub_(by[rows, None])
 
 
 def slices(logits: torch.Tensor) -> Iterator[slice]:
