@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -20,6 +21,14 @@ PLACES = [get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platli
 PLACES += [str(ROOT / name) for name in ("configs", "trainer", "launch", "slurm")]
 STRANGE = ("<", *(f"{place}{os.sep}" for place in PLACES))
 """Prefixes of file paths that do not belong to the user."""
+HIDDEN = "torchao"
+"""`trainer` hides this library from transformers, which would import it in every run."""
+
+
+def reveal_hidden() -> None:
+    """Let the hidden library be imported."""
+    if sys.modules.get(HIDDEN, sys) is None:
+        del sys.modules[HIDDEN]
 
 
 def find(path: str, given: str, *, kind: str = "class") -> Any:
@@ -30,6 +39,7 @@ def find(path: str, given: str, *, kind: str = "class") -> Any:
     module, _, name = path.rpartition(".")
     if not module or not all(part.isidentifier() for part in path.split(".")):
         raise PlanError(f"{given}: is no path of a {kind}; give package.module.{kind.capitalize()}")
+    reveal_hidden()  # the user's module may be part of it, or import it
     try:
         found = getattr(import_module(module), name, None)
     except (Exception, SystemExit) as error:  # whatever the module raises

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any, cast
+
 import pytest
 
+from configs import by_path
 from configs.errors import ConfigError
 from configs.load import load_config
 from tests.support.refusals import assert_refused
@@ -216,3 +221,12 @@ def test_a_target_without_custom_is_refused() -> None:
 )
 def test_schedule_free_refuses(words: list[str], line: str) -> None:
     assert_refused(["optimizer=schedule_free", *words], line)
+
+
+def test_a_hidden_library_is_found_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trainer` hides a library from transformers, not from the user."""
+    (tmp_path / "hidden_library.py").write_text("class Optimizer: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(by_path, "HIDDEN", "hidden_library")
+    monkeypatch.setitem(sys.modules, "hidden_library", cast(Any, None))
+    assert by_path.find("hidden_library.Optimizer", "optimizer.target=hidden_library.Optimizer").__name__ == "Optimizer"

@@ -17,12 +17,12 @@ that 16 does not divide, and experts, which are not linear layers. `float8_layer
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterable, Iterator
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from configs.by_path import reveal_hidden
 from configs.choices import DType, EngineName, Recipe
 from configs.errors import EnvironmentProblem
 from configs.schema import Config, Float8
@@ -118,9 +118,7 @@ def _check_device(config: Config, named: str) -> Iterator[str]:
 
 def layers() -> ModuleType:
     """The module of torchao's layers. Raises EnvironmentProblem."""
-    if sys.modules.get("torchao", sys) is None:
-        # As `trainer` leaves it, for transformers.
-        del sys.modules["torchao"]
+    reveal_hidden()
     if find_spec("torchao") is None:
         raise EnvironmentProblem("precision=fp8: needs torchao; pip install 'distributed-training-cookbook[float8]'")
     from trainer.linear import float8_layers
