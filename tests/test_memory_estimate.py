@@ -302,10 +302,13 @@ def test_a_folder_that_holds_a_config_alone_is_estimated(
     assert capsys.readouterr().err == ""
 
 
-def test_cached_answer_needs_no_torch(cache: str) -> None:
-    words = ["model=tiny", "parallel=fsdp", "cluster=8xh100", "estimate.suggest=false", cache]
-    assert main(words) == 0
-    code = f"import sys; from launch.estimate import main; main({words!r}); assert 'torch' not in sys.modules"
+@pytest.mark.parametrize("then", ["train.micro_batch_size=1", "train.micro_batch_size=2"])
+def test_answer_from_earlier_traces_needs_no_torch(cache: str, then: str) -> None:
+    """The suggestions of the first answer trace the sizes from which those of other micro-batches follow."""
+    words = ["model=tiny", "parallel=fsdp", "precision=bf16", "cluster=8xh100", "data=synthetic", "data.seq_len=512"]
+    assert main([*words, cache, "train.micro_batch_size=1"]) == 0
+    asked = [*words, cache, then]
+    code = f"import sys; from launch.estimate import main; main({asked!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 

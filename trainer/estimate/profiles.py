@@ -38,7 +38,6 @@ from trainer.estimate.profile import (
 )
 from trainer.estimate.sources import dependencies
 from trainer.estimate.tracing import Tracer
-from trainer.model.importing import import_transformers
 from trainer.plan.devices import Gpu
 from trainer.plan.documents import by_mask
 from trainer.plan.plan import Plan
@@ -167,7 +166,6 @@ def _cached(
         if (found := _read(config, key)) is not None:
             return read(found)
     with waiting.on(f"tracing {config.model.preset}"):
-        import_transformers()
         made = make()
     _save(_file(config, key), {"key": key, "value": write(made)})
     return made

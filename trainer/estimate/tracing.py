@@ -16,6 +16,7 @@ from configs.schema import Config
 from trainer.axes import CONTEXT, PIPELINE
 from trainer.estimate.bounds import states_bytes, upper_bytes
 from trainer.estimate.profile import Outline, Part, kept_layers
+from trainer.model.importing import import_transformers
 from trainer.plan.documents import by_mask
 from trainer.plan.model_fields import attention_spans
 from trainer.plan.plan import Plan
@@ -61,6 +62,7 @@ class Tracer:
         return _models[self.key]
 
     def outline(self) -> Outline:
+        import_transformers()
         from trainer.axes.pipeline.probe import count_costs, examine
         from trainer.estimate.units import buffers_bytes, build_unit, describe_unit, layer_kinds, shares_modules
 
@@ -104,6 +106,7 @@ class Tracer:
         most: int | None = None,
     ) -> Part:
         """most: storages that may be born. Raises Unlike where there are more, and NotEstimated."""
+        import_transformers()
         from trainer.estimate.trace import CannotTrace, trace_unit
         from trainer.estimate.units import Shape, build_unit, describe_unit
         from trainer.model.precision import torch_dtype
