@@ -9,10 +9,13 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -21,6 +24,7 @@ PINS = dict(
     for line in (ROOT / "constraints.txt").read_text().splitlines()
     if line and not line.startswith("#")
 )
+INSTALLED = {canonicalize_name(one.name) for one in distributions()}
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +52,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return next(target.glob("*.whl"))
+
+
+def test_every_pin_installs_on_the_first_release_of_the_oldest_python() -> None:
+    """Debian 12 has Python 3.11.2, where a package that requires 3.11.5 makes the whole set uninstallable."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    asked = {name: distribution(name).metadata["Requires-Python"] for name in PINS if name in INSTALLED}
+    assert len(asked) > 100
+    assert not {name: needed for name, needed in asked.items() if needed and oldest not in SpecifierSet(needed)}
 
 
 def test_the_wheel_holds_every_yaml_and_module_and_no_test(wheel: Path) -> None:
