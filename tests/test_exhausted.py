@@ -71,9 +71,11 @@ def test_a_process_that_cannot_load_its_libraries_says_so(limit: int, tmp_path: 
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     assert ended.returncode == EXIT_FAILED
-    (line,) = ended.stderr.strip().splitlines()[-1:]
-    assert line.startswith("rank 0: no memory, or no further thread, for the process itself, before it trained: ")
-    assert "Traceback" not in ended.stderr
+    said = "rank 0: no memory, or no further thread, for the process itself, before it trained: "
+    lines = ended.stderr.splitlines()
+    assert sum(line.startswith(said) for line in lines) == 1, ended.stderr
+    # A library's finalizer may lack memory too. Python reports that as ignored, at any moment until the exit.
+    assert "Traceback" not in ended.stderr.partition("Exception ignored")[0], ended.stderr
     assert not (tmp_path / "run").exists()
 
 
