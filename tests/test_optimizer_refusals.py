@@ -203,6 +203,11 @@ def test_one_rank_shards_nothing(name: str) -> None:
     make_plan(load_config(["parallel=fsdp", f"optimizer={name}", "cluster.gpus_per_node=1"]), Machine())
 
 
+def test_one_rank_shares_no_weight() -> None:
+    given = ["optimizer=custom", f"optimizer.target={USERS}.Rounds", "parallel=ddp", "cluster.gpus_per_node=1"]
+    make_plan(load_config(given), Machine())
+
+
 def test_a_target_without_custom_is_refused() -> None:
     line = "optimizer.target=torch.optim.NAdam: adamw does not read it, custom does; leave it out"
     assert_refused(["optimizer.target=torch.optim.NAdam"], line)

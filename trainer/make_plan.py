@@ -39,7 +39,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     gpus_per_node = _processes_per_node(config, machine, problems)
     view = _dense_view(config, config.cluster.nodes * gpus_per_node, problems)
     experts = expert.view(config, view, problems)
-    problems = [*check_config(config, machine.device(config.cluster.device), sharded=view.is_sharded), *problems]
+    problems = [*check_config(config, machine.device(config.cluster.device), view), *problems]
     data_parallel_size = view.size(lambda axis: axis.reads)
     # A pipeline with fewer micro-batches waits for more than a third of the time.
     usual = 2 * config.parallel.pp if config.parallel.pp > 1 else 1

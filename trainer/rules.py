@@ -36,6 +36,7 @@ from trainer.plan.devices import check_gpu
 from trainer.plan.length import check_length
 from trainer.plan.model_fields import check_sizes, config_fields, sizes
 from trainer.plan.trackers import check_tracker
+from trainer.plan.views import View
 
 OF_THE_PLAN = MappingProxyType({
     **dict.fromkeys(("nproc_per_node", "num_processes", "num_gpus"), "set cluster.gpus_per_node"),
@@ -47,10 +48,10 @@ OF_THE_PLAN = MappingProxyType({
 """Launcher flags that would start other ranks than the plan has, or change their rendezvous."""
 
 
-def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]:
+def check_config(config: Config, device: str, view: View) -> Iterator[str]:
     """All problems of a config whose numbers lie in their ranges, in the order of its sections. device: "cpu" or
     "cuda".
-    sharded: whether the plan's mesh divides the parameters."""
+    view: the plan's dense view of its ranks."""
     yield from _check_model(config, device)
     yield from check_data(config)
     yield from _check_parallel(config)
@@ -59,7 +60,7 @@ def check_config(config: Config, device: str, *, sharded: bool) -> Iterator[str]
     yield from _check_precision(config)
     yield from linear.problems(config)
     yield from moe.problems(config)
-    yield from check_optimizer(config, device, sharded=sharded and config.parallel.engine is EngineName.torch)
+    yield from check_optimizer(config, device, view)
     yield from selection.problems(config)
     yield from check_gpu(config.cluster.gpu)
     yield from _check_cluster(config.cluster)

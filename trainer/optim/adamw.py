@@ -16,6 +16,7 @@ from trainer.model.roles import Described
 from trainer.optim import common
 from trainer.optim.common import OPTIONS, ZEROED, average, groups, instead, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Spread, State
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ IMPLEMENTATIONS = (
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
 
 
-def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+def problems(config: Config, view: View) -> Iterator[str]:
     deepspeed, offload = config.parallel.engine is EngineName.deepspeed, config.parallel.offload.optimizer
     if config.optimizer.implementation is Implementation.deepspeed_cpu and (
         offload is OffloadDevice.none or not deepspeed

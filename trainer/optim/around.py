@@ -11,6 +11,7 @@ from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim.protocol import Average, Group, Held, Optimizer, Spread, State, Work
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,8 @@ class Around:
     def ZEROED(self) -> bool:
         return self.inner.ZEROED
 
-    def problems(self, config: Config, *, sharded: bool) -> Iterator[str]:
-        yield from self.inner.problems(config, sharded=sharded)
+    def problems(self, config: Config, view: View) -> Iterator[str]:
+        yield from self.inner.problems(config, view)
 
     def groups(self, parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]:
         return self.inner.groups(parameters, settings)

@@ -21,6 +21,7 @@ from trainer.optim import common
 from trainer.optim.around import Around
 from trainer.optim.parts import named
 from trainer.optim.protocol import Average, Group, State
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +36,8 @@ class Averaging(Around):
     def ZEROED(self) -> bool:
         return False
 
-    def problems(self, config: Config, *, sharded: bool) -> Iterator[str]:
-        yield from self.inner.problems(config, sharded=sharded)
+    def problems(self, config: Config, view: View) -> Iterator[str]:
+        yield from self.inner.problems(config, view)
         key = f"optimizer.ema={config.optimizer.ema}"
         for chosen, own in named(config.optimizer).items():
             if self.inner.average(own) is not None:

@@ -14,6 +14,7 @@ from trainer.model.roles import Described
 from trainer.optim import common
 from trainer.optim.common import IMPLEMENTATIONS, OPTIONS, ZEROED, average, fresh, groups, instead, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Spread, State
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 USES = frozenset({"beta1", "beta2", "weight_decay"})
 
 
-def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+def problems(config: Config, view: View) -> Iterator[str]:
     yield from ()
 
 

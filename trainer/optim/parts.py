@@ -16,6 +16,7 @@ from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import by_role
 from trainer.optim.protocol import Average, Group, Held, Optimizer, Spread, State, Work
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ class Parts:
     def ZEROED(self) -> bool:
         return all(self.optimizers[one.name].ZEROED for one in named(self.settings).values())
 
-    def problems(self, config: Config, *, sharded: bool) -> Iterator[str]:
+    def problems(self, config: Config, view: View) -> Iterator[str]:
         said: set[str] = set()
         for key, settings in named(config.optimizer).items():
             chosen = self.optimizers[settings.name]
@@ -78,7 +79,7 @@ class Parts:
                 yield f"{key}={settings.name}: {settings.name} leaves such parameters to {other.name}; use {other.name}"
                 continue
             own = replace(config, optimizer=settings)
-            for line in chosen.problems(own, sharded=sharded):
+            for line in chosen.problems(own, view):
                 if line not in said:
                     yield line.replace(f"{NAME}=", f"{key}=")
                 said.add(line)

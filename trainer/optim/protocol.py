@@ -25,6 +25,7 @@ from configs.choices import BYTES, Implementation
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +139,9 @@ class Optimizer(Protocol):
     @property
     def ZEROED(self) -> bool: ...
 
-    def problems(self, config: Config, *, sharded: bool) -> Iterator[str]: ...
+    def problems(self, config: Config, view: View) -> Iterator[str]:
+        """view: the plan's dense view of its ranks."""
+        ...
 
     def groups(self, parameters: Sequence[tuple[Described, torch.nn.Parameter]], settings: Settings) -> list[Group]: ...
 

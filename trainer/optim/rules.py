@@ -11,20 +11,20 @@ from trainer.optim import paged
 from trainer.optim.options import check_options
 from trainer.optim.parts import named
 from trainer.optim.table import OPTIMIZERS, ask
+from trainer.plan.views import View
 
 OWN = ("beta1", "beta2", "eps", "weight_decay", "target")
 """Keys that only some optimizers read."""
 
 
-def check_optimizer(config: Config, device: str, *, sharded: bool) -> Iterator[str]:
-    """One line for each problem of `optimizer`. device: "cpu" or "cuda". sharded: whether engine torch makes DTensors
-    of the parameters."""
+def check_optimizer(config: Config, device: str, view: View) -> Iterator[str]:
+    """One line for each problem of `optimizer`. device: "cpu" or "cuda". view: the plan's dense view of its ranks."""
     optimizer = config.optimizer
     chosen = ask(optimizer)
     yield from _check_implementation(optimizer)
     yield from _check_unused(optimizer)
     yield from check_options(optimizer, chosen.OPTIONS)
-    yield from chosen.problems(config, sharded=sharded)
+    yield from chosen.problems(config, view)
     yield from paged.problems(config, device, OPTIMIZERS)
 
 

@@ -19,6 +19,7 @@ from trainer.model.roles import Described
 from trainer.optim import common
 from trainer.optim.common import IMPLEMENTATIONS, OPTIONS, fresh, groups, instead, work  # noqa: F401
 from trainer.optim.protocol import Average, Group, Held, Kept, Spread, State
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ ZEROED = False
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
 
 
-def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+def problems(config: Config, view: View) -> Iterator[str]:
     if config.parallel.engine is EngineName.deepspeed:
         yield (
             "optimizer.name=schedule_free: evaluates an average of the weights, and DeepSpeed computes with copies of"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from configs.choices import Implementation
+from configs.choices import EngineName, Implementation
 from configs.schema import Config
 from configs.schema import Optimizer as Settings
 from trainer.model.roles import Described
 from trainer.optim import common
 from trainer.optim.common import OPTIONS, ZEROED, average, fresh, groups, instead, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Spread, State
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,8 @@ IMPLEMENTATIONS = (Implementation.foreach, Implementation.fused, Implementation.
 USES = frozenset({"beta1", "weight_decay"})
 
 
-def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+def problems(config: Config, view: View) -> Iterator[str]:
+    sharded = view.is_sharded and config.parallel.engine is EngineName.torch
     if config.optimizer.implementation is Implementation.fused and sharded:
         yield "optimizer.implementation=fused: torch has no fused sgd for sharded parameters; use foreach or auto"
 

@@ -17,6 +17,7 @@ from trainer.model.roles import Described
 from trainer.optim import common
 from trainer.optim.common import IMPLEMENTATIONS, OPTIONS, ZEROED, average, fresh, groups, instead, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Kept, Spread, State
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ USES = frozenset({"eps", "weight_decay"})
 SMALLEST_EPS = 1e-18  # float32 and bfloat16 hold its square; below, a row without gradients becomes 0 * infinity
 
 
-def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+def problems(config: Config, view: View) -> Iterator[str]:
     if config.optimizer.eps < SMALLEST_EPS:
         yield f"optimizer.eps={config.optimizer.eps}: adafactor squares it in float32; use {SMALLEST_EPS} or more"
     if config.parallel.engine is EngineName.deepspeed:

@@ -23,6 +23,7 @@ from trainer.optim import common
 from trainer.optim.adamw_8bit.blocks import AT_ONCE, BLOCK, SMALLEST
 from trainer.optim.common import IMPLEMENTATIONS, OPTIONS, ZEROED, average, fresh, groups, work  # noqa: F401
 from trainer.optim.protocol import Group, Held, Kept, Spread, State
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 USES = frozenset({"beta1", "beta2", "eps", "weight_decay"})
 
 
-def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+def problems(config: Config, view: View) -> Iterator[str]:
     if config.parallel.engine is EngineName.deepspeed:
         yield (
             "optimizer.name=adamw_8bit: blocks of 256 values of a matrix's row share a scale, and ZeRO's partitions are"

@@ -20,6 +20,7 @@ from trainer.optim import common
 from trainer.optim.common import IMPLEMENTATIONS, average, groups, instead, work  # noqa: F401
 from trainer.optim.options import Open
 from trainer.optim.protocol import COUNTER, Group, Held, Kept, Spread, State
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ USES = frozenset({"weight_decay", "target"})
 OPTIONS = Open
 
 
-def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+def problems(config: Config, view: View) -> Iterator[str]:
     settings = config.optimizer
     if settings.target is None:
         yield "optimizer.name=custom: needs optimizer.target=package.module.Class; give it, or another optimizer"
@@ -42,7 +43,7 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
         yield from refused.lines
         return
     deepspeed, key = config.parallel.engine is EngineName.deepspeed, f"optimizer.target={settings.target}"
-    if (sharded or deepspeed) and found.coupled:
+    if (view.is_sharded or deepspeed) and found.coupled:
         yield (
             f"{key}: is not element by element ({found.coupled}), and this layout cuts parameters; use"
             " parallel=single or ddp, or another optimizer"
@@ -53,8 +54,7 @@ def problems(config: Config, *, sharded: bool) -> Iterator[str]:
             f"{key}: {why}, and ZeRO's partitions are flat rows of many parameters; use parallel=fsdp, hsdp or"
             " tensor_fsdp, which shard as much, or another optimizer"
         )
-    parallel = config.parallel
-    if found.draws and (parallel.dp_replicate != 1 or parallel.tp > 1 or parallel.pp > 1):
+    if found.draws and view.size(lambda axis: not axis.shards) > 1:
         yield (
             f"{key}: its updates draw random numbers, each process draws others, and so copies of a weight (replicas,"
             " norms under tensor parallel, tied weights of two stages) would become different; use parallel=single or"

@@ -14,6 +14,7 @@ from trainer.model.roles import Described
 from trainer.optim.common import IMPLEMENTATIONS, ZEROED, average, fresh, groups, instead, work  # noqa: F401
 from trainer.optim.options import RANGE
 from trainer.optim.protocol import Group, Held, Spread, State
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ class Options:
 OPTIONS = Options
 
 
-def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+def problems(config: Config, view: View) -> Iterator[str]:
     """`trainer.update.mezo` has them."""
     yield from ()
 

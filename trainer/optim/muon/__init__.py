@@ -28,6 +28,7 @@ from trainer.optim.common import ZEROED, average, fresh  # noqa: F401
 from trainer.optim.muon.owners import boxes, flops, update_bytes
 from trainer.optim.options import KEY, RANGE, read_options
 from trainer.optim.protocol import Group, Held, Spread, State, Work
+from trainer.plan.views import View
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ class Options:
 OPTIONS = Options
 
 
-def problems(config: Config, *, sharded: bool) -> Iterator[str]:
+def problems(config: Config, view: View) -> Iterator[str]:
     given = config.optimizer.options
     if config.parallel.engine is EngineName.deepspeed:
         yield (
